@@ -1,0 +1,74 @@
+"""What every fusion is: a module that turns the branches' logits into one set of logits, and its registry."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import L2R2Error
+
+FUSIONS: dict[str, type[Fusion]] = {}
+
+
+class Fusion(nn.Module):
+    """Combines the logits of the fg branch with those of the context branches (full and/or bg).
+
+    A subclass implements `combine`; its numbers, given or fitted, are buffers, so that they travel in the checkpoint.
+    Rows without a box never reach `combine`'s result: they return the first context branch's logits exactly
+    (L2R2 3.1, METHOD.md 2).
+    """
+
+    name: str = ""
+
+    def combine(self, fg: Tensor, context: Tensor) -> Tensor:
+        """Fuse rows that have a box.
+
+        Args:
+            fg: `[B, classes]` logits of the fg branch.
+            context: `[K, B, classes]` logits of the other branches, full first where there is one.
+
+        Returns:
+            `[B, classes]` logits or log-probabilities.
+        """
+        raise TypeError(f"{type(self).__name__} must define combine(fg, context)")
+
+    def forward(self, fg: Tensor, context: Tensor, has_fg: Tensor | None = None) -> Tensor:
+        """`combine`, with the fallback: where `has_fg` (`[B]` bool) is False the row is `context[0]`, bit for bit."""
+        fused = self.combine(fg, context)
+        if has_fg is None:
+            return fused
+        return torch.where(has_fg[:, None], fused, context[0])
+
+    def config(self) -> dict[str, Any]:
+        """The name and the numbers given by hand, enough for `create_fusion` to build it again."""
+        return {"name": self.name}
+
+
+F = TypeVar("F", bound=type[Fusion])
+
+
+def register_fusion(cls: F) -> F:
+    """Make a fusion class known by its `name`."""
+    FUSIONS[cls.name] = cls
+    return cls
+
+
+def create_fusion(config: str | Mapping[str, Any]) -> Fusion:
+    """Build a fusion from its name, or from `{"name": ..., <its arguments>}`.
+
+    Raises:
+        L2R2Error: an unknown name, an argument that the fusion does not take, or a value out of range.
+    """
+    arguments = {"name": config} if isinstance(config, str) else dict(config)
+    name = arguments.pop("name", None)
+    if name not in FUSIONS:
+        raise L2R2Error(f'Unknown fusion "{name}"; choose from {", ".join(sorted(FUSIONS))}.')
+    known = [p for p in inspect.signature(FUSIONS[name].__init__).parameters if p != "self"]
+    if unknown := set(arguments) - set(known):
+        takes = ", ".join(known) if known else "no arguments"
+        raise L2R2Error(f'Fusion "{name}" does not take {", ".join(sorted(unknown))}; it takes {takes}.')
+    return FUSIONS[name](**arguments)

@@ -1,0 +1,76 @@
+"""Fusions that need no fitting: they compare or average the branches (L2R2 3.3 and B.3, METHOD.md 4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import L2R2Error
+from .base import Fusion, register_fusion
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """Largest softmax probability of each row: `[..., classes]` -> `[...]`."""
+    return logits.softmax(-1).amax(-1)
+
+
+def most_confident(logits: Tensor) -> Tensor:
+    """For each row, the logits of the branch that is surest of itself: `[K, B, classes]` -> `[B, classes]`.
+
+    The earlier branch wins a tie.
+    """
+    best = confidence(logits).argmax(0)  # [B]
+    return logits.gather(0, best[None, :, None].expand(1, *logits.shape[1:]))[0]
+
+
+@register_fusion
+class MaxConfidence(Fusion):
+    """The branch with the highest confidence answers; at equal confidence fg does. Source: L2R2 3.3 [R]."""
+
+    name = "max_confidence"
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def combine(self, fg: Tensor, context: Tensor) -> Tensor:
+        return most_confident(torch.cat([fg[None], context]))
+
+
+@register_fusion
+class Average(Fusion):
+    """Mean of the branches' logits. Source: L2R2 3.3 [R]."""
+
+    name = "average"
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def combine(self, fg: Tensor, context: Tensor) -> Tensor:
+        return torch.cat([fg[None], context]).mean(0)
+
+
+@register_fusion
+class Robust(Fusion):
+    """fg answers where its confidence is above the threshold, else the most confident branch. Source: L2R2 3.3 [R].
+
+    Args:
+        threshold: confidence in [0, 1]. 0 makes it fg alone, 1 makes it `max_confidence`.
+    """
+
+    name = "robust"
+    threshold: Tensor
+
+    def __init__(self, threshold: float = 0.5) -> None:
+        super().__init__()
+        if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+            raise L2R2Error(f'Fusion "robust" needs a threshold from 0 to 1, got {threshold}.')
+        self.register_buffer("threshold", torch.tensor(float(threshold)))
+
+    def combine(self, fg: Tensor, context: Tensor) -> Tensor:
+        sure = confidence(fg) > self.threshold
+        return torch.where(sure[:, None], fg, most_confident(torch.cat([fg[None], context])))
+
+    def config(self) -> dict[str, Any]:
+        return {"name": self.name, "threshold": round(self.threshold.item(), 6)}

@@ -1,0 +1,150 @@
+"""The image loader: whatever a user's folder holds becomes an upright 8-bit RGB image, or one clear error.
+
+Every part of the project that opens an image calls `load_image`, so that boxes always refer to the same pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .errors import L2R2Error
+
+FILL = (124, 116, 104)  # ImageNet's mean colour, in levels of 255
+MAX_PIXELS = 100_000_000  # largest image that is decoded; 300 MB as RGB
+IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .tif .tiff .gif .ppm .pgm .jp2 .avif .jfif".split())
+
+
+class ImageError(L2R2Error):
+    """An image that cannot be used; the message starts with the file's name."""
+
+
+def load_image(
+    source: str | Path | bytes | Image.Image,
+    *,
+    fill: Sequence[int] = FILL,
+    max_pixels: int = MAX_PIXELS,
+    name: str | None = None,
+) -> Image.Image:
+    """Open an image as upright 8-bit RGB.
+
+    EXIF orientation is applied; 16-bit images are rescaled to 8 bit (not clipped); transparent pixels are composited on
+    `fill`; of an animation the first frame is taken. The size is checked before anything is decoded.
+
+    Args:
+        source: path, encoded bytes, or a PIL image.
+        fill: RGB colour (0-255) under transparent pixels.
+        max_pixels: width * height above which the image is refused.
+        name: what error messages call the image (default: the path).
+
+    Raises:
+        ImageError: missing, empty, truncated, too large, or not an image; the message names the file.
+    """
+    name = name or (str(source) if isinstance(source, (str, Path)) else "image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow only warns of sizes that our own limit refuses, and of odd EXIF
+            image = _open(source, name)
+            _check_size(image, name, max_pixels)
+            return _to_rgb(ImageOps.exif_transpose(image), tuple(fill), name)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError:
+        raise ImageError(f"{name}: more pixels than the limit of {max_pixels:,}; make it smaller first.") from None
+    except Exception as error:  # decoders raise almost anything on damaged files
+        raise ImageError(f"{name}: cannot be decoded ({_one_line(error)}); the file is damaged or truncated.") from error
+
+
+def image_tensor(image: Image.Image) -> Tensor:
+    """The image's pixels as a uint8 tensor `[H, W, 3]`."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8))
+
+
+def list_images(sources: Iterable[str | Path]) -> list[Path]:
+    """Image files among `sources`, in order; folders are searched recursively and sorted, hidden files are left out.
+
+    A file that is named explicitly is kept whatever its suffix, so that a bad one is reported instead of ignored.
+
+    Raises:
+        ImageError: a source does not exist, or a folder holds no image.
+    """
+    found: list[Path] = []
+    for source in map(Path, sources):
+        if source.is_dir():
+            inside = sorted(p for p in source.rglob("*") if is_image_path(p.relative_to(source)) and p.is_file())
+            if not inside:
+                raise ImageError(f"{source}: no image in this folder (looked for {' '.join(sorted(IMAGE_SUFFIXES))}).")
+            found += inside
+        elif source.exists():
+            found.append(source)
+        else:
+            raise ImageError(f"{source}: no such file or folder.")
+    return list(dict.fromkeys(found))
+
+
+def is_image_path(path: Path) -> bool:
+    """Whether a (relative) path looks like an image that a user means: known suffix, no hidden part."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in path.parts)
+
+
+def _open(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if path.is_dir():
+            raise ImageError(f"{name}: is a folder, not an image.")
+        if not path.exists():
+            raise ImageError(f"{name}: no such file.")
+        source = path.read_bytes()
+    if not source:
+        raise ImageError(f"{name}: is empty (0 bytes).")
+    try:
+        return Image.open(io.BytesIO(source))
+    except Image.UnidentifiedImageError:
+        kind = "a ZIP archive" if source[:2] == b"PK" else "not an image in a format that is read here"
+        raise ImageError(f"{name}: is {kind}.") from None
+
+
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{name}: {width}x{height} = {width * height:,} pixels, more than the limit of {max_pixels:,}; make it smaller first."
+        )
+    if width * height == 0:
+        raise ImageError(f"{name}: has no pixels ({width}x{height}).")
+
+
+def _to_rgb(image: Image.Image, fill: tuple[int, ...], name: str) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.convert("RGB")  # decodes, and copies a caller's image
+    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
+        return Image.fromarray(_eight_bit(np.asarray(image), name)).convert("RGB")
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, (*fill, 255))
+        return Image.alpha_composite(canvas, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bit(pixels: np.ndarray, name: str) -> np.ndarray:
+    """Rescale greyscale of more than 8 bits by its format's range, never by its content: equal grey stays equal."""
+    if pixels.dtype.kind == "f":
+        if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 1:
+            raise ImageError(f"{name}: a floating-point image outside [0, 1]; save it as 8 or 16 bit.")
+        return np.rint(pixels * 255).astype(np.uint8)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ImageError(f"{name}: a 32-bit integer image; save it as 8 or 16 bit.")
+    return ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,283 @@
+"""The two-branch classifier: one timm backbone, a head a branch, a fusion; and the contract of a timm model around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Optional
+
+import timm
+import torch
+from timm.layers import trunc_normal_
+from timm.models import register_notrace_function
+from torch import Tensor, nn
+
+from .errors import L2R2Error
+from .fusion import Fusion, create_fusion
+from .views import ViewSpec, cut_batch
+
+BRANCHES = ("full", "fg", "bg")
+
+
+class L2R2Output(NamedTuple):
+    """Logits `[B, classes]` of each branch and of their fusion; None for a branch that the model does not have."""
+
+    full: Tensor | None
+    fg: Tensor | None
+    fused: Tensor
+    bg: Tensor | None = None
+
+
+@register_notrace_function
+def whole_image_only(x: Tensor, boxes: Optional[Tensor]) -> Tensor:  # noqa: UP045  (jit reads this annotation)
+    """An FX graph has no box path: boxes given to it are refused instead of ignored."""
+    if boxes is not None:
+        raise ValueError("an FX-traced L2R2 sees whole images only; give boxes to the untraced model")
+    return x
+
+
+class L2R2(nn.Module):
+    """Localize to Recognize Robustly: a classifier that looks at the whole image and at the object cut out of it.
+
+    `model(x)` is an ordinary timm classifier (the full head). `forward_views` is the real entrance. Views of one batch go
+    through the shared backbone as one batch, so a backbone with batch norm sees the statistics of the mixture while it is
+    trained, and keeps those running statistics for either view in evaluation; `shared=False` separates them.
+    Source: L2R2 (arXiv 2411.15933) sections 3 and B; the shared backbone is this project's.
+
+    Args:
+        backbone: name of a timm model that can be built with `num_classes=0`.
+        num_classes: classes of every head; 0 returns pooled features.
+        in_chans: channels of the input.
+        branches: which of full, fg, bg the model has. The first one answers `model(x)`; `("full",)` is the plain classifier.
+        shared: one backbone for all branches; False gives each branch its own (the paper's independent networks).
+        fusion: name or config of a fusion (`l2r2_models.fusion`). The default threshold of `robust` is not fitted.
+        views: how views are cut, a `ViewSpec` or its dict; by default made from the pretrained cfg.
+        drop_rate: dropout before the heads.
+        **backbone_kwargs: passed on to the timm backbone (`drop_path_rate`, `img_size`, `global_pool`, ...).
+
+    Raises:
+        L2R2Error: an unknown branch, fusion or view field.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        *,
+        branches: Sequence[str] = ("full", "fg"),
+        shared: bool = True,
+        fusion: str | Mapping[str, Any] = "robust",
+        views: ViewSpec | Mapping[str, Any] | None = None,
+        drop_rate: float = 0.0,
+        **backbone_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.branches = _check_branches(branches)
+        self.backbone_name = backbone
+        self.shared = shared
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self._view_spec = ViewSpec.from_dict(views) if isinstance(views, Mapping) else views
+
+        def build() -> nn.Module:
+            return timm.create_model(backbone, num_classes=0, in_chans=in_chans, drop_rate=drop_rate, **backbone_kwargs)
+
+        self.backbone = build()
+        self.branch_backbones = nn.ModuleDict({b: build() for b in self.branches[1:] if not shared})
+        self.num_features: int = self.backbone.num_features  # type: ignore[assignment]
+        self.head_hidden_size: int = self.backbone.head_hidden_size  # type: ignore[assignment]
+        self.feature_info = [{**i, "module": f"backbone.{i['module']}"} for i in _feature_info(self.backbone)]
+        if hasattr(self.backbone, "output_fmt"):
+            self.output_fmt = self.backbone.output_fmt
+        self.heads = nn.ModuleDict({b: self._new_head() for b in self.branches})
+        self.fusion: Fusion = create_fusion(fusion)
+
+    # ---- inference and training ----
+
+    def forward(self, x: Tensor, boxes: Optional[Tensor] = None) -> Tensor:  # noqa: UP045  (jit reads this annotation)
+        """Logits `[B, classes]` of normalised images `[B, C, H, W]`.
+
+        Without boxes: the first head (full) exactly; in training the mean of the heads on one pass, so that any timm
+        training script trains every parameter. With `boxes` (`[B, 4]` xyxy in pixels of x; a NaN row has none): the
+        fused logits, fg cut out of `x`. Prefer `forward_views` with views cut from the original image: a crop out of a
+        224-pixel tensor has thrown most of the object away.
+        """
+        if boxes is not None:
+            if torch.jit.is_scripting():
+                raise RuntimeError("a scripted L2R2 sees whole images only; give boxes to the unscripted model")
+            else:
+                if not isinstance(boxes, torch.fx.Proxy):
+                    return self.forward_boxes(x, boxes)
+                x = whole_image_only(x, boxes)
+        features = self.backbone(x)
+        logits = [head(features) for head in self.heads.values()]
+        if not self.training:
+            return logits[0]
+        for i, backbone in enumerate(self.branch_backbones.values()):
+            own = backbone(x)
+            for j, head in enumerate(self.heads.values()):
+                if j == i + 1:
+                    logits[j] = head(own)
+        return torch.stack(logits).mean(0)
+
+    @torch.jit.ignore
+    def forward_boxes(self, x: Tensor, boxes: Tensor) -> Tensor:
+        """Fused logits with the views cut out of the normalised batch itself; see `forward`."""
+        views, has_fg = {}, None
+        for branch in self.branches:
+            if branch == "full":
+                views[branch] = x
+            else:
+                views[branch], has_fg = cut_batch(x, boxes, self.view_spec, branch)
+        return self.forward_views(**views, has_fg=has_fg).fused
+
+    @torch.jit.ignore
+    def forward_views(
+        self,
+        full: Tensor | None = None,
+        fg: Tensor | None = None,
+        has_fg: Tensor | None = None,
+        *,
+        bg: Tensor | None = None,
+    ) -> L2R2Output:
+        """Logits of the branches whose view is given, and their fusion.
+
+        Args:
+            full, fg, bg: normalised views `[B, C, S, S]`.
+            has_fg: `[B]` bool, False where no object was found; those rows are exactly the full branch's. None: all found.
+
+        Returns:
+            L2R2Output of `[B, classes]` logits. With one view given, `fused` is that branch.
+        """
+        logits = self.forward_branches(full=full, fg=fg, bg=bg)
+        return L2R2Output(logits.get("full"), logits.get("fg"), self.fuse(logits, has_fg), logits.get("bg"))
+
+    @torch.jit.ignore
+    def forward_branches(self, **views: Tensor | None) -> dict[str, Tensor]:
+        """Logits `[B, classes]` by branch, for views `[B, C, S, S]` given by branch name; one batch where shared."""
+        given = {b: v for b, v in views.items() if v is not None}
+        if unknown := set(given) - set(self.branches):
+            raise L2R2Error(f"This model has the branches {', '.join(self.branches)}, not {', '.join(sorted(unknown))}.")
+        if not given:
+            raise L2R2Error(f"Give at least one view of {', '.join(self.branches)}.")
+        if not self.shared:
+            return {b: self.heads[b](self.backbone_of(b)(v)) for b, v in given.items()}
+        sizes = [len(v) for v in given.values()]
+        features = self.backbone(torch.cat(list(given.values()))).split(sizes)  # one [nB, C, S, S] pass
+        return {b: self.heads[b](f) for b, f in zip(given, features)}
+
+    @torch.jit.ignore
+    def fuse(self, logits: Mapping[str, Tensor], has_fg: Tensor | None = None) -> Tensor:
+        """Fuse branch logits `[B, classes]` that were computed before; what `forward_views` does after the network."""
+        context = [logits[b] for b in ("full", "bg") if b in logits]
+        if "fg" not in logits or not context:
+            return context[0] if context else logits["fg"]
+        if "full" in logits:
+            return self.fusion(logits["fg"], torch.stack(context), has_fg)
+        fused = self.fusion(logits["fg"], torch.stack(context))  # without a full branch, fg answers: it saw the whole image
+        return fused if has_fg is None else torch.where(has_fg[:, None], fused, logits["fg"])
+
+    @property
+    def view_spec(self) -> ViewSpec:
+        """How this model's views are cut; saved with the checkpoint."""
+        return self._view_spec or ViewSpec.from_pretrained_cfg(getattr(self, "pretrained_cfg", {}))
+
+    @view_spec.setter
+    def view_spec(self, spec: ViewSpec) -> None:
+        self._view_spec = spec
+
+    def backbone_of(self, branch: str) -> nn.Module:
+        """The backbone that sees a branch's view."""
+        return self.branch_backbones[branch] if branch in self.branch_backbones else self.backbone
+
+    def backbone_prefixes(self) -> list[str]:
+        """Prefixes of the backbones' keys in the state dict."""
+        return ["backbone.", *(f"branch_backbones.{b}." for b in self.branch_backbones)]
+
+    # ---- the contract of a timm model ----
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.backbone.forward_features(x)  # type: ignore[operator]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        features = self.backbone.forward_head(x, pre_logits=pre_logits)  # type: ignore[operator]
+        return features if pre_logits else self.heads[self.branches[0]](features)
+
+    @torch.jit.ignore
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.backbone.forward_intermediates(x, *args, **kwargs)  # type: ignore[operator]
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(self, indices: Any = 1, prune_norm: bool = False, prune_head: bool = True) -> Any:
+        if prune_head:
+            self.heads = nn.ModuleDict({b: nn.Identity() for b in self.branches})
+            self.branch_backbones = nn.ModuleDict()
+        return self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)  # type: ignore[operator]
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.ModuleDict:
+        return self.heads
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        for backbone in self._backbones():
+            backbone.reset_classifier(0, global_pool)  # type: ignore[operator]
+        reference = next(self.parameters())
+        self.heads = nn.ModuleDict({b: self._new_head().to(reference.device, reference.dtype) for b in self.branches})
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for backbone in self._backbones():
+            backbone.set_grad_checkpointing(enable)  # type: ignore[operator]
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else set()  # type: ignore[operator]
+        return {prefix + name for prefix in self.backbone_prefixes() for name in names}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        prefix = r"^(?:backbone|branch_backbones\.\w+)\.(?:"
+
+        def wrap(pattern: Any) -> Any:
+            if isinstance(pattern, str):
+                return prefix + pattern.replace("^", "") + ")"
+            return [(wrap(p), *rest) for p, *rest in pattern]
+
+        matcher: Callable[..., dict[str, Any]] = self.backbone.group_matcher  # type: ignore[assignment]
+        return {name: wrap(pattern) for name, pattern in matcher(coarse=coarse).items()}
+
+    @property
+    def backbone_classifier(self) -> str:
+        """Name of the classifier in the timm backbone's own checkpoints, e.g. `head.fc`."""
+        name = self.backbone.default_cfg.get("classifier")  # type: ignore[union-attr, operator]
+        if not isinstance(name, str):
+            raise L2R2Error(f"{self.backbone_name} has no single classifier, so the heads cannot start from its weights.")
+        return name
+
+    def _backbones(self) -> Iterator[nn.Module]:
+        yield self.backbone
+        yield from self.branch_backbones.values()
+
+    def _new_head(self) -> nn.Module:
+        if not self.num_classes:
+            return nn.Identity()
+        head = nn.Linear(self.head_hidden_size, self.num_classes)
+        trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        return head
+
+
+def _check_branches(branches: Sequence[str]) -> tuple[str, ...]:
+    branches = (branches,) if isinstance(branches, str) else tuple(branches)
+    if unknown := [b for b in branches if b not in BRANCHES]:
+        raise L2R2Error(f'Unknown branch "{unknown[0]}"; choose from {", ".join(BRANCHES)}.')
+    if not branches or len(set(branches)) != len(branches):
+        raise L2R2Error(f"Branches must be one or more different ones of {', '.join(BRANCHES)}, got {branches}.")
+    return branches
+
+
+def _feature_info(backbone: nn.Module) -> list[dict[str, Any]]:
+    info = backbone.feature_info
+    return list(info.info if hasattr(info, "info") else info)  # type: ignore[union-attr, arg-type]

@@ -1,0 +1,149 @@
+"""The registered architectures and their pretrained tags. Importing this module makes them known to timm."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import timm
+from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, model_entrypoint, register_model
+from timm.models._pretrained import PretrainedCfg
+from timm.models._registry import get_arch_pretrained_cfgs  # private: pinned by tests/test_zoo.py
+from torch import Tensor
+
+from .configs import load_hub_configs
+from .errors import L2R2Error
+from .model import L2R2
+
+__all__: list[str] = []
+
+# architecture -> timm backbone; the table from which entrypoints, tags and hub_configs are made
+ARCHITECTURES: dict[str, str] = {
+    f"l2r2_{backbone}": backbone
+    for backbone in (
+        *(f"convnextv2_{size}" for size in ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")),
+        *(f"convnext_{size}" for size in ("tiny", "small", "base", "large")),
+        "resnet18",
+        "resnet50",
+        *(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")),
+        *(f"vit_{size}_patch14_reg4_dinov2" for size in ("small", "base", "large")),
+        "swin_tiny_patch4_window7_224",
+        "efficientnet_b0",
+    )
+}
+
+
+def timm_cfgs(backbone: str) -> dict[str, PretrainedCfg]:
+    """timm's weights of a backbone by name with tag, those only that the Hub serves."""
+    return {name: cfg for name, cfg in get_arch_pretrained_cfgs(backbone).items() if cfg.hf_hub_id and "." in name}
+
+
+def derive_cfg(source: PretrainedCfg, branches: tuple[str, ...] = ("full", "fg")) -> PretrainedCfg:
+    """An L2R2 pretrained cfg that loads a plain timm classifier's weights: backbone prefixed, classifier in each head."""
+
+    def prefixed(names: str | tuple[str, ...] | None) -> Any:
+        if names is None:
+            return None
+        return f"backbone.{names}" if isinstance(names, str) else tuple(f"backbone.{n}" for n in names)
+
+    return dataclasses.replace(
+        source,
+        architecture=None,
+        tag=None,
+        url=None,  # the Hub copy is safetensors; timm's other urls may be pickles
+        custom_load=False,
+        first_conv=prefixed(source.first_conv),
+        classifier=tuple(f"heads.{branch}" for branch in branches),
+    )
+
+
+def _default_cfgs() -> dict[str, PretrainedCfg]:
+    """`architecture.tag` -> cfg for every hub config whose source the installed timm knows; `*` marks the default tag."""
+    cfgs: dict[str, PretrainedCfg] = {}
+    known = {backbone: timm_cfgs(backbone) for backbone in ARCHITECTURES.values()}
+    for config in load_hub_configs():
+        source = known[ARCHITECTURES[config.architecture]].get(config.source)
+        if source is not None:
+            cfgs[config.name + ("*" if config.default else "")] = derive_cfg(source)
+    return cfgs
+
+
+default_cfgs = generate_default_cfgs(_default_cfgs())
+
+
+def load_filter(state_dict: dict[str, Tensor], model: L2R2) -> dict[str, Tensor]:
+    """Turn a plain timm checkpoint into one of `model`; one of our own passes, but for the fusion's numbers.
+
+    The classifier is copied to every head, the rest goes to every backbone after the backbone's own timm filter. What a
+    headless checkpoint lacks (`head.norm`) and the fusion's numbers stay as the model was built.
+    """
+    own = model.state_dict()
+    if any(key.startswith("backbone.") for key in state_dict):
+        # a fusion chosen at load time replaces the saved one together with its numbers
+        kept = {k: v for k, v in state_dict.items() if not k.startswith("fusion.") or k in own}
+        return {**{k: v for k, v in own.items() if k.startswith("fusion.")}, **kept}
+
+    module = sys.modules[model_entrypoint(model.backbone_name.split(".")[0]).__module__]
+    convert: Callable[..., dict[str, Tensor]] = getattr(module, "checkpoint_filter_fn", lambda sd, _: sd)
+    source = convert(state_dict, model.backbone)
+    classifier = model.backbone_classifier
+    out = {k: v for k, v in own.items() if k.startswith(("fusion.", "view_"))}
+    for prefix in model.backbone_prefixes():
+        body = {k.removeprefix(prefix): v for k, v in own.items() if k.startswith(prefix) and ".head.norm." in k}
+        body.update((k, v) for k, v in source.items() if k not in (f"{classifier}.weight", f"{classifier}.bias"))
+        out.update((prefix + k, v) for k, v in body.items())
+    if model.num_classes:
+        for name in ("weight", "bias"):
+            if (value := source.get(f"{classifier}.{name}")) is not None:
+                out.update((f"heads.{branch}.{name}", value.clone()) for branch in model.branches)
+    return out
+
+
+def _create(architecture: str, pretrained: bool = False, *, backbone: str, **kwargs: Any) -> L2R2:
+    return build_model_with_cfg(
+        L2R2,
+        architecture,
+        pretrained,
+        pretrained_filter_fn=load_filter,
+        feature_cfg=dict(feature_cls="getter", out_indices=_feature_indices(backbone)),
+        backbone=backbone,
+        **kwargs,
+    )
+
+
+def _feature_indices(backbone: str) -> tuple[int, ...]:
+    """features_only's default levels: all stages of a hierarchical network, timm's usual three of a ViT."""
+    if backbone.startswith(("resnet", "efficientnet")):
+        return (0, 1, 2, 3, 4)
+    return (-3, -2, -1) if backbone.startswith("vit_") else (0, 1, 2, 3)
+
+
+def _entrypoint(architecture: str, backbone: str) -> Callable[..., L2R2]:
+    def create(pretrained: bool = False, **kwargs: Any) -> L2R2:
+        return _create(architecture, pretrained, backbone=backbone, **kwargs)
+
+    create.__name__ = create.__qualname__ = architecture
+    create.__doc__ = f"L2R2 on timm's `{backbone}`; see `l2r2_models.L2R2` for the arguments."
+    return register_model(create)
+
+
+for _architecture, _backbone in ARCHITECTURES.items():
+    globals()[_architecture] = _entrypoint(_architecture, _backbone)
+
+
+@register_model
+def l2r2(pretrained: bool = False, backbone: str = "resnet18", **kwargs: Any) -> L2R2:
+    """L2R2 on any timm backbone: `timm.create_model("l2r2", backbone="convnext_nano.in12k_ft_in1k", pretrained=True)`.
+
+    With `pretrained=True` backbone and heads start from that timm tag (the default one where no tag is given).
+    """
+    if not is_model(backbone.split(".")[0]):
+        close = timm.list_models(f"*{backbone.split('.')[0].split('_')[0]}*")[:5]
+        hint = f"; close names: {', '.join(close)}" if close else ""
+        raise L2R2Error(f'Unknown timm backbone "{backbone}"{hint}.')
+    if kwargs.get("pretrained_cfg") is None:
+        source = timm.models.get_pretrained_cfg(backbone, allow_unregistered=True) or PretrainedCfg()
+        kwargs["pretrained_cfg"] = derive_cfg(source, tuple(kwargs.get("branches") or ("full", "fg"))).to_dict()
+    return _create("l2r2", pretrained, backbone=backbone, **kwargs)
