@@ -148,7 +148,7 @@ def placements(
 ) -> tuple[list[int], list[Geometry | None], Tensor]:
     """(image of each view, placement or None where invalid, valid [V]) for images of the given (height, width)."""
     index = image_index.tolist()
-    if index and not (0 <= min(index) and max(index) < len(sizes)):
+    if index and not (min(index) >= 0 and max(index) < len(sizes)):
         raise ValueError(f"roi_views: image_index must lie in 0..{len(sizes) - 1}, got {min(index)}..{max(index)}")
     of_view = torch.tensor([sizes[i] for i in index], dtype=torch.int64, device=boxes.device).reshape(-1, 2)
     ints, valid = integer_boxes(boxes, of_view[:, 0], of_view[:, 1], spec.margin)

@@ -1,0 +1,240 @@
+"""`roi_views`: the public function, its custom ops, and which implementation runs where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import cpu, reference
+from .spec import Spec, make_spec
+
+BACKENDS = ("", "reference", "cpu", "triton")
+_SPEC = (
+    "int height, int width, float margin, bool square, float[] fill, str interpolation, bool antialias, str mode, "
+    "float[] mean, float[] std, float scale, ScalarType dtype, bool channels_last, str backend"
+)
+_VIEWS = f"Tensor boxes, Tensor image_index, Tensor[] masks, int[] mask_views, {_SPEC}"
+
+
+def roi_views(
+    images: Sequence[Tensor] | Tensor,
+    boxes: Tensor,
+    image_index: Tensor | None = None,
+    *,
+    masks: Sequence[Tensor | None] | None = None,
+    size: int | Sequence[int] = 224,
+    margin: float = 0.0,
+    square: bool = True,
+    fill: float | Sequence[float] = (124, 116, 104),
+    interpolation: str = "bilinear",
+    antialias: bool = True,
+    mode: str = "float",
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    scale: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cut, mask, pad, resize and normalise views of images in one pass: decoded images and boxes in, network input out.
+
+    Per view: the box grows by `margin`, is rounded outwards (floor / ceil) and clipped to its image; the crop is taken,
+    masked pixels become `fill`, the crop is padded to a centred square with `fill` and resized. A box that is not finite or
+    has no pixel inside the image gives a view of `fill` and `valid` False.
+
+    Args:
+        images: list of uint8 tensors [3, H, W] or [H, W, 3] of any sizes (a tensor that fits both readings is [3, H, W]),
+            or one batch [B, 3, H, W], uint8 or floating. All on one device. A floating batch receives gradients.
+        boxes: [V, 4] xyxy in absolute pixels of the view's image, exclusive end; a NaN row means no box.
+        image_index: [V] integers, the image of each view; None when there is one view an image, in order. Out of range is
+            an error on the CPU and gives an invalid view on CUDA, where looking would stall the stream.
+        masks: None, or one entry a view: None or bool / uint8 [H, W] of that view's image; nonzero keeps the pixel.
+        size: output side, or (height, width).
+        margin: each end of the box moves out by `margin` times that side.
+        square: pad the crop to a square before the resize; False stretches it.
+        fill: colour of padding and masked pixels, in the units of the input.
+        interpolation, antialias: "bilinear" or "bicubic", as `F.interpolate` defines them.
+        mode: "float" equals `F.interpolate` in float on the padded canvas; "pil" equals Pillow's resize of it bit for bit
+            (uint8 images, square output, antialias).
+        mean, std, scale: normalised = (x / scale - mean) / std; scale None is 255 for uint8 and 1 for floating images.
+        dtype, memory_format: of the views.
+        backend: None chooses by device (CUDA: Triton, CPU: the CPU path, else the reference); or "reference", "cpu", "triton".
+
+    Returns:
+        views [V, 3, height, width] and valid, bool [V].
+
+    Raises:
+        TypeError, ValueError: one sentence that names the argument.
+    """
+    batched = isinstance(images, Tensor)
+    is_uint8, device = _check_batch(images) if isinstance(images, Tensor) else _check_list(images)
+    spec = make_spec(
+        is_uint8=is_uint8, size=size, margin=margin, square=square, fill=fill, interpolation=interpolation,
+        antialias=antialias, mode=mode, mean=mean, std=std, scale=scale, dtype=dtype, memory_format=memory_format,
+    )  # fmt: skip
+    count = images.shape[0] if isinstance(images, Tensor) else len(images)
+    boxes, image_index = _check_boxes(boxes, image_index, count, device)
+    present, mask_views = _check_masks(masks, boxes.shape[0], device)
+    if (backend or "") not in BACKENDS:
+        raise ValueError(f'roi_views: backend must be one of {", ".join(BACKENDS[1:])} or None, got "{backend}"')
+    op = _batch_op if batched else _ragged_op
+    return op(images, boxes, image_index, present, mask_views, *spec, backend or "")
+
+
+def _check_batch(images: Tensor) -> tuple[bool, torch.device]:
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"roi_views: images must be [B, 3, H, W] when given as one tensor, got {tuple(images.shape)}")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise TypeError(f"roi_views: images must be uint8 or floating, got {images.dtype}")
+    return images.dtype == torch.uint8, images.device
+
+
+def _check_list(images: Sequence[Tensor]) -> tuple[bool, torch.device]:
+    device = images[0].device if images and isinstance(images[0], Tensor) else torch.device("cpu")
+    for image in images:
+        if not isinstance(image, Tensor) or image.dtype != torch.uint8:
+            found = image.dtype if isinstance(image, Tensor) else type(image).__name__
+            raise TypeError(f"roi_views: images must be a list of uint8 tensors or one batch tensor, got {found} in the list")
+        shape = image.shape
+        if len(shape) != 3 or (shape[0] != 3 and shape[2] != 3):
+            raise ValueError(f"roi_views: images must be [3, H, W] or [H, W, 3], got {tuple(shape)} in the list")
+        if image.device != device:
+            raise ValueError(f"roi_views: images must be on one device, got {device} and {image.device}")
+    return True, device
+
+
+def _check_boxes(boxes: Tensor, image_index: Tensor | None, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    if not isinstance(boxes, Tensor) or boxes.dim() != 2 or boxes.shape[1] != 4:
+        found = tuple(boxes.shape) if isinstance(boxes, Tensor) else type(boxes).__name__
+        raise ValueError(f"roi_views: boxes must be [V, 4], got {found}")
+    boxes = boxes.detach().to(device, torch.float32, non_blocking=True)
+    if image_index is None:
+        if boxes.shape[0] != count:
+            raise ValueError(f"roi_views: image_index is needed when there are {boxes.shape[0]} boxes for {count} images")
+        return boxes, torch.arange(count, device=device)
+    if image_index.shape != boxes.shape[:1] or image_index.is_floating_point() or image_index.dtype == torch.bool:
+        raise ValueError(
+            f"roi_views: image_index must be {boxes.shape[0]} integers, got {image_index.dtype} {tuple(image_index.shape)}"
+        )
+    return boxes, image_index.to(device, torch.int64, non_blocking=True)
+
+
+def _check_masks(masks: Sequence[Tensor | None] | None, views: int, device: torch.device) -> tuple[list[Tensor], list[int]]:
+    """The masks there are, as uint8, and [-1, view of each].
+
+    An op's autograd takes neither a list with None in it nor, beside a list of tensors, an empty list of integers.
+    """
+    if masks is None:
+        return [], [-1]
+    if len(masks) != views:
+        raise ValueError(f"roi_views: masks must have one entry a view ({views}), got {len(masks)}")
+    present: list[Tensor] = []
+    of_view = [-1]
+    for view, mask in enumerate(masks):
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, torch.uint8):
+            found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"roi_views: masks must be bool or uint8 tensors, got {found}")
+        if mask.dim() != 2:
+            raise ValueError(f"roi_views: masks must be [H, W] each, got {tuple(mask.shape)}")
+        if mask.device != device:
+            raise ValueError(f"roi_views: masks must be on the device of images, got {mask.device} and {device}")
+        present.append(mask.view(torch.uint8) if mask.dtype == torch.bool else mask)
+        of_view.append(view)
+    return present, of_view
+
+
+def _per_view(masks: Sequence[Tensor], mask_views: Sequence[int], views: int) -> list[Tensor | None]:
+    spread: list[Tensor | None] = [None] * views
+    for view, mask in zip(mask_views[1:], masks):
+        spread[view] = mask
+    return spread
+
+
+def _choose(backend: str, device: torch.device, dtype: torch.dtype, spec: Spec) -> str:
+    if backend:
+        return backend
+    if torch.float64 in (dtype, spec.dtype) or device.type not in ("cpu", "cuda"):
+        return "reference"
+    return "triton" if device.type == "cuda" else "cpu"
+
+
+def _compute_dtype(dtype: torch.dtype, spec: Spec) -> torch.dtype:
+    return torch.float64 if torch.float64 in (dtype, spec.dtype) else torch.float32
+
+
+def _run(images, boxes, image_index, masks, mask_views, spec: Spec, backend: str) -> tuple[Tensor, Tensor]:
+    first = images if isinstance(images, Tensor) else (images[0] if images else boxes)
+    chosen = _choose(backend, first.device, first.dtype, spec)
+    if chosen == "triton":
+        from . import triton as kernels
+
+        return kernels.forward(images, boxes, image_index, masks, mask_views, spec)
+    masks = _per_view(masks, mask_views, boxes.shape[0])
+    if chosen == "cpu":
+        return cpu.forward(images, boxes, image_index, masks, spec)
+    return reference.forward(images, boxes, image_index, masks, spec, _compute_dtype(first.dtype, spec))
+
+
+def _empty_views(like: Tensor, boxes: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+    shape = (boxes.shape[0], 3, spec.height, spec.width)
+    views = torch.empty(shape, dtype=spec.dtype, device=like.device, memory_format=spec.memory_format)
+    return views, torch.empty(boxes.shape[:1], dtype=torch.bool, device=like.device)
+
+
+@torch.library.custom_op("l2r2::roi_views_ragged", mutates_args=(), schema=f"(Tensor[] images, {_VIEWS}) -> (Tensor, Tensor)")
+def _ragged_op(images, boxes, image_index, masks, mask_views, *spec):
+    return _run(images, boxes, image_index, masks, mask_views, Spec(*spec[:-1]), spec[-1])
+
+
+@_ragged_op.register_fake
+def _(images, boxes, image_index, masks, mask_views, *spec):
+    return _empty_views(boxes, boxes, Spec(*spec[:-1]))
+
+
+@torch.library.custom_op("l2r2::roi_views_batch", mutates_args=(), schema=f"(Tensor images, {_VIEWS}) -> (Tensor, Tensor)")
+def _batch_op(images, boxes, image_index, masks, mask_views, *spec):
+    return _run(images, boxes, image_index, masks, mask_views, Spec(*spec[:-1]), spec[-1])
+
+
+@_batch_op.register_fake
+def _(images, boxes, image_index, masks, mask_views, *spec):
+    return _empty_views(images, boxes, Spec(*spec[:-1]))
+
+
+@torch.library.custom_op("l2r2::roi_views_backward", mutates_args=(), schema=f"(Tensor grad, Tensor images, {_VIEWS}) -> Tensor")
+def _backward_op(grad, images, boxes, image_index, masks, mask_views, *spec):
+    spec, backend = Spec(*spec[:-1]), str(spec[-1])
+    if _choose(backend, images.device, images.dtype, spec) == "triton":
+        from . import triton as kernels
+
+        return kernels.backward(grad, images, boxes, image_index, masks, mask_views, spec)
+    masks = _per_view(masks, mask_views, boxes.shape[0])
+    compute = _compute_dtype(images.dtype, spec)
+    return reference.backward(grad, images.shape, boxes, image_index, masks, spec, compute).to(images.dtype)
+
+
+@_backward_op.register_fake
+def _(grad, images, boxes, image_index, masks, mask_views, *spec):
+    return torch.empty(images.shape, dtype=images.dtype, device=images.device)
+
+
+def _setup_context(ctx, inputs, output):
+    images, boxes, image_index, masks, mask_views, *spec = inputs
+    ctx.save_for_backward(images, boxes, image_index, *masks)
+    ctx.mask_views, ctx.spec = mask_views, spec
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad, _grad_valid):
+    images, boxes, image_index, *masks = ctx.saved_tensors
+    grad_images = None
+    if ctx.needs_input_grad[0]:
+        grad_images = _backward_op(grad, images, boxes, image_index, masks, ctx.mask_views, *ctx.spec)
+    return grad_images, None, None, [None] * len(masks), None, *[None] * len(ctx.spec)
+
+
+_batch_op.register_autograd(_backward, setup_context=_setup_context)
