@@ -1,0 +1,28 @@
+"""L2R2: image classifiers that look at the object first, as timm models. Importing this package registers them."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import zoo  # registers the models
+from .boxes import Detections
+from .errors import L2R2Error
+from .images import ImageError, load_image
+from .model import L2R2, L2R2Output
+from .views import Views, ViewSpec, make_views
+
+if TYPE_CHECKING:
+    from .predictor import Prediction, Predictor
+
+__version__ = "0.1.0"
+__all__ = [
+    "L2R2", "Detections", "ImageError", "L2R2Error", "L2R2Output", "Prediction", "Predictor", "ViewSpec", "Views",
+    "load_image", "make_views", "zoo",
+]  # fmt: skip
+
+_LAZY = {"Predictor": ".predictor", "Prediction": ".predictor"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

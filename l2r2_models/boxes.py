@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from l2r2_kernels import integer_boxes
+from l2r2_kernels.roi_views.reference import integer_boxes
 from torch import Tensor
 
 from .errors import L2R2Error
@@ -95,8 +95,8 @@ class Detections:
 
     def windows(self, margin: float = 0.0) -> tuple[Tensor, Tensor]:
         """The integer boxes that a view is cut from, `[N, 4]` int64, and which of them hold a pixel, `[N]` bool."""
-        sizes = torch.tensor(self.image_size).expand(len(self.boxes), 2)
-        return integer_boxes(self.boxes, sizes, margin)
+        height, width = (torch.tensor(side).expand(len(self.boxes)) for side in self.image_size)
+        return integer_boxes(self.boxes, height, width, margin)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 import timm
@@ -58,6 +58,8 @@ class L2R2(nn.Module):
         L2R2Error: an unknown branch, fusion or view field.
     """
 
+    __jit_unused_properties__ = ("view_spec",)
+
     def __init__(
         self,
         backbone: str = "resnet18",
@@ -82,10 +84,10 @@ class L2R2(nn.Module):
         def build() -> nn.Module:
             return timm.create_model(backbone, num_classes=0, in_chans=in_chans, drop_rate=drop_rate, **backbone_kwargs)
 
-        self.backbone = build()
+        self.backbone: Any = build()  # a timm model has more methods than nn.Module knows
         self.branch_backbones = nn.ModuleDict({b: build() for b in self.branches[1:] if not shared})
-        self.num_features: int = self.backbone.num_features  # type: ignore[assignment]
-        self.head_hidden_size: int = self.backbone.head_hidden_size  # type: ignore[assignment]
+        self.num_features: int = self.backbone.num_features
+        self.head_hidden_size: int = self.backbone.head_hidden_size
         self.feature_info = [{**i, "module": f"backbone.{i['module']}"} for i in _feature_info(self.backbone)]
         if hasattr(self.backbone, "output_fmt"):
             self.output_fmt = self.backbone.output_fmt
@@ -162,7 +164,7 @@ class L2R2(nn.Module):
             raise L2R2Error(f"Give at least one view of {', '.join(self.branches)}.")
         if not self.shared:
             return {b: self.heads[b](self.backbone_of(b)(v)) for b, v in given.items()}
-        sizes = [len(v) for v in given.values()]
+        sizes = [v.shape[0] for v in given.values()]
         features = self.backbone(torch.cat(list(given.values()))).split(sizes)  # one [nB, C, S, S] pass
         return {b: self.heads[b](f) for b, f in zip(given, features)}
 
@@ -197,22 +199,22 @@ class L2R2(nn.Module):
     # ---- the contract of a timm model ----
 
     def forward_features(self, x: Tensor) -> Tensor:
-        return self.backbone.forward_features(x)  # type: ignore[operator]
+        return self.backbone.forward_features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        features = self.backbone.forward_head(x, pre_logits=pre_logits)  # type: ignore[operator]
+        features = self.backbone.forward_head(x, pre_logits=pre_logits)
         return features if pre_logits else self.heads[self.branches[0]](features)
 
     @torch.jit.ignore
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.backbone.forward_intermediates(x, *args, **kwargs)  # type: ignore[operator]
+        return self.backbone.forward_intermediates(x, *args, **kwargs)
 
     @torch.jit.ignore
     def prune_intermediate_layers(self, indices: Any = 1, prune_norm: bool = False, prune_head: bool = True) -> Any:
         if prune_head:
             self.heads = nn.ModuleDict({b: nn.Identity() for b in self.branches})
             self.branch_backbones = nn.ModuleDict()
-        return self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)  # type: ignore[operator]
+        return self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.ModuleDict:
@@ -222,18 +224,18 @@ class L2R2(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
         for backbone in self._backbones():
-            backbone.reset_classifier(0, global_pool)  # type: ignore[operator]
+            backbone.reset_classifier(0, global_pool)
         reference = next(self.parameters())
         self.heads = nn.ModuleDict({b: self._new_head().to(reference.device, reference.dtype) for b in self.branches})
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for backbone in self._backbones():
-            backbone.set_grad_checkpointing(enable)  # type: ignore[operator]
+            backbone.set_grad_checkpointing(enable)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else set()  # type: ignore[operator]
+        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else set()
         return {prefix + name for prefix in self.backbone_prefixes() for name in names}
 
     @torch.jit.ignore
@@ -245,18 +247,9 @@ class L2R2(nn.Module):
                 return prefix + pattern.replace("^", "") + ")"
             return [(wrap(p), *rest) for p, *rest in pattern]
 
-        matcher: Callable[..., dict[str, Any]] = self.backbone.group_matcher  # type: ignore[assignment]
-        return {name: wrap(pattern) for name, pattern in matcher(coarse=coarse).items()}
+        return {name: wrap(pattern) for name, pattern in self.backbone.group_matcher(coarse=coarse).items()}
 
-    @property
-    def backbone_classifier(self) -> str:
-        """Name of the classifier in the timm backbone's own checkpoints, e.g. `head.fc`."""
-        name = self.backbone.default_cfg.get("classifier")  # type: ignore[union-attr, operator]
-        if not isinstance(name, str):
-            raise L2R2Error(f"{self.backbone_name} has no single classifier, so the heads cannot start from its weights.")
-        return name
-
-    def _backbones(self) -> Iterator[nn.Module]:
+    def _backbones(self) -> Iterator[Any]:
         yield self.backbone
         yield from self.branch_backbones.values()
 
@@ -278,6 +271,6 @@ def _check_branches(branches: Sequence[str]) -> tuple[str, ...]:
     return branches
 
 
-def _feature_info(backbone: nn.Module) -> list[dict[str, Any]]:
+def _feature_info(backbone: Any) -> list[dict[str, Any]]:
     info = backbone.feature_info
-    return list(info.info if hasattr(info, "info") else info)  # type: ignore[union-attr, arg-type]
+    return list(info.info if hasattr(info, "info") else info)

@@ -88,8 +88,8 @@ def load_filter(state_dict: dict[str, Tensor], model: L2R2) -> dict[str, Tensor]
     module = sys.modules[model_entrypoint(model.backbone_name.split(".")[0]).__module__]
     convert: Callable[..., dict[str, Tensor]] = getattr(module, "checkpoint_filter_fn", lambda sd, _: sd)
     source = convert(state_dict, model.backbone)
-    classifier = model.backbone_classifier
-    out = {k: v for k, v in own.items() if k.startswith(("fusion.", "view_"))}
+    classifier = _classifier_name(model)
+    out = {k: v for k, v in own.items() if k.startswith("fusion.")}
     for prefix in model.backbone_prefixes():
         body = {k.removeprefix(prefix): v for k, v in own.items() if k.startswith(prefix) and ".head.norm." in k}
         body.update((k, v) for k, v in source.items() if k not in (f"{classifier}.weight", f"{classifier}.bias"))
@@ -99,6 +99,14 @@ def load_filter(state_dict: dict[str, Tensor], model: L2R2) -> dict[str, Tensor]
             if (value := source.get(f"{classifier}.{name}")) is not None:
                 out.update((f"heads.{branch}.{name}", value.clone()) for branch in model.branches)
     return out
+
+
+def _classifier_name(model: L2R2) -> str:
+    """Name of the classifier in the timm backbone's own checkpoints, e.g. `head.fc`."""
+    name = model.backbone.default_cfg.get("classifier")
+    if not isinstance(name, str):
+        raise L2R2Error(f"{model.backbone_name} has no single classifier, so the heads cannot start from its weights.")
+    return name
 
 
 def _create(architecture: str, pretrained: bool = False, *, backbone: str, **kwargs: Any) -> L2R2:

@@ -22,7 +22,7 @@ def most_confident(logits: Tensor) -> Tensor:
     The earlier branch wins a tie.
     """
     best = confidence(logits).argmax(0)  # [B]
-    return logits.gather(0, best[None, :, None].expand(1, *logits.shape[1:]))[0]
+    return logits.gather(0, best[None, :, None].expand(1, -1, logits.shape[-1]))[0]
 
 
 @register_fusion
@@ -60,12 +60,12 @@ class Robust(Fusion):
     """
 
     name = "robust"
-    threshold: Tensor
 
     def __init__(self, threshold: float = 0.5) -> None:
         super().__init__()
         if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
             raise L2R2Error(f'Fusion "robust" needs a threshold from 0 to 1, got {threshold}.')
+        self.threshold: Tensor
         self.register_buffer("threshold", torch.tensor(float(threshold)))
 
     def combine(self, fg: Tensor, context: Tensor) -> Tensor:

@@ -1,0 +1,277 @@
+"""THE place that cuts: from images and boxes to the views that the branches see, as one serialised `ViewSpec` says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from l2r2_kernels import roi_views
+from l2r2_kernels.roi_views.reference import integer_boxes
+from torch import Tensor
+
+from .errors import L2R2Error
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CHOICES = {
+    "fg": ("crop", "masked_crop", "masked"),
+    "bg": ("shape", "box"),
+    "interpolation": ("bilinear", "bicubic"),
+    "mode": ("float", "pil"),
+}
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """How views are cut. Saved in the checkpoint; training, prediction, evaluation and export all cut by it.
+
+    The order is: mask, crop to the box, pad to a centred square with `fill`, resize, normalise (METHOD.md 1; L2R2 B.2).
+
+    Attributes:
+        size: side of the square view in pixels.
+        fg: `crop` (cut to the box), `masked_crop` (background replaced by `fill`, then cut) or `masked` (background
+            replaced, not cut). Where no mask is given, the box is the mask.
+        bg: `shape` (object pixels replaced; without a mask the same as `box`) or `box` (its box replaced).
+        margin: how far the fg box grows at each end, relative to its side.
+        square: pad to a square before the resize; False stretches. Holds for the full view too.
+        fill: RGB levels (0-255) of padding and of replaced pixels.
+        interpolation: `bilinear` or `bicubic`, antialiased.
+        mode: `float`, or `pil`, which rounds as Pillow does, bit for bit (squares only).
+        mean, std: normalisation of pixels in [0, 1].
+    """
+
+    size: int = 224
+    fg: Literal["crop", "masked_crop", "masked"] = "crop"
+    bg: Literal["shape", "box"] = "shape"
+    margin: float = 0.0
+    square: bool = True
+    fill: tuple[int, int, int] = (124, 116, 104)
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    mode: Literal["float", "pil"] = "float"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise L2R2Error(f'Unknown {name} "{getattr(self, name)}" of a view; choose from {", ".join(choices)}.')
+        if not isinstance(self.size, int) or self.size < 1:
+            raise L2R2Error(f"A view's size must be a positive number of pixels, got {self.size}.")
+        if not 0 <= self.margin <= 10:
+            raise L2R2Error(f"A view's margin must lie between 0 and 10 box sides, got {self.margin}.")
+        if self.mode == "pil" and not self.square:
+            raise L2R2Error('Views of mode "pil" must be square.')
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ViewSpec:
+        """From a config; an unknown field is an error."""
+        names = [f.name for f in fields(cls)]
+        if unknown := sorted(set(data) - set(names)):
+            raise L2R2Error(f"Unknown view field {', '.join(unknown)}; choose from {', '.join(names)}.")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+
+    @classmethod
+    def from_pretrained_cfg(cls, cfg: Mapping[str, Any], **changes: Any) -> ViewSpec:
+        """The views that suit a timm model: its input size, interpolation, mean and std; `fill` is the mean colour."""
+        mean = tuple(cfg.get("mean", cls.mean))
+        std = tuple(cfg.get("std", cls.std))
+        interpolation = cfg.get("interpolation", "bicubic")
+        values: dict[str, Any] = {
+            "size": cfg.get("input_size", (3, 224, 224))[-1],
+            "interpolation": interpolation if interpolation in CHOICES["interpolation"] else "bicubic",
+            "mean": mean,
+            "std": std,
+            "fill": tuple(round(255 * m) for m in mean),
+        }
+        return cls(**{**values, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON or YAML."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+class Views(NamedTuple):
+    """Normalised views `[V, 3, S, S]` by branch (None where not asked for) and `has_fg` `[V]` bool.
+
+    Where `has_fg` is False the fg view shows the whole image, so that the batch holds real images only.
+    """
+
+    full: Tensor | None
+    fg: Tensor | None
+    bg: Tensor | None
+    has_fg: Tensor
+
+
+def make_views(
+    images: Sequence[Image | Tensor],
+    boxes: Tensor | None,
+    spec: ViewSpec,
+    *,
+    branches: Sequence[str] = ("full", "fg"),
+    image_index: Tensor | None = None,
+    masks: Sequence[Tensor | None] | None = None,
+    device: torch.device | str | None = None,
+) -> Views:
+    """Cut the views of every box, from the original images.
+
+    Args:
+        images: upright RGB images, PIL or uint8 tensors `[H, W, 3]`, of any sizes.
+        boxes: `[V, 4]` xyxy pixels of the original image; a NaN row has no box. None: no image has one.
+        spec: how to cut.
+        branches: which views to make.
+        image_index: `[V]` int64, the image of each box; by default box i belongs to image i.
+        masks: V masks `[H, W]` bool (True = object) or None.
+        device: where to cut (default: where the images are).
+
+    Returns:
+        Views of V rows. A row without a usable box, or whose mask is empty, has `has_fg` False (METHOD.md 2).
+
+    Raises:
+        L2R2Error: boxes, index or masks do not fit the images.
+    """
+    pixels = [_pixels(image).to(device) for image in images]
+    place = pixels[0].device if pixels else torch.device("cpu")
+    rows = len(pixels) if boxes is None else len(boxes)
+    index = torch.arange(rows, device=place) if image_index is None else image_index.to(place)
+    if image_index is None and rows != len(pixels):
+        raise L2R2Error(f"{rows} boxes for {len(pixels)} images; give image_index where they differ.")
+    if rows == 0:
+        raise L2R2Error("No image to cut views from.")
+    sizes = torch.tensor([p.shape[:2] for p in pixels], device=place)[index]  # [V, 2] height, width
+    boxes = torch.full((rows, 4), float("nan"), device=place) if boxes is None else boxes.to(place, torch.float32)
+    keep = _object_masks(masks, rows, place)
+
+    _, has_fg = integer_boxes(boxes, sizes[:, 0], sizes[:, 1], 0.0)
+    if keep is not None:
+        has_fg = has_fg & torch.stack([torch.ones((), dtype=torch.bool, device=place) if m is None else m.any() for m in keep])
+    cut = _Cutter(pixels, index, sizes, boxes, has_fg, keep, spec)
+    return Views(
+        cut.full(share=image_index is not None) if "full" in branches else None,
+        cut.fg() if "fg" in branches else None,
+        cut.bg() if "bg" in branches else None,
+        has_fg,
+    )
+
+
+def cut_batch(x: Tensor, boxes: Tensor, spec: ViewSpec, branch: str) -> tuple[Tensor, Tensor]:
+    """Cut fg or bg out of a normalised batch, at its own size; differentiable in `x`.
+
+    Args:
+        x: `[B, C, H, W]` normalised images; the fill colour is taken as 0, the mean.
+        boxes: `[B, 4]` xyxy in pixels of x; a NaN row has no box.
+        spec: margin, square and interpolation are used.
+        branch: `fg` or `bg` (without masks: the box is the object).
+
+    Returns:
+        Views `[B, C, H, W]` and `has_fg` `[B]` bool; a row without a box is the whole image.
+    """
+    batch, channels, height, width = x.shape  # shape, not len(): export keeps the batch dynamic
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.shape[0] != batch:
+        raise L2R2Error(f"boxes must be [B, 4] = [{batch}, 4], got {list(boxes.shape)}.")
+    window, has_fg = integer_boxes(boxes, boxes.new_full((batch,), height), boxes.new_full((batch,), width), 0.0)
+    whole = boxes.new_tensor([0, 0, width, height]).expand(batch, 4)
+    if branch == "bg" or spec.fg == "masked":
+        inside = _rectangles(window, height, width)[:, None]
+        erased = inside if branch == "bg" else ~inside
+        return torch.where(erased & has_fg[:, None, None, None], torch.zeros_like(x), x), has_fg
+    views, _ = roi_views(
+        x,
+        torch.where(has_fg[:, None], boxes.to(whole), whole),
+        size=(height, width),
+        margin=spec.margin,
+        square=spec.square,
+        fill=(0.0,) * channels,
+        interpolation=spec.interpolation,
+        dtype=x.dtype,
+    )
+    return views, has_fg
+
+
+class _Cutter:
+    """The views of one set of boxes; each method is one call of the kernel."""
+
+    def __init__(self, pixels, index, sizes, boxes, has_fg, masks, spec: ViewSpec) -> None:
+        self.pixels, self.index, self.has_fg, self.masks, self.spec = pixels, index, has_fg, masks, spec
+        self.whole = torch.stack([torch.zeros_like(sizes[:, 0]), torch.zeros_like(sizes[:, 0]), sizes[:, 1], sizes[:, 0]], 1).float()
+        self.boxes = torch.where(has_fg[:, None], boxes, self.whole)  # no box: the whole image
+        self.sizes = sizes
+
+    def full(self, share: bool) -> Tensor:
+        if not share:
+            return self._cut(self.whole, self.index)
+        images = torch.arange(len(self.pixels), device=self.index.device)  # one full view an image, however many boxes
+        ends = torch.tensor([[0, 0, p.shape[1], p.shape[0]] for p in self.pixels], device=self.index.device)
+        return self._cut(ends.float(), images)[self.index]
+
+    def fg(self) -> Tensor:
+        if self.spec.fg == "crop":
+            return self._cut(self.boxes, self.index, margin=self.spec.margin)
+        where = self.whole if self.spec.fg == "masked" else self.boxes
+        margin = 0.0 if self.spec.fg == "masked" else self.spec.margin
+        return self._cut(where, self.index, margin=margin, masks=self._objects())
+
+    def bg(self) -> Tensor:
+        objects = self._objects(boxes_only=self.spec.bg == "box")
+        # a row without a box has nothing to erase
+        masks = [~o if has else torch.ones_like(o) for o, has in zip(objects, self.has_fg.tolist())]
+        return self._cut(self.whole, self.index, masks=masks)
+
+    def _objects(self, boxes_only: bool = False) -> list[Tensor]:
+        """`[H, W]` bool of each row's object: its mask, or its box; everything where nothing was found."""
+        windows, _ = integer_boxes(self.boxes, self.sizes[:, 0], self.sizes[:, 1], 0.0)
+        objects = []
+        for row, image in enumerate(self.index.tolist()):
+            mask = None if self.masks is None or boxes_only else self.masks[row]
+            height, width = self.pixels[image].shape[:2]
+            if mask is not None and tuple(mask.shape) != (height, width):
+                raise L2R2Error(f"Mask {row} is {list(mask.shape)}, its image {[height, width]}.")
+            usable = mask is not None and bool(self.has_fg[row])
+            objects.append(mask if usable else _rectangles(windows[row : row + 1], height, width)[0])
+        return objects
+
+    def _cut(self, boxes: Tensor, index: Tensor, margin: float = 0.0, masks: list[Tensor] | None = None) -> Tensor:
+        spec = self.spec
+        views, _ = roi_views(
+            self.pixels,
+            boxes,
+            index,
+            masks=masks,
+            size=spec.size,
+            margin=margin,
+            square=spec.square,
+            fill=spec.fill,
+            interpolation=spec.interpolation,
+            mode=spec.mode,
+            mean=spec.mean,
+            std=spec.std,
+        )
+        return views
+
+
+def _pixels(image: Image | Tensor) -> Tensor:
+    if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise L2R2Error(f"An image tensor must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}.")
+        return image
+    from .images import image_tensor
+
+    return image_tensor(image)
+
+
+def _object_masks(masks: Sequence[Tensor | None] | None, rows: int, device: torch.device) -> list[Tensor | None] | None:
+    if masks is None:
+        return None
+    if len(masks) != rows:
+        raise L2R2Error(f"{len(masks)} masks for {rows} boxes.")
+    return [None if m is None else m.to(device).bool() for m in masks]
+
+
+def _rectangles(windows: Tensor, height: int, width: int) -> Tensor:
+    """`[V, H, W]` bool, True inside each integer box."""
+    rows = torch.arange(height, device=windows.device)[None, :, None]
+    columns = torch.arange(width, device=windows.device)[None, None, :]
+    x0, y0, x1, y1 = (end[:, None, None] for end in windows.unbind(1))
+    return (rows >= y0) & (rows < y1) & (columns >= x0) & (columns < x1)
