@@ -1,0 +1,160 @@
+"""timm's ViT blocks on kept tokens only, and the masked form that keeps every token.
+
+Both run the blocks' own layers and replace only the attention core, so weights, norms, LayerScale, dropout and drop path
+are the model's. With one mask through all blocks the two agree on the kept tokens: a dropped token is never a key, so
+nothing else can see it.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .attention import masked_attention, varlen_attention
+from .op import key_index, runs_triton
+from .packing import Packed, pack, unpack
+
+# What timm's vision_transformer.Block and layers.Attention hold. Anything else would be ignored here, so it is refused.
+_BLOCK_CHILDREN = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
+_ATTENTION_NAMES = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
+_ATTENTION_NAMES |= {"num_heads", "head_dim", "attn_dim", "scale", "fused_attn"}
+_MLPS = {"Mlp", "GluMlp", "SwiGLU", "SwiGLUPacked"}  # one token at a time
+
+Core = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def run_packed(
+    blocks: Iterable[nn.Module], x: Tensor, mask: Tensor, *, num_prefix: int = 0, capacity: int | str | None = None,
+    unpacked: bool = False, fill: float = 0.0, backend: str = "auto",
+) -> tuple[Packed, Tensor | None]:  # fmt: skip
+    """Runs timm ViT blocks on the kept tokens only.
+
+    Args:
+        blocks: timm ``Block`` modules, e.g. ``model.blocks``. Forward hooks on a block or its attention would not run, so
+            such blocks are refused.
+        x: ``[B, N, C]`` tokens as they enter the first block: prefix tokens first, positions added, ``norm_pre`` done.
+        mask: ``[B, N]`` bool, True = kept; the same through all blocks.
+        num_prefix: this many first tokens are always kept.
+        capacity: rows of the packed tokens, see ``pack``.
+        unpacked: also return the tokens in their places, ``fill`` where they were dropped.
+        backend: see ``masked_attention``.
+
+    Returns:
+        (packed tokens after the last block, unpacked tokens ``[B, N, C]`` or None). ``packed.prefix()`` has the prefix
+        tokens. The model's final norm is not applied.
+
+    Raises:
+        TypeError: a block that this cannot run; the message names its class and why.
+        ValueError: an argument does not fit.
+
+    Source: iFAM; equal to keys-only masking (``run_masked``) for kept tokens. Drop path is drawn once an image, as in timm.
+    """
+    blocks = _checked(blocks)
+    packed = pack(x, mask, num_prefix=num_prefix, capacity=capacity)
+
+    def core(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return varlen_attention(q, k, v, packed.cu_seqlens, packed.max_len, scale=scale, backend=backend)
+
+    image = packed.image_of_token() if any(_drops_paths(block) for block in blocks) else None
+
+    def drop_path(layer: nn.Module, branch: Tensor) -> Tensor:
+        if image is None:
+            return branch
+        factor = layer(branch.new_ones(packed.batch, 1))  # [B, 1]: one draw an image
+        return branch * factor[image]
+
+    tokens = packed.tokens
+    for block in blocks:
+        tokens = _block(block, tokens, core, drop_path)
+    packed = packed._replace(tokens=tokens)
+    return packed, unpack(packed, fill) if unpacked else None
+
+
+def run_masked(
+    blocks: Iterable[nn.Module], x: Tensor, mask: Tensor, *, num_prefix: int = 0, backend: str = "auto"
+) -> Tensor:
+    """Runs timm ViT blocks on all tokens, with the masked ones never as keys.
+
+    Arguments and errors as in ``run_packed``. Returns ``[B, N, C]``; masked tokens are computed too (they see the kept ones),
+    for models whose later layers need every token. Without a kept token or prefix, an image's attention gives zeros.
+    """
+    blocks = _checked(blocks)
+    if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
+        raise ValueError(f"mask must be a bool tensor [B, N] = {list(x.shape[:2])}; got {mask.dtype} {list(mask.shape)}.")
+    mask = mask.to(x.device, non_blocking=True)
+    if num_prefix:
+        mask = mask | (torch.arange(x.shape[1], device=x.device) < num_prefix)
+    keys = key_index(mask, backend) if runs_triton(x, 0, backend) else None
+
+    def core(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:  # [B, N, H, D]
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        return masked_attention(q, k, v, mask, scale=scale, keys=keys, backend=backend).transpose(1, 2)
+
+    for block in blocks:
+        x = _block(block, x, core, lambda layer, branch: layer(branch))
+    return x
+
+
+def _block(block: Any, x: Tensor, core: Core, drop_path: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+    """timm's ``Block.forward``, for x ``[..., C]``."""
+    x = x + drop_path(block.drop_path1, block.ls1(_attention(block.attn, block.norm1(x), core)))
+    return x + drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(x))))
+
+
+def _attention(attn: Any, x: Tensor, core: Core) -> Tensor:
+    """timm's ``Attention.forward``, for x ``[..., C]``."""
+    q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).unbind(-3)  # [..., H, D]
+    out = core(attn.q_norm(q), attn.k_norm(k), v, attn.scale).flatten(-2)
+    out = attn.norm(out) if hasattr(attn, "norm") else out
+    if getattr(attn, "gate", None) is not None:
+        out = out * attn.gate(x).sigmoid()
+    return attn.proj_drop(attn.proj(out))
+
+
+def _drops_paths(block: Any) -> bool:
+    return block.training and not (isinstance(block.drop_path1, nn.Identity) and isinstance(block.drop_path2, nn.Identity))
+
+
+def _checked(blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    blocks = list(blocks)
+    for number, block in enumerate(blocks):
+        reason = _refusal(block)
+        if reason:
+            raise TypeError(
+                f"Block {number} is a {type(block).__name__} that cannot run on masked tokens: {reason}. "
+                "timm's plain ViT blocks can (vision_transformer.Block with layers.Attention)."
+            )
+    return blocks
+
+
+def _refusal(block: Any) -> str | None:
+    """Why this block would not do here what its own forward does, or None."""
+    if type(block).__name__ != "Block" or not hasattr(block, "attn"):
+        return "its forward is not that of timm's Block"
+    attn = block.attn
+    if type(attn).__name__ != "Attention":
+        return f"its attention is a {type(attn).__name__}"
+    for module, name, known in ((block, "it", _BLOCK_CHILDREN), (attn, "its attention", _ATTENTION_NAMES)):
+        extra = _own_names(module) - known
+        if extra:
+            return f"{name} has {', '.join(sorted(extra))}, which would be ignored"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name} has forward hooks, which would not run"
+    missing = (_BLOCK_CHILDREN - _own_names(block)) | ({"qkv", "q_norm", "k_norm", "proj"} - _own_names(attn))
+    if missing:
+        return f"it has no {', '.join(sorted(missing))}"
+    if type(block.mlp).__name__ not in _MLPS:
+        return f"its MLP is a {type(block.mlp).__name__}, which may mix tokens"
+    if any(isinstance(norm, _BatchNorm) for norm in (block.norm1, block.norm2, attn.q_norm, attn.k_norm)):
+        return "its BatchNorm mixes tokens"
+    if attn.training and attn.attn_drop.p > 0:
+        return "attention dropout is not supported in training; set attn_drop to 0"
+    return None
+
+
+def _own_names(module: nn.Module) -> set[str]:
+    """Children, parameters, buffers and plain attributes, without what nn.Module itself keeps."""
+    plain = {name for name in vars(module) if not name.startswith("_") and name != "training"}
+    return plain | set(module._modules) | set(module._parameters) | set(module._buffers)

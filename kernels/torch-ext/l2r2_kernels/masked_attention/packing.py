@@ -1,0 +1,134 @@
+"""Kept tokens of a batch side by side, and back again."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .op import take_rows
+
+
+class Packed(NamedTuple):
+    """The kept tokens of B images in one row, image after image, in their order; padding at the end is zero.
+
+    tokens: ``[T_cap, C]``. cu_seqlens: ``[B + 1]`` int32, image i has the rows ``cu_seqlens[i]:cu_seqlens[i + 1]``.
+    max_len: N, the longest an image can be. source: ``[T_cap]`` int32, the row's place in the flat ``[B * N]`` (-1 for
+    padding). inverse: ``[B * N]`` int32, the token's row (-1 if dropped). overflow: a bool tensor of one element, True
+    when the capacity was too small; then every token is NaN, and so is everything unpacked. num_prefix: how many first tokens of
+    each image were kept without asking the mask.
+    """
+
+    tokens: Tensor
+    cu_seqlens: Tensor
+    max_len: int
+    source: Tensor
+    inverse: Tensor
+    overflow: Tensor
+    num_prefix: int
+
+    @property
+    def batch(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    def image_of_token(self) -> Tensor:
+        """``[T_cap]`` int64: the image of each row (0 for padding)."""
+        return torch.div(self.source.clamp_min(0), self.max_len, rounding_mode="floor").long()
+
+    def prefix(self) -> Tensor:
+        """The prefix tokens (class, registers) of each image, ``[B, num_prefix, C]``."""
+        rows = self.cu_seqlens[:-1, None] + torch.arange(self.num_prefix, device=self.cu_seqlens.device)
+        rows = rows.flatten().clamp_max(max(self.tokens.shape[0] - 1, 0))  # out of range only after an overflow
+        return self.tokens.index_select(0, rows).unflatten(0, (self.batch, self.num_prefix))
+
+    def check(self) -> None:
+        """Raises OverflowError if the capacity was too small. Waits for the device."""
+        if bool(self.overflow):
+            raise OverflowError(f"pack: the kept tokens did not fit into {self.tokens.shape[0]} rows; give a larger capacity.")
+
+
+def round_capacity(total: int) -> int:
+    """A capacity of at least ``total`` tokens: one of 32 sizes an octave, at most 3 % more, and a multiple of 64.
+
+    Few sizes mean few compiled graphs and repeatable matrix shapes.
+    """
+    step = max(64, 1 << max(total.bit_length() - 6, 0))
+    return -(-total // step) * step
+
+
+def pack(x: Tensor, mask: Tensor, *, num_prefix: int = 0, capacity: int | str | None = None) -> Packed:
+    """Drops the masked tokens of a batch.
+
+    Args:
+        x: ``[B, N, C]`` floating tokens, prefix tokens (class, registers) first.
+        mask: ``[B, N]`` bool, True = kept. May stay on the CPU when x does not.
+        num_prefix: this many first tokens are kept whatever the mask says.
+        capacity: rows of the result.
+            An int, if a bound is known without asking the device: from boxes, from masks on the CPU, from a fixed
+            coverage (``round_capacity`` helps). Needed for a mask on a GPU and inside ``torch.compile(fullgraph=True)``.
+            None: counted from a mask on the CPU; rounded up by ``round_capacity`` when x is on a GPU.
+            "sync": counted from the mask wherever it is, which makes the host wait for the GPU once.
+            A mask on a GPU with None is an error: B * N rows would be right, and would save nothing.
+
+    Returns:
+        ``Packed``. With an int capacity the kept tokens may not fit. With the mask on the CPU this raises; on a GPU,
+        where looking would wait, all tokens become NaN and ``packed.overflow`` is True (``packed.check()`` raises).
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+
+    Differentiable in x: dropped tokens get a zero gradient, and no atomics are used.
+    """
+    _check(x, mask, num_prefix, capacity)
+    batch, tokens, channels = x.shape
+    rows = _capacity(x, mask, num_prefix, capacity)
+    keep = mask.to(x.device, non_blocking=True)
+    if num_prefix:
+        keep = keep | (torch.arange(tokens, device=x.device) < num_prefix)
+    ends = keep.flatten().cumsum(0)  # [B * N], kept tokens so far
+    row = torch.arange(1, rows + 1, device=x.device)
+    index = torch.searchsorted(ends, row)  # the row-th kept token; B * N when there are fewer
+    index = torch.where(index < batch * tokens, index, -1)
+    inverse = torch.where(keep.flatten(), ends - 1, -1)
+    cu_seqlens = F.pad(keep.sum(1).cumsum(0), (1, 0))
+    overflow = cu_seqlens[-1] > rows
+    index, inverse = (torch.where(overflow, -2, i).to(torch.int32) for i in (index, inverse))
+    cu_seqlens = cu_seqlens.clamp_max(rows).to(torch.int32)
+    packed = take_rows(x.reshape(batch * tokens, channels), index, inverse, 0.0)
+    return Packed(packed, cu_seqlens, tokens, index, inverse, overflow, num_prefix)
+
+
+def unpack(packed: Packed, fill: float = 0.0) -> Tensor:
+    """``[B, N, C]``: every token back in its place, ``fill`` where it was dropped. Differentiable in ``packed.tokens``."""
+    flat = take_rows(packed.tokens, packed.inverse, packed.source, float(fill))
+    return flat.unflatten(0, (packed.batch, packed.max_len))
+
+
+def _check(x: Tensor, mask: Tensor, num_prefix: int, capacity: int | str | None) -> None:
+    if x.dim() != 3 or not x.is_floating_point():
+        raise ValueError(f"x must be a floating tensor [B, N, C]; got {x.dtype} {list(x.shape)}.")
+    if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
+        raise ValueError(f"mask must be a bool tensor [B, N] = {list(x.shape[:2])}; got {mask.dtype} {list(mask.shape)}.")
+    if not 0 <= num_prefix <= x.shape[1]:
+        raise ValueError(f"num_prefix must be between 0 and the {x.shape[1]} tokens of an image; got {num_prefix}.")
+    if isinstance(capacity, str) and capacity != "sync":
+        raise ValueError(f'capacity must be a number of tokens, None or "sync"; got {capacity!r}.')
+    if isinstance(capacity, int) and capacity < 0:
+        raise ValueError(f"capacity must not be negative; got {capacity}.")
+    if capacity is None and mask.device.type != "cpu":
+        raise ValueError(
+            "capacity is needed for a mask on a GPU, where counting it would stop the host: "
+            'give a bound, pass the mask from the CPU, or ask for one wait with capacity="sync".'
+        )
+
+
+def _capacity(x: Tensor, mask: Tensor, num_prefix: int, capacity: int | str | None) -> int:
+    on_cpu = mask.device.type == "cpu"
+    if isinstance(capacity, int) and (not on_cpu or torch.compiler.is_compiling()):
+        return capacity
+    total = int(mask[:, num_prefix:].sum()) + num_prefix * mask.shape[0]
+    if not isinstance(capacity, int):
+        return total if x.device.type == "cpu" else round_capacity(total)
+    if total > capacity:
+        raise ValueError(f"capacity is {capacity}, but the mask keeps {total} tokens; give at least that many.")
+    return capacity
