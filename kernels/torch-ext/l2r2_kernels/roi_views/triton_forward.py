@@ -1,0 +1,129 @@
+"""Forward kernel of `float` mode: both passes of the resize on tensor cores, one program a tile of one view."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_weights import crop_range, load_place, weight
+
+
+@triton.jit
+def source_of(images, table, b, stride_b, stride_c, stride_y, stride_x, RAGGED: tl.constexpr):
+    """(pointer, channel stride, row stride, pixel stride) of image b, from the pointer table or from the batch."""
+    if RAGGED:
+        row = table + b * 6
+        pointer = tl.load(row).to(tl.pointer_type(tl.uint8))
+        stride_c, stride_y, stride_x = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+    else:
+        pointer = images + b * stride_b
+    return pointer, stride_c, stride_y, stride_x
+
+
+@triton.jit
+def kept(mask_table, v, y, x):
+    """Where the mask of view v keeps the image's pixels (y, x); everywhere, if the view has no mask."""
+    row = mask_table + v * 5
+    pointer = tl.load(row).to(tl.pointer_type(tl.uint8))
+    inside = (y < tl.load(row + 1)) & (x < tl.load(row + 2))  # 0 x 0: no mask
+    return tl.load(pointer + y * tl.load(row + 3) + x * tl.load(row + 4), mask=inside, other=1) != 0
+
+
+@triton.jit
+def axis_weights(outputs, taps, n_in, N_OUT: tl.constexpr, norm, KIND: tl.constexpr):
+    """Weights of the broadcast shape; outputs beyond N_OUT get 0."""
+    w = weight(outputs, taps, n_in, N_OUT, KIND)
+    if KIND <= 1:
+        w *= tl.load(norm + outputs, mask=outputs < N_OUT, other=0.0)
+    return w
+
+
+@triton.jit
+def pixels(pointer, offset, inside, fill, DOT: tl.constexpr):
+    """Source pixels minus fill; 0, which is fill, outside the crop and the mask."""
+    p = tl.load(pointer + offset, mask=inside, other=0).to(tl.float32)
+    return tl.where(inside, p - fill, 0.0).to(DOT)
+
+
+@triton.jit
+def store_tile(out, acc, a, b, offset, inside):
+    """Normalise and store one channel of a tile."""
+    tl.store(out + offset, (acc * a + b).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def row_pass(
+    h0, h1, h2, wx, pointer, stride_c, stride_y, stride_x, mask_table, v, y0, x0, y, x, y_hi, x_hi, fill0, fill1, fill2,
+    MASKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add one chunk of source pixels, times the horizontal weights, to the three channels' [CHUNK_Y, BLOCK_W]."""
+    image_y, image_x = (y0 + y).to(tl.int64)[:, None], (x0 + x).to(tl.int64)[None, :]
+    inside = (y < y_hi)[:, None] & (x < x_hi)[None, :]
+    if MASKED:
+        inside = inside & kept(mask_table, v, image_y, image_x)
+    offset = image_y * stride_y + image_x * stride_x
+    h0 = tl.dot(pixels(pointer, offset, inside, fill0, DOT), wx, h0, input_precision=PRECISION)
+    h1 = tl.dot(pixels(pointer + stride_c, offset, inside, fill1, DOT), wx, h1, input_precision=PRECISION)
+    h2 = tl.dot(pixels(pointer + 2 * stride_c, offset, inside, fill2, DOT), wx, h2, input_precision=PRECISION)
+    return h0, h1, h2
+
+
+@triton.jit
+def forward(
+    out, images, table, mask_table, index, geometry, norm,
+    stride_b, stride_c, stride_y, stride_x, out_v, out_c, out_y, out_x,
+    fill0, fill1, fill2, a0, a1, a2, b0, b1, b2,
+    OUT_H: tl.constexpr, OUT_W: tl.constexpr, KIND: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, ONE_X: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, CHUNK_Y: tl.constexpr, CHUNK_X: tl.constexpr,
+):  # fmt: skip
+    """views[v] = a * (Wy @ (crop - fill) @ Wx^T) + b, all three channels of one [BLOCK_H, BLOCK_W] tile."""
+    tiles_x: tl.constexpr = (OUT_W + BLOCK_W - 1) // BLOCK_W
+    tiles: tl.constexpr = tiles_x * ((OUT_H + BLOCK_H - 1) // BLOCK_H)
+    pid = tl.program_id(0).to(tl.int64)
+    v = pid // tiles
+    tile = (pid % tiles).to(tl.int32)
+    row, col = (tile // tiles_x) * BLOCK_H, (tile % tiles_x) * BLOCK_W
+    rows, cols = row + tl.arange(0, BLOCK_H), col + tl.arange(0, BLOCK_W)
+    x0, y0, w, h, canvas_w, canvas_h, pad_x, pad_y = load_place(geometry, v)
+    b = tl.where(w > 0, tl.load(index + v), 0)  # an invalid view may name no image
+    pointer, stride_c, stride_y, stride_x = source_of(images, table, b, stride_b, stride_c, stride_y, stride_x, RAGGED)
+    norm += v * (OUT_H + OUT_W)
+    y_lo, y_hi = crop_range(row, row + BLOCK_H - 1, canvas_h, OUT_H, pad_y, h, KIND)
+    x_lo, x_hi = crop_range(col, col + BLOCK_W - 1, canvas_w, OUT_W, pad_x, w, KIND)
+    if x_hi <= x_lo:  # the tile lies in the padding
+        y_hi = y_lo
+    acc0 = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
+    acc1 = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
+    acc2 = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
+    norm_x = norm + OUT_H
+    x = x_lo + tl.arange(0, CHUNK_X)
+    wx = axis_weights(cols[None, :], (x + pad_x)[:, None], canvas_w, OUT_W, norm_x, KIND).to(DOT)
+    for y_start in range(y_lo, y_hi, CHUNK_Y):
+        y = y_start + tl.arange(0, CHUNK_Y)
+        h0 = tl.zeros([CHUNK_Y, BLOCK_W], tl.float32)
+        h1 = tl.zeros([CHUNK_Y, BLOCK_W], tl.float32)
+        h2 = tl.zeros([CHUNK_Y, BLOCK_W], tl.float32)
+        if ONE_X:  # the whole window fits one chunk: its weights stay in registers
+            h0, h1, h2 = row_pass(
+                h0, h1, h2, wx, pointer, stride_c, stride_y, stride_x, mask_table, v, y0, x0, y, x, y_hi, x_hi,
+                fill0, fill1, fill2, MASKED, DOT, PRECISION,
+            )  # fmt: skip
+        else:
+            for x_start in range(x_lo, x_hi, CHUNK_X):
+                xs = x_start + tl.arange(0, CHUNK_X)
+                ws = axis_weights(cols[None, :], (xs + pad_x)[:, None], canvas_w, OUT_W, norm_x, KIND).to(DOT)
+                h0, h1, h2 = row_pass(
+                    h0, h1, h2, ws, pointer, stride_c, stride_y, stride_x, mask_table, v, y0, x0, y, xs, y_hi, x_hi,
+                    fill0, fill1, fill2, MASKED, DOT, PRECISION,
+                )  # fmt: skip
+        wy = axis_weights(rows[:, None], (y + pad_y)[None, :], canvas_h, OUT_H, norm, KIND).to(DOT)
+        acc0 = tl.dot(wy, h0.to(DOT), acc0, input_precision=PRECISION)
+        acc1 = tl.dot(wy, h1.to(DOT), acc1, input_precision=PRECISION)
+        acc2 = tl.dot(wy, h2.to(DOT), acc2, input_precision=PRECISION)
+    out += v * out_v
+    offset = rows.to(tl.int64)[:, None] * out_y + cols.to(tl.int64)[None, :] * out_x
+    inside = (rows < OUT_H)[:, None] & (cols < OUT_W)[None, :]
+    store_tile(out, acc0, a0, b0, offset, inside)
+    store_tile(out + out_c, acc1, a1, b1, offset, inside)
+    store_tile(out + 2 * out_c, acc2, a2, b2, offset, inside)
