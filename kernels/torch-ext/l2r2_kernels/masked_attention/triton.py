@@ -15,6 +15,7 @@ from torch import Tensor
 
 _LOG2E = 1.4426950408889634
 _LN2 = tl.constexpr(0.6931471805599453)
+_FULL_GRID = 2048  # programs: a few for each of a large GPU's multiprocessors
 
 
 class Config(NamedTuple):
@@ -27,8 +28,20 @@ class Config(NamedTuple):
 
 
 @triton.jit
+def _program(B, H, NUM, TAIL):
+    """Segment, head, first block and step of this program: NUM programs share the blocks of a segment and head, whatever
+    its length is, and TAIL programs a head those of the padding, which is segment B."""
+    pid = tl.program_id(0)
+    past = pid - B * H * NUM
+    padding = past >= 0
+    b = tl.where(padding, B, pid // NUM // H)
+    h = tl.where(padding, past % H, pid // NUM % H)
+    return b, h, tl.where(padding, past // H, pid % NUM), tl.where(padding, TAIL, NUM)
+
+
+@triton.jit
 def _segment(LENGTHS, b, B, T, VARLEN: tl.constexpr):
-    """First row, number of rows and number of keys of segment b. Segment B is the padding after the last one: no keys."""
+    """First row, number of rows and number of keys of segment b. Segment B, the padding, has no keys."""
     if VARLEN:
         start = tl.minimum(tl.load(LENGTHS + b), T)
         rows = tl.minimum(tl.load(LENGTHS + b + 1, mask=b < B, other=T), T) - start
@@ -74,16 +87,14 @@ def _store_rows(base, rows, stride, valid, x, D: tl.constexpr, BLOCK_D: tl.const
     tl.store(base + rows[:, None] * stride + d[None, :], x.to(base.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["B", "T", "NUM"])
+@triton.jit(do_not_specialize=["B", "T", "NUM", "TAIL"])
 def forward_kernel(
     Q, K, V, OUT, LSE, LENGTHS, INDEX,
-    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sob, scale_log2, B, H, T, NUM,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sob, scale_log2, B, H, T, NUM, TAIL,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     VARLEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    b = pid // NUM // H
-    h = pid // NUM % H
+    b, h, turn, turns = _program(B, H, NUM, TAIL)
     start, rows, keys = _segment(LENGTHS, b, B, T, VARLEN)
     q_base = Q + _offset(b, start, h, sqb, sqt, sqh)
     k_base = K + _offset(b, start, h, skb, skt, skh)
@@ -92,8 +103,7 @@ def forward_kernel(
     lse_base = LSE + _stats_offset(b, start, h, H, T, VARLEN)
     index_base = INDEX + b.to(tl.int64) * T
     tile = tl.arange(0, BLOCK_M)
-    # Segments longer than the caller's max_len, and the padding, take more than one turn.
-    for m0 in range((pid % NUM) * BLOCK_M, rows, NUM * BLOCK_M):
+    for m0 in range(turn * BLOCK_M, rows, turns * BLOCK_M):
         first = tl.full([], m0, tl.int64)  # m0 is a Python int in the interpreter
         in_rows = tile < rows - m0
         q = _load_rows(q_base + first * sqt, tile, sqt, in_rows, D, BLOCK_D, UPCAST)
@@ -122,17 +132,15 @@ def forward_kernel(
         tl.store(lse_base + first + tile, lse, mask=in_rows)
 
 
-@triton.jit(do_not_specialize=["B", "T", "NUM"])
+@triton.jit(do_not_specialize=["B", "T", "NUM", "TAIL"])
 def dq_kernel(
     Q, K, V, OUT, GRAD, LSE, DELTA, DQ, LENGTHS, INDEX,
-    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sob, scale, scale_log2, B, H, T, NUM,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sob, scale, scale_log2, B, H, T, NUM, TAIL,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     VARLEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta = rowsum(grad * out) for the dk/dv kernel that runs after it."""
-    pid = tl.program_id(0)
-    b = pid // NUM // H
-    h = pid // NUM % H
+    b, h, turn, turns = _program(B, H, NUM, TAIL)
     start, rows, keys = _segment(LENGTHS, b, B, T, VARLEN)
     q_base = Q + _offset(b, start, h, sqb, sqt, sqh)
     k_base = K + _offset(b, start, h, skb, skt, skh)
@@ -141,7 +149,7 @@ def dq_kernel(
     stats_offset = _stats_offset(b, start, h, H, T, VARLEN)
     index_base = INDEX + b.to(tl.int64) * T
     tile = tl.arange(0, BLOCK_M)
-    for m0 in range((pid % NUM) * BLOCK_M, rows, NUM * BLOCK_M):
+    for m0 in range(turn * BLOCK_M, rows, turns * BLOCK_M):
         first = tl.full([], m0, tl.int64)
         in_rows = tile < rows - m0
         here = row_offset + first * H * D
@@ -167,17 +175,15 @@ def dq_kernel(
         tl.store(DELTA + stats_offset + first + tile, delta, mask=in_rows)
 
 
-@triton.jit(do_not_specialize=["B", "T", "NUM"])
+@triton.jit(do_not_specialize=["B", "T", "NUM", "TAIL"])
 def dkv_kernel(
     Q, K, V, GRAD, LSE, DELTA, DK, DV, LENGTHS, INDEX,
-    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sob, scale, scale_log2, B, H, T, NUM,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sob, scale, scale_log2, B, H, T, NUM, TAIL,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     VARLEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys; the index also lists the dropped keys, after the kept ones, so that they are zeroed here."""
-    pid = tl.program_id(0)
-    b = pid // NUM // H
-    h = pid // NUM % H
+    b, h, turn, turns = _program(B, H, NUM, TAIL)
     start, rows, keys = _segment(LENGTHS, b, B, T, VARLEN)
     q_base = Q + _offset(b, start, h, sqb, sqt, sqh)
     k_base = K + _offset(b, start, h, skb, skt, skh)
@@ -186,7 +192,7 @@ def dkv_kernel(
     stats_offset = _stats_offset(b, start, h, H, T, VARLEN)
     index_base = INDEX + b.to(tl.int64) * T
     tile = tl.arange(0, BLOCK_M)
-    for n0 in range((pid % NUM) * BLOCK_N, rows, NUM * BLOCK_N):
+    for n0 in range(turn * BLOCK_N, rows, turns * BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         in_rows = n < rows
         kept = n < keys
@@ -218,26 +224,20 @@ def dkv_kernel(
         _store_rows(DV + row_offset, wide, H * D, in_rows, dv, D, BLOCK_D)
 
 
-def configs(head_dim: int, itemsize: int, typical: int) -> dict[str, Config]:
+def configs(block_d: int, itemsize: int, typical: int) -> dict[str, Config]:
     """The tiles of each kernel, from a fixed table: autotuning would make the first steps slow and results vary.
 
-    head_dim: padded to a power of two; itemsize: bytes a number; typical: tokens in an ordinary segment.
+    block_d: head width padded to a power of two; itemsize: bytes a number; typical: tokens in an ordinary segment.
+    All entries compile for sm_90 without register spills (a test says so); long segments get the larger tiles.
     """
-    if itemsize > 2:  # IEEE float32 dots have no tensor core: small tiles keep the registers
-        small = Config(32, 32, 4, 2)
-        return {"forward": small, "dq": small, "dkv": small}
-    if head_dim <= 64:
-        long = Config(128, 64, 4, 3)
-        return {
-            "forward": Config(64, 64, 4, 2) if typical <= 192 else long,
-            "dq": Config(64, 64, 4, 2),
-            "dkv": Config(64, 64, 4, 2),
-        }
-    return {
-        "forward": Config(64, 64, 4, 2) if typical <= 192 else Config(128, 64, 8, 2),
-        "dq": Config(64, 64, 8, 2),
-        "dkv": Config(64, 64, 8, 2),
-    }
+    if itemsize > 2:  # IEEE float32 dots use no tensor core: small tiles keep the registers
+        return {"forward": Config(32, 32, 4, 2), "dq": Config(32, 32, 4, 2), "dkv": Config(16, 32, 8, 2)}
+    if block_d <= 64 and typical <= 192:
+        return {"forward": Config(64, 64, 4, 2), "dq": Config(64, 64, 4, 2), "dkv": Config(32, 64, 4, 2)}
+    if block_d <= 64:
+        return {"forward": Config(128, 64, 8, 3), "dq": Config(128, 64, 8, 2), "dkv": Config(64, 128, 8, 2)}
+    forward = Config(64, 32, 4, 2) if typical <= 192 else Config(128, 64, 8, 2)
+    return {"forward": forward, "dq": Config(64, 64, 8, 2), "dkv": Config(32, 64, 8, 2)}
 
 
 class Problem(NamedTuple):
@@ -259,6 +259,19 @@ class Problem(NamedTuple):
     @property
     def typical(self) -> int:
         return self.rows // max(self.batch, 1) if self.varlen else self.rows
+
+    def programs(self, block: int) -> tuple[int, int]:
+        """How many programs share the blocks of a segment and head, and those of the padding of a head.
+
+        With programs enough to fill a GPU, as many as an ordinary segment has blocks: programs for lengths that hardly
+        occur would only start and stop.
+        """
+        blocks = triton.cdiv(self.max_len, block)
+        if not self.varlen:
+            return blocks, 0
+        if self.batch * self.heads * blocks > _FULL_GRID:
+            blocks = max(1, min(blocks, self.typical // block))
+        return blocks, triton.cdiv(self.rows, 8 * block)
 
     def strides(self, x: Tensor) -> tuple[int, int, int]:
         """(image, token, head) strides."""
@@ -284,8 +297,8 @@ def _launch(kernel, name: str, problem: Problem, tensors: tuple[Tensor, ...], qk
     block_d = max(16, triton.next_power_of_2(problem.dim))
     config = configs(block_d, q.element_size(), problem.typical)[name]
     block = config.block_n if name == "dkv" else config.block_m
-    blocks = triton.cdiv(problem.max_len, block)
-    grid = blocks * problem.heads * (problem.batch + problem.varlen)
+    blocks, tail = problem.programs(block)
+    grid = (problem.batch * blocks + tail) * problem.heads
     strides = [stride for x in qkv for stride in problem.strides(x)]
     image_stride = 0 if problem.varlen else problem.rows * problem.heads * problem.dim
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -293,7 +306,7 @@ def _launch(kernel, name: str, problem: Problem, tensors: tuple[Tensor, ...], qk
         return
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         kernel[(grid,)](
-            *tensors, *strides, image_stride, *scales, problem.batch, problem.heads, problem.rows, blocks,
+            *tensors, *strides, image_stride, *scales, problem.batch, problem.heads, problem.rows, blocks, tail,
             D=problem.dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             VARLEN=problem.varlen, UPCAST=not q.is_cuda, PRECISION=precision,
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,

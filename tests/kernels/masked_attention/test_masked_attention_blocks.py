@@ -1,0 +1,200 @@
+"""timm blocks on kept tokens: exactness, training, refusals."""
+
+import pytest
+import timm
+import torch
+from l2r2_kernels.masked_attention import pack, run_masked, run_packed, varlen_attention
+from masked_attention_helpers import DEVICES
+from timm.layers import DropPath, GlobalResponseNormMlp, RmsNorm
+from timm.models.vision_transformer import Block, DiffParallelScalingBlock, ParallelScalingBlock, ResPostBlock, VisionTransformer
+
+VARIANTS = {
+    "plain": {},
+    "registers": {"reg_tokens": 4},
+    "layer_scale": {"init_values": 0.1},
+    "qk_norm": {"qk_norm": True},
+    "rms_norm": {"norm_layer": RmsNorm, "qk_norm": True},
+    "scale_norm": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "swiglu": {"mlp_layer": timm.layers.SwiGLUPacked},
+    "avg_pool": {"global_pool": "avg", "class_token": False},
+    "gated": {"attn_layer": lambda *args, **kwargs: timm.layers.Attention(*args, gated=True, **kwargs)},
+}
+
+
+def vit(**kwargs):
+    torch.manual_seed(0)
+    sizes = {"img_size": 56, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5}
+    attn_layer = kwargs.pop("attn_layer", None)
+    model = VisionTransformer(**sizes, **kwargs)
+    if attn_layer is not None:
+        for block in model.blocks:
+            block.attn = attn_layer(48, num_heads=3, qkv_bias=True)
+    for p in model.parameters():  # away from the zeros and ones that hide a forgotten layer
+        torch.nn.init.normal_(p, std=0.2) if p.dim() > 1 else p.data.add_(0.2 * torch.randn_like(p))
+    return model.eval()
+
+
+def entered(model, images):
+    """Tokens as they enter the first block."""
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+
+def kept_mask(model, batch=3, share=0.3):
+    return torch.rand(batch, model.num_prefix_tokens + 49, generator=torch.Generator().manual_seed(3)) < share
+
+
+def logits(model, tokens, mask):
+    """The head on class token or on the mean of the kept tokens."""
+    tokens = model.norm(tokens)
+    if model.global_pool == "token":
+        return model.head(model.fc_norm(tokens[:, 0]))
+    kept = mask[..., None].float()
+    return model.head(model.fc_norm((tokens * kept).sum(1) / kept.sum(1)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_equals_masked_equals_timm(variant, device):
+    try:
+        model = vit(**VARIANTS[variant]).to(device)
+    except TypeError as error:
+        pytest.skip(f"this timm has no such option: {error}")
+    prefix, mask = model.num_prefix_tokens, kept_mask(model).to(device)
+    x = entered(model, torch.randn(3, 3, 56, 56).to(device))
+    packed, unpacked = run_packed(model.blocks, x, mask.cpu(), num_prefix=prefix, unpacked=True)
+    masked = run_masked(model.blocks, x, mask, num_prefix=prefix)
+    mask[:, :prefix] = True
+    timm_own = x
+    for block in model.blocks:
+        timm_own = block(timm_own, attn_mask=mask[:, None, None, :])
+    scale = timm_own.abs().max()
+    torch.testing.assert_close(masked / scale, timm_own / scale, atol=1e-5, rtol=0)
+    torch.testing.assert_close(unpacked[mask] / scale, masked[mask] / scale, atol=1e-5, rtol=0)
+    assert torch.all(unpacked[~mask] == 0)
+    assert torch.equal(packed.prefix(), unpacked[:, :prefix])
+    torch.testing.assert_close(logits(model, unpacked, mask), logits(model, masked, mask), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_with_drop_path_equals_masked_and_drops_whole_images(device):
+    model = vit(drop_path_rate=0.5, init_values=0.3).to(device).train()
+    mask = kept_mask(model)
+    x = entered(model, torch.randn(3, 3, 56, 56, device=device)).detach()
+    weights = [p for p in model.blocks.parameters() if p.requires_grad]
+
+    def step(runner, **kwargs):
+        torch.manual_seed(5)
+        out = runner(model.blocks, x, mask, num_prefix=1, **kwargs)
+        out = out[1] if isinstance(out, tuple) else out
+        return out[:, 0], torch.autograd.grad(out[:, 0].square().mean(), weights, allow_unused=True)
+
+    (packed, packed_grads), (masked, masked_grads) = step(run_packed, unpacked=True), step(run_masked)
+    torch.testing.assert_close(packed, masked, atol=1e-5, rtol=1e-5)
+    for a, b in zip(packed_grads, masked_grads):
+        if a is None or b is None:
+            assert a is None and b is None
+        else:
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_drop_path_is_drawn_once_an_image():
+    block = vit().blocks[0].train()
+    block.drop_path1 = block.drop_path2 = DropPath(0.5)
+    x = torch.randn(64, 6, 48)
+    _, out = run_packed([block], x, torch.ones(64, 6, dtype=torch.bool), unpacked=True)
+    untouched = (out == x).all(-1)  # both branches dropped
+    assert torch.equal(untouched.any(1), untouched.all(1)) and 4 <= int(untouched.all(1).sum()) <= 28
+
+
+def test_padding_and_other_images_change_nothing():
+    model = vit()
+    x, mask = torch.randn(3, 50, 48), kept_mask(model)
+    exact = run_packed(model.blocks, x, mask, num_prefix=1, unpacked=True)[1]
+    roomy = run_packed(model.blocks, x, mask, num_prefix=1, unpacked=True, capacity=150)[1]
+    alone = run_packed(model.blocks, x[1:2], mask[1:2], num_prefix=1, unpacked=True)[1]
+    torch.testing.assert_close(roomy, exact, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(alone[0], exact[1], atol=1e-4, rtol=1e-5)
+
+
+def test_packed_compiles_as_one_graph_and_gives_weight_gradients():
+    model = vit(drop_path_rate=0.2, reg_tokens=2)
+    x, mask = torch.randn(3, 52, 48), kept_mask(model)[:, :52]
+
+    def forward(x, mask):
+        return run_packed(model.blocks, x, mask, num_prefix=3, capacity=96, unpacked=True)[1]
+
+    out = torch.compile(forward, fullgraph=True, backend="aot_eager")(x, mask)
+    torch.testing.assert_close(out, forward(x, mask), atol=1e-4, rtol=1e-5)
+    out.square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.blocks.parameters())
+
+
+def test_image_without_a_token_is_harmless():
+    model = vit(global_pool="avg", class_token=False)
+    x, mask = torch.randn(2, 49, 48), torch.rand(2, 49) < 0.5
+    mask[0] = False
+    packed, unpacked = run_packed(model.blocks, x, mask, unpacked=True, fill=2.0)
+    assert torch.isfinite(packed.tokens).all() and torch.all(unpacked[0] == 2)
+    assert torch.isfinite(run_masked(model.blocks, x, mask)).all()
+
+
+def _hooked(block):
+    block.attn.register_forward_hook(lambda *args: None)
+    return block
+
+
+def _extra(block):
+    block.attn.rel_pos = torch.nn.Parameter(torch.zeros(1))
+    return block
+
+
+def _grn(block):
+    block.mlp = GlobalResponseNormMlp(48, 96)
+    return block
+
+
+def _dropping(block):
+    block.attn.attn_drop.p = 0.1
+    return block.train()
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: timm.create_model("eva02_tiny_patch14_224").blocks[0], "EvaBlock"),
+        (lambda: ParallelScalingBlock(48, 3), "ParallelScalingBlock"),
+        (lambda: DiffParallelScalingBlock(48, 3), "DiffParallelScalingBlock"),
+        (lambda: ResPostBlock(48, 3), "ResPostBlock"),
+        (lambda: timm.create_model("beit_base_patch16_224", depth=1).blocks[0], "Block"),
+        (lambda: timm.create_model("samvit_base_patch16_224", depth=1).blocks[0], "Block"),
+        (lambda: Block(48, 3, attn_layer="diff"), "DiffAttention"),
+        (lambda: torch.nn.Linear(2, 2), "Linear"),
+        (lambda: _extra(vit().blocks[0]), "rel_pos"),
+        (lambda: _hooked(vit().blocks[0]), "hooks"),
+        (lambda: _grn(vit().blocks[0]), "GlobalResponseNormMlp"),
+        (lambda: _dropping(vit().blocks[0]), "attn_drop"),
+    ],
+)
+def test_foreign_blocks_are_refused_by_name(make, text):
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    for runner in (run_packed, run_masked):
+        with pytest.raises(TypeError, match=r"Block 0 is a \w+ that cannot run on masked tokens: ") as error:
+            runner([make()], torch.zeros(1, 4, 48), mask)
+        assert text in str(error.value)
+
+
+def test_run_masked_names_a_wrong_mask():
+    with pytest.raises(ValueError, match="mask must be a bool"):
+        run_masked(vit().blocks, torch.zeros(1, 50, 48), torch.ones(1, 49, dtype=torch.bool))
+
+
+def test_parts_compose_by_hand():
+    """pack, varlen_attention and unpack do together what masked attention does on the kept tokens."""
+    x, mask = torch.randn(2, 7, 8), torch.tensor([[1, 0, 1, 1, 0, 0, 1], [0, 0, 1, 0, 0, 0, 0]], dtype=torch.bool)
+    packed = pack(x, mask)
+    heads = packed.tokens.unflatten(-1, (2, 4))
+    out = varlen_attention(heads, heads, heads, packed.cu_seqlens, packed.max_len).flatten(1)
+    alone = x[0][mask[0]].unflatten(-1, (2, 4)).transpose(0, 1)
+    truth = torch.nn.functional.scaled_dot_product_attention(alone, alone, alone).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(out[:4], truth, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out[4], x[1, 2])
