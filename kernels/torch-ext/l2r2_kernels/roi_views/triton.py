@@ -14,16 +14,39 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_backward, triton_forward, triton_pil, triton_weights
-from .reference import as_chw
 from .spec import Spec
 
-PREPARE_BLOCK = 64
-# Tile shapes by the width of the source window that a tile's columns see; chosen for few wasted taps and no spills.
-TILE = {"BLOCK_H": 32, "BLOCK_W": 16, "CHUNK_Y": 32}
-EXACT_TILE = {"BLOCK_H": 16, "BLOCK_W": 16, "CHUNK_Y": 16}
-PIL_TILE = {"BLOCK_H": 32, "BLOCK_W": 16, "CHUNK_Y": 32, "CHUNK_X": 32}
-BACKWARD_TILE = {"BLOCK_Y": 16, "BLOCK_X": 32, "CHUNK_I": 16, "CHUNK_J": 16}
-WARPS = 4
+PREPARE = {"BLOCK": 64, "num_warps": 2, "enable_fp_fusion": False}  # the reference's roundings, so no fused multiply-add
+# Fixed launch tables, chosen by counting wasted taps and registers (no spills on sm_90; tests compile every entry).
+HALF = {"BLOCK_H": 32, "BLOCK_W": 16, "CHUNK_Y": 32}
+FULL = {"BLOCK_H": 16, "BLOCK_W": 16, "CHUNK_Y": 16}
+PIL = {"BLOCK_H": 64, "BLOCK_W": 16, "CHUNK_Y": 32, "CHUNK_X": 32, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+BACKWARD = {"BLOCK_Y": 16, "BLOCK_X": 32, "CHUNK_I": 16, "CHUNK_J": 16, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+
+
+def forward_config(is_uint8: bool, dtype: torch.dtype, kind: int, masked: bool, ratio: float) -> dict[str, Any]:
+    """Launch options of the float kernel; `ratio` is the largest source pixels a column of the output.
+
+    uint8 levels are exact in float16; float images may leave its range, so they go through tf32. A float32 output needs more
+    bits than either: three tf32 dots. bfloat16 is never used for weights: it costs more than a level.
+    """
+    exact = dtype == torch.float32
+    half = is_uint8 and not exact
+    tile = HALF if half else FULL
+    support = (1 + kind % 2) * (max(ratio, 1.0) if kind <= 1 else 1.0)
+    window = math.ceil(tile["BLOCK_W"] * ratio + 2 * support) + 4
+    # A window of one chunk keeps its weights in registers; two more live operands leave no room for that beyond 32 columns.
+    one_x = window <= (32 if exact else 64)
+    return {
+        **tile,
+        "DOT": tl.float16 if half else tl.float32,
+        "PRECISION": "tf32x3" if exact else "tf32",
+        "ONE_X": one_x,
+        "CHUNK_X": 64 if one_x and window > 32 else 32,
+        "num_warps": 4 if masked or kind == 3 else 2,
+        "num_stages": 2,
+        "enable_fp_fusion": True,
+    }
 
 
 def interpreted() -> bool:
@@ -49,13 +72,18 @@ class _Source:
             self.pixels = images
             self.height, self.width = images.shape[2:]
             self.strides = images.stride()
+            self.packed = self.strides[1] == 1 and self.strides[3] == 3
+            self.row_stride = self.strides[2]
             self.table = torch.empty(0, dtype=torch.int64, device=device)
             self.max_height, self.max_width = self.height, self.width
             return
         rows = []
         for image in images:
-            chw = as_chw(image)
-            rows.append((image.data_ptr(), *chw.shape[1:], *chw.stride()))
+            shape, step = image.shape, image.stride()
+            y, x, c = (1, 2, 0) if shape[0] == 3 else (0, 1, 2)
+            rows.append((image.data_ptr(), shape[y], shape[x], step[c], step[y], step[x]))
+        self.packed = all(row[3] == 1 and row[5] == 3 for row in rows)
+        self.row_stride = max(row[4] for row in rows)
         self.table = _table(rows, device)
         self.pixels = images[0]
         self.max_height = max(row[1] for row in rows)
@@ -76,29 +104,19 @@ def _mask_table(masks: Sequence[Tensor], mask_views: Sequence[int], views: int, 
     return _table(rows, device)
 
 
-def _check(device: torch.device, spec: Spec, canvas: tuple[int, int]) -> None:
+def _check(device: torch.device, spec: Spec, source: _Source) -> None:
     if device.type != "cuda" and not interpreted():
         raise ValueError('roi_views: backend "triton" needs CUDA images (or TRITON_INTERPRET=1 for a test on the CPU)')
     if spec.dtype == torch.float64:
         raise TypeError('roi_views: dtype float64 needs backend "reference"')
-    if 4 * (max(spec.height, spec.width) + 64) * (max(canvas) + 256) >= 2**31:
-        raise ValueError(f"roi_views: images of {max(canvas)} pixels and size {spec.height, spec.width} are too large together")
+    # The kernels count distances, and steps inside a chunk of rows, in 32 bits.
+    side = max(source.canvas(True))
+    if max(4 * (max(spec.height, spec.width) + 64) * (side + 256), 128 * source.row_stride) >= 2**31:
+        raise ValueError(f"roi_views: images with a side of {side} pixels and size {spec.height, spec.width} are too large")
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _chunk_x(canvas_w: int, spec: Spec, block: int) -> tuple[int, bool]:
-    """(source columns a step, whether that covers every tile's window)."""
-    kind = triton_weights.KINDS[spec.interpolation, spec.antialias]
-    ratio = canvas_w / spec.width
-    support = (1 + kind % 2) * (max(ratio, 1.0) if spec.antialias else 1.0)
-    window = math.ceil(block * ratio + 2 * support) + 4
-    for chunk in (32, 64):
-        if window <= chunk:
-            return chunk, True
-    return 64, False
 
 
 def _prepare(source: _Source, boxes: Tensor, index: Tensor, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +129,7 @@ def _prepare(source: _Source, boxes: Tensor, index: Tensor, spec: Spec) -> tuple
         boxes, index, source.table, source.count, source.height, source.width, spec.margin, geometry,
         valid.view(torch.uint8), norm, OUT_H=spec.height, OUT_W=spec.width,
         KIND=triton_weights.KINDS[spec.interpolation, spec.antialias], RAGGED=source.ragged, SQUARE=spec.square,
-        BLOCK=PREPARE_BLOCK, num_warps=2, enable_fp_fusion=False,
+        **PREPARE,
     )  # fmt: skip
     return geometry, norm, valid
 
@@ -132,7 +150,7 @@ def forward(
         valid = torch.zeros(views, dtype=torch.bool, device=device)
         return _fill_only(out, spec), valid
     source = _Source(images, device)
-    _check(device, spec, source.canvas(spec.square))
+    _check(device, spec, source)
     mask_table = _mask_table(masks, mask_views, views, device)
     boxes, index = boxes.contiguous(), index.contiguous()
     run = _launch_pil if spec.mode == "pil" else _launch_float
@@ -146,20 +164,14 @@ def _fill_only(out: Tensor, spec: Spec) -> Tensor:
 
 def _launch_float(out: Tensor, source: _Source, boxes: Tensor, index: Tensor, mask_table: Tensor, spec: Spec) -> Tensor:
     geometry, norm, valid = _prepare(source, boxes, index, spec)
-    # uint8 levels are exact in float16; float images may leave its range, so they go through tf32. A float32 output needs more
-    # bits than either: three tf32 dots.
-    exact = spec.dtype == torch.float32
-    half = source.pixels.dtype == torch.uint8 and not exact
-    tile = EXACT_TILE if exact else TILE
-    chunk_x, one_x = _chunk_x(source.canvas(spec.square)[1], spec, tile["BLOCK_W"])
-    tiles = triton.cdiv(spec.height, tile["BLOCK_H"]) * triton.cdiv(spec.width, tile["BLOCK_W"])
+    kind, masked = triton_weights.KINDS[spec.interpolation, spec.antialias], mask_table.numel() > 0
+    ratio = source.canvas(spec.square)[1] / spec.width
+    config = forward_config(source.pixels.dtype == torch.uint8, spec.dtype, kind, masked, ratio)
+    tiles = triton.cdiv(spec.height, config["BLOCK_H"]) * triton.cdiv(spec.width, config["BLOCK_W"])
     a, b = spec.affine()
     triton_forward.forward[(boxes.shape[0] * tiles,)](
         out, source.pixels, source.table, mask_table, index, geometry, norm, *source.strides, *out.stride(), *spec.fill, *a, *b,
-        OUT_H=spec.height, OUT_W=spec.width, KIND=triton_weights.KINDS[spec.interpolation, spec.antialias],
-        RAGGED=source.ragged, MASKED=mask_table.numel() > 0, DOT=tl.float16 if half else tl.float32,
-        PRECISION="tf32x3" if exact else "tf32", ONE_X=one_x, CHUNK_X=chunk_x, **tile,
-        num_warps=WARPS, num_stages=2, enable_fp_fusion=True,
+        OUT_H=spec.height, OUT_W=spec.width, KIND=kind, RAGGED=source.ragged, PACKED=source.packed, MASKED=masked, **config,
     )  # fmt: skip
     return valid
 
@@ -177,15 +189,14 @@ def _launch_pil(out: Tensor, source: _Source, boxes: Tensor, index: Tensor, mask
     triton_pil.pil_prepare[(views,)](
         boxes, index, source.table, source.count, source.height, source.width, spec.margin, geometry,
         valid.view(torch.uint8), coefficients, first, sums, OUT=size, KIND=kind, TAPS=taps, RAGGED=source.ragged,
-        BLOCK=PREPARE_BLOCK, num_warps=2, enable_fp_fusion=False,
+        **PREPARE,
     )  # fmt: skip
     a, b = spec.affine()
-    tiles = triton.cdiv(size, PIL_TILE["BLOCK_H"]) * triton.cdiv(size, PIL_TILE["BLOCK_W"])
+    tiles = triton.cdiv(size, PIL["BLOCK_H"]) * triton.cdiv(size, PIL["BLOCK_W"])
     triton_pil.pil_forward[(views * tiles,)](
         out, source.pixels, source.table, mask_table, index, geometry, coefficients, first, sums,
         *source.strides, *out.stride(), *(int(f) for f in spec.fill), *a, *b,
-        OUT=size, KIND=kind, TAPS=taps, RAGGED=source.ragged, MASKED=mask_table.numel() > 0, **PIL_TILE,
-        num_warps=WARPS, num_stages=2, enable_fp_fusion=True,
+        OUT=size, KIND=kind, TAPS=taps, RAGGED=source.ragged, PACKED=source.packed, MASKED=mask_table.numel() > 0, **PIL,
     )  # fmt: skip
     return valid
 
@@ -200,19 +211,18 @@ def backward(
         return torch.zeros(images.shape, dtype=images.dtype, device=device)
     grad_in = torch.empty(images.shape, dtype=images.dtype, device=device)
     source = _Source(images, device)
-    _check(device, spec, source.canvas(spec.square))
+    _check(device, spec, source)
     mask_table = _mask_table(masks, mask_views, boxes.shape[0], device)
     boxes, index = boxes.contiguous(), index.contiguous()
     # A stable order of the views by image: each image adds its views in the order they were given.
     of_image, order = index.sort(stable=True)
     starts = torch.searchsorted(of_image, torch.arange(batch + 1, device=device))
-    tiles = triton.cdiv(height, BACKWARD_TILE["BLOCK_Y"]) * triton.cdiv(width, BACKWARD_TILE["BLOCK_X"])
+    tiles = triton.cdiv(height, BACKWARD["BLOCK_Y"]) * triton.cdiv(width, BACKWARD["BLOCK_X"])
     with _on(device):
         geometry, norm, _ = _prepare(source, boxes, index, spec)
         triton_backward.backward[(batch * tiles,)](
             grad, grad_in, mask_table, order, starts, geometry, norm, height, width, *grad.stride(), *spec.affine()[0],
             OUT_H=spec.height, OUT_W=spec.width, KIND=triton_weights.KINDS[spec.interpolation, spec.antialias],
-            MASKED=mask_table.numel() > 0, PRECISION="tf32x3" if images.dtype == torch.float32 else "tf32", **BACKWARD_TILE,
-            num_warps=WARPS, num_stages=2, enable_fp_fusion=True,
+            MASKED=mask_table.numel() > 0, PRECISION="tf32x3" if images.dtype == torch.float32 else "tf32", **BACKWARD,
         )  # fmt: skip
     return grad_in

@@ -31,7 +31,7 @@ def weights_of(outputs, taps, n_in, N_OUT: tl.constexpr, norm, KIND: tl.constexp
     return tl.where(outputs < N_OUT, w, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "grad_v", "grad_c", "grad_y", "grad_x"])
 def backward(
     grad, grad_in, mask_table, order, starts, geometry, norm,
     height, width, grad_v, grad_c, grad_y, grad_x, a0, a1, a2,

@@ -39,9 +39,24 @@ def axis_weights(outputs, taps, n_in, N_OUT: tl.constexpr, norm, KIND: tl.conste
 
 
 @triton.jit
-def pixels(pointer, offset, inside, fill, DOT: tl.constexpr):
+def chunk_pointers(pointer, y, x, rows, cols, stride_y, stride_x, PACKED: tl.constexpr):
+    """Pointers to the pixels [rows, cols] from (y, x) on; offsets inside a chunk fit 32 bits, which halves their registers."""
+    if PACKED:
+        stride_x = 3
+    start = pointer + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
+    return start + (rows[:, None] * tl.cast(stride_y, tl.int32) + cols[None, :] * tl.cast(stride_x, tl.int32))
+
+
+@triton.jit
+def channel(pointers, stride_c, c: tl.constexpr, PACKED: tl.constexpr):
+    """The same pixels of channel c; PACKED images (HWC) have it one byte on, which becomes part of the load."""
+    return pointers + c if PACKED else pointers + c * stride_c
+
+
+@triton.jit
+def pixels(pointers, inside, fill, DOT: tl.constexpr):
     """Source pixels minus fill; 0, which is fill, outside the crop and the mask."""
-    p = tl.load(pointer + offset, mask=inside, other=0).to(tl.float32)
+    p = tl.load(pointers, mask=inside, other=0).to(tl.float32)
     return tl.where(inside, p - fill, 0.0).to(DOT)
 
 
@@ -53,28 +68,33 @@ def store_tile(out, acc, a, b, offset, inside):
 
 @triton.jit
 def row_pass(
-    h0, h1, h2, wx, pointer, stride_c, stride_y, stride_x, mask_table, v, y0, x0, y, x, y_hi, x_hi, fill0, fill1, fill2,
-    MASKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    h0, h1, h2, wx, pointers, stride_c, inside, fill0, fill1, fill2,
+    PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add one chunk of source pixels, times the horizontal weights, to the three channels' [CHUNK_Y, BLOCK_W]."""
-    image_y, image_x = (y0 + y).to(tl.int64)[:, None], (x0 + x).to(tl.int64)[None, :]
-    inside = (y < y_hi)[:, None] & (x < x_hi)[None, :]
-    if MASKED:
-        inside = inside & kept(mask_table, v, image_y, image_x)
-    offset = image_y * stride_y + image_x * stride_x
-    h0 = tl.dot(pixels(pointer, offset, inside, fill0, DOT), wx, h0, input_precision=PRECISION)
-    h1 = tl.dot(pixels(pointer + stride_c, offset, inside, fill1, DOT), wx, h1, input_precision=PRECISION)
-    h2 = tl.dot(pixels(pointer + 2 * stride_c, offset, inside, fill2, DOT), wx, h2, input_precision=PRECISION)
+    h0 = tl.dot(pixels(pointers, inside, fill0, DOT), wx, h0, input_precision=PRECISION)
+    h1 = tl.dot(pixels(channel(pointers, stride_c, 1, PACKED), inside, fill1, DOT), wx, h1, input_precision=PRECISION)
+    h2 = tl.dot(pixels(channel(pointers, stride_c, 2, PACKED), inside, fill2, DOT), wx, h2, input_precision=PRECISION)
     return h0, h1, h2
 
 
 @triton.jit
+def in_window(mask_table, v, y0, x0, y, x, y_hi, x_hi, MASKED: tl.constexpr):
+    """Which crop pixels (y, x) a tile needs and its view's mask keeps."""
+    inside = (y < y_hi)[:, None] & (x < x_hi)[None, :]
+    if MASKED:
+        inside = inside & kept(mask_table, v, (y0 + y).to(tl.int64)[:, None], (x0 + x).to(tl.int64)[None, :])
+    return inside
+
+
+# Image sizes and strides change with every batch: not specialising on them avoids compiling again.
+@triton.jit(do_not_specialize=["stride_b", "stride_c", "stride_y", "stride_x"])
 def forward(
     out, images, table, mask_table, index, geometry, norm,
     stride_b, stride_c, stride_y, stride_x, out_v, out_c, out_y, out_x,
     fill0, fill1, fill2, a0, a1, a2, b0, b1, b2,
-    OUT_H: tl.constexpr, OUT_W: tl.constexpr, KIND: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, ONE_X: tl.constexpr,
+    OUT_H: tl.constexpr, OUT_W: tl.constexpr, KIND: tl.constexpr, RAGGED: tl.constexpr, PACKED: tl.constexpr,
+    MASKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ONE_X: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, CHUNK_Y: tl.constexpr, CHUNK_X: tl.constexpr,
 ):  # fmt: skip
     """views[v] = a * (Wy @ (crop - fill) @ Wx^T) + b, all three channels of one [BLOCK_H, BLOCK_W] tile."""
@@ -97,26 +117,24 @@ def forward(
     acc1 = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
     acc2 = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
     norm_x = norm + OUT_H
-    x = x_lo + tl.arange(0, CHUNK_X)
-    wx = axis_weights(cols[None, :], (x + pad_x)[:, None], canvas_w, OUT_W, norm_x, KIND).to(DOT)
+    iy, ix = tl.arange(0, CHUNK_Y), tl.arange(0, CHUNK_X)
+    wx = axis_weights(cols[None, :], (x_lo + ix + pad_x)[:, None], canvas_w, OUT_W, norm_x, KIND).to(DOT)
     for y_start in range(y_lo, y_hi, CHUNK_Y):
-        y = y_start + tl.arange(0, CHUNK_Y)
+        y = y_start + iy
         h0 = tl.zeros([CHUNK_Y, BLOCK_W], tl.float32)
         h1 = tl.zeros([CHUNK_Y, BLOCK_W], tl.float32)
         h2 = tl.zeros([CHUNK_Y, BLOCK_W], tl.float32)
         if ONE_X:  # the whole window fits one chunk: its weights stay in registers
-            h0, h1, h2 = row_pass(
-                h0, h1, h2, wx, pointer, stride_c, stride_y, stride_x, mask_table, v, y0, x0, y, x, y_hi, x_hi,
-                fill0, fill1, fill2, MASKED, DOT, PRECISION,
-            )  # fmt: skip
+            inside = in_window(mask_table, v, y0, x0, y, x_lo + ix, y_hi, x_hi, MASKED)
+            pointers = chunk_pointers(pointer, y0 + y_start, x0 + x_lo, iy, ix, stride_y, stride_x, PACKED)
+            h0, h1, h2 = row_pass(h0, h1, h2, wx, pointers, stride_c, inside, fill0, fill1, fill2, PACKED, DOT, PRECISION)
         else:
             for x_start in range(x_lo, x_hi, CHUNK_X):
-                xs = x_start + tl.arange(0, CHUNK_X)
-                ws = axis_weights(cols[None, :], (xs + pad_x)[:, None], canvas_w, OUT_W, norm_x, KIND).to(DOT)
-                h0, h1, h2 = row_pass(
-                    h0, h1, h2, ws, pointer, stride_c, stride_y, stride_x, mask_table, v, y0, x0, y, xs, y_hi, x_hi,
-                    fill0, fill1, fill2, MASKED, DOT, PRECISION,
-                )  # fmt: skip
+                x = x_start + ix
+                ws = axis_weights(cols[None, :], (x + pad_x)[:, None], canvas_w, OUT_W, norm_x, KIND).to(DOT)
+                inside = in_window(mask_table, v, y0, x0, y, x, y_hi, x_hi, MASKED)
+                pointers = chunk_pointers(pointer, y0 + y_start, x0 + x_start, iy, ix, stride_y, stride_x, PACKED)
+                h0, h1, h2 = row_pass(h0, h1, h2, ws, pointers, stride_c, inside, fill0, fill1, fill2, PACKED, DOT, PRECISION)
         wy = axis_weights(rows[:, None], (y + pad_y)[None, :], canvas_h, OUT_H, norm, KIND).to(DOT)
         acc0 = tl.dot(wy, h0.to(DOT), acc0, input_precision=PRECISION)
         acc1 = tl.dot(wy, h1.to(DOT), acc1, input_precision=PRECISION)

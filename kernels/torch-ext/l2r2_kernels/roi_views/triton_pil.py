@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_forward import kept, source_of, store_tile
+from .triton_forward import channel, chunk_pointers, kept, source_of, store_tile
 from .triton_weights import crop_range, cubic, load_place, place, store_place
 
 
@@ -51,7 +51,7 @@ def pil_weight(first, last, k, centre, inverse, KIND: tl.constexpr):
     return tl.where(first + k < last, w, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_images", "batch_h", "batch_w"])
 def pil_prepare(
     boxes, index, table, n_images, batch_h, batch_w, margin, geometry, valid_out, coefficients, first, sums,
     OUT: tl.constexpr, KIND: tl.constexpr, TAPS: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr,
@@ -100,9 +100,9 @@ def exact_dot_left(c0, c1, c2, level, acc):
 
 
 @triton.jit
-def levels(pointer, offset, inside, masked_out, fill):
+def levels(pointers, inside, masked_out, fill):
     """Source levels - 128 as int8: 0 outside the crop, fill - 128 where the mask drops a pixel."""
-    p = tl.load(pointer + offset, mask=inside, other=0).to(tl.int32) - 128
+    p = tl.load(pointers, mask=inside, other=0).to(tl.int32) - 128
     return tl.where(inside, p, tl.where(masked_out, fill - 128, 0)).to(tl.int8)
 
 
@@ -113,12 +113,12 @@ def rounded(acc, outside, total, fill):
     return tl.minimum(tl.maximum((acc + 2097152) >> 22, 0), 255)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_b", "stride_c", "stride_y", "stride_x", "fill0", "fill1", "fill2"])
 def pil_forward(
     out, images, table, mask_table, index, geometry, coefficients, first, sums,
     stride_b, stride_c, stride_y, stride_x, out_v, out_c, out_y, out_x,
     fill0, fill1, fill2, a0, a1, a2, b0, b1, b2,
-    OUT: tl.constexpr, KIND: tl.constexpr, TAPS: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr,
+    OUT: tl.constexpr, KIND: tl.constexpr, TAPS: tl.constexpr, RAGGED: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, CHUNK_Y: tl.constexpr, CHUNK_X: tl.constexpr,
 ):  # fmt: skip
     """All three channels of one [BLOCK_H, BLOCK_W] tile of one view: horizontal pass, uint8, vertical pass, normalise."""
@@ -143,28 +143,28 @@ def pil_forward(
     acc1 = tl.zeros([BLOCK_H, BLOCK_W], tl.int32)
     acc2 = tl.zeros([BLOCK_H, BLOCK_W], tl.int32)
     inside_y = tl.zeros([BLOCK_H], tl.int32)
+    iy, ix = tl.arange(0, CHUNK_Y), tl.arange(0, CHUNK_X)
     for y_start in range(y_lo, y_hi, CHUNK_Y):
-        y = y_start + tl.arange(0, CHUNK_Y)
+        y = y_start + iy
         h0 = tl.zeros([CHUNK_Y, BLOCK_W], tl.int32)
         h1 = tl.zeros([CHUNK_Y, BLOCK_W], tl.int32)
         h2 = tl.zeros([CHUNK_Y, BLOCK_W], tl.int32)
         inside_x = tl.zeros([BLOCK_W], tl.int32)
         for x_start in range(x_lo, x_hi, CHUNK_X):
-            x = x_start + tl.arange(0, CHUNK_X)
+            x = x_start + ix
             cx = taps_of(coefficients, first, cols[None, :], (x + pad_x)[:, None], OUT, TAPS)
             cx = tl.where((x < x_hi)[:, None], cx, 0)
             inside_x += tl.sum(cx, 0)
             x_0, x_1, x_2 = digits(cx)
-            image_y, image_x = (y0 + y).to(tl.int64)[:, None], (x0 + x).to(tl.int64)[None, :]
             in_crop = (y < y_hi)[:, None] & (x < x_hi)[None, :]
             inside = in_crop
             if MASKED:
-                inside = inside & kept(mask_table, v, image_y, image_x)
+                inside = in_crop & kept(mask_table, v, (y0 + y).to(tl.int64)[:, None], (x0 + x).to(tl.int64)[None, :])
             dropped = in_crop & (inside == 0)
-            offset = image_y * stride_y + image_x * stride_x
-            h0 = exact_dot(levels(pointer, offset, inside, dropped, fill0), x_0, x_1, x_2, h0)
-            h1 = exact_dot(levels(pointer + stride_c, offset, inside, dropped, fill1), x_0, x_1, x_2, h1)
-            h2 = exact_dot(levels(pointer + 2 * stride_c, offset, inside, dropped, fill2), x_0, x_1, x_2, h2)
+            p = chunk_pointers(pointer, y0 + y_start, x0 + x_start, iy, ix, stride_y, stride_x, PACKED)
+            h0 = exact_dot(levels(p, inside, dropped, fill0), x_0, x_1, x_2, h0)
+            h1 = exact_dot(levels(channel(p, stride_c, 1, PACKED), inside, dropped, fill1), x_0, x_1, x_2, h1)
+            h2 = exact_dot(levels(channel(p, stride_c, 2, PACKED), inside, dropped, fill2), x_0, x_1, x_2, h2)
         cy = taps_of(coefficients, first, rows[:, None], (y + pad_y)[None, :], OUT, TAPS)
         cy = tl.where((y < y_hi)[None, :], cy, 0)
         inside_y += tl.sum(cy, 1)

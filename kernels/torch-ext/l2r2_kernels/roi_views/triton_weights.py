@@ -141,7 +141,7 @@ def axis_norm(norm, n_in, N_OUT: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.con
         tl.store(norm + i, 1.0 / total, mask=i < N_OUT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_images", "batch_h", "batch_w"])
 def prepare(
     boxes, index, table, n_images, batch_h, batch_w, margin, geometry, valid_out, norm,
     OUT_H: tl.constexpr, OUT_W: tl.constexpr, KIND: tl.constexpr, RAGGED: tl.constexpr, SQUARE: tl.constexpr,
