@@ -1,5 +1,25 @@
 """Fused image-view and masked-attention ops: a PyTorch reference beside every Triton kernel."""
 
+from .masked_attention import (
+    Packed,
+    masked_attention,
+    pack,
+    round_capacity,
+    run_masked,
+    run_packed,
+    unpack,
+    varlen_attention,
+)
 from .roi_views import roi_views
 
-__all__ = ["roi_views"]
+__all__ = [
+    "Packed",
+    "masked_attention",
+    "pack",
+    "roi_views",
+    "round_capacity",
+    "run_masked",
+    "run_packed",
+    "unpack",
+    "varlen_attention",
+]
