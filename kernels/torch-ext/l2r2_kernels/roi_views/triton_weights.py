@@ -138,7 +138,7 @@ def axis_norm(norm, n_in, N_OUT: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.con
         for k in range(0, width // N_OUT + 4):
             j = first + k
             total += tl.where((j >= 0) & (j < n_in), weight(i, j, n_in, N_OUT, KIND), 0.0)
-        tl.store(norm + i, 1.0 / total, mask=i < N_OUT)
+        tl.store(norm + i, 1.0 / tl.where(i < N_OUT, total, 1.0), mask=i < N_OUT)
 
 
 @triton.jit(do_not_specialize=["n_images", "batch_h", "batch_w"])
