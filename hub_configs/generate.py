@@ -10,9 +10,12 @@ tag of an architecture is the one with the highest top-1 among those trained on 
 from __future__ import annotations
 
 import csv
+import functools
 import sys
 from pathlib import Path
 
+import timm
+import torch
 import yaml
 
 from l2r2_models.zoo import ARCHITECTURES, timm_cfgs
@@ -32,6 +35,13 @@ def read_top1(path: str) -> dict[str, float]:
     return best
 
 
+@functools.lru_cache
+def count_parameters(architecture: str, num_classes: int) -> int:
+    with torch.device("meta"):
+        model = timm.create_model(architecture, num_classes=num_classes)
+    return sum(p.numel() for p in model.parameters())
+
+
 def configs_of(architecture: str, backbone: str, top1: dict[str, float]) -> list[dict]:
     configs = []
     for source, cfg in timm_cfgs(backbone).items():
@@ -43,6 +53,7 @@ def configs_of(architecture: str, backbone: str, top1: dict[str, float]) -> list
             "hub_id": cfg.hf_hub_id,
             "licence": cfg.license,
             "labels": LABELS.get(cfg.num_classes, f"{cfg.num_classes} classes"),
+            "parameters": count_parameters(architecture, cfg.num_classes),
             "input_size": cfg.input_size[-1],
             "top1": top1.get(source),
             "made_by": DERIVED if cfg.num_classes else HEADLESS,

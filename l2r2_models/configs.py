@@ -24,6 +24,7 @@ class HubConfig:
         hub_id: Hub repository of the weights.
         licence: licence of those weights as timm records it; None where it records none.
         labels: name of the label set, None for weights without a classifier.
+        parameters: number of parameters with the source's classes on both heads.
         input_size: side of the square input in pixels that the weights were trained at.
         top1: ImageNet-1k validation accuracy in % that timm reports for the source, None where it reports none.
         made_by: how the checkpoint comes about.
@@ -36,6 +37,7 @@ class HubConfig:
     hub_id: str
     licence: str | None
     labels: str | None
+    parameters: int
     input_size: int
     top1: float | None
     made_by: str

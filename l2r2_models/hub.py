@@ -82,6 +82,7 @@ def save_checkpoint(model: L2R2, folder: str | Path, labels: Sequence[str], trai
         for stale in ("test_input_size", "test_crop_pct", "test_pool_size"):
             config["pretrained_cfg"].pop(stale, None)
         config["pretrained_cfg"]["pool_size"] = None  # holds for the source's input size only
+        os.chmod(Path(temporary) / WEIGHTS, 0o644)
         os.replace(Path(temporary) / WEIGHTS, folder / WEIGHTS)
         write_json(folder / CONFIG, config)
 

@@ -62,6 +62,18 @@ def load_image(
         raise ImageError(f"{name}: cannot be decoded ({_one_line(error)}); the file is damaged or truncated.") from error
 
 
+def load_mask(path: str | Path, image_size: tuple[int, int]) -> Tensor:
+    """A mask file as `[H, W]` bool: True where it is brighter than half.
+
+    Raises:
+        ImageError: unreadable, or not of the image's `(height, width)`.
+    """
+    grey = np.asarray(load_image(path).convert("L"))
+    if grey.shape != image_size:
+        raise ImageError(f"{path}: the mask is {grey.shape[1]}x{grey.shape[0]}, its image {image_size[1]}x{image_size[0]}.")
+    return torch.from_numpy(grey > 127)
+
+
 def image_tensor(image: Image.Image) -> Tensor:
     """The image's pixels as a uint8 tensor `[H, W, 3]`."""
     return torch.from_numpy(np.array(image, dtype=np.uint8))

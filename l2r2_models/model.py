@@ -1,6 +1,6 @@
 """The two-branch classifier: one timm backbone, a head a branch, a fusion; and the contract of a timm model around it."""
 
-from __future__ import annotations
+# no `from __future__ import annotations`: FX and jit need forward's annotations as types, not as strings
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
@@ -112,7 +112,10 @@ class L2R2(nn.Module):
                     return self.forward_boxes(x, boxes)
                 x = whole_image_only(x, boxes)
         features = self.backbone(x)
-        logits = [head(features) for head in self.heads.values()]
+        logits = []
+        for i, head in enumerate(self.heads.values()):
+            if i == 0 or self.training:
+                logits.append(head(features))
         if not self.training:
             return logits[0]
         for i, backbone in enumerate(self.branch_backbones.values()):

@@ -1,0 +1,35 @@
+"""The `l2r2` command: one module a command, each thin: parse, call, print."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import typer
+
+from ..errors import L2R2Error
+from . import demo, finetune, list_models, predict
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.command("list")(list_models.list_models)
+app.command("finetune")(finetune.finetune)
+app.command("predict")(predict.predict)
+app.command("demo")(demo.demo)
+
+
+def main() -> None:
+    """Entry point: a mistake of the input is one sentence and exit status 1, an interruption 130, a closed pipe nothing."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("l2r2_models").setLevel(logging.INFO)
+    try:
+        app()
+    except L2R2Error as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command continues", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

@@ -1,0 +1,25 @@
+"""What several commands share: progress bars and comma-separated options."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+errors = Console(stderr=True)
+
+
+def track(items: Iterable[T], total: int, text: str) -> Iterator[T]:
+    """Yield `items` with a progress bar on stderr (nothing where stderr is not a terminal)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, disable=not sys.stderr.isatty()) as progress:
+        yield from progress.track(items, total=total, description=text)
+
+
+def names(value: str | None) -> tuple[str, ...] | None:
+    """`"full,fg"` -> `("full", "fg")`."""
+    return None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())

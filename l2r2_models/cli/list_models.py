@@ -1,0 +1,47 @@
+"""`l2r2 list`."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from typing import Annotated
+
+import typer
+
+
+def list_models(
+    pattern: Annotated[str, typer.Argument(help="Only names that match, e.g. '*convnext*'.")] = "*",
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Every tag, with source, licence and top-1.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the models: parameters, input size, default tag; with --pretrained every tag."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..configs import load_hub_configs
+    from ..errors import L2R2Error
+
+    configs = [c for c in load_hub_configs() if pretrained or c.default]
+    configs = [c for c in configs if fnmatch.fnmatch(c.name, pattern) or fnmatch.fnmatch(c.architecture, pattern)]
+    if not configs:
+        raise L2R2Error(f'No model matches "{pattern}"; `l2r2 list` shows all.')
+    rows = [
+        {"model": c.architecture, "tag": c.tag, "parameters": c.parameters, "input_size": c.input_size, "labels": c.labels,
+         "source_top1": c.top1, "licence": c.licence}
+        for c in configs
+    ]  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    table = Table("model", "tag" if pretrained else "default tag", box=None, header_style="bold", pad_edge=False)
+    for title in ("params (M)", "input", "source's top-1"):
+        table.add_column(title, justify="right")
+    table.add_column("licence of the weights")
+    for c in sorted(configs, key=lambda c: (c.parameters, not c.default)):
+        top1 = "" if c.top1 is None else f"{c.top1:.1f}"
+        table.add_row(c.architecture, c.tag, f"{c.parameters / 1e6:.1f}", str(c.input_size), top1, c.licence or "see its page")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a pipe has no width to wrap at
+    console.print(table)
+    console.print(f"{len(configs)} shown. top-1: ImageNet-1k figure of timm's weights that the heads start from, not of L2R2.")

@@ -1,0 +1,48 @@
+"""`l2r2 predict`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from .common import errors, track
+
+METADATA_BOXES = "the boxes in a folder's metadata.csv/.jsonl"
+
+
+def predict(
+    model: Annotated[str, typer.Argument(help="A run's folder, or a Hub id (org/name).")],
+    images: Annotated[list[Path], typer.Argument(help="Images, folders of images, or a data set.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file; the same command continues it.")],
+    boxes: Annotated[Optional[Path], typer.Option(help="Box file.", show_default=METADATA_BOXES)] = None,
+    split: Annotated[Optional[str], typer.Option(help="Only this split of a data set.")] = None,
+    box_threshold: Annotated[
+        Optional[float], typer.Option(min=0, max=1, help="Boxes with a lower score are not used.", show_default="the model's")
+    ] = None,
+    max_objects: Annotated[int, typer.Option(min=1, help="Boxes of an image to classify, best first.")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="Classes listed with each object.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+) -> None:
+    """Classify images; each object gets an answer and the reason for it. Unreadable files are kept as failures."""
+    from ..predictions import gather, predict_to_file
+    from ..predictor import Predictor
+
+    inputs = gather(images, boxes, split)
+    predictor = Predictor.from_pretrained(
+        model, box_threshold=box_threshold, max_objects=max_objects, batch_size=batch_size, top=top
+    )
+    report = predict_to_file(predictor, inputs, out, lambda items, total: track(items, total, "predicting"))
+    for image in report.failures[:10]:
+        errors.print(f"failed: {image['failure']}", highlight=False, markup=False, soft_wrap=True)
+    sources = Counter(o["source"] for o in report.objects)
+    again = f", {report.kept} of them from before" if report.kept else ""
+    typer.echo(
+        f"{len(report.images)} images{again}: {len(report.objects)} answers, {sources['fused']} with an object found, "
+        f"{sources['full']} from the whole image; {len(report.failures)} failed"
+    )
+    typer.echo(f"wrote {out}")
+    if report.failures:
+        raise typer.Exit(1)

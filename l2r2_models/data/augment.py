@@ -1,0 +1,90 @@
+"""Augmentation that moves image, box and mask together, at the image's own resolution; cutting comes after it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import L2R2Error
+
+TRIES = 10
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random crop, flip and colour of the whole image, then jitter of the box.
+
+    A crop that hides most of the object is drawn again; after ten tries the image stays uncropped, so that a box never
+    leaves its image. All draws come from one seed.
+
+    Attributes:
+        scale: smallest area of the random crop relative to the image; 1 switches it off.
+        flip: probability of a horizontal flip.
+        colour: strength of brightness, contrast and saturation jitter; 0 switches it off.
+        box_jitter: how far each edge of the box moves at most, relative to its side.
+        min_visible: smallest part of the box's area that a crop must keep.
+    """
+
+    scale: float = 0.5
+    flip: float = 0.5
+    colour: float = 0.2
+    box_jitter: float = 0.1
+    min_visible: float = 0.7
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "flip", "colour", "box_jitter", "min_visible"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise L2R2Error(f"Augmentation {name} must lie between 0 and 1, got {getattr(self, name)}.")
+
+    def __call__(
+        self, pixels: Tensor, box: Tensor, mask: Tensor | None, *, seed: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Augment uint8 `[H, W, 3]` pixels with their box `[4]` (NaN: none) and mask `[H, W]`; same seed, same result."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(random.Random(str(seed)).getrandbits(63))
+            return self._draw(pixels, box, mask)
+
+    def _draw(self, pixels: Tensor, box: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        from torchvision import tv_tensors
+        from torchvision.transforms import v2
+
+        has_box = bool(box.isfinite().all())
+        item = {
+            "image": tv_tensors.Image(pixels.permute(2, 0, 1)),
+            "box": tv_tensors.BoundingBoxes(box.nan_to_num()[None], format="XYXY", canvas_size=pixels.shape[:2]),  # type: ignore[call-overload]
+            **({} if mask is None else {"mask": tv_tensors.Mask(mask[None])}),
+        }
+        item = self._crop(item, has_box)
+        item = v2.RandomHorizontalFlip(self.flip)(item)
+        if self.colour:
+            item["image"] = v2.ColorJitter(self.colour, self.colour, self.colour)(item["image"])
+        moved = self._jitter(item["box"].as_subclass(Tensor)[0]) if has_box else box
+        cut_mask = item["mask"].as_subclass(Tensor)[0].contiguous() if mask is not None else None
+        return item["image"].as_subclass(Tensor).permute(1, 2, 0).contiguous(), moved, cut_mask
+
+    def _crop(self, item: dict, has_box: bool) -> dict:
+        from torchvision.transforms import v2
+
+        if self.scale >= 1:
+            return item
+        crop = v2.RandomResizedCrop(1, scale=(self.scale, 1.0))
+        before = _area(item["box"])
+        for _ in range(TRIES):
+            where = crop.make_params([item["image"]])
+            moved = {k: v2.functional.crop(v, where["top"], where["left"], where["height"], where["width"]) for k, v in item.items()}
+            moved["box"] = v2.functional.clamp_bounding_boxes(moved["box"])
+            if not has_box or (before > 0 and _area(moved["box"]) >= self.min_visible * before):
+                return moved
+        return item
+
+    def _jitter(self, box: Tensor) -> Tensor:
+        sides = (box[2:] - box[:2]).repeat(2)
+        return box + (torch.rand(4) * 2 - 1) * self.box_jitter * sides
+
+
+def _area(box: Tensor) -> float:
+    x0, y0, x1, y1 = box.as_subclass(Tensor)[0].tolist()
+    return max(0.0, x1 - x0) * max(0.0, y1 - y0)

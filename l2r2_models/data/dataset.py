@@ -1,0 +1,230 @@
+"""From a user's folder to training rows: a table of images with labels and boxes, and the views of each of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..box_files import BoxEntry, entries_of_rows, read_boxes, read_rows
+from ..errors import L2R2Error
+from ..images import image_tensor, is_image_path, load_image, load_mask
+from ..views import ViewSpec, make_views
+from .augment import Augment
+
+METADATA = ("metadata.csv", "metadata.jsonl")
+SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of a data set: where it lies, what it shows, where the object is (`entry`), and its other columns."""
+
+    path: Path
+    label: str | None = None
+    split: str | None = None
+    entry: BoxEntry | None = None
+    mask_file: Path | None = None
+    columns: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """Images of one data set in a fixed order."""
+
+    root: Path
+    rows: tuple[Row, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(row.split for row in self.rows if row.split))
+
+    def of_split(self, name: str) -> ImageTable:
+        """The rows of one split.
+
+        Raises:
+            L2R2Error: no row belongs to it.
+        """
+        rows = tuple(row for row in self.rows if row.split == name)
+        if not rows:
+            known = f"it has {', '.join(self.splits)}" if self.splits else "it has no splits"
+            raise L2R2Error(f'{self.root}: no image of split "{name}"; {known}.')
+        return replace(self, rows=rows)
+
+    def classes(self) -> tuple[str, ...]:
+        """Sorted labels.
+
+        Raises:
+            L2R2Error: an image without a label, or fewer than two classes.
+        """
+        if missing := [row for row in self.rows if not row.label]:
+            raise L2R2Error(
+                f"{self.root}: {len(missing)} of {len(self.rows)} images have no label, the first is {missing[0].path.name}; "
+                "give a `label` column in the metadata, or one folder a class."
+            )
+        labels = tuple(sorted({str(row.label) for row in self.rows}))
+        if len(labels) < 2:
+            raise L2R2Error(f'{self.root}: only one class ("{labels[0]}"); a classifier needs two or more.')
+        return labels
+
+    def label_counts(self) -> Counter[str]:
+        return Counter(str(row.label) for row in self.rows)
+
+
+def read_table(root: str | Path, *, metadata: str | Path | None = None, boxes: str | Path | None = None) -> ImageTable:
+    """Read a data set.
+
+    Known forms: an `imagefolder` with metadata.csv or .jsonl (columns file_name, label, and if there split, box columns as
+    `box_files.read_rows` knows them, mask_file); one folder a class; the latter inside folders train, val, test.
+
+    Args:
+        root: the folder.
+        metadata: another metadata file for the images of that folder; file names stay relative to the folder.
+        boxes: a box file that replaces the boxes of the metadata, joined by path.
+
+    Raises:
+        L2R2Error: nothing usable, a listed image is missing, or the boxes belong to no image.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise L2R2Error(f"{root}: no such folder.")
+    listed = Path(metadata) if metadata else next((root / m for m in METADATA if (root / m).exists()), None)
+    rows = _rows_of_metadata(root, listed) if listed else _rows_of_folders(root)
+    if boxes is not None:
+        joined = read_boxes(boxes).join(row.path for row in rows)
+        rows = [replace(row, entry=joined.get(str(row.path))) for row in rows]
+    return ImageTable(root, tuple(rows))
+
+
+def _rows_of_metadata(root: Path, file: Path) -> list[Row]:
+    if not file.exists():
+        raise L2R2Error(f"{file}: no such metadata file.")
+    records = read_rows(file)
+    entries = entries_of_rows(records, str(file))
+    has_boxes = any(entry.boxes for entry in entries.values())
+    rows: dict[str, Row] = {}
+    for record in records:
+        name = str(record["file_name"])
+        path = root / name
+        if name not in rows and not path.exists():
+            raise L2R2Error(f"{file}: lists {name}, which is not in {root}.")
+        label = record.get("label")
+        rows[name] = Row(
+            path,
+            None if label in (None, "") else str(label),
+            record.get("split") or None,
+            entries[name] if has_boxes else None,
+            root / record["mask_file"] if record.get("mask_file") else None,
+            tuple((k, str(v)) for k, v in record.items() if isinstance(v, (str, int, float))),
+        )
+    return list(rows.values())
+
+
+def _rows_of_folders(root: Path) -> list[Row]:
+    paths = sorted(p for p in root.rglob("*") if is_image_path(p.relative_to(root)) and p.is_file())
+    if not paths:
+        raise L2R2Error(f"{root}: no image in this folder.")
+    rows = []
+    for path in paths:
+        parents = path.relative_to(root).parts[:-1]
+        split = parents[0] if len(parents) > 1 and parents[0].lower() in SPLIT_FOLDERS else None
+        rows.append(Row(path, parents[-1] if parents else None, split))
+    return rows
+
+
+def check_images(table: ImageTable, progress: Callable[[Iterable[Row], int], Iterable[Row]]) -> dict[Path, str]:
+    """Decode every image once and join its boxes; what cannot be used, with the reason.
+
+    Args:
+        progress: wraps the rows to show progress; gets them and their number.
+    """
+    bad: dict[Path, str] = {}
+
+    def check(row: Row) -> None:
+        try:
+            sample_of(row, fill=(0, 0, 0))
+        except L2R2Error as error:
+            bad[row.path] = str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in progress(pool.map(check, table.rows), len(table)):  # type: ignore[arg-type]
+            pass
+    return bad
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One decoded image: uint8 `[H, W, 3]`, the box `[4]` of its object (NaN where there is none), its mask or None."""
+
+    pixels: Tensor
+    box: Tensor
+    mask: Tensor | None
+
+
+def sample_of(row: Row, fill: Sequence[int], box_threshold: float = 0.0) -> Sample:
+    """Decode a row's image and take its best usable box.
+
+    Raises:
+        ImageError, L2R2Error: unreadable image or mask, or boxes made for another image size.
+    """
+    image = load_image(row.path, fill=fill)
+    size = (image.height, image.width)
+    box = torch.full((4,), float("nan"))
+    if row.entry is not None:
+        found = row.entry.detections(size, str(row.path)).above(box_threshold).usable()
+        box = found.boxes[0] if len(found) else box
+    mask = load_mask(row.mask_file, size) if row.mask_file else None
+    return Sample(image_tensor(image), box, mask)
+
+
+class ViewDataset(Dataset):
+    """Rows as training items: the views of each branch, `has_fg`, and the class number.
+
+    Augmentation draws from (seed, epoch, row), so an item is the same whichever worker makes it, and whether or not the
+    run was interrupted before.
+    """
+
+    def __init__(
+        self,
+        table: ImageTable,
+        classes: Sequence[str],
+        spec: ViewSpec,
+        branches: Sequence[str],
+        *,
+        augment: Augment | None = None,
+        box_threshold: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        index = {label: i for i, label in enumerate(classes)}
+        if unknown := sorted({str(row.label) for row in table.rows} - set(index)):
+            raise L2R2Error(f"{table.root}: label {unknown[0]} does not occur in training.")
+        self.rows, self.spec, self.branches, self.augment = table.rows, spec, tuple(branches), augment
+        self.targets = [index[str(row.label)] for row in table.rows]
+        self.box_threshold, self.seed, self.epoch = box_threshold, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer, through accelerate's loader, at the start of each epoch."""
+        self.epoch = int(epoch)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        sample = sample_of(self.rows[i], self.spec.fill, self.box_threshold)
+        if self.augment is not None:
+            sample = Sample(*self.augment(sample.pixels, sample.box, sample.mask, seed=(self.seed, self.epoch, i)))
+        views = make_views([sample.pixels], sample.box[None], self.spec, branches=self.branches, masks=[sample.mask])
+        item = {branch: getattr(views, branch)[0] for branch in self.branches}
+        return {**item, "has_fg": views.has_fg[0], "labels": self.targets[i]}
+
+

@@ -1,0 +1,112 @@
+"""A data set made on the spot from real pixels: handwritten digits pasted on photographs that come with pip packages.
+
+Each digit has a home photograph. In `train` and `test_usual` most digits lie on their home, in `test_swapped` on another's;
+writers and photograph regions of the test rows do not occur in training. Position, size and colour of a digit say nothing
+about its class, and its box is known.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..errors import L2R2Error
+
+PHOTOGRAPHS = ("coffee", "grass", "brick", "gravel", "rocket", "retina", "china", "flower", "immunohistochemistry", "chelsea")
+SIDE = 96  # pixels of an image
+AT_HOME = 0.97  # part of the training digits that lie on their class's photograph
+COLUMNS = ("file_name", "label", "split", "x0", "y0", "x1", "y1", "background")
+
+
+def make_demo_data(folder: str | Path, *, train: int = 800, test: int = 300, seed: int = 0) -> Path:
+    """Write the data set as an imagefolder with metadata.csv.
+
+    Args:
+        folder: where to; the images go into `folder/images`.
+        train, test: images in `train`, and in each of `test_usual` and `test_swapped`.
+        seed: of everything drawn.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        L2R2Error: scikit-learn or scikit-image is missing.
+    """
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    ink, labels = _digits()
+    order = rng.permutation(len(ink))
+    seen, held_out = order[: len(order) * 2 // 3], order[len(order) * 2 // 3 :]
+    photographs = [_photograph(name) for name in PHOTOGRAPHS]
+    rows = []
+    for split, count, pool, at_home in (
+        ("train", train, seen, AT_HOME),
+        ("test_usual", test, held_out, AT_HOME),
+        ("test_swapped", test, held_out, 0.0),
+    ):
+        for i, digit in enumerate(rng.choice(pool, count, replace=count > len(pool))):
+            label = int(labels[digit])
+            where = label if rng.random() < at_home else (label + int(rng.integers(1, len(PHOTOGRAPHS)))) % len(PHOTOGRAPHS)
+            image = _region(photographs[where], split == "train", rng)
+            box = _paste(image, ink[digit], rng)
+            name = f"images/{split}_{i:04d}.png"
+            Image.fromarray(image).save(folder / name)
+            rows.append((name, label, split, *box, PHOTOGRAPHS[where]))
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows(rows)
+    return folder
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """Ink in [0, 1] `[N, 8, 8]` and labels of scikit-learn's handwritten digits."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise L2R2Error('The demo needs more packages: pip install "l2r2-models[demo]".') from error
+    digits = load_digits()
+    return digits.images / 16.0, digits.target
+
+
+def _photograph(name: str) -> np.ndarray:
+    """An RGB photograph that comes with scikit-learn (china, flower) or scikit-image, at about 250 pixels height."""
+    if name in ("china", "flower"):
+        from sklearn.datasets import load_sample_image
+
+        pixels = load_sample_image(f"{name}.jpg")
+    else:
+        try:
+            import skimage.data
+        except ImportError as error:
+            raise L2R2Error('The demo needs more packages: pip install "l2r2-models[demo]".') from error
+        pixels = getattr(skimage.data, name)()
+    image = Image.fromarray(pixels).convert("RGB")
+    return np.asarray(image.resize((round(250 * image.width / image.height), 250), Image.Resampling.LANCZOS))
+
+
+def _region(photograph: np.ndarray, training: bool, rng: np.random.Generator) -> np.ndarray:
+    """A random square of the photograph: of its left 60 % for training, of its right 40 % for testing."""
+    border = round(0.6 * photograph.shape[1])
+    part = photograph[:, :border] if training else photograph[:, border:]
+    side = min(SIDE, part.shape[1])
+    y, x = (int(rng.integers(0, extent - side + 1)) for extent in part.shape[:2])
+    return np.array(Image.fromarray(part[y : y + side, x : x + side]).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+
+
+def _paste(image: np.ndarray, ink: np.ndarray, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Draw the digit into the image in place and return the tight box of its ink."""
+    side = int(rng.integers(28, 45))
+    glyph = Image.fromarray((255 * ink).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    opacity = np.asarray(glyph, dtype=np.float64)[:, :, None] / 255
+    y, x = (int(v) for v in rng.integers(0, SIDE - side + 1, 2))
+    colour = rng.integers(0, 256, 3)
+    part = image[y : y + side, x : x + side]
+    colour = np.where(abs(colour.mean() - part.mean()) < 60, (colour + 128) % 256, colour)  # stay visible
+    part[:] = np.rint(part * (1 - opacity) + colour * opacity).astype(np.uint8)
+    rows, columns = np.nonzero(opacity[:, :, 0] > 0.25)
+    return x + int(columns.min()), y + int(rows.min()), x + int(columns.max()) + 1, y + int(rows.max()) + 1

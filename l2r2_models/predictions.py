@@ -1,0 +1,127 @@
+"""A file of predictions: made in batches, written atomically as it grows, and continued by the same call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .box_files import BoxEntry, read_boxes
+from .data.dataset import METADATA, read_table
+from .errors import L2R2Error
+from .files import file_sha256, read_json, write_json
+from .images import list_images
+from .predictor import Prediction, Predictor
+
+SAVE_EVERY = 200
+FORMAT_VERSION = "1.0"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What to classify: files, the box entries that some of them have, and the box file they are from."""
+
+    paths: tuple[Path, ...]
+    entries: dict[str, BoxEntry]
+    boxes: Path | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a call left in the file: the images asked for, in order, and how many of them were there before."""
+
+    images: list[dict[str, Any]]
+    kept: int
+
+    @property
+    def failures(self) -> list[dict[str, Any]]:
+        return [image for image in self.images if "failure" in image]
+
+    @property
+    def objects(self) -> list[dict[str, Any]]:
+        return [o for image in self.images for o in image.get("objects", ())]
+
+
+def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None = None) -> Inputs:
+    """Find the images among files and folders, and their boxes.
+
+    Args:
+        sources: images, folders of images, or data sets with metadata.csv or .jsonl, whose boxes are used.
+        boxes: a box file instead, joined by path.
+        split: only this split of the data sets.
+
+    Raises:
+        L2R2Error: nothing there, or the boxes belong to no image.
+    """
+    paths: dict[Path, None] = {}
+    entries: dict[str, BoxEntry] = {}
+    for source in sources:
+        if source.is_dir() and any((source / name).exists() for name in METADATA):
+            table = read_table(source)
+            rows = (table.of_split(split) if split else table).rows
+            paths.update((row.path, None) for row in rows)
+            entries.update((str(row.path), row.entry) for row in rows if row.entry is not None)
+        elif split:
+            raise L2R2Error(f"{source}: --split needs a folder with {' or '.join(METADATA)}.")
+        else:
+            paths.update((path, None) for path in list_images([source]))
+    if boxes is not None:
+        entries = read_boxes(boxes).join(paths)
+    return Inputs(tuple(paths), entries, boxes)
+
+
+def predict_to_file(
+    predictor: Predictor,
+    inputs: Inputs,
+    out: Path,
+    progress: Callable[[Iterable[Prediction], int], Iterable[Prediction]] = lambda items, _: items,
+) -> Report:
+    """Classify into a JSON file. Answers that the file holds already are kept; failures are tried again.
+
+    Raises:
+        L2R2Error: the file was made with another model, other boxes or settings, or cannot be written.
+    """
+    header = _header(predictor, inputs)
+    finished = _finished(out, header)
+    todo = [path for path in inputs.paths if str(path) not in finished]
+    names = [str(path) for path in inputs.paths]
+    _write(out, header, finished, names)  # a file that cannot be written shows before the work, not after it
+    for count, prediction in enumerate(progress(predictor.predict_files(todo, inputs.entries), len(todo)), 1):
+        finished[str(prediction.file)] = prediction.to_dict()
+        if count % SAVE_EVERY == 0:
+            _write(out, header, finished, names)
+    _write(out, header, finished, names)
+    return Report([finished[name] for name in names], len(names) - len(todo))
+
+
+def _header(predictor: Predictor, inputs: Inputs) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": predictor.checkpoint.name,
+        "model_sha256": predictor.checkpoint.digest,
+        "labels": list(predictor.labels),
+        "boxes_sha256": file_sha256(inputs.boxes) if inputs.boxes else None,
+        "settings": {
+            "box_threshold": predictor.box_threshold,
+            "max_objects": predictor.max_objects,
+            "top": predictor.top,
+        },
+    }
+
+
+def _finished(out: Path, header: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    if not out.exists():
+        return {}
+    old = read_json(out)
+    if not isinstance(old, dict) or "images" not in old:
+        raise L2R2Error(f"{out}: exists and is not a file of predictions; choose another -o.")
+    if changed := [key for key in header if key != "model" and old.get(key) != header[key]]:
+        raise L2R2Error(f"{out}: was made with another {', '.join(changed)}; remove it or choose another -o.")
+    return {image["file"]: image for image in old["images"] if "failure" not in image}
+
+
+def _write(out: Path, header: dict[str, Any], finished: dict[str, dict[str, Any]], names: list[str]) -> None:
+    asked = set(names)
+    order = [*names, *(name for name in finished if name not in asked)]  # earlier answers for other images stay
+    write_json(out, {**header, "images": [finished[name] for name in order if name in finished]})

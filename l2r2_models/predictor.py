@@ -1,0 +1,247 @@
+"""The whole way for one image or a folder: image, boxes, views, branches, fusion, and an answer that says why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .box_files import BoxEntry
+from .boxes import Detections
+from .errors import L2R2Error
+from .hub import Checkpoint, load_checkpoint
+from .images import load_image
+from .model import L2R2Output
+from .views import make_views
+
+Source = str | Path | Image.Image
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A class and its softmax probability."""
+
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
+class ObjectPrediction:
+    """What one object is.
+
+    Attributes:
+        label, score: the fused answer and its softmax probability.
+        source: `fused`, or `full` where no object was found and the whole image answers.
+        reason: one sentence.
+        full, fg, bg: what each branch says; None for a branch that the model lacks, or that had nothing to look at.
+        box: xyxy pixels of the upright image, None without one; `box_score` is the localizer's.
+        top: the most probable classes of the fused answer, best first.
+    """
+
+    label: str
+    score: float
+    source: Literal["fused", "full"]
+    reason: str
+    full: Answer | None
+    fg: Answer | None
+    bg: Answer | None
+    box: tuple[float, float, float, float] | None
+    box_score: float | None
+    top: tuple[Answer, ...]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What an image shows: one entry an object, best box first; exactly one where there is no box. `failure` says why there
+    is none."""
+
+    file: str | None
+    objects: tuple[ObjectPrediction, ...]
+    failure: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Label of the first object.
+
+        Raises:
+            L2R2Error: the image could not be read.
+        """
+        if self.failure is not None:
+            raise L2R2Error(self.failure)
+        return self.objects[0].label
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, without empty fields."""
+        data = asdict(self)
+        data["objects"] = [{k: v for k, v in o.items() if v is not None} for o in data["objects"]]
+        if self.failure is not None:
+            return {"file": self.file, "failure": self.failure}
+        return {"file": self.file, "objects": data["objects"]}
+
+
+class Predictor:
+    """Classifies images with a checkpoint; takes paths or PIL images in, gives `Prediction`s out.
+
+    Args:
+        checkpoint: see `load_checkpoint`.
+        box_threshold: boxes with a lower score count as not found. Boxes given without a score have 1.
+        max_objects: how many boxes of an image are classified, best first.
+        batch_size: objects in one pass.
+        top: classes listed in `ObjectPrediction.top`.
+        device: default cuda where there is one.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        box_threshold: float | None = None,
+        max_objects: int = 10,
+        batch_size: int = 32,
+        top: int = 3,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = checkpoint.model.to(self.device).eval()
+        self.labels = checkpoint.labels
+        recipe = checkpoint.training.get("recipe", {})
+        self.box_threshold = recipe.get("box_threshold", 0.2) if box_threshold is None else box_threshold
+        self.max_objects, self.batch_size, self.top = max_objects, batch_size, min(top, len(self.labels))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> Predictor:
+        """From a run's folder or a Hub id (`org/name`, `hf-hub:org/name@revision`); options as for `Predictor`."""
+        return cls(load_checkpoint(source), **options)
+
+    def __call__(self, image: Source, boxes: Detections | Sequence[Sequence[float]] | None = None) -> Prediction:
+        """Classify one image.
+
+        Args:
+            image: path or PIL image.
+            boxes: what a localizer found, or xyxy boxes in pixels of the upright image; none: the full branch answers.
+
+        Raises:
+            ImageError: the image cannot be read.
+        """
+        name = str(image) if isinstance(image, (str, Path)) else None
+        loaded = load_image(image, fill=self.model.view_spec.fill)
+        if boxes is not None and not isinstance(boxes, Detections):
+            boxes = Detections.from_lists(boxes, (loaded.height, loaded.width))
+        return self._predict([(name, loaded, boxes)])[0]
+
+    def predict_files(self, paths: Iterable[Path], boxes: dict[str, BoxEntry] | None = None) -> Iterator[Prediction]:
+        """Classify files in batches; an unreadable one becomes a Prediction with `failure`, the others go on.
+
+        Args:
+            paths: image files.
+            boxes: entries by `str(path)`, see `BoxTable.join`.
+        """
+        batch: list[tuple[str | None, Image.Image, Detections | None]] = []
+        done: list[Prediction | None] = []
+        for path in paths:
+            try:
+                image = load_image(path, fill=self.model.view_spec.fill)
+                entry = (boxes or {}).get(str(path))
+                found = None if entry is None else entry.detections((image.height, image.width), str(path))
+            except L2R2Error as error:
+                done.append(Prediction(str(path), (), str(error)))
+            else:
+                batch.append((str(path), image, found))
+                done.append(None)
+            if len(batch) >= self.batch_size:
+                yield from _merge(done, self._predict(batch))
+                batch, done = [], []
+        yield from _merge(done, self._predict(batch) if batch else [])
+
+    @torch.inference_mode()
+    def _predict(self, items: Sequence[tuple[str | None, Image.Image, Detections | None]]) -> list[Prediction]:
+        found = [self._usable(detections) for _, _, detections in items]
+        rows: list[tuple[int, Tensor, float | None, str]] = []  # image, box, score, why there is none
+        for i, (usable, why) in enumerate(found):
+            if usable is None:
+                rows.append((i, torch.full((4,), float("nan")), None, why))
+            else:
+                rows += [(i, box, score, "") for box, score in zip(usable.boxes, usable.scores.tolist())]
+        answers: list[list[ObjectPrediction]] = [[] for _ in items]
+        for start in range(0, len(rows), self.batch_size):
+            part = rows[start : start + self.batch_size]
+            used = sorted({i for i, *_ in part})
+            views = make_views(
+                [items[i][1] for i in used],
+                torch.stack([box for _, box, _, _ in part]),
+                self.model.view_spec,
+                branches=self.model.branches,
+                image_index=torch.tensor([used.index(i) for i, *_ in part]),
+                device=self.device,
+            )
+            given = {b: v for b, v in views._asdict().items() if b in self.model.branches}
+            output = self.model.forward_views(has_fg=views.has_fg, **given)
+            for row, answer in zip(part, self._answers(output, part, views.has_fg.tolist())):
+                answers[row[0]].append(answer)
+        return [Prediction(item[0], tuple(objects)) for item, objects in zip(items, answers)]
+
+    def _usable(self, detections: Detections | None) -> tuple[Detections | None, str]:
+        """The boxes to classify, or None and why there are none (METHOD.md 2)."""
+        if detections is None or not len(detections):
+            return None, "no box was given" if detections is None else "no object was found"
+        sure = detections.above(self.box_threshold)
+        if not len(sure):
+            return None, f"no box reaches the score {self.box_threshold:g} (best {detections.scores.max():.2f})"
+        usable = sure.usable()
+        if not len(usable):
+            return None, "every box lies outside of the image or is empty"
+        return usable.sorted().select(torch.arange(min(len(usable), self.max_objects))), ""
+
+    def _answers(self, output: L2R2Output, rows: Sequence[Any], has_fg: Sequence[bool]) -> Iterator[ObjectPrediction]:
+        best = {
+            branch: logits.float().softmax(-1).topk(self.top if branch == "fused" else 1)
+            for branch, logits in output._asdict().items()
+            if logits is not None
+        }
+        probabilities = {b: t.values.tolist() for b, t in best.items()}
+        classes = {b: t.indices.tolist() for b, t in best.items()}
+        for i, (_, box, box_score, why) in enumerate(rows):
+            said = {b: [Answer(self.labels[c], round(p, 6)) for c, p in zip(classes[b][i], probabilities[b][i])] for b in best}
+            found = has_fg[i] and "fg" in said
+            yield ObjectPrediction(
+                label=said["fused"][0].label,
+                score=said["fused"][0].score,
+                source="fused" if found else "full",
+                reason=_why_fused(said) if found else _why_full(said, why),
+                full=said["full"][0] if "full" in said else None,
+                fg=said["fg"][0] if found else None,
+                bg=said["bg"][0] if has_fg[i] and "bg" in said else None,
+                box=tuple(round(v, 2) for v in box.tolist()) if has_fg[i] else None,  # type: ignore[arg-type]
+                box_score=None if box_score is None else round(box_score, 4),
+                top=tuple(said["fused"]),
+            )
+
+
+def _why_fused(said: dict[str, list[Answer]]) -> str:
+    fg, fused = said["fg"][0], said["fused"][0]
+    if "full" not in said or said["full"][0].label == fg.label:
+        return "the object and the whole image agree" if fused.label == fg.label else "the background decides"
+    full = said["full"][0]
+    if fused.label == fg.label:
+        return f"the object ({fg.score:.2f}) overrules the whole image, which says {full.label} ({full.score:.2f})"
+    if fused.label == full.label:
+        return f"the whole image ({full.score:.2f}) overrules the object, which says {fg.label} ({fg.score:.2f})"
+    return f"a compromise between the object ({fg.label}) and the whole image ({full.label})"
+
+
+def _why_full(said: dict[str, list[Answer]], why: str) -> str:
+    if "fg" not in said:
+        return "the model has no fg branch"
+    return f"{why}; the whole image answers"
+
+
+def _merge(done: Sequence[Prediction | None], predicted: Sequence[Prediction]) -> Iterator[Prediction]:
+    waiting = iter(predicted)
+    for prediction in done:
+        yield prediction if prediction is not None else next(waiting)
