@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOG2E = 1.4426950408889634
+_LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _FULL_GRID = 2048  # programs: a few for each of a large GPU's multiprocessors
 
@@ -157,7 +157,7 @@ def dq_kernel(
         grad = _load_rows(GRAD + here, tile, H * D, in_rows, D, BLOCK_D, UPCAST)
         out = _load_rows(OUT + here, tile, H * D, in_rows, D, BLOCK_D, UPCAST)
         delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-        lse2 = tl.load(LSE + stats_offset + first + tile, mask=in_rows, other=float("inf")) / _LN2
+        lse2 = tl.load(LSE + stats_offset + first + tile, mask=in_rows, other=float("inf")) * _LOG2E
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for n0 in range(0, keys, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
@@ -208,7 +208,7 @@ def dkv_kernel(
             asks = m < rows
             q = _load_rows(q_base, m, sqt, asks, D, BLOCK_D, UPCAST)
             grad = _load_rows(GRAD + row_offset, m, H * D, asks, D, BLOCK_D, UPCAST)
-            lse2 = tl.load(LSE + stats_offset + m, mask=asks, other=float("inf")) / _LN2
+            lse2 = tl.load(LSE + stats_offset + m, mask=asks, other=float("inf")) * _LOG2E
             delta = tl.load(DELTA + stats_offset + m, mask=asks, other=0.0)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2  # transposed: [BLOCK_N, BLOCK_M]
             p = tl.where(kept[:, None], tl.math.exp2(s - lse2[None, :]), 0.0)
@@ -324,7 +324,7 @@ def attention_forward(
     q, k, v = map(_dense_last, (q, k, v))
     problem = Problem.of(q, lengths, max_len)
     out, lse = problem.empty(q), problem.stats(q)
-    _launch(forward_kernel, "forward", problem, (q, k, v, out, lse, lengths, index), (q, k, v), scale * _LOG2E)
+    _launch(forward_kernel, "forward", problem, (q, k, v, out, lse, lengths, index), (q, k, v), scale * _LOG2E.value)
     return out, lse
 
 
@@ -337,7 +337,7 @@ def attention_backward(
     problem = Problem.of(q, lengths, max_len)
     grad, out = problem.ordered(grad), problem.ordered(out)
     dq, dk, dv, delta = problem.empty(q), problem.empty(k), problem.empty(v), problem.stats(q)
-    qkv, scales = (q, k, v), (scale, scale * _LOG2E)
+    qkv, scales = (q, k, v), (scale, scale * _LOG2E.value)
     _launch(dq_kernel, "dq", problem, (q, k, v, out, grad, lse, delta, dq, lengths, index), qkv, *scales)
     _launch(dkv_kernel, "dkv", problem, (q, k, v, grad, lse, delta, dk, dv, lengths, index), qkv, *scales)
     return dq, dk, dv

@@ -1,0 +1,375 @@
+"""Masked and packed attention against their peers: one row a case and provider.
+
+``rows(device, copy_bytes_per_s, matmul_flops_per_s)`` is called by ``kernels.py``, which measures the two rates in the same
+run. A row's ``ratio`` is the peer's time over ours, for our own row that of the fastest peer; ``must`` and ``stretch`` are
+the least ratios wanted (a goal "at most 1.15 times its time" is a ratio of 1 / 1.15). Every provider is compared with
+float64 before it is timed; a wrong or absent one has no times. On a CPU only the whole ViT is timed, unless sizes are given.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from l2r2_kernels.masked_attention import (
+    masked_attention,
+    pack,
+    reference,
+    round_capacity,
+    run_packed,
+    unpack,
+    varlen_attention,
+)
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+SDPA = {"sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa_math": SDPBackend.MATH}
+L2_BYTES = 64 << 20  # inputs rotate through more than twice this, so that none is found in the cache
+CHECKED = 4  # images compared with float64
+
+
+class Sizes(NamedTuple):
+    """What is run. Lengths include the class token."""
+
+    batch: int = 256
+    heads: int = 12
+    dim: int = 64
+    short: int = 197
+    long: int = 785
+    model: str = "vit_base_patch16_224"
+    dtype: torch.dtype = torch.bfloat16
+    repeats: int = 50
+    model_args: tuple[tuple[str, Any], ...] = ()
+
+
+CPU_VIT = Sizes(batch=8, model="vit_small_patch16_224", dtype=torch.float32, repeats=5)
+Call = Callable[[], Any]
+
+
+class Goal(NamedTuple):
+    must: float | None = None
+    stretch: float | None = None
+    peers: tuple[str, ...] = ()  # whom the goal is against; any when empty
+
+
+def rows(device: str, copy_bytes_per_s: float, matmul_flops_per_s: float, sizes: Sizes | None = None) -> list[dict]:
+    """All cases of the goal table on one device; ``sizes`` makes them smaller, for a dry run."""
+    table: list[dict] = []
+    for case in _cases(torch.device(device), sizes):
+        table += case.rows(copy_bytes_per_s, matmul_flops_per_s)
+    return table
+
+
+class Case:
+    """One line of the goal table: the providers' calls over rotating inputs, ours first."""
+
+    def __init__(self, op: str, case: str, device: torch.device, repeats: int, goal: Goal, bytes_: float, flops: float):
+        self.op, self.case, self.device, self.repeats, self.goal = op, case, device, repeats, goal
+        self.bytes, self.flops = bytes_, flops
+        self.times: dict[str, list[float]] = {}
+        self.correct: dict[str, bool] = {}
+
+    def add(self, provider: str, make: Callable[[], tuple[list[Call], Callable[[], bool]]]) -> None:
+        """Checks, then times what ``make`` gives; a peer that cannot run here has no times, ours must run."""
+        self.correct[provider], self.times[provider] = False, []
+        try:
+            calls, check = make()
+            _leave_nan_in_free_memory(self.device)
+            self.correct[provider] = check()
+            if self.correct[provider]:
+                self.times[provider] = timed(calls, self.device, self.repeats)
+        except (RuntimeError, ImportError, TypeError, ValueError, NotImplementedError):
+            if provider == "l2r2":
+                raise
+
+    def rows(self, copy_rate: float, matmul_rate: float) -> Iterator[dict]:
+        median = {provider: statistics.median(times) for provider, times in self.times.items() if times}
+        ours = median.get("l2r2")
+        rivals = [t for p, t in median.items() if p != "l2r2" and (not self.goal.peers or p in self.goal.peers)]
+        for provider, times in self.times.items():
+            ms, own = median.get(provider), provider == "l2r2"
+            against = min(rivals, default=None) if own else ms
+            quantiles = statistics.quantiles(times, n=5) if len(times) > 1 else [None] * 4
+            yield {
+                "op": self.op,
+                "case": self.case,
+                "provider": provider,
+                "ms_median": ms,
+                "ms_p20": quantiles[0],
+                "ms_p80": quantiles[3],
+                "bytes": self.bytes,
+                "flops": self.flops,
+                "pct_copy": 100 * self.bytes / (ms * 1e-3) / copy_rate if ms else None,
+                "pct_matmul": 100 * self.flops / (ms * 1e-3) / matmul_rate if ms else None,
+                "ratio": against / ours if against and ours else None,
+                "must": self.goal.must if own else None,
+                "stretch": self.goal.stretch if own else None,
+                "correct": self.correct[provider],
+            }
+
+
+def timed(calls: list[Call], device: torch.device, repeats: int) -> list[float]:
+    """Milliseconds of each of ``repeats`` calls, taken in turn; on CUDA by events, with the host kept ahead of the GPU."""
+    for call in calls * 3 if device.type == "cuda" else calls[:1]:
+        call()
+    if device.type != "cuda":
+        times = []
+        for i in range(repeats):
+            start = time.perf_counter()
+            calls[i % len(calls)]()
+            times.append(1e3 * (time.perf_counter() - start))
+        return times
+    torch.cuda.synchronize()
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for i, (start, end) in enumerate(marks):
+        if i % 10 == 0:
+            torch.cuda.synchronize()
+            torch.cuda._sleep(20_000_000)  # about 10 ms, in which the host queues the next calls
+        start.record()
+        calls[i % len(calls)]()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in marks]
+
+
+def _leave_nan_in_free_memory(device: torch.device) -> None:
+    """An output that a kernel forgets to write is NaN then, and not the right answer of the call before."""
+    if device.type == "cuda":
+        torch.full((1 << 30,), float("nan"), device=device)
+
+
+def close(ours: Tensor, truth: Tensor, dtype: torch.dtype) -> bool:
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    return torch.allclose(ours.double(), truth.double(), atol=tolerance, rtol=tolerance)
+
+
+def kept_masks(batch: int, tokens: int, share: float, copies: int, device: torch.device) -> list[Tensor]:
+    """Masks that keep ``share`` of the patches on average, between half and one and a half times that in an image."""
+    masks = []
+    for _ in range(copies):
+        spread = torch.linspace(0.5, 1.5, batch)[torch.randperm(batch)] if share < 0.6 else torch.ones(batch)
+        counts = (spread * share * (tokens - 1)).round()
+        mask = torch.rand(batch, tokens - 1).argsort(1).argsort(1) < counts[:, None]
+        masks.append(F.pad(mask, (1, 0), value=True).to(device))
+    return masks
+
+
+def _copies(bytes_: float, device: torch.device) -> int:
+    return min(int(2 * L2_BYTES // bytes_) + 1, 64) if device.type == "cuda" else 2
+
+
+def _with_gradients(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], backward: bool) -> Call:
+    """The call, with its backward if asked: forward and backward are timed together, as training runs them."""
+    if not backward:
+
+        def forward():
+            with torch.no_grad():
+                return function(*tensors)
+
+        return forward
+    leaves = tuple(x.detach().requires_grad_() for x in tensors)
+    grad = torch.randn_like(function(*leaves))
+    return lambda: torch.autograd.grad(function(*leaves), leaves, grad)
+
+
+# --- attention on packed tokens -----------------------------------------------------------------------------------------
+
+
+def _varlen_case(device: torch.device, sizes: Sizes, tokens: int, share: float, backward: bool, goal: Goal) -> Case:
+    heads, dim = sizes.heads, sizes.dim
+    probe = kept_masks(sizes.batch, tokens, share, 1, device)[0]
+    total, squares = int(probe.sum()), int((probe.sum(1) ** 2).sum())
+    size = total * heads * dim * probe.new_empty(0, dtype=sizes.dtype).element_size()
+    flops = 4 * squares * heads * dim * (3.5 if backward else 1)
+    name = f"varlen {'forward+backward' if backward else 'forward'}, N {tokens}, {share:.0%} kept"
+    case = Case("varlen_attention", name, device, sizes.repeats, goal, size * (11 if backward else 4), flops)
+    inputs = []
+    for mask in kept_masks(sizes.batch, tokens, share, _copies(4 * size, device), device):
+        lengths = mask.sum(1)
+        cu = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        qkv = torch.randn(int(lengths.sum()), 3, heads, dim, device=device, dtype=sizes.dtype).unbind(1)
+        inputs.append((qkv, cu, lengths.tolist()))
+
+    def make(function: Callable[..., Tensor]) -> tuple[list[Call], Callable[[], bool]]:
+        def bind(cu, lengths):
+            return lambda q, k, v: function(q, k, v, cu, tokens, lengths)
+
+        def check() -> bool:
+            (q, k, v), cu, lengths = inputs[0]
+            some = cu[: CHECKED + 1]
+            rows_ = int(some[-1])
+            exact = [x[:rows_].double() for x in (q, k, v)]
+            truth = reference.varlen_attention_reference(*exact, some, dim**-0.5)[0]
+            with torch.no_grad():
+                return close(function(q, k, v, cu, tokens, lengths)[:rows_], truth, sizes.dtype)
+
+        return [_with_gradients(bind(cu, lengths), qkv, backward) for qkv, cu, lengths in inputs], check
+
+    for name, function in {"l2r2": _ours_varlen, "torch_varlen": _torch_varlen, "xformers": _xformers_varlen}.items():
+        case.add(name, partial(make, function))
+    return case
+
+
+def _ours_varlen(q, k, v, cu, longest, lengths):
+    return varlen_attention(q, k, v, cu, longest)
+
+
+def _torch_varlen(q, k, v, cu, longest, lengths):
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(q, k, v, cu, cu, longest, longest)
+
+
+def _xformers_varlen(q, k, v, cu, longest, lengths):
+    from xformers.ops import fmha
+
+    bias = fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths)
+    return fmha.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0]
+
+
+# --- all queries over the kept keys -------------------------------------------------------------------------------------
+
+
+def _masked_case(device: torch.device, sizes: Sizes, tokens: int, share: float, backward: bool, goal: Goal) -> Case:
+    shape = (sizes.batch, tokens, 3, sizes.heads, sizes.dim)
+    size = sizes.batch * tokens * sizes.heads * sizes.dim * torch.empty(0, dtype=sizes.dtype).element_size()
+    copies = _copies(4 * size, device)
+    masks = kept_masks(sizes.batch, tokens, share, copies, device)
+    tensors = [torch.randn(shape, device=device, dtype=sizes.dtype).permute(2, 0, 3, 1, 4).unbind(0) for _ in range(copies)]
+    flops = 4 * tokens * int(masks[0].sum()) * sizes.heads * sizes.dim * (3.5 if backward else 1)
+    name = f"keys only {'forward+backward' if backward else 'forward'}, N {tokens}, {share:.0%} kept"
+    case = Case("masked_attention", name, device, sizes.repeats, goal, size * (11 if backward else 4), flops)
+
+    def make(function: Callable[..., Tensor]) -> tuple[list[Call], Callable[[], bool]]:
+        def check() -> bool:
+            q, k, v = (x[:CHECKED] for x in tensors[0])
+            mask = masks[0][:CHECKED]
+            truth = reference.masked_attention_reference(q.double(), k.double(), v.double(), mask, sizes.dim**-0.5)[0]
+            with torch.no_grad():
+                return close(function(q, k, v, mask), truth, sizes.dtype)
+
+        def bind(mask):
+            return lambda q, k, v: function(q, k, v, mask)
+
+        return [_with_gradients(bind(mask), qkv, backward) for qkv, mask in zip(tensors, masks)], check
+
+    providers: dict[str, Callable[..., Tensor]] = {"l2r2": masked_attention}
+    if share == 1:
+        providers["sdpa_unmasked"] = lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v)
+    providers |= {name: _masked_sdpa(backend) for name, backend in SDPA.items()} | {"flex": _flex(device)}
+    for name, function in providers.items():
+        case.add(name, partial(make, function))
+    return case
+
+
+def _masked_sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
+    def attend(q, k, v, mask):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+
+    return attend
+
+
+def _flex(device: torch.device) -> Callable[..., Tensor]:
+    """FlexAttention with the creation of its block mask, which a new mask needs."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    attend = torch.compile(flex_attention, dynamic=False) if device.type == "cuda" else flex_attention
+
+    def run(q, k, v, mask):
+        block_mask = create_block_mask(lambda b, h, i, j: mask[b, j], q.shape[0], None, q.shape[2], q.shape[2], device=q.device)
+        return attend(q, k, v, block_mask=block_mask)
+
+    return run
+
+
+# --- the whole ViT ------------------------------------------------------------------------------------------------------
+
+
+def _vit_case(device: torch.device, sizes: Sizes, share: float, training: bool, goal: Goal) -> list[Case]:
+    torch.manual_seed(0)
+    model = timm.create_model(sizes.model, **dict(sizes.model_args)).to(device, sizes.dtype).train(training)
+    tokens, width = model.pos_embed.shape[1], model.embed_dim
+    batches = [torch.randn(sizes.batch, tokens, width, device=device, dtype=sizes.dtype) for _ in range(2)]
+    masks = kept_masks(sizes.batch, tokens, share, 2, device)
+    capacity = round_capacity(max(int(mask.sum()) for mask in masks))  # known to a caller who has the boxes
+    weights = sum(p.numel() for p in model.blocks.parameters())
+    name = f"{sizes.model} blocks {'training step' if training else 'forward'}, N {tokens}, {share:.0%} kept"
+    flops = 2 * weights * int(masks[0].sum()) * (3 if training else 1)
+    size = weights * batches[0].element_size() * (5 if training else 1)
+    case = Case("run_packed", name, device, sizes.repeats, goal, size, flops)
+    optimizer = torch.optim.AdamW(model.blocks.parameters(), lr=1e-6)
+
+    def dense(x: Tensor, mask: Tensor) -> Tensor:
+        for block in model.blocks:
+            x = block(x, attn_mask=mask[:, None, None, :])
+        return x[:, 0]
+
+    def packed(x: Tensor, mask: Tensor) -> Tensor:
+        return run_packed(model.blocks, x, mask, num_prefix=1, capacity=capacity)[0].prefix()[:, 0]
+
+    def step(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, mask: Tensor) -> Call:
+        def forward():
+            with torch.no_grad():
+                return function(x, mask)
+
+        def train():
+            optimizer.zero_grad(set_to_none=True)
+            function(x, mask).float().square().mean().backward()
+            optimizer.step()
+
+        return train if training else forward
+
+    def check() -> bool:
+        exact = timm.create_model(sizes.model, **dict(sizes.model_args)).to(device, torch.float64).eval()
+        x, mask = batches[0][:CHECKED].double(), masks[0][:CHECKED]
+        with torch.no_grad():
+            truth = x
+            for block in exact.blocks:
+                truth = block(truth, attn_mask=mask[:, None, None, :])
+            ours = run_packed(exact.blocks, x, mask.cpu(), num_prefix=1)[0].prefix()
+        return close(ours[:, 0], truth[:, 0], torch.float32)
+
+    case.add("l2r2", lambda: ([step(packed, x, mask) for x, mask in zip(batches, masks)], check))
+    case.add("dense_masked", lambda: ([step(dense, x, mask) for x, mask in zip(batches, masks)], lambda: True))
+    if training or share != 0.3:
+        return [case]
+    # Two percent of the forward stand as the peer here: a ratio of 1 and more keeps the goal.
+    moved = Case("pack+unpack", f"of {name}", device, sizes.repeats, Goal(1.0), 4 * sizes.batch * tokens * width, 0)
+
+    def round_trip(x: Tensor, mask: Tensor) -> Tensor:
+        return unpack(pack(x, mask, num_prefix=1, capacity=capacity))
+
+    calls = [lambda x=x, mask=mask: round_trip(x, mask) for x, mask in zip(batches, masks)]
+    moved.add("l2r2", lambda: (calls, lambda: torch.equal(calls[0](), batches[0] * masks[0][..., None])))
+    moved.correct["2% of the packed forward"] = case.correct["l2r2"]
+    moved.times["2% of the packed forward"] = [0.02 * ms for ms in case.times["l2r2"]]
+    return [case, moved]
+
+
+# --- the goal table (KERNELS, section 2) --------------------------------------------------------------------------------
+
+
+def _cases(device: torch.device, sizes: Sizes | None) -> Iterator[Case]:
+    if device.type != "cuda" and sizes is None:
+        yield from _vit_case(device, CPU_VIT, 0.3, False, Goal(2.0, 2.8))
+        return
+    sizes = sizes or Sizes()
+    against_torch = ("torch_varlen",)
+    for share in (0.3, 0.5):
+        yield _varlen_case(device, sizes, sizes.short, share, False, Goal(1.0, 1 / 0.8, against_torch))
+        yield _varlen_case(device, sizes, sizes.short, share, True, Goal(1.0, 1 / 0.8, against_torch))
+    yield _varlen_case(device, sizes, sizes.long, 1.0, False, Goal(1 / 1.15, 1.0, against_torch))
+    yield _varlen_case(device, sizes, sizes.long, 1.0, True, Goal(1 / 1.3, 1.0, against_torch))
+    masked_sdpa = tuple(SDPA)
+    for tokens, goal in ((sizes.short, Goal(1.3, 1.6, masked_sdpa)), (sizes.long, Goal(2.5, 3.0, masked_sdpa))):
+        yield _masked_case(device, sizes, tokens, 0.3, False, goal)
+        yield _masked_case(device, sizes, tokens, 0.3, True, goal)
+        yield _masked_case(device, sizes, tokens, 1.0, False, Goal(1 / 1.05, None, ("sdpa_unmasked",)))
+    for share, must, stretch in ((0.5, 1.7, 1.9), (0.3, 2.6, 3.1), (0.2, 3.5, 4.3)):
+        yield from _vit_case(device, sizes, share, False, Goal(must, stretch))
+        yield from _vit_case(device, sizes, share, True, Goal(0.85 * must, 0.85 * stretch))

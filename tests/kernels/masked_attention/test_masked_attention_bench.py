@@ -1,0 +1,62 @@
+"""A dry run of the speed table on the CPU, with tiny sizes: every case, every provider, no numbers asserted but counts."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+KEYS = ["op", "case", "provider", "ms_median", "ms_p20", "ms_p80", "bytes", "flops", "pct_copy", "pct_matmul"]
+KEYS += ["ratio", "must", "stretch", "correct"]
+
+
+@pytest.fixture(scope="module")
+def bench():
+    path = Path(__file__).parents[3] / "benchmarks/speed/masked_attention_bench.py"
+    spec = importlib.util.spec_from_file_location("masked_attention_bench", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def table(bench):
+    tiny = {"batch": 5, "heads": 1, "dim": 16, "short": 12, "long": 24, "dtype": torch.float32, "repeats": 2}
+    model = {"model": "vit_tiny_patch16_224", "model_args": (("img_size", 64), ("depth", 1))}
+    return bench.rows("cpu", 1e10, 1e11, bench.Sizes(**tiny, **model))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_every_goal_has_our_correct_timed_row(table):
+    assert all(list(row) == KEYS for row in table)
+    ours = [row for row in table if row["provider"] == "l2r2"]
+    assert len(ours) == 19 and all(row["correct"] and row["ms_median"] > 0 and row["must"] for row in ours)
+    assert {row["must"] for row in ours} >= {1.0, 1 / 1.15, 1 / 1.3, 1.3, 2.5, 1 / 1.05, 1.7, 2.6, 3.5}
+    assert len({(row["op"], row["case"]) for row in ours}) == len(ours)
+
+
+def test_ratios_are_against_the_fastest_peer_of_the_goal(table):
+    for row in (row for row in table if row["provider"] == "l2r2" and row["ratio"] is not None):
+        peers = [other["ms_median"] for other in table if other["case"] == row["case"] and other["op"] == row["op"]]
+        assert any(peer is not None and peer == pytest.approx(row["ratio"] * row["ms_median"]) for peer in peers)
+
+
+def test_a_wrong_or_absent_peer_is_not_timed(bench):
+    case = bench.Case("op", "case", torch.device("cpu"), 3, bench.Goal(1.0), 8.0, 8.0)
+
+    def absent():
+        raise ImportError("no such peer")
+
+    case.add("l2r2", lambda: ([lambda: None], lambda: True))
+    case.add("wrong", lambda: ([lambda: None], lambda: False))
+    case.add("absent", absent)
+    ours, wrong, missing = case.rows(1e9, 1e9)
+    assert ours["ms_median"] > 0 and ours["ratio"] is None
+    assert wrong["ms_median"] is missing["ms_median"] is None and not wrong["correct"]
+
+
+def test_masks_keep_their_share(bench):
+    torch.manual_seed(0)
+    (mask,) = bench.kept_masks(64, 197, 0.3, 1, torch.device("cpu"))
+    counts = mask[:, 1:].sum(1) / 196
+    assert mask[:, 0].all() and abs(counts.mean() - 0.3) < 0.01 and counts.min() >= 0.14 and counts.max() <= 0.46
