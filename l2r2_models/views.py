@@ -177,16 +177,20 @@ def cut_batch(x: Tensor, boxes: Tensor, spec: ViewSpec, branch: str) -> tuple[Te
         inside = _rectangles(window, height, width)[:, None]
         erased = inside if branch == "bg" else ~inside
         return torch.where(erased & has_fg[:, None, None, None], torch.zeros_like(x), x), has_fg
+    where = torch.where(has_fg[:, None], boxes.to(whole), whole)
+    three = channels == 3  # the kernel cuts three channels; any other number goes through it channel by channel
     views, _ = roi_views(
-        x,
-        torch.where(has_fg[:, None], boxes.to(whole), whole),
+        x if three else x.flatten(0, 1)[:, None].expand(-1, 3, -1, -1),
+        where if three else where.repeat_interleave(channels, 0),
         size=(height, width),
         margin=spec.margin,
         square=spec.square,
-        fill=(0.0,) * channels,
+        fill=(0.0, 0.0, 0.0),
         interpolation=spec.interpolation,
         dtype=x.dtype,
     )
+    if not three:
+        views = views[:, 0].unflatten(0, (batch, channels))
     return views, has_fg
 
 

@@ -1,0 +1,32 @@
+# make demo, make test: each does all of its own set-up; quiet the second time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint benchmark benchmark-fod
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all]'
+	@touch $@
+
+demo: $(INSTALLED)
+	@$(BIN)/l2r2 demo -o demo
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+
+# One thread a worker: threads of several workers wait for each other on few cores.
+test: lint
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2
+
+benchmark: $(INSTALLED)
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q benchmarks/speed -p no:xdist
+
+# make benchmark-fod DATA=path/to/fod_a_shift
+benchmark-fod: $(INSTALLED)
+	@$(BIN)/python benchmarks/robustness/fod_a_shift.py $(DATA)

@@ -1,0 +1,57 @@
+"""Fixtures that several test files share: small images on disk, a data set with boxes, a tiny trained-looking run."""
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import l2r2_models  # noqa: F401  (registers the models)
+from l2r2_models import hub
+from l2r2_models.views import ViewSpec
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a hub
+torch.set_num_threads(1)
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
+
+
+def write_dataset(folder: Path, count: int = 12, splits=("train",), seed: int = 0) -> Path:
+    """An imagefolder of noise images with one coloured square each; its colour is the label, its box is known."""
+    rng = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for split in splits:
+        for i in range(count):
+            label = list(COLOURS)[i % len(COLOURS)]
+            pixels = rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)
+            x, y = int(rng.integers(0, 40)), int(rng.integers(0, 20))
+            pixels[y : y + 18, x : x + 18] = COLOURS[label]
+            name = f"images/{split}_{i:03d}.png"
+            Image.fromarray(pixels).save(folder / name)
+            rows.append((name, label, split, x, y, x + 18, y + 18))
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("file_name", "label", "split", "x0", "y0", "x1", "y1"), *rows])
+    return folder
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return write_dataset(tmp_path / "data", splits=("train", "val", "test"))
+
+
+def write_run(folder: Path, seed: int = 0, **options) -> Path:
+    """A checkpoint with random weights of the smallest backbone that is quick on a CPU."""
+    torch.manual_seed(seed)
+    model = timm.create_model("l2r2", backbone="resnet10t", num_classes=3, **options)
+    model.view_spec = ViewSpec.from_pretrained_cfg(model.pretrained_cfg, size=32)
+    hub.save_checkpoint(model, folder, sorted(COLOURS))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("run") / "run")

@@ -1,0 +1,181 @@
+"""The contract of a timm model, for the smallest model of each family in the registry."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.models import get_notrace_functions, get_notrace_modules
+from torchvision.models.feature_extraction import NodePathTracer
+
+from l2r2_models.zoo import ARCHITECTURES
+
+FAMILIES = {
+    "l2r2_convnextv2_atto": {},
+    "l2r2_convnext_tiny": {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 48)},
+    "l2r2_resnet18": {},
+    "l2r2_vit_tiny_patch16_224": {"img_size": 64, "depth": 4},
+    "l2r2_vit_small_patch14_reg4_dinov2": {"img_size": 56, "depth": 4},
+    "l2r2_swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 2, "embed_dim": 24, "depths": (1, 1, 1, 1)},
+    "l2r2_efficientnet_b0": {},
+}
+SIZES = {"l2r2_vit_small_patch14_reg4_dinov2": 56}
+
+
+def build(name, **options):
+    torch.manual_seed(0)
+    return timm.create_model(name, **{"num_classes": 5, **FAMILIES[name], **options})
+
+
+def images(name, batch=2, channels=3):
+    size = SIZES.get(name, 64)
+    return torch.randn(batch, channels, size, size)
+
+
+@pytest.fixture(params=FAMILIES)
+def name(request):
+    return request.param
+
+
+def test_the_registry_holds_every_architecture_and_every_family_is_tested():
+    assert set(timm.list_models("l2r2*")) == {*ARCHITECTURES, "l2r2"}
+    families = {a.rsplit("_", 1)[0] if "convnext" in a else a.split("_")[1] for a in ARCHITECTURES}
+    tested = {a.rsplit("_", 1)[0] if "convnext" in a else a.split("_")[1] for a in FAMILIES}
+    assert {f.rstrip("0123456789") for f in families} == {f.rstrip("0123456789") for f in tested}
+
+
+def test_shapes_and_heads(name):
+    model, x = build(name).eval(), images(name)
+    features = model.forward_features(x)
+    pooled = model.forward_head(features, pre_logits=True)
+    assert model(x).shape == (2, 5)
+    assert pooled.shape == (2, model.head_hidden_size)
+    assert torch.allclose(model.forward_head(features), model(x), atol=1e-5)
+    assert model.forward_views(x, x, torch.tensor([True, False])).fused.shape == (2, 5)
+
+
+def test_gradients_reach_every_parameter(name):
+    model = build(name).train()
+    model(images(name)).mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_the_classifier_can_be_replaced_or_removed(name):
+    model, x = build(name).eval(), images(name)
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7) and model.num_classes == 7
+    assert {h.out_features for h in model.get_classifier().values()} == {7}
+    model.reset_classifier(0)
+    assert model(x).shape == (2, model.head_hidden_size)
+    assert build(name, num_classes=0).eval()(x).shape == (2, model.head_hidden_size)
+
+
+def test_one_channel(name):
+    model = build(name, in_chans=1).eval()
+    assert model(images(name, channels=1)).shape == (2, 5)
+    boxes = torch.tensor([[3.0, 3, 40, 30], [float("nan")] * 4])
+    assert model(images(name, channels=1), boxes).shape == (2, 5)
+
+
+def test_features_only_and_intermediates(name):
+    x = images(name)
+    features = build(name, features_only=True).eval()
+    out = features(x)
+    assert [o.shape[1] for o in out] == features.feature_info.channels()
+    model = build(name).eval()
+    last, intermediates = model.forward_intermediates(x, indices=2)
+    assert torch.allclose(last, model.forward_features(x)) and len(intermediates) == 2
+
+
+def test_parameter_groups_cover_every_parameter(name):
+    from timm.models import group_parameters
+
+    model = build(name)
+    groups = group_parameters(model, model.group_matcher())
+    assert sorted(p for g in groups.values() for p in g) == sorted(n for n, _ in model.named_parameters())
+    assert len(groups) > 2
+    stem = min(groups)
+    assert all(n.startswith("backbone.") for n in groups[stem])
+    undecayed = model.no_weight_decay()  # timm names parameters that may not exist, e.g. a dist_token
+    assert undecayed == {f"backbone.{n}" for n in getattr(model.backbone, "no_weight_decay", set)()}
+
+
+def test_gradient_checkpointing_changes_nothing(name):
+    model, x = build(name).eval(), images(name)
+    before = model(x)
+    model.set_grad_checkpointing()
+    assert torch.allclose(model(x), before, atol=1e-5)
+
+
+def test_fx(name):
+    model, x = build(name).eval(), images(name)
+    tracer = NodePathTracer(
+        leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions(), param_shapes_constant=True
+    )
+    traced = torch.fx.GraphModule(model, tracer.trace(model))
+    assert torch.equal(traced(x), model(x))
+
+
+def test_jit(name):
+    with timm.layers.set_scriptable(True):
+        model = build(name).eval()
+    x = images(name)
+    assert torch.allclose(torch.jit.script(model)(x), model(x), atol=1e-5)
+
+
+def test_compile_full_graph_with_and_without_boxes(name):
+    torch._dynamo.reset()
+    model, x = build(name).eval(), images(name)
+    boxes = torch.tensor([[3.0, 3, 40, 30], [float("nan")] * 4])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(x), model(x), atol=1e-5)
+    assert torch.allclose(compiled(x, boxes), model(x, boxes), atol=1e-5)
+
+
+def test_export_keeps_the_batch_dynamic(name):
+    model, batch = build(name).eval(), torch.export.Dim("batch", min=1, max=64)
+    x, boxes = images(name, 3), torch.tensor([[3.0, 3, 40, 30]]).repeat(3, 1)
+    program = torch.export.export(model, (images(name), boxes[:2]), dynamic_shapes={"x": {0: batch}, "boxes": {0: batch}})
+    assert torch.allclose(program.module()(x, boxes), model(x, boxes), atol=1e-5)
+
+
+def test_state_dict_round_trip(name):
+    model, other, x = build(name).eval(), build(name).eval(), images(name)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1)
+    other.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert torch.equal(other(x), model(x))
+
+
+def test_weights_of_the_timm_model_give_the_timm_model_bit_for_bit(name, tmp_path):
+    """What `pretrained=True` does, on weights made here instead of downloaded."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(1)
+    options = FAMILIES[name]
+    plain = timm.create_model(ARCHITECTURES[name], num_classes=1000, **options).eval()
+    save_file(plain.state_dict(), tmp_path / "model.safetensors")
+    overlay = dict(file=str(tmp_path / "model.safetensors"), num_classes=1000)
+    derived = timm.create_model(name, pretrained=True, num_classes=1000, pretrained_cfg_overlay=overlay, **options).eval()
+    x = images(name)
+    with torch.inference_mode():
+        assert torch.equal(derived(x), plain(x))
+        out = derived.forward_views(x, x)
+        assert torch.equal(out.full, out.fg)  # both heads start from the same classifier
+    fresh = timm.create_model(name, pretrained=True, num_classes=3, in_chans=1, pretrained_cfg_overlay=overlay, **options)
+    assert fresh.eval()(images(name, channels=1)).shape == (2, 3)
+
+
+def test_headless_weights_load_into_the_backbone(name, tmp_path):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(1)
+    options = FAMILIES[name]
+    plain = timm.create_model(ARCHITECTURES[name], num_classes=0, **options).eval()
+    weights = {k: v for k, v in plain.state_dict().items() if not k.startswith("head.norm")}
+    save_file(weights, tmp_path / "model.safetensors")
+    overlay = dict(file=str(tmp_path / "model.safetensors"), num_classes=0)
+    derived = timm.create_model(name, pretrained=True, num_classes=6, pretrained_cfg_overlay=overlay, **options).eval()
+    assert all(torch.equal(v, derived.state_dict()[f"backbone.{k}"]) for k, v in weights.items())
+    assert derived(images(name)).shape == (2, 6)

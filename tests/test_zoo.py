@@ -1,0 +1,64 @@
+"""The pretrained tags, and the private function of timm that they lean on."""
+
+import timm
+import torch
+from timm.models._registry import get_arch_pretrained_cfgs
+
+from l2r2_models.configs import load_hub_configs
+from l2r2_models.zoo import ARCHITECTURES, default_cfgs
+
+
+def test_timms_private_listing_still_gives_cfgs_by_name_with_tag():
+    cfgs = get_arch_pretrained_cfgs("resnet18")
+    assert cfgs["resnet18.a1_in1k"].hf_hub_id == "timm/resnet18.a1_in1k"
+    assert cfgs["resnet18.a1_in1k"].classifier == "fc"
+
+
+def test_every_architecture_has_a_default_tag_with_full_hub_id_and_prefixed_names():
+    for architecture, backbone in ARCHITECTURES.items():
+        cfg = timm.models.get_pretrained_cfg(architecture)
+        assert cfg.hf_hub_id == f"timm/{backbone}.{cfg.tag}"
+        assert cfg.first_conv.startswith("backbone.")
+        assert cfg.classifier == ("heads.full", "heads.fg")
+        assert not cfg.url and not cfg.custom_load
+
+
+def test_hub_configs_agree_with_timms_registry():
+    checked = 0
+    for config in load_hub_configs():
+        source = timm.models.get_pretrained_cfg(config.source)
+        assert config.hub_id == source.hf_hub_id
+        assert config.licence == source.license
+        assert config.input_size == source.input_size[-1]
+        assert (config.labels is None) == (source.num_classes == 0)
+        assert config.tag in default_cfgs[config.architecture].cfgs
+        checked += 1
+    assert checked > 100
+
+
+def test_the_default_tag_is_the_strongest_imagenet_1k_one_up_to_256_pixels():
+    for architecture in ARCHITECTURES:
+        configs = [c for c in load_hub_configs() if c.architecture == architecture]
+        (default,) = [c for c in configs if c.default]
+        assert timm.models.get_pretrained_cfg(architecture).tag == default.tag
+        rivals = [c.top1 or 0 for c in configs if c.labels == "imagenet-1k" and c.input_size <= 256]
+        assert not rivals or default.top1 == max(rivals)
+
+
+def test_parameter_counts_in_the_configs():
+    for name in ("l2r2_convnextv2_atto", "l2r2_resnet18", "l2r2_vit_tiny_patch16_224"):
+        model = timm.create_model(name)
+        (config,) = [c for c in load_hub_configs() if c.architecture == name and c.default]
+        assert config.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_the_generic_model_takes_any_backbone_and_its_weights(tmp_path):
+    from safetensors.torch import save_file
+
+    plain = timm.create_model("regnetx_002", num_classes=10).eval()
+    save_file(plain.state_dict(), tmp_path / "model.safetensors")
+    overlay = dict(file=str(tmp_path / "model.safetensors"), num_classes=10)
+    model = timm.create_model("l2r2", backbone="regnetx_002", pretrained=True, num_classes=10, pretrained_cfg_overlay=overlay)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(model.eval()(x), plain(x))
+    assert model.pretrained_cfg["mean"] == plain.pretrained_cfg["mean"]
