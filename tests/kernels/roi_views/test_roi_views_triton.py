@@ -1,22 +1,17 @@
-"""The Triton kernels: in Triton's interpreter where there is no GPU (small cases), on the GPU with -m gpu (the same tests)."""
+"""The Triton kernels: on the GPU with -m gpu, or in Triton's interpreter with TRITON_INTERPRET=1 (small cases of the same
+tests, run by test_roi_views_interpreter.py in a process of their own)."""
 
 import os
 
 import pytest
 import torch
-from roi_views_cases import FILL, MEAN, NAN, STD, TOLERANCE, levels_apart, noise_image, spec_of, truth
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported, which is at their first use
-pytest.importorskip("triton")
-
 from l2r2_kernels import roi_views
 from l2r2_kernels.roi_views import op
+from roi_views_cases import FILL, MEAN, NAN, STD, TOLERANCE, levels_apart, noise_image, spec_of, truth
 
-DEVICES = [
-    pytest.param("cpu", id="interpreter", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
+pytest.importorskip("triton")
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="test_roi_views_interpreter.py runs it")
+DEVICES = [pytest.param("cpu", id="interpreter", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
 on_devices = pytest.mark.parametrize("device", DEVICES)
 KINDS = [("bilinear", True), ("bicubic", True), ("bilinear", False), ("bicubic", False)]
 
@@ -167,9 +162,8 @@ def test_an_image_index_out_of_range_gives_an_invalid_view(device):
 
 
 @on_devices
-@pytest.mark.parametrize("interpolation, antialias", KINDS)
-@pytest.mark.parametrize("square", [True, False])
-def test_backward_is_the_reference_and_repeats_bitwise(device, square, interpolation, antialias):
+@pytest.mark.parametrize("interpolation, antialias, square", [*((*kind, True) for kind in KINDS), ("bicubic", True, False)])
+def test_backward_is_the_reference_and_repeats_bitwise(device, interpolation, antialias, square):
     g = torch.Generator().manual_seed(4)
     batch = torch.rand(2, 3, 21, 27, generator=g).to(device)
     boxes = torch.tensor([[3.0, 4, 27, 19], [0, 0, 27, 21], [10, 8, 14, 20], [NAN] * 4, [0, 0, 9, 9]], device=device)

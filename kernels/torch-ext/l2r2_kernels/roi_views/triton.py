@@ -21,7 +21,7 @@ PREPARE = {"BLOCK": 64, "num_warps": 2, "enable_fp_fusion": False}  # the refere
 HALF = {"BLOCK_H": 32, "BLOCK_W": 16, "CHUNK_Y": 32}
 FULL = {"BLOCK_H": 16, "BLOCK_W": 16, "CHUNK_Y": 16}
 PIL = {"BLOCK_H": 64, "BLOCK_W": 16, "CHUNK_Y": 32, "CHUNK_X": 32, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
-BACKWARD = {"BLOCK_Y": 16, "BLOCK_X": 32, "CHUNK_I": 16, "CHUNK_J": 16, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+BACKWARD = {"BLOCK_Y": 16, "BLOCK_X": 32, "CHUNK_I": 16, "CHUNK_J": 16}
 
 
 def forward_config(is_uint8: bool, dtype: torch.dtype, kind: int, masked: bool, ratio: float) -> dict[str, Any]:
@@ -32,18 +32,28 @@ def forward_config(is_uint8: bool, dtype: torch.dtype, kind: int, masked: bool, 
     """
     exact = dtype == torch.float32
     half = is_uint8 and not exact
-    tile = HALF if half else FULL
     support = (1 + kind % 2) * (max(ratio, 1.0) if kind <= 1 else 1.0)
-    window = math.ceil(tile["BLOCK_W"] * ratio + 2 * support) + 4
-    # A window of one chunk keeps its weights in registers; two more live operands leave no room for that beyond 32 columns.
-    one_x = window <= (32 if exact else 64)
+    window = math.ceil(16 * ratio + 2 * support) + 4
+    # A window that fits one chunk keeps its weights in registers; operands of 32 bits leave no room for that.
+    one_x = half and window <= 64
     return {
-        **tile,
+        **(HALF if half else FULL),
         "DOT": tl.float16 if half else tl.float32,
         "PRECISION": "tf32x3" if exact else "tf32",
         "ONE_X": one_x,
-        "CHUNK_X": 64 if one_x and window > 32 else 32,
-        "num_warps": 4 if masked or kind == 3 else 2,
+        "CHUNK_X": (64 if one_x and window > 32 else 32) if half else 16,
+        "num_warps": 4 if half and (masked or kind == 3) else 2,
+        "num_stages": 2,
+        "enable_fp_fusion": True,
+    }
+
+
+def backward_config(dtype: torch.dtype, kind: int, masked: bool) -> dict[str, Any]:
+    """Launch options of the backward kernel for a batch of `dtype`."""
+    return {
+        **BACKWARD,
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+        "num_warps": 8 if masked or kind == 3 else 4,
         "num_stages": 2,
         "enable_fp_fusion": True,
     }
@@ -218,11 +228,11 @@ def backward(
     of_image, order = index.sort(stable=True)
     starts = torch.searchsorted(of_image, torch.arange(batch + 1, device=device))
     tiles = triton.cdiv(height, BACKWARD["BLOCK_Y"]) * triton.cdiv(width, BACKWARD["BLOCK_X"])
+    kind, masked = triton_weights.KINDS[spec.interpolation, spec.antialias], mask_table.numel() > 0
     with _on(device):
         geometry, norm, _ = _prepare(source, boxes, index, spec)
         triton_backward.backward[(batch * tiles,)](
             grad, grad_in, mask_table, order, starts, geometry, norm, height, width, *grad.stride(), *spec.affine()[0],
-            OUT_H=spec.height, OUT_W=spec.width, KIND=triton_weights.KINDS[spec.interpolation, spec.antialias],
-            MASKED=mask_table.numel() > 0, PRECISION="tf32x3" if images.dtype == torch.float32 else "tf32", **BACKWARD,
+            OUT_H=spec.height, OUT_W=spec.width, KIND=kind, MASKED=masked, **backward_config(images.dtype, kind, masked),
         )  # fmt: skip
     return grad_in

@@ -46,6 +46,7 @@ def backward(
     tile = (pid % tiles).to(tl.int32)
     ys, xs = (tile // tiles_x) * BLOCK_Y, (tile % tiles_x) * BLOCK_X
     y, x = ys + tl.arange(0, BLOCK_Y), xs + tl.arange(0, BLOCK_X)
+    ii, jj = tl.arange(0, CHUNK_I), tl.arange(0, CHUNK_J)
     acc0 = tl.zeros([BLOCK_Y, BLOCK_X], tl.float32)
     acc1 = tl.zeros([BLOCK_Y, BLOCK_X], tl.float32)
     acc2 = tl.zeros([BLOCK_Y, BLOCK_X], tl.float32)
@@ -61,15 +62,16 @@ def backward(
         view1 = tl.zeros([BLOCK_Y, BLOCK_X], tl.float32)
         view2 = tl.zeros([BLOCK_Y, BLOCK_X], tl.float32)
         for i_start in range(i_lo, i_hi, CHUNK_I):
-            i = i_start + tl.arange(0, CHUNK_I)
+            i = i_start + ii
             t0 = tl.zeros([CHUNK_I, BLOCK_X], tl.float32)
             t1 = tl.zeros([CHUNK_I, BLOCK_X], tl.float32)
             t2 = tl.zeros([CHUNK_I, BLOCK_X], tl.float32)
             for j_start in range(j_lo, j_hi, CHUNK_J):
-                j = j_start + tl.arange(0, CHUNK_J)
+                j = j_start + jj
                 wx = weights_of(j[:, None], (x - x0 + pad_x)[None, :], canvas_w, OUT_W, norm_y + OUT_H, KIND)
                 inside = (i < i_hi)[:, None] & (j < j_hi)[None, :]
-                g = grad + v * grad_v + i.to(tl.int64)[:, None] * grad_y + j.to(tl.int64)[None, :] * grad_x
+                g = grad + v * grad_v + tl.cast(i_start, tl.int64) * grad_y + tl.cast(j_start, tl.int64) * grad_x
+                g += ii[:, None] * tl.cast(grad_y, tl.int32) + jj[None, :] * tl.cast(grad_x, tl.int32)
                 t0 = tl.dot(tl.load(g, mask=inside, other=0).to(tl.float32), wx, t0, input_precision=PRECISION)
                 t1 = tl.dot(tl.load(g + grad_c, mask=inside, other=0).to(tl.float32), wx, t1, input_precision=PRECISION)
                 t2 = tl.dot(tl.load(g + 2 * grad_c, mask=inside, other=0).to(tl.float32), wx, t2, input_precision=PRECISION)
@@ -79,7 +81,7 @@ def backward(
             view2 = tl.dot(wy, t2, view2, input_precision=PRECISION)
         here = ((y >= y0) & (y < y0 + h))[:, None] & ((x >= x0) & (x < x0 + w))[None, :]
         if MASKED:
-            here = here & kept(mask_table, v, y.to(tl.int64)[:, None], x.to(tl.int64)[None, :])
+            here = here & kept(mask_table, v, ys, xs, tl.arange(0, BLOCK_Y), tl.arange(0, BLOCK_X))
         acc0 += tl.where(here, view0, 0.0)
         acc1 += tl.where(here, view1, 0.0)
         acc2 += tl.where(here, view2, 0.0)

@@ -21,12 +21,15 @@ def source_of(images, table, b, stride_b, stride_c, stride_y, stride_x, RAGGED: 
 
 
 @triton.jit
-def kept(mask_table, v, y, x):
-    """Where the mask of view v keeps the image's pixels (y, x); everywhere, if the view has no mask."""
-    row = mask_table + v * 5
-    pointer = tl.load(row).to(tl.pointer_type(tl.uint8))
-    inside = (y < tl.load(row + 1)) & (x < tl.load(row + 2))  # 0 x 0: no mask
-    return tl.load(pointer + y * tl.load(row + 3) + x * tl.load(row + 4), mask=inside, other=1) != 0
+def kept(mask_table, v, y, x, rows, cols):
+    """Where the mask of view v keeps the image's pixels (y + rows, x + cols); everywhere, if the view has no mask."""
+    entry = mask_table + v * 5
+    height, width = tl.load(entry + 1).to(tl.int32), tl.load(entry + 2).to(tl.int32)  # 0 x 0: no mask
+    stride_y, stride_x = tl.load(entry + 3), tl.load(entry + 4)
+    start = tl.load(entry).to(tl.pointer_type(tl.uint8)) + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
+    inside = (rows < height - y)[:, None] & (cols < width - x)[None, :]
+    offset = rows[:, None] * stride_y.to(tl.int32) + cols[None, :] * stride_x.to(tl.int32)
+    return tl.load(start + offset, mask=inside, other=1) != 0
 
 
 @triton.jit
@@ -79,11 +82,11 @@ def row_pass(
 
 
 @triton.jit
-def in_window(mask_table, v, y0, x0, y, x, y_hi, x_hi, MASKED: tl.constexpr):
-    """Which crop pixels (y, x) a tile needs and its view's mask keeps."""
-    inside = (y < y_hi)[:, None] & (x < x_hi)[None, :]
+def in_window(mask_table, v, y0, x0, y, x, iy, ix, y_hi, x_hi, MASKED: tl.constexpr):
+    """Which crop pixels (y + iy, x + ix) a tile needs and its view's mask keeps."""
+    inside = (y + iy < y_hi)[:, None] & (x + ix < x_hi)[None, :]
     if MASKED:
-        inside = inside & kept(mask_table, v, (y0 + y).to(tl.int64)[:, None], (x0 + x).to(tl.int64)[None, :])
+        inside = inside & kept(mask_table, v, y0 + y, x0 + x, iy, ix)
     return inside
 
 
@@ -125,14 +128,14 @@ def forward(
         h1 = tl.zeros([CHUNK_Y, BLOCK_W], tl.float32)
         h2 = tl.zeros([CHUNK_Y, BLOCK_W], tl.float32)
         if ONE_X:  # the whole window fits one chunk: its weights stay in registers
-            inside = in_window(mask_table, v, y0, x0, y, x_lo + ix, y_hi, x_hi, MASKED)
+            inside = in_window(mask_table, v, y0, x0, y_start, x_lo, iy, ix, y_hi, x_hi, MASKED)
             pointers = chunk_pointers(pointer, y0 + y_start, x0 + x_lo, iy, ix, stride_y, stride_x, PACKED)
             h0, h1, h2 = row_pass(h0, h1, h2, wx, pointers, stride_c, inside, fill0, fill1, fill2, PACKED, DOT, PRECISION)
         else:
             for x_start in range(x_lo, x_hi, CHUNK_X):
                 x = x_start + ix
                 ws = axis_weights(cols[None, :], (x + pad_x)[:, None], canvas_w, OUT_W, norm_x, KIND).to(DOT)
-                inside = in_window(mask_table, v, y0, x0, y, x, y_hi, x_hi, MASKED)
+                inside = in_window(mask_table, v, y0, x0, y_start, x_start, iy, ix, y_hi, x_hi, MASKED)
                 pointers = chunk_pointers(pointer, y0 + y_start, x0 + x_start, iy, ix, stride_y, stride_x, PACKED)
                 h0, h1, h2 = row_pass(h0, h1, h2, ws, pointers, stride_c, inside, fill0, fill1, fill2, PACKED, DOT, PRECISION)
         wy = axis_weights(rows[:, None], (y + pad_y)[None, :], canvas_h, OUT_H, norm, KIND).to(DOT)

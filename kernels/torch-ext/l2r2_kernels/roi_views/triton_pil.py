@@ -159,7 +159,7 @@ def pil_forward(
             in_crop = (y < y_hi)[:, None] & (x < x_hi)[None, :]
             inside = in_crop
             if MASKED:
-                inside = in_crop & kept(mask_table, v, (y0 + y).to(tl.int64)[:, None], (x0 + x).to(tl.int64)[None, :])
+                inside = in_crop & kept(mask_table, v, y0 + y_start, x0 + x_start, iy, ix)
             dropped = in_crop & (inside == 0)
             p = chunk_pointers(pointer, y0 + y_start, x0 + x_start, iy, ix, stride_y, stride_x, PACKED)
             h0 = exact_dot(levels(p, inside, dropped, fill0), x_0, x_1, x_2, h0)

@@ -1,0 +1,93 @@
+"""Compile every launch table entry for sm_90 without a GPU and print what it uses, one JSON line an entry.
+
+Run as a program, without TRITON_INTERPRET: kernels decorated in interpreter mode cannot be compiled.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from l2r2_kernels.roi_views import triton as launch
+from l2r2_kernels.roi_views import triton_backward, triton_forward, triton_pil, triton_weights
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+POINTERS = {
+    "table": "*i64", "mask_table": "*i64", "index": "*i64", "order": "*i64", "starts": "*i64", "geometry": "*i32",
+    "norm": "*fp32", "boxes": "*fp32", "valid_out": "*u8", "coefficients": "*i32", "first": "*i32", "sums": "*i32", 
+    "grad": "*fp32", "grad_in": "*fp32",
+}  # fmt: skip
+INTEGERS = re.compile(r"stride_|out_|grad_[vcyx]|n_images|batch_[hw]|height|width")
+
+
+def argument_type(name, kernel, images, out):
+    if name in ("images", "out"):
+        return images if name == "images" else out
+    if name in POINTERS:
+        return POINTERS[name]
+    if INTEGERS.match(name) or (name.startswith("fill") and kernel is triton_pil.pil_forward):
+        return "i32"
+    return "fp32"
+
+
+def compiled(kernel, settings, images="*u8", out="*bf16"):
+    """Registers, stack and local bytes, and tensor-core instructions of one specialisation."""
+    constants = {k: v for k, v in settings.items() if k not in OPTIONS}
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else argument_type(n, kernel, images, out) for n in names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()})
+    options = {k: v for k, v in settings.items() if k in OPTIONS}
+    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    usage = resource_usage(result.asm["cubin"])
+    return {**usage, "tensor_core": len(re.findall(r"mma\.sync|wgmma\.mma", result.asm["ptx"]))}
+
+
+def resource_usage(cubin):
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", listing.stdout)
+    return dict(zip(("registers", "stack", "local"), map(int, found.groups())))
+
+
+def entries():
+    """(name, kernel, settings, image type, out type) of everything the launchers can choose."""
+    size = {"OUT_H": 224, "OUT_W": 224}
+    for kind in range(4):
+        for masked in (False, True):
+            for ratio in (1.0, 2.24, 18.0):
+                for is_uint8, dtype in ((True, torch.bfloat16), (True, torch.float32), (False, torch.bfloat16)):
+                    config = launch.forward_config(is_uint8, dtype, kind, masked, ratio)
+                    flags = {"KIND": kind, "MASKED": masked, "RAGGED": is_uint8, "PACKED": is_uint8}
+                    out = "*fp32" if dtype == torch.float32 else "*bf16"
+                    name = f"forward kind={kind} masked={masked} ratio={ratio} uint8={is_uint8} out={out}"
+                    yield name, triton_forward.forward, {**size, **flags, **config}, "*u8" if is_uint8 else "*fp32", out
+        for dtype in (torch.float32, torch.float16):
+            for masked in (False, True):
+                config = launch.backward_config(dtype, kind, masked)
+                name = f"backward kind={kind} masked={masked} {config['PRECISION']}"
+                yield name, triton_backward.backward, {**size, "KIND": kind, "MASKED": masked, **config}, "*fp32", "*fp32"
+        flags = {"KIND": kind, "RAGGED": True, "SQUARE": True}
+        yield f"prepare kind={kind}", triton_weights.prepare, {**size, **flags, **launch.PREPARE}, "*u8", "*bf16"
+    for kind, taps in ((0, 8), (1, 16)):
+        for masked in (False, True):
+            flags = {"OUT": 224, "KIND": kind, "TAPS": taps, "RAGGED": True, "PACKED": True, "MASKED": masked}
+            yield f"pil kind={kind} masked={masked}", triton_pil.pil_forward, {**flags, **launch.PIL}, "*u8", "*bf16"
+        flags = {"OUT": 224, "KIND": kind, "TAPS": taps, "RAGGED": True}
+        yield f"pil_prepare kind={kind}", triton_pil.pil_prepare, {**flags, **launch.PREPARE}, "*u8", "*bf16"
+
+
+if __name__ == "__main__":
+    import sys
+
+    wanted = sys.argv[1:]
+    for name, kernel, settings, images, out in entries():
+        if not wanted or any(re.fullmatch(w, name) for w in wanted):
+            print(json.dumps({"name": name, **compiled(kernel, settings, images, out)}), flush=True)
