@@ -1,0 +1,141 @@
+"""Checkpoints: written once, read by timm, by transformers and by us, and refused with a sentence when damaged."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from conftest import COLOURS, write_run
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from l2r2_models import L2R2Error, Predictor, ViewSpec, hub
+
+
+def edit_config(run, change):
+    path = run / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def test_a_checkpoint_is_safetensors_and_json_only(run):
+    assert sorted(p.name for p in run.iterdir()) == ["config.json", "model.safetensors"]
+    config = json.loads((run / "config.json").read_text())
+    assert "num_classes" not in config["model_args"]
+    assert config["label_names"] == sorted(COLOURS)
+    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    assert config["l2r2"]["format_version"] == hub.FORMAT_VERSION
+    assert (run / "model.safetensors").stat().st_mode & 0o044  # readable for others, as the config is
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"branches": ("full",)},
+        {"branches": ("full", "fg", "bg"), "fusion": "average"},
+        {"shared": False, "fusion": {"name": "robust", "threshold": 0.25}},
+    ],
+)
+def test_every_kind_of_model_comes_back_with_equal_logits(tmp_path, options):
+    run = write_run(tmp_path / "run", **options)
+    loaded = hub.load_checkpoint(run).model
+    again = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
+    views = {b: torch.randn(2, 3, 32, 32) for b in loaded.branches}
+    out, other = loaded.forward_views(**views), again.forward_views(**views)
+    assert torch.equal(out.fused, other.fused)
+    assert loaded.branches == tuple(options.get("branches", ("full", "fg")))
+    assert loaded.fusion.config() == again.fusion.config()
+    assert loaded.view_spec == again.view_spec and loaded.view_spec.size == 32
+    weights = load_file(run / "model.safetensors")
+    assert all(torch.equal(v, weights[k]) for k, v in loaded.state_dict().items())
+
+
+def test_a_fixed_size_vit_comes_back_at_its_own_size(tmp_path):
+    model = timm.create_model("l2r2_vit_tiny_patch16_224", img_size=64, depth=1, num_classes=3)
+    model.view_spec = ViewSpec.from_pretrained_cfg(model.pretrained_cfg, size=64)
+    hub.save_checkpoint(model, tmp_path, ["a", "b", "c"])
+    loaded = hub.load_checkpoint(tmp_path).model
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(loaded(x), model.eval()(x))
+
+
+def test_the_fusion_can_be_chosen_when_loading(run):
+    model = timm.create_model(f"local-dir:{run}", pretrained=True, fusion="average")
+    assert model.fusion.name == "average"
+    model = timm.create_model(f"local-dir:{run}", pretrained=True, fusion={"name": "robust", "threshold": 0.9})
+    assert model.fusion.name == "robust"
+
+
+def test_transformers_reads_the_same_folder(run):
+    from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+    ours = hub.load_checkpoint(run).model
+    theirs = AutoModelForImageClassification.from_pretrained(run).eval()
+    x, boxes = torch.randn(2, 3, 32, 32), torch.tensor([[2.0, 2, 20, 30], [float("nan")] * 4])
+    assert torch.equal(theirs(pixel_values=x).logits, ours(x))
+    assert torch.equal(theirs(pixel_values=x, boxes=boxes).logits, ours(x, boxes))
+    classify = pipeline("image-classification", model=theirs, image_processor=AutoImageProcessor.from_pretrained(run))
+    answer = classify(Image.new("RGB", (64, 64), (200, 30, 30)))
+    assert {a["label"] for a in answer} == set(COLOURS)
+
+
+def test_a_bare_import_of_timm_says_unknown_model_and_ours_registers_it(run):
+    code = "import {0} timm; m = timm.create_model('local-dir:{1}', pretrained=True); print(m.num_classes)"
+    with_us = subprocess.run([sys.executable, "-c", code.format("l2r2_models,", run)], capture_output=True, text=True)
+    without = subprocess.run([sys.executable, "-c", code.format("", run)], capture_output=True, text=True)
+    assert with_us.stdout.strip() == "3"
+    assert "Unknown model" in without.stderr
+
+
+def test_refusals_name_the_file_and_say_why(tmp_path):
+    run = write_run(tmp_path / "run")
+    cases = {
+        "is newer than": lambda c: c["l2r2"].update(format_version=99),
+        "no l2r2 section": lambda c: c.pop("l2r2"),
+        'Unknown fusion "magic"': lambda c: (c["l2r2"].update(fusion={"name": "magic"}), c["model_args"].update(fusion={"name": "magic"})),
+        "says two things about views": lambda c: c["l2r2"]["views"].update(margin=0.5),
+        "Unknown model": lambda c: c.update(architecture="l2r2_resnat18"),
+        "2 label_names for 3 classes": lambda c: c.update(label_names=["a", "b"]),
+    }
+    good = (run / "config.json").read_text()
+    for message, change in cases.items():
+        (run / "config.json").write_text(good)
+        edit_config(run, change)
+        with pytest.raises(L2R2Error, match=message):
+            hub.load_checkpoint(run)
+
+
+def test_damaged_or_missing_files_are_refused(tmp_path):
+    run = write_run(tmp_path / "run")
+    weights = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(L2R2Error, match="cannot be loaded"):
+        hub.load_checkpoint(run)
+    tensors = {"something": torch.zeros(1)}
+    save_file(tensors, run / "model.safetensors")
+    with pytest.raises(L2R2Error, match="cannot be loaded"):
+        hub.load_checkpoint(run)
+    (run / "model.safetensors").unlink()
+    with pytest.raises(L2R2Error, match=r"has no model\.safetensors"):
+        hub.load_checkpoint(run)
+    (run / "config.json").write_text("{")
+    (run / "model.safetensors").write_bytes(weights)
+    with pytest.raises(L2R2Error, match=r"config\.json: is not readable JSON"):
+        hub.load_checkpoint(run)
+
+
+def test_names_that_lead_nowhere_say_what_to_do():
+    with pytest.raises(L2R2Error, match="not a Hub id of the form org/name"):
+        hub.load_checkpoint("no/such/folder/here")
+    with pytest.raises(L2R2Error, match="hf download nobody/nothing"):
+        Predictor.from_pretrained("nobody/nothing")  # offline in tests
+
+
+def test_labels_must_fit(tmp_path):
+    model = timm.create_model("l2r2", backbone="resnet10t", num_classes=3)
+    with pytest.raises(L2R2Error, match="2 labels for 3 classes"):
+        hub.save_checkpoint(model, tmp_path, ["a", "b"])
