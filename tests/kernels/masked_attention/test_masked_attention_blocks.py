@@ -6,7 +6,7 @@ import torch
 from l2r2_kernels.masked_attention import pack, run_masked, run_packed, varlen_attention
 from masked_attention_helpers import DEVICES
 from timm.layers import DropPath, GlobalResponseNormMlp, RmsNorm
-from timm.models.vision_transformer import Block, DiffParallelScalingBlock, ParallelScalingBlock, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 
 VARIANTS = {
     "plain": {},
@@ -148,6 +148,11 @@ def _extra(block):
     return block
 
 
+def _rope(block):
+    block.attn = timm.layers.AttentionRope(48, 3)
+    return block
+
+
 def _grn(block):
     block.mlp = GlobalResponseNormMlp(48, 96)
     return block
@@ -163,11 +168,11 @@ def _dropping(block):
     [
         (lambda: timm.create_model("eva02_tiny_patch14_224").blocks[0], "EvaBlock"),
         (lambda: ParallelScalingBlock(48, 3), "ParallelScalingBlock"),
-        (lambda: DiffParallelScalingBlock(48, 3), "DiffParallelScalingBlock"),
+        (lambda: ParallelThingsBlock(48, 3), "ParallelThingsBlock"),
         (lambda: ResPostBlock(48, 3), "ResPostBlock"),
         (lambda: timm.create_model("beit_base_patch16_224", depth=1).blocks[0], "Block"),
         (lambda: timm.create_model("samvit_base_patch16_224", depth=1).blocks[0], "Block"),
-        (lambda: Block(48, 3, attn_layer="diff"), "DiffAttention"),
+        (lambda: _rope(Block(48, 3)), "AttentionRope"),
         (lambda: torch.nn.Linear(2, 2), "Linear"),
         (lambda: _extra(vit().blocks[0]), "rel_pos"),
         (lambda: _hooked(vit().blocks[0]), "hooks"),

@@ -32,8 +32,8 @@ def run_packed(
     """Runs timm ViT blocks on the kept tokens only.
 
     Args:
-        blocks: timm ``Block`` modules, e.g. ``model.blocks``. Forward hooks on a block or its attention would not run, so
-            such blocks are refused.
+        blocks: timm ``Block`` modules, e.g. ``model.blocks``. Blocks that hold more than timm's, or forward hooks, would
+            not run as they should: they are refused (but not looked for while ``torch.compile`` traces).
         x: ``[B, N, C]`` tokens as they enter the first block: prefix tokens first, positions added, ``norm_pre`` done.
         mask: ``[B, N]`` bool, True = kept; the same through all blocks.
         num_prefix: this many first tokens are always kept.
@@ -136,13 +136,8 @@ def _refusal(block: Any) -> str | None:
     attn = block.attn
     if type(attn).__name__ != "Attention":
         return f"its attention is a {type(attn).__name__}"
-    for module, name, known in ((block, "it", _BLOCK_CHILDREN), (attn, "its attention", _ATTENTION_NAMES)):
-        extra = _own_names(module) - known
-        if extra:
-            return f"{name} has {', '.join(sorted(extra))}, which would be ignored"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"{name} has forward hooks, which would not run"
-    missing = (_BLOCK_CHILDREN - _own_names(block)) | ({"qkv", "q_norm", "k_norm", "proj"} - _own_names(attn))
+    missing = [name for name in _BLOCK_CHILDREN if not hasattr(block, name)]
+    missing += [name for name in ("qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop") if not hasattr(attn, name)]
     if missing:
         return f"it has no {', '.join(sorted(missing))}"
     if type(block.mlp).__name__ not in _MLPS:
@@ -151,6 +146,18 @@ def _refusal(block: Any) -> str | None:
         return "its BatchNorm mixes tokens"
     if attn.training and attn.attn_drop.p > 0:
         return "attention dropout is not supported in training; set attn_drop to 0"
+    # Older compilers cannot trace the look at a module's names: a compiled model is checked for them when it runs eagerly.
+    return None if torch.compiler.is_compiling() else _ignored(block)
+
+
+def _ignored(block: Any) -> str | None:
+    """What the block or its attention holds that would not run here, or None."""
+    for module, name, known in ((block, "it", _BLOCK_CHILDREN), (block.attn, "its attention", _ATTENTION_NAMES)):
+        extra = _own_names(module) - known
+        if extra:
+            return f"{name} has {', '.join(sorted(extra))}, which would be ignored"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name} has forward hooks, which would not run"
     return None
 
 
