@@ -35,11 +35,11 @@ class Detections:
     masks: Tensor | None = None
 
     def __post_init__(self) -> None:
-        count = len(self.boxes)
         if self.boxes.ndim != 2 or self.boxes.shape[1] != 4:
             raise L2R2Error(f"Detections need boxes [N, 4], got {list(self.boxes.shape)}.")
-        if len(self.scores) != count:
-            raise L2R2Error(f"Detections need one score a box, got {len(self.scores)} for {count}.")
+        count = len(self.boxes)
+        if self.scores.shape != (count,):
+            raise L2R2Error(f"Detections need one score a box, got {list(self.scores.shape)} for {count}.")
         if self.labels == () and count:
             object.__setattr__(self, "labels", ("",) * count)
         if len(self.labels) != count:
@@ -55,9 +55,17 @@ class Detections:
         scores: Sequence[float] | None = None,
         labels: Sequence[str] | None = None,
     ) -> Detections:
-        """From plain numbers; a missing score is 1 (a box given by a person). Sorted by score, best first."""
-        box_tensor = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-        score_tensor = torch.ones(len(box_tensor)) if scores is None else torch.as_tensor(scores, dtype=torch.float32)
+        """From plain numbers; a missing score is 1 (a box given by a person). Sorted by score, best first.
+
+        Raises:
+            L2R2Error: a box is not four numbers, or the scores or labels are not one a box.
+        """
+        try:  # by way of float64, because float32 refuses what is too large for it
+            box_tensor = torch.as_tensor(boxes, dtype=torch.float64).float()
+            score_tensor = torch.ones(len(boxes)) if scores is None else torch.as_tensor(scores, dtype=torch.float64).float()
+        except (TypeError, ValueError, RuntimeError):
+            raise L2R2Error("Boxes are four numbers each, [[x0, y0, x1, y1], ...], and scores one number each.") from None
+        box_tensor = box_tensor.reshape(0, 4) if box_tensor.numel() == 0 else box_tensor
         names = ("",) * len(box_tensor) if labels is None else tuple(labels)
         return cls(box_tensor, score_tensor, image_size, names).sorted()
 
@@ -76,8 +84,8 @@ class Detections:
         )
 
     def sorted(self) -> Detections:
-        """Best score first; equal scores keep their order."""
-        return self.select(torch.argsort(self.scores, descending=True, stable=True))
+        """Best score first; equal scores keep their order, NaN comes last."""
+        return self.select(torch.argsort(self.scores.nan_to_num(nan=-torch.inf), descending=True, stable=True))
 
     def above(self, threshold: float) -> Detections:
         """Those whose score is at least `threshold`; NaN scores go."""

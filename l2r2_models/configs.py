@@ -56,7 +56,7 @@ def parse_hub_config(data: Any, file: str) -> HubConfig:
     if not isinstance(data, dict):
         raise L2R2Error(f"{file}: a hub config is a mapping of {', '.join(f.name for f in fields(HubConfig))}.")
     names = [f.name for f in fields(HubConfig)]
-    if unknown := sorted(set(data) - set(names)):
+    if unknown := sorted(map(str, set(data) - set(names))):
         raise L2R2Error(f"{file}: unknown key {', '.join(unknown)}; choose from {', '.join(names)}.")
     if missing := [n for n in names if n not in data]:
         raise L2R2Error(f"{file}: missing key {', '.join(missing)}.")
@@ -64,7 +64,8 @@ def parse_hub_config(data: Any, file: str) -> HubConfig:
         kinds = {"str": str, "bool": bool, "int": int, "float": (int, float)}
         kind, _, optional = str(field.type).partition(" | ")
         value = data[field.name]
-        if not (value is None and optional) and not isinstance(value, kinds[kind]):  # type: ignore[arg-type]
+        fits = isinstance(value, kinds[kind]) and isinstance(value, bool) == (kind == "bool")  # type: ignore[arg-type]
+        if not fits and not (value is None and optional):
             raise L2R2Error(f"{file}: {field.name} must be {field.type}, got {value!r}.")
     return HubConfig(**data)
 
@@ -75,7 +76,7 @@ def load_hub_configs() -> tuple[HubConfig, ...]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     folder = resources.files("l2r2_models.hub_configs")
     configs = [
-        parse_hub_config(yaml.load(entry.read_text(), loader), entry.name)
+        parse_hub_config(yaml.load(entry.read_text(encoding="utf-8"), loader), entry.name)
         for entry in folder.iterdir()
         if entry.name.endswith(".yaml")
     ]

@@ -22,28 +22,41 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
         os.close(handle)
     except OSError as error:
-        raise L2R2Error(f"{path}: cannot be written ({error.strerror}).") from error
+        raise L2R2Error(f"{path}: cannot be written ({error.strerror or error}).") from error
     try:
         write(Path(temporary))
         os.chmod(temporary, 0o644)  # mkstemp makes private files; results are meant to be read
         os.replace(temporary, path)
     except OSError as error:
-        raise L2R2Error(f"{path}: cannot be written ({error.strerror}).") from error
+        raise L2R2Error(f"{path}: cannot be written ({error.strerror or error}).") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+    """Write UTF-8 text atomically; bytes of a file name that are not UTF-8 become escapes that JSON reads back."""
+    data = text.encode("utf-8", errors="backslashreplace")
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    write_atomic(path, write)
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Write indented JSON atomically; NaN is refused, because JSON has none."""
-    write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write indented JSON atomically.
+
+    Raises:
+        L2R2Error: not writable, or the data hold NaN or infinity, which JSON has not.
+    """
+    try:
+        text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise L2R2Error(f"{path}: cannot be written as JSON ({error}).") from error
+    write_text(path, text + "\n")
 
 
 def read_json(path: str | Path) -> Any:
@@ -56,14 +69,21 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise L2R2Error(f"{path}: no such file.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of 4,300 digits
         raise L2R2Error(f"{path}: is not readable JSON ({' '.join(str(error).split())}).") from error
 
 
 def file_sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+    """Hex SHA-256 of a file's content.
+
+    Raises:
+        L2R2Error: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+    except OSError as error:
+        raise L2R2Error(f"{path}: cannot be read ({error.strerror or error}).") from error
 
 
 def _sha256(file: Any) -> str:

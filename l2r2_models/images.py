@@ -19,7 +19,11 @@ from .errors import L2R2Error
 
 FILL = (124, 116, 104)  # ImageNet's mean colour, in levels of 255
 MAX_PIXELS = 100_000_000  # largest image that is decoded; 300 MB as RGB
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .tif .tiff .gif .ppm .pgm .jp2 .avif .jfif".split())
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif")
+)
+# What Pillow may decode: the formats of the suffixes above. It knows others that run programs (EPS starts Ghostscript).
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 
 
 class ImageError(L2R2Error):
@@ -41,7 +45,7 @@ def load_image(
     Args:
         source: path, encoded bytes, or a PIL image.
         fill: RGB colour (0-255) under transparent pixels.
-        max_pixels: width * height above which the image is refused.
+        max_pixels: width * height above which the image is refused; Pillow's own limit (179 million) holds beside it.
         name: what error messages call the image (default: the path).
 
     Raises:
@@ -53,24 +57,27 @@ def load_image(
             warnings.simplefilter("ignore")  # Pillow only warns of sizes that our own limit refuses, and of odd EXIF
             image = _open(source, name)
             _check_size(image, name, max_pixels)
-            return _to_rgb(ImageOps.exif_transpose(image), tuple(fill), name)
+            return _to_rgb(_upright(image), tuple(fill), name)
     except ImageError:
         raise
     except Image.DecompressionBombError:
-        raise ImageError(f"{name}: more pixels than the limit of {max_pixels:,}; make it smaller first.") from None
+        limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))  # Pillow refuses from twice its own number
+        raise ImageError(f"{name}: more pixels than the limit of {limit:,}; make it smaller first.") from None
     except Exception as error:  # decoders raise almost anything on damaged files
         raise ImageError(f"{name}: cannot be decoded ({_one_line(error)}); the file is damaged or truncated.") from error
 
 
 def load_mask(path: str | Path, image_size: tuple[int, int]) -> Tensor:
-    """A mask file as `[H, W]` bool: True where it is brighter than half.
+    """A mask file as `[H, W]` bool: True where it is brighter than half; all black is an empty mask.
 
     Raises:
-        ImageError: unreadable, or not of the image's `(height, width)`.
+        ImageError: unreadable, not of the image's `(height, width)`, or dark throughout (object and background as 1 and 0).
     """
     grey = np.asarray(load_image(path).convert("L"))
     if grey.shape != image_size:
         raise ImageError(f"{path}: the mask is {grey.shape[1]}x{grey.shape[0]}, its image {image_size[1]}x{image_size[0]}.")
+    if 0 < grey.max() <= 127:
+        raise ImageError(f"{path}: the mask's brightest level is {grey.max()}; save the object as white (255) on black.")
     return torch.from_numpy(grey > 127)
 
 
@@ -103,23 +110,26 @@ def list_images(sources: Iterable[str | Path]) -> list[Path]:
 
 def is_image_path(path: Path) -> bool:
     """Whether a (relative) path looks like an image that a user means: known suffix, no hidden part."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in path.parts)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") and part != ".." for part in path.parts)
 
 
 def _open(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, (str, Path)):
-        path = Path(source)
-        if path.is_dir():
-            raise ImageError(f"{name}: is a folder, not an image.")
-        if not path.exists():
-            raise ImageError(f"{name}: no such file.")
-        source = path.read_bytes()
+        try:
+            source = Path(source).read_bytes()
+        except FileNotFoundError:
+            raise ImageError(f"{name}: no such file.") from None
+        except IsADirectoryError:
+            raise ImageError(f"{name}: is a folder, not an image.") from None
+        except (OSError, ValueError) as error:
+            raise ImageError(f"{name}: cannot be read ({getattr(error, 'strerror', error)}).") from error
     if not source:
         raise ImageError(f"{name}: is empty (0 bytes).")
     try:
-        return Image.open(io.BytesIO(source))
+        Image.init()
+        return Image.open(io.BytesIO(source), formats=[f for f in FORMATS if f in Image.OPEN])
     except Image.UnidentifiedImageError:
         kind = "a ZIP archive" if source[:2] == b"PK" else "not an image in a format that is read here"
         raise ImageError(f"{name}: is {kind}.") from None
@@ -135,13 +145,21 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
         raise ImageError(f"{name}: has no pixels ({width}x{height}).")
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # the pixels are sound, only the EXIF block is not: it names no orientation
+        return image
+
+
 def _to_rgb(image: Image.Image, fill: tuple[int, ...], name: str) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.convert("RGB")  # decodes, and copies a caller's image
     if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
         return Image.fromarray(_eight_bit(np.asarray(image), name)).convert("RGB")
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         canvas = Image.new("RGBA", image.size, (*fill, 255))
         return Image.alpha_composite(canvas, image).convert("RGB")
     return image.convert("RGB")
@@ -154,7 +172,7 @@ def _eight_bit(pixels: np.ndarray, name: str) -> np.ndarray:
             raise ImageError(f"{name}: a floating-point image outside [0, 1]; save it as 8 or 16 bit.")
         return np.rint(pixels * 255).astype(np.uint8)
     if pixels.min() < 0 or pixels.max() > 65535:
-        raise ImageError(f"{name}: a 32-bit integer image; save it as 8 or 16 bit.")
+        raise ImageError(f"{name}: grey levels outside of 0 to 65535; save it as 8 or 16 bit.")
     return ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
