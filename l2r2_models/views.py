@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -58,10 +59,21 @@ class ViewSpec:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise L2R2Error(f'Unknown {name} "{getattr(self, name)}" of a view; choose from {", ".join(choices)}.')
-        if not isinstance(self.size, int) or self.size < 1:
-            raise L2R2Error(f"A view's size must be a positive number of pixels, got {self.size}.")
-        if not 0 <= self.margin <= 10:
-            raise L2R2Error(f"A view's margin must lie between 0 and 10 box sides, got {self.margin}.")
+        if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1:
+            raise L2R2Error(f"A view's size must be a positive number of pixels, got {self.size!r}.")
+        if not _is_number(self.margin) or not 0 <= self.margin <= 10:
+            raise L2R2Error(f"A view's margin must lie between 0 and 10 box sides, got {self.margin!r}.")
+        if not isinstance(self.square, bool):
+            raise L2R2Error(f"A view's square must be true or false, got {self.square!r}.")
+        for name in ("fill", "mean", "std"):
+            values = getattr(self, name)
+            if not isinstance(values, (tuple, list)) or len(values) != 3 or not all(map(_is_number, values)):
+                raise L2R2Error(f"A view's {name} must be three numbers, got {values!r}.")
+            object.__setattr__(self, name, tuple(values))
+        if not all(v == int(v) and 0 <= v <= 255 for v in self.fill):
+            raise L2R2Error(f"A view's fill must be whole levels from 0 to 255, got {self.fill}.")
+        if not all(v > 0 for v in self.std):
+            raise L2R2Error(f"A view's std must be above 0, got {self.std}.")
         if self.mode == "pil" and not self.square:
             raise L2R2Error('Views of mode "pil" must be square.')
 
@@ -69,9 +81,9 @@ class ViewSpec:
     def from_dict(cls, data: Mapping[str, Any]) -> ViewSpec:
         """From a config; an unknown field is an error."""
         names = [f.name for f in fields(cls)]
-        if unknown := sorted(set(data) - set(names)):
+        if unknown := sorted(map(str, set(data) - set(names))):
             raise L2R2Error(f"Unknown view field {', '.join(unknown)}; choose from {', '.join(names)}.")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        return cls(**data)
 
     @classmethod
     def from_pretrained_cfg(cls, cfg: Mapping[str, Any], **changes: Any) -> ViewSpec:
@@ -127,26 +139,32 @@ def make_views(
         device: where to cut (default: where the images are).
 
     Returns:
-        Views of V rows. A row without a usable box, or whose mask is empty, has `has_fg` False (METHOD.md 2).
+        Views of V rows. A row without a usable box, or whose mask is empty (for `masked_crop`: inside the crop), has
+        `has_fg` False (METHOD.md 2).
 
     Raises:
         L2R2Error: boxes, index or masks do not fit the images.
     """
     pixels = [_pixels(image).to(device) for image in images]
     place = pixels[0].device if pixels else torch.device("cpu")
-    rows = len(pixels) if boxes is None else len(boxes)
-    index = torch.arange(rows, device=place) if image_index is None else image_index.to(place)
+    if boxes is not None and (boxes.ndim != 2 or boxes.shape[1] != 4):
+        raise L2R2Error(f"boxes must be [V, 4], got {list(boxes.shape)}.")
+    index = torch.arange(len(pixels), device=place) if image_index is None else image_index.to(place)
+    rows = len(index) if boxes is None else len(boxes)
     if image_index is None and rows != len(pixels):
         raise L2R2Error(f"{rows} boxes for {len(pixels)} images; give image_index where they differ.")
     if rows == 0:
         raise L2R2Error("No image to cut views from.")
+    if image_index is not None:
+        _check_index(image_index, rows, len(pixels))
     sizes = torch.tensor([p.shape[:2] for p in pixels], device=place)[index]  # [V, 2] height, width
     boxes = torch.full((rows, 4), float("nan"), device=place) if boxes is None else boxes.to(place, torch.float32)
-    keep = _object_masks(masks, rows, place)
+    keep = _object_masks(masks, sizes)
 
     _, has_fg = integer_boxes(boxes, sizes[:, 0], sizes[:, 1], 0.0)
     if keep is not None:
-        has_fg = has_fg & torch.stack([torch.ones((), dtype=torch.bool, device=place) if m is None else m.any() for m in keep])
+        seen = integer_boxes(boxes, sizes[:, 0], sizes[:, 1], spec.margin)[0] if spec.fg == "masked_crop" else None
+        has_fg = has_fg & _not_empty(keep, seen, place)
     cut = _Cutter(pixels, index, sizes, boxes, has_fg, keep, spec)
     return Views(
         cut.full(share=image_index is not None) if "full" in branches else None,
@@ -173,10 +191,12 @@ def cut_batch(x: Tensor, boxes: Tensor, spec: ViewSpec, branch: str) -> tuple[Te
         raise L2R2Error(f"boxes must be [B, 4] = [{batch}, 4], got {list(boxes.shape)}.")
     window, has_fg = integer_boxes(boxes, boxes.new_full((batch,), height), boxes.new_full((batch,), width), 0.0)
     whole = boxes.new_tensor([0, 0, width, height]).expand(batch, 4)
-    if branch == "bg" or spec.fg == "masked":
+    if branch == "bg" or spec.fg != "crop":
         inside = _rectangles(window, height, width)[:, None]
         erased = inside if branch == "bg" else ~inside
-        return torch.where(erased & has_fg[:, None, None, None], torch.zeros_like(x), x), has_fg
+        x = torch.where(erased & has_fg[:, None, None, None], torch.zeros_like(x), x)
+    if branch == "bg" or spec.fg == "masked":
+        return x, has_fg
     where = torch.where(has_fg[:, None], boxes.to(whole), whole)
     three = channels == 3  # the kernel cuts three channels; any other number goes through it channel by channel
     views, _ = roi_views(
@@ -199,7 +219,7 @@ class _Cutter:
 
     def __init__(self, pixels, index, sizes, boxes, has_fg, masks, spec: ViewSpec) -> None:
         self.pixels, self.index, self.has_fg, self.masks, self.spec = pixels, index, has_fg, masks, spec
-        self.whole = torch.stack([torch.zeros_like(sizes[:, 0]), torch.zeros_like(sizes[:, 0]), sizes[:, 1], sizes[:, 0]], 1).float()
+        self.whole = torch.cat([torch.zeros_like(sizes), sizes.flip(1)], 1).float()
         self.boxes = torch.where(has_fg[:, None], boxes, self.whole)  # no box: the whole image
         self.sizes = sizes
 
@@ -230,16 +250,15 @@ class _Cutter:
         for row, image in enumerate(self.index.tolist()):
             mask = None if self.masks is None or boxes_only else self.masks[row]
             height, width = self.pixels[image].shape[:2]
-            if mask is not None and tuple(mask.shape) != (height, width):
-                raise L2R2Error(f"Mask {row} is {list(mask.shape)}, its image {[height, width]}.")
-            usable = mask is not None and bool(self.has_fg[row])
-            objects.append(mask if usable else _rectangles(windows[row : row + 1], height, width)[0])
+            if mask is None or not self.has_fg[row]:
+                mask = _rectangles(windows[row : row + 1], height, width)[0]
+            objects.append(mask)
         return objects
 
     def _cut(self, boxes: Tensor, index: Tensor, margin: float = 0.0, masks: list[Tensor] | None = None) -> Tensor:
         spec = self.spec
         views, _ = roi_views(
-            self.pixels,
+            [p.permute(2, 0, 1) if len(p) == 3 else p for p in self.pixels],  # an image 3 pixels high is not [3, H, W]
             boxes,
             index,
             masks=masks,
@@ -256,21 +275,45 @@ class _Cutter:
 
 
 def _pixels(image: Image | Tensor) -> Tensor:
-    if isinstance(image, Tensor):
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-            raise L2R2Error(f"An image tensor must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}.")
-        return image
-    from .images import image_tensor
+    if not isinstance(image, Tensor):
+        if image.mode != "RGB":
+            raise L2R2Error(f"An image must be RGB, got {image.mode}; open it with load_image.")
+        from .images import image_tensor
 
-    return image_tensor(image)
+        return image_tensor(image)
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise L2R2Error(f"An image tensor must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}.")
+    return image
 
 
-def _object_masks(masks: Sequence[Tensor | None] | None, rows: int, device: torch.device) -> list[Tensor | None] | None:
+def _check_index(index: Tensor, rows: int, images: int) -> None:
+    if index.shape != (rows,) or index.is_floating_point() or index.dtype == torch.bool:
+        raise L2R2Error(f"image_index must be {rows} integers, one a box, got {index.dtype} {list(index.shape)}.")
+    if index.min() < 0 or index.max() >= images:
+        raise L2R2Error(f"image_index must lie in 0..{images - 1}, got {int(index.min())}..{int(index.max())}.")
+
+
+def _object_masks(masks: Sequence[Tensor | None] | None, sizes: Tensor) -> list[Tensor | None] | None:
     if masks is None:
         return None
-    if len(masks) != rows:
-        raise L2R2Error(f"{len(masks)} masks for {rows} boxes.")
-    return [None if m is None else m.to(device).bool() for m in masks]
+    if len(masks) != len(sizes):
+        raise L2R2Error(f"{len(masks)} masks for {len(sizes)} boxes.")
+    for row, (mask, size) in enumerate(zip(masks, sizes.tolist())):
+        if mask is not None and list(mask.shape) != size:
+            raise L2R2Error(f"Mask {row} is {list(mask.shape)}, its image {size}.")
+    return [None if m is None else m.to(sizes.device).bool() for m in masks]
+
+
+def _not_empty(masks: Sequence[Tensor | None], windows: Tensor | None, device: torch.device) -> Tensor:
+    """`[V]` bool: whether each mask holds a pixel, inside its window where there are windows; True without a mask."""
+    parts = list(masks)
+    if windows is not None:
+        parts = [None if m is None else m[y0:y1, x0:x1] for m, (x0, y0, x1, y1) in zip(masks, windows.tolist())]
+    return torch.stack([torch.ones((), dtype=torch.bool, device=device) if m is None else m.any() for m in parts])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _rectangles(windows: Tensor, height: int, width: int) -> Tensor:

@@ -4,6 +4,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+
 from l2r2_models.boxes import Detections, ViewMap
 from l2r2_models.errors import L2R2Error
 from l2r2_models.views import ViewSpec, make_views

@@ -6,9 +6,10 @@ from importlib import resources
 
 import pytest
 import yaml
+from timm.models import get_pretrained_cfg
+
 from l2r2_models.configs import HubConfig, load_hub_configs, parse_hub_config
 from l2r2_models.errors import L2R2Error
-from timm.models import get_pretrained_cfg
 
 GOOD = {
     "architecture": "l2r2_convnext_base", "tag": "in1k", "default": True, "source": "convnext_base.in1k",

@@ -9,9 +9,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from l2r2_models.errors import L2R2Error
 from l2r2_models.images import FILL, ImageError, image_tensor, is_image_path, list_images, load_image, load_mask
-from PIL import Image
 
 ORIENTATION = 0x0112
 # How upright pixels are stored under each EXIF orientation (TIFF 6.0, "Orientation"), in numpy's words.
