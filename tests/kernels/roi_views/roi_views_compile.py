@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 POINTERS = {
     "table": "*i64", "mask_table": "*i64", "index": "*i64", "order": "*i64", "starts": "*i64", "geometry": "*i32",
-    "norm": "*fp32", "boxes": "*fp32", "valid_out": "*u8", "coefficients": "*i32", "first": "*i32", "sums": "*i32", 
+    "norm": "*fp32", "boxes": "*fp32", "valid_out": "*u8", "coefficients": "*i32", "first": "*i32", "sums": "*i32",
     "grad": "*fp32", "grad_in": "*fp32",
 }  # fmt: skip
 INTEGERS = re.compile(r"stride_|out_|grad_[vcyx]|n_images|batch_[hw]|height|width")

@@ -38,19 +38,12 @@ class Geometry(NamedTuple):
 def integer_boxes(boxes: Tensor, heights: Tensor, widths: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     """Boxes [V, 4] xyxy and the size of each view's image [V] -> (int64 [V, 4] after margin and clip, valid bool [V])."""
     boxes = boxes.detach().float()
-    finite = boxes.isfinite().all(1)
-    x0, y0, x1, y1 = boxes.nan_to_num(0.0).clamp(-BOX_LIMIT, BOX_LIMIT).unbind(1)
-    grow_x, grow_y = margin * (x1 - x0), margin * (y1 - y0)
-    zero = torch.zeros_like(x0)
-    w, h = widths.to(x0), heights.to(x0)
-    ends = [
-        torch.minimum(torch.maximum((x0 - grow_x).floor(), zero), w),
-        torch.minimum(torch.maximum((y0 - grow_y).floor(), zero), h),
-        torch.minimum(torch.maximum((x1 + grow_x).ceil(), zero), w),
-        torch.minimum(torch.maximum((y1 + grow_y).ceil(), zero), h),
-    ]
-    ints = torch.stack(ends, 1).long()
-    return ints, finite & (ints[:, 2] > ints[:, 0]) & (ints[:, 3] > ints[:, 1])
+    low, high = boxes.nan_to_num(0.0).clamp(-BOX_LIMIT, BOX_LIMIT).split(2, dim=1)
+    grow = margin * (high - low)
+    size = torch.stack([widths, heights], 1).to(boxes)
+    ends = torch.cat([(low - grow).floor(), (high + grow).ceil()], 1).clamp(min=0)
+    ints = torch.minimum(ends, torch.cat([size, size], 1)).long()
+    return ints, boxes.isfinite().all(1) & (ints[:, 2:] > ints[:, :2]).all(1)
 
 
 def geometry_of(box: Sequence[int], square: bool) -> Geometry:
@@ -68,7 +61,7 @@ def as_chw(image: Tensor) -> Tensor:
     return image if image.shape[0] == 3 else image.permute(2, 0, 1)
 
 
-def _filter(interpolation: str, t: Tensor, a: float) -> Tensor:
+def filter_weights(interpolation: str, t: Tensor, a: float) -> Tensor:
     """The resampling kernel at distance t >= 0 (in taps): triangle, or cubic convolution with parameter a."""
     if interpolation == "bilinear":
         return (1 - t).clamp(min=0)
@@ -82,7 +75,7 @@ def axis_weights(n_in: int, n_out: int, interpolation: str, antialias: bool, dty
     centre = (torch.arange(n_out, dtype=torch.float64)[:, None] + 0.5) * (n_in / n_out)
     if antialias:
         taps = torch.arange(n_in, dtype=torch.float64)[None] + 0.5
-        weights = _filter(interpolation, (taps - centre).abs() / max(n_in / n_out, 1.0), a=-0.5)
+        weights = filter_weights(interpolation, (taps - centre).abs() / max(n_in / n_out, 1.0), a=-0.5)
         return (weights / weights.sum(1, keepdim=True)).to(dtype)
     source = centre - 0.5
     if interpolation == "bilinear":
@@ -91,7 +84,7 @@ def axis_weights(n_in: int, n_out: int, interpolation: str, antialias: bool, dty
     weights = torch.zeros(n_out, n_in, dtype=torch.float64)
     for k in range(-1, 3):  # taps beyond the border repeat the border pixel
         tap = first + k
-        weights.scatter_add_(1, tap.clamp(0, n_in - 1).long(), _filter(interpolation, (tap - source).abs(), a=-0.75))
+        weights.scatter_add_(1, tap.clamp(0, n_in - 1).long(), filter_weights(interpolation, (tap - source).abs(), a=-0.75))
     return weights.to(dtype)
 
 
@@ -105,7 +98,7 @@ def pil_coefficients(n_in: int, n_out: int, interpolation: str) -> Tensor:
     last = (centre + support + 0.5).trunc().clamp(max=n_in)
     tap = torch.arange(n_in, dtype=torch.float64)[None]
     # Pillow multiplies by the reciprocal and adds the tap index first: the last bit decides how a coefficient rounds.
-    weights = _filter(interpolation, ((tap - centre + 0.5) * (1.0 / stretch)).abs(), a=-0.5)
+    weights = filter_weights(interpolation, ((tap - centre + 0.5) * (1.0 / stretch)).abs(), a=-0.5)
     weights = weights * ((tap >= first) & (tap < last))
     weights = weights / weights.cumsum(1)[:, -1:]  # cumsum adds in Pillow's order, sum does not
     return (weights * 2**PIL_BITS + torch.where(weights < 0, -0.5, 0.5)).trunc().long()

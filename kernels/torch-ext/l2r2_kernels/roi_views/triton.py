@@ -42,7 +42,7 @@ def forward_config(is_uint8: bool, dtype: torch.dtype, kind: int, masked: bool, 
         "PRECISION": "tf32x3" if exact else "tf32",
         "ONE_X": one_x,
         "CHUNK_X": (64 if one_x and window > 32 else 32) if half else 16,
-        "num_warps": 4 if half and (masked or kind == 3) else 2,
+        "num_warps": 4 if (masked and not exact) or (half and kind == 3) else 2,
         "num_stages": 2,
         "enable_fp_fusion": True,
     }
