@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import math
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,7 @@ from .boxes import Detections
 from .errors import L2R2Error
 from .files import read_json, write_json
 
+RELATIVE = "all coordinates lie in [0, 1], but this format is in pixels; write pixels or use MegaDetector's format."
 logger = logging.getLogger(__name__)
 Box = tuple[float, float, float, float]
 
@@ -45,9 +47,9 @@ class BoxEntry:
         Raises:
             L2R2Error: the file was made for an image of another size.
         """
-        if self.image_size is not None and self.image_size != image_size:
+        if self.image_size is not None and tuple(self.image_size) != tuple(image_size):
             (h, w), (height, width) = self.image_size, image_size
-            hint = ", boxes made without EXIF orientation?" if (h, w) == (width, height) else ""
+            hint = "; were the boxes made without EXIF orientation?" if (h, w) == (width, height) else "."
             raise L2R2Error(f"{name}: the box file was made for a {w}x{h} image, this one is {width}x{height}{hint}")
         height, width = image_size if self.normalised else (1, 1)
         pixels = [(x0 * width, y0 * height, x1 * width, y1 * height) for x0, y0, x1, y1 in self.boxes]
@@ -73,14 +75,19 @@ class BoxTable:
         Raises:
             L2R2Error: several entries fit.
         """
-        path = str(path)
+        key = self._key(str(path))
+        return None if key is None else self.entries[key]
+
+    def _key(self, path: str) -> str | None:
         if path in self.entries:
-            return self.entries[path]
+            return path
         wanted = _posix(path).parts
         fits = [k for k in self._by_name.get(wanted[-1] if wanted else "", ()) if _ends_alike(_posix(k).parts, wanted)]
+        same = [k for k in fits if _posix(k).parts == wanted]
+        fits = same if len(same) == 1 else fits
         if len(fits) > 1:
             raise L2R2Error(f"{self.source}: {len(fits)} entries fit {path} ({fits[0]}, {fits[1]}, ...); use longer paths in it.")
-        return self.entries[fits[0]] if fits else None
+        return fits[0] if fits else None
 
     def join(self, paths: Iterable[str | Path]) -> dict[str, BoxEntry]:
         """Entries by image path, for the images that have one.
@@ -89,14 +96,13 @@ class BoxTable:
             L2R2Error: no image has an entry, or two images would share one (a file of bare names for several folders).
         """
         joined: dict[str, BoxEntry] = {}
-        used: dict[int, str] = {}
+        used: dict[str, str] = {}
         for path in map(str, paths):
-            if (entry := self.find(path)) is None:
+            if (key := self._key(path)) is None:
                 continue
-            if other := used.get(id(entry)):
+            if (other := used.setdefault(key, path)) != path:
                 raise L2R2Error(f"{self.source}: one entry fits both {other} and {path}; use longer paths in it.")
-            used[id(entry)] = path
-            joined[path] = entry
+            joined[path] = self.entries[key]
         if not joined:
             raise L2R2Error(f"{self.source}: none of its {len(self.entries)} entries belongs to one of the images.")
         return joined
@@ -105,7 +111,7 @@ class BoxTable:
 def read_boxes(path: str | Path) -> BoxTable:
     """Read a box file; its format is recognised by its content and logged.
 
-    Known: metadata CSV and JSONL, COCO (`annotations`), MegaDetector (`detection_categories` or `detections`), SpeciesNet
+    Known: metadata CSV and JSONL, COCO (`annotations`), MegaDetector (`detection_categories` or `info`), SpeciesNet
     (`predictions`), and plain JSON: `{"a.jpg": [[x0, y0, x1, y1], ...]}` in pixels.
 
     Raises:
@@ -121,10 +127,10 @@ def read_boxes(path: str | Path) -> BoxTable:
         data = read_json(path)
         kind = _sniff(data, str(path))
         try:
-            entries = dict(_READERS[kind](data))
+            entries = _table(_READERS[kind](data))
         except L2R2Error as error:
             raise L2R2Error(f"{path}: {error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise L2R2Error(f"{path}: looks like {kind}, but is not well formed ({type(error).__name__}: {error}).") from error
     logger.info("%s: %s format, %d images", path, kind, len(entries))
     return BoxTable(entries, str(path), kind)
@@ -147,7 +153,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         raise L2R2Error(f"{path}: cannot be read as {path.suffix[1:]} ({error}).") from error
     if not rows:
         raise L2R2Error(f"{path}: has no rows.")
-    for i, row in enumerate(rows, 2):
+    for i, row in enumerate(rows, 2 if path.suffix.lower() == ".csv" else 1):  # a CSV's first line is its header
         if not isinstance(row, dict) or not row.get("file_name"):
             raise L2R2Error(f"{path}: row {i} has no file_name; each row needs one.")
     return rows
@@ -159,12 +165,16 @@ def entries_of_rows(rows: Iterable[Mapping[str, Any]], source: str) -> dict[str,
     entries: dict[str, BoxEntry] = {}
     for row in rows:
         name = str(row["file_name"])
+        old = entries.get(name, BoxEntry())
         try:
             boxes, scores = _row_boxes(row)
-        except (TypeError, ValueError, KeyError):
+            entries[name] = _entry([*old.boxes, *boxes], [*old.scores, *scores], [*old.labels, *("" for _ in boxes)], name)
+        except L2R2Error as error:
+            raise L2R2Error(f"{source}: {error}") from None
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
             raise L2R2Error(f"{source}: the box of {name} is not four numbers.") from None
-        old = entries.get(name, BoxEntry())
-        entries[name] = _entry([*old.boxes, *boxes], [*old.scores, *scores], [*old.labels, *("" for _ in boxes)], name)
+    if _all_relative(entries):
+        raise L2R2Error(f"{source}: {RELATIVE}")
     return entries
 
 
@@ -178,9 +188,6 @@ def write_boxes(table: BoxTable, path: str | Path, format: str = "megadetector")
     if format not in writers:
         raise L2R2Error(f'Unknown box format "{format}"; choose from {", ".join(writers)}.')
     write_json(path, writers[format](table))
-
-
-# ---- reading ----
 
 
 def _sniff(data: Any, source: str) -> str:
@@ -199,6 +206,25 @@ def _sniff(data: Any, source: str) -> str:
     )
 
 
+def _table(found: Iterable[tuple[str, BoxEntry]]) -> dict[str, BoxEntry]:
+    entries: dict[str, BoxEntry] = {}
+    for file, entry in found:
+        if not isinstance(file, str) or not file:
+            raise L2R2Error(f"the image name {file!r} is not a path.")
+        if file in entries:
+            raise L2R2Error(f"there are two entries for {file}; merge them.")
+        entries[file] = entry
+    if _all_relative(entries):
+        raise L2R2Error(RELATIVE)
+    return entries
+
+
+def _all_relative(entries: Mapping[str, BoxEntry]) -> bool:
+    """Whether boxes that should be in pixels all lie in [0, 1]."""
+    boxes = [box for entry in entries.values() if not entry.normalised for box in entry.boxes]
+    return bool(boxes) and all(0 <= v <= 1 for box in boxes for v in box)
+
+
 def _read_megadetector(data: dict[str, Any]) -> Iterable[tuple[str, BoxEntry]]:
     names = data.get("detection_categories", {})
     for image in data["images"]:
@@ -207,7 +233,7 @@ def _read_megadetector(data: dict[str, Any]) -> Iterable[tuple[str, BoxEntry]]:
 
 def _read_speciesnet(data: dict[str, Any]) -> Iterable[tuple[str, BoxEntry]]:
     for image in data["predictions"]:
-        failures = image.get("failures")
+        failures = None if image.get("detections") else image.get("failures")  # the classifier may fail where boxes are found
         failure = ", ".join(failures) if isinstance(failures, list) else failures
         yield image["filepath"], _relative_entry(image, {}, failure, image["filepath"])
 
@@ -216,8 +242,9 @@ def _relative_entry(image: dict[str, Any], names: dict[str, str], failure: str |
     found = image.get("detections") or []
     boxes = [(x, y, x + w, y + h) for x, y, w, h in (d["bbox"] for d in found)]
     labels = [d.get("label") or names.get(str(d.get("category", "")), "") for d in found]
-    size = (image["height"], image["width"]) if image.get("height") and image.get("width") else None
-    return _entry(boxes, [d.get("conf", 1.0) for d in found], labels, file, True, size, failure)
+    if any(abs(v) > 10 for box in boxes for v in box):  # a little outside is usual, this is not
+        raise L2R2Error(f"the boxes of {file} are in pixels, where this format has fractions of the image's width and height.")
+    return _entry(boxes, [d.get("conf", 1.0) for d in found], labels, file, True, _image_size(image, file), failure)
 
 
 def _read_coco(data: dict[str, Any]) -> Iterable[tuple[str, BoxEntry]]:
@@ -225,18 +252,17 @@ def _read_coco(data: dict[str, Any]) -> Iterable[tuple[str, BoxEntry]]:
     by_image: dict[Any, list[dict[str, Any]]] = {}
     for annotation in data["annotations"]:
         by_image.setdefault(annotation["image_id"], []).append(annotation)
+    if by_image and not any(image["id"] in by_image for image in data["images"]):
+        raise L2R2Error("no annotation's image_id is the id of one of its images.")
     for image in data["images"]:
         found = by_image.get(image["id"], [])
         boxes = [(x, y, x + w, y + h) for x, y, w, h in (a["bbox"] for a in found)]
         labels = [names.get(a.get("category_id"), "") for a in found]
-        size = (image["height"], image["width"]) if image.get("height") and image.get("width") else None
-        yield image["file_name"], _entry(boxes, [a.get("score", 1.0) for a in found], labels, image["file_name"], False, size)
+        file, scores = image["file_name"], [a.get("score", 1.0) for a in found]
+        yield file, _entry(boxes, scores, labels, file, False, _image_size(image, file), image.get("failure"))
 
 
 def _read_xyxy(data: dict[str, Any]) -> Iterable[tuple[str, BoxEntry]]:
-    flat = [v for boxes in data.values() for box in boxes for v in box]
-    if flat and max(flat) <= 1:
-        raise L2R2Error("all coordinates lie in [0, 1]; plain JSON is read as pixels, so write pixels or use MegaDetector's format.")
     for file, boxes in data.items():
         yield file, _entry(boxes, [1.0] * len(boxes), [""] * len(boxes), file)
 
@@ -249,9 +275,10 @@ _READERS: dict[str, Callable[[Any], Iterable[tuple[str, BoxEntry]]]] = {
 def _row_boxes(row: Mapping[str, Any]) -> tuple[list[Any], list[float]]:
     if (objects := row.get("objects")) is not None:
         boxes = [(x, y, x + w, y + h) for x, y, w, h in objects["bbox"]]
-        return boxes, list(objects.get("score", [1.0] * len(boxes)))
-    if (boxes := row.get("boxes")) is not None:
-        return list(boxes), [1.0] * len(boxes)
+        scores = objects.get("score")
+        return boxes, [1.0] * len(boxes) if scores is None else list(scores)
+    if (listed := row.get("boxes")) is not None:
+        return list(listed), [1.0] * len(listed)
     ends = [row.get(k) for k in ("x0", "y0", "x1", "y1")]
     if all(end in (None, "") for end in ends):
         return [], []
@@ -268,29 +295,46 @@ def _entry(
     image_size: tuple[int, int] | None = None,
     failure: str | None = None,
 ) -> BoxEntry:
-    checked: list[Box] = []
+    boxes, scores, labels = [tuple(box) for box in boxes], list(scores), list(labels)
     for box in boxes:
-        values = tuple(float(v) for v in box)
-        if len(values) != 4 or not all(map(math.isfinite, values)):
+        if len(box) != 4 or not all(map(_is_number, box)):
             raise L2R2Error(f"the box {list(box)} of {file} is not four finite numbers.")
-        checked.append(values)  # type: ignore[arg-type]
-    return BoxEntry(tuple(checked), tuple(map(float, scores)), tuple(labels), normalised, image_size, failure)
+    if not len(boxes) == len(scores) == len(labels):
+        raise L2R2Error(f"{file} has {len(boxes)} boxes and {len(scores)} scores.")
+    for score in scores:
+        if not _is_number(score) or not 0 <= score <= 1.001:  # rounding may carry a little beyond 1
+            raise L2R2Error(f"the score {score!r} of {file} does not lie between 0 and 1.")
+    if not all(isinstance(text, str) for text in (*labels, failure or "")):
+        raise L2R2Error(f"a label or the failure of {file} is not text.")
+    pixels = tuple(tuple(map(float, box)) for box in boxes)
+    return BoxEntry(pixels, tuple(map(float, scores)), tuple(labels), normalised, image_size, failure)  # type: ignore[arg-type]
+
+
+def _image_size(image: Mapping[str, Any], file: str) -> tuple[int, int] | None:
+    """`(height, width)` where both are given."""
+    height, width = image.get("height"), image.get("width")
+    if height is None or width is None:
+        return None
+    if not all(_is_number(side) and side >= 1 and side == int(side) for side in (height, width)):
+        raise L2R2Error(f"the size of {file}, {width!r}x{height!r}, is not in whole pixels.")
+    return int(height), int(width)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _json_line(line: str, path: Path, number: int) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise L2R2Error(f"{path}: line {number} is not JSON ({error.msg}).") from None
-
-
-# ---- writing ----
+    except (ValueError, RecursionError) as error:
+        raise L2R2Error(f"{path}: line {number} is not JSON ({error}).") from None
 
 
 def _to_megadetector(table: BoxTable) -> dict[str, Any]:
     names = sorted({label or "object" for e in table.entries.values() for label in e.labels} | {"object"})
     ids = {name: str(i) for i, name in enumerate(names, 1)}
-    images = []
+    images: list[dict[str, Any]] = []
     for file, entry in table.entries.items():
         if entry.failure is not None:
             images.append({"file": file, "failure": entry.failure})
@@ -300,7 +344,7 @@ def _to_megadetector(table: BoxTable) -> dict[str, Any]:
             {
                 "category": ids[label or "object"],
                 "conf": round(score, 4),
-                "bbox": [round(v, 7) for v in (x0 / width, y0 / height, (x1 - x0) / width, (y1 - y0) / height)],
+                "bbox": [round(v, 9) for v in (x0 / width, y0 / height, (x1 - x0) / width, (y1 - y0) / height)],
             }
             for (x0, y0, x1, y1), score, label in zip(entry.boxes, entry.scores, entry.labels)
         ]
@@ -313,10 +357,15 @@ def _to_megadetector(table: BoxTable) -> dict[str, Any]:
 def _to_coco(table: BoxTable) -> dict[str, Any]:
     names = sorted({label or "object" for e in table.entries.values() for label in e.labels})
     ids = {name: i for i, name in enumerate(names, 1)}
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, (file, entry) in enumerate(table.entries.items(), 1):
+        image: dict[str, Any] = {"id": number, "file_name": file}
+        if entry.failure is not None:  # an image that could not be read has no size
+            images.append({**image, "failure": entry.failure})
+            continue
         height, width = _size(entry, file, "coco")
-        images.append({"id": number, "file_name": file, "width": width, "height": height})
+        images.append({**image, "width": width, "height": height})
         for (x0, y0, x1, y1), score, label in zip(_pixels(entry, file), entry.scores, entry.labels):
             box = [x0, y0, x1 - x0, y1 - y0]
             annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": ids[label or "object"],
@@ -325,11 +374,12 @@ def _to_coco(table: BoxTable) -> dict[str, Any]:
 
 
 def _to_xyxy(table: BoxTable) -> dict[str, Any]:
-    return {file: [list(box) for box in _pixels(entry, file)] for file, entry in table.entries.items()}
+    found = {file: entry for file, entry in table.entries.items() if entry.failure is None}  # the format has no failures
+    return {file: [list(box) for box in _pixels(entry, file)] for file, entry in found.items()}
 
 
 def _pixels(entry: BoxEntry, file: str) -> list[Box]:
-    height, width = _size(entry, file, "pixel") if entry.normalised else (1, 1)
+    height, width = _size(entry, file, "pixel") if entry.normalised and entry.boxes else (1, 1)
     return [(x0 * width, y0 * height, x1 * width, y1 * height) for x0, y0, x1, y1 in entry.boxes]
 
 
@@ -340,7 +390,8 @@ def _size(entry: BoxEntry, file: str, format: str) -> tuple[int, int]:
 
 
 def _posix(path: str) -> PurePosixPath:
-    return PurePosixPath(path.replace("\\", "/"))
+    # macOS writes accents as characters of their own (NFD), other systems do not
+    return PurePosixPath(unicodedata.normalize("NFC", path.replace("\\", "/")))
 
 
 def _ends_alike(a: tuple[str, ...], b: tuple[str, ...]) -> bool:

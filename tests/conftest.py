@@ -1,7 +1,10 @@
 """Fixtures that several test files share: small images on disk, a data set with boxes, a tiny trained-looking run."""
 
-import csv
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a hub; read when huggingface_hub is imported
+
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,6 @@ import l2r2_models  # noqa: F401  (registers the models)
 from l2r2_models import hub
 from l2r2_models.views import ViewSpec
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a hub
 torch.set_num_threads(1)
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 

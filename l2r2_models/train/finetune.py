@@ -15,7 +15,6 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ..data.augment import Augment
 from ..data.dataset import ImageTable, Row, ViewDataset, check_images, read_table
 from ..errors import L2R2Error
 from ..files import read_json, write_json
@@ -141,11 +140,14 @@ def create_model(recipe: Recipe, num_classes: int) -> L2R2:
     architecture = name.split(".")[0]
     if not timm.is_model(architecture) or not (architecture == "l2r2" or architecture.startswith("l2r2_")):
         raise L2R2Error(f'Unknown model "{recipe.model}"; `l2r2 list` shows the models, and timm:NAME takes any timm backbone.')
+    try:
+        cfg = timm.models.get_pretrained_cfg(backbone.get("backbone", name))
+    except RuntimeError as error:
+        raise L2R2Error(f"{error} `l2r2 list --pretrained` shows the tags.") from None
     torch.manual_seed(recipe.seed)
     options: dict[str, Any] = dict(
         num_classes=num_classes, branches=list(recipe.branches), shared=recipe.shared, fusion=recipe.fusion_config(), **backbone
     )
-    cfg = timm.models.get_pretrained_cfg(backbone.get("backbone", name))
     if recipe.size and cfg is not None and cfg.fixed_input_size:
         options["img_size"] = recipe.size
     try:
@@ -217,7 +219,6 @@ def _train(
         from transformers import Trainer, TrainingArguments
     except ImportError as error:
         raise L2R2Error('Training needs more packages: pip install "l2r2-models[train]".') from error
-    augment = Augment(recipe.scale, recipe.flip, recipe.colour, recipe.box_jitter)
     common = dict(spec=model.view_spec, branches=model.branches, box_threshold=recipe.box_threshold)
     steps = -(-len(train) // recipe.batch_size) * recipe.epochs
     trainer = Trainer(
@@ -243,7 +244,7 @@ def _train(
             dataloader_num_workers=recipe.workers,
             dataloader_pin_memory=torch.cuda.is_available(),
         ),
-        train_dataset=ViewDataset(train, classes, augment=augment, seed=recipe.seed, **common),
+        train_dataset=ViewDataset(train, classes, augment=recipe.augment(), seed=recipe.seed, **common),
         eval_dataset=ViewDataset(val, classes, **common) if val else None,
         compute_metrics=functools.partial(accuracies, ("fused", *(b for b in BRANCHES if b in model.branches))),
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from ..data.augment import Augment
 from ..errors import L2R2Error
 
 
@@ -58,6 +59,7 @@ class Recipe:
                 raise L2R2Error(f"{name} must lie between 0 and 1, got {getattr(self, name)}.")
         if self.lr <= 0:
             raise L2R2Error(f"lr must be above 0, got {self.lr}.")
+        self.augment()
         if self.threshold is not None and self.fusion != "robust":
             raise L2R2Error(f'threshold belongs to the fusion "robust", not to "{self.fusion}".')
 
@@ -80,6 +82,9 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON or YAML."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def augment(self) -> Augment:
+        return Augment(self.scale, self.flip, self.colour, self.box_jitter)
 
     def fusion_config(self) -> dict[str, Any]:
         return {"name": self.fusion, **({} if self.threshold is None else {"threshold": self.threshold})}

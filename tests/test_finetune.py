@@ -1,0 +1,139 @@
+"""Training on a user's folder: it learns, it is killed and continues, it stops before training on what it cannot use."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import write_dataset
+from safetensors.torch import load_file
+
+from l2r2_models import L2R2Error, Predictor
+from l2r2_models.data.dataset import read_table
+from l2r2_models.train.finetune import BranchLoss, create_model, finetune
+from l2r2_models.train.recipes import Recipe
+
+
+def recipe(**changes):
+    return Recipe.default("timm:resnet10t", False, **{"size": 32, "epochs": 1, "batch_size": 6, **changes})
+
+
+def test_a_run_holds_a_checkpoint_that_predicts_and_how_it_was_made(dataset, tmp_path):
+    result = finetune(dataset, recipe(epochs=6, lr=2e-3, label_smoothing=0.0), tmp_path / "run")
+    run = tmp_path / "run"
+    assert sorted(p.name for p in run.iterdir()) == ["config.json", "model.safetensors", "run.json"]
+    assert set(result.metrics) == {"fused_accuracy", "full_accuracy", "fg_accuracy"}
+    assert result.metrics["fg_accuracy"] >= 0.9  # the square's colour is the class
+    record = json.loads((run / "run.json").read_text())
+    assert Recipe.from_dict(record["recipe"]) == recipe(epochs=6, lr=2e-3, label_smoothing=0.0)
+    assert record["versions"]["timm"] and record["metrics"] == result.metrics
+    predictor = Predictor.from_pretrained(run)
+    assert predictor.labels == ("blue", "green", "red")
+    rows = read_table(dataset).of_split("test").rows
+    answers = list(predictor.predict_files([r.path for r in rows], {str(r.path): r.entry for r in rows}))
+    assert sum(a.objects[0].fg.label == r.label for a, r in zip(answers, rows)) >= 11
+    assert finetune(dataset, recipe(epochs=6, lr=2e-3, label_smoothing=0.0), run).was_finished
+
+
+def test_another_recipe_or_other_data_never_mix_with_a_run(dataset, tmp_path):
+    run = tmp_path / "run"
+    finetune(dataset, recipe(), run)
+    weights = (run / "model.safetensors").read_bytes()
+    with pytest.raises(L2R2Error, match="holds a run with another epochs, seed"):
+        finetune(dataset, recipe(epochs=2, seed=1), run)
+    (dataset / "metadata.csv").write_text((dataset / "metadata.csv").read_text().replace("images/train_000.png,red", "images/train_000.png,blue"))
+    with pytest.raises(L2R2Error, match="another the data"):
+        finetune(dataset, recipe(), run)
+    assert (run / "model.safetensors").read_bytes() == weights
+    finetune(dataset, recipe(), run, overwrite=True)
+    assert (run / "model.safetensors").read_bytes() != weights
+
+
+def test_a_folder_that_is_no_run_is_not_touched(dataset, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(L2R2Error, match="is not a run of finetune"):
+        finetune(dataset, recipe(), tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_killed_run_continues_to_the_very_same_weights(dataset, tmp_path):
+    """SIGKILL after the first epoch, the same command again: bitwise equal to a run that nobody disturbed."""
+    command = [
+        sys.executable, "-c", "from l2r2_models.cli import main; main()", "finetune", str(dataset), "--model", "timm:resnet10t",
+        "--no-pretrained", "--size", "32", "--epochs", "4", "--batch-size", "6", "-o",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment, capture_output=True)
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stderr=subprocess.DEVNULL)
+    first = tmp_path / "killed" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
+    while not first.exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "model.safetensors").exists(), "it finished before it could be killed"
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, env=environment, capture_output=True)
+    whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[k], killed[k]) for k in whole)
+
+
+def test_bad_images_stop_before_training_or_are_left_out_and_named(dataset, tmp_path):
+    (dataset / "images" / "train_003.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    with pytest.raises(L2R2Error, match=r"1 of 24 images cannot be used, e\.g\. .*train_003\.png.*--skip-bad"):
+        finetune(dataset, recipe(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    result = finetune(dataset, recipe(), tmp_path / "run", skip_bad=True)
+    assert [p.name for p in result.skipped] == ["train_003.png"]
+
+
+def test_training_without_any_box_says_what_to_do(tmp_path):
+    data = write_dataset(tmp_path / "data")
+    text = "\n".join(",".join(line.split(",")[:3]) for line in (data / "metadata.csv").read_text().splitlines())
+    (data / "metadata.csv").write_text(text)
+    with pytest.raises(L2R2Error, match="--boxes FILE, or train a plain classifier with --branches full"):
+        finetune(data, recipe(), tmp_path / "run")
+    assert finetune(data, recipe(branches=("full",)), tmp_path / "plain").folder.exists()
+
+
+def test_rows_without_a_box_train_the_full_branch_only():
+    model = create_model(recipe(), 3)
+    loss = BranchLoss(model)
+    views, labels = torch.randn(2, 4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    none = loss(labels, torch.zeros(4, dtype=torch.bool), full=views[0], fg=views[1])
+    none["loss"].backward()
+    assert model.heads["fg"].weight.grad.abs().sum() == 0 and model.heads["full"].weight.grad.abs().sum() > 0
+    some = loss(labels, torch.tensor([True, False, True, False]), full=views[0], fg=views[1])
+    ce = torch.nn.functional.cross_entropy
+    assert torch.allclose(some["loss"], ce(some["full"], labels) + ce(some["fg"][::2], labels[::2]))
+    assert torch.equal(some["fused"][1::2], some["full"][1::2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fusion": "rubust"}, 'Unknown fusion "rubust"'),
+        ({"fg": "cropped"}, 'Unknown fg "cropped"'),
+        ({"branches": ("whole",)}, 'Unknown branch "whole"'),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"threshold": 0.5, "fusion": "average"}, 'threshold belongs to the fusion "robust"'),
+        ({"box_jitter": 3.0}, "box_jitter must lie between 0 and 1"),
+    ],
+)
+def test_unusable_recipes_are_sentences(dataset, tmp_path, changes, message):
+    with pytest.raises(L2R2Error, match=message):
+        finetune(dataset, recipe(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "l2r2_resnat18", "timm:resnat18", "l2r2_resnet18.no_such_tag"])
+def test_unknown_models_are_sentences(dataset, tmp_path, name):
+    with pytest.raises(L2R2Error, match="Unknown|Invalid pretrained tag"):
+        finetune(dataset, Recipe.default(name, False, size=32), tmp_path / "run")
+
+
+def test_weights_that_cannot_be_downloaded_say_what_to_do(dataset, tmp_path):
+    with pytest.raises(L2R2Error, match="--no-pretrained"):
+        finetune(dataset, Recipe.default("l2r2_resnet18", True, size=32), tmp_path / "run")  # tests are offline

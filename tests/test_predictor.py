@@ -1,0 +1,148 @@
+"""From files to answers: several objects, no object, bad files, and a file of predictions that can be continued."""
+
+import json
+
+import pytest
+import torch
+from conftest import write_run
+from PIL import Image
+
+from l2r2_models import Detections, ImageError, L2R2Error, Predictor
+from l2r2_models.images import load_image
+from l2r2_models.predictions import gather, predict_to_file
+from l2r2_models.views import make_views
+
+
+@pytest.fixture
+def predictor(run):
+    return Predictor.from_pretrained(run, device="cpu")
+
+
+def test_an_answer_is_what_the_model_says_of_the_views(predictor, dataset):
+    path, box = dataset / "images" / "train_000.png", [5.0, 4, 40, 30]
+    prediction = predictor(path, [box])
+    views = make_views([load_image(path)], torch.tensor([box]), predictor.model.view_spec)
+    out = predictor.model.forward_views(views.full, views.fg, views.has_fg)
+    (answer,) = prediction.objects
+    for said, logits in ((answer, out.fused), (answer.full, out.full), (answer.fg, out.fg)):
+        probability, index = logits.softmax(-1)[0].max(0)
+        assert said.label == predictor.labels[index] and said.score == pytest.approx(probability.item(), abs=1e-5)
+    assert answer.box == tuple(box) and answer.source == "fused" and prediction.label == answer.label
+    assert [a.label for a in answer.top][0] == answer.label and len(answer.top) == 3
+
+
+def test_every_object_of_an_image_gets_its_own_answer(predictor, dataset):
+    path = dataset / "images" / "train_000.png"
+    boxes = Detections.from_lists([[0, 0, 20, 20], [20, 10, 60, 40], [3, 3, 9, 9]], (40, 60), [0.5, 0.9, 0.7])
+    together = predictor(path, boxes).objects
+    assert [o.box_score for o in together] == [0.9, 0.7, 0.5]
+    for answer in together:
+        (alone,) = predictor(path, [answer.box]).objects
+        assert alone.fg.label == answer.fg.label and alone.fg.score == pytest.approx(answer.fg.score, abs=1e-4)
+    few = Predictor(predictor.checkpoint, max_objects=2, device="cpu")
+    assert [o.box_score for o in few(path, boxes).objects] == [0.9, 0.7]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "reason"),
+    [
+        (None, "no box was given"),
+        ([], "no object was found"),
+        (Detections.from_lists([[1, 1, 30, 30]], (40, 60), [0.01]), "no box reaches the score 0.2"),
+        ([[100, 100, 200, 200]], "every box lies outside"),
+        ([[10, 10, 10, 30]], "every box lies outside of the image or is empty"),
+        ([[float("nan")] * 4], "every box lies outside of the image or is empty"),
+    ],
+)
+def test_without_a_usable_box_the_full_branch_answers_and_says_why(predictor, dataset, boxes, reason):
+    path = dataset / "images" / "train_000.png"
+    (answer,) = predictor(path, boxes).objects
+    assert answer.source == "full" and reason in answer.reason and answer.box is None and answer.fg is None
+    assert (answer.label, answer.score) == (answer.full.label, answer.full.score)
+
+
+def test_a_box_over_the_border_is_used_where_it_lies_inside(predictor, dataset):
+    (answer,) = predictor(dataset / "images" / "train_000.png", [[-10, -10, 20, 20]]).objects
+    assert answer.source == "fused"
+
+
+def test_batches_answer_as_single_images_do(run, dataset):
+    inputs = gather([dataset], split="train")
+    one_by_one = list(Predictor.from_pretrained(run, batch_size=1, device="cpu").predict_files(inputs.paths, inputs.entries))
+    batched = list(Predictor.from_pretrained(run, batch_size=5, device="cpu").predict_files(inputs.paths, inputs.entries))
+    assert [p.file for p in batched] == [str(p) for p in inputs.paths]
+    for a, b in zip(one_by_one, batched):
+        assert a.label == b.label and a.objects[0].score == pytest.approx(b.objects[0].score, abs=1e-4)
+
+
+def test_the_file_upside_down_by_exif_is_classified_upright(predictor, tmp_path, dataset):
+    upright = Image.open(dataset / "images" / "train_000.png")
+    turned = upright.transpose(Image.Transpose.ROTATE_180)
+    exif = turned.getexif()
+    exif[0x0112] = 3
+    turned.save(tmp_path / "turned.png", exif=exif)
+    box = [[5, 4, 40, 30]]
+    assert predictor(tmp_path / "turned.png", box).objects == predictor(upright, box).objects
+
+
+def test_one_bad_file_is_a_failure_and_the_others_go_on(predictor, dataset, tmp_path):
+    bad = dataset / "images" / "train_001.png"
+    bad.write_text("not an image")
+    inputs = gather([dataset], split="train")
+    report = predict_to_file(predictor, inputs, tmp_path / "out.json")
+    assert len(report.images) == 12 and [f["file"] for f in report.failures] == [str(bad)]
+    with pytest.raises(ImageError, match="train_001"):
+        predictor(bad)
+
+
+def test_a_file_of_predictions_continues_and_repeats_only_failures(predictor, dataset, tmp_path, monkeypatch):
+    out, bad = tmp_path / "out.json", dataset / "images" / "train_001.png"
+    good = bad.read_bytes()
+    bad.write_text("not an image")
+    inputs = gather([dataset], split="train")
+    predict_to_file(predictor, inputs, out)
+    bad.write_bytes(good)
+    seen = []
+    original = predictor.predict_files
+    monkeypatch.setattr(predictor, "predict_files", lambda paths, boxes: original(seen.extend(paths) or seen, boxes))
+    report = predict_to_file(predictor, inputs, out)
+    assert seen == [bad] and report.kept == 11 and not report.failures
+    fresh = predict_to_file(predictor, inputs, tmp_path / "fresh.json")
+    assert [i["file"] for i in fresh.images] == [i["file"] for i in report.images]
+    assert json.loads(out.read_text())["images"] == json.loads((tmp_path / "fresh.json").read_text())["images"]
+
+
+def test_an_interrupted_file_of_predictions_loses_nothing(predictor, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("l2r2_models.predictions.SAVE_EVERY", 5)
+    inputs, out = gather([dataset]), tmp_path / "out.json"
+
+    def dies(items, total):
+        for i, item in enumerate(items):
+            if i == 17:
+                raise KeyboardInterrupt
+            yield item
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_to_file(predictor, inputs, out, dies)
+    assert len(json.loads(out.read_text())["images"]) == 15
+    report = predict_to_file(predictor, inputs, out)
+    assert report.kept == 15 and len(report.images) == 36
+
+
+def test_predictions_of_another_model_or_other_settings_are_not_mixed(run, dataset, tmp_path):
+    inputs, out = gather([dataset], split="train"), tmp_path / "out.json"
+    predict_to_file(Predictor.from_pretrained(run, device="cpu"), inputs, out)
+    other = write_run(tmp_path / "other", seed=1)
+    with pytest.raises(L2R2Error, match="made with another model_sha256"):
+        predict_to_file(Predictor.from_pretrained(other, device="cpu"), inputs, out)
+    with pytest.raises(L2R2Error, match="made with another settings"):
+        predict_to_file(Predictor.from_pretrained(run, box_threshold=0.9, device="cpu"), inputs, out)
+    (tmp_path / "notes.json").write_text("[1, 2]")
+    with pytest.raises(L2R2Error, match="is not a file of predictions"):
+        predict_to_file(Predictor.from_pretrained(run, device="cpu"), inputs, tmp_path / "notes.json")
+
+
+def test_a_plain_classifier_predicts_too(tmp_path, dataset):
+    plain = Predictor.from_pretrained(write_run(tmp_path / "plain", branches=("full",)), device="cpu")
+    (answer,) = plain(dataset / "images" / "train_000.png", [[1, 1, 20, 20]]).objects
+    assert answer.source == "full" and answer.reason == "the model has no fg branch"
