@@ -63,13 +63,13 @@ def main():
     for request in sys.argv[1:]:
         dtype, dim, typical = request.split(":")
         block_d = max(16, triton.next_power_of_2(int(dim)))
-        table = attention.configs(block_d, 4 if dtype == "fp32" else 2, int(typical))
+        table = attention.configs(block_d, 2 if dtype.endswith("16") else 4, int(typical))
         for name, kernel in KERNELS.items():
             for varlen in (True, False):
                 tile = table[name]
                 constants = {"D": int(dim), "BLOCK_D": block_d, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-                constants |= {"VARLEN": varlen, "UPCAST": False, "PRECISION": "ieee"}
-                result = build(kernel, dtype, constants, tile.num_warps, tile.num_stages)
+                constants |= {"VARLEN": varlen, "UPCAST": False, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
+                result = build(kernel, dtype.replace("tf32", "fp32"), constants, tile.num_warps, tile.num_stages)
                 print(json.dumps({"request": request, "kernel": name, "varlen": varlen} | result))
     for kernel, constants in ((rows.key_index_kernel, {"BLOCK": 256}), (rows.take_rows_kernel, {"BLOCK_R": 16, "BLOCK_C": 256})):
         print(json.dumps({"request": "rows", "kernel": kernel.__name__} | build(kernel, "bf16", constants, 4, 3)))

@@ -34,6 +34,15 @@ def test_masked_half_precision_is_as_good_as_sdpa(shape, dtype, device):
     check_masked(shape, dtype, masks(shape[0], shape[2])["some"], device)
 
 
+@pytest.mark.gpu
+def test_tf32_when_matrix_products_use_it(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    q, k, v = qkv(2, 3, 150, 64, torch.float32, "cuda")
+    mask = masks(2, 150)["some"].cuda()
+    truth = ref.masked_attention_reference(q.double(), k.double(), v.double(), mask, 64**-0.5)[0]
+    torch.testing.assert_close(masked_attention(q, k, v, mask).double(), truth, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_nan_and_inf_in_masked_keys_go_nowhere(device):
     check_masked_poison(device)

@@ -228,7 +228,7 @@ def configs(block_d: int, itemsize: int, typical: int) -> dict[str, Config]:
     """The tiles of each kernel, from a fixed table: autotuning would make the first steps slow and results vary.
 
     block_d: head width padded to a power of two; itemsize: bytes a number; typical: tokens in an ordinary segment.
-    All entries compile for sm_90 without register spills (a test says so); long segments get the larger tiles.
+    The 16-bit entries compile for sm_90 without register spills (a test says so); long segments get the larger tiles.
     """
     if itemsize > 2:  # IEEE float32 dots use no tensor core: small tiles keep the registers
         return {"forward": Config(32, 32, 4, 2), "dq": Config(32, 32, 4, 2), "dkv": Config(16, 32, 8, 2)}
@@ -301,7 +301,7 @@ def _launch(kernel, name: str, problem: Problem, tensors: tuple[Tensor, ...], qk
     grid = (problem.batch * blocks + tail) * problem.heads
     strides = [stride for x in qkv for stride in problem.strides(x)]
     image_stride = 0 if problem.varlen else problem.rows * problem.heads * problem.dim
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     if grid == 0 or problem.rows == 0:
         return
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
