@@ -1,5 +1,7 @@
-"""Hub configs: the strict schema, and the files that come with the package."""
+"""Hub configs: the strict schema, and the files that come with the package; reading and writing of files."""
 
+import hashlib
+import tempfile
 from collections import Counter
 from dataclasses import asdict, fields
 from importlib import resources
@@ -10,6 +12,7 @@ from timm.models import get_pretrained_cfg
 
 from l2r2_models.configs import HubConfig, load_hub_configs, parse_hub_config
 from l2r2_models.errors import L2R2Error
+from l2r2_models.files import file_sha256, read_json, write_atomic, write_json, write_text
 
 GOOD = {
     "architecture": "l2r2_convnext_base", "tag": "in1k", "default": True, "source": "convnext_base.in1k",
@@ -121,3 +124,89 @@ def test_source_licence_and_size_are_timms():
 def test_the_schema_is_what_the_files_hold():
     text = (resources.files("l2r2_models.hub_configs") / f"{load_hub_configs()[0].name}.yaml").read_text(encoding="utf-8")
     assert list(yaml.safe_load(text)) == [f.name for f in fields(HubConfig)]
+
+
+# ---- files: written whole or not at all ----
+
+
+@pytest.fixture
+def old(tmp_path):
+    (tmp_path / "out.json").write_text("old")
+    return tmp_path / "out.json"
+
+
+def only_old(path):
+    return path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+def test_write_atomic_replaces_and_leaves_nothing_else(old):
+    write_atomic(old, lambda temporary: temporary.write_text("new") and None)
+    assert old.read_text() == "new" and list(old.parent.iterdir()) == [old]
+    assert old.stat().st_mode & 0o444 == 0o444  # results are meant to be read by others
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError, MemoryError, SystemExit])
+def test_a_writer_that_raises_leaves_the_old_content(old, error):
+    def write(temporary):
+        temporary.write_text("half")
+        raise error("stop")
+
+    with pytest.raises(L2R2Error if error is OSError else error, match="stop"):
+        write_atomic(old, write)
+    assert only_old(old)
+
+
+def test_data_that_is_no_json_leaves_the_old_content(old):
+    for data in ([float("nan")], {"a": float("inf")}):
+        with pytest.raises(L2R2Error, match=r"out\.json"):
+            write_json(old, data)
+    with pytest.raises(TypeError):
+        write_json(old, [object()])
+    assert only_old(old)
+
+
+def test_folders_are_made(tmp_path):
+    write_json(tmp_path / "a" / "b" / "c.json", {"ä": [1, None, "\ud800"]})
+    assert read_json(tmp_path / "a" / "b" / "c.json") == {"ä": [1, None, "\ud800"]}
+
+
+def test_the_longest_name_that_a_file_can_have(tmp_path):
+    write_text(tmp_path / ("x" * 255), "text")
+    assert (tmp_path / ("x" * 255)).read_text() == "text"
+
+
+def test_places_that_cannot_be_written(old):
+    (old.parent / "folder").mkdir()
+    for path in (old / "below.json", old.parent / "folder", old.parent / ("x" * 256), "/proc/none/out.json"):
+        with pytest.raises(L2R2Error, match="cannot be written"):
+            write_text(path, "text")
+    assert sorted(p.name for p in old.parent.iterdir()) == ["folder", "out.json"] and not list((old.parent / "folder").iterdir())
+
+
+def test_a_folder_without_the_right_to_write(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)  # these tests may run as root, who may write anywhere
+    with pytest.raises(L2R2Error, match=r"out\.json: cannot be written \(Permission denied\)\."):
+        write_text(tmp_path / "out.json", "text")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"9" * 5000, b"\x00"], ids=range(6))
+def test_what_is_no_json_is_refused_by_name(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(L2R2Error, match=r"a\.json: is not readable JSON") as caught:
+        read_json(tmp_path / "a.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_are_refused_by_name(tmp_path):
+    with pytest.raises(L2R2Error, match=r"a\.json: no such file"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(L2R2Error, match=r"a\.json: cannot be read"):
+        file_sha256(tmp_path / "a.json")
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc" * 1_000_000)
+    assert file_sha256(tmp_path / "a") == hashlib.sha256(b"abc" * 1_000_000).hexdigest()
