@@ -109,11 +109,19 @@ def test_drop_path_is_drawn_once_an_image():
 def test_padding_and_other_images_change_nothing():
     model = vit()
     x, mask = torch.randn(3, 50, 48), kept_mask(model)
-    exact = run_packed(model.blocks, x, mask, num_prefix=1, unpacked=True)[1]
-    roomy = run_packed(model.blocks, x, mask, num_prefix=1, unpacked=True, capacity=150)[1]
-    alone = run_packed(model.blocks, x[1:2], mask[1:2], num_prefix=1, unpacked=True)[1]
+    weights = list(model.blocks.parameters())
+
+    def step(x, mask, **kwargs):
+        out = run_packed(model.blocks, x, mask, num_prefix=1, unpacked=True, **kwargs)[1]
+        return out.detach(), torch.autograd.grad(out.square().mean(), weights)
+
+    exact, exact_grads = step(x, mask)
+    roomy, roomy_grads = step(x, mask, capacity=150)
+    alone, _ = step(x[1:2], mask[1:2])
     torch.testing.assert_close(roomy, exact, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(alone[0], exact[1], atol=1e-4, rtol=1e-5)
+    for a, b in zip(roomy_grads, exact_grads):
+        torch.testing.assert_close(a, b, atol=1e-4 * b.abs().max().item(), rtol=1e-4)
 
 
 def test_packed_compiles_as_one_graph_and_gives_weight_gradients():

@@ -111,11 +111,12 @@ def _check(x: Tensor, mask: Tensor, num_prefix: int, capacity: int | str | None)
         raise ValueError(f"mask must be a bool tensor [B, N] = {list(x.shape[:2])}; got {mask.dtype} {list(mask.shape)}.")
     if not 0 <= num_prefix <= x.shape[1]:
         raise ValueError(f"num_prefix must be between 0 and the {x.shape[1]} tokens of an image; got {num_prefix}.")
-    if isinstance(capacity, str) and capacity != "sync":
-        raise ValueError(f'capacity must be a number of tokens, None or "sync"; got {capacity!r}.')
-    if isinstance(capacity, int) and capacity < 0:
+    if isinstance(capacity, str):
+        if capacity != "sync":
+            raise ValueError(f'capacity must be a number of tokens, None or "sync"; got {capacity!r}.')
+    elif capacity is not None and capacity < 0:
         raise ValueError(f"capacity must not be negative; got {capacity}.")
-    if capacity is None and mask.device.type != "cpu":
+    elif capacity is None and mask.device.type != "cpu":
         raise ValueError(
             "capacity is needed for a mask on a GPU, where counting it would stop the host: "
             'give a bound, pass the mask from the CPU, or ask for one wait with capacity="sync".'
@@ -123,12 +124,15 @@ def _check(x: Tensor, mask: Tensor, num_prefix: int, capacity: int | str | None)
 
 
 def _capacity(x: Tensor, mask: Tensor, num_prefix: int, capacity: int | str | None) -> int:
-    on_cpu = mask.device.type == "cpu"
-    if isinstance(capacity, int) and (not on_cpu or torch.compiler.is_compiling()):
-        return capacity
-    total = int(mask[:, num_prefix:].sum()) + num_prefix * mask.shape[0]
-    if not isinstance(capacity, int):
+    if capacity is None or isinstance(capacity, str):
+        total = _total(mask, num_prefix)
         return total if x.device.type == "cpu" else round_capacity(total)
-    if total > capacity:
-        raise ValueError(f"capacity is {capacity}, but the mask keeps {total} tokens; give at least that many.")
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        total = _total(mask, num_prefix)
+        if total > capacity:
+            raise ValueError(f"capacity is {capacity}, but the mask keeps {total} tokens; give at least that many.")
     return capacity
+
+
+def _total(mask: Tensor, num_prefix: int) -> int:
+    return int(mask[:, num_prefix:].sum()) + num_prefix * mask.shape[0]

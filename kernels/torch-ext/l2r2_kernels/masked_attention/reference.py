@@ -33,7 +33,7 @@ def varlen_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tens
     tokens past the last segment give out 0 and lse -inf.
     """
     bounds = [*cu_seqlens.tolist(), q.shape[0]]
-    outs, lses = [q[:0] * 1], [q.new_zeros(q.shape[1], 0)]
+    outs, lses = [q.new_zeros(0, *q.shape[1:])], [q.new_zeros(q.shape[1], 0)]
     for segment, (start, end) in enumerate(pairwise(bounds)):
         if start == end:
             continue
