@@ -63,11 +63,12 @@ class BoxTable:
     entries: dict[str, BoxEntry]
     source: str = ""
     format: str = ""
-    _by_name: dict[str, list[str]] = field(default_factory=dict, repr=False)
+    _by_name: dict[str, list[tuple[tuple[str, ...], str]]] = field(default_factory=dict, repr=False)  # parts of a path, the path
 
     def __post_init__(self) -> None:
         for key in self.entries:
-            self._by_name.setdefault(_posix(key).name, []).append(key)
+            parts = _parts(key)
+            self._by_name.setdefault(parts[-1], []).append((parts, key))
 
     def find(self, path: str | Path) -> BoxEntry | None:
         """The entry of an image: the same path, or the only one of which one path is the end of the other.
@@ -81,10 +82,10 @@ class BoxTable:
     def _key(self, path: str) -> str | None:
         if path in self.entries:
             return path
-        wanted = _posix(path).parts
-        fits = [k for k in self._by_name.get(wanted[-1] if wanted else "", ()) if _ends_alike(_posix(k).parts, wanted)]
-        same = [k for k in fits if _posix(k).parts == wanted]
-        fits = same if len(same) == 1 else fits
+        wanted = _parts(path)
+        named = self._by_name.get(wanted[-1], ())
+        same = [key for parts, key in named if parts == wanted]
+        fits = same if len(same) == 1 else [key for parts, key in named if _ends_alike(parts, wanted)]
         if len(fits) > 1:
             raise L2R2Error(f"{self.source}: {len(fits)} entries fit {path} ({fits[0]}, {fits[1]}, ...); use longer paths in it.")
         return fits[0] if fits else None
@@ -389,9 +390,9 @@ def _size(entry: BoxEntry, file: str, format: str) -> tuple[int, int]:
     return entry.image_size
 
 
-def _posix(path: str) -> PurePosixPath:
+def _parts(path: str) -> tuple[str, ...]:
     # macOS writes accents as characters of their own (NFD), other systems do not
-    return PurePosixPath(unicodedata.normalize("NFC", path.replace("\\", "/")))
+    return PurePosixPath(unicodedata.normalize("NFC", path.replace("\\", "/"))).parts or ("",)
 
 
 def _ends_alike(a: tuple[str, ...], b: tuple[str, ...]) -> bool:

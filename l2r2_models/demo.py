@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .data.dataset import read_table
 from .data.demo import make_demo_data
 from .files import write_atomic
 from .images import load_image
-from .predictions import gather, predict_to_file
+from .predictions import accuracy_by_branch, gather, predict_to_file
 from .predictor import Predictor
 from .train.finetune import finetune
 from .train.recipes import Recipe
@@ -51,36 +51,27 @@ def run_demo(folder: Path, *, epochs: int = 12, seed: int = 0, say: Callable[[st
         runs[name] = finetune(data, recipe, folder / name).folder
 
     say("4/4  predicting the test images")
-    truth = {str(data / row["file_name"]): row["label"] for row in csv.DictReader(open(data / "metadata.csv", newline=""))}
+    truth = {str(row.path): str(row.label) for row in read_table(data).rows}
     answers = {name: _answers(run, data, folder, name) for name, run in runs.items()}
     picture = folder / "predictions.png"
     write_atomic(picture, lambda path: _draw(answers["l2r2"]["test_swapped"], truth, path))
     return DemoResult(_table(answers, truth), folder / "predictions.json", picture)
 
 
-def _answers(run: Path, data: Path, folder: Path, name: str) -> dict[str, dict[str, dict]]:
-    """By split and file, the first object's answer as it stands in the predictions file."""
+def _answers(run: Path, data: Path, folder: Path, name: str) -> dict[str, list[dict]]:
+    """By split, the images as they stand in the predictions file."""
     predictor = Predictor.from_pretrained(run, device="cpu")
     out = folder / ("predictions.json" if name == "l2r2" else f"{name}_predictions.json")
-    found = {}
-    for split in SPLITS:
-        report = predict_to_file(predictor, gather([data], split=split), out)
-        found[split] = {image["file"]: image["objects"][0] for image in report.images}
-    return found
+    return {split: predict_to_file(predictor, gather([data], split=split), out).images for split in SPLITS}
 
 
-def _table(answers: dict[str, dict[str, dict[str, dict]]], truth: dict[str, str]) -> dict[str, dict[str, float]]:
-    rows = {"plain": ("plain", None), "L2R2 full": ("l2r2", "full"), "L2R2 fg": ("l2r2", "fg"), "L2R2 fused": ("l2r2", None)}
-    table: dict[str, dict[str, float]] = {}
-    for title, (name, branch) in rows.items():
-        table[title] = {}
-        for split, objects in answers[name].items():
-            right = [(o[branch] if branch else o)["label"] == truth[file] for file, o in objects.items()]
-            table[title][split] = sum(right) / len(right)
-    return table
+def _table(answers: dict[str, dict[str, list[dict]]], truth: dict[str, str]) -> dict[str, dict[str, float]]:
+    found = {name: {s: accuracy_by_branch(images, truth) for s, images in splits.items()} for name, splits in answers.items()}
+    rows = {"plain": ("plain", "fused"), **{f"L2R2 {b}": ("l2r2", b) for b in ("full", "fg", "fused")}}
+    return {title: {s: found[name][s][branch] for s in SPLITS} for title, (name, branch) in rows.items()}
 
 
-def _draw(objects: dict[str, dict], truth: dict[str, str], path: Path, count: int = 6) -> None:
+def _draw(images: list[dict], truth: dict[str, str], path: Path, count: int = 6) -> None:
     """The first test image of each of `count` classes, with its box and what full, fg and fused say of it."""
     import matplotlib
 
@@ -88,6 +79,7 @@ def _draw(objects: dict[str, dict], truth: dict[str, str], path: Path, count: in
     import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle
 
+    objects = {image["file"]: image["objects"][0] for image in images}
     first = {truth[file]: file for file in reversed(objects)}
     files = [first[label] for label in sorted(first)][:count]
     figure, axes = plt.subplots(1, len(files), figsize=(2.2 * len(files), 3.1), squeeze=False)

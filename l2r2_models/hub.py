@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 from timm.models import save_for_hf
@@ -105,7 +105,7 @@ def load_checkpoint(source: str | Path) -> Checkpoint:
     config = read_json(config_path)
     _check_config(config, name)
     try:
-        model = timm.create_model(location, pretrained=True)
+        model = cast(L2R2, timm.create_model(location, pretrained=True))
     except L2R2Error:
         raise
     except Exception as error:  # safetensors, torch and timm each have their own for a damaged file
@@ -142,7 +142,8 @@ def _download(name: str) -> tuple[str, Path, Path]:
     except HFValidationError:
         raise L2R2Error(f"{name}: no such folder, and not a Hub id of the form org/name.") from None
     except LocalEntryNotFoundError:
-        raise L2R2Error(f"{name}: no such folder, and the Hub cannot be reached; download it once with `hf download {repo}`.") from None
+        hint = f"download it once with `hf download {repo}`"
+        raise L2R2Error(f"{name}: no such folder, and the Hub cannot be reached; {hint}.") from None
     except HfHubHTTPError as error:
         raise L2R2Error(f"{name}: the Hub does not serve it ({str(error).splitlines()[0]}).") from error
     return f"hf-hub:{repo}" + (f"@{revision}" if revision else ""), paths[0], paths[1]

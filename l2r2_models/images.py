@@ -6,6 +6,7 @@ Every part of the project that opens an image calls `load_image`, so that boxes 
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -53,8 +54,7 @@ def load_image(
     """
     name = name or (str(source) if isinstance(source, (str, Path)) else "image")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow only warns of sizes that our own limit refuses, and of odd EXIF
+        with _Quiet():
             image = _open(source, name)
             _check_size(image, name, max_pixels)
             return _to_rgb(_upright(image), tuple(fill), name)
@@ -111,6 +111,32 @@ def list_images(sources: Iterable[str | Path]) -> list[Path]:
 def is_image_path(path: Path) -> bool:
     """Whether a (relative) path looks like an image that a user means: known suffix, no hidden part."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") and part != ".." for part in path.parts)
+
+
+class _Quiet:
+    """No warnings: Pillow only warns of sizes that our own limit refuses, and of odd EXIF.
+
+    Threads that load at the same time share one `catch_warnings`: it would otherwise restore what another thread had set, and
+    leave the whole process without warnings.
+    """
+
+    lock = threading.Lock()
+    inside = 0
+    filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with _Quiet.lock:
+            if _Quiet.inside == 0:
+                _Quiet.filters = warnings.catch_warnings()
+                _Quiet.filters.__enter__()
+                warnings.simplefilter("ignore")
+            _Quiet.inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with _Quiet.lock:
+            _Quiet.inside -= 1
+            if _Quiet.inside == 0:
+                _Quiet.filters.__exit__()
 
 
 def _open(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:

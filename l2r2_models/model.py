@@ -74,6 +74,7 @@ class L2R2(nn.Module):
         **backbone_kwargs: Any,
     ) -> None:
         super().__init__()
+        self.pretrained_cfg: dict[str, Any] = {}  # timm sets it
         self.branches = _check_branches(branches)
         self.backbone_name = backbone
         self.shared = shared
@@ -81,13 +82,13 @@ class L2R2(nn.Module):
         self.in_chans = in_chans
         self._view_spec = ViewSpec.from_dict(views) if isinstance(views, Mapping) else views
 
-        def build() -> nn.Module:
+        def build() -> Any:  # a timm model has more methods than nn.Module knows
             return timm.create_model(backbone, num_classes=0, in_chans=in_chans, drop_rate=drop_rate, **backbone_kwargs)
 
-        self.backbone: Any = build()  # a timm model has more methods than nn.Module knows
+        self.backbone: Any = build()
         self.branch_backbones = nn.ModuleDict({b: build() for b in self.branches[1:] if not shared})
-        self.num_features: int = self.backbone.num_features
-        self.head_hidden_size: int = self.backbone.head_hidden_size
+        self.num_features = int(self.backbone.num_features)
+        self.head_hidden_size = int(self.backbone.head_hidden_size)
         self.feature_info = [{**i, "module": f"backbone.{i['module']}"} for i in _feature_info(self.backbone)]
         if hasattr(self.backbone, "output_fmt"):
             self.output_fmt = self.backbone.output_fmt
@@ -185,7 +186,7 @@ class L2R2(nn.Module):
     @property
     def view_spec(self) -> ViewSpec:
         """How this model's views are cut; saved with the checkpoint."""
-        return self._view_spec or ViewSpec.from_pretrained_cfg(getattr(self, "pretrained_cfg", {}))
+        return self._view_spec or ViewSpec.from_pretrained_cfg(self.pretrained_cfg)
 
     @view_spec.setter
     def view_spec(self, spec: ViewSpec) -> None:
@@ -193,7 +194,7 @@ class L2R2(nn.Module):
 
     def backbone_of(self, branch: str) -> nn.Module:
         """The backbone that sees a branch's view."""
-        return self.branch_backbones[branch] if branch in self.branch_backbones else self.backbone
+        return self.branch_backbones[branch] if branch in self.branch_backbones else self.backbone  # noqa: SIM401  (no get)
 
     def backbone_prefixes(self) -> list[str]:
         """Prefixes of the backbones' keys in the state dict."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,23 @@ def predict_to_file(
             _write(out, header, finished, names)
     _write(out, header, finished, names)
     return Report([finished[name] for name in names], len(names) - len(todo))
+
+
+def accuracy_by_branch(images: Sequence[Mapping[str, Any]], truth: Mapping[str, str]) -> dict[str, float]:
+    """Part of the images whose first object each branch, and the fused answer, names rightly.
+
+    Args:
+        images: as in a file of predictions, none failed. Where no object was found, the full branch answers for fg too.
+        truth: label by file.
+
+    Returns:
+        Accuracy in [0, 1] by `full`, `fg` (where the model has them) and `fused`.
+    """
+    firsts = [(image["objects"][0], truth[image["file"]]) for image in images]
+    branches = [b for b in ("full", "fg") if any(b in answer for answer, _ in firsts)]
+    said = {b: [answer.get(b, answer)["label"] == label for answer, label in firsts] for b in branches}
+    said["fused"] = [answer["label"] == label for answer, label in firsts]
+    return {name: sum(right) / len(right) for name, right in said.items()}
 
 
 def _header(predictor: Predictor, inputs: Inputs) -> dict[str, Any]:

@@ -55,13 +55,13 @@ def derive_cfg(source: PretrainedCfg, branches: tuple[str, ...] = ("full", "fg")
         url=None,  # the Hub copy is safetensors; timm's other urls may be pickles
         custom_load=False,
         first_conv=prefixed(source.first_conv),
-        classifier=tuple(f"heads.{branch}" for branch in branches),
+        classifier=tuple(f"heads.{branch}" for branch in branches),  # type: ignore[arg-type]  # timm takes several
     )
 
 
-def _default_cfgs() -> dict[str, PretrainedCfg]:
+def _default_cfgs() -> dict[str, dict[str, Any] | PretrainedCfg]:
     """`architecture.tag` -> cfg for every hub config whose source the installed timm knows; `*` marks the default tag."""
-    cfgs: dict[str, PretrainedCfg] = {}
+    cfgs: dict[str, dict[str, Any] | PretrainedCfg] = {}
     known = {backbone: timm_cfgs(backbone) for backbone in ARCHITECTURES.values()}
     for config in load_hub_configs():
         source = known[ARCHITECTURES[config.architecture]].get(config.source)

@@ -111,7 +111,8 @@ def test_finetune_refuses_what_it_cannot_use(l2r2, dataset, tmp_path):
 
 
 def test_misuse_exits_2_and_shows_the_usage(l2r2, tmp_path):
-    for arguments in (["predict"], ["finetune", tmp_path], ["nonsense"], ["list", "--nonsense"], ["predict", "a", "b", "-o", "c", "--top", "0"]):
+    top = ["predict", "a", "b", "-o", "c", "--top", "0"]
+    for arguments in (["predict"], ["finetune", tmp_path], ["nonsense"], ["list", "--nonsense"], top):
         result = l2r2(*arguments)
         assert result.returncode == 2 and "Usage" in result.stderr and "Traceback" not in result.stderr
 
@@ -132,7 +133,8 @@ def test_finetune_then_predict_as_the_readme_does(l2r2, dataset, tmp_path):
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout.strip().splitlines()[-1])
     assert answer["run"] == str(tmp_path / "run") and "fg_accuracy" in answer["metrics"]
-    result = l2r2("predict", tmp_path / "run", dataset / "images", "--boxes", tmp_path / "boxes.json", "-o", tmp_path / "out.json")
+    files = ["--boxes", tmp_path / "boxes.json", "-o", tmp_path / "out.json"]
+    result = l2r2("predict", tmp_path / "run", dataset / "images", *files)
     assert result.returncode == 0 and "36 with an object found" in result.stdout
 
 

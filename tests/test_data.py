@@ -158,7 +158,7 @@ def test_a_box_below_the_threshold_is_no_box(tmp_path):
 
 def test_demo_data_ties_classes_to_backgrounds_in_training_and_unties_them_in_the_test(tmp_path):
     make_demo_data(tmp_path, train=120, test=60)
-    rows = list(csv.DictReader(open(tmp_path / "metadata.csv")))
+    rows = list(csv.DictReader((tmp_path / "metadata.csv").read_text().splitlines()))
 
     def at_home(split):
         chosen = [r for r in rows if r["split"] == split]

@@ -45,7 +45,8 @@ def test_another_recipe_or_other_data_never_mix_with_a_run(dataset, tmp_path):
     weights = (run / "model.safetensors").read_bytes()
     with pytest.raises(L2R2Error, match="holds a run with another epochs, seed"):
         finetune(dataset, recipe(epochs=2, seed=1), run)
-    (dataset / "metadata.csv").write_text((dataset / "metadata.csv").read_text().replace("images/train_000.png,red", "images/train_000.png,blue"))
+    text = (dataset / "metadata.csv").read_text()
+    (dataset / "metadata.csv").write_text(text.replace("images/train_000.png,red", "images/train_000.png,blue"))
     with pytest.raises(L2R2Error, match="another the data"):
         finetune(dataset, recipe(), run)
     assert (run / "model.safetensors").read_bytes() == weights
@@ -130,7 +131,7 @@ def test_unusable_recipes_are_sentences(dataset, tmp_path, changes, message):
 
 @pytest.mark.parametrize("name", ["resnet18", "l2r2_resnat18", "timm:resnat18", "l2r2_resnet18.no_such_tag"])
 def test_unknown_models_are_sentences(dataset, tmp_path, name):
-    with pytest.raises(L2R2Error, match="Unknown|Invalid pretrained tag"):
+    with pytest.raises(L2R2Error, match=r"Unknown|Invalid pretrained tag"):
         finetune(dataset, Recipe.default(name, False, size=32), tmp_path / "run")
 
 

@@ -55,7 +55,8 @@ def test_max_confidence_of_three_branches(logits):
 def test_robust_is_fg_at_zero_and_max_confidence_at_one(logits):
     fg, context = logits
     assert torch.equal(create_fusion({"name": "robust", "threshold": 0})(fg, context), fg)
-    assert torch.equal(create_fusion({"name": "robust", "threshold": 1})(fg, context), create_fusion("max_confidence")(fg, context))
+    at_one = create_fusion({"name": "robust", "threshold": 1})
+    assert torch.equal(at_one(fg, context), create_fusion("max_confidence")(fg, context))
 
 
 def test_robust_follows_fg_exactly_above_its_threshold(logits):

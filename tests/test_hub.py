@@ -96,7 +96,7 @@ def test_refusals_name_the_file_and_say_why(tmp_path):
     cases = {
         "is newer than": lambda c: c["l2r2"].update(format_version=99),
         "no l2r2 section": lambda c: c.pop("l2r2"),
-        'Unknown fusion "magic"': lambda c: (c["l2r2"].update(fusion={"name": "magic"}), c["model_args"].update(fusion={"name": "magic"})),
+        'Unknown fusion "magic"': lambda c: [c[part].update(fusion={"name": "magic"}) for part in ("l2r2", "model_args")],
         "says two things about views": lambda c: c["l2r2"]["views"].update(margin=0.5),
         "Unknown model": lambda c: c.update(architecture="l2r2_resnat18"),
         "2 label_names for 3 classes": lambda c: c.update(label_names=["a", "b"]),

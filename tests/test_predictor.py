@@ -28,7 +28,7 @@ def test_an_answer_is_what_the_model_says_of_the_views(predictor, dataset):
         probability, index = logits.softmax(-1)[0].max(0)
         assert said.label == predictor.labels[index] and said.score == pytest.approx(probability.item(), abs=1e-5)
     assert answer.box == tuple(box) and answer.source == "fused" and prediction.label == answer.label
-    assert [a.label for a in answer.top][0] == answer.label and len(answer.top) == 3
+    assert answer.top[0].label == answer.label and len(answer.top) == 3
 
 
 def test_every_object_of_an_image_gets_its_own_answer(predictor, dataset):

@@ -10,7 +10,7 @@ import typer
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything; the same command continues it.")] = Path("demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything; the same call continues it.")] = Path("demo"),
     epochs: Annotated[int, typer.Option(min=1, help="Of both trainings.")] = 12,
     seed: Annotated[int, typer.Option(help="Of data, weights and order.")] = 0,
 ) -> None:

@@ -15,25 +15,33 @@ def finetune(
     data: Annotated[Path, typer.Argument(help="Folder: one folder a class, or an imagefolder with metadata.csv/.jsonl.")],
     model: Annotated[str, typer.Option(help="A model of `l2r2 list`, with or without a tag, or timm:NAME.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the same command continues it.")],
-    boxes: Annotated[Optional[Path], typer.Option(help="Box file (MegaDetector, SpeciesNet, COCO, CSV, JSONL, JSON).")] = None,
+    boxes: Annotated[Optional[Path], typer.Option(help="Box file: MegaDetector, SpeciesNet, COCO, CSV, JSONL, JSON.")] = None,
     metadata: Annotated[Optional[Path], typer.Option(help="Another metadata file for the images of DATA.")] = None,
     train_split: Annotated[Optional[str], typer.Option(help="Rows to train on.", show_default="train, or all")] = None,
     val_split: Annotated[Optional[str], typer.Option(help="Rows for figures.", show_default="val or validation, if any")] = None,
     pretrained: Annotated[bool, typer.Option(help="Start from the tag's weights.")] = True,
     branches: Annotated[Optional[str], typer.Option(help="Of full,fg,bg; `full` alone is a plain classifier.")] = None,
     shared: Annotated[bool, typer.Option(help="One backbone for all branches, or one each.")] = True,
-    fusion: Annotated[Optional[str], typer.Option(help="average, max_confidence or robust.", show_default="robust")] = None,
-    threshold: Annotated[Optional[float], typer.Option(help="Confidence above which robust trusts fg.", show_default="0.5")] = None,
+    fusion: Annotated[Optional[str], typer.Option(help="One of average, max_confidence, robust.", show_default="robust")] = None,
+    threshold: Annotated[
+        Optional[float], typer.Option(help="Confidence above which robust trusts fg.", show_default="0.5")
+    ] = None,
     fg: Annotated[Optional[str], typer.Option(help="crop, masked_crop or masked.", show_default="crop")] = None,
-    margin: Annotated[Optional[float], typer.Option(help="Margin around the box, relative to its side.", show_default="0")] = None,
+    margin: Annotated[
+        Optional[float], typer.Option(help="Margin around the box, relative to its side.", show_default="0")
+    ] = None,
     size: Annotated[Optional[int], typer.Option(help="Side of a view in pixels.", show_default="the model's")] = None,
-    box_threshold: Annotated[Optional[float], typer.Option(help="Boxes with a lower score are not used.", show_default="0.2")] = None,
+    box_threshold: Annotated[
+        Optional[float], typer.Option(help="Boxes with a lower score are not used.", show_default="0.2")
+    ] = None,
     epochs: Annotated[Optional[int], typer.Option(show_default="20")] = None,
     batch_size: Annotated[Optional[int], typer.Option(show_default="32")] = None,
     lr: Annotated[Optional[float], typer.Option(show_default="2e-4, or 1e-3 from scratch")] = None,
     weight_decay: Annotated[Optional[float], typer.Option(show_default="0.05")] = None,
     label_smoothing: Annotated[Optional[float], typer.Option(show_default="0.1")] = None,
-    box_jitter: Annotated[Optional[float], typer.Option(help="How far a box's edges move in training.", show_default="0.1")] = None,
+    box_jitter: Annotated[
+        Optional[float], typer.Option(help="How far a box's edges move in training.", show_default="0.1")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes that load images.")] = 0,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out.")] = False,

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -151,7 +151,7 @@ def create_model(recipe: Recipe, num_classes: int) -> L2R2:
     if recipe.size and cfg is not None and cfg.fixed_input_size:
         options["img_size"] = recipe.size
     try:
-        model = timm.create_model(name, pretrained=recipe.pretrained, **options)
+        model = cast(L2R2, timm.create_model(name, pretrained=recipe.pretrained, **options))
     except L2R2Error:
         raise
     except (OSError, RuntimeError, AssertionError, ValueError) as error:  # hub, torch and timm errors
@@ -203,8 +203,9 @@ def _usable(
     rows = train.rows + (val.rows if val else ())
     bad = check_images(replace(train, rows=rows), progress)
     if bad and not skip_bad:
-        first = next(reason for path, reason in bad.items())
-        raise L2R2Error(f"{len(bad)} of {len(rows)} images cannot be used, e.g. {first} Mend them, or leave them out with --skip-bad.")
+        first = next(iter(bad.values()))
+        count = f"{len(bad)} of {len(rows)} images cannot be used"
+        raise L2R2Error(f"{count}, e.g. {first} Mend them, or leave them out with --skip-bad.")
 
     def without(table: ImageTable) -> ImageTable:
         return replace(table, rows=tuple(row for row in table.rows if row.path not in bad))
@@ -219,7 +220,7 @@ def _train(
         from transformers import Trainer, TrainingArguments
     except ImportError as error:
         raise L2R2Error('Training needs more packages: pip install "l2r2-models[train]".') from error
-    common = dict(spec=model.view_spec, branches=model.branches, box_threshold=recipe.box_threshold)
+    common: dict[str, Any] = dict(spec=model.view_spec, branches=model.branches, box_threshold=recipe.box_threshold)
     steps = -(-len(train) // recipe.batch_size) * recipe.epochs
     trainer = Trainer(
         model=BranchLoss(model, recipe.label_smoothing),

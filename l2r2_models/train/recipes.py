@@ -77,7 +77,8 @@ class Recipe:
         names = [f.name for f in fields(cls)]
         if unknown := sorted(set(data) - set(names)):
             raise L2R2Error(f"Unknown recipe key {', '.join(unknown)}; choose from {', '.join(names)}.")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON or YAML."""

@@ -1,0 +1,74 @@
+"""The house rules that a user would feel: a light import, no package called `kernels`, floors that do not import upwards."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = {"transformers", "triton", "datasets", "accelerate", "sklearn", "skimage", "matplotlib", "gradio", "captum", "typer"}
+
+
+def imports_of(path):
+    """Absolute names of the modules that a file of l2r2_models imports, at whatever depth in the file."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            yield ".".join([*base, *([node.module] if node.module else [])])
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import sys, timm; old = set(sys.modules); import l2r2_models; print(*(set(sys.modules) - old))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert HEAVY.isdisjoint(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("below", "above"),
+    [
+        ("model", ("PIL", "transformers", "l2r2_models.images", "l2r2_models.predictor", "l2r2_models.data")),
+        ("views", ("PIL.", "transformers", "l2r2_models.model", "l2r2_models.boxes")),
+        ("images", ("l2r2_models.model", "l2r2_models.views", "l2r2_models.boxes", "timm")),
+        ("boxes", ("l2r2_models.model", "l2r2_models.views", "timm", "PIL")),
+        ("hub", ("l2r2_models.predictor", "l2r2_models.train", "l2r2_models.data", "l2r2_models.cli")),
+        ("predictor", ("l2r2_models.train", "l2r2_models.cli", "transformers")),
+    ],
+)
+def test_a_floor_never_imports_one_above_it(below, above):
+    found = [name for name in imports_of(ROOT / "l2r2_models" / f"{below}.py") if name.startswith(above)]
+    type_checking_only = {"PIL.Image"} if below == "views" else set()
+    assert set(found) <= type_checking_only
+
+
+def test_the_kernels_know_nothing_of_the_models():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
+            assert not any(str(n).split(".")[0] in ("l2r2_models", "timm", "transformers") for n in names), path
+
+
+def test_the_folder_kernels_is_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_transformers_loads_a_model_from_the_repo_root(tmp_path):
+    """A package called `kernels` would make transformers believe that Hugging Face's own one is there, and fail."""
+    code = f"""
+import transformers
+from transformers import ViTConfig, ViTModel
+config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16, patch_size=8)
+ViTModel(config).save_pretrained({str(tmp_path)!r})
+print(type(transformers.AutoModel.from_pretrained({str(tmp_path)!r})).__name__)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip().endswith("ViTModel"), result.stderr[-2000:]
+
+
+def test_no_file_outgrows_400_lines():
+    for path in [*(ROOT / "l2r2_models").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        assert len(path.read_text().splitlines()) <= 400, path
