@@ -1,5 +1,8 @@
 """The public function: arguments, errors, gradients, and how it behaves under opcheck, compile and export."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from l2r2_kernels import roi_views
@@ -160,3 +163,9 @@ def test_float64_and_the_reference_backend_agree_with_the_truth():
     single, _ = roi_views(images, BOXES, INDEX, size=9, backend="reference")
     assert double.dtype == torch.float64 and levels_apart(double, expected) < 1e-9
     assert single.dtype == torch.float32 and levels_apart(single, expected) < 0.01
+
+
+def test_the_card_example_runs(capsys):
+    card = (Path(__file__).parents[3] / "kernels" / "CARD.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})
+    assert "torch.Size([3, 3, 224, 224]) tensor([True, True, True]" in capsys.readouterr().out

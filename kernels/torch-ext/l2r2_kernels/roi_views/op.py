@@ -10,6 +10,14 @@ from torch import Tensor
 from . import cpu, reference
 from .spec import Spec, make_spec
 
+try:  # kernel-builder writes _ops.py, so that two versions loaded from the Hub do not meet in one namespace
+    from .._ops import add_op_namespace_prefix
+except ImportError:
+
+    def add_op_namespace_prefix(op_name: str) -> str:
+        return f"l2r2::{op_name}"
+
+
 BACKENDS = ("", "reference", "cpu", "triton")
 _SPEC = (
     "int height, int width, float margin, bool square, float[] fill, str interpolation, bool antialias, str mode, "
@@ -93,8 +101,8 @@ def _check_batch(images: Tensor) -> tuple[bool, torch.device]:
 
 def _check_list(images: Sequence[Tensor]) -> tuple[bool, torch.device]:
     device = images[0].device if images and isinstance(images[0], Tensor) else torch.device("cpu")
-    for image in images:
-        if not isinstance(image, Tensor) or image.dtype != torch.uint8:
+    for image in images:  # hundreds of images a call: as few attribute reads as will do
+        if not isinstance(image, Tensor) or image.dtype is not torch.uint8:
             found = image.dtype if isinstance(image, Tensor) else type(image).__name__
             raise TypeError(f"roi_views: images must be a list of uint8 tensors or one batch tensor, got {found} in the list")
         shape = image.shape
@@ -185,7 +193,9 @@ def _empty_views(like: Tensor, boxes: Tensor, spec: Spec) -> tuple[Tensor, Tenso
     return views, torch.empty(boxes.shape[:1], dtype=torch.bool, device=like.device)
 
 
-@torch.library.custom_op("l2r2::roi_views_ragged", mutates_args=(), schema=f"(Tensor[] images, {_VIEWS}) -> (Tensor, Tensor)")
+@torch.library.custom_op(
+    add_op_namespace_prefix("roi_views_ragged"), mutates_args=(), schema=f"(Tensor[] images, {_VIEWS}) -> (Tensor, Tensor)"
+)
 def _ragged_op(images, boxes, image_index, masks, mask_views, *spec):
     return _run(images, boxes, image_index, masks, mask_views, Spec(*spec[:-1]), spec[-1])
 
@@ -195,7 +205,9 @@ def _(images, boxes, image_index, masks, mask_views, *spec):
     return _empty_views(boxes, boxes, Spec(*spec[:-1]))
 
 
-@torch.library.custom_op("l2r2::roi_views_batch", mutates_args=(), schema=f"(Tensor images, {_VIEWS}) -> (Tensor, Tensor)")
+@torch.library.custom_op(
+    add_op_namespace_prefix("roi_views_batch"), mutates_args=(), schema=f"(Tensor images, {_VIEWS}) -> (Tensor, Tensor)"
+)
 def _batch_op(images, boxes, image_index, masks, mask_views, *spec):
     return _run(images, boxes, image_index, masks, mask_views, Spec(*spec[:-1]), spec[-1])
 
@@ -205,7 +217,9 @@ def _(images, boxes, image_index, masks, mask_views, *spec):
     return _empty_views(images, boxes, Spec(*spec[:-1]))
 
 
-@torch.library.custom_op("l2r2::roi_views_backward", mutates_args=(), schema=f"(Tensor grad, Tensor images, {_VIEWS}) -> Tensor")
+@torch.library.custom_op(
+    add_op_namespace_prefix("roi_views_backward"), mutates_args=(), schema=f"(Tensor grad, Tensor images, {_VIEWS}) -> Tensor"
+)
 def _backward_op(grad, images, boxes, image_index, masks, mask_views, *spec):
     spec, backend = Spec(*spec[:-1]), str(spec[-1])
     if _choose(backend, images.device, images.dtype, spec) == "triton":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+from array import array
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -24,14 +25,14 @@ PIL = {"BLOCK_H": 64, "BLOCK_W": 16, "CHUNK_Y": 32, "CHUNK_X": 32, "num_warps": 
 BACKWARD = {"BLOCK_Y": 16, "BLOCK_X": 32, "CHUNK_I": 16, "CHUNK_J": 16}
 
 
-def forward_config(is_uint8: bool, dtype: torch.dtype, kind: int, masked: bool, ratio: float) -> dict[str, Any]:
-    """Launch options of the float kernel; `ratio` is the largest source pixels a column of the output.
+def forward_config(small: bool, dtype: torch.dtype, kind: int, masked: bool, ratio: float) -> dict[str, Any]:
+    """Launch options of the float kernel: `small` if levels fit float16, `ratio` the most source pixels a column of the output.
 
     uint8 levels are exact in float16; float images may leave its range, so they go through tf32. A float32 output needs more
     bits than either: three tf32 dots. bfloat16 is never used for weights: it costs more than a level.
     """
     exact = dtype == torch.float32
-    half = is_uint8 and not exact
+    half = small and not exact
     support = (1 + kind % 2) * (max(ratio, 1.0) if kind <= 1 else 1.0)
     window = math.ceil(16 * ratio + 2 * support) + 4
     # A window that fits one chunk keeps its weights in registers; operands of 32 bits leave no room for that.
@@ -66,7 +67,8 @@ def interpreted() -> bool:
 
 def _table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """An int64 table on the device, copied through pinned memory so that the host does not wait."""
-    table = torch.from_numpy(np.array(rows, dtype=np.int64))
+    flat = array("q", chain.from_iterable(rows))  # several times as fast as torch.tensor(rows)
+    table = torch.frombuffer(flat, dtype=torch.int64).view(len(rows), -1)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
@@ -176,7 +178,8 @@ def _launch_float(out: Tensor, source: _Source, boxes: Tensor, index: Tensor, ma
     geometry, norm, valid = _prepare(source, boxes, index, spec)
     kind, masked = triton_weights.KINDS[spec.interpolation, spec.antialias], mask_table.numel() > 0
     ratio = source.canvas(spec.square)[1] / spec.width
-    config = forward_config(source.pixels.dtype == torch.uint8, spec.dtype, kind, masked, ratio)
+    small = source.pixels.dtype == torch.uint8 and max(map(abs, spec.fill)) <= 1024
+    config = forward_config(small, spec.dtype, kind, masked, ratio)
     tiles = triton.cdiv(spec.height, config["BLOCK_H"]) * triton.cdiv(spec.width, config["BLOCK_W"])
     a, b = spec.affine()
     triton_forward.forward[(boxes.shape[0] * tiles,)](

@@ -1,0 +1,252 @@
+"""roi_views against its peers: 256 uint8 images of about 500 x 400 -> 512 views of 224 x 224, bfloat16, one GPU.
+
+``rows(device, copy_bytes_per_s, matmul_flops_per_s)`` is called by ``kernels.py``; the meaning of a row's fields is that of
+``masked_attention_bench.py``. Every provider is compared with the float64 reference on a few views before it is timed. The
+time of a call includes what the host does for it, as far as the GPU has to wait for it.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from l2r2_kernels import roi_views
+from l2r2_kernels.roi_views import reference
+from l2r2_kernels.roi_views.spec import make_spec
+from masked_attention_bench import Case, Goal
+from torch import Tensor
+
+FILL, MEAN, STD = (124, 116, 104), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CHECKED = 4  # views compared with float64
+# Levels of 255 a provider may differ by. Peers that sample instead of antialiasing compute something else: for them only NaN
+# and a wrong shape count.
+EXACT, SAMPLED = 0.8, 255.0
+
+
+class Sizes(NamedTuple):
+    """What is run: images of height x width, two views each."""
+
+    images: int = 256
+    height: int = 400
+    width: int = 500
+    size: int = 224
+    repeats: int = 50
+    copies: int = 2
+
+
+class Work(NamedTuple):
+    """One batch: ragged or same-size images, the boxes of its views, and the image of each."""
+
+    images: list[Tensor] | Tensor
+    boxes: Tensor
+    index: Tensor
+    host_boxes: list[list[int]]
+
+
+def rows(device: str, copy_bytes_per_s: float, matmul_flops_per_s: float, sizes: Sizes | None = None) -> list[dict]:
+    """All cases of the goal table on one device; ``sizes`` makes them smaller, for a dry run."""
+    sizes = sizes or Sizes()
+    where = torch.device(device)
+    table: list[dict] = []
+    for case in _cases(where, sizes, copy_bytes_per_s):
+        table += case.rows(copy_bytes_per_s, matmul_flops_per_s)
+    return table
+
+
+def make_work(sizes: Sizes, ragged: bool, seed: int, device: torch.device, square: bool = False) -> Work:
+    """Fresh noise images (HWC), each with a view of the whole and one of a box of half its sides."""
+    g = torch.Generator().manual_seed(seed)
+    height = sizes.width if square else sizes.height
+    shapes = [(height, sizes.width)] * sizes.images
+    if ragged:
+        jitter = torch.randint(-sizes.height // 5, sizes.height // 5 + 1, (sizes.images, 2), generator=g).tolist()
+        shapes = [(height + dy, sizes.width + dx) for dy, dx in jitter]
+    boxes = []
+    for h, w in shapes:
+        x, y = (int(torch.randint(0, side // 2, (1,), generator=g)) for side in (w, h))
+        boxes += [[0, 0, w, h], [x, y, x + w // 2, y + h // 2]]
+    images = [torch.randint(0, 256, (h, w, 3), dtype=torch.uint8, device=device) for h, w in shapes]
+    index = torch.arange(sizes.images, device=device).repeat_interleave(2)
+    stacked = images if ragged else torch.stack(images).permute(0, 3, 1, 2)
+    return Work(stacked, torch.tensor(boxes, dtype=torch.float32, device=device), index, boxes)
+
+
+def ours(work: Work, sizes: Sizes, **settings) -> Tensor:
+    settings = {"mean": MEAN, "std": STD, "fill": FILL, "dtype": torch.bfloat16, **settings}
+    return roi_views(work.images, work.boxes, work.index, size=sizes.size, **settings)[0]
+
+
+def truth(work: Work, sizes: Sizes, **settings) -> Tensor:
+    """The float64 reference of the first views."""
+    spec = make_spec(
+        is_uint8=True, size=sizes.size, margin=0.0, fill=FILL, antialias=True, mean=MEAN, std=STD, scale=None,
+        dtype=torch.float64, memory_format=torch.contiguous_format,
+        **{"square": True, "interpolation": "bilinear", "mode": "float", **settings},
+    )  # fmt: skip
+    images = [image.cpu() for image in work.images[:CHECKED]]
+    index = work.index[:CHECKED].cpu()
+    return reference.forward(images, work.boxes[:CHECKED].cpu(), index, [None] * CHECKED, spec)[0]
+
+
+def levels_apart(views: Tensor, expected: Tensor) -> float:
+    scale = 255 * torch.tensor(STD, dtype=torch.float64)[:, None, None]
+    return float(((views.cpu().double() - expected) * scale).abs().max())
+
+
+def _provider(function: Callable[[Work], Tensor], works: list[Work], expected: Tensor, tolerance: float):
+    """(calls, check) of one provider for Case.add."""
+
+    def check() -> bool:
+        return levels_apart(function(works[0])[:CHECKED], expected) <= tolerance
+
+    return [partial(function, work) for work in works], check
+
+
+def _normalise(levels: Tensor) -> Tensor:
+    mean, std = (torch.tensor(c, device=levels.device)[:, None, None] for c in (MEAN, STD))
+    return ((levels.float() / 255 - mean) / std).to(torch.bfloat16)
+
+
+# --- the peers ----------------------------------------------------------------------------------------------------------
+
+
+def eager_chain(work: Work, sizes: Sizes) -> Tensor:
+    """torchvision, one view after the other: crop, pad, resize, then normalise and cast the batch."""
+    from torchvision.transforms.v2 import functional as T
+
+    views = []
+    for (x0, y0, x1, y1), i in zip(work.host_boxes, range(2 * len(work.images))):
+        image = work.images[i // 2]
+        crop = T.crop(image.permute(2, 0, 1) if image.shape[0] != 3 else image, y0, x0, y1 - y0, x1 - x0)
+        height, width = crop.shape[1:]
+        side = max(height, width)
+        left, top = (side - width) // 2, (side - height) // 2
+        square = T.pad(crop.float(), [left, top, side - width - left, side - height - top], fill=list(FILL))
+        views.append(T.resize(square, [sizes.size, sizes.size], antialias=True))
+    return _normalise(torch.stack(views))
+
+
+def batched_chain(batch: Tensor, sizes: Sizes) -> Tensor:
+    """Whole images of one size: one interpolate, normalise and cast; no boxes, no padding."""
+    return _normalise(F.interpolate(batch.float(), size=(sizes.size, sizes.size), mode="bilinear", antialias=True))
+
+
+def roi_align_chain(work: Work, sizes: Sizes) -> Tensor:
+    """torchvision's roi_align (stretched, no antialias beyond its sampling) + normalise + cast."""
+    from torchvision.ops import roi_align
+
+    rois = torch.cat([work.index[:, None].float(), work.boxes], 1)
+    return _normalise(roi_align(work.images.float(), rois, (sizes.size, sizes.size), sampling_ratio=2, aligned=True))
+
+
+def kornia_chain(work: Work, sizes: Sizes) -> Tensor:
+    """kornia's crop_and_resize (stretched, no antialias) + normalise + cast; it takes one box an image."""
+    from kornia.geometry.transform import crop_and_resize
+
+    x0, y0, x1, y1 = work.boxes.unbind(1)
+    corners = torch.stack([torch.stack(c, 1) for c in ((x0, y0), (x1 - 1, y0), (x1 - 1, y1 - 1), (x0, y1 - 1))], 1)
+    return _normalise(crop_and_resize(work.images.float()[work.index], corners, (sizes.size, sizes.size)))
+
+
+# --- the goal table (KERNELS, section 1) --------------------------------------------------------------------------------
+
+
+def _traffic(work: Work, sizes: Sizes) -> float:
+    """Least bytes: every image read once, every view written once."""
+    return sum(image.numel() for image in work.images) + len(work.boxes) * 3 * sizes.size**2 * 2
+
+
+def _ragged_cases(device: torch.device, sizes: Sizes, copy_rate: float) -> Iterator[Case]:
+    works = [make_work(sizes, True, seed, device) for seed in range(sizes.copies)]
+    traffic = _traffic(works[0], sizes)
+    medians: dict[str, float] = {}
+    for interpolation, share, stretch in (("bilinear", 0.3, 0.5), ("bicubic", 0.2, 0.35)):
+        case = Case("roi_views", f"ragged {interpolation}", device, sizes.repeats, Goal(1.0, stretch / share), traffic, 0)
+        function = partial(ours, sizes=sizes, interpolation=interpolation)
+        expected = truth(works[0], sizes, interpolation=interpolation)
+        case.add("l2r2", partial(_provider, function, works, expected, EXACT))
+        _stand_in(case, f"{share:.0%} of the copy rate", 1e3 * traffic / (share * copy_rate))
+        medians[interpolation] = sorted(case.times["l2r2"])[len(case.times["l2r2"]) // 2]
+        yield case
+    case = Case("roi_views", "ragged against an eager chain", device, max(sizes.repeats // 10, 2), Goal(40, 80), traffic, 0)
+    expected = truth(works[0], sizes)
+    case.add("l2r2", partial(_provider, partial(ours, sizes=sizes), works, expected, EXACT))
+    case.add("torchvision_eager", partial(_provider, partial(eager_chain, sizes=sizes), works, expected, EXACT))
+    yield case
+    case = Case("roi_views", "ragged pil against float mode", device, sizes.repeats, Goal(1 / 3, 1 / 2), traffic, 0)
+    pil = truth(works[0], sizes, mode="pil")
+    case.add("l2r2", partial(_provider, partial(ours, sizes=sizes, mode="pil"), works, pil, EXACT))
+    _stand_in(case, "float mode", medians["bilinear"])
+    yield case
+
+
+def _stand_in(case: Case, name: str, ms: float) -> None:
+    """A time to compare with that is not a provider's: a share of the copy rate, or another mode."""
+    case.correct[name], case.times[name] = case.correct["l2r2"], [ms]
+
+
+def _same_size_cases(device: torch.device, sizes: Sizes) -> Iterator[Case]:
+    works = [make_work(sizes, False, seed, device) for seed in range(sizes.copies)]
+    case = Case(
+        "roi_views", "same-size boxes, stretched", device, sizes.repeats, Goal(2, 3, ("roi_align",)), _traffic(works[0], sizes), 0
+    )
+    expected = truth(works[0], sizes, square=False)
+    case.add("l2r2", partial(_provider, partial(ours, sizes=sizes, square=False), works, expected, EXACT))
+    case.add("roi_align", partial(_provider, partial(roi_align_chain, sizes=sizes), works, expected, SAMPLED))
+    yield case
+    case = Case(
+        "roi_views", "same-size boxes, stretched", device, sizes.repeats, Goal(3, 5, ("kornia",)), _traffic(works[0], sizes), 0
+    )
+    case.add("l2r2", partial(_provider, partial(ours, sizes=sizes, square=False), works, expected, EXACT))
+    case.add("kornia", partial(_provider, partial(kornia_chain, sizes=sizes), works, expected, SAMPLED))
+    yield case
+    whole = [make_work(sizes, False, seed, device, square=True) for seed in range(sizes.copies)]
+    whole = [w._replace(boxes=w.boxes[::2], index=w.index[::2], host_boxes=w.host_boxes[::2]) for w in whole]
+    case = Case("roi_views", "same-size whole images", device, sizes.repeats, Goal(5, 8), _traffic(whole[0], sizes), 0)
+    expected = truth(whole[0], sizes)
+    case.add("l2r2", partial(_provider, partial(ours, sizes=sizes), whole, expected, EXACT))
+    peers: dict[str, Callable[..., Tensor]] = {"batched": batched_chain}
+    if device.type == "cuda":
+        peers["compiled"] = torch.compile(batched_chain, dynamic=False)
+    for name, chain in peers.items():
+        case.add(name, partial(_provider, lambda w, chain=chain: chain(w.images, sizes), whole, expected, EXACT))
+    yield case
+
+
+def _backward_case(device: torch.device, sizes: Sizes) -> Case:
+    shape = (sizes.images, 3, sizes.width, sizes.width)
+    g = torch.Generator(device=device).manual_seed(0)
+    batches = [torch.rand(shape, generator=g, device=device).requires_grad_() for _ in range(sizes.copies)]
+    grad = torch.randn(sizes.images, 3, sizes.size, sizes.size, generator=g, device=device)
+    box = torch.tensor([[0.0, 0, sizes.width, sizes.width]], device=device).expand(sizes.images, 4)
+    index = torch.arange(sizes.images, device=device)
+
+    def views(x: Tensor) -> Tensor:
+        return roi_views(x, box, index, size=sizes.size, fill=0.5)[0]
+
+    def torch_views(x: Tensor) -> Tensor:
+        return F.interpolate(x, size=(sizes.size, sizes.size), mode="bilinear", antialias=True)
+
+    def provider(function: Callable[[Tensor], Tensor]):
+        outs = [function(x) for x in batches]
+        calls = [partial(torch.autograd.grad, out, x, grad, retain_graph=True) for out, x in zip(outs, batches)]
+
+        def check() -> bool:
+            x = batches[0][:CHECKED].detach().cpu().double().requires_grad_()
+            exact = torch.autograd.grad(torch_views(x), x, grad[:CHECKED].cpu().double())[0]
+            return torch.allclose(calls[0]()[0][:CHECKED].cpu().double(), exact, rtol=1e-3, atol=1e-4)
+
+        return calls, check
+
+    traffic = 4 * (batches[0].numel() + grad.numel())
+    case = Case("roi_views", "backward, float32 batch", device, sizes.repeats, Goal(2.0), traffic, 0)
+    case.add("l2r2", partial(provider, views))
+    case.add("torch_antialias", partial(provider, torch_views))
+    return case
+
+
+def _cases(device: torch.device, sizes: Sizes, copy_rate: float) -> Iterator[Case]:
+    yield from _ragged_cases(device, sizes, copy_rate)
+    yield from _same_size_cases(device, sizes)
+    yield _backward_case(device, sizes)
