@@ -67,8 +67,7 @@ class BoxTable:
 
     def __post_init__(self) -> None:
         for key in self.entries:
-            parts = _parts(key)
-            self._by_name.setdefault(parts[-1], []).append((parts, key))
+            self._by_name.setdefault((parts := _parts(key))[-1], []).append((parts, key))
 
     def find(self, path: str | Path) -> BoxEntry | None:
         """The entry of an image: the same path, or the only one of which one path is the end of the other.

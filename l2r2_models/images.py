@@ -136,7 +136,7 @@ class _Quiet:
         with _Quiet.lock:
             _Quiet.inside -= 1
             if _Quiet.inside == 0:
-                _Quiet.filters.__exit__()
+                _Quiet.filters.__exit__(None, None, None)
 
 
 def _open(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:

@@ -2,15 +2,19 @@
 
 import io
 import struct
+import threading
 import tracemalloc
+import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from l2r2_models import images
 from l2r2_models.errors import L2R2Error
 from l2r2_models.images import FILL, ImageError, image_tensor, is_image_path, list_images, load_image, load_mask
 
@@ -362,6 +366,35 @@ def test_the_given_name_is_used():
 
 def test_image_errors_are_the_librarys_errors():
     assert issubclass(ImageError, L2R2Error)
+
+
+def test_threads_leave_the_warnings_of_the_process_alone(monkeypatch):
+    """The first thread to begin is the first to end, while the second still loads."""
+    began, ended = threading.Event(), threading.Event()
+    to_rgb = images._to_rgb
+
+    def slow(image, fill, name):
+        began.set() if name == "second" else began.wait(10)
+        if name == "second":
+            ended.wait(10)
+        return to_rgb(image, fill, name)
+
+    monkeypatch.setattr(images, "_to_rgb", slow)
+    before = list(warnings.filters)
+    data = encode(Image.fromarray(pixels()), "PNG")
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(load_image, data, name="first")
+        second = pool.submit(load_image, data, name="second")
+        first.result(20)
+        ended.set()
+        second.result(20)
+    assert list(warnings.filters) == before
+
+
+def test_warnings_are_back_after_an_error():
+    before = list(warnings.filters)
+    refused(b"text", "image")
+    assert list(warnings.filters) == before
 
 
 # ---- list_images ----
