@@ -79,7 +79,13 @@ def entries():
     for kind, taps in ((0, 8), (1, 16)):
         for masked in (False, True):
             flags = {"OUT": 224, "KIND": kind, "TAPS": taps, "RAGGED": True, "PACKED": True, "MASKED": masked}
-            yield f"pil kind={kind} masked={masked}", triton_pil.pil_forward, {**flags, **launch.PIL}, "*u8", "*bf16"
+            yield (
+                f"pil kind={kind} masked={masked}",
+                triton_pil.pil_forward,
+                {**flags, **launch.pil_config(masked)},
+                "*u8",
+                "*bf16",
+            )
         flags = {"OUT": 224, "KIND": kind, "TAPS": taps, "RAGGED": True}
         yield f"pil_prepare kind={kind}", triton_pil.pil_prepare, {**flags, **launch.PREPARE}, "*u8", "*bf16"
 

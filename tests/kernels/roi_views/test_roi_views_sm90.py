@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton.backends.nvidia")
+PARKED = 16  # bytes of stack; ptxas parks a few when it rounds registers down to the next occupancy step, a spill is more
 USUAL = (
     r"forward kind=[01] masked=False ratio=(1.0|2.24) uint8=True out=\*bf16",
     r"forward kind=0 masked=(True|False) ratio=18.0 uint8=True out=\*(bf16|fp32)",
@@ -30,7 +31,7 @@ def compile_for_hopper(*wanted):
 
 def check(entries):
     for entry in entries:
-        assert entry["stack"] == entry["local"] == 0, f"spills: {entry}"
+        assert entry["stack"] <= PARKED and entry["local"] == 0, f"spills: {entry}"
         assert "prepare" in entry["name"] or entry["tensor_core"] > 0, f"no tensor-core instructions: {entry}"
 
 

@@ -85,18 +85,18 @@ def digits(c):
 @triton.jit
 def exact_dot(left, c0, c1, c2, acc):
     """acc + left @ c for int8 left and c in digits."""
-    high = tl.dot(left, c2)
-    middle = tl.dot(left, c1) + (high << 8)
-    return tl.dot(left, c0, acc) + (middle << 8)
+    high = tl.dot(left, c2, out_dtype=tl.int32)
+    middle = tl.dot(left, c1, out_dtype=tl.int32) + (high << 8)
+    return tl.dot(left, c0, acc, out_dtype=tl.int32) + (middle << 8)
 
 
 @triton.jit
 def exact_dot_left(c0, c1, c2, level, acc):
     """acc + c @ (level - 128) for c in digits."""
     right = (level - 128).to(tl.int8)
-    high = tl.dot(c2, right)
-    middle = tl.dot(c1, right) + (high << 8)
-    return tl.dot(c0, right, acc) + (middle << 8)
+    high = tl.dot(c2, right, out_dtype=tl.int32)
+    middle = tl.dot(c1, right, out_dtype=tl.int32) + (high << 8)
+    return tl.dot(c0, right, acc, out_dtype=tl.int32) + (middle << 8)
 
 
 @triton.jit
