@@ -28,7 +28,7 @@ class DemoResult:
     picture: Path
 
 
-def run_demo(folder: Path, *, epochs: int = 12, seed: int = 0, say: Callable[[str], None] = print) -> DemoResult:
+def run_demo(folder: Path, *, epochs: int = 8, seed: int = 0, say: Callable[[str], None] = print) -> DemoResult:
     """Make the data, train a plain classifier and an L2R2 model the same way, predict both test splits, draw six images.
 
     Interrupted, the same call continues: finished trainings and predictions are kept.
