@@ -5,6 +5,7 @@
 time of a call includes what the host does for it, as far as the GPU has to wait for it.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from l2r2_kernels import roi_views
 from l2r2_kernels.roi_views import reference
 from l2r2_kernels.roi_views.spec import make_spec
-from masked_attention_bench import Case, Goal
+from masked_attention_bench import Case, Goal, timed
 from torch import Tensor
 
 FILL, MEAN, STD = (124, 116, 104), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -250,3 +251,37 @@ def _cases(device: torch.device, sizes: Sizes, copy_rate: float) -> Iterator[Cas
     yield from _ragged_cases(device, sizes, copy_rate)
     yield from _same_size_cases(device, sizes)
     yield _backward_case(device, sizes)
+
+
+# --- choosing the launch table: python benchmarks/speed/roi_views_bench.py ------------------------------------------------
+
+
+def sweep(sizes: Sizes | None = None) -> None:
+    """Time other tile shapes than the launch table's on the ragged case; a wrong result is printed as such."""
+    from l2r2_kernels.roi_views import triton as launch
+    from triton.runtime.errors import OutOfResources
+
+    sizes = sizes or Sizes()
+    device = torch.device("cuda")
+    works = [make_work(sizes, True, seed, device) for seed in range(sizes.copies)]
+    expected = truth(works[0], sizes)
+    chosen = launch.forward_config
+    shapes = [(h, w, y) for h in (16, 32, 64) for w in (16, 32) for y in (16, 32, 64)]
+    for (block_h, block_w, chunk_y), one_x, warps in itertools.product(shapes, (True, False), (1, 2, 4, 8)):
+        tile = {"BLOCK_H": block_h, "BLOCK_W": block_w, "CHUNK_Y": chunk_y, "num_warps": warps}
+        tile |= {"ONE_X": one_x, "CHUNK_X": 4 * block_w if one_x else 32}
+        launch.forward_config = lambda *args, tile=tile: {**chosen(*args), **tile}
+        calls, check = _provider(partial(ours, sizes=sizes), works, expected, EXACT)
+        try:
+            result = f"{sorted(timed(calls, device, sizes.repeats))[sizes.repeats // 2]:.3f} ms" if check() else "wrong"
+        except OutOfResources:
+            result = "does not fit"
+        print(tile, result, flush=True)
+    launch.forward_config = chosen
+
+
+if __name__ == "__main__":
+    if torch.cuda.is_available():
+        sweep()
+    else:
+        print("No CUDA device: there is nothing to sweep here.")

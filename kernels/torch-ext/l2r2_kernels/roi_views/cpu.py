@@ -20,6 +20,7 @@ from .spec import Spec
 
 # Outputs a product: fewer waste less of the window, more make larger products (measured).
 BLOCK_Y, BLOCK_X = 8, 16
+KEPT = 1 << 23  # floats of scratch kept a buffer and thread; larger images allocate
 
 
 @lru_cache(maxsize=64)
@@ -54,6 +55,8 @@ class _Scratch(threading.local):
 
     def get(self, name: str, *shape: int) -> Tensor:
         size = math.prod(shape)
+        if size > KEPT:
+            return torch.empty(shape)
         if name not in self.buffers or self.buffers[name].numel() < size:
             with torch.inference_mode(False):  # a buffer made in inference mode could not be written to outside of it
                 self.buffers[name] = torch.empty(size)

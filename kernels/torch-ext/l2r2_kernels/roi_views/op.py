@@ -54,11 +54,13 @@ def roi_views(
 
     Args:
         images: list of uint8 tensors [3, H, W] or [H, W, 3] of any sizes (a tensor that fits both readings is [3, H, W]),
-            or one batch [B, 3, H, W], uint8 or floating. All on one device. A floating batch receives gradients.
+            or one batch [B, 3, H, W], uint8 or floating. All on one device. A floating batch receives gradients; a pixel
+            in it that is not finite may spread over the tile of outputs that is computed with it.
         boxes: [V, 4] xyxy in absolute pixels of the view's image, exclusive end; a NaN row means no box.
         image_index: [V] integers, the image of each view; None when there is one view an image, in order. Out of range is
             an error on the CPU and gives an invalid view on CUDA, where looking would stall the stream.
-        masks: None, or one entry a view: None or bool / uint8 [H, W] of that view's image; nonzero keeps the pixel.
+        masks: None, or one entry a view: None or bool / uint8 [H, W] of that view's image; nonzero keeps the pixel. A wrong
+            size is an error on the CPU; on CUDA, pixels beyond the mask are kept.
         size: output side, or (height, width).
         margin: each end of the box moves out by `margin` times that side.
         square: pad the crop to a square before the resize; False stretches it.
