@@ -119,9 +119,10 @@ def _resize_bands(crop: Tensor, mask: Tensor | None, g: Geometry, spec: Spec, fi
     bx = _bands(g.canvas_w, width, spec.interpolation, BLOCK_X)
     x, interleaved = _float_pixels(crop, mask, fill)
     rows = _vertical(by, x.view(g.h, 3 * g.w), g.pad_y)[:height]
-    if interleaved:  # now there are fewer pixels to reorder
-        rows = _scratch.get("planar", height, 3, g.w).copy_(rows.view(height, g.w, 3).transpose(1, 2))
-    resized = _horizontal(bx, rows.view(height * 3, g.w), g.pad_x)[:, :width].view(height, 3, width).transpose(0, 1)
+    if interleaved:  # now there are fewer pixels to reorder, to [3, height, w]
+        rows = _scratch.get("planar", 3, height, g.w).copy_(rows.view(height, g.w, 3).permute(2, 0, 1))
+    resized = _horizontal(bx, rows.view(height * 3, g.w), g.pad_x)[:, :width]
+    resized = resized.view(3, height, width) if interleaved else resized.view(height, 3, width).transpose(0, 1)
     if (g.w, g.h) == (g.canvas_w, g.canvas_h):
         torch.sub(resized, fill, out=out)
     else:  # the padding is fill and weighs the rest, so what is subtracted is fill's share of the crop
