@@ -69,6 +69,13 @@ class Detections:
         names = ("",) * len(box_tensor) if labels is None else tuple(labels)
         return cls(box_tensor, score_tensor, image_size, names).sorted()
 
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> Detections:
+        """The tight box of an object mask `[H, W]` bool, with score 1; none where the mask is empty."""
+        rows, columns = (mask.any(axis).nonzero()[:, 0].tolist() for axis in (1, 0))
+        boxes = [[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]] if rows else []
+        return cls.from_lists(boxes, (mask.shape[0], mask.shape[1]))
+
     def __len__(self) -> int:
         return len(self.boxes)
 

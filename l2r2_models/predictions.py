@@ -20,11 +20,12 @@ FORMAT_VERSION = "1.0"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What to classify: files, the box entries that some of them have, and the box file they are from."""
+    """What to classify: files, the box entries and masks that some of them have, and the files that those are from."""
 
     paths: tuple[Path, ...]
     entries: dict[str, BoxEntry]
-    boxes: Path | None = None
+    masks: dict[str, Path]
+    box_files: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,23 @@ def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None
     """
     paths: dict[Path, None] = {}
     entries: dict[str, BoxEntry] = {}
+    masks: dict[str, Path] = {}
+    box_files: list[Path] = []
     for source in sources:
         if source.is_dir() and any((source / name).exists() for name in METADATA):
             table = read_table(source)
+            box_files += [source / name for name in METADATA if (source / name).exists()]
             rows = (table.of_split(split) if split else table).rows
             paths.update((row.path, None) for row in rows)
             entries.update((str(row.path), row.entry) for row in rows if row.entry is not None)
+            masks.update((str(row.path), row.mask_file) for row in rows if row.mask_file is not None)
         elif split:
             raise L2R2Error(f"{source}: --split needs a folder with {' or '.join(METADATA)}.")
         else:
             paths.update((path, None) for path in list_images([source]))
     if boxes is not None:
-        entries = read_boxes(boxes).join(paths)
-    return Inputs(tuple(paths), entries, boxes)
+        entries, box_files = read_boxes(boxes).join(paths), [boxes]
+    return Inputs(tuple(paths), entries, masks, tuple(box_files))
 
 
 def predict_to_file(
@@ -87,7 +92,7 @@ def predict_to_file(
     todo = [path for path in inputs.paths if str(path) not in finished]
     names = [str(path) for path in inputs.paths]
     _write(out, header, finished, names)  # a file that cannot be written shows before the work, not after it
-    for count, prediction in enumerate(progress(predictor.predict_files(todo, inputs.entries), len(todo)), 1):
+    for count, prediction in enumerate(progress(predictor.predict_files(todo, inputs.entries, inputs.masks), len(todo)), 1):
         finished[str(prediction.file)] = prediction.to_dict()
         if count % SAVE_EVERY == 0:
             _write(out, header, finished, names)
@@ -118,7 +123,7 @@ def _header(predictor: Predictor, inputs: Inputs) -> dict[str, Any]:
         "model": predictor.checkpoint.name,
         "model_sha256": predictor.checkpoint.digest,
         "labels": list(predictor.labels),
-        "boxes_sha256": file_sha256(inputs.boxes) if inputs.boxes else None,
+        "boxes_sha256": [file_sha256(file) for file in inputs.box_files],
         "settings": {
             "box_threshold": predictor.box_threshold,
             "max_objects": predictor.max_objects,

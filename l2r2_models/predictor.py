@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from .box_files import BoxEntry
 from .boxes import Detections
 from .errors import L2R2Error
 from .hub import Checkpoint, load_checkpoint
-from .images import load_image
+from .images import load_image, load_mask
 from .model import L2R2Output
 from .views import make_views
 
@@ -84,6 +84,17 @@ class Prediction:
         return {"file": self.file, "objects": data["objects"]}
 
 
+@dataclass(frozen=True)
+class _Item:
+    """One image on its way through the predictor."""
+
+    name: str | None
+    image: Image.Image
+    boxes: Detections | None
+    localizer_failure: str | None = None
+    mask: Tensor | None = None
+
+
 class Predictor:
     """Classifies images with a checkpoint; takes paths or PIL images in, gives `Prediction`s out.
 
@@ -131,37 +142,47 @@ class Predictor:
         """
         name = str(image) if isinstance(image, (str, Path)) else None
         loaded = load_image(image, fill=self.model.view_spec.fill)
+        size = (loaded.height, loaded.width)
         if boxes is not None and not isinstance(boxes, Detections):
-            boxes = Detections.from_lists(boxes, (loaded.height, loaded.width))
-        return self._predict([(name, loaded, boxes)])[0]
+            boxes = Detections.from_lists(boxes, size)
+        if boxes is not None and boxes.image_size != size:
+            raise L2R2Error(f"{name or 'image'}: boxes of a {boxes.image_size} image (height, width), this one is {size}.")
+        return self._predict([_Item(name, loaded, boxes)])[0]
 
-    def predict_files(self, paths: Iterable[Path], boxes: dict[str, BoxEntry] | None = None) -> Iterator[Prediction]:
+    def predict_files(
+        self, paths: Iterable[Path], boxes: Mapping[str, BoxEntry] | None = None, masks: Mapping[str, Path] | None = None
+    ) -> Iterator[Prediction]:
         """Classify files in batches; an unreadable one becomes a Prediction with `failure`, the others go on.
 
         Args:
             paths: image files.
             boxes: entries by `str(path)`, see `BoxTable.join`.
+            masks: mask files by `str(path)`; without an entry in `boxes`, the mask's tight box is the box.
         """
-        batch: list[tuple[str | None, Image.Image, Detections | None]] = []
+        batch: list[_Item] = []
         done: list[Prediction | None] = []
         for path in paths:
             try:
-                image = load_image(path, fill=self.model.view_spec.fill)
-                entry = (boxes or {}).get(str(path))
-                found = None if entry is None else entry.detections((image.height, image.width), str(path))
+                batch.append(self._load(path, (boxes or {}).get(str(path)), (masks or {}).get(str(path))))
+                done.append(None)
             except L2R2Error as error:
                 done.append(Prediction(str(path), (), str(error)))
-            else:
-                batch.append((str(path), image, found))
-                done.append(None)
             if len(batch) >= self.batch_size:
                 yield from _merge(done, self._predict(batch))
                 batch, done = [], []
         yield from _merge(done, self._predict(batch) if batch else [])
 
+    def _load(self, path: Path, entry: BoxEntry | None, mask_file: Path | None) -> _Item:
+        image = load_image(path, fill=self.model.view_spec.fill)
+        size = (image.height, image.width)
+        mask = load_mask(mask_file, size) if mask_file else None
+        if entry is not None:
+            return _Item(str(path), image, entry.detections(size, str(path)), entry.failure, mask)
+        return _Item(str(path), image, None if mask is None else Detections.from_mask(mask), None, mask)
+
     @torch.inference_mode()
-    def _predict(self, items: Sequence[tuple[str | None, Image.Image, Detections | None]]) -> list[Prediction]:
-        found = [self._usable(detections) for _, _, detections in items]
+    def _predict(self, items: Sequence[_Item]) -> list[Prediction]:
+        found = [self._usable(item) for item in items]
         rows: list[tuple[int, Tensor, float | None, str]] = []  # image, box, score, why there is none
         for i, (usable, why) in enumerate(found):
             if usable is None:
@@ -173,21 +194,25 @@ class Predictor:
             part = rows[start : start + self.batch_size]
             used = sorted({i for i, *_ in part})
             views = make_views(
-                [items[i][1] for i in used],
+                [items[i].image for i in used],
                 torch.stack([box for _, box, _, _ in part]),
                 self.model.view_spec,
                 branches=self.model.branches,
                 image_index=torch.tensor([used.index(i) for i, *_ in part]),
+                masks=[items[i].mask for i, *_ in part],
                 device=self.device,
             )
             given = {b: v for b, v in views._asdict().items() if b in self.model.branches}
             output = self.model.forward_views(has_fg=views.has_fg, **given)
             for row, answer in zip(part, self._answers(output, part, views.has_fg.tolist())):
                 answers[row[0]].append(answer)
-        return [Prediction(item[0], tuple(objects)) for item, objects in zip(items, answers)]
+        return [Prediction(item.name, tuple(objects)) for item, objects in zip(items, answers)]
 
-    def _usable(self, detections: Detections | None) -> tuple[Detections | None, str]:
+    def _usable(self, item: _Item) -> tuple[Detections | None, str]:
         """The boxes to classify, or None and why there are none (METHOD.md 2)."""
+        detections = item.boxes
+        if item.localizer_failure is not None:
+            return None, f"the localizer failed ({item.localizer_failure})"
         if detections is None or not len(detections):
             return None, "no box was given" if detections is None else "no object was found"
         sure = detections.above(self.box_threshold)

@@ -156,6 +156,16 @@ def test_a_box_below_the_threshold_is_no_box(tmp_path):
     assert sample_of(row, (0, 0, 0), box_threshold=0.05).box.tolist() == [1, 1, 9, 9]
 
 
+def test_a_mask_alone_gives_the_box(tmp_path):
+    image(tmp_path / "a.png")
+    mask = Image.new("L", (30, 20))
+    mask.paste(255, (4, 5, 9, 12))
+    mask.save(tmp_path / "m.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label,mask_file\na.png,x,m.png\n")
+    sample = sample_of(read_table(tmp_path).rows[0], (0, 0, 0))
+    assert sample.box.tolist() == [4, 5, 9, 12] and int(sample.mask.sum()) == 5 * 7
+
+
 def test_demo_data_ties_classes_to_backgrounds_in_training_and_unties_them_in_the_test(tmp_path):
     make_demo_data(tmp_path, train=120, test=60)
     rows = list(csv.DictReader((tmp_path / "metadata.csv").read_text().splitlines()))

@@ -8,9 +8,12 @@ from conftest import write_run
 from PIL import Image
 
 from l2r2_models import Detections, ImageError, L2R2Error, Predictor
+from l2r2_models.box_files import BoxEntry
+from l2r2_models.data.dataset import ViewDataset, read_table
+from l2r2_models.hub import save_checkpoint
 from l2r2_models.images import load_image
 from l2r2_models.predictions import gather, predict_to_file
-from l2r2_models.views import make_views
+from l2r2_models.views import ViewSpec, make_views
 
 
 @pytest.fixture
@@ -61,6 +64,14 @@ def test_without_a_usable_box_the_full_branch_answers_and_says_why(predictor, da
     assert (answer.label, answer.score) == (answer.full.label, answer.full.score)
 
 
+def test_boxes_of_another_image_size_are_refused_and_a_failed_localizer_is_named(predictor, dataset):
+    path = dataset / "images" / "train_000.png"
+    with pytest.raises(L2R2Error, match="this one is"):
+        predictor(path, Detections.from_lists([[1, 1, 30, 30]], (400, 600)))
+    (prediction,) = predictor.predict_files([path], {str(path): BoxEntry(failure="out of memory")})
+    assert "the localizer failed (out of memory)" in prediction.objects[0].reason
+
+
 def test_a_box_over_the_border_is_used_where_it_lies_inside(predictor, dataset):
     (answer,) = predictor(dataset / "images" / "train_000.png", [[-10, -10, 20, 20]]).objects
     assert answer.source == "fused"
@@ -85,6 +96,28 @@ def test_the_file_upside_down_by_exif_is_classified_upright(predictor, tmp_path,
     assert predictor(tmp_path / "turned.png", box).objects == predictor(upright, box).objects
 
 
+def test_masks_of_a_data_set_are_used_in_prediction_as_in_training(tmp_path, dataset):
+    """The views that predict gives the model are those that training gave it."""
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("l2r2", backbone="resnet10t", num_classes=3)
+    model.view_spec = ViewSpec.from_pretrained_cfg(model.pretrained_cfg, size=32, fg="masked_crop")
+    save_checkpoint(model, tmp_path / "run", ["blue", "green", "red"])
+    mask = Image.new("L", (60, 40))
+    mask.paste(255, (10, 5, 40, 30))
+    mask.paste(0, (10, 5, 20, 15))
+    mask.save(dataset / "mask.png")
+    (dataset / "metadata.csv").write_text("file_name,label,mask_file\nimages/train_000.png,red,mask.png\n")
+    inputs = gather([dataset])
+    predictor = Predictor.from_pretrained(tmp_path / "run", device="cpu")
+    (prediction,) = predictor.predict_files(inputs.paths, inputs.entries, inputs.masks)
+    item = ViewDataset(read_table(dataset), ("blue", "green", "red"), model.view_spec, ("full", "fg"))[0]
+    out = predictor.model.forward_views(item["full"][None], item["fg"][None], item["has_fg"][None])
+    assert prediction.objects[0].box == (10, 5, 40, 30)
+    assert prediction.objects[0].fg.score == pytest.approx(out.fg.softmax(-1).max().item(), abs=1e-5)
+
+
 def test_one_bad_file_is_a_failure_and_the_others_go_on(predictor, dataset, tmp_path):
     bad = dataset / "images" / "train_001.png"
     bad.write_text("not an image")
@@ -104,7 +137,7 @@ def test_a_file_of_predictions_continues_and_repeats_only_failures(predictor, da
     bad.write_bytes(good)
     seen = []
     original = predictor.predict_files
-    monkeypatch.setattr(predictor, "predict_files", lambda paths, boxes: original(seen.extend(paths) or seen, boxes))
+    monkeypatch.setattr(predictor, "predict_files", lambda paths, *rest: original(seen.extend(paths) or seen, *rest))
     report = predict_to_file(predictor, inputs, out)
     assert seen == [bad] and report.kept == 11 and not report.failures
     fresh = predict_to_file(predictor, inputs, tmp_path / "fresh.json")
@@ -137,6 +170,9 @@ def test_predictions_of_another_model_or_other_settings_are_not_mixed(run, datas
         predict_to_file(Predictor.from_pretrained(other, device="cpu"), inputs, out)
     with pytest.raises(L2R2Error, match="made with another settings"):
         predict_to_file(Predictor.from_pretrained(run, box_threshold=0.9, device="cpu"), inputs, out)
+    (dataset / "metadata.csv").open("a").write("images/test_000.png,red,extra,1,1,9,9\n")
+    with pytest.raises(L2R2Error, match="made with another boxes_sha256"):
+        predict_to_file(Predictor.from_pretrained(run, device="cpu"), gather([dataset], split="train"), out)
     (tmp_path / "notes.json").write_text("[1, 2]")
     with pytest.raises(L2R2Error, match="is not a file of predictions"):
         predict_to_file(Predictor.from_pretrained(run, device="cpu"), inputs, tmp_path / "notes.json")

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..box_files import BoxEntry, entries_of_rows, read_boxes, read_rows
+from ..boxes import Detections
 from ..errors import L2R2Error
 from ..images import image_tensor, is_image_path, load_image, load_mask
 from ..views import ViewSpec, make_views
@@ -184,6 +185,8 @@ def sample_of(row: Row, fill: Sequence[int], box_threshold: float = 0.0) -> Samp
         found = row.entry.detections(size, str(row.path)).above(box_threshold).usable()
         box = found.boxes[0] if len(found) else box
     mask = load_mask(row.mask_file, size) if row.mask_file else None
+    if mask is not None and row.entry is None and mask.any():
+        box = Detections.from_mask(mask).boxes[0]
     return Sample(image_tensor(image), box, mask)
 
 
