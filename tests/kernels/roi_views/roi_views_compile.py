@@ -69,11 +69,10 @@ def entries():
                     out = "*fp32" if dtype == torch.float32 else "*bf16"
                     name = f"forward kind={kind} masked={masked} ratio={ratio} uint8={is_uint8} out={out}"
                     yield name, triton_forward.forward, {**size, **flags, **config}, "*u8" if is_uint8 else "*fp32", out
-        for dtype in (torch.float32, torch.float16):
-            for masked in (False, True):
-                config = launch.backward_config(dtype, kind, masked)
-                name = f"backward kind={kind} masked={masked} {config['PRECISION']}"
-                yield name, triton_backward.backward, {**size, "KIND": kind, "MASKED": masked, **config}, "*fp32", "*fp32"
+        for masked in (False, True):
+            config = launch.backward_config(kind, masked)
+            name = f"backward kind={kind} masked={masked}"
+            yield name, triton_backward.backward, {**size, "KIND": kind, "MASKED": masked, **config}, "*fp32", "*fp32"
         flags = {"KIND": kind, "RAGGED": True, "SQUARE": True}
         yield f"prepare kind={kind}", triton_weights.prepare, {**size, **flags, **launch.PREPARE}, "*u8", "*bf16"
     for kind, taps in ((0, 8), (1, 16)):

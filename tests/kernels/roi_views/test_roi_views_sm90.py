@@ -14,7 +14,7 @@ USUAL = (
     r"forward kind=[01] masked=False ratio=(1.0|2.24) uint8=True out=\*bf16",
     r"forward kind=0 masked=(True|False) ratio=18.0 uint8=True out=\*(bf16|fp32)",
     r"forward kind=0 masked=False ratio=2.24 uint8=False out=\*bf16",
-    r"backward kind=0 masked=False tf32x3",
+    r"backward kind=0 masked=False",
     r"prepare kind=0",
     r"pil kind=1 masked=False",
     r"pil_prepare kind=1",

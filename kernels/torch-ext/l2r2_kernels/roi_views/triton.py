@@ -28,11 +28,11 @@ BACKWARD = {"BLOCK_Y": 16, "BLOCK_X": 32, "CHUNK_I": 16, "CHUNK_J": 16}
 def forward_config(small: bool, dtype: torch.dtype, kind: int, masked: bool, ratio: float) -> dict[str, Any]:
     """Launch options of the float kernel: `small` if levels fit float16, `ratio` the most source pixels a column of the output.
 
-    uint8 levels are exact in float16; float images may leave its range, so they go through tf32. A float32 output needs more
-    bits than either: three tf32 dots. bfloat16 is never used for weights: it costs more than a level.
+    uint8 levels are exact in float16, and its weights cost 0.3 of a level at most. A float32 output needs more bits, and float
+    images may leave float16's range: both take three tf32 dots (a single one truncates its operands and so darkens).
+    bfloat16 is never used for weights: it costs more than a level.
     """
-    exact = dtype == torch.float32
-    half = small and not exact
+    half = small and dtype != torch.float32
     support = (1 + kind % 2) * (max(ratio, 1.0) if kind <= 1 else 1.0)
     window = math.ceil(16 * ratio + 2 * support) + 4
     # A window that fits one chunk keeps its weights in registers; operands of 32 bits leave no room for that.
@@ -40,10 +40,9 @@ def forward_config(small: bool, dtype: torch.dtype, kind: int, masked: bool, rat
     return {
         **(HALF if half else FULL),
         "DOT": tl.float16 if half else tl.float32,
-        "PRECISION": "tf32x3" if exact else "tf32",
         "ONE_X": one_x,
         "CHUNK_X": (64 if one_x and window > 32 else 32) if half else 16,
-        "num_warps": 4 if (masked and not exact) or (half and kind == 3) else 2,
+        "num_warps": 4 if (half and (masked or kind == 3)) or (masked and kind == 3) else 2,
         "num_stages": 2,
         "enable_fp_fusion": True,
     }
@@ -54,11 +53,10 @@ def pil_config(masked: bool) -> dict[str, Any]:
     return {**PIL, "num_warps": 8 if masked else 4, "num_stages": 2, "enable_fp_fusion": True}
 
 
-def backward_config(dtype: torch.dtype, kind: int, masked: bool) -> dict[str, Any]:
-    """Launch options of the backward kernel for a batch of `dtype`."""
+def backward_config(kind: int, masked: bool) -> dict[str, Any]:
+    """Launch options of the backward kernel."""
     return {
         **BACKWARD,
-        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
         "num_warps": 8 if masked or kind == 3 else 4,
         "num_stages": 2,
         "enable_fp_fusion": True,
@@ -242,6 +240,6 @@ def backward(
         geometry, norm, _ = _prepare(source, boxes, index, spec)
         triton_backward.backward[(batch * tiles,)](
             grad, grad_in, mask_table, order, starts, geometry, norm, height, width, *grad.stride(), *spec.affine()[0],
-            OUT_H=spec.height, OUT_W=spec.width, KIND=kind, MASKED=masked, **backward_config(images.dtype, kind, masked),
+            OUT_H=spec.height, OUT_W=spec.width, KIND=kind, MASKED=masked, **backward_config(kind, masked),
         )  # fmt: skip
     return grad_in

@@ -35,7 +35,7 @@ def weights_of(outputs, taps, n_in, N_OUT: tl.constexpr, norm, KIND: tl.constexp
 def backward(
     grad, grad_in, mask_table, order, starts, geometry, norm,
     height, width, grad_v, grad_c, grad_y, grad_x, a0, a1, a2,
-    OUT_H: tl.constexpr, OUT_W: tl.constexpr, KIND: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    OUT_H: tl.constexpr, OUT_W: tl.constexpr, KIND: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, CHUNK_I: tl.constexpr, CHUNK_J: tl.constexpr,
 ):  # fmt: skip
     """grad_in[b, :, tile] (contiguous) from the grads of image b's views; grad comes with any strides."""
@@ -72,13 +72,13 @@ def backward(
                 inside = (i < i_hi)[:, None] & (j < j_hi)[None, :]
                 g = grad + v * grad_v + tl.cast(i_start, tl.int64) * grad_y + tl.cast(j_start, tl.int64) * grad_x
                 g += ii[:, None] * tl.cast(grad_y, tl.int32) + jj[None, :] * tl.cast(grad_x, tl.int32)
-                t0 = tl.dot(tl.load(g, mask=inside, other=0).to(tl.float32), wx, t0, input_precision=PRECISION)
-                t1 = tl.dot(tl.load(g + grad_c, mask=inside, other=0).to(tl.float32), wx, t1, input_precision=PRECISION)
-                t2 = tl.dot(tl.load(g + 2 * grad_c, mask=inside, other=0).to(tl.float32), wx, t2, input_precision=PRECISION)
+                t0 = tl.dot(tl.load(g, mask=inside, other=0).to(tl.float32), wx, t0, input_precision="tf32x3")
+                t1 = tl.dot(tl.load(g + grad_c, mask=inside, other=0).to(tl.float32), wx, t1, input_precision="tf32x3")
+                t2 = tl.dot(tl.load(g + 2 * grad_c, mask=inside, other=0).to(tl.float32), wx, t2, input_precision="tf32x3")
             wy = weights_of(i[None, :], (y - y0 + pad_y)[:, None], canvas_h, OUT_H, norm_y, KIND)
-            view0 = tl.dot(wy, t0, view0, input_precision=PRECISION)
-            view1 = tl.dot(wy, t1, view1, input_precision=PRECISION)
-            view2 = tl.dot(wy, t2, view2, input_precision=PRECISION)
+            view0 = tl.dot(wy, t0, view0, input_precision="tf32x3")
+            view1 = tl.dot(wy, t1, view1, input_precision="tf32x3")
+            view2 = tl.dot(wy, t2, view2, input_precision="tf32x3")
         here = ((y >= y0) & (y < y0 + h))[:, None] & ((x >= x0) & (x < x0 + w))[None, :]
         if MASKED:
             here = here & kept(mask_table, v, ys, xs, tl.arange(0, BLOCK_Y), tl.arange(0, BLOCK_X))

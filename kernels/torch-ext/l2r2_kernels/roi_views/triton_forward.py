@@ -72,12 +72,12 @@ def store_tile(out, acc, a, b, offset, inside):
 @triton.jit
 def row_pass(
     h0, h1, h2, wx, pointers, stride_c, inside, fill0, fill1, fill2,
-    PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Add one chunk of source pixels, times the horizontal weights, to the three channels' [CHUNK_Y, BLOCK_W]."""
-    h0 = tl.dot(pixels(pointers, inside, fill0, DOT), wx, h0, input_precision=PRECISION)
-    h1 = tl.dot(pixels(channel(pointers, stride_c, 1, PACKED), inside, fill1, DOT), wx, h1, input_precision=PRECISION)
-    h2 = tl.dot(pixels(channel(pointers, stride_c, 2, PACKED), inside, fill2, DOT), wx, h2, input_precision=PRECISION)
+    h0 = tl.dot(pixels(pointers, inside, fill0, DOT), wx, h0, input_precision="tf32x3")
+    h1 = tl.dot(pixels(channel(pointers, stride_c, 1, PACKED), inside, fill1, DOT), wx, h1, input_precision="tf32x3")
+    h2 = tl.dot(pixels(channel(pointers, stride_c, 2, PACKED), inside, fill2, DOT), wx, h2, input_precision="tf32x3")
     return h0, h1, h2
 
 
@@ -97,7 +97,7 @@ def forward(
     stride_b, stride_c, stride_y, stride_x, out_v, out_c, out_y, out_x,
     fill0, fill1, fill2, a0, a1, a2, b0, b1, b2,
     OUT_H: tl.constexpr, OUT_W: tl.constexpr, KIND: tl.constexpr, RAGGED: tl.constexpr, PACKED: tl.constexpr,
-    MASKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ONE_X: tl.constexpr,
+    MASKED: tl.constexpr, DOT: tl.constexpr, ONE_X: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, CHUNK_Y: tl.constexpr, CHUNK_X: tl.constexpr,
 ):  # fmt: skip
     """views[v] = a * (Wy @ (crop - fill) @ Wx^T) + b, all three channels of one [BLOCK_H, BLOCK_W] tile."""
@@ -130,18 +130,18 @@ def forward(
         if ONE_X:  # the whole window fits one chunk: its weights stay in registers
             inside = in_window(mask_table, v, y0, x0, y_start, x_lo, iy, ix, y_hi, x_hi, MASKED)
             pointers = chunk_pointers(pointer, y0 + y_start, x0 + x_lo, iy, ix, stride_y, stride_x, PACKED)
-            h0, h1, h2 = row_pass(h0, h1, h2, wx, pointers, stride_c, inside, fill0, fill1, fill2, PACKED, DOT, PRECISION)
+            h0, h1, h2 = row_pass(h0, h1, h2, wx, pointers, stride_c, inside, fill0, fill1, fill2, PACKED, DOT)
         else:
             for x_start in range(x_lo, x_hi, CHUNK_X):
                 x = x_start + ix
                 ws = axis_weights(cols[None, :], (x + pad_x)[:, None], canvas_w, OUT_W, norm_x, KIND).to(DOT)
                 inside = in_window(mask_table, v, y0, x0, y_start, x_start, iy, ix, y_hi, x_hi, MASKED)
                 pointers = chunk_pointers(pointer, y0 + y_start, x0 + x_start, iy, ix, stride_y, stride_x, PACKED)
-                h0, h1, h2 = row_pass(h0, h1, h2, ws, pointers, stride_c, inside, fill0, fill1, fill2, PACKED, DOT, PRECISION)
+                h0, h1, h2 = row_pass(h0, h1, h2, ws, pointers, stride_c, inside, fill0, fill1, fill2, PACKED, DOT)
         wy = axis_weights(rows[:, None], (y + pad_y)[None, :], canvas_h, OUT_H, norm, KIND).to(DOT)
-        acc0 = tl.dot(wy, h0.to(DOT), acc0, input_precision=PRECISION)
-        acc1 = tl.dot(wy, h1.to(DOT), acc1, input_precision=PRECISION)
-        acc2 = tl.dot(wy, h2.to(DOT), acc2, input_precision=PRECISION)
+        acc0 = tl.dot(wy, h0.to(DOT), acc0, input_precision="tf32x3")
+        acc1 = tl.dot(wy, h1.to(DOT), acc1, input_precision="tf32x3")
+        acc2 = tl.dot(wy, h2.to(DOT), acc2, input_precision="tf32x3")
     out += v * out_v
     offset = rows.to(tl.int64)[:, None] * out_y + cols.to(tl.int64)[None, :] * out_x
     inside = (rows < OUT_H)[:, None] & (cols < OUT_W)[None, :]
