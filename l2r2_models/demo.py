@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from .data.dataset import read_table
 from .data.demo import make_demo_data
-from .files import write_atomic
+from .errors import L2R2Error
+from .files import read_json, write_atomic, write_json
 from .images import load_image
 from .predictions import accuracy_by_branch, gather, predict_to_file
 from .predictor import Predictor
@@ -38,6 +43,8 @@ def run_demo(folder: Path, *, epochs: int = 8, seed: int = 0, say: Callable[[str
         epochs, seed: of both trainings.
         say: told what happens.
     """
+    _require("matplotlib", "transformers", "sklearn", "skimage")
+    _start_over_if_changed(folder, {"epochs": epochs, "seed": seed, "version": version("l2r2-models")})
     say("1/4  making the data: digits on photographs; in training the photograph nearly always gives the digit away")
     data = folder / "data"
     if not (data / "metadata.csv").exists():
@@ -56,6 +63,22 @@ def run_demo(folder: Path, *, epochs: int = 8, seed: int = 0, say: Callable[[str
     picture = folder / "predictions.png"
     write_atomic(picture, lambda path: _draw(answers["l2r2"]["test_swapped"], truth, path))
     return DemoResult(_table(answers, truth), folder / "predictions.json", picture)
+
+
+def _require(*packages: str) -> None:
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise L2R2Error(f'The demo needs {", ".join(missing)}: pip install "l2r2-models[demo]".')
+
+
+def _start_over_if_changed(folder: Path, settings: dict[str, Any]) -> None:
+    """Forget what a demo with other settings left in the folder."""
+    record = folder / "settings.json"
+    if record.exists() and read_json(record) != settings:
+        for name in ("data", "plain", "l2r2"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("predictions.json", "plain_predictions.json", "predictions.png"):
+            (folder / name).unlink(missing_ok=True)
+    write_json(record, settings)
 
 
 def _answers(run: Path, data: Path, folder: Path, name: str) -> dict[str, list[dict]]:

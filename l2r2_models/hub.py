@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Checkpoint:
 def save_checkpoint(model: L2R2, folder: str | Path, labels: Sequence[str], training: dict[str, Any] | None = None) -> None:
     """Write a checkpoint that timm, transformers and `load_checkpoint` read.
 
-    Each file is replaced in one step, the weights first, so that a killed save leaves a loadable folder.
+    Each file is replaced in one step, the weights first: a folder with `config.json` never lacks its weights.
 
     Args:
         model: an L2R2 made by `timm.create_model`.
@@ -52,14 +53,19 @@ def save_checkpoint(model: L2R2, folder: str | Path, labels: Sequence[str], trai
         training: the configuration it was trained with.
 
     Raises:
-        L2R2Error: the number of labels differs from the model's classes.
+        L2R2Error: the number of labels differs from the model's classes, or the model was not made by timm.
     """
+    if not model.pretrained_cfg.get("architecture"):
+        raise L2R2Error("Only a model made by timm.create_model can be saved, because its name is what loads it again.")
     if len(labels) != model.num_classes:
         raise L2R2Error(f"{len(labels)} labels for {model.num_classes} classes.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for abandoned in folder.glob(".saving-*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
     spec = model.view_spec.to_dict()
     arguments = {
+        **model.backbone_kwargs,  # older timm versions do not record them
         "branches": list(model.branches),
         "shared": model.shared,
         "fusion": model.fusion.config(),
@@ -121,12 +127,19 @@ def _check_config(config: Any, name: str) -> None:
     if not isinstance(config, dict) or not isinstance(config.get("l2r2"), dict):
         raise L2R2Error(f"{name}: {CONFIG} has no l2r2 section; this is not an L2R2 checkpoint.")
     ours = config["l2r2"]
-    if not isinstance(ours.get("format_version"), int) or ours["format_version"] > FORMAT_VERSION:
+    kinds = {"views": dict, "branches": list, "fusion": dict, "training": dict, "format_version": int}
+    if wrong := [k for k, kind in kinds.items() if k in ours and not isinstance(ours[k], kind)]:
+        raise L2R2Error(f"{name}: {CONFIG} has an unusable {wrong[0]} under l2r2.")
+    if not isinstance(config.get("model_args"), dict) or not isinstance(config.get("label_names", []), list):
+        raise L2R2Error(f"{name}: {CONFIG} needs model_args as a mapping, and label_names as a list.")
+    if ours.get("format_version", 0) > FORMAT_VERSION:
         raise L2R2Error(
             f"{name}: checkpoint format {ours.get('format_version')} is newer than {FORMAT_VERSION}; upgrade l2r2-models."
         )
-    arguments = config.get("model_args", {})
+    arguments = config["model_args"]
     for key in ("views", "branches", "fusion"):
+        if key not in ours:
+            raise L2R2Error(f"{name}: {CONFIG} has no {key} under l2r2.")
         if arguments.get(key) != ours.get(key):
             raise L2R2Error(f"{name}: {CONFIG} says two things about {key}, under model_args and under l2r2.")
     ViewSpec.from_dict(ours["views"])
@@ -142,6 +155,8 @@ def _download(name: str) -> tuple[str, Path, Path]:
     except HFValidationError:
         raise L2R2Error(f"{name}: no such folder, and not a Hub id of the form org/name.") from None
     except LocalEntryNotFoundError:
+        if "/" not in repo:
+            raise L2R2Error(f"{name}: no such folder (a Hub id has the form org/name).") from None
         hint = f"download it once with `hf download {repo}`"
         raise L2R2Error(f"{name}: no such folder, and the Hub cannot be reached; {hint}.") from None
     except HfHubHTTPError as error:

@@ -3,6 +3,7 @@
 # no `from __future__ import annotations`: FX and jit need forward's annotations as types, not as strings
 
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, NamedTuple, Optional
 
 import timm
@@ -55,7 +56,7 @@ class L2R2(nn.Module):
         **backbone_kwargs: passed on to the timm backbone (`drop_path_rate`, `img_size`, `global_pool`, ...).
 
     Raises:
-        L2R2Error: an unknown branch, fusion or view field.
+        L2R2Error: an unknown backbone, branch, fusion or view field.
     """
 
     __jit_unused_properties__ = ("view_spec",)
@@ -66,7 +67,7 @@ class L2R2(nn.Module):
         num_classes: int = 1000,
         in_chans: int = 3,
         *,
-        branches: Sequence[str] = ("full", "fg"),
+        branches: str | Sequence[str] = ("full", "fg"),
         shared: bool = True,
         fusion: str | Mapping[str, Any] = "robust",
         views: ViewSpec | Mapping[str, Any] | None = None,
@@ -75,8 +76,11 @@ class L2R2(nn.Module):
     ) -> None:
         super().__init__()
         self.pretrained_cfg: dict[str, Any] = {}  # timm sets it
-        self.branches = _check_branches(branches)
+        self.branches = check_branches(branches)
+        if not timm.is_model(backbone.split(".")[0]):
+            raise L2R2Error(unknown_backbone(backbone))
         self.backbone_name = backbone
+        self.backbone_kwargs = {**backbone_kwargs, **({"drop_rate": drop_rate} if drop_rate else {})}
         self.shared = shared
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -227,8 +231,9 @@ class L2R2(nn.Module):
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
+        pool = () if global_pool is None else (global_pool,)  # older timm takes None for "no pooling"
         for backbone in self._backbones():
-            backbone.reset_classifier(0, global_pool)
+            backbone.reset_classifier(0, *pool)
         reference = next(self.parameters())
         self.heads = nn.ModuleDict({b: self._new_head().to(reference.device, reference.dtype) for b in self.branches})
 
@@ -266,13 +271,25 @@ class L2R2(nn.Module):
         return head
 
 
-def _check_branches(branches: Sequence[str]) -> tuple[str, ...]:
+def check_branches(branches: str | Sequence[str]) -> tuple[str, ...]:
+    """Branches as a tuple.
+
+    Raises:
+        L2R2Error: unknown, repeated or no branch.
+    """
     branches = (branches,) if isinstance(branches, str) else tuple(branches)
     if unknown := [b for b in branches if b not in BRANCHES]:
         raise L2R2Error(f'Unknown branch "{unknown[0]}"; choose from {", ".join(BRANCHES)}.')
     if not branches or len(set(branches)) != len(branches):
         raise L2R2Error(f"Branches must be one or more different ones of {', '.join(BRANCHES)}, got {branches}.")
     return branches
+
+
+def unknown_backbone(name: str) -> str:
+    """The sentence for a timm backbone that does not exist, with close names."""
+    stem = name.split(".")[0]
+    close = get_close_matches(stem, timm.list_models(), 5)
+    return f'Unknown timm backbone "{stem}"' + (f"; close names: {', '.join(close)}." if close else ".")
 
 
 def _feature_info(backbone: Any) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from .files import file_sha256, read_json, write_json
 from .images import list_images
 from .predictor import Prediction, Predictor
 
-SAVE_EVERY = 200
+SAVE_EVERY = 30.0  # seconds
 FORMAT_VERSION = "1.0"
 
 
@@ -61,7 +62,7 @@ def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None
     box_files: list[Path] = []
     for source in sources:
         if source.is_dir() and any((source / name).exists() for name in METADATA):
-            table = read_table(source)
+            table = read_table(source, missing_ok=True)  # a missing image is one failure among the answers
             box_files += [source / name for name in METADATA if (source / name).exists()]
             rows = (table.of_split(split) if split else table).rows
             paths.update((row.path, None) for row in rows)
@@ -92,10 +93,12 @@ def predict_to_file(
     todo = [path for path in inputs.paths if str(path) not in finished]
     names = [str(path) for path in inputs.paths]
     _write(out, header, finished, names)  # a file that cannot be written shows before the work, not after it
-    for count, prediction in enumerate(progress(predictor.predict_files(todo, inputs.entries, inputs.masks), len(todo)), 1):
+    saved = time.monotonic()
+    for prediction in progress(predictor.predict_files(todo, inputs.entries, inputs.masks), len(todo)):
         finished[str(prediction.file)] = prediction.to_dict()
-        if count % SAVE_EVERY == 0:
+        if time.monotonic() - saved >= SAVE_EVERY:
             _write(out, header, finished, names)
+            saved = time.monotonic()
     _write(out, header, finished, names)
     return Report([finished[name] for name in names], len(names) - len(todo))
 
@@ -136,11 +139,12 @@ def _finished(out: Path, header: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if not out.exists():
         return {}
     old = read_json(out)
-    if not isinstance(old, dict) or "images" not in old:
+    images = old.get("images") if isinstance(old, dict) else None
+    if not isinstance(images, list) or not all(isinstance(image, dict) and "file" in image for image in images):
         raise L2R2Error(f"{out}: exists and is not a file of predictions; choose another -o.")
     if changed := [key for key in header if key != "model" and old.get(key) != header[key]]:
         raise L2R2Error(f"{out}: was made with another {', '.join(changed)}; remove it or choose another -o.")
-    return {image["file"]: image for image in old["images"] if "failure" not in image}
+    return {image["file"]: image for image in images if "failure" not in image}
 
 
 def _write(out: Path, header: dict[str, Any], finished: dict[str, dict[str, Any]], names: list[str]) -> None:

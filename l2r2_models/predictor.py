@@ -19,6 +19,7 @@ from .images import load_image, load_mask
 from .model import L2R2Output
 from .views import make_views
 
+BATCH_PIXELS = 50_000_000  # decoded originals that are held at once
 Source = str | Path | Image.Image
 
 
@@ -167,7 +168,8 @@ class Predictor:
                 done.append(None)
             except L2R2Error as error:
                 done.append(Prediction(str(path), (), str(error)))
-            if len(batch) >= self.batch_size:
+            pixels = sum(item.image.width * item.image.height for item in batch)
+            if len(batch) >= self.batch_size or pixels > BATCH_PIXELS:
                 yield from _merge(done, self._predict(batch))
                 batch, done = [], []
         yield from _merge(done, self._predict(batch) if batch else [])

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import timm
-from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, model_entrypoint, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    is_model,
+    model_entrypoint,
+    register_model,
+)
 from timm.models._pretrained import PretrainedCfg
 from timm.models._registry import get_arch_pretrained_cfgs  # private: pinned by tests/test_zoo.py
 from torch import Tensor
 
 from .configs import load_hub_configs
 from .errors import L2R2Error
-from .model import L2R2
+from .model import L2R2, check_branches, unknown_backbone
 
 __all__: list[str] = []
 
@@ -40,23 +46,29 @@ def timm_cfgs(backbone: str) -> dict[str, PretrainedCfg]:
     return {name: cfg for name, cfg in get_arch_pretrained_cfgs(backbone).items() if cfg.hf_hub_id and "." in name}
 
 
-def derive_cfg(source: PretrainedCfg, branches: tuple[str, ...] = ("full", "fg")) -> PretrainedCfg:
-    """An L2R2 pretrained cfg that loads a plain timm classifier's weights: backbone prefixed, classifier in each head."""
+def derive_cfg(source: PretrainedCfg) -> PretrainedCfg:
+    """An L2R2 pretrained cfg that loads a plain timm classifier's weights: backbone prefixed, classifier in each head.
 
-    def prefixed(names: str | tuple[str, ...] | None) -> Any:
-        if names is None:
-            return None
-        return f"backbone.{names}" if isinstance(names, str) else tuple(f"backbone.{n}" for n in names)
-
+    Its names are those of the default model; `_create` extends them to other branches.
+    """
     return dataclasses.replace(
         source,
         architecture=None,
         tag=None,
         url=None,  # the Hub copy is safetensors; timm's other urls may be pickles
         custom_load=False,
-        first_conv=prefixed(source.first_conv),
-        classifier=tuple(f"heads.{branch}" for branch in branches),  # type: ignore[arg-type]  # timm takes several
+        first_conv=_first_convs(source, ("backbone.",)),  # type: ignore[arg-type]  # timm takes one name or several
+        classifier=("heads.full", "heads.fg"),  # type: ignore[arg-type]
     )
+
+
+def _first_convs(source: PretrainedCfg | None, prefixes: Sequence[str]) -> str | tuple[str, ...] | None:
+    """The input convolutions of a model, which timm adapts to another number of channels."""
+    if source is None or not source.first_conv:
+        return None
+    names = (source.first_conv,) if isinstance(source.first_conv, str) else source.first_conv
+    found = tuple(prefix + name for prefix in prefixes for name in names)
+    return found[0] if len(found) == 1 else found
 
 
 def _default_cfgs() -> dict[str, dict[str, Any] | PretrainedCfg]:
@@ -110,6 +122,13 @@ def _classifier_name(model: L2R2) -> str:
 
 
 def _create(architecture: str, pretrained: bool = False, *, backbone: str, **kwargs: Any) -> L2R2:
+    branches = check_branches(kwargs.get("branches") or ("full", "fg"))
+    prefixes = ["backbone.", *(f"branch_backbones.{b}." for b in branches[1:] if not kwargs.get("shared", True))]
+    names = dict(
+        first_conv=_first_convs(get_pretrained_cfg(backbone.split(".")[0]), prefixes),
+        classifier=tuple(f"heads.{branch}" for branch in branches),
+    )
+    kwargs["pretrained_cfg_overlay"] = {**names, **(kwargs.get("pretrained_cfg_overlay") or {})}
     return build_model_with_cfg(
         L2R2,
         architecture,
@@ -148,10 +167,9 @@ def l2r2(pretrained: bool = False, backbone: str = "resnet18", **kwargs: Any) ->
     With `pretrained=True` backbone and heads start from that timm tag (the default one where no tag is given).
     """
     if not is_model(backbone.split(".")[0]):
-        close = timm.list_models(f"*{backbone.split('.')[0].split('_')[0]}*")[:5]
-        hint = f"; close names: {', '.join(close)}" if close else ""
-        raise L2R2Error(f'Unknown timm backbone "{backbone}"{hint}.')
+        raise L2R2Error(unknown_backbone(backbone))
+    if isinstance(kwargs.get("pretrained_cfg"), str):
+        raise L2R2Error(f'The generic model l2r2 has no tag "{kwargs["pretrained_cfg"]}"; give one with backbone="name.tag".')
     if kwargs.get("pretrained_cfg") is None:
-        source = timm.models.get_pretrained_cfg(backbone, allow_unregistered=True) or PretrainedCfg()
-        kwargs["pretrained_cfg"] = derive_cfg(source, tuple(kwargs.get("branches") or ("full", "fg"))).to_dict()
+        kwargs["pretrained_cfg"] = derive_cfg(get_pretrained_cfg(backbone) or PretrainedCfg()).to_dict()
     return _create("l2r2", pretrained, backbone=backbone, **kwargs)

@@ -131,7 +131,8 @@ def test_finetune_then_predict_as_the_readme_does(l2r2, dataset, tmp_path):
         tmp_path / "boxes.json", "-o", tmp_path / "run", "--json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    answer = json.loads(result.stdout.strip().splitlines()[-1])
+    answer = json.loads(result.stdout)  # nothing but the answer
+    assert (answer["images"], answer["with_box"], answer["left_out"]) == (12, 12, 0)
     assert answer["run"] == str(tmp_path / "run") and "fg_accuracy" in answer["metrics"]
     files = ["--boxes", tmp_path / "boxes.json", "-o", tmp_path / "out.json"]
     result = l2r2("predict", tmp_path / "run", dataset / "images", *files)

@@ -72,12 +72,50 @@ def test_unusable_data_sets_are_named(tmp_path, dataset):
         read_table(dataset)
 
 
+def test_a_class_may_be_called_like_a_split_and_folders_below_it_belong_to_it(tmp_path):
+    for name in ("train/a.png", "car/red/b.png", "car/c.png"):
+        image(tmp_path / name)
+    assert read_table(tmp_path).label_counts() == {"car": 2, "train": 1}
+    assert read_table(tmp_path).splits == ()
+
+
+def test_images_outside_of_class_folders_are_not_dropped_or_labelled_by_their_split(tmp_path):
+    for name in ("train/cat/a.png", "train/dog/b.png", "train/c.png"):
+        image(tmp_path / name)
+    with pytest.raises(L2R2Error, match=r"1 of 3 images have no label, the first is c\.png"):
+        read_table(tmp_path).of_split("train").classes()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("a.png,x,train\na.png,y,train\n", "two values of label, x and y"),
+        ("a.png,x,train\n./a.png,x,test\n", "two values of split, train and test"),
+    ],
+)
+def test_rows_that_contradict_each_other_are_refused(tmp_path, rows, message):
+    image(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label,split\n" + rows)
+    with pytest.raises(L2R2Error, match=message):
+        read_table(tmp_path)
+
+
+def test_odd_values_in_metadata_do_no_harm(tmp_path):
+    image(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "label": 3, "split": 1}\n')
+    assert read_table(tmp_path).of_split("1").rows[0].label == "3"
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "%s.png", "label": "x"}\n' % ("a" * 300))
+    with pytest.raises(L2R2Error, match="which is not in"):
+        read_table(tmp_path)
+
+
 def test_bad_images_and_boxes_for_another_size_are_found_before_training(dataset):
     (dataset / "images" / "train_001.png").write_bytes(b"PK\x03\x04 zip")
     (dataset / "images" / "train_002.png").write_bytes(b"")
     table = read_table(dataset)
-    bad = check_images(table, lambda rows, total: rows)
-    assert {p.name for p in bad} == {"train_001.png", "train_002.png"}
+    check = check_images(table, lambda steps, total: steps)
+    bad = check.bad
+    assert len(check.with_box) == 34 and {p.name for p in bad} == {"train_001.png", "train_002.png"}
     assert "ZIP" in bad[dataset / "images" / "train_001.png"]
 
 

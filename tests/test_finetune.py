@@ -47,18 +47,58 @@ def test_another_recipe_or_other_data_never_mix_with_a_run(dataset, tmp_path):
         finetune(dataset, recipe(epochs=2, seed=1), run)
     text = (dataset / "metadata.csv").read_text()
     (dataset / "metadata.csv").write_text(text.replace("images/train_000.png,red", "images/train_000.png,blue"))
-    with pytest.raises(L2R2Error, match="another the data"):
+    with pytest.raises(L2R2Error, match="another data set"):
         finetune(dataset, recipe(), run)
     assert (run / "model.safetensors").read_bytes() == weights
     finetune(dataset, recipe(), run, overwrite=True)
     assert (run / "model.safetensors").read_bytes() != weights
 
 
-def test_a_folder_that_is_no_run_is_not_touched(dataset, tmp_path):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_no_run_is_never_touched(dataset, tmp_path, overwrite):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(L2R2Error, match="is not a run of finetune"):
-        finetune(dataset, recipe(), tmp_path)
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    for out in (tmp_path, dataset):
+        with pytest.raises(L2R2Error, match="is not a run of finetune"):
+            finetune(dataset, recipe(), out, overwrite=overwrite)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work" and (dataset / "metadata.csv").exists()
+
+
+def test_overwriting_deletes_the_old_run_only_when_the_new_one_can_start(dataset, tmp_path):
+    run = tmp_path / "run"
+    finetune(dataset, recipe(), run)
+    with pytest.raises(L2R2Error, match="Unknown timm backbone"):
+        finetune(dataset, Recipe.default("timm:resnat10t", False, size=32), run, overwrite=True)
+    assert (run / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("lost", ["config.json", "model.safetensors"])
+def test_a_run_that_lost_a_file_is_not_called_finished(dataset, tmp_path, lost):
+    run = tmp_path / "run"
+    finetune(dataset, recipe(), run)
+    (run / lost).unlink()
+    assert not finetune(dataset, recipe(), run).was_finished
+    Predictor.from_pretrained(run)
+
+
+def test_a_last_batch_of_one_row_does_not_stop_batch_norm(tmp_path):
+    data = write_dataset(tmp_path / "data", count=9)
+    finetune(data, recipe(batch_size=4, branches=("full",)), tmp_path / "run")
+
+
+def test_a_size_that_the_backbone_does_not_take_shows_before_training(dataset, tmp_path):
+    with pytest.raises(L2R2Error, match="does not take views of 8 pixels"):
+        finetune(dataset, Recipe.default("timm:efficientformer_l1", False, size=8), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("columns", [",0.1,1,1,9,9", ",0.9,500,500,600,600"])
+def test_boxes_that_cannot_be_used_never_train_an_fg_branch_silently(tmp_path, columns):
+    data = write_dataset(tmp_path / "data")
+    lines = [",".join(line.split(",")[:3]) for line in (data / "metadata.csv").read_text().splitlines()]
+    text = "\n".join([lines[0] + ",score,x0,y0,x1,y1", *(line + columns for line in lines[1:])])
+    (data / "metadata.csv").write_text(text)
+    with pytest.raises(L2R2Error, match="no training image has a box or mask that can be used"):
+        finetune(data, recipe(), tmp_path / "run")
 
 
 def test_a_killed_run_continues_to_the_very_same_weights(dataset, tmp_path):
@@ -94,7 +134,7 @@ def test_training_without_any_box_says_what_to_do(tmp_path):
     data = write_dataset(tmp_path / "data")
     text = "\n".join(",".join(line.split(",")[:3]) for line in (data / "metadata.csv").read_text().splitlines())
     (data / "metadata.csv").write_text(text)
-    with pytest.raises(L2R2Error, match="--boxes FILE, or train a plain classifier with --branches full"):
+    with pytest.raises(L2R2Error, match="so fg would learn nothing; give --boxes FILE, or train a plain classifier"):
         finetune(data, recipe(), tmp_path / "run")
     assert finetune(data, recipe(branches=("full",)), tmp_path / "plain").folder.exists()
 
@@ -121,6 +161,11 @@ def test_rows_without_a_box_train_the_full_branch_only():
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"threshold": 0.5, "fusion": "average"}, 'threshold belongs to the fusion "robust"'),
         ({"box_jitter": 3.0}, "box_jitter must lie between 0 and 1"),
+        ({"seed": -1}, "seed must lie between"),
+        ({"workers": -1}, "workers must be at least 0"),
+        ({"lr": float("nan")}, "lr must be above 0"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+        ({"size": 0}, "size must be at least 1"),
     ],
 )
 def test_unusable_recipes_are_sentences(dataset, tmp_path, changes, message):
@@ -129,9 +174,9 @@ def test_unusable_recipes_are_sentences(dataset, tmp_path, changes, message):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "l2r2_resnat18", "timm:resnat18", "l2r2_resnet18.no_such_tag"])
+@pytest.mark.parametrize("name", ["resnet18", "l2r2_resnat18", "timm:resnat18", "l2r2_resnet18.no_tag", "l2r2.tag"])
 def test_unknown_models_are_sentences(dataset, tmp_path, name):
-    with pytest.raises(L2R2Error, match=r"Unknown|Invalid pretrained tag"):
+    with pytest.raises(L2R2Error, match=r"Unknown|Invalid pretrained tag|has no tag"):
         finetune(dataset, Recipe.default(name, False, size=32), tmp_path / "run")
 
 

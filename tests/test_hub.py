@@ -11,7 +11,7 @@ from conftest import COLOURS, write_run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from l2r2_models import L2R2Error, Predictor, ViewSpec, hub
+from l2r2_models import L2R2, L2R2Error, Predictor, ViewSpec, hub
 
 
 def edit_config(run, change):
@@ -63,6 +63,13 @@ def test_a_fixed_size_vit_comes_back_at_its_own_size(tmp_path):
     assert torch.equal(loaded(x), model.eval()(x))
 
 
+def test_the_backbones_own_arguments_come_back(tmp_path):
+    model = timm.create_model("l2r2", backbone="resnet10t", num_classes=3, global_pool="max", output_stride=8)
+    hub.save_checkpoint(model, tmp_path, ["a", "b", "c"])
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(hub.load_checkpoint(tmp_path).model(x), model.eval()(x))
+
+
 def test_the_fusion_can_be_chosen_when_loading(run):
     model = timm.create_model(f"local-dir:{run}", pretrained=True, fusion="average")
     assert model.fusion.name == "average"
@@ -99,6 +106,9 @@ def test_refusals_name_the_file_and_say_why(tmp_path):
         'Unknown fusion "magic"': lambda c: [c[part].update(fusion={"name": "magic"}) for part in ("l2r2", "model_args")],
         "says two things about views": lambda c: c["l2r2"]["views"].update(margin=0.5),
         "Unknown model": lambda c: c.update(architecture="l2r2_resnat18"),
+        "unusable views under l2r2": lambda c: c["l2r2"].update(views=3),
+        "has no views under l2r2": lambda c: c["l2r2"].pop("views"),
+        "model_args as a mapping": lambda c: c.update(model_args=[]),
         "2 label_names for 3 classes": lambda c: c.update(label_names=["a", "b"]),
     }
     good = (run / "config.json").read_text()
@@ -139,3 +149,5 @@ def test_labels_must_fit(tmp_path):
     model = timm.create_model("l2r2", backbone="resnet10t", num_classes=3)
     with pytest.raises(L2R2Error, match="2 labels for 3 classes"):
         hub.save_checkpoint(model, tmp_path, ["a", "b"])
+    with pytest.raises(L2R2Error, match=r"made by timm\.create_model"):
+        hub.save_checkpoint(L2R2("resnet10t", num_classes=3), tmp_path, ["a", "b", "c"])

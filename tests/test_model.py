@@ -100,6 +100,8 @@ def test_mistakes_are_sentences():
         L2R2("resnet10t", branches=("full", "full"))
     with pytest.raises(L2R2Error, match='Unknown fusion "rubust"'):
         L2R2("resnet10t", fusion="rubust")
+    with pytest.raises(L2R2Error, match='Unknown timm backbone "resnat18"; close names: resnet18'):
+        L2R2("resnat18")
     with pytest.raises(L2R2Error, match='Unknown timm backbone "resnat18"'):
         timm.create_model("l2r2", backbone="resnat18")
     with pytest.raises(L2R2Error, match="has the branches full, fg, not bg"):

@@ -128,6 +128,21 @@ def test_one_bad_file_is_a_failure_and_the_others_go_on(predictor, dataset, tmp_
         predictor(bad)
 
 
+def test_an_image_that_is_gone_is_one_failure(predictor, dataset, tmp_path):
+    (dataset / "images" / "train_001.png").unlink()
+    report = predict_to_file(predictor, gather([dataset], split="train"), tmp_path / "out.json")
+    assert len(report.images) == 12 and "no such file" in report.failures[0]["failure"]
+
+
+def test_large_images_are_not_all_held_at_once(predictor, dataset, monkeypatch):
+    monkeypatch.setattr("l2r2_models.predictor.BATCH_PIXELS", 3 * 60 * 40)
+    passes = []
+    original = predictor._predict
+    monkeypatch.setattr(predictor, "_predict", lambda items: passes.append(len(items)) or original(items))
+    inputs = gather([dataset], split="train")
+    assert len(list(predictor.predict_files(inputs.paths, inputs.entries))) == 12 and passes == [4, 4, 4]
+
+
 def test_a_file_of_predictions_continues_and_repeats_only_failures(predictor, dataset, tmp_path, monkeypatch):
     out, bad = tmp_path / "out.json", dataset / "images" / "train_001.png"
     good = bad.read_bytes()
@@ -146,7 +161,7 @@ def test_a_file_of_predictions_continues_and_repeats_only_failures(predictor, da
 
 
 def test_an_interrupted_file_of_predictions_loses_nothing(predictor, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("l2r2_models.predictions.SAVE_EVERY", 5)
+    monkeypatch.setattr("l2r2_models.predictions.SAVE_EVERY", 0.0)
     inputs, out = gather([dataset]), tmp_path / "out.json"
 
     def dies(items, total):
@@ -157,9 +172,9 @@ def test_an_interrupted_file_of_predictions_loses_nothing(predictor, dataset, tm
 
     with pytest.raises(KeyboardInterrupt):
         predict_to_file(predictor, inputs, out, dies)
-    assert len(json.loads(out.read_text())["images"]) == 15
+    assert len(json.loads(out.read_text())["images"]) == 17
     report = predict_to_file(predictor, inputs, out)
-    assert report.kept == 15 and len(report.images) == 36
+    assert report.kept == 17 and len(report.images) == 36
 
 
 def test_predictions_of_another_model_or_other_settings_are_not_mixed(run, dataset, tmp_path):
@@ -170,7 +185,7 @@ def test_predictions_of_another_model_or_other_settings_are_not_mixed(run, datas
         predict_to_file(Predictor.from_pretrained(other, device="cpu"), inputs, out)
     with pytest.raises(L2R2Error, match="made with another settings"):
         predict_to_file(Predictor.from_pretrained(run, box_threshold=0.9, device="cpu"), inputs, out)
-    (dataset / "metadata.csv").open("a").write("images/test_000.png,red,extra,1,1,9,9\n")
+    (dataset / "metadata.csv").open("a").write("images/test_000.png,red,test,1,1,9,9\n")
     with pytest.raises(L2R2Error, match="made with another boxes_sha256"):
         predict_to_file(Predictor.from_pretrained(run, device="cpu"), gather([dataset], split="train"), out)
     (tmp_path / "notes.json").write_text("[1, 2]")

@@ -45,7 +45,7 @@ def finetune(
     seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes that load images.")] = 0,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what the run's folder holds.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that the folder holds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a model on your images; writes a checkpoint in timm's layout."""
@@ -59,13 +59,15 @@ def finetune(
     )  # fmt: skip
     result = run(
         data, recipe, out, boxes=boxes, metadata=metadata, train_split=train_split, val_split=val_split,
-        skip_bad=skip_bad, overwrite=overwrite, progress=lambda rows, total: track(rows, total, "checking images"),
+        skip_bad=skip_bad, overwrite=overwrite, progress=lambda steps, total: track(steps, total, "checking images"),
     )  # fmt: skip
     for reason in result.skipped.values():
-        errors.print(f"left out: {reason}", highlight=False, markup=False)
+        errors.print(f"left out: {reason}", highlight=False, markup=False, soft_wrap=True)
     if as_json:
-        typer.echo(json.dumps({"run": str(result.folder), "metrics": result.metrics, "left_out": len(result.skipped)}))
+        figures = {"images": result.images, "with_box": result.with_box, "left_out": len(result.skipped)}
+        typer.echo(json.dumps({"run": str(result.folder), "metrics": result.metrics, **figures}))
         return
+    typer.echo(f"{result.with_box} of {result.images} training images have a usable box")
     for name, value in result.metrics.items():
         typer.echo(f"{name.replace('_', ' ')} on the validation split: {100 * value:.1f} %")
     typer.echo(f"{'already finished: ' if result.was_finished else 'wrote '}{result.folder}")

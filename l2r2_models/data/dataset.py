@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -82,85 +83,115 @@ class ImageTable:
         return Counter(str(row.label) for row in self.rows)
 
 
-def read_table(root: str | Path, *, metadata: str | Path | None = None, boxes: str | Path | None = None) -> ImageTable:
+def read_table(
+    root: str | Path, *, metadata: str | Path | None = None, boxes: str | Path | None = None, missing_ok: bool = False
+) -> ImageTable:
     """Read a data set.
 
     Known forms: an `imagefolder` with metadata.csv or .jsonl (columns file_name, label, and if there split, box columns as
-    `box_files.read_rows` knows them, mask_file); one folder a class; the latter inside folders train, val, test.
+    `box_files.entries_of_rows` knows them, mask_file); one folder a class, where the first folder is the class; the latter
+    inside folders train, val, test.
 
     Args:
         root: the folder.
         metadata: another metadata file for the images of that folder; file names stay relative to the folder.
         boxes: a box file that replaces the boxes of the metadata, joined by path.
+        missing_ok: keep rows whose image is missing.
 
     Raises:
-        L2R2Error: nothing usable, a listed image is missing, or the boxes belong to no image.
+        L2R2Error: nothing usable, a listed image is missing, rows contradict each other, or the boxes belong to no image.
     """
     root = Path(root)
     if not root.is_dir():
         raise L2R2Error(f"{root}: no such folder.")
     listed = Path(metadata) if metadata else next((root / m for m in METADATA if (root / m).exists()), None)
-    rows = _rows_of_metadata(root, listed) if listed else _rows_of_folders(root)
+    rows = _rows_of_metadata(root, listed, missing_ok) if listed else _rows_of_folders(root)
     if boxes is not None:
         joined = read_boxes(boxes).join(row.path for row in rows)
         rows = [replace(row, entry=joined.get(str(row.path))) for row in rows]
     return ImageTable(root, tuple(rows))
 
 
-def _rows_of_metadata(root: Path, file: Path) -> list[Row]:
-    if not file.exists():
+def _rows_of_metadata(root: Path, file: Path, missing_ok: bool) -> list[Row]:
+    if not file.is_file():
         raise L2R2Error(f"{file}: no such metadata file.")
-    records = read_rows(file)
+    records = [{**record, "file_name": posixpath.normpath(str(record["file_name"]))} for record in read_rows(file)]
     entries = entries_of_rows(records, str(file))
     has_boxes = any(entry.boxes for entry in entries.values())
     rows: dict[str, Row] = {}
     for record in records:
-        name = str(record["file_name"])
-        path = root / name
-        if name not in rows and not path.exists():
+        name = record["file_name"]
+        if not missing_ok and name not in rows and not _exists(root / name):
             raise L2R2Error(f"{file}: lists {name}, which is not in {root}.")
-        label = record.get("label")
-        rows[name] = Row(
-            path,
-            None if label in (None, "") else str(label),
-            record.get("split") or None,
+        texts = {k: None if record.get(k) in (None, "") else str(record[k]) for k in ("label", "split", "mask_file")}
+        row = Row(
+            root / name,
+            texts["label"],
+            texts["split"],
             entries[name] if has_boxes else None,
-            root / record["mask_file"] if record.get("mask_file") else None,
+            root / texts["mask_file"] if texts["mask_file"] else None,
             tuple((k, str(v)) for k, v in record.items() if isinstance(v, (str, int, float))),
         )
+        old = rows.setdefault(name, row)
+        for what in ("label", "split", "mask_file"):
+            if getattr(old, what) != getattr(row, what):
+                raise L2R2Error(f"{file}: gives {name} two values of {what}, {getattr(old, what)} and {getattr(row, what)}.")
     return list(rows.values())
 
 
 def _rows_of_folders(root: Path) -> list[Row]:
+    """The first folder is the class; where every first folder is called like a split, the second one is."""
     paths = sorted(p for p in root.rglob("*") if is_image_path(p.relative_to(root)) and p.is_file())
     if not paths:
         raise L2R2Error(f"{root}: no image in this folder.")
+    parents = [path.relative_to(root).parts[:-1] for path in paths]
+    splits = all(folders and folders[0].lower() in SPLIT_FOLDERS for folders in parents)
     rows = []
-    for path in paths:
-        parents = path.relative_to(root).parts[:-1]
-        split = parents[0] if len(parents) > 1 and parents[0].lower() in SPLIT_FOLDERS else None
-        rows.append(Row(path, parents[-1] if parents else None, split))
+    for path, folders in zip(paths, parents):
+        label = folders[splits] if len(folders) > splits else None
+        rows.append(Row(path, label, folders[0] if splits else None))
     return rows
 
 
-def check_images(table: ImageTable, progress: Callable[[Iterable[Row], int], Iterable[Row]]) -> dict[Path, str]:
-    """Decode every image once and join its boxes; what cannot be used, with the reason.
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no file can have
+        return False
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `check_images` found: images that cannot be used, with the reason, and those with a usable box."""
+
+    bad: dict[Path, str]
+    with_box: frozenset[Path]
+
+
+def check_images(
+    table: ImageTable, progress: Callable[[Iterable[None], int], Iterable[None]], box_threshold: float = 0.0
+) -> Check:
+    """Decode every image once and look for its box.
 
     Args:
-        progress: wraps the rows to show progress; gets them and their number.
+        table: what to check.
+        progress: wraps an iterable of that many steps to show progress.
+        box_threshold: see `sample_of`.
     """
     bad: dict[Path, str] = {}
+    with_box: list[Path] = []
 
     def check(row: Row) -> None:
         try:
-            sample_of(row, fill=(0, 0, 0))
+            if sample_of(row, (0, 0, 0), box_threshold).box.isfinite().all():
+                with_box.append(row.path)
         except L2R2Error as error:
             bad[row.path] = str(error)
 
     with ThreadPoolExecutor(2) as pool:
-        for _ in progress(pool.map(check, table.rows), len(table)):  # type: ignore[arg-type]
+        for _ in progress(pool.map(check, table.rows), len(table)):
             pass
-    return bad
+    return Check({row.path: bad[row.path] for row in table.rows if row.path in bad}, frozenset(with_box))
 
 
 @dataclass(frozen=True)
@@ -209,6 +240,8 @@ class ViewDataset(Dataset):
         seed: int = 0,
     ) -> None:
         index = {label: i for i, label in enumerate(classes)}
+        if any(row.label is None for row in table.rows):
+            raise L2R2Error(f"{table.root}: an image of the split {table.rows[0].split} has no label.")
         if unknown := sorted({str(row.label) for row in table.rows} - set(index)):
             raise L2R2Error(f"{table.root}: label {unknown[0]} does not occur in training.")
         self.rows, self.spec, self.branches, self.augment = table.rows, spec, tuple(branches), augment

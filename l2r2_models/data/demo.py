@@ -8,12 +8,14 @@ size and colours of a card say nothing about its class, and its box is known.
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ..errors import L2R2Error
+from ..files import write_text
 
 PHOTOGRAPHS = ("coffee", "grass", "brick", "gravel", "rocket", "retina", "china", "flower", "immunohistochemistry", "chelsea")
 SIDE = 96  # pixels of an image
@@ -56,10 +58,9 @@ def make_demo_data(folder: str | Path, *, train: int = 600, test: int = 300, see
             name = f"images/{split}_{i:04d}.png"
             Image.fromarray(image).save(folder / name)
             rows.append((name, label, split, *box, PHOTOGRAPHS[where]))
-    with open(folder / "metadata.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(rows)
+    lines = io.StringIO()
+    csv.writer(lines, lineterminator="\n").writerows([COLUMNS, *rows])
+    write_text(folder / "metadata.csv", lines.getvalue())  # last and in one step: it says that the data are whole
     return folder
 
 

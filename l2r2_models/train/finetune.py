@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,27 +16,39 @@ from typing import Any, cast
 
 import timm
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..data.dataset import ImageTable, Row, ViewDataset, check_images, read_table
+from ..data.dataset import Check, ImageTable, ViewDataset, check_images, read_table
 from ..errors import L2R2Error
 from ..files import read_json, write_json
-from ..hub import WEIGHTS, save_checkpoint
+from ..hub import CONFIG, WEIGHTS, save_checkpoint
 from ..model import BRANCHES, L2R2
 from ..views import ViewSpec
 from .recipes import Recipe
 
+TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "validation", "valid", "dev")
 RUN, CHECKPOINTS = "run.json", "checkpoints"
+Progress = Callable[[Iterable[None], int], Iterable[None]]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What `finetune` made: the run's folder, the branches' accuracies on the validation split (empty without one), the images
-    left out with the reason, and whether the run had been finished before."""
+    """What `finetune` made.
+
+    Attributes:
+        folder: the run's folder.
+        metrics: accuracies on the validation split, empty without one.
+        images, with_box: training images, and how many of them have a usable box.
+        skipped: images left out, with the reason.
+        was_finished: nothing was done, the run had been finished before.
+    """
 
     folder: Path
     metrics: dict[str, float]
+    images: int
+    with_box: int
     skipped: dict[Path, str]
     was_finished: bool = False
 
@@ -57,11 +72,17 @@ class BranchLoss(nn.Module):
         fg: Tensor | None = None,
         bg: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Views `[B, C, S, S]`, labels `[B]` -> loss, and the logits `[B, classes]` by branch and fused."""
+        """Views `[B, C, S, S]`, labels `[B]` -> loss, and the logits `[B, classes]` by branch and fused.
+
+        For figures, rows without a box have the full branch's logits in every branch, as a Prediction has.
+        """
         logits = self.model.forward_branches(full=full, fg=fg, bg=bg)
         rows = {branch: torch.ones_like(has_fg) if branch == "full" else has_fg for branch in logits}
         losses = [self._loss(z, labels, rows[branch]) for branch, z in logits.items()]
-        return {"loss": torch.stack(losses).sum(), "fused": self.model.fuse(logits, has_fg), **logits}
+        fused = self.model.fuse(logits, has_fg)
+        if "full" in logits:
+            logits = {branch: torch.where(rows[branch][:, None], z, logits["full"]) for branch, z in logits.items()}
+        return {"loss": torch.stack(losses).sum(), "fused": fused, **logits}
 
     def _loss(self, logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         each = nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
@@ -79,7 +100,7 @@ def finetune(
     val_split: str | None = None,
     skip_bad: bool = False,
     overwrite: bool = False,
-    progress: Callable[[Iterable[Row], int], Iterable[Row]] = lambda rows, _: rows,
+    progress: Progress = lambda steps, _: steps,
 ) -> Result:
     """Train a model on a user's images and write a checkpoint in timm's layout.
 
@@ -94,8 +115,8 @@ def finetune(
         train_split, val_split: names in the metadata or folders; by default `train` (all images if there are no splits) and,
             where there is one, `val` or `validation`.
         skip_bad: leave unreadable images out instead of stopping.
-        overwrite: delete what `out` holds.
-        progress: wraps the rows while images are checked.
+        overwrite: delete the run that `out` holds, once the new one can start.
+        progress: wraps the steps while images are checked.
 
     Raises:
         L2R2Error: unusable data, an unknown model, or a folder that holds another run.
@@ -106,26 +127,26 @@ def finetune(
     classes = train.classes()
     settings = {
         "recipe": recipe.to_dict(),
-        "data": {"train": train_digest(train), "images": len(train), "classes": list(classes), "boxes": _box_count(train)},
+        "data": {"train": train_digest(train), "images": len(train), "classes": list(classes)},
     }
-    if _continues(out, settings, overwrite) and (out / WEIGHTS).exists():
-        return Result(out, read_json(out / RUN).get("metrics", {}), {}, was_finished=True)
+    _check_place(out, Path(data), settings, overwrite)
+    if not overwrite and (done := _finished(out)) is not None:
+        return Result(out, done["metrics"], len(train), done["data"]["with_box"], {}, was_finished=True)
 
     model = create_model(recipe, len(classes))  # before the slow check of the images: a wrong name shows at once
-    train, val, skipped = _usable(train, val, skip_bad, progress)
-    if skipped and train.classes() != classes:
+    train, val, check = _usable(train, val, recipe, skip_bad, progress)
+    if train.classes() != classes:
         raise L2R2Error(f"{table.root}: a class lost all of its images; the classes left are {', '.join(train.classes())}.")
-    if "fg" in recipe.branches and not any(row.entry is not None and row.entry.boxes for row in train.rows):
-        raise L2R2Error(
-            f"{table.root}: no training image has a box, so the fg branch has nothing to look at; "
-            "give --boxes FILE, or train a plain classifier with --branches full."
-        )
+    if overwrite:
+        shutil.rmtree(out, ignore_errors=True)
     write_json(out / RUN, settings)
     metrics = _train(model, recipe, train, val, classes, out)
+    with_box = sum(row.path in check.with_box for row in train.rows)
+    settings["data"]["with_box"] = with_box
     save_checkpoint(model, out, classes, settings)
-    write_json(out / RUN, {**settings, "versions": _versions(), "metrics": metrics})
+    write_json(out / RUN, {**settings, "versions": _versions(), "metrics": metrics})  # last: it says that the run is finished
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-    return Result(out, metrics, skipped)
+    return Result(out, metrics, len(train), with_box, check.bad)
 
 
 def create_model(recipe: Recipe, num_classes: int) -> L2R2:
@@ -160,57 +181,88 @@ def create_model(recipe: Recipe, num_classes: int) -> L2R2:
         raise L2R2Error(f"{recipe.model} cannot be created ({what}){hint}.") from error
     changes = {"fg": recipe.fg, "margin": recipe.margin, **({"size": recipe.size} if recipe.size else {})}
     model.view_spec = ViewSpec.from_pretrained_cfg(model.pretrained_cfg, **changes)
+    _try_out(model, recipe)
     return model
+
+
+def _try_out(model: L2R2, recipe: Recipe) -> None:
+    """One pass in evaluation, so that a size that the backbone does not take shows before the images are read."""
+    view = torch.zeros(2, model.in_chans, model.view_spec.size, model.view_spec.size)
+    model.eval()
+    try:
+        with torch.inference_mode():
+            model.forward_branches(**dict.fromkeys(model.branches, view))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise L2R2Error(f"{recipe.model} does not take views of {model.view_spec.size} pixels ({what}).") from error
+    finally:
+        model.train()
 
 
 def train_digest(table: ImageTable) -> str:
     """SHA-256 over the rows' names, labels, boxes and image contents' sizes: another data set gives another digest."""
     digest = hashlib.sha256()
     for row in table.rows:
-        name = row.path.relative_to(table.root).as_posix()
+        name = os.path.relpath(row.path, table.root)
         digest.update(json.dumps([name, row.label, row.path.stat().st_size, row.entry and row.entry.boxes]).encode())
     return digest.hexdigest()
 
 
 def _split(table: ImageTable, train: str | None, val: str | None) -> tuple[ImageTable, ImageTable | None]:
-    val = val or next((name for name in VAL_NAMES if name in table.splits), None)
-    if train is None and not table.splits:
-        train_table = table
-    else:
-        train_table = table.of_split(train or "train")
-    return train_table, table.of_split(val) if val else None
+    def known(names: tuple[str, ...]) -> str | None:
+        return next((split for name in names for split in table.splits if split.lower() == name), None)
+
+    train, val = train or known(TRAIN_NAMES) or ("train" if table.splits else None), val or known(VAL_NAMES)
+    return table.of_split(train) if train else table, table.of_split(val) if val else None
 
 
-def _continues(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `out` holds this very run; anything else there is refused."""
-    if overwrite:
-        shutil.rmtree(out, ignore_errors=True)
+def _check_place(out: Path, data: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """`out` must be new, empty, or this very run; to be overwritten it must at least be a run."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    if not (out / RUN).exists():
-        raise L2R2Error(f"{out}: exists and is not a run of finetune; choose another -o, or --overwrite it.")
+        return
+    if not (out / RUN).is_file() or data.resolve().is_relative_to(out.resolve()):
+        raise L2R2Error(f"{out}: exists and is not a run of finetune; choose another -o.")
+    if overwrite:
+        return
     old = read_json(out / RUN)
-    changed = [k for k, v in settings["recipe"].items() if old.get("recipe", {}).get(k) != v and k != "workers"]
-    changed += ["the data"] if old.get("data") != settings["data"] else []
+    recipe, old_data = (old.get(k) if isinstance(old, dict) else None for k in ("recipe", "data"))
+    if not isinstance(recipe, dict) or not isinstance(old_data, dict):
+        raise L2R2Error(f"{out / RUN}: is damaged; --overwrite the run.")
+    changed = [k for k, v in settings["recipe"].items() if recipe.get(k) != v and k != "workers"]
+    changed += ["data set"] if any(old_data.get(k) != v for k, v in settings["data"].items()) else []
     if changed:
         raise L2R2Error(f"{out}: holds a run with another {', '.join(changed)}; choose another -o, or --overwrite it.")
-    return True
+
+
+def _finished(out: Path) -> dict[str, Any] | None:
+    """The record of a finished run: it is written after everything else."""
+    if not all((out / name).is_file() for name in (RUN, CONFIG, WEIGHTS)):
+        return None
+    record = read_json(out / RUN)
+    return record if "metrics" in record else None
 
 
 def _usable(
-    train: ImageTable, val: ImageTable | None, skip_bad: bool, progress: Callable[[Iterable[Row], int], Iterable[Row]]
-) -> tuple[ImageTable, ImageTable | None, dict[Path, str]]:
+    train: ImageTable, val: ImageTable | None, recipe: Recipe, skip_bad: bool, progress: Progress
+) -> tuple[ImageTable, ImageTable | None, Check]:
     rows = train.rows + (val.rows if val else ())
-    bad = check_images(replace(train, rows=rows), progress)
-    if bad and not skip_bad:
-        first = next(iter(bad.values()))
-        count = f"{len(bad)} of {len(rows)} images cannot be used"
-        raise L2R2Error(f"{count}, e.g. {first} Mend them, or leave them out with --skip-bad.")
+    check = check_images(replace(train, rows=rows), progress, recipe.box_threshold)
+    if check.bad and not skip_bad:
+        count = f"{len(check.bad)} of {len(rows)} images cannot be used"
+        raise L2R2Error(f"{count}, e.g. {next(iter(check.bad.values()))} Mend them, or leave them out with --skip-bad.")
 
     def without(table: ImageTable) -> ImageTable:
-        return replace(table, rows=tuple(row for row in table.rows if row.path not in bad))
+        return replace(table, rows=tuple(row for row in table.rows if row.path not in check.bad))
 
-    return without(train), without(val) if val else None, bad
+    train = without(train)
+    looks_at_objects = [branch for branch in recipe.branches if branch != "full"]
+    if looks_at_objects and not any(row.path in check.with_box for row in train.rows):
+        raise L2R2Error(
+            f"{train.root}: no training image has a box or mask that can be used (inside the image, score at least "
+            f"{recipe.box_threshold:g}), so {' and '.join(looks_at_objects)} would learn nothing; "
+            "give --boxes FILE, or train a plain classifier with --branches full."
+        )
+    return train, without(val) if val else None, check
 
 
 def _train(
@@ -244,15 +296,21 @@ def _train(
             data_seed=recipe.seed,
             dataloader_num_workers=recipe.workers,
             dataloader_pin_memory=torch.cuda.is_available(),
+            # batch norm cannot take a last batch of one row
+            dataloader_drop_last=len(train) > recipe.batch_size > 1 and len(train) % recipe.batch_size == 1,
         ),
         train_dataset=ViewDataset(train, classes, augment=recipe.augment(), seed=recipe.seed, **common),
         eval_dataset=ViewDataset(val, classes, **common) if val else None,
         compute_metrics=functools.partial(accuracies, ("fused", *(b for b in BRANCHES if b in model.branches))),
     )
-    trainer.train(resume_from_checkpoint=_last_checkpoint(out / CHECKPOINTS))
-    if not val:
-        return {}
-    return {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items() if k.endswith("accuracy")}
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints its losses; stdout is for the result
+            trainer.train(resume_from_checkpoint=_last_checkpoint(out / CHECKPOINTS))
+            measured = trainer.evaluate() if val else {}
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        what = " ".join(str(error).split())[:300]
+        raise L2R2Error(f"{out}: training stopped ({what}); what was finished before is kept.") from error
+    return {k.removeprefix("eval_"): v for k, v in measured.items() if k.endswith("accuracy")}
 
 
 def accuracies(names: Sequence[str], prediction: Any) -> dict[str, float]:
@@ -262,19 +320,16 @@ def accuracies(names: Sequence[str], prediction: Any) -> dict[str, float]:
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint; one that a killed process left half-written is removed."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
-    for checkpoint in checkpoints:
+    """The newest complete checkpoint; those that a killed process left half-written are removed."""
+    numbered = {int(p.name.split("-")[1]): p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit()}
+    for _, checkpoint in sorted(numbered.items(), reverse=True):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text())  # written last
-            return str(checkpoint)
-        except (OSError, ValueError):
+            with safe_open(checkpoint / WEIGHTS, "pt"):
+                return str(checkpoint)
+        except (OSError, ValueError, SafetensorError):
             shutil.rmtree(checkpoint, ignore_errors=True)
     return None
-
-
-def _box_count(table: ImageTable) -> int:
-    return sum(bool(row.entry and row.entry.boxes) for row in table.rows)
 
 
 def _versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -57,8 +58,16 @@ class Recipe:
         for name in ("box_threshold", "warmup", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise L2R2Error(f"{name} must lie between 0 and 1, got {getattr(self, name)}.")
-        if self.lr <= 0:
+        if not 0 < self.lr < math.inf:
             raise L2R2Error(f"lr must be above 0, got {self.lr}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise L2R2Error(f"weight_decay must be at least 0, got {self.weight_decay}.")
+        if not 0 <= self.seed < 2**32:
+            raise L2R2Error(f"seed must lie between 0 and 4294967295, got {self.seed}.")
+        if self.workers < 0:
+            raise L2R2Error(f"workers must be at least 0, got {self.workers}.")
+        if self.size is not None and self.size < 1:
+            raise L2R2Error(f"size must be at least 1 pixel, got {self.size}.")
         self.augment()
         if self.threshold is not None and self.fusion != "robust":
             raise L2R2Error(f'threshold belongs to the fusion "robust", not to "{self.fusion}".')

@@ -8,6 +8,7 @@ import torch
 from timm.models import get_notrace_functions, get_notrace_modules
 from torchvision.models.feature_extraction import NodePathTracer
 
+from l2r2_models.configs import load_hub_configs
 from l2r2_models.zoo import ARCHITECTURES
 
 FAMILIES = {
@@ -167,6 +168,10 @@ def test_weights_of_the_timm_model_give_the_timm_model_bit_for_bit(name, tmp_pat
     assert fresh.eval()(images(name, channels=1)).shape == (2, 3)
 
 
+HEADLESS = sorted({c.architecture for c in load_hub_configs() if c.labels is None} & set(FAMILIES))
+
+
+@pytest.mark.parametrize("name", HEADLESS)
 def test_headless_weights_load_into_the_backbone(name, tmp_path):
     from safetensors.torch import save_file
 
