@@ -1,11 +1,15 @@
 """The house rules that a user would feel: a light import, no package called `kernels`, floors that do not import upwards."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from l2r2_models.cli import main
+from l2r2_models.configs import load_hub_configs
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"transformers", "triton", "datasets", "accelerate", "sklearn", "skimage", "matplotlib", "gradio", "captum", "typer"}
@@ -72,3 +76,26 @@ print(type(transformers.AutoModel.from_pretrained({str(tmp_path)!r})).__name__)
 def test_no_file_outgrows_400_lines():
     for path in [*(ROOT / "l2r2_models").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_the_readmes_model_table_is_what_the_hub_configs_say():
+    readme = (ROOT / "README.md").read_text()
+    defaults = [c for c in load_hub_configs() if c.default]
+    for c in defaults:
+        top1 = "" if c.top1 is None else f"{c.top1:.1f}"
+        row = f"| `{c.architecture}` | {c.parameters / 1e6:.1f} M | {c.input_size} | `{c.tag}` | {top1} | {c.licence} |"
+        assert row in readme, c.architecture
+    assert readme.count("| `l2r2_") == len(defaults)
+
+
+def test_the_readmes_commands_and_options_exist(capsys, monkeypatch):
+    """Every `--option` that the README names belongs to one of the commands."""
+    monkeypatch.setenv("COLUMNS", "300")
+    known = ""
+    for command in ("finetune", "predict", "list", "demo"):
+        monkeypatch.setattr(sys, "argv", ["l2r2", command, "--help"])
+        with pytest.raises(SystemExit):
+            main()
+        known += capsys.readouterr().out
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / "README.md").read_text())):
+        assert option in known, option
