@@ -165,13 +165,21 @@ def make_views(
     if keep is not None:
         seen = integer_boxes(boxes, sizes[:, 0], sizes[:, 1], spec.margin)[0] if spec.fg == "masked_crop" else None
         has_fg = has_fg & _not_empty(keep, seen, place)
-    cut = _Cutter(pixels, index, sizes, boxes, has_fg, keep, spec)
-    return Views(
-        cut.full(share=image_index is not None) if "full" in branches else None,
-        cut.fg() if "fg" in branches else None,
-        cut.bg() if "bg" in branches else None,
-        has_fg,
-    )
+    whole = torch.cat([torch.zeros_like(sizes), sizes.flip(1)], 1).float()
+    boxes = torch.where(has_fg[:, None], boxes, whole)  # no box: the whole image
+    objects = _Objects(boxes, sizes, has_fg, keep)
+    parts: dict[str, _Part] = {}
+    if "full" in branches:
+        parts["full"] = _whole_images(pixels)  # once an image, however many boxes it has
+    if "fg" in branches:
+        where = whole if spec.fg == "masked" else boxes
+        parts["fg"] = _Part(where, index, None if spec.fg == "crop" else objects.kept())
+    if "bg" in branches:
+        parts["bg"] = _Part(whole, index, objects.erased(boxes_only=spec.bg == "box"))
+    views = _cut(pixels, parts, spec)
+    if image_index is not None and "full" in views:
+        views["full"] = views["full"][index]
+    return Views(views.get("full"), views.get("fg"), views.get("bg"), has_fg)
 
 
 def cut_batch(x: Tensor, boxes: Tensor, spec: ViewSpec, branch: str) -> tuple[Tensor, Tensor]:
@@ -214,64 +222,65 @@ def cut_batch(x: Tensor, boxes: Tensor, spec: ViewSpec, branch: str) -> tuple[Te
     return views, has_fg
 
 
-class _Cutter:
-    """The views of one set of boxes; each method is one call of the kernel."""
+class _Part(NamedTuple):
+    """The views of one branch: `[V, 4]` boxes, `[V]` images, V masks (True = pixel kept) or None."""
 
-    def __init__(self, pixels, index, sizes, boxes, has_fg, masks, spec: ViewSpec) -> None:
-        self.pixels, self.index, self.has_fg, self.masks, self.spec = pixels, index, has_fg, masks, spec
-        self.whole = torch.cat([torch.zeros_like(sizes), sizes.flip(1)], 1).float()
-        self.boxes = torch.where(has_fg[:, None], boxes, self.whole)  # no box: the whole image
-        self.sizes = sizes
+    boxes: Tensor
+    images: Tensor
+    masks: list[Tensor] | None = None
 
-    def full(self, share: bool) -> Tensor:
-        if not share:
-            return self._cut(self.whole, self.index)
-        images = torch.arange(len(self.pixels), device=self.index.device)  # one full view an image, however many boxes
-        ends = torch.tensor([[0, 0, p.shape[1], p.shape[0]] for p in self.pixels], device=self.index.device)
-        return self._cut(ends.float(), images)[self.index]
 
-    def fg(self) -> Tensor:
-        if self.spec.fg == "crop":
-            return self._cut(self.boxes, self.index, margin=self.spec.margin)
-        where = self.whole if self.spec.fg == "masked" else self.boxes
-        margin = 0.0 if self.spec.fg == "masked" else self.spec.margin
-        return self._cut(where, self.index, margin=margin, masks=self._objects())
+def _cut(pixels: list[Tensor], parts: Mapping[str, _Part], spec: ViewSpec) -> dict[str, Tensor]:
+    """All parts in one launch of the kernel; the margin leaves whole images as they are, because they are clipped."""
+    if not parts:
+        return {}
+    masks: list[Tensor | None] = []
+    for part in parts.values():
+        masks += part.masks or [None] * len(part.boxes)
+    views, _ = roi_views(
+        [p.permute(2, 0, 1) if len(p) == 3 else p for p in pixels],  # an image 3 pixels high is not [3, H, W]
+        torch.cat([part.boxes for part in parts.values()]),
+        torch.cat([part.images for part in parts.values()]),
+        masks=None if all(mask is None for mask in masks) else masks,
+        size=spec.size,
+        margin=spec.margin,
+        square=spec.square,
+        fill=spec.fill,
+        interpolation=spec.interpolation,
+        mode=spec.mode,
+        mean=spec.mean,
+        std=spec.std,
+    )
+    return dict(zip(parts, views.split([len(part.boxes) for part in parts.values()])))
 
-    def bg(self) -> Tensor:
-        objects = self._objects(boxes_only=self.spec.bg == "box")
-        # a row without a box has nothing to erase
-        masks = [~o if has else torch.ones_like(o) for o, has in zip(objects, self.has_fg.tolist())]
-        return self._cut(self.whole, self.index, masks=masks)
 
-    def _objects(self, boxes_only: bool = False) -> list[Tensor]:
-        """`[H, W]` bool of each row's object: its mask, or its box; everything where nothing was found."""
+def _whole_images(pixels: list[Tensor]) -> _Part:
+    place = pixels[0].device
+    ends = torch.tensor([[0, 0, p.shape[1], p.shape[0]] for p in pixels], device=place)
+    return _Part(ends.float(), torch.arange(len(pixels), device=place))
+
+
+class _Objects(NamedTuple):
+    """Where the object of each row is: in its mask, or in its box; nowhere where nothing was found."""
+
+    boxes: Tensor
+    sizes: Tensor
+    has_fg: Tensor
+    masks: list[Tensor | None] | None
+
+    def kept(self, boxes_only: bool = False) -> list[Tensor]:
+        """`[H, W]` bool of each row, True on the object; True everywhere where nothing was found."""
         windows, _ = integer_boxes(self.boxes, self.sizes[:, 0], self.sizes[:, 1], 0.0)
-        objects = []
-        for row, image in enumerate(self.index.tolist()):
-            mask = None if self.masks is None or boxes_only else self.masks[row]
-            height, width = self.pixels[image].shape[:2]
-            if mask is None or not self.has_fg[row]:
-                mask = _rectangles(windows[row : row + 1], height, width)[0]
-            objects.append(mask)
-        return objects
+        given = [None] * len(windows) if self.masks is None or boxes_only else self.masks
+        return [
+            mask if mask is not None and found else _rectangles(window[None], height, width)[0]
+            for mask, found, window, (height, width) in zip(given, self.has_fg.tolist(), windows, self.sizes.tolist())
+        ]
 
-    def _cut(self, boxes: Tensor, index: Tensor, margin: float = 0.0, masks: list[Tensor] | None = None) -> Tensor:
-        spec = self.spec
-        views, _ = roi_views(
-            [p.permute(2, 0, 1) if len(p) == 3 else p for p in self.pixels],  # an image 3 pixels high is not [3, H, W]
-            boxes,
-            index,
-            masks=masks,
-            size=spec.size,
-            margin=margin,
-            square=spec.square,
-            fill=spec.fill,
-            interpolation=spec.interpolation,
-            mode=spec.mode,
-            mean=spec.mean,
-            std=spec.std,
-        )
-        return views
+    def erased(self, boxes_only: bool) -> list[Tensor]:
+        """`[H, W]` bool of each row, False on the object; True everywhere where nothing was found."""
+        found = self.has_fg.tolist()
+        return [~keep if has else torch.ones_like(keep) for keep, has in zip(self.kept(boxes_only), found)]
 
 
 def _pixels(image: Image | Tensor) -> Tensor:
