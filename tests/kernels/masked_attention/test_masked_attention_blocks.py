@@ -196,9 +196,15 @@ def test_foreign_blocks_are_refused_by_name(make, text):
         assert text in str(error.value)
 
 
-def test_run_masked_names_a_wrong_mask():
+def test_run_masked_names_a_wrong_argument():
+    x, mask = torch.zeros(1, 50, 48), torch.ones(1, 50, dtype=torch.bool)
     with pytest.raises(ValueError, match="mask must be a bool"):
-        run_masked(vit().blocks, torch.zeros(1, 50, 48), torch.ones(1, 49, dtype=torch.bool))
+        run_masked(vit().blocks, x, mask[:, :49])
+    with pytest.raises(ValueError, match="x must be a floating"):
+        run_masked(vit().blocks, x[0], mask)
+    for num_prefix in (-1, 51):
+        with pytest.raises(ValueError, match="num_prefix must be"):
+            run_masked(vit().blocks, x, mask, num_prefix=num_prefix)
 
 
 def test_parts_compose_by_hand():

@@ -158,12 +158,41 @@ def test_autocast_takes_mixed_dtypes_as_sdpa_does(device):
     torch.testing.assert_close(out.float(), truth, atol=2e-2, rtol=2e-2)
 
 
+def test_the_operators_compute_in_their_own_dtype_under_autocast():
+    q, k, v, *rest = _op_calls("cpu")["masked_attention"]
+
+    def results():
+        return run(lambda q, k, v: OPS.masked_attention(q, k, v, *rest)[0], (q, k, v), torch.ones_like(q))
+
+    plain = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, plain, results()))
+
+
+def test_a_second_derivative_is_refused():
+    flat = torch.randn(7, 2, 16, requires_grad=True)
+    out = varlen_attention(flat, flat, flat, torch.tensor([0, 7], dtype=torch.int32), 7)
+    (grad,) = torch.autograd.grad(out.square().sum(), flat, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.sum().backward()
+
+
+def test_no_images_and_no_tokens():
+    for shape in ((0, 2, 5, 8), (2, 2, 0, 8)):
+        q = torch.zeros(shape)
+        assert masked_attention(q, q, q, torch.ones(shape[0], shape[2], dtype=torch.bool)).shape == shape
+    flat = torch.zeros(3, 2, 8)
+    assert torch.all(varlen_attention(flat, flat, flat, torch.zeros(1, dtype=torch.int32), 1) == 0)  # padding alone
+
+
 def test_errors_name_the_argument():
     q = torch.zeros(2, 2, 12, 16)
     mask, cu = torch.ones(2, 12, dtype=torch.bool), torch.tensor([0, 12], dtype=torch.int32)
     flat = torch.zeros(12, 2, 16)
     cases = {
         "q must be": lambda: masked_attention(q[0], q[0], q[0], mask),
+        "q must have at least one head and one channel": lambda: varlen_attention(flat[:, :0], flat[:, :0], flat[:, :0], cu, 12),
+        "keys must be what": lambda: masked_attention(q, q, q, mask, keys=(torch.zeros(2, 11), torch.zeros(2))),
         "k must have q's shape": lambda: masked_attention(q, q[:, :1], q, mask),
         "v must have q's dtype": lambda: masked_attention(q, q, q.double(), mask),
         "key_mask must be a bool": lambda: masked_attention(q, q, q, mask.int()),

@@ -115,6 +115,12 @@ def test_an_empty_mask_gives_no_tokens():
     assert packed.tokens.shape == (0, 2) and torch.all(unpack(packed) == 0)
 
 
+def test_images_without_tokens():
+    packed = pack(torch.zeros(2, 0, 3), torch.zeros(2, 0, dtype=torch.bool), capacity=4)
+    assert unpack(packed).shape == (2, 0, 3) and packed.image_of_token().tolist() == [0] * 4
+    assert unpack(pack(torch.zeros(0, 5, 3), torch.zeros(0, 5, dtype=torch.bool), num_prefix=1)).shape == (0, 5, 3)
+
+
 def test_errors_name_the_argument():
     x = tokens()
     cases = {
@@ -122,6 +128,7 @@ def test_errors_name_the_argument():
         "mask must be a bool": lambda: pack(x, MASK[:, :4]),
         "num_prefix must be": lambda: pack(x, MASK, num_prefix=6),
         'capacity must be a number of tokens, None or "sync"': lambda: pack(x, MASK, capacity="auto"),
+        "capacity must be a number of tokens": lambda: pack(x, MASK, capacity=7.5),
         "capacity must not be negative": lambda: pack(x, MASK, capacity=-1),
     }
     for text, call in cases.items():

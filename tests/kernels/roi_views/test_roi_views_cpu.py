@@ -66,11 +66,14 @@ def test_pil_mode_is_pillow_bit_for_bit_on_random_crops(interpolation):
     assert (views.mul(255).round().to(torch.uint8) != expected[some]).sum() == 0
 
 
-def test_a_very_tall_image():
+@pytest.mark.parametrize("antialias", [True, False])
+def test_a_very_tall_image(antialias):
     image = noise_image(3000, 2, seed=8)
     boxes = torch.tensor([[0, 0, 2, 3000.0]])
-    views, _ = roi_views([image], boxes, size=32)
-    assert levels_apart(views, truth([image], boxes, size=32)[0]) <= 0.01
+    for interpolation in ("bilinear", "bicubic"):
+        settings = {"size": (31, 16), "square": False, "interpolation": interpolation, "antialias": antialias}
+        views, _ = roi_views([image], boxes, **settings)
+        assert levels_apart(views, truth([image], boxes, **settings)[0]) <= 0.01
 
 
 @pytest.mark.parametrize("mode", ["float", "pil"])

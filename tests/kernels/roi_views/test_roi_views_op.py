@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from l2r2_kernels import roi_views
-from l2r2_kernels.roi_views import op
+from l2r2_kernels.roi_views import cpu, op
 from roi_views_cases import FILL, MEAN, NAN, STD, levels_apart, noise_image, spec_of, truth
 
 BOXES = torch.tensor([[1.3, 2.0, 20.0, 15.5], [0, 0, 24, 18], [NAN] * 4, [5, 5, 6, 6]])
@@ -29,10 +30,14 @@ BOX = torch.tensor([[0.0, 0, 5, 5]])
     "images, boxes, settings, error, message",
     [
         ([IMAGE], torch.zeros(1, 5), {}, ValueError, "roi_views: boxes must be [V, 4], got (1, 5)"),
+        ([IMAGE], BOX > 3, {}, TypeError, "roi_views: boxes must be numbers, got torch.bool"),
         ([IMAGE], [[0, 0, 5, 5]], {}, ValueError, "roi_views: boxes must be [V, 4], got list"),
         ([IMAGE], BOX.repeat(2, 1), {}, ValueError, "roi_views: image_index is needed when there are 2 boxes for 1 images"),
         ([IMAGE], BOX, {"image_index": torch.zeros(1)}, ValueError, "roi_views: image_index must be 1 integers"),
         ([IMAGE], BOX, {"image_index": torch.tensor([3])}, ValueError, "roi_views: image_index must lie in 0..0, got 3..3"),
+        ([IMAGE], BOX, {"image_index": [0]}, TypeError, "roi_views: image_index must be a tensor of integers, got list"),
+        (None, BOX, {}, TypeError, "roi_views: images must be a list of uint8 tensors or one batch tensor, got NoneType"),
+        (IMAGE.numpy(), BOX, {}, TypeError, "roi_views: images must be a list of uint8 tensors or one batch tensor, got ndarray"),
         ([IMAGE.float()], BOX, {}, TypeError, "roi_views: images must be a list of uint8 tensors or one batch tensor"),
         ([IMAGE[0]], BOX, {}, ValueError, "roi_views: images must be [3, H, W] or [H, W, 3], got (8, 9)"),
         (IMAGE, BOX, {}, ValueError, "roi_views: images must be [B, 3, H, W] when given as one tensor, got (3, 8, 9)"),
@@ -42,6 +47,9 @@ BOX = torch.tensor([[0.0, 0, 5, 5]])
         ([IMAGE], BOX, {"masks": [torch.ones(1, 8, 9).bool()]}, ValueError, "roi_views: masks must be [H, W] each"),
         ([IMAGE], BOX, {"masks": [torch.ones(8, 8).bool()]}, ValueError, "roi_views: masks must have their image's size (8, 9)"),
         ([IMAGE], BOX, {"size": 0}, ValueError, "roi_views: size must be a positive int or (height, width), got 0"),
+        ([IMAGE], BOX, {"size": 8.0}, ValueError, "roi_views: size must be a positive int or (height, width), got 8.0"),
+        ([IMAGE], BOX, {"margin": None}, ValueError, "roi_views: margin must be a finite number >= 0, got None"),
+        ([IMAGE], BOX, {"mean": "grey"}, ValueError, "roi_views: mean must be one finite number or three (R, G, B), got 'grey'"),
         ([IMAGE], BOX, {"margin": -0.1}, ValueError, "roi_views: margin must be a finite number >= 0, got -0.1"),
         ([IMAGE], BOX, {"fill": (1, 2)}, ValueError, "roi_views: fill must be one finite number or three (R, G, B)"),
         ([IMAGE], BOX, {"std": 0.0}, ValueError, "roi_views: std must be > 0, got 0.0"),
@@ -51,6 +59,7 @@ BOX = torch.tensor([[0.0, 0, 5, 5]])
         ([IMAGE], BOX, {"dtype": torch.int8}, TypeError, "roi_views: dtype must be float16, bfloat16, float32 or float64"),
         ([IMAGE], BOX, {"memory_format": torch.preserve_format}, ValueError, "roi_views: memory_format must be"),
         ([IMAGE], BOX, {"backend": "cuda"}, ValueError, "roi_views: backend must be one of reference, cpu, triton or None"),
+        ([IMAGE], BOX, {"backend": "cpu", "dtype": torch.float64}, TypeError, "roi_views: dtype float64 needs backend"),
         (IMAGE[None].float(), BOX, {"mode": "pil"}, TypeError, 'roi_views: mode "pil" rounds to uint8 and so needs uint8 images'),
         ([IMAGE], BOX, {"mode": "pil", "square": False}, ValueError, 'roi_views: mode "pil" promises Pillow'),
         ([IMAGE], BOX, {"mode": "pil", "size": (4, 5)}, ValueError, 'roi_views: mode "pil" promises Pillow'),
@@ -66,7 +75,8 @@ def test_errors_are_one_sentence_that_names_the_argument(images, boxes, settings
 
 
 def test_one_number_stands_for_three_channels_and_tensors_are_accepted():
-    spec = spec_of([IMAGE], fill=7, mean=torch.tensor(MEAN), std=0.5)
+    spec = spec_of([IMAGE], fill=np.float32(7), mean=torch.tensor(MEAN), std=0.5, size=np.int64(9))
+    assert (spec.height, spec.width) == (9, 9)
     assert spec.fill == (7.0, 7.0, 7.0) and spec.std == (0.5, 0.5, 0.5)
     assert spec.mean == pytest.approx(MEAN)
 
@@ -163,6 +173,49 @@ def test_float64_and_the_reference_backend_agree_with_the_truth():
     single, _ = roi_views(images, BOXES, INDEX, size=9, backend="reference")
     assert double.dtype == torch.float64 and levels_apart(double, expected) < 1e-9
     assert single.dtype == torch.float32 and levels_apart(single, expected) < 0.01
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast_and_default_dtype_change_nothing(backend):
+    images, batch = [noise_image(18, 24, seed=1), noise_image(20, 30, seed=2, hwc=True)], float_batch().requires_grad_()
+
+    def results():
+        cpu._bands.cache_clear()
+        cpu._scratch.buffers.clear()
+        views = [roi_views(images, BOXES, INDEX, size=9, antialias=aa, backend=backend)[0] for aa in (True, False)]
+        out = roi_views(batch, BOXES, INDEX, size=9, fill=0.5, backend=backend)[0]
+        pil = roi_views(images, BOXES, INDEX, size=9, mode="pil", backend=backend)[0]
+        return [*views, pil, out, torch.autograd.grad(out, batch, torch.ones_like(out))[0]]
+
+    plain = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, plain, results()))
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            other = results()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(map(torch.equal, plain, other))
+
+
+def test_inference_mode_then_training():
+    cpu._bands.cache_clear()
+    cpu._scratch.buffers.clear()
+    with torch.inference_mode():
+        inferred = roi_views(float_batch(), BOXES, INDEX, size=9, fill=0.5)[0]
+    batch = float_batch().requires_grad_()
+    views = roi_views(batch, BOXES, INDEX, size=9, fill=0.5)[0]
+    views.sum().backward()
+    assert torch.equal(views, inferred) and batch.grad.isfinite().all()
+
+
+def test_a_second_derivative_is_refused():
+    batch = float_batch().requires_grad_()
+    views = roi_views(batch, BOXES, INDEX, size=9, fill=0.5)[0]
+    (grad,) = torch.autograd.grad(views.square().sum(), batch, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.sum().backward()
 
 
 def test_the_card_example_runs(capsys):

@@ -33,9 +33,8 @@ def masked_attention(
 
     Source: iFAM's second stage (masked tokens are keys in no block); kernels after FlashAttention-2, arXiv 2307.08691.
     """
-    _check_qkv(q, k, v, 4, "[B, H, N, D]")
+    q, k, v = _checked(q, k, v, 4, "[B, H, N, D]")
     _check_backend(backend, q)
-    q, k, v = _autocast(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if key_mask is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
@@ -44,6 +43,8 @@ def masked_attention(
             f"key_mask must be a bool tensor [B, N] = {[q.shape[0], q.shape[2]]} on {q.device}; "
             f"got {key_mask.dtype} {list(key_mask.shape)} on {key_mask.device}."
         )
+    if keys is not None:
+        _check_keys(keys, key_mask)
     if not runs_triton(q, q.shape[-1], backend):
         return _masked_sdpa(q, k, v, key_mask, scale)
     index, count = keys if keys is not None else key_index(key_mask, backend)
@@ -80,26 +81,36 @@ def varlen_attention(
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
     """
-    _check_qkv(q, k, v, 3, "[T, H, D]")
+    q, k, v = _checked(q, k, v, 3, "[T, H, D]")
     _check_backend(backend, q)
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device != q.device or cu_seqlens.numel() < 1:
         raise ValueError(
             f"cu_seqlens must be an int32 tensor [B + 1] on {q.device}; "
             f"got {cu_seqlens.dtype} {list(cu_seqlens.shape)} on {cu_seqlens.device}."
         )
-    q, k, v = _autocast(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return varlen_attention_op(q, k, v, cu_seqlens, max_len, scale, backend)[0]
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor, dims: int, layout: str) -> None:
+def _checked(q: Tensor, k: Tensor, v: Tensor, dims: int, layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v in one dtype: that of autocast where it is on."""
     if q.dim() != dims or not q.is_floating_point():
         raise ValueError(f"q must be a floating {layout} tensor; got {q.dtype} {list(q.shape)}.")
+    if q.shape[-1] == 0 or q.shape[1] == 0:
+        raise ValueError(f"q must have at least one head and one channel; got {layout} = {list(q.shape)}.")
+    q, k, v = _autocast(q, k, v)
     for name, x in (("k", k), ("v", v)):
         if x.shape != q.shape or x.device != q.device:
             raise ValueError(f"{name} must have q's shape {list(q.shape)} on {q.device}; got {list(x.shape)} on {x.device}.")
-        if x.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+        if x.dtype != q.dtype:
             raise ValueError(f"{name} must have q's dtype {q.dtype}; got {x.dtype}.")
+    return q, k, v
+
+
+def _check_keys(keys: tuple[Tensor, Tensor], key_mask: Tensor) -> None:
+    for x, shape in zip(keys, (key_mask.shape, key_mask.shape[:1])):
+        if x.shape != shape or x.dtype != torch.int32 or x.device != key_mask.device:
+            raise ValueError(f"keys must be what key_index(key_mask) gave; got {x.dtype} {list(x.shape)} on {x.device}.")
 
 
 def _check_backend(backend: str, q: Tensor) -> None:
@@ -109,9 +120,9 @@ def _check_backend(backend: str, q: Tensor) -> None:
         raise ValueError(f"backend 'triton' takes heads up to {MAX_HEAD_DIM} wide and no float64; got {q.dtype} {list(q.shape)}.")
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _autocast(*tensors: Tensor) -> list[Tensor]:
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
-        return tensors
+        return list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x for x in tensors)
+    return [x.to(dtype) if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x for x in tensors]

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attention import masked_attention, varlen_attention
 from .op import key_index, runs_triton
-from .packing import Packed, pack, unpack
+from .packing import Packed, check_tokens, pack, unpack
 
 # What timm's vision_transformer.Block and layers.Attention hold. Anything else would be ignored here, so it is refused.
 _BLOCK_CHILDREN = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
@@ -81,8 +81,7 @@ def run_masked(
     for models whose later layers need every token. Without a kept token or prefix, an image's attention gives zeros.
     """
     blocks = _checked(blocks)
-    if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
-        raise ValueError(f"mask must be a bool tensor [B, N] = {list(x.shape[:2])}; got {mask.dtype} {list(mask.shape)}.")
+    check_tokens(x, mask, num_prefix)
     mask = mask.to(x.device, non_blocking=True)
     if num_prefix:
         mask = mask | (torch.arange(x.shape[1], device=x.device) < num_prefix)

@@ -31,8 +31,8 @@ def _heads_first(x: Tensor, segment: slice) -> Tensor:
 def varlen_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, scale: float) -> tuple[Tensor, Tensor]:
     """As ``reference.varlen_attention_reference``, with lse in float32 at least."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = torch.zeros(q.shape, dtype=q.dtype)
-    lse = torch.full((q.shape[1], q.shape[0]), float("-inf"), dtype=wide)
+    out = q.new_zeros(q.shape)
+    lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=wide)
     for segment in _segments(cu_seqlens, q.shape[0], max_len):
         part, part_lse = _forward(*(_heads_first(x, segment) for x in (q, k, v)), scale=scale)
         out[segment] = part[0].transpose(0, 1)
@@ -44,7 +44,7 @@ def varlen_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_len: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv ``[T, H, D]``; tokens past the last segment get zeros."""
-    grads = tuple(torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
+    grads = tuple(x.new_zeros(x.shape) for x in (q, k, v))
     for segment in _segments(cu_seqlens, q.shape[0], max_len):
         ins = (_heads_first(x, segment) for x in (grad, q, k, v, out))
         parts = _backward(*ins, lse[None, :, segment], 0.0, False, scale=scale)

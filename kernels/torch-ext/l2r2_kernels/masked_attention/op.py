@@ -9,6 +9,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from .._common import add_op_namespace_prefix, no_autocast
 from . import cpu
 from . import reference as ref
 
@@ -41,7 +42,7 @@ def _empty_tokens_first(x: Tensor) -> Tensor:
 # --- the index of kept keys ---------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("l2r2_kernels::key_index", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("key_index"), mutates_args=())
 def key_index(key_mask: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """``index [B, N]`` int32 (kept tokens in order, then the dropped) and ``count [B]`` int32 of a bool ``[B, N]`` mask."""
     if runs_triton(key_mask, 0, backend):
@@ -59,7 +60,7 @@ def _(key_mask, backend="auto"):
 # --- all queries over the kept keys of their image ----------------------------------------------------------------------
 
 
-@torch.library.custom_op("l2r2_kernels::masked_attention", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("masked_attention"), mutates_args=())
 def masked_attention_op(
     q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, scale: float, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -69,7 +70,8 @@ def masked_attention_op(
 
         return triton.attention_forward(q, k, v, count, index, q.shape[2], scale)
     q_wide, k_wide, v_wide = (x.to(_wide(x)) for x in (q, k, v))
-    out, lse = ref.masked_attention_reference(q_wide, k_wide, v_wide, ref.key_mask_of(index, count), scale)
+    with no_autocast(q.device):
+        out, lse = ref.masked_attention_reference(q_wide, k_wide, v_wide, ref.key_mask_of(index, count), scale)
     return _tokens_first(out.to(q.dtype)), lse
 
 
@@ -78,7 +80,7 @@ def _(q, k, v, index, count, scale, backend="auto"):
     return _empty_tokens_first(q), q.new_empty(q.shape[:3], dtype=_wide(q))
 
 
-@torch.library.custom_op("l2r2_kernels::masked_attention_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("masked_attention_backward"), mutates_args=())
 def masked_attention_backward_op(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     index: Tensor, count: Tensor, scale: float, backend: str = "auto",
@@ -89,7 +91,8 @@ def masked_attention_backward_op(
 
         return triton.attention_backward(grad, q, k, v, out, lse, count, index, q.shape[2], scale)
     g, q_wide, k_wide, v_wide, o = (x.to(_wide(x)) for x in (grad, q, k, v, out))
-    dq, dk, dv = ref.attention_backward(g, q_wide, k_wide, v_wide, o, lse, ref.key_mask_of(index, count), scale)
+    with no_autocast(q.device):
+        dq, dk, dv = ref.attention_backward(g, q_wide, k_wide, v_wide, o, lse, ref.key_mask_of(index, count), scale)
     return _tokens_first(dq.to(q.dtype)), _tokens_first(dk.to(k.dtype)), _tokens_first(dv.to(v.dtype))
 
 
@@ -115,7 +118,7 @@ masked_attention_op.register_autograd(_masked_backward, setup_context=_masked_co
 # --- packed segments ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("l2r2_kernels::varlen_attention", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("varlen_attention"), mutates_args=())
 def varlen_attention_op(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, scale: float, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -127,7 +130,8 @@ def varlen_attention_op(
     if q.device.type == "cpu":
         return cpu.varlen_forward(q, k, v, cu_seqlens, max_len, scale)
     q_wide, k_wide, v_wide = (x.to(_wide(x)) for x in (q, k, v))
-    out, lse = ref.varlen_attention_reference(q_wide, k_wide, v_wide, cu_seqlens, scale)
+    with no_autocast(q.device):
+        out, lse = ref.varlen_attention_reference(q_wide, k_wide, v_wide, cu_seqlens, scale)
     return out.to(q.dtype), lse
 
 
@@ -136,7 +140,7 @@ def _(q, k, v, cu_seqlens, max_len, scale, backend="auto"):
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=_wide(q))
 
 
-@torch.library.custom_op("l2r2_kernels::varlen_attention_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("varlen_attention_backward"), mutates_args=())
 def varlen_attention_backward_op(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_seqlens: Tensor, max_len: int, scale: float, backend: str = "auto",
@@ -149,7 +153,8 @@ def varlen_attention_backward_op(
     if q.device.type == "cpu":
         return cpu.varlen_backward(grad, q, k, v, out, lse, cu_seqlens, max_len, scale)
     g, q_wide, k_wide, v_wide, o = (x.to(_wide(x)) for x in (grad, q, k, v, out))
-    dq, dk, dv = ref.varlen_attention_backward(g, q_wide, k_wide, v_wide, o, lse, cu_seqlens, scale)
+    with no_autocast(q.device):
+        dq, dk, dv = ref.varlen_attention_backward(g, q_wide, k_wide, v_wide, o, lse, cu_seqlens, scale)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -175,7 +180,7 @@ varlen_attention_op.register_autograd(_varlen_backward, setup_context=_varlen_co
 # --- rows by index, there and back --------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("l2r2_kernels::take_rows", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("take_rows"), mutates_args=())
 def take_rows(source: Tensor, index: Tensor, inverse: Tensor, fill: float, backend: str = "auto") -> Tensor:
     """Rows of ``source [M, C]`` by ``index [K]`` int32 (-1 gives ``fill``, -2 NaN).
 

@@ -33,7 +33,7 @@ class Packed(NamedTuple):
 
     def image_of_token(self) -> Tensor:
         """``[T_cap]`` int64: the image of each row (0 for padding)."""
-        return torch.div(self.source.clamp_min(0), self.max_len, rounding_mode="floor").long()
+        return torch.div(self.source.clamp_min(0), max(self.max_len, 1), rounding_mode="floor").long()
 
     def prefix(self) -> Tensor:
         """The prefix tokens (class, registers) of each image, ``[B, num_prefix, C]``."""
@@ -79,7 +79,8 @@ def pack(x: Tensor, mask: Tensor, *, num_prefix: int = 0, capacity: int | str | 
 
     Differentiable in x: dropped tokens get a zero gradient, and no atomics are used.
     """
-    _check(x, mask, num_prefix, capacity)
+    check_tokens(x, mask, num_prefix)
+    _check_capacity(mask, capacity)
     batch, tokens, channels = x.shape
     rows = _capacity(x, mask, num_prefix, capacity)
     keep = mask.to(x.device, non_blocking=True)
@@ -104,14 +105,18 @@ def unpack(packed: Packed, fill: float = 0.0) -> Tensor:
     return flat.unflatten(0, (packed.batch, packed.max_len))
 
 
-def _check(x: Tensor, mask: Tensor, num_prefix: int, capacity: int | str | None) -> None:
+def check_tokens(x: Tensor, mask: Tensor, num_prefix: int) -> None:
+    """Raises a ValueError that names what does not fit."""
     if x.dim() != 3 or not x.is_floating_point():
         raise ValueError(f"x must be a floating tensor [B, N, C]; got {x.dtype} {list(x.shape)}.")
     if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
         raise ValueError(f"mask must be a bool tensor [B, N] = {list(x.shape[:2])}; got {mask.dtype} {list(mask.shape)}.")
     if not 0 <= num_prefix <= x.shape[1]:
         raise ValueError(f"num_prefix must be between 0 and the {x.shape[1]} tokens of an image; got {num_prefix}.")
-    if isinstance(capacity, str):
+
+
+def _check_capacity(mask: Tensor, capacity: int | str | None) -> None:
+    if isinstance(capacity, (str, float)):
         if capacity != "sync":
             raise ValueError(f'capacity must be a number of tokens, None or "sync"; got {capacity!r}.')
     elif capacity is not None and capacity < 0:

@@ -92,7 +92,7 @@ def varlen_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of ``varlen_attention_reference``, ``[T, H, D]`` each."""
     bounds = cu_seqlens.tolist()
-    grads = tuple(torch.zeros_like(x) for x in (q, k, v))
+    grads = tuple(x.new_zeros(x.shape) for x in (q, k, v))
     for start, end in pairwise(bounds):
         g, qs, ks, vs, o = (x[start:end].transpose(0, 1)[None] for x in (grad, q, k, v, out))
         mask = torch.ones(1, end - start, dtype=torch.bool, device=q.device)

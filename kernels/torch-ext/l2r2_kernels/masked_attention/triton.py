@@ -5,13 +5,14 @@ No atomics: each program owns the rows that it writes, so the backward is bitwis
 Algorithm: FlashAttention-2 (arXiv 2307.08691). Under TRITON_INTERPRET=1 the kernels run on CPU tensors.
 """
 
-import contextlib
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .._common import on_device
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -304,7 +305,7 @@ def _launch(kernel, name: str, problem: Problem, tensors: tuple[Tensor, ...], qk
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     if grid == 0 or problem.rows == 0:
         return
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+    with on_device(q.device):
         kernel[(grid,)](
             *tensors, *strides, image_stride, *scales, problem.batch, problem.heads, problem.rows, blocks, tail,
             D=problem.dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,

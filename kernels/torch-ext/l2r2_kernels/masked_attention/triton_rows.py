@@ -1,11 +1,11 @@
 """Two small kernels: the index of kept keys, and rows taken by an index."""
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .._common import on_device
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -37,17 +37,13 @@ def take_rows_kernel(
     tl.store(OUT + row.to(tl.int64)[:, None] * C + column[None, :], x.to(OUT.dtype.element_ty), mask=inside)
 
 
-def _on(x: Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def key_index(key_mask: Tensor) -> tuple[Tensor, Tensor]:
     """As ``reference.key_index_reference``, in one launch."""
     batch, tokens = key_mask.shape
     index = key_mask.new_empty(batch, tokens, dtype=torch.int32)
     count = key_mask.new_empty(batch, dtype=torch.int32)
     if batch:
-        with _on(key_mask):
+        with on_device(key_mask.device):
             block = triton.next_power_of_2(max(tokens, 1))
             key_index_kernel[(batch,)](key_mask.contiguous().view(torch.uint8), index, count, tokens, BLOCK=block, num_warps=4)
     return index, count
@@ -61,7 +57,7 @@ def take_rows(source: Tensor, index: Tensor, fill: float) -> Tensor:
     out = source.new_empty(rows, columns)
     if rows and columns:
         grid = (triton.cdiv(rows, 16), triton.cdiv(columns, 256))
-        with _on(source):
+        with on_device(source.device):
             take_rows_kernel[grid](
                 source, index, out, fill, source.stride(0), rows, columns, BLOCK_R=16, BLOCK_C=256, num_warps=4
             )

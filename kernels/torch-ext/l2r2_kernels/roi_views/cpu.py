@@ -1,6 +1,6 @@
 """The CPU path: one crop at a time, resized in float32 (or by Pillow itself in `pil` mode), normalised once a batch.
 
-An antialiased resize is two banded matrix products: a block of output rows needs a window of source rows, so each block is one
+A resize is two banded matrix products: a block of output rows needs a window of source rows, so each block is one
 small dense product. That beats `F.interpolate` in float, and the padding needs no canvas.
 """
 
@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import Geometry, as_chw, crop_mask, filter_weights, placements
+from .reference import Geometry, as_chw, axis_weights, crop_mask, filter_weights, placements
 from .spec import Spec
 
 # Outputs a product: fewer waste less of the window, more make larger products (measured).
@@ -24,17 +23,22 @@ KEPT = 1 << 23  # floats of scratch kept a buffer and thread; larger images allo
 
 
 @lru_cache(maxsize=64)
-def _bands(n_in: int, n_out: int, interpolation: str, block: int) -> tuple[list[int], Tensor]:
-    """Antialias weights of one axis by blocks of outputs: (first input of each, float32 [blocks, block, window])."""
+def _bands(n_in: int, n_out: int, interpolation: str, antialias: bool, block: int) -> tuple[list[int], Tensor]:
+    """Weights of one axis by blocks of outputs: (first input of each, float32 [blocks, block, window])."""
     ratio = n_in / n_out
-    stretch = max(ratio, 1.0)
+    stretch = max(ratio, 1.0) if antialias else 1.0
     support = stretch * (1 if interpolation == "bilinear" else 2)
     outputs = torch.arange(-(-n_out // block) * block, dtype=torch.float64).clamp(max=n_out - 1).view(-1, block, 1)
     centre = (outputs + 0.5) * ratio
     first = (centre[:, :1] - support).floor().clamp(min=0)
     window = int((centre[:, -1:] + support - first).max()) + 2
     taps = first + torch.arange(window, dtype=torch.float64)
-    weights = filter_weights(interpolation, (taps + 0.5 - centre).abs() / stretch, a=-0.5) * (taps < n_in)
+    if antialias:
+        weights = filter_weights(interpolation, (taps + 0.5 - centre).abs() / stretch, a=-0.5)
+    else:
+        dense = axis_weights(n_in, n_out, interpolation, antialias=False)
+        weights = dense[outputs.long(), taps.clamp(max=n_in - 1).long()]
+    weights = weights * (taps < n_in)
     return first.flatten().int().tolist(), (weights / weights.sum(2, keepdim=True)).float()
 
 
@@ -42,7 +46,7 @@ def _weight_inside(bands: tuple[list[int], Tensor], pad: int, extent: int, n_out
     """How much of each output's weight falls on [pad, pad + extent): float32 [n_out]."""
     starts, weights = bands
     if pad == 0 and extent >= starts[-1] + weights.shape[2]:
-        return torch.ones(n_out)
+        return torch.ones(n_out, dtype=torch.float32)
     taps = torch.tensor(starts)[:, None, None] + torch.arange(weights.shape[2])
     return (weights * ((taps >= pad) & (taps < pad + extent))).sum(2).flatten()[:n_out]
 
@@ -56,10 +60,10 @@ class _Scratch(threading.local):
     def get(self, name: str, *shape: int) -> Tensor:
         size = math.prod(shape)
         if size > KEPT:
-            return torch.empty(shape)
+            return torch.empty(shape, dtype=torch.float32)
         if name not in self.buffers or self.buffers[name].numel() < size:
             with torch.inference_mode(False):  # a buffer made in inference mode could not be written to outside of it
-                self.buffers[name] = torch.empty(size)
+                self.buffers[name] = torch.empty(size, dtype=torch.float32)
         return self.buffers[name][:size].view(shape)
 
 
@@ -113,10 +117,10 @@ def _float_pixels(crop: Tensor, mask: Tensor | None, fill: Tensor) -> tuple[Tens
 
 
 def _resize_bands(crop: Tensor, mask: Tensor | None, g: Geometry, spec: Spec, fill: Tensor, out: Tensor) -> None:
-    """Write the antialiased canvas of a crop [3, h, w], minus fill, to out [3, height, width]."""
+    """Write the resized canvas of a crop [3, h, w], minus fill, to out [3, height, width]."""
     height, width = spec.height, spec.width
-    by = _bands(g.canvas_h, height, spec.interpolation, BLOCK_Y)
-    bx = _bands(g.canvas_w, width, spec.interpolation, BLOCK_X)
+    by = _bands(g.canvas_h, height, spec.interpolation, spec.antialias, BLOCK_Y)
+    bx = _bands(g.canvas_w, width, spec.interpolation, spec.antialias, BLOCK_X)
     x, interleaved = _float_pixels(crop, mask, fill)
     rows = _vertical(by, x.view(g.h, 3 * g.w), g.pad_y)[:height]
     if interleaved:  # now there are fewer pixels to reorder, to [3, height, w]
@@ -128,16 +132,6 @@ def _resize_bands(crop: Tensor, mask: Tensor | None, g: Geometry, spec: Spec, fi
     else:  # the padding is fill and weighs the rest, so what is subtracted is fill's share of the crop
         inside = _weight_inside(by, g.pad_y, g.h, height)[:, None] * _weight_inside(bx, g.pad_x, g.w, width)
         torch.addcmul(resized, inside, fill, value=-1, out=out)
-
-
-def _resize_interpolate(crop: Tensor, mask: Tensor | None, g: Geometry, spec: Spec, fill: Tensor, out: Tensor) -> None:
-    """The same without antialias, which reads few pixels and gains nothing from bands."""
-    x = crop.float() - fill
-    if mask is not None:
-        x = torch.where(mask, x, 0.0)
-    pad_right, pad_bottom = g.canvas_w - g.w - g.pad_x, g.canvas_h - g.h - g.pad_y
-    x = F.pad(x, (g.pad_x, pad_right, g.pad_y, pad_bottom))
-    out.copy_(F.interpolate(x[None], size=(spec.height, spec.width), mode=spec.interpolation)[0])
 
 
 def _resize_pil(crop: Tensor, mask: Tensor | None, g: Geometry, spec: Spec) -> Tensor:
@@ -158,6 +152,10 @@ def _resize_pil(crop: Tensor, mask: Tensor | None, g: Geometry, spec: Spec) -> T
     return torch.from_numpy(np.array(canvas.resize((spec.width, spec.height), how))).permute(2, 0, 1)
 
 
+def _colour(channels: Sequence[float]) -> Tensor:
+    return torch.tensor(channels, dtype=torch.float32)[:, None, None]
+
+
 def forward(
     images: Sequence[Tensor], boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor | None], spec: Spec
 ) -> tuple[Tensor, Tensor]:
@@ -165,8 +163,8 @@ def forward(
     images = [as_chw(image) for image in images]
     sizes = [(image.shape[1], image.shape[2]) for image in images]
     index, placed, valid = placements(sizes, boxes, image_index, spec)
-    fill = torch.tensor(spec.fill)[:, None, None]
-    levels = torch.empty(len(index), 3, spec.height, spec.width)  # minus fill
+    fill = _colour(spec.fill)
+    levels = torch.empty(len(index), 3, spec.height, spec.width, dtype=torch.float32)  # minus fill
     for v, (i, g) in enumerate(zip(index, placed)):
         if g is None:
             levels[v].zero_()
@@ -175,9 +173,7 @@ def forward(
         mask = crop_mask(masks[v], images[i], g)
         if spec.mode == "pil":
             torch.sub(_resize_pil(crop, mask, g, spec), fill, out=levels[v])
-        elif spec.antialias:
-            _resize_bands(crop, mask, g, spec, fill, levels[v])
         else:
-            _resize_interpolate(crop, mask, g, spec, fill, levels[v])
-    a, b = (torch.tensor(c)[:, None, None] for c in spec.affine())
+            _resize_bands(crop, mask, g, spec, fill, levels[v])
+    a, b = (_colour(c) for c in spec.affine())
     return levels.mul_(a).add_(b).to(spec.dtype, memory_format=spec.memory_format), valid

@@ -7,18 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._common import add_op_namespace_prefix, no_autocast
 from . import cpu, reference
 from .spec import Spec, make_spec
 
-try:  # kernel-builder writes _ops.py, so that two versions loaded from the Hub do not meet in one namespace
-    from .._ops import add_op_namespace_prefix
-except ImportError:
-
-    def add_op_namespace_prefix(op_name: str) -> str:
-        return f"l2r2::{op_name}"
-
-
 BACKENDS = ("", "reference", "cpu", "triton")
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _SPEC = (
     "int height, int width, float margin, bool square, float[] fill, str interpolation, bool antialias, str mode, "
     "float[] mean, float[] std, float scale, ScalarType dtype, bool channels_last, str backend"
@@ -87,10 +81,18 @@ def roi_views(
     count = images.shape[0] if isinstance(images, Tensor) else len(images)
     boxes, image_index = _check_boxes(boxes, image_index, count, device)
     present, mask_views = _check_masks(masks, boxes.shape[0], device)
-    if (backend or "") not in BACKENDS:
-        raise ValueError(f'roi_views: backend must be one of {", ".join(BACKENDS[1:])} or None, got "{backend}"')
+    _check_backend(backend, device, spec)
     op = _batch_op if batched else _ragged_op
     return op(images, boxes, image_index, present, mask_views, *spec, backend or "")
+
+
+def _check_backend(backend: str | None, device: torch.device, spec: Spec) -> None:
+    if (backend or "") not in BACKENDS:
+        raise ValueError(f'roi_views: backend must be one of {", ".join(BACKENDS[1:])} or None, got "{backend}"')
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f'roi_views: backend "cpu" needs images on the CPU, got {device}')
+    if backend in ("cpu", "triton") and spec.dtype == torch.float64:
+        raise TypeError('roi_views: dtype float64 needs backend "reference"')
 
 
 def _check_batch(images: Tensor) -> tuple[bool, torch.device]:
@@ -102,7 +104,10 @@ def _check_batch(images: Tensor) -> tuple[bool, torch.device]:
 
 
 def _check_list(images: Sequence[Tensor]) -> tuple[bool, torch.device]:
-    device = images[0].device if images and isinstance(images[0], Tensor) else torch.device("cpu")
+    if not isinstance(images, Sequence):
+        found = type(images).__name__
+        raise TypeError(f"roi_views: images must be a list of uint8 tensors or one batch tensor, got {found}")
+    device = images[0].device if len(images) and isinstance(images[0], Tensor) else torch.device("cpu")
     for image in images:  # hundreds of images a call: as few attribute reads as will do
         if not isinstance(image, Tensor) or image.dtype is not torch.uint8:
             found = image.dtype if isinstance(image, Tensor) else type(image).__name__
@@ -119,12 +124,16 @@ def _check_boxes(boxes: Tensor, image_index: Tensor | None, count: int, device: 
     if not isinstance(boxes, Tensor) or boxes.dim() != 2 or boxes.shape[1] != 4:
         found = tuple(boxes.shape) if isinstance(boxes, Tensor) else type(boxes).__name__
         raise ValueError(f"roi_views: boxes must be [V, 4], got {found}")
+    if boxes.is_complex() or boxes.dtype == torch.bool:
+        raise TypeError(f"roi_views: boxes must be numbers, got {boxes.dtype}")
     boxes = boxes.detach().to(device, torch.float32, non_blocking=True)
     if image_index is None:
         if boxes.shape[0] != count:
             raise ValueError(f"roi_views: image_index is needed when there are {boxes.shape[0]} boxes for {count} images")
         return boxes, torch.arange(count, device=device)
-    if image_index.shape != boxes.shape[:1] or image_index.is_floating_point() or image_index.dtype == torch.bool:
+    if not isinstance(image_index, Tensor):
+        raise TypeError(f"roi_views: image_index must be a tensor of integers, got {type(image_index).__name__}")
+    if image_index.shape != boxes.shape[:1] or image_index.dtype not in INTEGERS:
         raise ValueError(
             f"roi_views: image_index must be {boxes.shape[0]} integers, got {image_index.dtype} {tuple(image_index.shape)}"
         )
@@ -184,9 +193,10 @@ def _run(images, boxes, image_index, masks, mask_views, spec: Spec, backend: str
 
         return kernels.forward(images, boxes, image_index, masks, mask_views, spec)
     masks = _per_view(masks, mask_views, boxes.shape[0])
-    if chosen == "cpu":
-        return cpu.forward(images, boxes, image_index, masks, spec)
-    return reference.forward(images, boxes, image_index, masks, spec, _compute_dtype(first.dtype, spec))
+    with no_autocast(first.device):
+        if chosen == "cpu":
+            return cpu.forward(images, boxes, image_index, masks, spec)
+        return reference.forward(images, boxes, image_index, masks, spec, _compute_dtype(first.dtype, spec))
 
 
 def _empty_views(like: Tensor, boxes: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
@@ -230,7 +240,8 @@ def _backward_op(grad, images, boxes, image_index, masks, mask_views, *spec):
         return kernels.backward(grad, images, boxes, image_index, masks, mask_views, spec)
     masks = _per_view(masks, mask_views, boxes.shape[0])
     compute = _compute_dtype(images.dtype, spec)
-    return reference.backward(grad, images.shape, boxes, image_index, masks, spec, compute).to(images.dtype)
+    with no_autocast(images.device):
+        return reference.backward(grad, images.shape, boxes, image_index, masks, spec, compute).to(images.dtype)
 
 
 @_backward_op.register_fake

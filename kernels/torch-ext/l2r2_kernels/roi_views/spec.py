@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,19 +45,28 @@ class Spec(NamedTuple):
 def _three(name: str, value: float | Sequence[float] | torch.Tensor | None, default: float) -> tuple[float, ...]:
     if value is None:
         return (default,) * 3
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
-    values = (float(value),) * 3 if isinstance(value, (int, float)) else tuple(float(v) for v in value)
+    try:
+        flat = value.tolist() if hasattr(value, "tolist") else value  # tensors, arrays and their scalars
+        values = tuple(map(float, flat)) if isinstance(flat, Sequence) else (float(flat),) * 3
+    except (TypeError, ValueError):
+        values = ()
     if len(values) != 3 or not all(map(math.isfinite, values)):
         raise ValueError(f"roi_views: {name} must be one finite number or three (R, G, B), got {value!r}")
     return values
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(s, int) and s >= 1 for s in pair):
+    try:
+        pair = tuple(map(operator.index, size if isinstance(size, Sequence) else (size, size)))
+    except TypeError:
+        pair = ()
+    if len(pair) != 2 or min(pair) < 1:
         raise ValueError(f"roi_views: size must be a positive int or (height, width), got {size!r}")
     return pair[0], pair[1]
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def make_spec(
@@ -85,11 +95,11 @@ def make_spec(
         raise TypeError(f"roi_views: dtype must be float16, bfloat16, float32 or float64, got {dtype}")
     if memory_format not in (torch.contiguous_format, torch.channels_last):
         raise ValueError(f"roi_views: memory_format must be contiguous_format or channels_last, got {memory_format}")
-    if not (math.isfinite(margin) and margin >= 0):
+    if not (_finite(margin) and margin >= 0):
         raise ValueError(f"roi_views: margin must be a finite number >= 0, got {margin!r}")
     if scale is None:
         scale = 255.0 if is_uint8 else 1.0
-    if not (math.isfinite(scale) and scale > 0):
+    if not (_finite(scale) and scale > 0):
         raise ValueError(f"roi_views: scale must be a finite number > 0, got {scale!r}")
     spec = Spec(
         height, width, float(margin), bool(square), _three("fill", fill, 0.0), interpolation, bool(antialias), mode,

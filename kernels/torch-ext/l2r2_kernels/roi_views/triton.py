@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from array import array
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._common import on_device
 from . import triton_backward, triton_forward, triton_pil, triton_weights
 from .spec import Spec
 
@@ -88,7 +88,7 @@ class _Source:
             self.height, self.width = images.shape[2:]
             self.strides = images.stride()
             self.packed = self.strides[1] == 1 and self.strides[3] == 3
-            self.row_stride = self.strides[2]
+            self.step = max(self.strides[2:])
             self.table = torch.empty(0, dtype=torch.int64, device=device)
             self.max_height, self.max_width = self.height, self.width
             return
@@ -98,7 +98,7 @@ class _Source:
             y, x, c = (1, 2, 0) if shape[0] == 3 else (0, 1, 2)
             rows.append((image.data_ptr(), shape[y], shape[x], step[c], step[y], step[x]))
         self.packed = all(row[3] == 1 and row[5] == 3 for row in rows)
-        self.row_stride = max(row[4] for row in rows)
+        self.step = max(max(row[4:]) for row in rows)
         self.table = _table(rows, device)
         self.pixels = images[0]
         self.max_height = max(row[1] for row in rows)
@@ -122,16 +122,10 @@ def _mask_table(masks: Sequence[Tensor], mask_views: Sequence[int], views: int, 
 def _check(device: torch.device, spec: Spec, source: _Source) -> None:
     if device.type != "cuda" and not interpreted():
         raise ValueError('roi_views: backend "triton" needs CUDA images (or TRITON_INTERPRET=1 for a test on the CPU)')
-    if spec.dtype == torch.float64:
-        raise TypeError('roi_views: dtype float64 needs backend "reference"')
-    # The kernels count distances, and steps inside a chunk of rows, in 32 bits.
+    # The kernels count distances, and steps inside a chunk of pixels, in 32 bits.
     side = max(source.canvas(True))
-    if max(4 * (max(spec.height, spec.width) + 64) * (side + 256), 128 * source.row_stride) >= 2**31:
+    if max(4 * (max(spec.height, spec.width) + 64) * (side + 256), 128 * source.step) >= 2**31:
         raise ValueError(f"roi_views: images with a side of {side} pixels and size {spec.height, spec.width} are too large")
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _prepare(source: _Source, boxes: Tensor, index: Tensor, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +163,7 @@ def forward(
     mask_table = _mask_table(masks, mask_views, views, device)
     boxes, index = boxes.contiguous(), index.contiguous()
     run = _launch_pil if spec.mode == "pil" else _launch_float
-    with _on(device):
+    with on_device(device):
         return out, run(out, source, boxes, index, mask_table, spec)
 
 
@@ -236,7 +230,7 @@ def backward(
     starts = torch.searchsorted(of_image, torch.arange(batch + 1, device=device))
     tiles = triton.cdiv(height, BACKWARD["BLOCK_Y"]) * triton.cdiv(width, BACKWARD["BLOCK_X"])
     kind, masked = triton_weights.KINDS[spec.interpolation, spec.antialias], mask_table.numel() > 0
-    with _on(device):
+    with on_device(device):
         geometry, norm, _ = _prepare(source, boxes, index, spec)
         triton_backward.backward[(batch * tiles,)](
             grad, grad_in, mask_table, order, starts, geometry, norm, height, width, *grad.stride(), *spec.affine()[0],
