@@ -97,7 +97,7 @@ class L2R2(nn.Module):
         if hasattr(self.backbone, "output_fmt"):
             self.output_fmt = self.backbone.output_fmt
         self.heads = nn.ModuleDict({b: self._new_head() for b in self.branches})
-        self.fusion: Fusion = create_fusion(fusion)
+        self.fusion: Fusion = create_fusion(fusion, len(self.branches), num_classes)
 
     # ---- inference and training ----
 
@@ -236,6 +236,8 @@ class L2R2(nn.Module):
             backbone.reset_classifier(0, *pool)
         reference = next(self.parameters())
         self.heads = nn.ModuleDict({b: self._new_head().to(reference.device, reference.dtype) for b in self.branches})
+        fresh = create_fusion(self.fusion.config(), len(self.branches), num_classes)  # numbers fitted for other classes are gone
+        self.fusion = fresh.to(reference.device)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

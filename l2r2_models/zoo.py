@@ -94,7 +94,7 @@ def load_filter(state_dict: dict[str, Tensor], model: L2R2) -> dict[str, Tensor]
     own = model.state_dict()
     if any(key.startswith("backbone.") for key in state_dict):
         # a fusion chosen at load time replaces the saved one together with its numbers
-        kept = {k: v for k, v in state_dict.items() if not k.startswith("fusion.") or k in own}
+        kept = {k: v for k, v in state_dict.items() if not k.startswith("fusion.") or (k in own and v.shape == own[k].shape)}
         return {**{k: v for k, v in own.items() if k.startswith("fusion.")}, **kept}
 
     module = sys.modules[model_entrypoint(model.backbone_name.split(".")[0]).__module__]

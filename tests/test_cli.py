@@ -143,3 +143,15 @@ def test_finetune_then_predict_as_the_readme_does(l2r2, dataset, tmp_path):
 def test_every_kind_of_run_can_predict(l2r2, tmp_path, dataset, option):
     run = write_run(tmp_path / "run", branches=("full",) if option == "plain" else ("full", "fg", "bg"))
     assert l2r2("predict", run, dataset, "--split", "val", "-o", tmp_path / "out.json").returncode == 0
+
+
+def test_fuse_and_evaluate_print_tables_or_json(l2r2, tmp_path, dataset):
+    run = write_run(tmp_path / "run")
+    result = l2r2("fuse", run, dataset, "--split", "val", "--method", "robust")
+    assert result.returncode == 0 and "<- chosen" in result.stdout and f"saved into {run}" in result.stdout
+    assert json.loads(l2r2("fuse", run, dataset, "--dry-run", "--json").stdout)["rows"] == 12
+    result = l2r2("evaluate", run, dataset, "--group", "label", "--fit-split", "val")
+    assert result.returncode == 0 and "worst label" in result.stdout and "concat_mlp" in result.stdout
+    assert json.loads(l2r2("evaluate", run, dataset, "--json").stdout)["images"] == 12
+    assert "no image of split" in sentence(l2r2("evaluate", run, dataset, "--split", "nowhere"))
+    assert 'Unknown fusion "rubust"' in sentence(l2r2("fuse", run, dataset, "--method", "rubust"))

@@ -3,8 +3,36 @@ import torch
 
 from l2r2_models.errors import L2R2Error
 from l2r2_models.fusion import FUSIONS, create_fusion
+from l2r2_models.fusion.calibration import (
+    LIMITS,
+    expected_calibration_error,
+    fit_class_temperatures,
+    fit_temperature,
+)
 
 NAMES = sorted(FUSIONS)
+FITTED = [name for name in NAMES if create_fusion(name, 2, 5).count()]
+
+
+def make(name, **settings):
+    """A fusion of two branches and five classes, fitted on random logits where it would mean nothing otherwise."""
+    fusion = create_fusion({"name": name, **settings}, 2, 5)
+    if fusion.needs_fit:
+        fg, context, labels = biased(400)
+        fusion.fit(fg, context, labels)
+    return fusion
+
+
+def biased(count, seed=0, sure=4.0):
+    """Logits of a good, modest fg branch and of a bad full branch that is very sure of itself, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 5, (count,), generator=generator)
+    wrong = torch.randint(0, 5, (count,), generator=generator)
+    noise = torch.randn(2, count, 5, generator=generator)
+    one_hot = torch.eye(5)
+    fg = 2.5 * one_hot[labels] + noise[0]
+    said = torch.where(torch.rand(count, generator=generator) < 0.5, labels, wrong)
+    return fg, (sure * (2.5 * one_hot[said] + noise[1]))[None], labels
 
 
 @pytest.fixture
@@ -17,9 +45,9 @@ def logits():
 def test_rows_without_a_box_are_the_full_logits_bit_for_bit(name, logits):
     fg, context = logits
     has_fg = torch.rand(200) < 0.5
-    fused = create_fusion(name)(fg, context, has_fg)
+    fused = make(name)(fg, context, has_fg)
     assert torch.equal(fused[~has_fg], context[0][~has_fg])
-    assert torch.equal(fused[has_fg], create_fusion(name)(fg, context)[has_fg])
+    assert torch.equal(fused[has_fg], make(name)(fg, context)[has_fg])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -28,13 +56,13 @@ def test_not_a_number_in_an_unused_row_does_not_spread(name, logits):
     fg[0] = float("nan")
     has_fg = torch.ones(200, dtype=torch.bool)
     has_fg[0] = False
-    assert create_fusion(name)(fg, context, has_fg).isfinite().all()
+    assert make(name)(fg, context, has_fg).isfinite().all()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_agreeing_branches_keep_their_answer(name, logits):
-    fg, _ = logits
-    assert torch.equal(create_fusion(name)(fg, 2 * fg[None]).argmax(-1), fg.argmax(-1))
+    fg = 20 * torch.eye(5)[torch.randint(0, 5, (200,))] if name == "concat_mlp" else logits[0]  # an MLP needs a clear case
+    assert torch.equal(make(name)(fg, 2 * fg[None]).argmax(-1), fg.argmax(-1))
 
 
 def test_max_confidence_takes_the_row_of_the_surer_branch(logits):
@@ -73,7 +101,7 @@ def test_the_average_is_the_mean_of_the_logits(logits):
 
 
 def test_unknown_names_and_arguments_say_what_there_is():
-    with pytest.raises(L2R2Error, match='Unknown fusion "rubust"; choose from average, max_confidence, robust'):
+    with pytest.raises(L2R2Error, match=r'Unknown fusion "rubust"; choose from average, concat_mlp, max_confidence, .*robust'):
         create_fusion("rubust")
     with pytest.raises(L2R2Error, match="does not take t; it takes threshold"):
         create_fusion({"name": "robust", "t": 0.5})
@@ -83,5 +111,96 @@ def test_unknown_names_and_arguments_say_what_there_is():
 
 @pytest.mark.parametrize("config", [*NAMES, {"name": "robust", "threshold": 0.3}])
 def test_a_config_builds_the_same_fusion_again(config, logits):
-    fusion = create_fusion(config)
-    assert torch.equal(create_fusion(fusion.config())(*logits), fusion(*logits))
+    fusion = create_fusion(config, 2, 5)
+    again = create_fusion(fusion.config(), 2, 5)
+    again.load_state_dict(fusion.state_dict())
+    assert torch.equal(again(*logits), fusion(*logits))
+
+
+def test_temperature_never_changes_an_answer_and_minimises_the_cross_entropy():
+    _, context, labels = biased(500)
+    logits = context[0]
+    best = fit_temperature(logits, labels)
+    loss = lambda t: torch.nn.functional.cross_entropy(logits.double() / t, labels).item()  # noqa: E731
+    assert best > 2  # it was four times too sure, and wrong half of the time
+    assert loss(best) <= min(loss(best * 0.99), loss(best * 1.01))
+    assert expected_calibration_error(logits / best, labels) < expected_calibration_error(logits, labels) / 2
+    perfect = 10 * torch.eye(5)[labels]
+    assert LIMITS[0] <= fit_temperature(perfect, labels) < 0.5  # bounded where the optimum is not
+    assert fit_temperature(perfect.flip(0), labels) == pytest.approx(LIMITS[1], rel=1e-3)  # never right: as unsure as may be
+    for name in ("max_scaled_confidence", "scaled_average"):
+        fusion = create_fusion(name, 2, 5)
+        fusion.fit(logits, context, labels)
+        assert torch.equal(fusion.scaled(logits, context).argmax(-1)[0], logits.argmax(-1))
+
+
+def test_calibration_error_against_a_plain_loop():
+    fg, _, labels = biased(300)
+    probability, answer = fg.softmax(-1).max(-1)
+    total = 0.0
+    for low in range(15):
+        rows = [i for i in range(300) if low / 15 < probability[i] <= (low + 1) / 15]
+        total += abs(sum(probability[i].item() - float(answer[i] == labels[i]) for i in rows))
+    assert expected_calibration_error(fg, labels) == pytest.approx(total / 300, abs=1e-5)
+
+
+def test_class_temperatures_lower_the_calibration_error_without_losing_accuracy():
+    fg, _, labels = biased(400)
+    fg = fg * torch.tensor([1.0, 3.0, 0.3, 2.0, 1.0])  # classes that are sure to different degrees
+    temperatures = fit_class_temperatures(fg, labels)
+    right = lambda z: (z.argmax(-1) == labels).sum()  # noqa: E731
+    assert right(fg / temperatures) >= right(fg)
+    shared = fit_temperature(fg, labels)
+    assert expected_calibration_error(fg / temperatures, labels) <= expected_calibration_error(fg / shared, labels)
+
+
+def test_the_fitted_threshold_is_the_best_of_all_and_the_lowest_of_equals():
+    fg, context, labels = biased(300)
+    fusion = create_fusion("robust")
+    fusion.fit(fg, context, labels)
+
+    def right(threshold):
+        fused = create_fusion({"name": "robust", "threshold": threshold})(fg, context)
+        return int((fused.argmax(-1) == labels).sum())
+
+    chosen = fusion.threshold.item()
+    every = {t: right(t) for t in [0.0, *fg.softmax(-1).amax(-1).tolist()]}
+    assert right(chosen) == max(every.values())
+    assert chosen == pytest.approx(min(t for t, n in every.items() if n == max(every.values())))
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_fitting_beats_trusting_the_branch_that_is_wrongly_sure(name):
+    fusion = create_fusion(name, 2, 5)
+    fusion.fit(*biased(600))
+    fg, context, labels = biased(600, seed=1)
+    right = lambda z: (z.argmax(-1) == labels).double().mean()  # noqa: E731
+    assert right(fusion(fg, context)) > right(create_fusion("max_confidence")(fg, context)) + 0.05
+    again = create_fusion(name, 2, 5)
+    again.fit(*biased(600))
+    assert all(torch.equal(a, b) for a, b in zip(fusion.buffers(), again.buffers()))  # the same on every run
+    assert not list(fusion.parameters())  # no training step may move it
+
+
+def test_weights_of_one_are_the_sum():
+    fg, context, _ = biased(20)
+    assert torch.allclose(create_fusion("weighted_logits", 2, 5)(fg, context), fg + context[0])
+
+
+def test_the_weighted_average_reaches_both_ends():
+    _, context, labels = biased(200)
+    fusion = create_fusion("scaled_weighted_average", 2, 5)
+    fusion.fit(10 * torch.eye(5)[labels], context, labels)
+    assert fusion.weight == 1
+    noise, knows = torch.randn(200, 5), 10 * torch.eye(5)[labels][None]
+    fusion.fit(noise, knows, labels)
+    assert fusion.weight < 1 and torch.equal(fusion(noise, knows).argmax(-1), labels)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_three_branches(name):
+    fg, context, labels = biased(100)
+    fusion = create_fusion(name, 3, 5)
+    both = torch.cat([context, context.flip(-1)])
+    fusion.fit(fg, both, labels)
+    assert fusion(fg, both).shape == (100, 5) and fusion(fg, both).isfinite().all()

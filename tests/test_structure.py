@@ -92,7 +92,7 @@ def test_the_readmes_commands_and_options_exist(capsys, monkeypatch):
     """Every `--option` that the README names belongs to one of the commands."""
     monkeypatch.setenv("COLUMNS", "300")
     known = ""
-    for command in ("finetune", "predict", "list", "demo"):
+    for command in ("finetune", "fuse", "evaluate", "predict", "list", "demo"):
         monkeypatch.setattr(sys, "argv", ["l2r2", command, "--help"])
         with pytest.raises(SystemExit):
             main()

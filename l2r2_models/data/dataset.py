@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -78,6 +81,10 @@ class ImageTable:
         if len(labels) < 2:
             raise L2R2Error(f'{self.root}: only one class ("{labels[0]}"); a classifier needs two or more.')
         return labels
+
+    def names(self) -> list[str]:
+        """The images' paths relative to the root."""
+        return [Path(os.path.relpath(row.path, self.root)).as_posix() for row in self.rows]
 
     def label_counts(self) -> Counter[str]:
         return Counter(str(row.label) for row in self.rows)
@@ -166,6 +173,15 @@ class Check:
 
     bad: dict[Path, str]
     with_box: frozenset[Path]
+
+
+def rows_digest(table: ImageTable) -> str:
+    """SHA-256 over names, labels, sizes of the files, boxes and masks: another data set gives another digest."""
+    digest = hashlib.sha256()
+    for name, row in zip(table.names(), table.rows):
+        size = row.path.stat().st_size
+        digest.update(json.dumps([name, row.label, size, row.entry and row.entry.boxes, str(row.mask_file)]).encode())
+    return digest.hexdigest()
 
 
 def check_images(

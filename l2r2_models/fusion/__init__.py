@@ -2,5 +2,10 @@
 
 from .base import FUSIONS, Fusion, create_fusion, register_fusion
 from .confidence import Average, MaxConfidence, Robust
+from .learned import ConcatMLP, WeightedLogits
+from .scaled import MaxScaledConfidence, ScaledAverage, ScaledWeightedAverage
 
-__all__ = ["FUSIONS", "Average", "Fusion", "MaxConfidence", "Robust", "create_fusion", "register_fusion"]
+__all__ = [
+    "FUSIONS", "Average", "ConcatMLP", "Fusion", "MaxConfidence", "MaxScaledConfidence", "Robust", "ScaledAverage",
+    "ScaledWeightedAverage", "WeightedLogits", "create_fusion", "register_fusion",
+]  # fmt: skip

@@ -17,12 +17,21 @@ FUSIONS: dict[str, type[Fusion]] = {}
 class Fusion(nn.Module):
     """Combines the logits of the fg branch with those of the context branches (full and/or bg).
 
-    A subclass implements `combine`; its numbers, given or fitted, are buffers, so that they travel in the checkpoint.
-    Rows without a box never reach `combine`'s result: they return the first context branch's logits exactly
-    (L2R2 3.1, METHOD.md 2).
+    A subclass implements `combine`, and `fit` where it has numbers to fit. Its numbers, given or fitted, are buffers: they
+    travel in the checkpoint and no training step moves them. Rows without a box never reach `combine`'s result: they return
+    the first context branch's logits exactly (L2R2 3.1, METHOD.md 2).
+
+    Args:
+        inputs: number of branches, fg among them.
+        classes: number of classes.
     """
 
     name: str = ""
+    needs_fit: bool = False  # without fitted numbers its answers mean nothing
+
+    def __init__(self, inputs: int = 2, classes: int = 0) -> None:
+        super().__init__()
+        self.inputs, self.classes = inputs, classes
 
     def combine(self, fg: Tensor, context: Tensor) -> Tensor:
         """Fuse rows that have a box.
@@ -43,8 +52,22 @@ class Fusion(nn.Module):
             return fused
         return torch.where(has_fg[:, None], fused, context[0])
 
+    @torch.jit.ignore
+    def fit(self, fg: Tensor, context: Tensor, labels: Tensor) -> None:
+        """Fit the numbers on held-out logits of rows that have a box; nothing to do where there are none.
+
+        Args:
+            fg: `[N, classes]`, context: `[K, N, classes]`, labels: `[N]` int64.
+        """
+
+    @torch.jit.ignore
+    def count(self) -> int:
+        """How many numbers `fit` chooses."""
+        return 0
+
+    @torch.jit.ignore
     def config(self) -> dict[str, Any]:
-        """The name and the numbers given by hand, enough for `create_fusion` to build it again."""
+        """The name and the settings, enough for `create_fusion` to build it again; fitted numbers are in the state dict."""
         return {"name": self.name}
 
 
@@ -57,8 +80,8 @@ def register_fusion(cls: F) -> F:
     return cls
 
 
-def create_fusion(config: str | Mapping[str, Any]) -> Fusion:
-    """Build a fusion from its name, or from `{"name": ..., <its arguments>}`.
+def create_fusion(config: str | Mapping[str, Any], inputs: int = 2, classes: int = 0) -> Fusion:
+    """Build a fusion from its name, or from `{"name": ..., <its arguments>}`, for so many branches and classes.
 
     Raises:
         L2R2Error: an unknown name, an argument that the fusion does not take, or a value out of range.
@@ -67,8 +90,8 @@ def create_fusion(config: str | Mapping[str, Any]) -> Fusion:
     name = arguments.pop("name", None)
     if name not in FUSIONS:
         raise L2R2Error(f'Unknown fusion "{name}"; choose from {", ".join(sorted(FUSIONS))}.')
-    known = [p for p in inspect.signature(FUSIONS[name].__init__).parameters if p != "self"]
+    known = [p for p in inspect.signature(FUSIONS[name].__init__).parameters if p not in ("self", "inputs", "classes")]
     if unknown := set(arguments) - set(known):
         takes = ", ".join(known) if known else "no arguments"
         raise L2R2Error(f'Fusion "{name}" does not take {", ".join(sorted(unknown))}; it takes {takes}.')
-    return FUSIONS[name](**arguments)
+    return FUSIONS[name](inputs=inputs, classes=classes, **arguments)

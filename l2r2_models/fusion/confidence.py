@@ -1,4 +1,4 @@
-"""Fusions that need no fitting: they compare or average the branches (L2R2 3.3 and B.3, METHOD.md 4)."""
+"""Fusions that compare or average the branches as they are; only `robust` has a number (L2R2 3.3 and B.3, METHOD.md 4)."""
 
 from __future__ import annotations
 
@@ -31,9 +31,6 @@ class MaxConfidence(Fusion):
 
     name = "max_confidence"
 
-    def __init__(self) -> None:
-        super().__init__()
-
     def combine(self, fg: Tensor, context: Tensor) -> Tensor:
         return most_confident(torch.cat([fg[None], context]))
 
@@ -44,9 +41,6 @@ class Average(Fusion):
 
     name = "average"
 
-    def __init__(self) -> None:
-        super().__init__()
-
     def combine(self, fg: Tensor, context: Tensor) -> Tensor:
         return torch.cat([fg[None], context]).mean(0)
 
@@ -55,15 +49,18 @@ class Average(Fusion):
 class Robust(Fusion):
     """fg answers where its confidence is above the threshold, else the most confident branch. Source: L2R2 3.3 [R].
 
+    `fit` chooses the threshold with the highest accuracy; among equals the lowest, which trusts fg most, because held-out rows
+    usually share the training backgrounds.
+
     Args:
         threshold: confidence in [0, 1]. 0 makes it fg alone, 1 makes it `max_confidence`.
     """
 
     name = "robust"
 
-    def __init__(self, threshold: float = 0.5) -> None:
-        super().__init__()
-        if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+    def __init__(self, inputs: int = 2, classes: int = 0, threshold: float = 0.5) -> None:
+        super().__init__(inputs, classes)
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
             raise L2R2Error(f'Fusion "robust" needs a threshold from 0 to 1, got {threshold}.')
         self.threshold: Tensor
         self.register_buffer("threshold", torch.tensor(float(threshold)))
@@ -72,5 +69,27 @@ class Robust(Fusion):
         sure = confidence(fg) > self.threshold
         return torch.where(sure[:, None], fg, most_confident(torch.cat([fg[None], context])))
 
+    @torch.jit.ignore
+    def fit(self, fg: Tensor, context: Tensor, labels: Tensor) -> None:
+        surest = most_confident(torch.cat([fg[None], context]))
+        order = confidence(fg).argsort()
+        sorted_confidence = confidence(fg)[order]
+        by_fg = (fg.argmax(-1) == labels)[order].long()
+        by_surest = (surest.argmax(-1) == labels)[order].long()
+        # right[i]: correct rows if the i least confident rows are left to the surest branch
+        zero = torch.zeros(1, dtype=torch.long)
+        right = torch.cat([zero, by_surest.cumsum(0)]) + by_fg.sum() - torch.cat([zero, by_fg.cumsum(0)])
+        thresholds = torch.cat([sorted_confidence.new_zeros(1), sorted_confidence])
+        # a threshold must lie between different confidences: of equal ones only the last can be the border
+        border = torch.cat([sorted_confidence != torch.cat([sorted_confidence.new_full((1,), -1.0), sorted_confidence[:-1]]),
+                            torch.ones(1, dtype=torch.bool)])  # fmt: skip
+        best = torch.where(border, right, -1).argmax()  # the first of equals: the lowest threshold
+        self.threshold.copy_(thresholds[best])
+
+    @torch.jit.ignore
+    def count(self) -> int:
+        return 1
+
+    @torch.jit.ignore
     def config(self) -> dict[str, Any]:
         return {"name": self.name, "threshold": round(self.threshold.item(), 6)}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..data.dataset import Check, ImageTable, ViewDataset, check_images, read_table
+from ..data.dataset import Check, ImageTable, ViewDataset, check_images, read_table, rows_digest
 from ..errors import L2R2Error
 from ..files import read_json, write_json
 from ..hub import CONFIG, WEIGHTS, save_checkpoint
@@ -127,7 +125,7 @@ def finetune(
     classes = train.classes()
     settings = {
         "recipe": recipe.to_dict(),
-        "data": {"train": train_digest(train), "images": len(train), "classes": list(classes)},
+        "data": {"train": rows_digest(train), "images": len(train), "classes": list(classes)},
     }
     _check_place(out, Path(data), settings, overwrite)
     if not overwrite and (done := _finished(out)) is not None:
@@ -144,7 +142,8 @@ def finetune(
     with_box = sum(row.path in check.with_box for row in train.rows)
     settings["data"]["with_box"] = with_box
     save_checkpoint(model, out, classes, settings)
-    write_json(out / RUN, {**settings, "versions": _versions(), "metrics": metrics})  # last: it says that the run is finished
+    record = {**settings, "versions": _versions(), "train_files": train.names(), "metrics": metrics}
+    write_json(out / RUN, record)  # last: it says that the run is finished
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     return Result(out, metrics, len(train), with_box, check.bad)
 
@@ -197,15 +196,6 @@ def _try_out(model: L2R2, recipe: Recipe) -> None:
         raise L2R2Error(f"{recipe.model} does not take views of {model.view_spec.size} pixels ({what}).") from error
     finally:
         model.train()
-
-
-def train_digest(table: ImageTable) -> str:
-    """SHA-256 over the rows' names, labels, boxes and image contents' sizes: another data set gives another digest."""
-    digest = hashlib.sha256()
-    for row in table.rows:
-        name = os.path.relpath(row.path, table.root)
-        digest.update(json.dumps([name, row.label, row.path.stat().st_size, row.entry and row.entry.boxes]).encode())
-    return digest.hexdigest()
 
 
 def _split(table: ImageTable, train: str | None, val: str | None) -> tuple[ImageTable, ImageTable | None]:

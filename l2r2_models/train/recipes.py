@@ -9,6 +9,7 @@ from typing import Any
 
 from ..data.augment import Augment
 from ..errors import L2R2Error
+from ..fusion import FUSIONS
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class Recipe:
         if self.size is not None and self.size < 1:
             raise L2R2Error(f"size must be at least 1 pixel, got {self.size}.")
         self.augment()
+        if self.fusion in FUSIONS and FUSIONS[self.fusion].needs_fit:
+            raise L2R2Error(f'Fusion "{self.fusion}" must be fitted: train with another one, then `l2r2 fuse` it.')
         if self.threshold is not None and self.fusion != "robust":
             raise L2R2Error(f'threshold belongs to the fusion "robust", not to "{self.fusion}".')
 

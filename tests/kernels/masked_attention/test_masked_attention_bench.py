@@ -1,6 +1,6 @@
 """A dry run of the speed table on the CPU, with tiny sizes: every case, every provider, no numbers asserted but counts."""
 
-import importlib.util
+import importlib
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,9 @@ KEYS += ["ratio", "must", "stretch", "correct"]
 
 @pytest.fixture(scope="module")
 def bench():
-    path = Path(__file__).parents[3] / "benchmarks/speed/masked_attention_bench.py"
-    spec = importlib.util.spec_from_file_location("masked_attention_bench", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks/speed"))
+        yield importlib.import_module("masked_attention_bench")
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +51,16 @@ def test_a_wrong_or_absent_peer_is_not_timed(bench):
     ours, wrong, missing = case.rows(1e9, 1e9)
     assert ours["ms_median"] > 0 and ours["ratio"] is None
     assert wrong["ms_median"] is missing["ms_median"] is None and not wrong["correct"]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_wrong_output_or_gradient_is_found(bench, backward):
+    tensors = [torch.rand(2, 3)]
+    right, exact = (lambda x: x * 2), [torch.cat(tensors).double()]
+    assert bench.agrees(right, tensors, right, exact, backward)
+    assert not bench.agrees(lambda x: x * 2.1, tensors, right, exact, backward)
+    gradient_only = bench.agrees(lambda x: x * 2.1 - 0.1 * x.detach(), tensors, right, exact, backward)
+    assert gradient_only != backward
 
 
 def test_masks_keep_their_share(bench):

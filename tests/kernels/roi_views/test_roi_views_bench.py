@@ -1,11 +1,13 @@
 """The speed table: a dry run of its rows on small images, and what the driver says without a GPU."""
 
+import csv
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 SPEED = Path(__file__).parents[3] / "benchmarks" / "speed"
 KEYS = {
@@ -23,7 +25,36 @@ def test_every_row_is_right_and_has_its_goal(monkeypatch):
     assert all(row["correct"] for row in table if row["provider"] != "kornia")
     goals = {row["must"] for row in table if row["provider"] == "l2r2"}
     assert goals == {1.0, 40, 1 / 3, 2, 3, 5}
+    ours = [(row["op"], row["case"]) for row in table if row["provider"] == "l2r2"]
+    assert len(set(ours)) == len(ours)
     assert {"torchvision_eager", "roi_align", "kornia", "batched", "torch_antialias"} <= {row["provider"] for row in table}
+
+
+def rows_of(case, goal, **milliseconds):
+    for provider, ms in milliseconds.items():
+        own = provider == "l2r2"
+        row = dict.fromkeys(KEYS) | {"op": case.split()[0], "case": case, "provider": provider, "correct": True, "ms_median": ms}
+        yield row | {"must": goal if own else None, "ratio": 2.5 if own else 1.5}
+
+
+def test_the_report_has_a_row_a_goal_with_the_peers_as_columns(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(SPEED))
+    import kernels as driver
+
+    monkeypatch.setattr(driver, "RESULTS", tmp_path)
+    table = [*rows_of("roi_views a", 2.0, l2r2=1.0, torchvision=1.5), *rows_of("pack b", 3.0, l2r2=1.0, sdpa=None)]
+    about = {"gpu": "Some GPU", "date": "2000-01-01"}
+    rates = {"copy_bytes_per_s": 1e12, "matmul_flops_per_s": 1e15}
+    assert driver.report(table, about, rates) == 0
+    with open(tmp_path / "kernels_some-gpu_2000-01-01.csv", newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["case"], first["ms_median"], first["torchvision ms"], first["sdpa ms"]) == ("roi_views a", "1.0", "1.5", "")
+    assert (second["ratio"], second["must"], second["gpu"]) == ("2.5", "3.0", "Some GPU")
+    assert Image.open(tmp_path / "kernels_some-gpu_2000-01-01.png").size[0] > 1000
+    table[0]["correct"] = False
+    capsys.readouterr()
+    assert driver.report(table, about, rates) == 1
+    assert capsys.readouterr().out == "Wrong results, so no speeds: roi_views, roi_views a\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be measured")

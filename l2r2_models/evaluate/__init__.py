@@ -1,0 +1,1 @@
+"""Judging: stored branch logits, the fusions that are fitted on them, and the measures of METHOD.md 9."""

@@ -1,0 +1,101 @@
+"""`l2r2 fuse` without its printing: fit on a split, choose, save into the run's checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.dataset import ImageTable, read_table
+from ..errors import L2R2Error
+from ..files import read_json
+from ..fusion import FUSIONS
+from ..hub import load_checkpoint, save_checkpoint
+from .fuse import BEST, best, fit
+from .logits import Progress, branch_logits
+
+LOGITS = "logits"
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What was fitted.
+
+    Attributes:
+        chosen, config: the fusion that the run has now, and its settings.
+        table: accuracy and ECE on unseen rows of the split (see `Fitted`), and count of fitted numbers, by fusion.
+        rows, with_object: images of the split, and how many of them count for the fit.
+        warnings: sentences.
+    """
+
+    chosen: str
+    config: dict[str, Any]
+    table: dict[str, tuple[float, float, int]]
+    rows: int
+    with_object: int
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def fit_run(
+    run: Path,
+    data: Path,
+    split: str,
+    *,
+    method: str | None = None,
+    class_wise: bool = False,
+    metadata: Path | None = None,
+    boxes: Path | None = None,
+    save: bool = True,
+    progress: Progress = lambda batches, _: batches,
+) -> FuseReport:
+    """Fit the fusions on one split and save the chosen one into the run.
+
+    Args:
+        run: folder of a checkpoint; the logits are stored in it.
+        data, metadata, boxes: see `read_table`.
+        split: the rows to fit on.
+        method: one fusion, or `best_on_val` (default): the best of all on the split.
+        class_wise: see `fit`.
+        save: write the checkpoint.
+        progress: wraps the batches while logits are computed.
+
+    Raises:
+        L2R2Error: an unknown method, an unusable run or split.
+    """
+    method = method or BEST
+    if method not in (BEST, *FUSIONS):
+        raise L2R2Error(f'Unknown fusion "{method}"; choose from {", ".join([BEST, *sorted(FUSIONS)])}.')
+    if not Path(run).is_dir():
+        raise L2R2Error(f"{run}: no such run; a fusion is fitted into a folder.")
+    checkpoint = load_checkpoint(run)
+    table = read_table(data, metadata=metadata, boxes=boxes).of_split(split)
+    logits = branch_logits(checkpoint, table, Path(run) / LOGITS, progress=progress)
+    fitted = fit(logits, None if method == BEST else [method], class_wise)
+    chosen = best(fitted) if method == BEST else method
+    checkpoint.model.fusion = fitted[chosen].fusion
+    report = FuseReport(
+        chosen,
+        fitted[chosen].fusion.config(),
+        {name: (f.accuracy, f.ece, f.fusion.count()) for name, f in fitted.items()},
+        len(logits),
+        int(logits.has_fg.sum()),
+        _warnings(Path(run), table, split),
+    )
+    if save:
+        fit_record = {"split": split, "rows": len(logits), "method": method, "accuracy": fitted[chosen].accuracy}
+        save_checkpoint(checkpoint.model, run, checkpoint.labels, {**checkpoint.training, "fusion_fit": fit_record})
+    return report
+
+
+def _warnings(run: Path, table: ImageTable, split: str) -> tuple[str, ...]:
+    record = read_json(run / "run.json") if (run / "run.json").exists() else {}
+    seen = len(set(record.get("train_files", [])) & set(table.names()))
+    if not seen:
+        return ()
+    return (
+        f"{seen} of the {len(table)} images of {split} were trained on: the branches are too sure of themselves there, and so "
+        "will the fusion be; fit on held-out rows.",
+    )

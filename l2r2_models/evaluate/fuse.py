@@ -1,0 +1,86 @@
+"""Fitting fusions on stored branch logits, and choosing among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import L2R2Error
+from ..fusion import FUSIONS, Fusion, create_fusion
+from ..fusion.calibration import expected_calibration_error
+from .logits import BranchLogits
+from .metrics import accuracy
+
+BEST = "best_on_val"
+
+
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fusion with its numbers, fitted on all rows, and what such a fit reaches on rows it has not seen.
+
+    Attributes:
+        fusion: ready to use.
+        accuracy, ece: of each row fused by numbers that were fitted on the other folds (five, drawn with seed 0), so that a
+            fusion with many numbers gains nothing by learning the rows by heart.
+    """
+
+    fusion: Fusion
+    accuracy: float
+    ece: float
+
+
+def fuse(fusion: Fusion, data: BranchLogits) -> Tensor:
+    """Fused logits `[N, classes]`; rows without an object are the full branch's."""
+    return fusion(data.logits["fg"], data.context, data.has_fg)
+
+
+def fit(data: BranchLogits, methods: Sequence[str] | None = None, class_wise: bool = False) -> dict[str, Fitted]:
+    """Fit fusions on the rows in which an object was found.
+
+    Args:
+        data: logits of held-out rows of a model with an fg and a full or bg branch.
+        methods: names; by default all.
+        class_wise: one temperature a class, for the fusions that scale.
+
+    Raises:
+        L2R2Error: an unknown method, a model of one branch, or fewer than ten rows with an object.
+    """
+    if "fg" not in data.logits or len(data.logits) < 2:
+        raise L2R2Error(f"Only a model with fg and another branch can be fused; this one has {', '.join(data.logits)}.")
+    rows = data.select(data.has_fg)
+    if len(rows) < 2 * FOLDS:
+        raise L2R2Error(f"An object was found in {len(rows)} of {len(data)} images; a fusion is fitted on {2 * FOLDS} or more.")
+    return {name: _fit_one(name, data, rows, class_wise) for name in methods or sorted(FUSIONS)}
+
+
+def _fit_one(name: str, data: BranchLogits, rows: BranchLogits, class_wise: bool) -> Fitted:
+    def fitted(part: BranchLogits) -> Fusion:
+        sizes = len(rows.logits), rows.logits["fg"].shape[1]
+        fusion = create_fusion(name, *sizes)
+        if class_wise and "class_wise" in fusion.config():
+            fusion = create_fusion({"name": name, "class_wise": True}, *sizes)
+        with torch.no_grad():
+            fusion.fit(part.logits["fg"], part.context, part.labels)
+        return fusion
+
+    final = fitted(rows)
+    fold = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)) % FOLDS
+    unseen = torch.empty_like(rows.logits["fg"])
+    for k in range(FOLDS if final.count() else 0):
+        unseen[fold == k] = fuse(fitted(rows.select(fold != k)), rows.select(fold == k))
+    fused = fuse(final, data)
+    if final.count():
+        fused[data.has_fg] = unseen
+    return Fitted(final, accuracy(fused.argmax(-1), data.labels), expected_calibration_error(fused, data.labels))
+
+
+def best(fitted: dict[str, Fitted]) -> str:
+    """The name of the fusion with the highest accuracy on unseen rows; among equals `robust`, then the one with the fewest
+    fitted numbers (METHOD.md 4)."""
+    return max(fitted, key=lambda name: (fitted[name].accuracy, name == "robust", -fitted[name].fusion.count()))

@@ -1,0 +1,95 @@
+"""Fusions of branches whose logits are divided by fitted temperatures first (L2R2 3.3 and B.3, METHOD.md 4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Fusion, register_fusion
+from .calibration import fit_class_temperatures, fit_temperature
+from .confidence import most_confident
+
+
+class Scaled(Fusion):
+    """A fusion of `z / T`, with one temperature a branch, or one a branch and class.
+
+    Args:
+        class_wise: fit a temperature for each class. The argmax of a branch may then change; with one a branch it never does.
+    """
+
+    def __init__(self, inputs: int = 2, classes: int = 0, class_wise: bool = False) -> None:
+        super().__init__(inputs, classes)
+        self.class_wise = bool(class_wise)
+        self.temperatures: Tensor
+        self.register_buffer("temperatures", torch.ones(inputs, classes if class_wise else 1))  # fg first
+
+    def scaled(self, fg: Tensor, context: Tensor) -> Tensor:
+        """`[1 + K, B, classes]` scaled logits, fg first."""
+        return torch.cat([fg[None], context]) / self.temperatures[:, None].to(fg)
+
+    @torch.jit.ignore
+    def fit(self, fg: Tensor, context: Tensor, labels: Tensor) -> None:
+        fit = fit_class_temperatures if self.class_wise else fit_temperature
+        for row, logits in zip(self.temperatures, torch.cat([fg[None], context])):
+            row.copy_(torch.as_tensor(fit(logits, labels)))
+
+    @torch.jit.ignore
+    def count(self) -> int:
+        return self.temperatures.numel()
+
+    @torch.jit.ignore
+    def config(self) -> dict[str, Any]:
+        return {"name": self.name, "class_wise": self.class_wise}
+
+
+@register_fusion
+class MaxScaledConfidence(Scaled):
+    """The branch with the highest confidence after temperature scaling answers. Source: L2R2 3.3 [R]."""
+
+    name = "max_scaled_confidence"
+
+    def combine(self, fg: Tensor, context: Tensor) -> Tensor:
+        return most_confident(self.scaled(fg, context))
+
+
+@register_fusion
+class ScaledAverage(Scaled):
+    """Mean of the scaled logits. Source: L2R2 3.3 [R]."""
+
+    name = "scaled_average"
+
+    def combine(self, fg: Tensor, context: Tensor) -> Tensor:
+        return self.scaled(fg, context).mean(0)
+
+
+@register_fusion
+class ScaledWeightedAverage(Scaled):
+    """`a` times the scaled fg logits plus `1 - a` times the mean of the other scaled logits. Source: L2R2 3.3 [R].
+
+    `fit` chooses `a` from 0, 0.01, ..., 1 by accuracy; among equals the largest, which trusts fg most.
+    """
+
+    name = "scaled_weighted_average"
+
+    def __init__(self, inputs: int = 2, classes: int = 0, class_wise: bool = False) -> None:
+        super().__init__(inputs, classes, class_wise)
+        self.weight: Tensor
+        self.register_buffer("weight", torch.tensor(0.5))
+
+    def combine(self, fg: Tensor, context: Tensor) -> Tensor:
+        z = self.scaled(fg, context)
+        return self.weight.to(z) * z[0] + (1 - self.weight.to(z)) * z[1:].mean(0)
+
+    @torch.jit.ignore
+    def fit(self, fg: Tensor, context: Tensor, labels: Tensor) -> None:
+        super().fit(fg, context, labels)
+        z = self.scaled(fg, context)
+        weights = torch.linspace(1, 0, 101)
+        right = [int(((w * z[0] + (1 - w) * z[1:].mean(0)).argmax(-1) == labels).sum()) for w in weights]
+        self.weight.copy_(weights[right.index(max(right))])
+
+    @torch.jit.ignore
+    def count(self) -> int:
+        return self.temperatures.numel() + 1

@@ -1,0 +1,158 @@
+"""Stored logits, fitted fusions in a run, and the measures."""
+
+import json
+
+import pytest
+import torch
+from conftest import write_run
+from sklearn.metrics import balanced_accuracy_score
+
+from l2r2_models import L2R2Error, Predictor, hub
+from l2r2_models.data.dataset import read_table
+from l2r2_models.evaluate.fit_run import fit_run
+from l2r2_models.evaluate.fuse import best, fit
+from l2r2_models.evaluate.judge import evaluate_run
+from l2r2_models.evaluate.logits import BranchLogits, branch_logits
+from l2r2_models.evaluate.metrics import by_group, macro_accuracy, oracle
+from l2r2_models.fusion import FUSIONS
+from l2r2_models.predictions import accuracy_by_branch, gather, predict_to_file
+
+
+@pytest.fixture
+def own_run(tmp_path):
+    return write_run(tmp_path / "run")
+
+
+def test_logits_are_what_the_model_says_and_are_computed_once(own_run, dataset):
+    checkpoint, table = hub.load_checkpoint(own_run), read_table(dataset).of_split("val")
+    passes = []
+    count = lambda batches, total: passes.append(total) or batches  # noqa: E731
+    first = branch_logits(checkpoint, table, own_run / "logits", batch_size=5, progress=count)
+    second = branch_logits(checkpoint, table, own_run / "logits", progress=count)
+    assert passes == [3]
+    assert all(torch.equal(first.logits[b], second.logits[b]) for b in ("full", "fg")) and second.has_fg.all()
+    entries = {str(row.path): row.entry for row in table.rows}
+    answers = Predictor(checkpoint, device="cpu").predict_files([row.path for row in table.rows], entries)
+    assert [checkpoint.labels[i] for i in first.logits["fg"].argmax(-1)] == [a.objects[0].fg.label for a in answers]
+
+
+def test_other_boxes_or_other_weights_never_reuse_stored_logits(own_run, dataset, tmp_path):
+    checkpoint, store = hub.load_checkpoint(own_run), own_run / "logits"
+    table = read_table(dataset).of_split("val")
+    branch_logits(checkpoint, table, store)
+    text = (dataset / "metadata.csv").read_text()
+    (dataset / "metadata.csv").write_text(text.replace(",val,", ",val,1", 1))
+    branch_logits(checkpoint, read_table(dataset).of_split("val"), store)
+    branch_logits(hub.load_checkpoint(write_run(tmp_path / "other", seed=1)), table, store)
+    assert len(list(store.iterdir())) == 3
+    checkpoint.model.fusion.threshold.fill_(0.9)  # another fusion does not change what the branches say
+    branch_logits(checkpoint, table, store)
+    assert len(list(store.iterdir())) == 3
+
+
+def test_a_fitted_fusion_is_saved_and_every_answer_uses_it(own_run, dataset):
+    report = fit_run(own_run, dataset, "val", method="scaled_weighted_average")
+    assert report.rows == 12 and report.with_object == 12 and set(report.table) == {"scaled_weighted_average"}
+    model = hub.load_checkpoint(own_run).model
+    assert model.fusion.name == "scaled_weighted_average" and not torch.equal(model.fusion.temperatures, torch.ones(2, 1))
+    config = json.loads((own_run / "config.json").read_text())
+    assert config["l2r2"]["training"]["fusion_fit"]["split"] == "val"
+    view = torch.randn(2, 3, 32, 32)
+    out = model.forward_views(view, view)
+    assert torch.equal(out.fused, model.fusion(out.fg, out.full[None]))
+
+
+@pytest.mark.parametrize("method", sorted(FUSIONS))
+def test_every_fusion_survives_the_checkpoint(own_run, dataset, method):
+    fit_run(own_run, dataset, "val", method=method, class_wise=True)
+    before = hub.load_checkpoint(own_run).model.fusion
+    again = hub.load_checkpoint(own_run).model.fusion
+    assert before.config() == again.config() and before.config()["name"] == method
+    assert all(torch.equal(a, b) for a, b in zip(before.buffers(), again.buffers()))
+
+
+def test_a_dry_run_leaves_the_run_as_it_is(own_run, dataset):
+    before = {p.name: p.read_bytes() for p in own_run.iterdir() if p.is_file()}
+    fit_run(own_run, dataset, "val", save=False)
+    assert before == {p.name: p.read_bytes() for p in own_run.iterdir() if p.is_file()}
+
+
+def test_fitting_on_training_rows_warns(own_run, dataset):
+    table = read_table(dataset)
+    (own_run / "run.json").write_text(json.dumps({"train_files": table.of_split("train").names()}))
+    assert "12 of the 12 images of train were trained on" in fit_run(own_run, dataset, "train", save=False).warnings[0]
+    assert fit_run(own_run, dataset, "val", save=False).warnings == ()
+
+
+def test_the_choice_is_made_on_unseen_rows(dataset):
+    """Branches that know nothing: learning the rows by heart must not look like an advantage."""
+    generator = torch.Generator().manual_seed(0)
+    logits = {b: torch.randn(60, 10, generator=generator) for b in ("full", "fg")}
+    labels = torch.randint(0, 10, (60,), generator=generator)
+    data = BranchLogits(logits, torch.ones(60, dtype=torch.bool), labels, read_table(dataset))
+    data = BranchLogits(logits, data.has_fg, labels, type(data.table)(data.table.root, data.table.rows[:1] * 60))
+    fitted = fit(data)
+    heart = (fitted["concat_mlp"].fusion(logits["fg"], data.context).argmax(-1) == labels).double().mean()
+    assert heart > 0.9 and fitted["concat_mlp"].accuracy < 0.35
+    assert all(f.accuracy < 0.35 for f in fitted.values())
+
+
+def test_equal_fusions_are_chosen_by_robust_then_by_fewer_numbers():
+    from l2r2_models.evaluate.fuse import Fitted
+    from l2r2_models.fusion import create_fusion
+
+    same = {name: Fitted(create_fusion(name, 2, 3), 0.5, 0.1) for name in FUSIONS}
+    assert best(same) == "robust"
+    del same["robust"]
+    assert best(same) in ("average", "max_confidence")
+
+
+def test_fusing_what_cannot_be_fused_is_a_sentence(own_run, dataset, tmp_path):
+    with pytest.raises(L2R2Error, match='Unknown fusion "rubust"; choose from best_on_val'):
+        fit_run(own_run, dataset, "val", method="rubust")
+    with pytest.raises(L2R2Error, match='no image of split "dev"'):
+        fit_run(own_run, dataset, "dev")
+    with pytest.raises(L2R2Error, match="no such run"):
+        fit_run(tmp_path / "nowhere", dataset, "val")
+    with pytest.raises(L2R2Error, match="this one has full"):
+        fit_run(write_run(tmp_path / "plain", branches=("full",)), dataset, "val")
+    text = "\n".join(",".join(line.split(",")[:3]) for line in (dataset / "metadata.csv").read_text().splitlines())
+    (dataset / "metadata.csv").write_text(text)
+    with pytest.raises(L2R2Error, match="found in 0 of 12 images"):
+        fit_run(own_run, dataset, "val")
+
+
+def test_evaluate_gives_every_branch_and_fusion_and_agrees_with_predict(own_run, dataset, tmp_path):
+    result = evaluate_run(own_run, dataset, "test", group="label", fit_split="val")
+    assert {"full", "fg", "fused: robust", *FUSIONS} == set(result.rows)
+    predictor = Predictor.from_pretrained(own_run, device="cpu")
+    report = predict_to_file(predictor, gather([dataset], split="test"), tmp_path / "p.json")
+    truth = {str(r.path): r.label for r in read_table(dataset).rows}
+    predicted = accuracy_by_branch(report.images, truth)
+    for row, branch in (("full", "full"), ("fg", "fg"), ("fused: robust", "fused")):
+        assert result.rows[row]["accuracy"] == pytest.approx(predicted[branch])
+    assert result.oracle >= max(result.rows["full"]["accuracy"], result.rows["fg"]["accuracy"])
+    figures = result.rows["full"]
+    assert figures["worst_group"] == min(figures["by_group"].values()) and set(figures["by_group"]) == {"red", "green", "blue"}
+    assert figures["without_box"] is None
+
+
+def test_a_split_is_never_both_fitted_on_and_judged_by(own_run, dataset):
+    with pytest.raises(L2R2Error, match="cannot be both fitted on and judged by"):
+        evaluate_run(own_run, dataset, "test", fit_split="test")
+    with pytest.raises(L2R2Error, match='no column "weather"; there are file_name, label, split'):
+        evaluate_run(own_run, dataset, "test", group="weather")
+
+
+def test_macro_accuracy_counts_the_classes_that_occur_as_scikit_learn_does():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (200,), generator=generator)
+    answers = torch.where(torch.rand(200, generator=generator) < 0.6, labels, torch.randint(0, 6, (200,), generator=generator))
+    with pytest.warns(UserWarning, match="y_pred contains classes not in y_true"):
+        assert macro_accuracy(answers, labels) == pytest.approx(balanced_accuracy_score(labels, answers))
+
+
+def test_groups_and_oracle():
+    labels, answers = torch.tensor([0, 1, 2, 0]), torch.tensor([0, 1, 0, 1])
+    assert by_group(answers, labels, ["a", "a", "b", "b"]) == {"a": 1.0, "b": 0.0}
+    assert oracle([torch.eye(3)[answers], torch.eye(3)[torch.tensor([2, 2, 2, 2])]], labels) == 0.75
