@@ -2,37 +2,28 @@
 
 Correctness comes first: nothing is timed that was not compared with float64, and a wrong result of ours ends the run with
 exit code 1. The copy and matmul rates that the percentages refer to are measured in the same run. The table is printed, and
-written as CSV with the GPU, the versions and the date to benchmarks/results/.
+written to benchmarks/results/ as CSV, with the GPU, the versions and the date, and as a plot of ratios against goals.
 """
 
-import csv
 import datetime
 import importlib.util
 import platform
+import statistics
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from report import OURS, show, write_csv, write_plot
+from timing import timed
+
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-FIELDS = [
-    "op", "case", "provider", "ms_median", "ms_p20", "ms_p80", "bytes", "flops", "pct_copy", "pct_matmul", "ratio", "must",
-    "stretch", "correct",
-]  # fmt: skip
 
 
-def seconds(call, repeats: int = 20) -> float:
+def seconds(call) -> float:
     """Median time of a call on the GPU."""
-    for _ in range(3):
-        call()
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start, end in marks:
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(end) for start, end in marks)[repeats // 2] / 1e3
+    return statistics.median(timed([call], torch.device("cuda"), 20)) / 1e3
 
 
 def copy_rate() -> float:
@@ -57,31 +48,6 @@ def versions() -> dict[str, str]:
     return {**found, "python": platform.python_version(), "date": datetime.date.today().isoformat()}
 
 
-def show(row: dict) -> str:
-    ms = (
-        "not timed"
-        if row["ms_median"] is None
-        else f"{row['ms_median']:9.3f} ms ({row['ms_p20'] or 0:.3f}-{row['ms_p80'] or 0:.3f})"
-    )
-    ratio = "" if row["ratio"] is None else f"{row['ratio']:7.2f}x"
-    goal = (
-        "" if row["must"] is None else f"must {row['must']:.2f}x" + (f", stretch {row['stretch']:.2f}x" if row["stretch"] else "")
-    )
-    copy = "" if row["pct_copy"] is None else f"{row['pct_copy']:5.1f} % copy"
-    return f"{row['op']:18} {row['case']:44} {row['provider']:26} {ms:34} {copy:12} {ratio:9} {goal}"
-
-
-def write(table: list[dict], about: dict[str, str], rates: dict[str, float]) -> Path:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    gpu = about["gpu"].lower().replace(" ", "-")
-    path = RESULTS / f"kernels_{gpu}_{about['date']}.csv"
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*FIELDS, *about, *rates])
-        writer.writeheader()
-        writer.writerows({**row, **about, **rates} for row in table)
-    return path
-
-
 def main() -> int:
     if not torch.cuda.is_available():
         print("No CUDA device: the GPU rows of the kernels' goal tables are unmeasured here, and nothing was written.")
@@ -94,15 +60,23 @@ def main() -> int:
     table: list[dict] = []
     for bench in (roi_views_bench, masked_attention_bench):
         table += bench.rows("cuda", **rates)
-    wrong = [f"{row['op']}, {row['case']}" for row in table if row["provider"] == "l2r2" and not row["correct"]]
+    return report(table, about, rates)
+
+
+def report(table: list[dict], about: dict[str, str], rates: dict[str, float]) -> int:
+    """Print and write the table; nothing of it if a result of ours is wrong."""
+    wrong = [f"{row['op']}, {row['case']}" for row in table if row["provider"] == OURS and not row["correct"]]
     if wrong:
         print("Wrong results, so no speeds: " + "; ".join(wrong))
         return 1
-    print(", ".join(f"{k} {v}" for k, v in about.items()))
-    print(f"copy {rates['copy_bytes_per_s'] / 1e12:.2f} TB/s, bf16 matmul {rates['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s")
-    for row in table:
-        print(show(row))
-    print(f"Wrote {write(table, about, rates)}")
+    versions_line = ", ".join(f"{k} {v}" for k, v in about.items())
+    rates_line = f"copy {rates['copy_bytes_per_s'] / 1e12:.2f} TB/s, bf16 matmul {rates['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s"
+    print(versions_line, rates_line, *map(show, table), sep="\n")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"kernels_{about['gpu'].lower().replace(' ', '-')}_{about['date']}.csv"
+    write_csv(path, table, {**about, **rates})
+    write_plot(path.with_suffix(".png"), table, f"{versions_line}\n{rates_line}")
+    print(f"Wrote {path} and {path.with_suffix('.png').name}")
     return 0
 
 

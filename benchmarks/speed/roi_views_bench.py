@@ -1,7 +1,7 @@
 """roi_views against its peers: 256 uint8 images of about 500 x 400 -> 512 views of 224 x 224, bfloat16, one GPU.
 
-``rows(device, copy_bytes_per_s, matmul_flops_per_s)`` is called by ``kernels.py``; the meaning of a row's fields is that of
-``masked_attention_bench.py``. Every provider is compared with the float64 reference on a few views before it is timed. The
+``rows(device, copy_bytes_per_s, matmul_flops_per_s)`` is called by ``kernels.py``; ``timing.py`` says what a row
+holds. Every provider is compared with the float64 reference on a few views before it is timed. The
 time of a call includes what the host does for it, as far as the GPU has to wait for it.
 """
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from l2r2_kernels import roi_views
 from l2r2_kernels.roi_views import reference
 from l2r2_kernels.roi_views.spec import make_spec
-from masked_attention_bench import Case, Goal, timed
+from timing import Case, Goal, timed
 from torch import Tensor
 
 FILL, MEAN, STD = (124, 116, 104), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -161,14 +161,14 @@ def _traffic(work: Work, sizes: Sizes) -> float:
 def _ragged_cases(device: torch.device, sizes: Sizes, copy_rate: float) -> Iterator[Case]:
     works = [make_work(sizes, True, seed, device) for seed in range(sizes.copies)]
     traffic = _traffic(works[0], sizes)
-    medians: dict[str, float] = {}
+    times: dict[str, list[float]] = {}
     for interpolation, share, stretch in (("bilinear", 0.3, 0.5), ("bicubic", 0.2, 0.35)):
         case = Case("roi_views", f"ragged {interpolation}", device, sizes.repeats, Goal(1.0, stretch / share), traffic, 0)
         function = partial(ours, sizes=sizes, interpolation=interpolation)
         expected = truth(works[0], sizes, interpolation=interpolation)
         case.add("l2r2", partial(_provider, function, works, expected, EXACT))
-        _stand_in(case, f"{share:.0%} of the copy rate", 1e3 * traffic / (share * copy_rate))
-        medians[interpolation] = sorted(case.times["l2r2"])[len(case.times["l2r2"]) // 2]
+        case.stand_in(f"{share:.0%} of the copy rate", [1e3 * traffic / (share * copy_rate)])
+        times[interpolation] = case.times["l2r2"]
         yield case
     case = Case("roi_views", "ragged against an eager chain", device, max(sizes.repeats // 10, 2), Goal(40, 80), traffic, 0)
     expected = truth(works[0], sizes)
@@ -178,30 +178,18 @@ def _ragged_cases(device: torch.device, sizes: Sizes, copy_rate: float) -> Itera
     case = Case("roi_views", "ragged pil against float mode", device, sizes.repeats, Goal(1 / 3, 1 / 2), traffic, 0)
     pil = truth(works[0], sizes, mode="pil")
     case.add("l2r2", partial(_provider, partial(ours, sizes=sizes, mode="pil"), works, pil, EXACT))
-    _stand_in(case, "float mode", medians["bilinear"])
+    case.stand_in("float mode", times["bilinear"])
     yield case
-
-
-def _stand_in(case: Case, name: str, ms: float) -> None:
-    """A time to compare with that is not a provider's: a share of the copy rate, or another mode."""
-    case.correct[name], case.times[name] = case.correct["l2r2"], [ms]
 
 
 def _same_size_cases(device: torch.device, sizes: Sizes) -> Iterator[Case]:
     works = [make_work(sizes, False, seed, device) for seed in range(sizes.copies)]
-    case = Case(
-        "roi_views", "same-size boxes, stretched", device, sizes.repeats, Goal(2, 3, ("roi_align",)), _traffic(works[0], sizes), 0
-    )
-    expected = truth(works[0], sizes, square=False)
-    case.add("l2r2", partial(_provider, partial(ours, sizes=sizes, square=False), works, expected, EXACT))
-    case.add("roi_align", partial(_provider, partial(roi_align_chain, sizes=sizes), works, expected, SAMPLED))
-    yield case
-    case = Case(
-        "roi_views", "same-size boxes, stretched", device, sizes.repeats, Goal(3, 5, ("kornia",)), _traffic(works[0], sizes), 0
-    )
-    case.add("l2r2", partial(_provider, partial(ours, sizes=sizes, square=False), works, expected, EXACT))
-    case.add("kornia", partial(_provider, partial(kornia_chain, sizes=sizes), works, expected, SAMPLED))
-    yield case
+    traffic, expected = _traffic(works[0], sizes), truth(works[0], sizes, square=False)
+    for peer, chain, goal in (("roi_align", roi_align_chain, Goal(2, 3)), ("kornia", kornia_chain, Goal(3, 5))):
+        case = Case("roi_views", f"same-size boxes, stretched, {peer}", device, sizes.repeats, goal, traffic, 0)
+        case.add("l2r2", partial(_provider, partial(ours, sizes=sizes, square=False), works, expected, EXACT))
+        case.add(peer, partial(_provider, partial(chain, sizes=sizes), works, expected, SAMPLED))
+        yield case
     whole = [make_work(sizes, False, seed, device, square=True) for seed in range(sizes.copies)]
     whole = [w._replace(boxes=w.boxes[::2], index=w.index[::2], host_boxes=w.host_boxes[::2]) for w in whole]
     case = Case("roi_views", "same-size whole images", device, sizes.repeats, Goal(5, 8), _traffic(whole[0], sizes), 0)

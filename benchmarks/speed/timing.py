@@ -1,0 +1,103 @@
+"""How the rows of the speed table are made: providers checked, timed, and compared.
+
+A row's ``ratio`` is the peer's time over ours, for our own row that of the fastest peer; ``must`` and ``stretch`` are the least
+ratios wanted (a goal "at most 1.15 times its time" is a ratio of 1 / 1.15). Every provider is compared with float64 before it is
+timed; a wrong or absent one has no times.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+Call = Callable[[], Any]
+
+
+class Goal(NamedTuple):
+    must: float | None = None
+    stretch: float | None = None
+    peers: tuple[str, ...] = ()  # whom the goal is against; any when empty
+
+
+class Case:
+    """One line of the goal table: the providers' calls over rotating inputs, ours first."""
+
+    def __init__(self, op: str, case: str, device: torch.device, repeats: int, goal: Goal, bytes_: float, flops: float):
+        self.op, self.case, self.device, self.repeats, self.goal = op, case, device, repeats, goal
+        self.bytes, self.flops = bytes_, flops
+        self.times: dict[str, list[float]] = {}
+        self.correct: dict[str, bool] = {}
+
+    def add(self, provider: str, make: Callable[[], tuple[list[Call], Callable[[], bool]]]) -> None:
+        """Checks, then times what ``make`` gives; a peer that cannot run here has no times, ours must run."""
+        self.correct[provider], self.times[provider] = False, []
+        try:
+            calls, check = make()
+            _leave_nan_in_free_memory(self.device)
+            self.correct[provider] = check()
+            if self.correct[provider]:
+                self.times[provider] = timed(calls, self.device, self.repeats)
+        except (RuntimeError, ImportError, TypeError, ValueError, NotImplementedError):
+            if provider == "l2r2":
+                raise
+
+    def stand_in(self, name: str, times: list[float]) -> None:
+        """Times to compare with that are no provider's: a share of the copy rate, another mode; none if ours is wrong."""
+        self.correct[name], self.times[name] = self.correct["l2r2"], times
+
+    def rows(self, copy_rate: float, matmul_rate: float) -> Iterator[dict]:
+        median = {provider: statistics.median(times) for provider, times in self.times.items() if times}
+        ours = median.get("l2r2")
+        rivals = [t for p, t in median.items() if p != "l2r2" and (not self.goal.peers or p in self.goal.peers)]
+        for provider, times in self.times.items():
+            ms, own = median.get(provider), provider == "l2r2"
+            against = min(rivals, default=None) if own else ms
+            quantiles = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else [None] * 4
+            yield {
+                "op": self.op,
+                "case": self.case,
+                "provider": provider,
+                "ms_median": ms,
+                "ms_p20": quantiles[0],
+                "ms_p80": quantiles[3],
+                "bytes": self.bytes,
+                "flops": self.flops,
+                "pct_copy": 100 * self.bytes / (ms * 1e-3) / copy_rate if ms else None,
+                "pct_matmul": 100 * self.flops / (ms * 1e-3) / matmul_rate if ms else None,
+                "ratio": against / ours if against and ours else None,
+                "must": self.goal.must if own else None,
+                "stretch": self.goal.stretch if own else None,
+                "correct": self.correct[provider],
+            }
+
+
+def timed(calls: list[Call], device: torch.device, repeats: int) -> list[float]:
+    """Milliseconds of each of ``repeats`` calls, taken in turn; on CUDA by events, with the host kept ahead of the GPU."""
+    for call in calls * 3 if device.type == "cuda" else calls[:1]:
+        call()
+    if device.type != "cuda":
+        times = []
+        for i in range(repeats):
+            start = time.perf_counter()
+            calls[i % len(calls)]()
+            times.append(1e3 * (time.perf_counter() - start))
+        return times
+    torch.cuda.synchronize()
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for i, (start, end) in enumerate(marks):
+        if i % 10 == 0:
+            torch.cuda.synchronize()
+            torch.cuda._sleep(20_000_000)  # about 10 ms, in which the host queues the next calls
+        start.record()
+        calls[i % len(calls)]()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in marks]
+
+
+def _leave_nan_in_free_memory(device: torch.device) -> None:
+    """An output that a kernel forgets to write is NaN then, and not the right answer of the call before."""
+    if device.type == "cuda":
+        torch.full((1 << 30,), float("nan"), device=device)
