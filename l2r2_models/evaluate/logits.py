@@ -81,16 +81,19 @@ def branch_logits(
     if file is not None and (stored := _read(file, key)) is not None:
         return BranchLogits({b: stored[b] for b in model.branches}, stored["has_fg"].bool(), stored["labels"], table)
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
     found: dict[str, list[Tensor]] = {}
     batches = [list(range(i, min(i + batch_size, len(items)))) for i in range(0, len(items), batch_size)]
     for batch in progress(batches, len(batches)):
         loaded = [items[i] for i in batch]
-        views = {b: torch.stack([item[b] for item in loaded]) for b in model.branches}
+        views = {b: torch.stack([item[b] for item in loaded]).to(device) for b in model.branches}
         with torch.inference_mode():
             out = {**model.forward_branches(**views), "has_fg": torch.stack([item["has_fg"] for item in loaded])}
         for name, value in out.items():
-            found.setdefault(name, []).append(value.float().clone() if name != "has_fg" else value)
-    joined = {name: torch.cat(parts) for name, parts in found.items()}
+            found.setdefault(name, []).append(value if name == "has_fg" else value.float().cpu())
+    model.cpu()
+    joined = {name: torch.cat(parts).clone() for name, parts in found.items()}  # out of inference mode, to be fitted on
     labels = torch.tensor(items.targets)
     if file is not None:
         tensors = {**joined, "has_fg": joined["has_fg"].to(torch.uint8), "labels": labels}
