@@ -12,6 +12,7 @@ from l2r2_models import L2R2Error, ViewSpec
 from l2r2_models.data.augment import Augment
 from l2r2_models.data.dataset import ViewDataset, check_images, read_table, sample_of
 from l2r2_models.data.demo import AT_HOME, PHOTOGRAPHS, make_demo_data
+from l2r2_models.data.splits import hold_out
 
 
 def image(path, size=(30, 20)):
@@ -202,6 +203,24 @@ def test_a_mask_alone_gives_the_box(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,label,mask_file\na.png,x,m.png\n")
     sample = sample_of(read_table(tmp_path).rows[0], (0, 0, 0))
     assert sample.box.tolist() == [4, 5, 9, 12] and int(sample.mask.sum()) == 5 * 7
+
+
+def test_rows_are_held_out_by_class_and_whole_groups(tmp_path):
+    lines = ["file_name,label,site"]
+    for i in range(60):
+        image(tmp_path / f"{i}.png", (4, 4))
+        lines.append(f"{i}.png,{'ab'[i % 2]},site{i // 6}")
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    table = read_table(tmp_path)
+    stay, val = hold_out(table, 0.2, seed=1)
+    assert val.label_counts() == {"a": 6, "b": 6} and not set(stay.names()) & set(val.names()) and len(stay) + len(val) == 60
+    assert hold_out(table, 0.2, seed=1)[1].names() == val.names() != hold_out(table, 0.2, seed=2)[1].names()
+    stay, val = hold_out(table, 0.2, group="site")
+    assert not set(stay.column("site")) & set(val.column("site")) and len(val) == 12
+    with pytest.raises(L2R2Error, match='no column "camera"'):
+        hold_out(table, 0.2, group="camera")
+    with pytest.raises(L2R2Error, match="cannot be held out"):
+        hold_out(table.of_names(["0.png", "1.png", "2.png"]), 0.2)
 
 
 def test_demo_data_ties_classes_to_backgrounds_in_training_and_unties_them_in_the_test(tmp_path):

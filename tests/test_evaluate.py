@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import write_run
+from conftest import write_dataset, write_run
 from sklearn.metrics import balanced_accuracy_score
 
 from l2r2_models import L2R2Error, Predictor, hub
@@ -16,6 +16,8 @@ from l2r2_models.evaluate.logits import BranchLogits, branch_logits
 from l2r2_models.evaluate.metrics import by_group, macro_accuracy, oracle
 from l2r2_models.fusion import FUSIONS
 from l2r2_models.predictions import accuracy_by_branch, gather, predict_to_file
+from l2r2_models.train.finetune import finetune
+from l2r2_models.train.recipes import Recipe
 
 
 @pytest.fixture
@@ -82,6 +84,18 @@ def test_fitting_on_training_rows_warns(own_run, dataset):
     (own_run / "run.json").write_text(json.dumps({"train_files": table.of_split("train").names()}))
     assert "12 of the 12 images of train were trained on" in fit_run(own_run, dataset, "train", save=False).warnings[0]
     assert fit_run(own_run, dataset, "val", save=False).warnings == ()
+
+
+def test_val_means_the_rows_that_the_run_held_out(tmp_path):
+    data = write_dataset(tmp_path / "data", count=60)
+    recipe = Recipe.default("timm:resnet10t", False, size=32, epochs=1, val_fraction=0.2)
+    result = finetune(data, recipe, tmp_path / "run")
+    assert result.images == 48 and set(result.metrics) == {"fused_accuracy", "full_accuracy", "fg_accuracy"}
+    report = fit_run(tmp_path / "run", data, "val", method="average")
+    assert report.rows == 12 and report.warnings == ()
+    assert evaluate_run(tmp_path / "run", data, "val").rows["full"]["accuracy"] == pytest.approx(result.metrics["full_accuracy"])
+    with pytest.raises(L2R2Error, match='no image of split "test"'):
+        evaluate_run(tmp_path / "run", data, "test")
 
 
 def test_the_choice_is_made_on_unseen_rows(dataset):

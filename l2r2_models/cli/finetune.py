@@ -19,6 +19,12 @@ def finetune(
     metadata: Annotated[Optional[Path], typer.Option(help="Another metadata file for the images of DATA.")] = None,
     train_split: Annotated[Optional[str], typer.Option(help="Rows to train on.", show_default="train, or all")] = None,
     val_split: Annotated[Optional[str], typer.Option(help="Rows for figures.", show_default="val or validation, if any")] = None,
+    val_fraction: Annotated[
+        Optional[float], typer.Option(help="Hold this part of the training rows out as val.", show_default="0")
+    ] = None,
+    val_group: Annotated[
+        Optional[str], typer.Option(help="Metadata column whose values stay on one side.", show_default="none")
+    ] = None,
     pretrained: Annotated[bool, typer.Option(help="Start from the tag's weights.")] = True,
     branches: Annotated[Optional[str], typer.Option(help="Of full,fg,bg; `full` alone is a plain classifier.")] = None,
     shared: Annotated[bool, typer.Option(help="One backbone for all branches, or one each.")] = True,
@@ -55,7 +61,8 @@ def finetune(
     recipe = Recipe.default(
         model, pretrained, branches=names(branches), shared=shared, fusion=fusion, threshold=threshold, fg=fg, margin=margin,
         size=size, box_threshold=box_threshold, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
-        label_smoothing=label_smoothing, box_jitter=box_jitter, seed=seed, workers=workers,
+        label_smoothing=label_smoothing, box_jitter=box_jitter, seed=seed, workers=workers, val_fraction=val_fraction,
+        val_group=val_group,
     )  # fmt: skip
     result = run(
         data, recipe, out, boxes=boxes, metadata=metadata, train_split=train_split, val_split=val_split,

@@ -66,6 +66,23 @@ class ImageTable:
             raise L2R2Error(f'{self.root}: no image of split "{name}"; {known}.')
         return replace(self, rows=rows)
 
+    def of_names(self, names: Iterable[str]) -> ImageTable:
+        """The rows whose path relative to the root is among `names`."""
+        wanted = set(names)
+        return replace(self, rows=tuple(row for name, row in zip(self.names(), self.rows) if name in wanted))
+
+    def column(self, name: str) -> list[str]:
+        """The values of a metadata column.
+
+        Raises:
+            L2R2Error: some row does not have it.
+        """
+        columns = [dict(row.columns) for row in self.rows]
+        if not all(name in row for row in columns):
+            known = ", ".join(columns[0]) if columns and columns[0] else "none"
+            raise L2R2Error(f'{self.root}: the metadata have no column "{name}"; there are {known}.')
+        return [row[name] for row in columns]
+
     def classes(self) -> tuple[str, ...]:
         """Sorted labels.
 

@@ -56,7 +56,7 @@ def fit_run(
     Args:
         run: folder of a checkpoint; the logits are stored in it.
         data, metadata, boxes: see `read_table`.
-        split: the rows to fit on.
+        split: the rows to fit on, see `rows_of`.
         method: one fusion, or `best_on_val` (default): the best of all on the split.
         class_wise: see `fit`.
         save: write the checkpoint.
@@ -71,7 +71,7 @@ def fit_run(
     if not Path(run).is_dir():
         raise L2R2Error(f"{run}: no such run; a fusion is fitted into a folder.")
     checkpoint = load_checkpoint(run)
-    table = read_table(data, metadata=metadata, boxes=boxes).of_split(split)
+    table = rows_of(run, read_table(data, metadata=metadata, boxes=boxes), split)
     logits = branch_logits(checkpoint, table, Path(run) / LOGITS, progress=progress)
     fitted = fit(logits, None if method == BEST else [method], class_wise)
     chosen = best(fitted) if method == BEST else method
@@ -90,9 +90,29 @@ def fit_run(
     return report
 
 
+def rows_of(run: Path | str, table: ImageTable, split: str) -> ImageTable:
+    """The rows of a split; `val` also means the rows that the run held out of its training (`finetune --val-fraction`).
+
+    Raises:
+        L2R2Error: there are none.
+    """
+    held_out = _record(run).get("val_files", [])
+    if split == "val" and split not in table.splits and held_out:
+        rows = table.of_names(held_out)
+        if len(rows) != len(held_out):
+            raise L2R2Error(f"{table.root}: lacks {len(held_out) - len(rows)} of the {len(held_out)} images that {run} held out.")
+        return rows
+    return table.of_split(split)
+
+
+def _record(run: Path | str) -> dict[str, Any]:
+    file = Path(run) / "run.json"
+    record = read_json(file) if file.exists() else {}
+    return record if isinstance(record, dict) else {}
+
+
 def _warnings(run: Path, table: ImageTable, split: str) -> tuple[str, ...]:
-    record = read_json(run / "run.json") if (run / "run.json").exists() else {}
-    seen = len(set(record.get("train_files", [])) & set(table.names()))
+    seen = len(set(_record(run).get("train_files", [])) & set(table.names()))
     if not seen:
         return ()
     return (

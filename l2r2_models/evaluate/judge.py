@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.dataset import ImageTable, read_table
+from ..data.dataset import read_table
 from ..errors import L2R2Error
 from ..fusion import FUSIONS, create_fusion
 from ..hub import load_checkpoint
-from .fit_run import LOGITS
+from .fit_run import LOGITS, rows_of
 from .fuse import fit, fuse
 from .logits import Progress, branch_logits
 from .metrics import measure, oracle
@@ -68,8 +68,8 @@ def evaluate_run(
     checkpoint = load_checkpoint(run)
     table = read_table(data, metadata=metadata, boxes=boxes)
     store = Path(run) / LOGITS if Path(run).is_dir() else None
-    judged = branch_logits(checkpoint, table.of_split(split), store, progress=progress)
-    groups = _groups(judged.table, group) if group else None
+    judged = branch_logits(checkpoint, rows_of(run, table, split), store, progress=progress)
+    groups = judged.table.column(group) if group else None
 
     outputs = dict(judged.logits)
     if "fg" in judged.logits and len(judged.logits) > 1:
@@ -79,20 +79,11 @@ def evaluate_run(
         made = [create_fusion(name, len(judged.logits), len(checkpoint.labels)) for name in FUSIONS]
         fusions = {fusion.name: fusion for fusion in made if fusion.count() == 0}
         if fit_split:
-            held_out = branch_logits(checkpoint, table.of_split(fit_split), store, progress=progress)
+            held_out = branch_logits(checkpoint, rows_of(run, table, fit_split), store, progress=progress)
             fusions = {name: f.fusion for name, f in fit(held_out).items()}
         outputs.update((name, fuse(fusion, judged)) for name, fusion in sorted(fusions.items()))
     figures = {name: measure(z, judged.labels, judged.has_fg, groups) for name, z in outputs.items()}
     found = int(judged.has_fg.sum())
     branches = [outputs[b] for b in judged.logits]
     return Evaluation(split, len(judged), found, figures, oracle(branches, judged.labels), fit_split)
-
-
-def _groups(table: ImageTable, column: str) -> list[str]:
-    columns = [dict(row.columns) for row in table.rows]
-    if not all(column in row for row in columns):
-        known = ", ".join(columns[0]) if columns[0] else "none"
-        raise L2R2Error(f'{table.root}: the metadata have no column "{column}"; there are {known}.')
-    return [row[column] for row in columns]
-
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..data.dataset import Check, ImageTable, ViewDataset, check_images, read_table, rows_digest
+from ..data.splits import hold_out
 from ..errors import L2R2Error
 from ..files import read_json, write_json
 from ..hub import CONFIG, WEIGHTS, save_checkpoint
@@ -121,7 +122,7 @@ def finetune(
     """
     out = Path(out)
     table = read_table(data, metadata=metadata, boxes=boxes)
-    train, val = _split(table, train_split, val_split)
+    train, val = _split(table, train_split, val_split, recipe)
     classes = train.classes()
     settings = {
         "recipe": recipe.to_dict(),
@@ -142,7 +143,8 @@ def finetune(
     with_box = sum(row.path in check.with_box for row in train.rows)
     settings["data"]["with_box"] = with_box
     save_checkpoint(model, out, classes, settings)
-    record = {**settings, "versions": _versions(), "train_files": train.names(), "metrics": metrics}
+    files = {"train_files": train.names(), "val_files": val.names() if val else []}
+    record = {**settings, "versions": _versions(), **files, "metrics": metrics}
     write_json(out / RUN, record)  # last: it says that the run is finished
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     return Result(out, metrics, len(train), with_box, check.bad)
@@ -198,12 +200,20 @@ def _try_out(model: L2R2, recipe: Recipe) -> None:
         model.train()
 
 
-def _split(table: ImageTable, train: str | None, val: str | None) -> tuple[ImageTable, ImageTable | None]:
+def _split(
+    table: ImageTable, train: str | None, val: str | None, recipe: Recipe
+) -> tuple[ImageTable, ImageTable | None]:
     def known(names: tuple[str, ...]) -> str | None:
         return next((split for name in names for split in table.splits if split.lower() == name), None)
 
     train, val = train or known(TRAIN_NAMES) or ("train" if table.splits else None), val or known(VAL_NAMES)
-    return table.of_split(train) if train else table, table.of_split(val) if val else None
+    train_table = table.of_split(train) if train else table
+    if val and recipe.val_fraction:
+        raise L2R2Error(f"{table.root}: has the validation split {val}; leave the val_fraction out.")
+    if not recipe.val_fraction:
+        return train_table, table.of_split(val) if val else None
+    train_table.classes()  # labels must be there before they are split
+    return hold_out(train_table, recipe.val_fraction, group=recipe.val_group, seed=recipe.seed)
 
 
 def _check_place(out: Path, data: Path, settings: dict[str, Any], overwrite: bool) -> None:

@@ -22,6 +22,7 @@ class Recipe:
         branches, shared, fusion, threshold: see `L2R2`; `threshold` is that of the `robust` fusion.
         fg, margin, size: see `ViewSpec`; size None is the model's own input size.
         box_threshold: boxes with a lower score count as not found.
+        val_fraction, val_group: hold so many training rows out for validation, see `hold_out`; 0 holds none out.
         epochs, batch_size, lr, weight_decay, warmup, label_smoothing: AdamW with linear warm-up (a part of all steps), then
             cosine to zero.
         scale, flip, colour, box_jitter: see `Augment`.
@@ -39,6 +40,8 @@ class Recipe:
     margin: float = 0.0
     size: int | None = None
     box_threshold: float = 0.2
+    val_fraction: float = 0.0
+    val_group: str | None = None
     epochs: int = 20
     batch_size: int = 32
     lr: float = 2e-4
@@ -59,6 +62,10 @@ class Recipe:
         for name in ("box_threshold", "warmup", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise L2R2Error(f"{name} must lie between 0 and 1, got {getattr(self, name)}.")
+        if not 0 <= self.val_fraction <= 0.5:
+            raise L2R2Error(f"val_fraction must lie between 0 and 0.5, got {self.val_fraction}.")
+        if self.val_group and not self.val_fraction:
+            raise L2R2Error("val_group says how to hold rows out; give a val_fraction too.")
         if not 0 < self.lr < math.inf:
             raise L2R2Error(f"lr must be above 0, got {self.lr}.")
         if not 0 <= self.weight_decay < math.inf:

@@ -1,5 +1,5 @@
 """The Triton kernels: on the GPU with -m gpu, or in Triton's interpreter with TRITON_INTERPRET=1 (small cases of the same
-tests, run by test_roi_views_interpreter.py in a process of their own)."""
+tests, run by test_kernels_interpreter.py in a process of their own)."""
 
 import os
 

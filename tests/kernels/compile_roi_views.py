@@ -1,20 +1,16 @@
-"""Compile every launch table entry for sm_90 without a GPU and print what it uses, one JSON line an entry.
+"""Compiles every launch table entry of roi_views for sm_90 and prints what it uses, one JSON line an entry.
 
-Run as a program, without TRITON_INTERPRET: kernels decorated in interpreter mode cannot be compiled.
+Run by test_kernels_sm90.py. Arguments: patterns of the names wanted; all without any.
 """
 
 import json
 import re
-import subprocess
-import tempfile
-from pathlib import Path
+import sys
 
 import torch
-import triton
+from hopper import compiled
 from l2r2_kernels.roi_views import triton as launch
 from l2r2_kernels.roi_views import triton_backward, triton_forward, triton_pil, triton_weights
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 POINTERS = {
@@ -35,26 +31,10 @@ def argument_type(name, kernel, images, out):
     return "fp32"
 
 
-def compiled(kernel, settings, images="*u8", out="*bf16"):
-    """Registers, stack and local bytes, and tensor-core instructions of one specialisation."""
+def usage(kernel, settings, images, out):
     constants = {k: v for k, v in settings.items() if k not in OPTIONS}
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else argument_type(n, kernel, images, out) for n in names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()})
-    options = {k: v for k, v in settings.items() if k in OPTIONS}
-    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    usage = resource_usage(result.asm["cubin"])
-    return {**usage, "tensor_core": len(re.findall(r"mma\.sync|wgmma\.mma", result.asm["ptx"]))}
-
-
-def resource_usage(cubin):
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        listing = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", listing.stdout)
-    return dict(zip(("registers", "stack", "local"), map(int, found.groups())))
+    signature = {name: argument_type(name, kernel, images, out) for name in kernel.arg_names}
+    return compiled(kernel, signature, constants, {k: v for k, v in settings.items() if k in OPTIONS})
 
 
 def entries():
@@ -90,9 +70,7 @@ def entries():
 
 
 if __name__ == "__main__":
-    import sys
-
-    wanted = sys.argv[1:]
     for name, kernel, settings, images, out in entries():
-        if not wanted or any(re.fullmatch(w, name) for w in wanted):
-            print(json.dumps({"name": name, **compiled(kernel, settings, images, out)}), flush=True)
+        if len(sys.argv) == 1 or any(re.fullmatch(wanted, name) for wanted in sys.argv[1:]):
+            result = {"name": name, "dots": "prepare" not in name, **usage(kernel, settings, images, out)}
+            print(json.dumps(result), flush=True)

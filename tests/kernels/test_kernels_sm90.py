@@ -1,0 +1,47 @@
+"""What the launch tables can choose compiles for sm_90, without a GPU: no spills, tensor cores used, shared memory fits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton.backends.nvidia")
+SHARED = 227 * 1024  # bytes a block can have
+USUAL_VIEWS = (
+    r"forward kind=[01] masked=False ratio=(1.0|2.24) uint8=True out=\*bf16",
+    r"forward kind=0 masked=(True|False) ratio=18.0 uint8=True out=\*(bf16|fp32)",
+    r"forward kind=0 masked=False ratio=2.24 uint8=False out=\*bf16",
+    r"backward kind=0 masked=False",
+    r"prepare kind=0",
+    r"pil kind=1 masked=False",
+    r"pil_prepare kind=1",
+)
+USUAL_ATTENTION = ("bf16:64:64", "bf16:64:785", "tf32:64:64")  # ViT-B heads; short and long segments
+ATTENTION = [f"{dtype}:{dim}:{length}" for dtype in ("bf16", "fp16") for dim in (32, 64, 80, 128) for length in (64, 785)]
+ATTENTION += [f"{dtype}:{dim}:64" for dtype in ("fp32", "tf32") for dim in (32, 64, 80, 128)]
+
+
+@pytest.mark.parametrize(
+    ("program", "wanted", "least"),
+    [
+        ("compile_roi_views.py", USUAL_VIEWS, 12),
+        ("compile_masked_attention.py", USUAL_ATTENTION, 20),
+        pytest.param("compile_roi_views.py", (), 90, marks=pytest.mark.slow),
+        pytest.param("compile_masked_attention.py", ATTENTION, 146, marks=pytest.mark.slow),
+    ],
+    ids=["usual views", "usual attention", "all views", "all attention"],
+)
+def test_kernels_compile_for_hopper_without_spills(program, wanted, least):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name(program)), *wanted]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr[-4000:]
+    entries = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(entries) >= least
+    for entry in entries:
+        assert entry["stack"] == entry["local"] == 0, f"spills: {entry}"
+        assert entry["shared"] <= SHARED, f"too much shared memory: {entry}"
+        assert entry["tensor_core"] > 0 or not entry["dots"], f"no tensor-core instructions: {entry}"
