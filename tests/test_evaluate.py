@@ -151,6 +151,17 @@ def test_evaluate_gives_every_branch_and_fusion_and_agrees_with_predict(own_run,
     assert figures["without_box"] is None
 
 
+def test_metadata_can_correct_the_answers(own_run, dataset):
+    table = read_table(dataset)
+    with pytest.raises(L2R2Error, match="holds none of the images"):
+        evaluate_run(own_run, dataset, "test", prior="label")
+    (own_run / "run.json").write_text(json.dumps({"train_files": table.of_split("train").names()}))
+    rows = evaluate_run(own_run, dataset, "test", prior="label").rows  # the label itself as metadata: as good as knowing it
+    assert rows["full + label"]["accuracy"] > rows["full"]["accuracy"] and "fused: robust + label" in rows
+    same = evaluate_run(own_run, dataset, "test", prior="file_name").rows  # values that training never saw
+    assert same["fg + file_name"]["accuracy"] == same["fg"]["accuracy"]
+
+
 def test_a_split_is_never_both_fitted_on_and_judged_by(own_run, dataset):
     with pytest.raises(L2R2Error, match="cannot be both fitted on and judged by"):
         evaluate_run(own_run, dataset, "test", fit_split="test")

@@ -17,6 +17,9 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Rows to judge by.")] = "test",
     group: Annotated[Optional[str], typer.Option(help="Metadata column: accuracy by its values, and the worst.")] = None,
     fit_split: Annotated[Optional[str], typer.Option(help="Held-out rows to fit every fusion on, for comparison.")] = None,
+    prior: Annotated[
+        Optional[str], typer.Option(help="Metadata column to correct the answers by, counted on the training rows.")
+    ] = None,
     metadata: Annotated[Optional[Path], typer.Option(help="Another metadata file for the images of DATA.")] = None,
     boxes: Annotated[Optional[Path], typer.Option(help="Box file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -28,7 +31,7 @@ def evaluate(
     from ..evaluate.judge import evaluate_run
 
     result = evaluate_run(
-        run, data, split, group=group, fit_split=fit_split, metadata=metadata, boxes=boxes,
+        run, data, split, group=group, fit_split=fit_split, prior=prior, metadata=metadata, boxes=boxes,
         progress=lambda batches, total: track(batches, total, "branch logits"),
     )  # fmt: skip
     if as_json:

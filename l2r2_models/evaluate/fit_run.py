@@ -96,7 +96,7 @@ def rows_of(run: Path | str, table: ImageTable, split: str) -> ImageTable:
     Raises:
         L2R2Error: there are none.
     """
-    held_out = _record(run).get("val_files", [])
+    held_out = record_of(run).get("val_files", [])
     if split == "val" and split not in table.splits and held_out:
         rows = table.of_names(held_out)
         if len(rows) != len(held_out):
@@ -105,14 +105,15 @@ def rows_of(run: Path | str, table: ImageTable, split: str) -> ImageTable:
     return table.of_split(split)
 
 
-def _record(run: Path | str) -> dict[str, Any]:
+def record_of(run: Path | str) -> dict[str, Any]:
+    """What `finetune` wrote of a run; empty for a Hub id or a folder without it."""
     file = Path(run) / "run.json"
     record = read_json(file) if file.exists() else {}
     return record if isinstance(record, dict) else {}
 
 
 def _warnings(run: Path, table: ImageTable, split: str) -> tuple[str, ...]:
-    seen = len(set(_record(run).get("train_files", [])) & set(table.names()))
+    seen = len(set(record_of(run).get("train_files", [])) & set(table.names()))
     if not seen:
         return ()
     return (

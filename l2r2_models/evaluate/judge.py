@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.dataset import read_table
+import torch
+
+from ..data.dataset import ImageTable, read_table
 from ..errors import L2R2Error
-from ..fusion import FUSIONS, create_fusion
+from ..fusion import FUSIONS, MetadataPrior, create_fusion
 from ..hub import load_checkpoint
-from .fit_run import LOGITS, rows_of
+from .fit_run import LOGITS, record_of, rows_of
 from .fuse import fit, fuse
 from .logits import Progress, branch_logits
 from .metrics import measure, oracle
@@ -46,6 +49,7 @@ def evaluate_run(
     *,
     group: str | None = None,
     fit_split: str | None = None,
+    prior: str | None = None,
     metadata: Path | None = None,
     boxes: Path | None = None,
     progress: Progress = lambda batches, _: batches,
@@ -58,6 +62,7 @@ def evaluate_run(
         split: the rows to judge by.
         group: a metadata column; adds the accuracy by its values and the worst of them.
         fit_split: held-out rows to fit every fusion on; never `split` itself.
+        prior: a metadata column; adds each branch and the run's fusion corrected by `MetadataPrior` with the run's training rows.
         progress: wraps the batches while logits are computed.
 
     Raises:
@@ -82,8 +87,21 @@ def evaluate_run(
             held_out = branch_logits(checkpoint, rows_of(run, table, fit_split), store, progress=progress)
             fusions = {name: f.fusion for name, f in fit(held_out).items()}
         outputs.update((name, fuse(fusion, judged)) for name, fusion in sorted(fusions.items()))
+    if prior:
+        correct = _prior(run, table, checkpoint.labels, prior)
+        corrected = [n for n in outputs if n in judged.logits or n.startswith("fused: ")]
+        outputs.update({f"{name} + {prior}": correct(outputs[name], judged.table.column(prior)) for name in corrected})
     figures = {name: measure(z, judged.labels, judged.has_fg, groups) for name, z in outputs.items()}
     found = int(judged.has_fg.sum())
     branches = [outputs[b] for b in judged.logits]
     return Evaluation(split, len(judged), found, figures, oracle(branches, judged.labels), fit_split)
 
+
+
+def _prior(run: Path | str, table: ImageTable, labels: Sequence[str], column: str) -> MetadataPrior:
+    rows = table.of_names(record_of(run).get("train_files", []))
+    if not len(rows):
+        raise L2R2Error(f"{table.root}: holds none of the images that {run} was trained on, so a prior cannot be counted.")
+    index = {label: i for i, label in enumerate(labels)}
+    known = torch.tensor([index[str(row.label)] for row in rows.rows])
+    return MetadataPrior(known, rows.column(column), len(labels))

@@ -3,9 +3,10 @@
 from .base import FUSIONS, Fusion, create_fusion, register_fusion
 from .confidence import Average, MaxConfidence, Robust
 from .learned import ConcatMLP, WeightedLogits
+from .prior import MetadataPrior
 from .scaled import MaxScaledConfidence, ScaledAverage, ScaledWeightedAverage
 
 __all__ = [
-    "FUSIONS", "Average", "ConcatMLP", "Fusion", "MaxConfidence", "MaxScaledConfidence", "Robust", "ScaledAverage",
-    "ScaledWeightedAverage", "WeightedLogits", "create_fusion", "register_fusion",
+    "FUSIONS", "Average", "ConcatMLP", "Fusion", "MaxConfidence", "MaxScaledConfidence", "MetadataPrior", "Robust",
+    "ScaledAverage", "ScaledWeightedAverage", "WeightedLogits", "create_fusion", "register_fusion",
 ]  # fmt: skip
