@@ -229,10 +229,10 @@ def configs(block_d: int, itemsize: int, typical: int) -> dict[str, Config]:
     """The tiles of each kernel, from a fixed table: autotuning would make the first steps slow and results vary.
 
     block_d: head width padded to a power of two; itemsize: bytes a number; typical: tokens in an ordinary segment.
-    The 16-bit entries compile for sm_90 without register spills (a test says so); long segments get the larger tiles.
+    The entries compile for sm_90 without register spills (a test says so); long segments get the larger tiles.
     """
     if itemsize > 2:  # IEEE float32 dots use no tensor core: small tiles keep the registers
-        return {"forward": Config(32, 32, 4, 2), "dq": Config(32, 32, 4, 2), "dkv": Config(16, 32, 8, 2)}
+        return {"forward": Config(32, 32, 8, 2), "dq": Config(32, 32, 4, 2), "dkv": Config(16, 32, 8, 2)}
     if block_d <= 64 and typical <= 192:
         return {"forward": Config(64, 64, 4, 2), "dq": Config(64, 64, 4, 2), "dkv": Config(32, 64, 4, 2)}
     if block_d <= 64:

@@ -42,7 +42,7 @@ def forward_config(small: bool, dtype: torch.dtype, kind: int, masked: bool, rat
         "DOT": tl.float16 if half else tl.float32,
         "ONE_X": one_x,
         "CHUNK_X": (64 if one_x and window > 32 else 32) if half else 16,
-        "num_warps": 4 if (half and (masked or kind == 3)) or (masked and kind == 3) else 2,
+        "num_warps": (4 if masked or kind == 3 else 2) if half else (8 if masked and kind == 3 else 2),
         "num_stages": 2,
         "enable_fp_fusion": True,
     }
