@@ -131,23 +131,40 @@ def test_batches(device, layout):
         assert levels_apart(views, truth(images, boxes, **settings)[0]) <= tolerance
 
 
-@on_devices
-@pytest.mark.parametrize("mode", ["float", "pil"])
-def test_every_output_is_written(device, mode, monkeypatch):
+@pytest.fixture
+def poison_empty(monkeypatch):
+    """A call after which torch.empty gives memory full of NaN."""
     empty = torch.empty
 
     def poisoned(*args, **kwargs):
         tensor = empty(*args, **kwargs)
         return tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
 
+    return lambda: monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@on_devices
+@pytest.mark.parametrize("mode", ["float", "pil"])
+def test_every_output_is_written(device, mode, poison_empty, monkeypatch):
     images, boxes, index = some_images(device)
     settings = {"size": grown(17, device), "mode": mode}
-    monkeypatch.setattr(torch, "empty", poisoned)
+    poison_empty()
     views, valid = triton_views(images, boxes, index, **settings)
     monkeypatch.undo()
     expected, expected_valid = truth(images, boxes, index, **settings)
     assert torch.equal(valid.cpu(), expected_valid)
     assert levels_apart(views, expected) <= 0.01
+
+
+@on_devices
+def test_every_gradient_is_written(device, poison_empty):
+    batch = torch.rand(3, 3, 21, 37, device=device, requires_grad=True)  # image 1 has no view, image 2 an invalid one
+    boxes = torch.tensor([[3.0, 4, 9, 8], [NAN] * 4], device=device)
+    views, _ = triton_views(batch, boxes, torch.tensor([0, 2]), size=8, square=False, fill=0.5)
+    poison_empty()
+    views.sum().backward()
+    assert batch.grad.isfinite().all() and not batch.grad[1:].any()
+    assert batch.grad[0, :, 4:8, 3:9].sum() > 0.9 * 3 * 8 * 8 and not batch.grad[0, :, 8:].any()
 
 
 @on_devices
@@ -196,12 +213,12 @@ def test_backward_of_an_expanded_gradient_in_half_precision(device):
 
 @on_devices
 def test_opcheck(device):
-    images, boxes, index = some_images(device)
-    boxes, index = boxes[:2], index[:2].to(device)
-    spec = spec_of(images, size=8)
+    images = [noise_image(9, 12, seed=1).to(device), noise_image(8, 7, seed=2, hwc=True).to(device)]
+    boxes, index = torch.tensor([[1.0, 0, 7, 6]], device=device), torch.tensor([1], device=device)
+    spec = spec_of(images, size=5)
     torch.library.opcheck(op._ragged_op, (images, boxes, index, [], [-1], *spec, "triton"))
-    batch = torch.rand(2, 3, 12, 10, device=device, requires_grad=True)
-    spec = spec_of(batch, size=8, fill=0.5)
+    batch = torch.rand(2, 3, 7, 8, device=device, requires_grad=True)
+    spec = spec_of(batch, size=5, fill=0.5)
     torch.library.opcheck(op._batch_op, (batch, boxes, index, [], [-1], *spec, "triton"))
 
 
