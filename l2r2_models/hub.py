@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
+from safetensors import safe_open
 from timm.models import save_for_hf
 
 from .errors import L2R2Error
@@ -39,6 +40,11 @@ class Checkpoint:
     training: dict[str, Any]
     name: str
     digest: str
+
+    @property
+    def box_threshold(self) -> float:
+        """Boxes with a lower score count as not found, as in training; 0.2 where the checkpoint does not say."""
+        return self.training.get("recipe", {}).get("box_threshold", 0.2)
 
 
 def save_checkpoint(model: L2R2, folder: str | Path, labels: Sequence[str], training: dict[str, Any] | None = None) -> None:
@@ -93,8 +99,12 @@ def save_checkpoint(model: L2R2, folder: str | Path, labels: Sequence[str], trai
         write_json(folder / CONFIG, config)
 
 
-def load_checkpoint(source: str | Path) -> Checkpoint:
+def load_checkpoint(source: str | Path, *, any_fusion: bool = False) -> Checkpoint:
     """Load a run's folder, or a Hub repository (`org/name` or `hf-hub:org/name[@revision]`).
+
+    Args:
+        source: folder or Hub id.
+        any_fusion: accept weights whose fusion is not the one that the config names, in order to fit it anew.
 
     Raises:
         L2R2Error: not a checkpoint, of a newer format, damaged, or not reachable; the message says what to do.
@@ -116,11 +126,21 @@ def load_checkpoint(source: str | Path) -> Checkpoint:
         raise
     except Exception as error:  # safetensors, torch and timm each have their own for a damaged file
         raise L2R2Error(f"{name}: the checkpoint cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
+    if not any_fusion:
+        _check_fusion(model, weights_path, name)
     labels = tuple(config.get("label_names") or (str(i) for i in range(model.num_classes)))
     if len(labels) != model.num_classes:
         raise L2R2Error(f"{name}: {len(labels)} label_names for {model.num_classes} classes in {CONFIG}.")
     training = config["l2r2"].get("training", {})
     return Checkpoint(model.eval(), labels, training, name, file_sha256(weights_path))
+
+
+def _check_fusion(model: L2R2, weights: Path, name: str) -> None:
+    """A save that was killed between its two files leaves a fusion of one kind with the numbers of another."""
+    with safe_open(weights, "pt") as file:
+        saved = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys() if k.startswith("fusion.")}  # noqa: SIM118
+    if saved != {f"fusion.{k}": tuple(v.shape) for k, v in model.fusion.state_dict().items()}:
+        raise L2R2Error(f"{name}: {WEIGHTS} and {CONFIG} are of different saves; fit the fusion again with `l2r2 fuse`.")
 
 
 def _check_config(config: Any, name: str) -> None:
@@ -130,8 +150,15 @@ def _check_config(config: Any, name: str) -> None:
     kinds = {"views": dict, "branches": list, "fusion": dict, "training": dict, "format_version": int}
     if wrong := [k for k, kind in kinds.items() if k in ours and not isinstance(ours[k], kind)]:
         raise L2R2Error(f"{name}: {CONFIG} has an unusable {wrong[0]} under l2r2.")
-    if not isinstance(config.get("model_args"), dict) or not isinstance(config.get("label_names", []), list):
-        raise L2R2Error(f"{name}: {CONFIG} needs model_args as a mapping, and label_names as a list.")
+    labels = config.get("label_names", [])
+    if not isinstance(config.get("model_args"), dict):
+        raise L2R2Error(f"{name}: {CONFIG} needs model_args as a mapping.")
+    if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels) or len(set(labels)) != len(labels):
+        raise L2R2Error(f"{name}: {CONFIG} needs label_names as a list of different names.")
+    recipe = ours.get("training", {}).get("recipe", {})
+    threshold = recipe.get("box_threshold", 0.2) if isinstance(recipe, dict) else None
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+        raise L2R2Error(f"{name}: {CONFIG} has an unusable recipe under l2r2.training.")
     if ours.get("format_version", 0) > FORMAT_VERSION:
         raise L2R2Error(
             f"{name}: checkpoint format {ours.get('format_version')} is newer than {FORMAT_VERSION}; upgrade l2r2-models."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,12 +95,14 @@ def predict_to_file(
     names = [str(path) for path in inputs.paths]
     _write(out, header, finished, names)  # a file that cannot be written shows before the work, not after it
     saved = time.monotonic()
-    for prediction in progress(predictor.predict_files(todo, inputs.entries, inputs.masks), len(todo)):
-        finished[str(prediction.file)] = prediction.to_dict()
-        if time.monotonic() - saved >= SAVE_EVERY:
-            _write(out, header, finished, names)
-            saved = time.monotonic()
-    _write(out, header, finished, names)
+    try:
+        for prediction in progress(predictor.predict_files(todo, inputs.entries, inputs.masks), len(todo)):
+            finished[str(prediction.file)] = prediction.to_dict()
+            if time.monotonic() - saved >= SAVE_EVERY:
+                _write(out, header, finished, names)
+                saved = time.monotonic()
+    finally:  # an interruption keeps what is done
+        _write(out, header, finished, names)
     return Report([finished[name] for name in names], len(names) - len(todo))
 
 
@@ -126,6 +129,9 @@ def _header(predictor: Predictor, inputs: Inputs) -> dict[str, Any]:
         "model": predictor.checkpoint.name,
         "model_sha256": predictor.checkpoint.digest,
         "labels": list(predictor.labels),
+        "fusion": predictor.model.fusion.config(),
+        "views": predictor.model.view_spec.to_dict(),
+        "masks": _digest(inputs.masks),
         "boxes_sha256": [file_sha256(file) for file in inputs.box_files],
         "settings": {
             "box_threshold": predictor.box_threshold,
@@ -133,6 +139,14 @@ def _header(predictor: Predictor, inputs: Inputs) -> dict[str, Any]:
             "top": predictor.top,
         },
     }
+
+
+def _digest(masks: Mapping[str, Path]) -> str | None:
+    """Of the masks' names, sizes and times; None without masks."""
+    if not masks:
+        return None
+    states = [(name, *((s := mask.stat()).st_size, s.st_mtime_ns)) if mask.exists() else (name,) for name, mask in masks.items()]
+    return hashlib.sha256(repr(sorted(states)).encode()).hexdigest()
 
 
 def _finished(out: Path, header: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -122,8 +122,10 @@ class Predictor:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = checkpoint.model.to(self.device).eval()
         self.labels = checkpoint.labels
-        recipe = checkpoint.training.get("recipe", {})
-        self.box_threshold = recipe.get("box_threshold", 0.2) if box_threshold is None else box_threshold
+        for what, value in (("max_objects", max_objects), ("batch_size", batch_size), ("top", top)):
+            if value < 1:
+                raise L2R2Error(f"{what} must be at least 1, got {value}.")
+        self.box_threshold = checkpoint.box_threshold if box_threshold is None else box_threshold
         self.max_objects, self.batch_size, self.top = max_objects, batch_size, min(top, len(self.labels))
 
     @classmethod
@@ -253,7 +255,9 @@ class Predictor:
 def _why_fused(said: dict[str, list[Answer]]) -> str:
     fg, fused = said["fg"][0], said["fused"][0]
     if "full" not in said or said["full"][0].label == fg.label:
-        return "the object and the whole image agree" if fused.label == fg.label else "the background decides"
+        if fused.label == fg.label:
+            return "the object and the whole image agree" if "full" in said else "the object decides"
+        return "the background decides" if "bg" in said else "the fitted fusion overrules both"
     full = said["full"][0]
     if fused.label == fg.label:
         return f"the object ({fg.score:.2f}) overrules the whole image, which says {full.label} ({full.score:.2f})"

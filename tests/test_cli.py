@@ -151,7 +151,8 @@ def test_fuse_and_evaluate_print_tables_or_json(l2r2, tmp_path, dataset):
     assert result.returncode == 0 and "<- chosen" in result.stdout and f"saved into {run}" in result.stdout
     assert json.loads(l2r2("fuse", run, dataset, "--dry-run", "--json").stdout)["rows"] == 12
     result = l2r2("evaluate", run, dataset, "--group", "label", "--fit-split", "val")
-    assert result.returncode == 0 and "worst label" in result.stdout and "concat_mlp" in result.stdout
+    assert result.returncode == 0 and "worst label" in result.stdout and "scaled_average" in result.stdout
+    assert "accuracy by label" in result.stdout and "12 of the 12 images of val" not in result.stderr
     assert json.loads(l2r2("evaluate", run, dataset, "--json").stdout)["images"] == 12
     assert "no image of split" in sentence(l2r2("evaluate", run, dataset, "--split", "nowhere"))
     assert 'Unknown fusion "rubust"' in sentence(l2r2("fuse", run, dataset, "--method", "rubust"))

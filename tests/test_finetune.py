@@ -91,6 +91,12 @@ def test_a_size_that_the_backbone_does_not_take_shows_before_training(dataset, t
     assert not (tmp_path / "run").exists()
 
 
+def test_a_diverged_training_is_no_success(dataset, tmp_path):
+    with pytest.raises(L2R2Error, match="has diverged"):
+        finetune(dataset, recipe(lr=1e30, branches=("full",)), tmp_path / "run")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("columns", [",0.1,1,1,9,9", ",0.9,500,500,600,600"])
 def test_boxes_that_cannot_be_used_never_train_an_fg_branch_silently(tmp_path, columns):
     data = write_dataset(tmp_path / "data")
@@ -165,7 +171,7 @@ def test_rows_without_a_box_train_the_full_branch_only():
         ({"workers": -1}, "workers must be at least 0"),
         ({"lr": float("nan")}, "lr must be above 0"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
-        ({"size": 0}, "size must be at least 1"),
+        ({"size": 0}, "size must lie between 1 and"),
     ],
 )
 def test_unusable_recipes_are_sentences(dataset, tmp_path, changes, message):

@@ -97,5 +97,6 @@ def test_the_readmes_commands_and_options_exist(capsys, monkeypatch):
         with pytest.raises(SystemExit):
             main()
         known += capsys.readouterr().out
-    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / "README.md").read_text())):
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if "python benchmarks/" not in line]
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(lines))):
         assert option in known, option

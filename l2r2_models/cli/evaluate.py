@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .common import track
+from .common import errors, track
 
 
 def evaluate(
@@ -26,14 +26,18 @@ def evaluate(
 ) -> None:
     """Judge every branch and every fusion of a run: accuracy, macro accuracy, calibration, groups."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from ..evaluate.judge import evaluate_run
+    from ..model import BRANCHES
 
     result = evaluate_run(
         run, data, split, group=group, fit_split=fit_split, prior=prior, metadata=metadata, boxes=boxes,
         progress=lambda batches, total: track(batches, total, "branch logits"),
     )  # fmt: skip
+    for warning in result.warnings:
+        errors.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
         return
@@ -43,16 +47,19 @@ def evaluate(
     table = Table("in %", box=None, header_style="bold", pad_edge=False)
     for title in columns.values():
         table.add_column(title, justify="right")
-    groups = list(next(iter(result.rows.values())).get("by_group", {}))
-    for name in groups:
-        table.add_column(name, justify="right")
     for name, figures in result.rows.items():
-        values = [figures[key] for key in columns] + [figures["by_group"][g] for g in groups]
-        table.add_row(name, *("" if v is None else f"{100 * v:.1f}" for v in values))
+        table.add_row(escape(name), *("" if figures[k] is None else f"{100 * figures[k]:.1f}" for k in columns))
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
     console.print(table)
+    if group:
+        own = [name for name in result.rows if name in BRANCHES or name.startswith("fused: ")]
+        by_group = Table(escape(f"accuracy by {group}"), *own, box=None, header_style="bold", pad_edge=False)
+        for value in next(iter(result.rows.values()))["by_group"]:
+            reached = [result.rows[name]["by_group"][value] for name in own]
+            by_group.add_row(escape(value) or "(empty)", *(f"{100 * v:.1f}" for v in reached))
+        console.print(by_group)
     fitted = f"; fusions fitted on {result.fitted_on}" if result.fitted_on else ""
     typer.echo(
         f"{result.images} images of {result.split}, {result.with_object} with an object found; "

@@ -9,7 +9,7 @@ import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,10 @@ class ImageTable:
             L2R2Error: some row does not have it.
         """
         columns = [dict(row.columns) for row in self.rows]
-        if not all(name in row for row in columns):
-            known = ", ".join(columns[0]) if columns and columns[0] else "none"
-            raise L2R2Error(f'{self.root}: the metadata have no column "{name}"; there are {known}.')
-        return [row[name] for row in columns]
+        if lacking := [row for row, values in zip(self.rows, columns) if name not in values]:
+            known = ", ".join(dict(lacking[0].columns)) or "none"
+            raise L2R2Error(f'{self.root}: {lacking[0].path.name} has no column "{name}" in the metadata; there are {known}.')
+        return [values[name] for values in columns]
 
     def classes(self) -> tuple[str, ...]:
         """Sorted labels.
@@ -192,12 +192,24 @@ class Check:
     with_box: frozenset[Path]
 
 
-def rows_digest(table: ImageTable) -> str:
-    """SHA-256 over names, labels, sizes of the files, boxes and masks: another data set gives another digest."""
+def rows_digest(table: ImageTable, *, times: bool = False) -> str:
+    """SHA-256 over names, labels, boxes with their scores, and sizes of images and masks: another data set gives another digest.
+
+    Args:
+        table: the rows.
+        times: also over when the files were changed, for what must be computed anew after any change.
+    """
+
+    def state(path: Path | None) -> list[int]:
+        if path is None or not path.exists():
+            return []
+        about = path.stat()
+        return [about.st_size, *([about.st_mtime_ns] if times else [])]
+
     digest = hashlib.sha256()
     for name, row in zip(table.names(), table.rows):
-        size = row.path.stat().st_size
-        digest.update(json.dumps([name, row.label, size, row.entry and row.entry.boxes, str(row.mask_file)]).encode())
+        entry = asdict(row.entry) if row.entry else None
+        digest.update(json.dumps([name, row.label, state(row.path), entry, str(row.mask_file), state(row.mask_file)]).encode())
     return digest.hexdigest()
 
 

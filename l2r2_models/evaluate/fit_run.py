@@ -8,13 +8,13 @@ from typing import Any
 
 from ..data.dataset import ImageTable, read_table
 from ..errors import L2R2Error
-from ..files import read_json
+from ..files import read_json, write_json
 from ..fusion import FUSIONS
 from ..hub import load_checkpoint, save_checkpoint
 from .fuse import BEST, best, fit
 from .logits import Progress, branch_logits
 
-LOGITS = "logits"
+LOGITS, RUN = "logits", "run.json"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def fit_run(
         raise L2R2Error(f'Unknown fusion "{method}"; choose from {", ".join([BEST, *sorted(FUSIONS)])}.')
     if not Path(run).is_dir():
         raise L2R2Error(f"{run}: no such run; a fusion is fitted into a folder.")
-    checkpoint = load_checkpoint(run)
+    checkpoint = load_checkpoint(run, any_fusion=True)
     table = rows_of(run, read_table(data, metadata=metadata, boxes=boxes), split)
     logits = branch_logits(checkpoint, table, Path(run) / LOGITS, progress=progress)
     fitted = fit(logits, None if method == BEST else [method], class_wise)
@@ -82,10 +82,12 @@ def fit_run(
         {name: (f.accuracy, f.ece, f.fusion.count()) for name, f in fitted.items()},
         len(logits),
         int(logits.has_fg.sum()),
-        _warnings(Path(run), table, split),
+        warnings_of(run, table, split, "the fusion will trust them too much"),
     )
     if save:
         fit_record = {"split": split, "rows": len(logits), "method": method, "accuracy": fitted[chosen].accuracy}
+        if record := record_of(run):  # first: a warning too many is better than one too few
+            write_json(Path(run) / RUN, {**record, "fit_files": table.names()})
         save_checkpoint(checkpoint.model, run, checkpoint.labels, {**checkpoint.training, "fusion_fit": fit_record})
     return report
 
@@ -107,16 +109,20 @@ def rows_of(run: Path | str, table: ImageTable, split: str) -> ImageTable:
 
 def record_of(run: Path | str) -> dict[str, Any]:
     """What `finetune` wrote of a run; empty for a Hub id or a folder without it."""
-    file = Path(run) / "run.json"
+    file = Path(run) / RUN
     record = read_json(file) if file.exists() else {}
-    return record if isinstance(record, dict) else {}
+    lists = [record.get(k, []) for k in ("train_files", "val_files", "fit_files")] if isinstance(record, dict) else [None]
+    if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists):
+        raise L2R2Error(f"{file}: is damaged.")
+    return record
 
 
-def _warnings(run: Path, table: ImageTable, split: str) -> tuple[str, ...]:
-    seen = len(set(record_of(run).get("train_files", [])) & set(table.names()))
-    if not seen:
-        return ()
-    return (
-        f"{seen} of the {len(table)} images of {split} were trained on: the branches are too sure of themselves there, and so "
-        "will the fusion be; fit on held-out rows.",
-    )
+def warnings_of(run: Path | str, table: ImageTable, split: str, consequence: str) -> tuple[str, ...]:
+    """Sentences about rows that the run was trained or its fusion fitted on."""
+    record, names = record_of(run), set(table.names())
+    found = []
+    for key, what in (("train_files", "trained on"), ("fit_files", "used to fit the fusion")):
+        if seen := len(names & set(record.get(key, []))):
+            rows = f"{seen} of the {len(table)} images of {split} were {what}"
+            found.append(f"{rows}; the figures are too good, and {consequence}.")
+    return tuple(found)

@@ -36,8 +36,9 @@ class Fitted:
 
 
 def fuse(fusion: Fusion, data: BranchLogits) -> Tensor:
-    """Fused logits `[N, classes]`; rows without an object are the full branch's."""
-    return fusion(data.logits["fg"], data.context, data.has_fg)
+    """Fused logits `[N, classes]`; rows without an object as `L2R2.fuse` has them: the full branch's, or fg's without one."""
+    fallback = data.logits.get("full", data.logits["fg"])
+    return torch.where(data.has_fg[:, None], fusion(data.logits["fg"], data.context), fallback)
 
 
 def fit(data: BranchLogits, methods: Sequence[str] | None = None, class_wise: bool = False) -> dict[str, Fitted]:
@@ -45,18 +46,23 @@ def fit(data: BranchLogits, methods: Sequence[str] | None = None, class_wise: bo
 
     Args:
         data: logits of held-out rows of a model with an fg and a full or bg branch.
-        methods: names; by default all.
+        methods: names; by default all that have no more numbers than there are rows.
         class_wise: one temperature a class, for the fusions that scale.
 
     Raises:
-        L2R2Error: an unknown method, a model of one branch, or fewer than ten rows with an object.
+        L2R2Error: an unknown method, a model of one branch, fewer than ten rows with an object, or rows of one class.
     """
     if "fg" not in data.logits or len(data.logits) < 2:
         raise L2R2Error(f"Only a model with fg and another branch can be fused; this one has {', '.join(data.logits)}.")
     rows = data.select(data.has_fg)
     if len(rows) < 2 * FOLDS:
-        raise L2R2Error(f"An object was found in {len(rows)} of {len(data)} images; a fusion is fitted on {2 * FOLDS} or more.")
-    return {name: _fit_one(name, data, rows, class_wise) for name in methods or sorted(FUSIONS)}
+        found = f"An object was found in {len(rows)} of {len(data)} images"
+        raise L2R2Error(f"{found}; a fusion is fitted on {2 * FOLDS} or more (are the boxes missing? give --boxes).")
+    if len(rows.labels.unique()) < 2:
+        raise L2R2Error(f"The {len(rows)} images with an object show one class only; a fusion needs more to be fitted.")
+    sizes = len(rows.logits), rows.logits["fg"].shape[1]
+    names = methods or [name for name in sorted(FUSIONS) if create_fusion(name, *sizes).count() <= len(rows)]
+    return {name: _fit_one(name, data, rows, class_wise) for name in names}
 
 
 def _fit_one(name: str, data: BranchLogits, rows: BranchLogits, class_wise: bool) -> Fitted:

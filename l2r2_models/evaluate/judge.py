@@ -13,7 +13,7 @@ from ..data.dataset import ImageTable, read_table
 from ..errors import L2R2Error
 from ..fusion import FUSIONS, MetadataPrior, create_fusion
 from ..hub import load_checkpoint
-from .fit_run import LOGITS, record_of, rows_of
+from .fit_run import LOGITS, record_of, rows_of, warnings_of
 from .fuse import fit, fuse
 from .logits import Progress, branch_logits
 from .metrics import measure, oracle
@@ -29,6 +29,7 @@ class Evaluation:
             others: those that need no fitting, or all, if a split to fit on was given.
         oracle: accuracy if one could always pick a branch that is right.
         fitted_on: the split that the other fusions were fitted on, or None.
+        warnings: sentences about rows that were trained or fitted on, and about missing boxes.
     """
 
     split: str
@@ -37,6 +38,7 @@ class Evaluation:
     rows: dict[str, dict[str, Any]]
     oracle: float
     fitted_on: str | None
+    warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,6 +78,8 @@ def evaluate_run(
     judged = branch_logits(checkpoint, rows_of(run, table, split), store, progress=progress)
     groups = judged.table.column(group) if group else None
 
+    if fit_split and not ("fg" in judged.logits and len(judged.logits) > 1):
+        raise L2R2Error(f"{run}: has only the branch {', '.join(judged.logits)}, so there is no fusion to fit on {fit_split}.")
     outputs = dict(judged.logits)
     if "fg" in judged.logits and len(judged.logits) > 1:
         if "full" in judged.logits:  # where no object was found the full branch answers, as in a Prediction
@@ -94,7 +98,10 @@ def evaluate_run(
     figures = {name: measure(z, judged.labels, judged.has_fg, groups) for name, z in outputs.items()}
     found = int(judged.has_fg.sum())
     branches = [outputs[b] for b in judged.logits]
-    return Evaluation(split, len(judged), found, figures, oracle(branches, judged.labels), fit_split)
+    warnings = warnings_of(run, judged.table, split, "say nothing about new images")
+    if not found and "fg" in judged.logits:
+        warnings += (f"no object was found in any image of {split}; give --boxes if the boxes are in a file.",)
+    return Evaluation(split, len(judged), found, figures, oracle(branches, judged.labels), fit_split, warnings)
 
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..files import write_atomic
 from ..hub import Checkpoint
 from ..model import L2R2
 
+logger = logging.getLogger(__name__)
 Progress = Callable[[Iterable[list[int]], int], Iterable[list[int]]]
 
 
@@ -73,12 +75,13 @@ def branch_logits(
     Raises:
         L2R2Error: an unreadable image, or a label that the model does not know.
     """
-    model, threshold = checkpoint.model, checkpoint.training.get("recipe", {}).get("box_threshold", 0.2)
+    model, threshold = checkpoint.model, checkpoint.box_threshold
     items = ViewDataset(table, checkpoint.labels, model.view_spec, model.branches, box_threshold=threshold)
     # the fusion is not part of the key: logits stay valid when it is fitted anew
-    key = json.dumps([_branches_digest(model), model.view_spec.to_dict(), threshold, rows_digest(table)])
+    about = [model.view_spec.to_dict(), threshold, list(checkpoint.labels), rows_digest(table, times=True)]
+    key = json.dumps([_branches_digest(model), *about])
     file = None if store is None else store / f"{_short(key)}.safetensors"
-    if file is not None and (stored := _read(file, key)) is not None:
+    if file is not None and (stored := _read(file, key, len(table), model)) is not None:
         return BranchLogits({b: stored[b] for b in model.branches}, stored["has_fg"].bool(), stored["labels"], table)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -95,22 +98,28 @@ def branch_logits(
     model.cpu()
     joined = {name: torch.cat(parts).clone() for name, parts in found.items()}  # out of inference mode, to be fitted on
     labels = torch.tensor(items.targets)
+    if not all(joined[b].isfinite().all() for b in model.branches):
+        raise L2R2Error(f"{checkpoint.name}: gives logits that are not finite; its training has diverged.")
     if file is not None:
         tensors = {**joined, "has_fg": joined["has_fg"].to(torch.uint8), "labels": labels}
-        write_atomic(file, lambda path: save_file(tensors, path, {"key": key}))
+        try:
+            write_atomic(file, lambda path: save_file(tensors, path, {"key": key}))
+        except L2R2Error as error:  # a store is a convenience: a run that cannot be written to can still be judged
+            logger.warning("%s", error)
     return BranchLogits({b: joined[b] for b in model.branches}, joined["has_fg"], labels, table)
 
 
-def _read(file: Path, key: str) -> dict[str, Tensor] | None:
-    if not file.exists():
-        return None
+def _read(file: Path, key: str, rows: int, model: L2R2) -> dict[str, Tensor] | None:
+    """What the store has for a key; nothing where there is any doubt, so that it is computed anew."""
     try:
         with safe_open(file, "pt") as stored:
             if (stored.metadata() or {}).get("key") != key:
                 return None
-            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise L2R2Error(f"{file}: stored logits cannot be read ({error}); delete the file.") from error
+            tensors = {name: stored.get_tensor(name) for name in (*model.branches, "has_fg", "labels")}
+    except (SafetensorError, OSError):
+        return None
+    shapes = [tensors[b].shape == (rows, model.num_classes) and bool(tensors[b].isfinite().all()) for b in model.branches]
+    return tensors if all(shapes) and len(tensors["has_fg"]) == len(tensors["labels"]) == rows else None
 
 
 def _branches_digest(model: L2R2) -> str:

@@ -140,6 +140,8 @@ def finetune(
         shutil.rmtree(out, ignore_errors=True)
     write_json(out / RUN, settings)
     metrics = _train(model, recipe, train, val, classes, out)
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise L2R2Error(f"{out}: the training has diverged, its weights are not finite; --overwrite it with a lower --lr.")
     with_box = sum(row.path in check.with_box for row in train.rows)
     settings["data"]["with_box"] = with_box
     save_checkpoint(model, out, classes, settings)
@@ -188,10 +190,10 @@ def create_model(recipe: Recipe, num_classes: int) -> L2R2:
 
 def _try_out(model: L2R2, recipe: Recipe) -> None:
     """One pass in evaluation, so that a size that the backbone does not take shows before the images are read."""
-    view = torch.zeros(2, model.in_chans, model.view_spec.size, model.view_spec.size)
     model.eval()
     try:
         with torch.inference_mode():
+            view = torch.zeros(2, model.in_chans, model.view_spec.size, model.view_spec.size)
             model.forward_branches(**dict.fromkeys(model.branches, view))
     except (RuntimeError, AssertionError, ValueError) as error:
         what = " ".join(str(error).split())[:200]
@@ -208,6 +210,8 @@ def _split(
 
     train, val = train or known(TRAIN_NAMES) or ("train" if table.splits else None), val or known(VAL_NAMES)
     train_table = table.of_split(train) if train else table
+    if val and val == train:
+        raise L2R2Error(f"{table.root}: the split {val} cannot be both trained on and validated on.")
     if val and recipe.val_fraction:
         raise L2R2Error(f"{table.root}: has the validation split {val}; leave the val_fraction out.")
     if not recipe.val_fraction:
@@ -239,7 +243,8 @@ def _finished(out: Path) -> dict[str, Any] | None:
     if not all((out / name).is_file() for name in (RUN, CONFIG, WEIGHTS)):
         return None
     record = read_json(out / RUN)
-    return record if "metrics" in record else None
+    whole = isinstance(record.get("metrics"), dict) and isinstance(record["data"].get("with_box"), int)
+    return record if whole else None
 
 
 def _usable(

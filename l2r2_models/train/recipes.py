@@ -74,8 +74,8 @@ class Recipe:
             raise L2R2Error(f"seed must lie between 0 and 4294967295, got {self.seed}.")
         if self.workers < 0:
             raise L2R2Error(f"workers must be at least 0, got {self.workers}.")
-        if self.size is not None and self.size < 1:
-            raise L2R2Error(f"size must be at least 1 pixel, got {self.size}.")
+        if self.size is not None and not 1 <= self.size <= 4096:
+            raise L2R2Error(f"size must lie between 1 and 4096 pixels, got {self.size}.")
         self.augment()
         if self.fusion in FUSIONS and FUSIONS[self.fusion].needs_fit:
             raise L2R2Error(f'Fusion "{self.fusion}" must be fitted: train with another one, then `l2r2 fuse` it.')
