@@ -13,7 +13,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from .errors import L2R2Error
-from .fusion import Fusion, create_fusion
+from .fusion import Fusion, create_fusion, fuse_branches
 from .views import ViewSpec, cut_batch
 
 BRANCHES = ("full", "fg", "bg")
@@ -179,13 +179,7 @@ class L2R2(nn.Module):
     @torch.jit.ignore
     def fuse(self, logits: Mapping[str, Tensor], has_fg: Tensor | None = None) -> Tensor:
         """Fuse branch logits `[B, classes]` that were computed before; what `forward_views` does after the network."""
-        context = [logits[b] for b in ("full", "bg") if b in logits]
-        if "fg" not in logits or not context:
-            return context[0] if context else logits["fg"]
-        if "full" in logits:
-            return self.fusion(logits["fg"], torch.stack(context), has_fg)
-        fused = self.fusion(logits["fg"], torch.stack(context))  # without a full branch, fg answers: it saw the whole image
-        return fused if has_fg is None else torch.where(has_fg[:, None], fused, logits["fg"])
+        return fuse_branches(self.fusion, logits, has_fg)
 
     @property
     def view_spec(self) -> ViewSpec:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import L2R2Error
-from ..fusion import FUSIONS, Fusion, create_fusion
+from ..fusion import FUSIONS, Fusion, create_fusion, fuse_branches
 from ..fusion.calibration import expected_calibration_error
 from .logits import BranchLogits
 from .metrics import accuracy
@@ -36,9 +36,8 @@ class Fitted:
 
 
 def fuse(fusion: Fusion, data: BranchLogits) -> Tensor:
-    """Fused logits `[N, classes]`; rows without an object as `L2R2.fuse` has them: the full branch's, or fg's without one."""
-    fallback = data.logits.get("full", data.logits["fg"])
-    return torch.where(data.has_fg[:, None], fusion(data.logits["fg"], data.context), fallback)
+    """Fused logits `[N, classes]`, as the model itself fuses them."""
+    return fuse_branches(fusion, data.logits, data.has_fg)
 
 
 def fit(data: BranchLogits, methods: Sequence[str] | None = None, class_wise: bool = False) -> dict[str, Fitted]:

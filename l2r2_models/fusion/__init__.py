@@ -1,6 +1,6 @@
 """Fusion heads: one set of logits from the branches' logits."""
 
-from .base import FUSIONS, Fusion, create_fusion, register_fusion
+from .base import FUSIONS, Fusion, create_fusion, fuse_branches, register_fusion
 from .confidence import Average, MaxConfidence, Robust
 from .learned import ConcatMLP, WeightedLogits
 from .prior import MetadataPrior
@@ -8,5 +8,6 @@ from .scaled import MaxScaledConfidence, ScaledAverage, ScaledWeightedAverage
 
 __all__ = [
     "FUSIONS", "Average", "ConcatMLP", "Fusion", "MaxConfidence", "MaxScaledConfidence", "MetadataPrior", "Robust",
-    "ScaledAverage", "ScaledWeightedAverage", "WeightedLogits", "create_fusion", "register_fusion",
+    "ScaledAverage", "ScaledWeightedAverage", "WeightedLogits", "create_fusion", "fuse_branches",
+    "register_fusion",
 ]  # fmt: skip

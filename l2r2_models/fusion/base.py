@@ -71,6 +71,21 @@ class Fusion(nn.Module):
         return {"name": self.name}
 
 
+def fuse_branches(fusion: Fusion, logits: Mapping[str, Tensor], has_fg: Tensor | None = None) -> Tensor:
+    """Fuse the logits `[B, classes]` of whatever branches there are; THE rule of which branch answers where.
+
+    Rows without an object are the full branch's; without a full branch they are fg's, which saw the whole image there. With
+    fg or the context missing, nothing is fused: the branch that there is answers.
+    """
+    context = [logits[b] for b in ("full", "bg") if b in logits]
+    if "fg" not in logits or not context:
+        return context[0] if context else logits["fg"]
+    if "full" in logits:
+        return fusion(logits["fg"], torch.stack(context), has_fg)
+    fused = fusion(logits["fg"], torch.stack(context))
+    return fused if has_fg is None else torch.where(has_fg[:, None], fused, logits["fg"])
+
+
 F = TypeVar("F", bound=type[Fusion])
 
 
