@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 from l2r2_models import L2R2Error, Predictor
 from l2r2_models.data.dataset import read_table
-from l2r2_models.train.finetune import BranchLoss, create_model, finetune
+from l2r2_models.train.finetune import finetune
+from l2r2_models.train.losses import BranchLoss
+from l2r2_models.train.models import create_model
 from l2r2_models.train.recipes import Recipe
 
 

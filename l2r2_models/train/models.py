@@ -1,0 +1,63 @@
+"""The model that a recipe names, tried out before anything slow begins."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import timm
+import torch
+
+from ..errors import L2R2Error
+from ..model import L2R2
+from ..views import ViewSpec
+from .recipes import Recipe
+
+
+def create_model(recipe: Recipe, num_classes: int) -> L2R2:
+    """The recipe's model with its views.
+
+    Raises:
+        L2R2Error: unknown name, weights that cannot be had, or a size that the backbone does not take.
+    """
+    name, backbone = recipe.model, {}
+    if name.startswith("timm:"):
+        name, backbone = "l2r2", {"backbone": name.removeprefix("timm:")}
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture) or not (architecture == "l2r2" or architecture.startswith("l2r2_")):
+        raise L2R2Error(f'Unknown model "{recipe.model}"; `l2r2 list` shows the models, and timm:NAME takes any timm backbone.')
+    try:
+        cfg = timm.models.get_pretrained_cfg(backbone.get("backbone", name))
+    except RuntimeError as error:
+        raise L2R2Error(f"{error} `l2r2 list --pretrained` shows the tags.") from None
+    torch.manual_seed(recipe.seed)
+    options: dict[str, Any] = dict(
+        num_classes=num_classes, branches=list(recipe.branches), shared=recipe.shared, fusion=recipe.fusion_config(), **backbone
+    )
+    if recipe.size and cfg is not None and cfg.fixed_input_size:
+        options["img_size"] = recipe.size
+    try:
+        model = cast(L2R2, timm.create_model(name, pretrained=recipe.pretrained, **options))
+    except L2R2Error:
+        raise
+    except (OSError, RuntimeError, AssertionError, ValueError) as error:  # hub, torch and timm errors
+        what = " ".join(str(error).split())[:200]
+        hint = "; weights that cannot be downloaded are left out with --no-pretrained" if recipe.pretrained else ""
+        raise L2R2Error(f"{recipe.model} cannot be created ({what}){hint}.") from error
+    changes = {"fg": recipe.fg, "margin": recipe.margin, **({"size": recipe.size} if recipe.size else {})}
+    model.view_spec = ViewSpec.from_pretrained_cfg(model.pretrained_cfg, **changes)
+    _try_out(model, recipe)
+    return model
+
+
+def _try_out(model: L2R2, recipe: Recipe) -> None:
+    """One pass in evaluation, so that a size that the backbone does not take shows before the images are read."""
+    model.eval()
+    try:
+        with torch.inference_mode():
+            view = torch.zeros(2, model.in_chans, model.view_spec.size, model.view_spec.size)
+            model.forward_branches(**dict.fromkeys(model.branches, view))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise L2R2Error(f"{recipe.model} does not take views of {model.view_spec.size} pixels ({what}).") from error
+    finally:
+        model.train()

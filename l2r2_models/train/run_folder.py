@@ -1,0 +1,62 @@
+"""The folder of a run: whose it is, whether it is finished, and the checkpoint to go on from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..errors import L2R2Error
+from ..files import read_json
+from ..hub import CONFIG, WEIGHTS
+
+RUN, CHECKPOINTS = "run.json", "checkpoints"
+
+
+def check_place(out: Path, data: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """`out` must be new, empty, or this very run; to be overwritten it must at least be a run."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / RUN).is_file() or data.resolve().is_relative_to(out.resolve()):
+        raise L2R2Error(f"{out}: exists and is not a run of finetune; choose another -o.")
+    if overwrite:
+        return
+    old = read_json(out / RUN)
+    recipe, old_data = (old.get(k) if isinstance(old, dict) else None for k in ("recipe", "data"))
+    if not isinstance(recipe, dict) or not isinstance(old_data, dict):
+        raise L2R2Error(f"{out / RUN}: is damaged; --overwrite the run.")
+    changed = [k for k, v in settings["recipe"].items() if recipe.get(k) != v and k != "workers"]
+    changed += ["data set"] if any(old_data.get(k) != v for k, v in settings["data"].items()) else []
+    if changed:
+        raise L2R2Error(f"{out}: holds a run with another {', '.join(changed)}; choose another -o, or --overwrite it.")
+
+
+def finished(out: Path) -> dict[str, Any] | None:
+    """The record of a finished run: it is written after everything else."""
+    if not all((out / name).is_file() for name in (RUN, CONFIG, WEIGHTS)):
+        return None
+    record = read_json(out / RUN)
+    whole = isinstance(record.get("metrics"), dict) and isinstance(record["data"].get("with_box"), int)
+    return record if whole else None
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint; those that a killed process left half-written are removed."""
+    numbered = {int(p.name.split("-")[1]): p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit()}
+    for _, checkpoint in sorted(numbered.items(), reverse=True):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())  # written last
+            with safe_open(checkpoint / WEIGHTS, "pt"):
+                return str(checkpoint)
+        except (OSError, ValueError, SafetensorError):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    return None
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("l2r2-models", "torch", "torchvision", "timm", "transformers")}
