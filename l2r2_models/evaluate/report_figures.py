@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 INK = "#0a0b0d"  # stands for the page's text colour, whatever that is
 COLOURS = ("#e69f00", "#0086c9", "#00a37a", "#d55e00", "#cc79a7", "#8c8c8c")  # for colour-blind eyes too, on white and black
-STYLE = {
+STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     "svg.fonttype": "none",  # text stays text: it can be searched, and the browser has every script
     "text.parse_math": False,
@@ -144,8 +144,7 @@ def _figure(width: float, height: float) -> Iterator[Figure]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise L2R2Error('A report needs more packages: pip install "l2r2-models[train]".') from error
-    style: dict[str, Any] = STYLE
-    with rc_context(style), warnings.catch_warnings():
+    with rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # matplotlib's font lacks a glyph; the browser's does not
         yield Figure(figsize=(width, height))
 
