@@ -54,8 +54,10 @@ class Detections:
         image_size: tuple[int, int],
         scores: Sequence[float] | None = None,
         labels: Sequence[str] | None = None,
+        *,
+        sort: bool = True,
     ) -> Detections:
-        """From plain numbers; a missing score is 1 (a box given by a person). Sorted by score, best first.
+        """From plain numbers; a missing score is 1 (a box given by a person). By default sorted by score, best first.
 
         Raises:
             L2R2Error: a box is not four numbers, or the scores or labels are not one a box.
@@ -67,7 +69,8 @@ class Detections:
             raise L2R2Error("Boxes are four numbers each, [[x0, y0, x1, y1], ...], and scores one number each.") from None
         box_tensor = box_tensor.reshape(0, 4) if box_tensor.numel() == 0 else box_tensor
         names = ("",) * len(box_tensor) if labels is None else tuple(labels)
-        return cls(box_tensor, score_tensor, image_size, names).sorted()
+        found = cls(box_tensor, score_tensor, image_size, names)
+        return found.sorted() if sort else found
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Detections:
@@ -144,6 +147,12 @@ class ViewMap:
         x0, y0, x1, y1 = self.canvas
         scale = boxes.new_tensor([(x1 - x0) / self.view_size[1], (y1 - y0) / self.view_size[0]]).repeat(2)
         return boxes * scale + boxes.new_tensor([x0, y0, x0, y0])
+
+    def boxes_to_view(self, boxes: Tensor) -> Tensor:
+        """Boxes `[..., 4]` xyxy in pixels of the image -> pixels of the view."""
+        x0, y0, x1, y1 = self.canvas
+        scale = boxes.new_tensor([self.view_size[1] / (x1 - x0), self.view_size[0] / (y1 - y0)]).repeat(2)
+        return (boxes - boxes.new_tensor([x0, y0, x0, y0])) * scale
 
     def map_to_image(self, values: Tensor, image_size: tuple[int, int]) -> Tensor:
         """A map `[h, w]` over the view (saliency, probability) -> `[H, W]` over the image, 0 where the view saw nothing."""

@@ -1,0 +1,8 @@
+"""Box files: the formats in the wild, read into one table and written from it. Boxes are joined to images by path."""
+
+from .read import entries_of_rows, read_boxes, read_rows
+from .rle import Rle
+from .table import Box, BoxEntry, BoxTable
+from .write import FORMATS, write_boxes
+
+__all__ = ["FORMATS", "Box", "BoxEntry", "BoxTable", "Rle", "entries_of_rows", "read_boxes", "read_rows", "write_boxes"]
