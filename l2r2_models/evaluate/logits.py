@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -33,12 +33,14 @@ class BranchLogits:
         has_fg: `[N]` bool, whether an object was found.
         labels: `[N]` int64.
         table: the images.
+        bad: images that could not be used and were left out, with the reason.
     """
 
     logits: dict[str, Tensor]
     has_fg: Tensor
     labels: Tensor
     table: ImageTable
+    bad: dict[Path, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,6 +63,7 @@ def branch_logits(
     store: Path | None = None,
     *,
     batch_size: int = 32,
+    skip_bad: bool = False,
     progress: Progress = lambda batches, _: batches,
 ) -> BranchLogits:
     """The branch logits of a table, from the store if it has them, else from the network.
@@ -70,10 +73,11 @@ def branch_logits(
         table: images with labels of the model's classes; their best box is used.
         store: folder for the logits, one file a model and table; None does not store.
         batch_size: images in one pass.
+        skip_bad: leave images out that cannot be used (unreadable, or with boxes for another size) instead of stopping.
         progress: wraps the batches.
 
     Raises:
-        L2R2Error: an unreadable image, or a label that the model does not know.
+        L2R2Error: an image that cannot be used, or none that can; a label that the model does not know.
     """
     model, threshold = checkpoint.model, checkpoint.box_threshold
     items = ViewDataset(table, checkpoint.labels, model.view_spec, model.branches, box_threshold=threshold)
@@ -81,32 +85,76 @@ def branch_logits(
     about = [model.view_spec.to_dict(), threshold, list(checkpoint.labels), rows_digest(table, times=True)]
     key = json.dumps([_branches_digest(model), *about])
     file = None if store is None else store / f"{_short(key)}.safetensors"
-    if file is not None and (stored := _read(file, key, len(table), model)) is not None:
-        return BranchLogits({b: stored[b] for b in model.branches}, stored["has_fg"].bool(), stored["labels"], table)
+    stored = None if file is None else _read(file, key, len(table), model)
+    faults = {} if stored is None else _faults(items, stored)
+    if stored is None or not all(faults.values()):  # one that could not be read then, and can be now
+        stored = _compute(model, items, batch_size, skip_bad, progress)
+        if not all(stored[b].isfinite().all() for b in model.branches):
+            raise L2R2Error(f"{checkpoint.name}: gives logits that are not finite; its training has diverged.")
+        if file is not None:
+            _write(file, key, stored)
+        faults = _faults(items, stored)
+    if faults and not skip_bad:
+        raise _stop(next(iter(faults.values())))
+    rows = replace(table, rows=tuple(table.rows[i] for i in stored["used"].tolist()))
+    labels = torch.tensor(items.targets)[stored["used"]]
+    bad = {table.rows[i].path: fault for i, fault in faults.items()}
+    return BranchLogits({b: stored[b] for b in model.branches}, stored["has_fg"].bool(), labels, rows, bad)
 
+
+def _compute(model: L2R2, items: ViewDataset, batch_size: int, skip_bad: bool, progress: Progress) -> dict[str, Tensor]:
+    """Logits of the usable images by branch, `has_fg`, and `used`, the numbers of their rows."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, list[Tensor]] = {name: [] for name in (*model.branches, "has_fg", "used")}
     batches = [list(range(i, min(i + batch_size, len(items)))) for i in range(0, len(items), batch_size)]
     for batch in progress(batches, len(batches)):
-        loaded = [items[i] for i in batch]
-        views = {b: torch.stack([item[b] for item in loaded]).to(device) for b in model.branches}
+        loaded = {}
+        for i in batch:
+            try:
+                loaded[i] = items[i]
+            except L2R2Error as error:
+                if not skip_bad:
+                    raise _stop(error) from error
+        if not loaded:
+            continue
+        views = {b: torch.stack([item[b] for item in loaded.values()]).to(device) for b in model.branches}
         with torch.inference_mode():
-            out = {**model.forward_branches(**views), "has_fg": torch.stack([item["has_fg"] for item in loaded])}
-        for name, value in out.items():
-            found.setdefault(name, []).append(value if name == "has_fg" else value.float().cpu())
+            logits = model.forward_branches(**views)
+        for branch, value in logits.items():
+            found[branch].append(value.float().cpu())
+        found["has_fg"].append(torch.stack([item["has_fg"] for item in loaded.values()]))
+        found["used"].append(torch.tensor(list(loaded)))
     model.cpu()
-    joined = {name: torch.cat(parts).clone() for name, parts in found.items()}  # out of inference mode, to be fitted on
-    labels = torch.tensor(items.targets)
-    if not all(joined[b].isfinite().all() for b in model.branches):
-        raise L2R2Error(f"{checkpoint.name}: gives logits that are not finite; its training has diverged.")
-    if file is not None:
-        tensors = {**joined, "has_fg": joined["has_fg"].to(torch.uint8), "labels": labels}
-        try:
-            write_atomic(file, lambda path: save_file(tensors, path, {"key": key}))
-        except L2R2Error as error:  # a store is a convenience: a run that cannot be written to can still be judged
-            logger.warning("%s", error)
-    return BranchLogits({b: joined[b] for b in model.branches}, joined["has_fg"], labels, table)
+    if not found["used"]:
+        raise L2R2Error(f"None of the {len(items)} images can be used; the first: {_fault(items, 0)}")
+    return {name: torch.cat(parts).clone() for name, parts in found.items()}  # out of inference mode, to be fitted on
+
+
+def _stop(reason: L2R2Error | str) -> L2R2Error:
+    return L2R2Error(f"{reason} Mend it, or leave such images out with --skip-bad.")
+
+
+def _fault(items: ViewDataset, i: int) -> str:
+    """Why an image cannot be used; empty if it can."""
+    try:
+        items[i]
+    except L2R2Error as error:
+        return str(error)
+    return ""
+
+
+def _faults(items: ViewDataset, stored: dict[str, Tensor]) -> dict[int, str]:
+    used = set(stored["used"].tolist())
+    return {i: _fault(items, i) for i in range(len(items)) if i not in used}
+
+
+def _write(file: Path, key: str, stored: dict[str, Tensor]) -> None:
+    tensors = {**stored, "has_fg": stored["has_fg"].to(torch.uint8)}
+    try:
+        write_atomic(file, lambda path: save_file(tensors, path, {"key": key}))
+    except L2R2Error as error:  # a store is a convenience: a run that cannot be written to can still be judged
+        logger.warning("%s", error)
 
 
 def _read(file: Path, key: str, rows: int, model: L2R2) -> dict[str, Tensor] | None:
@@ -115,11 +163,13 @@ def _read(file: Path, key: str, rows: int, model: L2R2) -> dict[str, Tensor] | N
         with safe_open(file, "pt") as stored:
             if (stored.metadata() or {}).get("key") != key:
                 return None
-            tensors = {name: stored.get_tensor(name) for name in (*model.branches, "has_fg", "labels")}
+            tensors = {name: stored.get_tensor(name) for name in (*model.branches, "has_fg", "used")}
     except (SafetensorError, OSError):
         return None
-    shapes = [tensors[b].shape == (rows, model.num_classes) and bool(tensors[b].isfinite().all()) for b in model.branches]
-    return tensors if all(shapes) and len(tensors["has_fg"]) == len(tensors["labels"]) == rows else None
+    used = tensors["used"]
+    fits = used.ndim == 1 and bool((used.diff() > 0).all()) and len(used) > 0 and bool(used[0] >= 0) and bool(used[-1] < rows)
+    shapes = [tensors[b].shape == (len(used), model.num_classes) and bool(tensors[b].isfinite().all()) for b in model.branches]
+    return tensors if fits and all(shapes) and len(tensors["has_fg"]) == len(used) else None
 
 
 def _branches_digest(model: L2R2) -> str:
