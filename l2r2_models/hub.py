@@ -6,9 +6,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 from safetensors import safe_open
@@ -21,6 +21,19 @@ from .views import ViewSpec
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
+# keys under `l2r2` and what they hold; any other key is a newer version's, or a mistake
+SECTION: dict[str, type] = {
+    "format_version": int,
+    "views": dict,
+    "branches": list,
+    "fusion": dict,
+    "training": dict,
+    "localizer": dict,
+    "calibration": dict,
+}
+# what would make timm look for weights elsewhere than beside the config
+ELSEWHERE = ("url", "file", "state_dict", "custom_load", "hf_hub_id", "hf_hub_filename")
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,7 @@ class Checkpoint:
         training: the configuration it was trained with, empty where unknown.
         name: what it was loaded from.
         digest: SHA-256 of the weights.
+        localizer: the localizer that the model is meant for (its spec, default prompt, licence), empty where unknown.
     """
 
     model: L2R2
@@ -40,6 +54,7 @@ class Checkpoint:
     training: dict[str, Any]
     name: str
     digest: str
+    localizer: dict[str, Any] = field(default_factory=dict)
 
     @property
     def box_threshold(self) -> float:
@@ -47,7 +62,14 @@ class Checkpoint:
         return self.training.get("recipe", {}).get("box_threshold", 0.2)
 
 
-def save_checkpoint(model: L2R2, folder: str | Path, labels: Sequence[str], training: dict[str, Any] | None = None) -> None:
+def save_checkpoint(
+    model: L2R2,
+    folder: str | Path,
+    labels: Sequence[str],
+    training: dict[str, Any] | None = None,
+    *,
+    localizer: dict[str, Any] | None = None,
+) -> None:
     """Write a checkpoint that timm, transformers and `load_checkpoint` read.
 
     Each file is replaced in one step, the weights first: a folder with `config.json` never lacks its weights.
@@ -57,6 +79,7 @@ def save_checkpoint(model: L2R2, folder: str | Path, labels: Sequence[str], trai
         folder: where to; made if missing.
         labels: one name a class.
         training: the configuration it was trained with.
+        localizer: the localizer that the model is meant for: its spec, default prompt, licence.
 
     Raises:
         L2R2Error: the number of labels differs from the model's classes, or the model was not made by timm.
@@ -80,9 +103,10 @@ def save_checkpoint(model: L2R2, folder: str | Path, labels: Sequence[str], trai
     if model.pretrained_cfg["architecture"] == "l2r2":
         arguments["backbone"] = model.backbone_name
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        ours = {"l2r2": {"format_version": FORMAT_VERSION, "views": spec, "branches": list(model.branches),
-                         "fusion": model.fusion.config(), "training": training or {}}}  # fmt: skip
-        save_for_hf(model, temporary, {"label_names": list(labels), **ours}, arguments, safe_serialization=True)
+        ours = {"format_version": FORMAT_VERSION, "views": spec, "branches": list(model.branches),
+                "fusion": model.fusion.config(), "calibration": _temperatures(model), "localizer": localizer or {},
+                "training": training or {}}  # fmt: skip
+        save_for_hf(model, temporary, {"label_names": list(labels), "l2r2": ours}, arguments, safe_serialization=True)
         config = read_json(Path(temporary) / CONFIG)
         # transformers passes num_classes itself and fails where model_args holds it too
         config["model_args"] = {k: v for k, v in {**config.get("model_args", {}), **arguments}.items() if k != "num_classes"}
@@ -99,6 +123,16 @@ def save_checkpoint(model: L2R2, folder: str | Path, labels: Sequence[str], trai
         write_json(folder / CONFIG, config)
 
 
+def _temperatures(model: L2R2) -> dict[str, Any]:
+    """Fitted temperatures by branch (one, or one a class), for people who read the config; the buffers are what counts."""
+    fitted = getattr(model.fusion, "temperatures", None)
+    if fitted is None:
+        return {}
+    rows = [[round(t, 6) for t in row] for row in fitted.tolist()]
+    order = ["fg", *(b for b in ("full", "bg") if b in model.branches)]
+    return {"temperatures": {b: row[0] if len(row) == 1 else row for b, row in zip(order, rows)}}
+
+
 def load_checkpoint(source: str | Path, *, any_fusion: bool = False) -> Checkpoint:
     """Load a run's folder, or a Hub repository (`org/name` or `hf-hub:org/name[@revision]`).
 
@@ -107,32 +141,54 @@ def load_checkpoint(source: str | Path, *, any_fusion: bool = False) -> Checkpoi
         any_fusion: accept weights whose fusion is not the one that the config names, in order to fit it anew.
 
     Raises:
-        L2R2Error: not a checkpoint, of a newer format, damaged, or not reachable; the message says what to do.
+        L2R2Error: not a checkpoint, of a newer format, damaged, with pickled weights, or not reachable; the message says
+            what to do.
     """
     name = str(source)
     folder = Path(name.removeprefix("local-dir:"))
-    if folder.is_dir():
-        location, config_path, weights_path = f"local-dir:{folder}", folder / CONFIG, folder / WEIGHTS
-        for path in (config_path, weights_path):
-            if not path.exists():
-                raise L2R2Error(f"{folder}: is not a checkpoint, it has no {path.name}.")
-    else:
-        location, config_path, weights_path = _download(name)
-    config = read_json(config_path)
+    of_hub = not folder.is_dir()
+    folder = _download(name) if of_hub else folder
+    if pickled := pickles_in(folder):
+        raise L2R2Error(f"{folder}: holds {pickled[0]}; pickled weights are never loaded, only {WEIGHTS}. Remove it.")
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise L2R2Error(f"{folder}: is not a checkpoint, it has no {file}.")
+    config = read_json(folder / CONFIG)
     _check_config(config, name)
+    digest = file_sha256(folder / WEIGHTS)
+    if of_hub:
+        _check_hash(folder / WEIGHTS, digest, name)
     try:
-        model = cast(L2R2, timm.create_model(location, pretrained=True))
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except L2R2Error:
         raise
     except Exception as error:  # safetensors, torch and timm each have their own for a damaged file
         raise L2R2Error(f"{name}: the checkpoint cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
+    if not isinstance(model, L2R2):
+        raise L2R2Error(f"{name}: the architecture {config.get('architecture')} in {CONFIG} is not an L2R2 model.")
     if not any_fusion:
-        _check_fusion(model, weights_path, name)
+        _check_fusion(model, folder / WEIGHTS, name)
     labels = tuple(config.get("label_names") or (str(i) for i in range(model.num_classes)))
     if len(labels) != model.num_classes:
         raise L2R2Error(f"{name}: {len(labels)} label_names for {model.num_classes} classes in {CONFIG}.")
-    training = config["l2r2"].get("training", {})
-    return Checkpoint(model.eval(), labels, training, name, file_sha256(weights_path))
+    ours = config["l2r2"]
+    return Checkpoint(model.eval(), labels, ours.get("training", {}), name, digest, ours.get("localizer", {}))
+
+
+def pickles_in(folder: Path) -> list[str]:
+    """Names of the files of a folder (not of folders in it) that would be unpickled by whoever loads them."""
+    return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICKLES and p.is_file())
+
+
+def _check_hash(weights: Path, digest: str, name: str) -> None:
+    """A file of the Hub's large storage is kept under its SHA-256 in the cache; one that differs came broken or was changed."""
+    stored = weights.resolve().name
+    if len(stored) == 64 and stored != digest:
+        repo = name.removeprefix("hf-hub:").partition("@")[0]
+        raise L2R2Error(
+            f"{name}: {WEIGHTS} is not what the Hub announced (its SHA-256 differs); "
+            f"get it again with `hf download {repo} --force-download`."
+        )
 
 
 def _check_fusion(model: L2R2, weights: Path, name: str) -> None:
@@ -147,22 +203,23 @@ def _check_config(config: Any, name: str) -> None:
     if not isinstance(config, dict) or not isinstance(config.get("l2r2"), dict):
         raise L2R2Error(f"{name}: {CONFIG} has no l2r2 section; this is not an L2R2 checkpoint.")
     ours = config["l2r2"]
-    kinds = {"views": dict, "branches": list, "fusion": dict, "training": dict, "format_version": int}
-    if wrong := [k for k, kind in kinds.items() if k in ours and not isinstance(ours[k], kind)]:
+    if isinstance(ours.get("format_version"), int) and ours["format_version"] > FORMAT_VERSION:
+        raise L2R2Error(
+            f"{name}: checkpoint format {ours.get('format_version')} is newer than {FORMAT_VERSION}; upgrade l2r2-models."
+        )
+    if unknown := sorted(set(ours) - set(SECTION)):
+        raise L2R2Error(f"{name}: {CONFIG} has an unknown {unknown[0]} under l2r2; upgrade l2r2-models, or remove it.")
+    if wrong := [k for k, kind in SECTION.items() if k in ours and not isinstance(ours[k], kind)]:
         raise L2R2Error(f"{name}: {CONFIG} has an unusable {wrong[0]} under l2r2.")
     labels = config.get("label_names", [])
     if not isinstance(config.get("model_args"), dict):
         raise L2R2Error(f"{name}: {CONFIG} needs model_args as a mapping.")
     if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels) or len(set(labels)) != len(labels):
         raise L2R2Error(f"{name}: {CONFIG} needs label_names as a list of different names.")
-    recipe = ours.get("training", {}).get("recipe", {})
-    threshold = recipe.get("box_threshold", 0.2) if isinstance(recipe, dict) else None
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
-        raise L2R2Error(f"{name}: {CONFIG} has an unusable recipe under l2r2.training.")
-    if ours.get("format_version", 0) > FORMAT_VERSION:
-        raise L2R2Error(
-            f"{name}: checkpoint format {ours.get('format_version')} is newer than {FORMAT_VERSION}; upgrade l2r2-models."
-        )
+    source = config.get("pretrained_cfg", {})
+    if not isinstance(source, dict) or any(source.get(key) for key in ELSEWHERE):
+        raise L2R2Error(f"{name}: {CONFIG} names weights elsewhere under pretrained_cfg; only {WEIGHTS} beside it is loaded.")
+    _check_training(ours.get("training", {}), name)
     arguments = config["model_args"]
     for key in ("views", "branches", "fusion"):
         if key not in ours:
@@ -172,20 +229,45 @@ def _check_config(config: Any, name: str) -> None:
     ViewSpec.from_dict(ours["views"])
 
 
-def _download(name: str) -> tuple[str, Path, Path]:
+def _check_training(training: dict[str, Any], name: str) -> None:
+    recipe = training.get("recipe", {})
+    threshold = recipe.get("box_threshold", 0.2) if isinstance(recipe, dict) else None
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+        raise L2R2Error(f"{name}: {CONFIG} has an unusable recipe under l2r2.training.")
+
+
+def _download(name: str) -> Path:
+    """The cached folder with config and weights of one commit: what is cached is not downloaded, what broke off continues."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     repo, _, revision = name.removeprefix("hf-hub:").partition("@")
     try:
-        paths = [Path(hf_hub_download(repo, file, revision=revision or None)) for file in (CONFIG, WEIGHTS)]
+        config = Path(hf_hub_download(repo, CONFIG, revision=revision or None))
+        # of the same commit, even if somebody pushes between the two downloads
+        return Path(hf_hub_download(repo, WEIGHTS, revision=config.parent.name)).parent
     except HFValidationError:
         raise L2R2Error(f"{name}: no such folder, and not a Hub id of the form org/name.") from None
-    except LocalEntryNotFoundError:
+    except Exception as error:  # those of huggingface_hub and of the HTTP client under it have no common base
+        raise L2R2Error(f"{name}: {_why_not(error, name, repo, revision)}.") from error
+
+
+def _why_not(error: Exception, name: str, repo: str, revision: str) -> str:
+    """What to do about an error of a download, in words."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):
         if "/" not in repo:
-            raise L2R2Error(f"{name}: no such folder (a Hub id has the form org/name).") from None
-        hint = f"download it once with `hf download {repo}`"
-        raise L2R2Error(f"{name}: no such folder, and the Hub cannot be reached; {hint}.") from None
-    except HfHubHTTPError as error:
-        raise L2R2Error(f"{name}: the Hub does not serve it ({str(error).splitlines()[0]}).") from error
-    return f"hf-hub:{repo}" + (f"@{revision}" if revision else ""), paths[0], paths[1]
+            return "no such folder (a Hub id has the form org/name)"
+        return f"no such folder, and the Hub cannot be reached; download it once with `hf download {repo}`"
+    if isinstance(error, errors.GatedRepoError):
+        return f"access to {repo} must be asked for on its Hub page, then `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no such folder, and the Hub has no {repo}, or it is private: log in with `hf auth login` if it is yours"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the Hub's {repo} has no revision {revision}"
+    if isinstance(error, errors.EntryNotFoundError):
+        return f"the Hub's {repo} has no {CONFIG} with a {WEIGHTS}, so it is not a checkpoint of L2R2"
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"the Hub does not serve it ({str(error).splitlines()[0]})"
+    return f"the download stopped ({' '.join(str(error).split())[:200]}); the same call continues it"

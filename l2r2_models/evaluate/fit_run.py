@@ -88,7 +88,8 @@ def fit_run(
         fit_record = {"split": split, "rows": len(logits), "method": method, "accuracy": fitted[chosen].accuracy}
         if record := record_of(run):  # first: a warning too many is better than one too few
             write_json(Path(run) / RUN, {**record, "fit_files": table.names()})
-        save_checkpoint(checkpoint.model, run, checkpoint.labels, {**checkpoint.training, "fusion_fit": fit_record})
+        training = {**checkpoint.training, "fusion_fit": fit_record}
+        save_checkpoint(checkpoint.model, run, checkpoint.labels, training, localizer=checkpoint.localizer)
     return report
 
 
