@@ -14,18 +14,28 @@ from torch import Tensor, nn
 
 from .errors import L2R2Error
 from .fusion import Fusion, create_fusion, fuse_branches
-from .views import ViewSpec, cut_batch
+from .masking import check_late_backbone, check_mask, check_tokens_backbone, late_features, token_features
+from .views import IN_NETWORK, ViewSpec, batch_masks, cut_batch
 
 BRANCHES = ("full", "fg", "bg")
 
 
 class L2R2Output(NamedTuple):
-    """Logits `[B, classes]` of each branch and of their fusion; None for a branch that the model does not have."""
+    """Logits `[B, classes]` of each branch and of their fusion; None for a branch that the model does not have.
+
+    `has_fg` `[B]` bool tells the rows where fg saw an object: what was given, without the rows whose mask keeps nothing inside
+    the network. None: all of them.
+    """
 
     full: Tensor | None
     fg: Tensor | None
     fused: Tensor
     bg: Tensor | None = None
+    has_fg: Tensor | None = None
+
+    def branches(self) -> dict[str, Tensor]:
+        """The branches' logits by name."""
+        return {b: z for b, z in (("full", self.full), ("fg", self.fg), ("bg", self.bg)) if z is not None}
 
 
 @register_notrace_function
@@ -52,11 +62,12 @@ class L2R2(nn.Module):
         shared: one backbone for all branches; False gives each branch its own (the paper's independent networks).
         fusion: name or config of a fusion (`l2r2_models.fusion`). The default threshold of `robust` is not fitted.
         views: how views are cut, a `ViewSpec` or its dict; by default made from the pretrained cfg.
+        fg_kind: what the fg branch sees, the `fg` of `ViewSpec`; replaces that of `views`.
         drop_rate: dropout before the heads.
         **backbone_kwargs: passed on to the timm backbone (`drop_path_rate`, `img_size`, `global_pool`, ...).
 
     Raises:
-        L2R2Error: an unknown backbone, branch, fusion or view field.
+        L2R2Error: an unknown backbone, branch, fusion or view field, or a backbone that cannot be masked as asked for.
     """
 
     __jit_unused_properties__ = ("view_spec",)
@@ -71,6 +82,7 @@ class L2R2(nn.Module):
         shared: bool = True,
         fusion: str | Mapping[str, Any] = "robust",
         views: ViewSpec | Mapping[str, Any] | None = None,
+        fg_kind: str | None = None,
         drop_rate: float = 0.0,
         **backbone_kwargs: Any,
     ) -> None:
@@ -84,7 +96,9 @@ class L2R2(nn.Module):
         self.shared = shared
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self._view_spec = ViewSpec.from_dict(views) if isinstance(views, Mapping) else views
+        spec = ViewSpec.from_dict(views) if isinstance(views, Mapping) else views
+        self._view_spec = ViewSpec.from_dict({**spec.to_dict(), "fg": fg_kind}) if spec is not None and fg_kind else spec
+        self._fg_kind = fg_kind or "crop"
 
         def build() -> Any:  # a timm model has more methods than nn.Module knows
             return timm.create_model(backbone, num_classes=0, in_chans=in_chans, drop_rate=drop_rate, **backbone_kwargs)
@@ -98,6 +112,7 @@ class L2R2(nn.Module):
             self.output_fmt = self.backbone.output_fmt
         self.heads = nn.ModuleDict({b: self._new_head() for b in self.branches})
         self.fusion: Fusion = create_fusion(fusion, len(self.branches), num_classes)
+        self._check_views(self.view_spec)
 
     # ---- inference and training ----
 
@@ -133,12 +148,15 @@ class L2R2(nn.Module):
     @torch.jit.ignore
     def forward_boxes(self, x: Tensor, boxes: Tensor) -> Tensor:
         """Fused logits with the views cut out of the normalised batch itself; see `forward`."""
-        views, has_fg = {}, None
+        views, has_fg, spec = {}, None, self.view_spec
         for branch in self.branches:
             if branch == "full":
                 views[branch] = x
+            elif branch == "fg" and spec.fg in IN_NETWORK:
+                views["mask"], has_fg = batch_masks(x, boxes)
+                views["fg" if "full" not in self.branches else "full"] = x
             else:
-                views[branch], has_fg = cut_batch(x, boxes, self.view_spec, branch)
+                views[branch], has_fg = cut_batch(x, boxes, spec, branch)
         return self.forward_views(**views, has_fg=has_fg).fused
 
     @torch.jit.ignore
@@ -149,32 +167,68 @@ class L2R2(nn.Module):
         has_fg: Tensor | None = None,
         *,
         bg: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> L2R2Output:
         """Logits of the branches whose view is given, and their fusion.
 
         Args:
             full, fg, bg: normalised views `[B, C, S, S]`.
             has_fg: `[B]` bool, False where no object was found; those rows are exactly the full branch's. None: all found.
+            mask: `[B, h, w]` of any size (see `masking.coverage`), bool or in 0..1, the object in the whole image, for an fg
+                that is masked inside the network (`late`, `tokens`). The image is `fg` if that is given too, else `full`. A
+                row whose mask keeps nothing counts as not found.
 
         Returns:
             L2R2Output of `[B, classes]` logits. With one view given, `fused` is that branch.
+
+        Raises:
+            L2R2Error: a branch that the model lacks, no view, or a mask that does not fit.
         """
-        logits = self.forward_branches(full=full, fg=fg, bg=bg)
-        return L2R2Output(logits.get("full"), logits.get("fg"), self.fuse(logits, has_fg), logits.get("bg"))
+        logits, seen = self._branch_logits({"full": full, "fg": fg, "bg": bg}, mask)
+        if seen is not None:
+            has_fg = seen if has_fg is None else has_fg & seen
+        fused = self.fuse(logits, has_fg)
+        return L2R2Output(logits.get("full"), logits.get("fg"), fused, logits.get("bg"), has_fg)
 
     @torch.jit.ignore
-    def forward_branches(self, **views: Tensor | None) -> dict[str, Tensor]:
-        """Logits `[B, classes]` by branch, for views `[B, C, S, S]` given by branch name; one batch where shared."""
+    def forward_branches(self, mask: Tensor | None = None, **views: Tensor | None) -> dict[str, Tensor]:
+        """Logits `[B, classes]` by branch, for views `[B, C, S, S]` given by branch name; see `forward_views`."""
+        return self._branch_logits(views, mask)[0]
+
+    @torch.jit.ignore
+    def _branch_logits(self, views: Mapping[str, Tensor | None], mask: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Logits by branch and, with a mask, `[B]` bool: whether it kept anything."""
         given = {b: v for b, v in views.items() if v is not None}
         if unknown := set(given) - set(self.branches):
             raise L2R2Error(f"This model has the branches {', '.join(self.branches)}, not {', '.join(sorted(unknown))}.")
         if not given:
             raise L2R2Error(f"Give at least one view of {', '.join(self.branches)}.")
-        if not self.shared:
-            return {b: self.heads[b](self.backbone_of(b)(v)) for b, v in given.items()}
-        sizes = [v.shape[0] for v in given.values()]
-        features = self.backbone(torch.cat(list(given.values()))).split(sizes)  # one [nB, C, S, S] pass
-        return {b: self.heads[b](f) for b, f in zip(given, features)}
+        features, seen = ({}, None) if mask is None else self._masked_features(given, mask)
+        features.update(self._features({b: v for b, v in given.items() if b not in features}))
+        return {b: self.heads[b](features[b]) for b in self.branches if b in features}, seen
+
+    def _features(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Pooled features by branch; one `[nB, C, S, S]` pass where the backbone is shared."""
+        if not views or not self.shared:
+            return {b: self.backbone_of(b)(v) for b, v in views.items()}
+        return dict(zip(views, self.backbone(torch.cat(list(views.values()))).split([v.shape[0] for v in views.values()])))
+
+    def _masked_features(self, given: Mapping[str, Tensor], mask: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """fg features of the object in the whole image; late masking has those of `full` from the same pass."""
+        spec = self.view_spec
+        if spec.fg not in ("late", "tokens") or "fg" not in self.branches:
+            raise L2R2Error(f'A mask belongs to an fg branch of kind "late" or "tokens"; this model has "{spec.fg}".')
+        image = given.get("fg", given.get("full"))
+        if image is None:
+            raise L2R2Error("A mask needs the whole image: give full, or fg.")
+        mask = check_mask(mask, image.shape[0]).to(image.device)
+        backbone = self.backbone_of("fg")
+        if spec.fg == "tokens":
+            masked, seen = token_features(backbone, image, mask, spec.coverage)
+            return {"fg": masked}, seen
+        whole, masked = late_features(backbone, image, mask, spec)
+        same = self.shared and "fg" not in given
+        return {"fg": masked, **({"full": whole} if same else {})}, (mask > 0).flatten(1).any(1)
 
     @torch.jit.ignore
     def fuse(self, logits: Mapping[str, Tensor], has_fg: Tensor | None = None) -> Tensor:
@@ -184,11 +238,27 @@ class L2R2(nn.Module):
     @property
     def view_spec(self) -> ViewSpec:
         """How this model's views are cut; saved with the checkpoint."""
-        return self._view_spec or ViewSpec.from_pretrained_cfg(self.pretrained_cfg)
+        return self._view_spec or ViewSpec.from_pretrained_cfg(self.pretrained_cfg, fg=self._fg_kind)
 
     @view_spec.setter
     def view_spec(self, spec: ViewSpec) -> None:
+        self._check_views(spec)
         self._view_spec = spec
+
+    def _check_views(self, spec: ViewSpec) -> None:
+        """Whether the backbone can be masked as the spec says."""
+        if spec.fg == "parts":
+            raise L2R2Error('fg "parts" belongs to the ifam models, which find the parts of an object; choose another kind.')
+        if "fg" in self.branches and spec.fg == "tokens":
+            check_tokens_backbone(self.backbone_of("fg"), self.backbone_name)
+        if "fg" in self.branches and spec.fg == "late":
+            check_late_backbone(self.backbone_of("fg"), self.backbone_name, spec)
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments that build this model again, besides the classes: what a checkpoint's config keeps."""
+        views = self.view_spec.to_dict()
+        ours = {"branches": list(self.branches), "shared": self.shared, "fusion": self.fusion.config(), "views": views}
+        return {**self.backbone_kwargs, **ours}
 
     def backbone_of(self, branch: str) -> nn.Module:
         """The backbone that sees a branch's view."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CHOICES = {
-    "fg": ("crop", "masked_crop", "masked"),
+    "fg": ("crop", "masked_crop", "masked", "late", "tokens", "parts"),
     "bg": ("shape", "box"),
     "interpolation": ("bilinear", "bicubic"),
     "mode": ("float", "pil"),
+    "late_stage": ("last", "before_last"),
+    "late_pool": ("mask", "all", "token"),
 }
+IN_NETWORK = ("late", "tokens", "parts")  # kinds of fg that look at the whole image and are masked by the network
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,9 @@ class ViewSpec:
     Attributes:
         size: side of the square view in pixels.
         fg: `crop` (cut to the box), `masked_crop` (background replaced by `fill`, then cut) or `masked` (background
-            replaced, not cut). Where no mask is given, the box is the mask.
+            replaced, not cut); or masked inside the network, which gets the whole image with the object's mask: `late`
+            (features outside of the object are zeroed), `tokens` (patches outside are left out of a ViT) or `parts` (the
+            network finds the object itself, see `IFAM`). Where no mask is given, the box is the mask.
         bg: `shape` (object pixels replaced; without a mask the same as `box`) or `box` (its box replaced).
         margin: how far the fg box grows at each end, relative to its side.
         square: pad to a square before the resize; False stretches. Holds for the full view too.
@@ -42,10 +47,14 @@ class ViewSpec:
         interpolation: `bilinear` or `bicubic`, antialiased.
         mode: `float`, or `pil`, which rounds as Pillow does, bit for bit (squares only).
         mean, std: normalisation of pixels in [0, 1].
+        late_stage: `late` masks the output of the `last` stage, or of the one `before_last`, which then runs twice.
+        late_pool: `late` pools by the masked mean (`mask`), over all positions with zeros outside (`all`), or by a ViT's
+            class token (`token`, with before_last).
+        coverage: `tokens` keeps a patch that the object covers by at least so much of its area.
     """
 
     size: int = 224
-    fg: Literal["crop", "masked_crop", "masked"] = "crop"
+    fg: Literal["crop", "masked_crop", "masked", "late", "tokens", "parts"] = "crop"
     bg: Literal["shape", "box"] = "shape"
     margin: float = 0.0
     square: bool = True
@@ -54,6 +63,9 @@ class ViewSpec:
     mode: Literal["float", "pil"] = "float"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    late_stage: Literal["last", "before_last"] = "last"
+    late_pool: Literal["mask", "all", "token"] = "mask"
+    coverage: float = 0.25
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -63,6 +75,8 @@ class ViewSpec:
             raise L2R2Error(f"A view's size must be a positive number of pixels, got {self.size!r}.")
         if not _is_number(self.margin) or not 0 <= self.margin <= 10:
             raise L2R2Error(f"A view's margin must lie between 0 and 10 box sides, got {self.margin!r}.")
+        if not _is_number(self.coverage) or not 0 <= self.coverage <= 1:
+            raise L2R2Error(f"A view's coverage must lie between 0 and 1, got {self.coverage!r}.")
         if not isinstance(self.square, bool):
             raise L2R2Error(f"A view's square must be true or false, got {self.square!r}.")
         for name in ("fill", "mean", "std"):
@@ -106,15 +120,22 @@ class ViewSpec:
 
 
 class Views(NamedTuple):
-    """Normalised views `[V, 3, S, S]` by branch (None where not asked for) and `has_fg` `[V]` bool.
+    """Normalised views `[V, 3, S, S]` by branch (None where not asked for), `has_fg` `[V]` bool, and for an fg that is masked
+    inside the network the object's mask `[V, S, S]`, its part of each pixel of the whole image's view in 0..1.
 
-    Where `has_fg` is False the fg view shows the whole image, so that the batch holds real images only.
+    Such an fg looks at `full`; `fg` then is the whole image only where `full` is not asked for. Where `has_fg` is False the
+    fg view shows the whole image, so that the batch holds real images only.
     """
 
     full: Tensor | None
     fg: Tensor | None
     bg: Tensor | None
     has_fg: Tensor
+    mask: Tensor | None = None
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What there is, by the argument names of `L2R2.forward_views`."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 def make_views(
@@ -140,7 +161,7 @@ def make_views(
 
     Returns:
         Views of V rows. A row without a usable box, or whose mask is empty (for `masked_crop`: inside the crop), has
-        `has_fg` False (METHOD.md 2).
+        `has_fg` False (METHOD.md 2). With fg `parts` boxes and masks are not used, and every row has True.
 
     Raises:
         L2R2Error: boxes, index or masks do not fit the images.
@@ -161,6 +182,7 @@ def make_views(
     boxes = torch.full((rows, 4), float("nan"), device=place) if boxes is None else boxes.to(place, torch.float32)
     keep = _object_masks(masks, sizes)
 
+    in_network = "fg" in branches and spec.fg in IN_NETWORK
     _, has_fg = integer_boxes(boxes, sizes[:, 0], sizes[:, 1], 0.0)
     if keep is not None:
         seen = integer_boxes(boxes, sizes[:, 0], sizes[:, 1], spec.margin)[0] if spec.fg == "masked_crop" else None
@@ -171,7 +193,9 @@ def make_views(
     parts: dict[str, _Part] = {}
     if "full" in branches:
         parts["full"] = _whole_images(pixels)  # once an image, however many boxes it has
-    if "fg" in branches:
+    if in_network and "full" not in branches:
+        parts["fg"] = _Part(whole, index)
+    if "fg" in branches and not in_network:
         where = whole if spec.fg == "masked" else boxes
         parts["fg"] = _Part(where, index, None if spec.fg == "crop" else objects.kept())
     if "bg" in branches:
@@ -179,7 +203,12 @@ def make_views(
     views = _cut(pixels, parts, spec)
     if image_index is not None and "full" in views:
         views["full"] = views["full"][index]
-    return Views(views.get("full"), views.get("fg"), views.get("bg"), has_fg)
+    mask = None
+    if in_network and spec.fg == "parts":
+        has_fg = torch.ones_like(has_fg)  # the network looks for the object itself
+    elif in_network:
+        mask = _cut_masks(objects.kept(), whole, spec)
+    return Views(views.get("full"), views.get("fg"), views.get("bg"), has_fg, mask)
 
 
 def cut_batch(x: Tensor, boxes: Tensor, spec: ViewSpec, branch: str) -> tuple[Tensor, Tensor]:
@@ -194,10 +223,8 @@ def cut_batch(x: Tensor, boxes: Tensor, spec: ViewSpec, branch: str) -> tuple[Te
     Returns:
         Views `[B, C, H, W]` and `has_fg` `[B]` bool; a row without a box is the whole image.
     """
-    batch, channels, height, width = x.shape  # shape, not len(): export keeps the batch dynamic
-    if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.shape[0] != batch:
-        raise L2R2Error(f"boxes must be [B, 4] = [{batch}, 4], got {list(boxes.shape)}.")
-    window, has_fg = integer_boxes(boxes, boxes.new_full((batch,), height), boxes.new_full((batch,), width), 0.0)
+    window, has_fg = _windows(x, boxes)
+    batch, channels, height, width = x.shape
     whole = boxes.new_tensor([0, 0, width, height]).expand(batch, 4)
     if branch == "bg" or spec.fg != "crop":
         inside = _rectangles(window, height, width)[:, None]
@@ -220,6 +247,23 @@ def cut_batch(x: Tensor, boxes: Tensor, spec: ViewSpec, branch: str) -> tuple[Te
     if not three:
         views = views[:, 0].unflatten(0, (batch, channels))
     return views, has_fg
+
+
+def batch_masks(x: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """The boxes of a batch as masks `[B, H, W]` bool, for an fg that is masked inside the network, and `has_fg` `[B]` bool.
+
+    Args and errors as for `cut_batch`; the mask of a row without a box is True everywhere.
+    """
+    window, has_fg = _windows(x, boxes)
+    return _rectangles(window, x.shape[2], x.shape[3]) | ~has_fg[:, None, None], has_fg
+
+
+def _windows(x: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Integer boxes `[B, 4]` in a batch, and which of them hold a pixel."""
+    batch, _, height, width = x.shape  # shape, not len(): export keeps the batch dynamic
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.shape[0] != batch:
+        raise L2R2Error(f"boxes must be [B, 4] = [{batch}, 4], got {list(boxes.shape)}.")
+    return integer_boxes(boxes, boxes.new_full((batch,), height), boxes.new_full((batch,), width), 0.0)
 
 
 class _Part(NamedTuple):
@@ -252,6 +296,14 @@ def _cut(pixels: list[Tensor], parts: Mapping[str, _Part], spec: ViewSpec) -> di
         std=spec.std,
     )
     return dict(zip(parts, views.split([len(part.boxes) for part in parts.values()])))
+
+
+def _cut_masks(masks: list[Tensor], whole: Tensor, spec: ViewSpec) -> Tensor:
+    """Object masks `[H, W]` bool, cut as the whole image is: `[V, S, S]` in 0..1, 0 in the padding."""
+    plain = replace(spec, fill=(0, 0, 0), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), interpolation="bilinear")
+    pixels = [mask[..., None].to(torch.uint8).mul(255).expand(-1, -1, 3).contiguous() for mask in masks]
+    part = _Part(whole, torch.arange(len(pixels), device=whole.device))
+    return _cut(pixels, {"mask": part}, plain)["mask"][:, 0].clamp(0, 1)
 
 
 def _whole_images(pixels: list[Tensor]) -> _Part:
