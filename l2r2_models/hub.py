@@ -147,7 +147,7 @@ def load_checkpoint(source: str | Path, *, any_fusion: bool = False) -> Checkpoi
     name = str(source)
     folder = Path(name.removeprefix("local-dir:"))
     of_hub = not folder.is_dir()
-    folder = _download(name) if of_hub else folder
+    folder = download(name) if of_hub else folder
     if pickled := pickles_in(folder):
         raise L2R2Error(f"{folder}: holds {pickled[0]}; pickled weights are never loaded, only {WEIGHTS}. Remove it.")
     for file in (CONFIG, WEIGHTS):
@@ -236,7 +236,7 @@ def _check_training(training: dict[str, Any], name: str) -> None:
         raise L2R2Error(f"{name}: {CONFIG} has an unusable recipe under l2r2.training.")
 
 
-def _download(name: str) -> Path:
+def download(name: str) -> Path:
     """The cached folder with config and weights of one commit: what is cached is not downloaded, what broke off continues."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
