@@ -72,13 +72,13 @@ def paste_object(pixels: Tensor, box: Tensor, mask: Tensor | None, background: T
 def object_alpha(size: tuple[int, ...], box: Tensor, mask: Tensor | None, feather: float = FEATHER) -> Tensor:
     """How much of each pixel is the object: `[H, W]` float32 in [0, 1].
 
-    With a mask that covers a pixel: 0 outside of it, at least 0.5 on it (thin parts stay), 1 where its edge is far. Else: 0
-    outside of the box, rising from its edges. Where the image's border cuts the object off is no edge.
+    With a mask that covers a pixel: 0 outside of it, at least 0.5 on it (thin parts stay), 1 where its edge is far; where the
+    image's border cuts the object off is no edge. Else: 1 in the box (a crop to it stays what it was), falling to 0 outside.
 
     Args:
         size: `(H, W)`.
         box, mask: see `paste_object`.
-        feather: width of the rise as a part of the box's shorter side; 0 is a hard edge.
+        feather: width of the soft edge as a part of the box's shorter side; 0 is a hard edge.
     """
     if not 0 <= feather <= 0.5:
         raise L2R2Error(f"feather must lie between 0 and 0.5, got {feather}.")
@@ -98,11 +98,9 @@ def object_alpha(size: tuple[int, ...], box: Tensor, mask: Tensor | None, feathe
 def _box_alpha(size: tuple[int, int], window: tuple[int, int, int, int], feather: float) -> Tensor:
     x0, y0, x1, y1 = window
     x, y = torch.arange(size[1]) + 0.5, torch.arange(size[0]) + 0.5
-    left, top = (x - x0 if x0 > 0 else x + torch.inf), (y - y0 if y0 > 0 else y + torch.inf)  # the image's border is no edge
-    right, bottom = (x1 - x if x1 < size[1] else x + torch.inf), (y1 - y if y1 < size[0] else y + torch.inf)
-    inside = torch.minimum(torch.minimum(left, right)[None], torch.minimum(top, bottom)[:, None])
+    outside = torch.maximum(torch.maximum(x0 - x, x - x1)[None], torch.maximum(y0 - y, y - y1)[:, None])  # below 0 in the box
     soft = feather * min(x1 - x0, y1 - y0)
-    return (inside / soft).clamp(0, 1) if soft > 0.5 else (inside > 0).float()
+    return (1 - outside / soft).clamp(0, 1) if soft > 0.5 else (outside < 0).float()
 
 
 def cover(background: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -1,15 +1,11 @@
-"""From a user's folder to training rows: a table of images with labels and boxes, and the views of each of them."""
+"""Rows of a table as training items: decoded, augmented, and cut into the views of each branch."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import posixpath
-from collections import Counter
+import random
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,171 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..box_files import BoxEntry, entries_of_rows, read_boxes, read_rows
 from ..boxes import Detections
 from ..errors import L2R2Error
-from ..images import image_tensor, is_image_path, load_image, load_mask
+from ..images import image_tensor, load_image, load_mask
 from ..views import ViewSpec, make_views
 from .augment import Augment
-
-METADATA = ("metadata.csv", "metadata.jsonl")
-SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One image of a data set: where it lies, what it shows, where the object is (`entry`), and its other columns."""
-
-    path: Path
-    label: str | None = None
-    split: str | None = None
-    entry: BoxEntry | None = None
-    mask_file: Path | None = None
-    columns: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class ImageTable:
-    """Images of one data set in a fixed order."""
-
-    root: Path
-    rows: tuple[Row, ...]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(row.split for row in self.rows if row.split))
-
-    def of_split(self, name: str) -> ImageTable:
-        """The rows of one split.
-
-        Raises:
-            L2R2Error: no row belongs to it.
-        """
-        rows = tuple(row for row in self.rows if row.split == name)
-        if not rows:
-            known = f"it has {', '.join(self.splits)}" if self.splits else "it has no splits"
-            raise L2R2Error(f'{self.root}: no image of split "{name}"; {known}.')
-        return replace(self, rows=rows)
-
-    def of_names(self, names: Iterable[str]) -> ImageTable:
-        """The rows whose path relative to the root is among `names`."""
-        wanted = set(names)
-        return replace(self, rows=tuple(row for name, row in zip(self.names(), self.rows) if name in wanted))
-
-    def column(self, name: str) -> list[str]:
-        """The values of a metadata column.
-
-        Raises:
-            L2R2Error: some row does not have it.
-        """
-        columns = [dict(row.columns) for row in self.rows]
-        if lacking := [row for row, values in zip(self.rows, columns) if name not in values]:
-            known = ", ".join(dict(lacking[0].columns)) or "none"
-            raise L2R2Error(f'{self.root}: {lacking[0].path.name} has no column "{name}" in the metadata; there are {known}.')
-        return [values[name] for values in columns]
-
-    def classes(self) -> tuple[str, ...]:
-        """Sorted labels.
-
-        Raises:
-            L2R2Error: an image without a label, or fewer than two classes.
-        """
-        if missing := [row for row in self.rows if not row.label]:
-            raise L2R2Error(
-                f"{self.root}: {len(missing)} of {len(self.rows)} images have no label, the first is {missing[0].path.name}; "
-                "give a `label` column in the metadata, or one folder a class."
-            )
-        labels = tuple(sorted({str(row.label) for row in self.rows}))
-        if len(labels) < 2:
-            raise L2R2Error(f'{self.root}: only one class ("{labels[0]}"); a classifier needs two or more.')
-        return labels
-
-    def names(self) -> list[str]:
-        """The images' paths relative to the root."""
-        return [Path(os.path.relpath(row.path, self.root)).as_posix() for row in self.rows]
-
-    def label_counts(self) -> Counter[str]:
-        return Counter(str(row.label) for row in self.rows)
-
-
-def read_table(
-    root: str | Path, *, metadata: str | Path | None = None, boxes: str | Path | None = None, missing_ok: bool = False
-) -> ImageTable:
-    """Read a data set.
-
-    Known forms: an `imagefolder` with metadata.csv or .jsonl (columns file_name, label, and if there split, box columns as
-    `box_files.entries_of_rows` knows them, mask_file); one folder a class, where the first folder is the class; the latter
-    inside folders train, val, test.
-
-    Args:
-        root: the folder.
-        metadata: another metadata file for the images of that folder; file names stay relative to the folder.
-        boxes: a box file that replaces the boxes of the metadata, joined by path.
-        missing_ok: keep rows whose image is missing.
-
-    Raises:
-        L2R2Error: nothing usable, a listed image is missing, rows contradict each other, or the boxes belong to no image.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise L2R2Error(f"{root}: no such folder.")
-    listed = Path(metadata) if metadata else next((root / m for m in METADATA if (root / m).exists()), None)
-    rows = _rows_of_metadata(root, listed, missing_ok) if listed else _rows_of_folders(root)
-    if boxes is not None:
-        joined = read_boxes(boxes).join(row.path for row in rows)
-        rows = [replace(row, entry=joined.get(str(row.path))) for row in rows]
-    return ImageTable(root, tuple(rows))
-
-
-def _rows_of_metadata(root: Path, file: Path, missing_ok: bool) -> list[Row]:
-    if not file.is_file():
-        raise L2R2Error(f"{file}: no such metadata file.")
-    records = [{**record, "file_name": posixpath.normpath(str(record["file_name"]))} for record in read_rows(file)]
-    entries = entries_of_rows(records, str(file))
-    has_boxes = any(entry.boxes for entry in entries.values())
-    rows: dict[str, Row] = {}
-    for record in records:
-        name = record["file_name"]
-        if not missing_ok and name not in rows and not _exists(root / name):
-            raise L2R2Error(f"{file}: lists {name}, which is not in {root}.")
-        texts = {k: None if record.get(k) in (None, "") else str(record[k]) for k in ("label", "split", "mask_file")}
-        row = Row(
-            root / name,
-            texts["label"],
-            texts["split"],
-            entries[name] if has_boxes else None,
-            root / texts["mask_file"] if texts["mask_file"] else None,
-            tuple((k, str(v)) for k, v in record.items() if isinstance(v, (str, int, float))),
-        )
-        old = rows.setdefault(name, row)
-        for what in ("label", "split", "mask_file"):
-            if getattr(old, what) != getattr(row, what):
-                raise L2R2Error(f"{file}: gives {name} two values of {what}, {getattr(old, what)} and {getattr(row, what)}.")
-    return list(rows.values())
-
-
-def _rows_of_folders(root: Path) -> list[Row]:
-    """The first folder is the class; where every first folder is called like a split, the second one is."""
-    paths = sorted(p for p in root.rglob("*") if is_image_path(p.relative_to(root)) and p.is_file())
-    if not paths:
-        raise L2R2Error(f"{root}: no image in this folder.")
-    parents = [path.relative_to(root).parts[:-1] for path in paths]
-    splits = all(folders and folders[0].lower() in SPLIT_FOLDERS for folders in parents)
-    rows = []
-    for path, folders in zip(paths, parents):
-        label = folders[splits] if len(folders) > splits else None
-        rows.append(Row(path, label, folders[0] if splits else None))
-    return rows
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that no file can have
-        return False
+from .composite import background_of, paste_object
+from .table import METADATA, ImageTable, Row, read_table, rows_digest  # noqa: F401
 
 
 @dataclass(frozen=True)
@@ -190,27 +28,6 @@ class Check:
 
     bad: dict[Path, str]
     with_box: frozenset[Path]
-
-
-def rows_digest(table: ImageTable, *, times: bool = False) -> str:
-    """SHA-256 over names, labels, boxes with their scores, and sizes of images and masks: another data set gives another digest.
-
-    Args:
-        table: the rows.
-        times: also over when the files were changed, for what must be computed anew after any change.
-    """
-
-    def state(path: Path | None) -> list[int]:
-        if path is None or not path.exists():
-            return []
-        about = path.stat()
-        return [about.st_size, *([about.st_mtime_ns] if times else [])]
-
-    digest = hashlib.sha256()
-    for name, row in zip(table.names(), table.rows):
-        entry = asdict(row.entry) if row.entry else None
-        digest.update(json.dumps([name, row.label, state(row.path), entry, str(row.mask_file), state(row.mask_file)]).encode())
-    return digest.hexdigest()
 
 
 def check_images(
@@ -248,29 +65,75 @@ class Sample:
     mask: Tensor | None
 
 
-def sample_of(row: Row, fill: Sequence[int], box_threshold: float = 0.0) -> Sample:
-    """Decode a row's image and take its best usable box.
+def sample_of(row: Row, fill: Sequence[int], box_threshold: float = 0.0, draw: random.Random | None = None) -> Sample:
+    """Decode a row's image, take one usable box, and exchange the background if the row names another.
+
+    Args:
+        row: the row. With a `background`, the object lies on the object-free background of that row, at its own place; unless one
+            of the two has no object, then the image stays as it is.
+        fill: colour under transparent pixels.
+        box_threshold: boxes with a lower score count as not found.
+        draw: picks one of several boxes; None takes the best.
 
     Raises:
         ImageError, L2R2Error: unreadable image or mask, or boxes made for another image size.
     """
+    pixels, found, mask = _decode(row, fill, box_threshold)
+    if not len(found):
+        return Sample(pixels, torch.full((4,), float("nan")), mask)
+    pick = draw.randrange(len(found)) if draw else 0
+    box = found.boxes[pick]
+    if mask is None and found.masks is not None:
+        mask = found.masks[pick]
+    if row.background is not None:
+        other, objects, other_mask = _decode(row.background, fill, box_threshold)
+        if len(objects):
+            pixels = paste_object(pixels, box, _of_box(mask, found, pick), background_of(other, objects.boxes, other_mask))
+    return Sample(pixels, box, mask)
+
+
+def _decode(row: Row, fill: Sequence[int], box_threshold: float) -> tuple[Tensor, Detections, Tensor | None]:
+    """Pixels `[H, W, 3]`, all usable objects, and the mask file's mask; a mask without boxes gives the box."""
     image = load_image(row.path, fill=fill)
     size = (image.height, image.width)
-    box = torch.full((4,), float("nan"))
+    mask = load_mask(row.mask_file, size) if row.mask_file else None
     if row.entry is not None:
         found = row.entry.detections(size, str(row.path)).above(box_threshold).usable()
-        box = found.boxes[0] if len(found) else box
-    mask = load_mask(row.mask_file, size) if row.mask_file else None
-    if mask is not None and row.entry is None and mask.any():
-        box = Detections.from_mask(mask).boxes[0]
-    return Sample(image_tensor(image), box, mask)
+    elif mask is not None:
+        found = Detections.from_mask(mask)
+    else:
+        found = Detections.from_lists([], size)
+    return image_tensor(image), found, mask
+
+
+def _of_box(mask: Tensor | None, found: Detections, pick: int) -> Tensor | None:
+    """The part of an image's mask that belongs to one of its several objects."""
+    if mask is None or len(found) == 1:
+        return mask
+    x0, y0, x1, y1 = found.windows()[0][pick].tolist()
+    own = torch.zeros_like(mask)
+    own[y0:y1, x0:x1] = mask[y0:y1, x0:x1]
+    return own
 
 
 class ViewDataset(Dataset):
     """Rows as training items: the views of each branch, `has_fg`, and the class number.
 
     Augmentation draws from (seed, epoch, row), so an item is the same whichever worker makes it, and whether or not the
-    run was interrupted before.
+    run was interrupted before. With it, one of an image's several boxes is drawn anew in each epoch; without, the best is taken.
+
+    Args:
+        table: the rows, with labels.
+        classes: all labels, in the order of their numbers.
+        spec, branches: see `make_views`.
+        augment: for training only.
+        background_swap: probability that an item's object is laid on the object-free background of another random image of the
+            table (of any class), before `augment`. Rows without an object stay as they are.
+        box_threshold: see `sample_of`.
+        seed: of every draw.
+
+    Raises:
+        L2R2Error: a row without a label, or with one that `classes` lacks; a background swap without two images with an object.
     """
 
     def __init__(
@@ -281,6 +144,7 @@ class ViewDataset(Dataset):
         branches: Sequence[str],
         *,
         augment: Augment | None = None,
+        background_swap: float = 0.0,
         box_threshold: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -292,6 +156,12 @@ class ViewDataset(Dataset):
         self.rows, self.spec, self.branches, self.augment = table.rows, spec, tuple(branches), augment
         self.targets = [index[str(row.label)] for row in table.rows]
         self.box_threshold, self.seed, self.epoch = box_threshold, seed, 0
+        self.background_swap = background_swap
+        self.donors = [row for row in table.rows if row.may_have_object(box_threshold)] if background_swap else []
+        if background_swap and len({row.path for row in self.donors}) < 2:
+            raise L2R2Error(
+                f"{table.root}: backgrounds can be swapped between images with a box or mask; fewer than two have one."
+            )
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer, through accelerate's loader, at the start of each epoch."""
@@ -301,11 +171,21 @@ class ViewDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        sample = sample_of(self.rows[i], self.spec.fill, self.box_threshold)
-        if self.augment is not None:
-            sample = Sample(*self.augment(sample.pixels, sample.box, sample.mask, seed=(self.seed, self.epoch, i)))
+        sample = self._sample(i)
         views = make_views([sample.pixels], sample.box[None], self.spec, branches=self.branches, masks=[sample.mask])
-        item = {branch: getattr(views, branch)[0] for branch in self.branches}
-        return {**item, "has_fg": views.has_fg[0], "labels": self.targets[i]}
+        return {**{name: value[0] for name, value in views.inputs().items()}, "labels": self.targets[i]}
 
+    def _sample(self, i: int) -> Sample:
+        row, of_item = self.rows[i], (self.seed, self.epoch, i)
+        draw = random.Random(f"sample {of_item}")  # not the numbers that `augment` draws from
+        if draw.random() < self.background_swap:
+            row = replace(row, background=self._donor(row, draw))
+        sample = sample_of(row, self.spec.fill, self.box_threshold, draw if self.augment else None)
+        if self.augment is None:
+            return sample
+        return Sample(*self.augment(sample.pixels, sample.box, sample.mask, seed=of_item))
 
+    def _donor(self, row: Row, draw: random.Random) -> Row:
+        while (donor := draw.choice(self.donors)).path == row.path:
+            pass
+        return donor
