@@ -206,15 +206,17 @@ class Predictor:
                 masks=[items[i].mask for i, *_ in part],
                 device=self.device,
             )
-            given = {b: v for b, v in views._asdict().items() if b in self.model.branches}
-            output = self.model.forward_views(has_fg=views.has_fg, **given)
-            for row, answer in zip(part, self._answers(output, part, views.has_fg.tolist())):
+            output = self.model.forward_views(**views.inputs())
+            has_fg = views.has_fg if output.has_fg is None else output.has_fg
+            for row, answer in zip(part, self._answers(output, part, has_fg.tolist())):
                 answers[row[0]].append(answer)
         return [Prediction(item.name, tuple(objects)) for item, objects in zip(items, answers)]
 
     def _usable(self, item: _Item) -> tuple[Detections | None, str]:
         """The boxes to classify, or None and why there are none (METHOD.md 2)."""
         detections = item.boxes
+        if self.model.view_spec.fg == "parts":
+            return None, "the network found no part of an object"  # it looks for itself; boxes are not used
         if item.localizer_failure is not None:
             return None, f"the localizer failed ({item.localizer_failure})"
         if detections is None or not len(detections):
@@ -228,11 +230,8 @@ class Predictor:
         return usable.sorted().select(torch.arange(min(len(usable), self.max_objects))), ""
 
     def _answers(self, output: L2R2Output, rows: Sequence[Any], has_fg: Sequence[bool]) -> Iterator[ObjectPrediction]:
-        best = {
-            branch: logits.float().softmax(-1).topk(self.top if branch == "fused" else 1)
-            for branch, logits in output._asdict().items()
-            if logits is not None
-        }
+        given = {**output.branches(), "fused": output.fused}
+        best = {b: z.float().softmax(-1).topk(self.top if b == "fused" else 1) for b, z in given.items()}
         probabilities = {b: t.values.tolist() for b, t in best.items()}
         classes = {b: t.indices.tolist() for b, t in best.items()}
         for i, (_, box, box_score, why) in enumerate(rows):
@@ -242,11 +241,11 @@ class Predictor:
                 label=said["fused"][0].label,
                 score=said["fused"][0].score,
                 source="fused" if found else "full",
-                reason=_why_fused(said) if found else _why_full(said, why),
+                reason=_why_fused(said) if found else _why_full(said, why or "nothing of the object is left under its mask"),
                 full=said["full"][0] if "full" in said else None,
                 fg=said["fg"][0] if found else None,
                 bg=said["bg"][0] if has_fg[i] and "bg" in said else None,
-                box=tuple(round(v, 2) for v in box.tolist()) if has_fg[i] else None,  # type: ignore[arg-type]
+                box=tuple(round(v, 2) for v in box.tolist()) if has_fg[i] and box.isfinite().all() else None,  # type: ignore[arg-type]
                 box_score=None if box_score is None else round(box_score, 4),
                 top=tuple(said["fused"]),
             )

@@ -40,7 +40,7 @@ def test_unknown_fields(key):
     "name, values",
     {
         "size": [0, -1, 224.0, "224", None, True, [224, 224], NAN],
-        "fg": ["late", "", None, 1, ["crop"], {}],
+        "fg": ["later", "", None, 1, ["crop"], {}],
         "bg": ["crop", None, ["box"]],
         "interpolation": ["nearest", "Bicubic", None],
         "mode": ["pillow", None],

@@ -118,12 +118,13 @@ def _compute(model: L2R2, items: ViewDataset, batch_size: int, skip_bad: bool, p
                     raise _stop(error) from error
         if not loaded:
             continue
-        views = {b: torch.stack([item[b] for item in loaded.values()]).to(device) for b in model.branches}
+        names = [name for name in next(iter(loaded.values())) if name != "labels"]
+        views = {name: torch.stack([item[name] for item in loaded.values()]).to(device) for name in names}
         with torch.inference_mode():
-            logits = model.forward_branches(**views)
-        for branch, value in logits.items():
+            out = model.forward_views(**views)
+        for branch, value in out.branches().items():
             found[branch].append(value.float().cpu())
-        found["has_fg"].append(torch.stack([item["has_fg"] for item in loaded.values()]))
+        found["has_fg"].append((views["has_fg"] if out.has_fg is None else out.has_fg).cpu())
         found["used"].append(torch.tensor(list(loaded)))
     model.cpu()
     if not found["used"]:
