@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..data.dataset import Check, ImageTable, check_images, read_table, rows_digest
 from ..data.splits import hold_out
 from ..errors import L2R2Error
-from ..files import write_json
+from ..files import write_json, write_text
 from ..hub import save_checkpoint
+from ..model import L2R2
+from . import processes
 from .models import create_model
-from .recipes import Recipe
-from .run_folder import CHECKPOINTS, RUN, check_place, finished, versions
-from .trainer import train as run_training
+from .optimizers import check_optimizer
+from .recipes import NO_METRIC, Recipe
+from .run_folder import CHECKPOINTS, RECIPE, RUN, check_place, finished, surroundings
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "validation", "valid", "dev")
@@ -32,6 +37,7 @@ class Result:
         images, with_box: training images, and how many of them have a usable box.
         skipped: images left out, with the reason.
         was_finished: nothing was done, the run had been finished before.
+        notes: sentences about the choice of the weights.
     """
 
     folder: Path
@@ -40,6 +46,7 @@ class Result:
     with_box: int
     skipped: dict[Path, str]
     was_finished: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def finetune(
@@ -53,12 +60,14 @@ def finetune(
     val_split: str | None = None,
     skip_bad: bool = False,
     overwrite: bool = False,
+    tensorboard: bool = False,
     progress: Progress = lambda steps, _: steps,
 ) -> Result:
     """Train a model on a user's images and write a checkpoint in timm's layout.
 
-    Interrupted, the same call continues after the last finished epoch; finished, it does nothing. No validation row is used
-    for anything but the figures at the end: the weights are those after the last epoch.
+    Interrupted, the same call continues after the last finished epoch; finished, it does nothing. Without a `best_metric` in the
+    recipe no validation row is used for anything but the figures at the end: the weights are those after the last epoch. Under
+    torchrun the processes share each batch; the first one checks, writes and prints.
 
     Args:
         data: folder, see `read_table`.
@@ -69,41 +78,109 @@ def finetune(
             where there is one, `val` or `validation`.
         skip_bad: leave unreadable images out instead of stopping.
         overwrite: delete the run that `out` holds, once the new one can start.
+        tensorboard: write figures for tensorboard into the run's folder `logs`.
         progress: wraps the steps while images are checked.
 
     Raises:
         L2R2Error: unusable data, an unknown model, or a folder that holds another run.
     """
-    out = Path(out)
-    table = read_table(data, metadata=metadata, boxes=boxes)
-    train, val = _split(table, train_split, val_split, recipe)
-    classes = train.classes()
-    settings = {
-        "recipe": recipe.to_dict(),
-        "data": {"train": rows_digest(train), "images": len(train), "classes": list(classes)},
-    }
-    check_place(out, Path(data), settings, overwrite)
-    if not overwrite and (done := finished(out)) is not None:
-        return Result(out, done["metrics"], len(train), done["data"]["with_box"], {}, was_finished=True)
+    out, start = Path(out), time.monotonic()
+    trainer = _trainer_module(tensorboard)
+    train, val, settings = processes.together(lambda: _plan(data, recipe, boxes, metadata, train_split, val_split))
+    if (done := processes.on_first(lambda: _finished(out, Path(data), settings, overwrite))) is not None:
+        notes = tuple(done.get("notes", []))
+        return Result(out, done["metrics"], len(train), done["data"]["with_box"], {}, was_finished=True, notes=notes)
 
-    model = create_model(recipe, len(classes))  # before the slow check of the images: a wrong name shows at once
-    train, val, check = _usable(train, val, recipe, skip_bad, progress)
-    if train.classes() != classes:
-        raise L2R2Error(f"{table.root}: a class lost all of its images; the classes left are {', '.join(train.classes())}.")
-    if overwrite:
-        shutil.rmtree(out, ignore_errors=True)
-    write_json(out / RUN, settings)
-    metrics = run_training(model, recipe, train, val, classes, out)
+    classes = train.classes()
+    # before the slow check of the images: a wrong name shows at once
+    model = processes.together(lambda: _model(recipe, len(classes), trainer))
+    check = processes.on_first(lambda: _check(train, val, recipe, skip_bad, progress))
+    train, val = _without(train, check.bad), _without(val, check.bad) if val else None
+    processes.on_first(lambda: _begin(out, recipe, settings, overwrite))
+    trained = trainer.train(model, recipe, train, val, classes, out, tensorboard=tensorboard)
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise L2R2Error(f"{out}: the training has diverged, its weights are not finite; --overwrite it with a lower --lr.")
     with_box = sum(row.path in check.with_box for row in train.rows)
     settings["data"]["with_box"] = with_box
+    record = {
+        **settings,
+        **surroundings(),
+        "seconds": round(time.monotonic() - start, 1),
+        "epochs": {"trained": trained.epochs, "before_this_call": trained.continued},
+        "best": None if trained.best is None else {"metric": recipe.best_metric, **asdict(trained.best)},
+        "val_used_for": [k for k in ("best_metric", "patience") if trained.best is not None and getattr(recipe, k)],
+        "notes": _notes(recipe, trained),
+        "train_files": train.names(),
+        "val_files": val.names() if val else [],
+        "metrics": trained.metrics,
+    }
+    processes.on_first(lambda: _finish(out, model, classes, settings, record))
+    return Result(out, trained.metrics, len(train), with_box, check.bad, notes=tuple(record["notes"]))
+
+
+def _trainer_module(tensorboard: bool) -> Any:
+    try:
+        if tensorboard:
+            importlib.import_module("tensorboard")
+        return importlib.import_module(".trainer", __package__)
+    except ImportError as error:
+        raise L2R2Error('Training needs more packages: pip install "l2r2-models[train]".') from error
+
+
+def _plan(
+    data: str | Path,
+    recipe: Recipe,
+    boxes: str | Path | None,
+    metadata: str | Path | None,
+    train_split: str | None,
+    val_split: str | None,
+) -> tuple[ImageTable, ImageTable | None, dict[str, Any]]:
+    """Training and validation rows, and what makes this run this one."""
+    train, val = _split(read_table(data, metadata=metadata, boxes=boxes), train_split, val_split, recipe)
+    about = {"train": rows_digest(train), "images": len(train), "classes": list(train.classes())}
+    if recipe.best_metric != NO_METRIC:
+        if val is None:
+            raise L2R2Error(
+                f"{train.root}: best_metric needs validation rows to choose an epoch on; give --val-split or --val-fraction, "
+                "or best_metric none, which keeps the last epoch."
+            )
+        about["val"] = rows_digest(val)
+    return train, val, {"recipe": recipe.to_dict(), "data": about}
+
+
+def _finished(out: Path, data: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    check_place(out, data, settings, overwrite)
+    return None if overwrite else finished(out)
+
+
+def _model(recipe: Recipe, classes: int, trainer: Any) -> L2R2:
+    trainer.check_device(recipe)
+    check_optimizer(recipe.optimizer)
+    return create_model(recipe, classes)
+
+
+def _begin(out: Path, recipe: Recipe, settings: dict[str, Any], overwrite: bool) -> None:
+    if overwrite:
+        shutil.rmtree(out, ignore_errors=True)
+    write_json(out / RUN, settings)
+    write_text(out / RECIPE, recipe.to_yaml())
+
+
+def _finish(out: Path, model: L2R2, classes: Sequence[str], settings: dict[str, Any], record: dict[str, Any]) -> None:
     save_checkpoint(model, out, classes, settings)
-    files = {"train_files": train.names(), "val_files": val.names() if val else []}
-    record = {**settings, "versions": versions(), **files, "metrics": metrics}
     write_json(out / RUN, record)  # last: it says that the run is finished
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-    return Result(out, metrics, len(train), with_box, check.bad)
+
+
+def _notes(recipe: Recipe, trained: Any) -> list[str]:
+    best = trained.best
+    if best is None:
+        return []
+    name = recipe.best_metric.replace("_", " ")
+    chosen = f"kept epoch {best.epoch} of {best.epochs}: the best {name} on the validation rows ({100 * best.value:.1f} %)"
+    seen = "the validation rows chose it, so their figures are a little too good"
+    stopped = f"stopped before epoch {recipe.epochs}: no better one in {recipe.patience} epochs"
+    return [chosen, *([stopped] if best.epochs < recipe.epochs else []), seen]
 
 
 def _split(
@@ -124,19 +201,19 @@ def _split(
     return hold_out(train_table, recipe.val_fraction, group=recipe.val_group, seed=recipe.seed)
 
 
-def _usable(
-    train: ImageTable, val: ImageTable | None, recipe: Recipe, skip_bad: bool, progress: Progress
-) -> tuple[ImageTable, ImageTable | None, Check]:
+def _check(train: ImageTable, val: ImageTable | None, recipe: Recipe, skip_bad: bool, progress: Progress) -> Check:
+    """Decode every image once; what is left without the bad ones must be enough to train on."""
     rows = train.rows + (val.rows if val else ())
     check = check_images(replace(train, rows=rows), progress, recipe.box_threshold)
     if check.bad and not skip_bad:
         count = f"{len(check.bad)} of {len(rows)} images cannot be used"
         raise L2R2Error(f"{count}, e.g. {next(iter(check.bad.values()))} Mend them, or leave them out with --skip-bad.")
-
-    def without(table: ImageTable) -> ImageTable:
-        return replace(table, rows=tuple(row for row in table.rows if row.path not in check.bad))
-
-    train = without(train)
+    left = {str(row.label) for row in train.rows if row.path not in check.bad}
+    if left != set(train.classes()):
+        names = ", ".join(sorted(left)) or "none"
+        raise L2R2Error(f"{train.root}: a class lost all of its images; the classes left are {names}.")
+    if val and all(row.path in check.bad for row in val.rows):
+        raise L2R2Error(f"{val.root}: no validation image can be read.")
     looks_at_objects = [branch for branch in recipe.branches if branch != "full"]
     if looks_at_objects and not any(row.path in check.with_box for row in train.rows):
         raise L2R2Error(
@@ -144,4 +221,8 @@ def _usable(
             f"{recipe.box_threshold:g}), so {' and '.join(looks_at_objects)} would learn nothing; "
             "give --boxes FILE, or train a plain classifier with --branches full."
         )
-    return train, without(val) if val else None, check
+    return check
+
+
+def _without(table: ImageTable, bad: Mapping[Path, str]) -> ImageTable:
+    return replace(table, rows=tuple(row for row in table.rows if row.path not in bad))

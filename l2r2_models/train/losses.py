@@ -5,19 +5,47 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..model import L2R2
+from ..model import BRANCHES, L2R2
+from .mixing import Mix
 
 
 class BranchLoss(nn.Module):
     """A model with its training loss: the sum of the branches' cross-entropies (METHOD.md 3).
 
     Rows without a box count for the full branch only; their fg view is the whole image.
+
+    Args:
+        model: with the branches that views are given for.
+        label_smoothing: see `torch.nn.functional.cross_entropy`.
+        mix: mixes the views while training.
+        head_only: train the heads; the backbones stay as they are, batch-norm statistics included.
+        channels_last: memory layout of the views.
     """
 
-    def __init__(self, model: L2R2, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: L2R2,
+        label_smoothing: float = 0.0,
+        *,
+        mix: Mix | None = None,
+        head_only: bool = False,
+        channels_last: bool = False,
+    ) -> None:
         super().__init__()
-        self.model = model
-        self.label_smoothing = label_smoothing
+        self.model = model.to(memory_format=torch.channels_last) if channels_last else model
+        self.label_smoothing, self.mix, self.head_only = label_smoothing, mix, head_only
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        for backbone in self._frozen():
+            backbone.requires_grad_(False)
+
+    def _frozen(self) -> list[nn.Module]:
+        return [self.model.backbone, self.model.branch_backbones] if self.head_only else []
+
+    def train(self, mode: bool = True) -> BranchLoss:
+        super().train(mode)
+        for backbone in self._frozen():
+            backbone.eval()
+        return self
 
     def forward(
         self,
@@ -26,19 +54,38 @@ class BranchLoss(nn.Module):
         full: Tensor | None = None,
         fg: Tensor | None = None,
         bg: Tensor | None = None,
+        mask: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Views `[B, C, S, S]`, labels `[B]` -> loss, and the logits `[B, classes]` by branch and fused.
 
         For figures, rows without a box have the full branch's logits in every branch, as a Prediction has.
+
+        Args:
+            labels, has_fg: `[B]`.
+            full, fg, bg, mask: the views of the branches, see `L2R2.forward_views`.
+            counts: `[2]`, what to divide the sums over rows and over rows with an object by, where this is a part of a batch;
+                None: by how many there are here.
         """
-        logits = self.model.forward_branches(full=full, fg=fg, bg=bg)
-        rows = {branch: torch.ones_like(has_fg) if branch == "full" else has_fg for branch in logits}
-        losses = [self._loss(z, labels, rows[branch]) for branch, z in logits.items()]
-        fused = self.model.fuse(logits, has_fg)
+        given = {"full": full, "fg": fg, "bg": bg}
+        views = {b: v.contiguous(memory_format=self.memory_format) for b, v in given.items() if v is not None}
+        rows = {branch: torch.ones_like(has_fg) if branch == "full" else has_fg for branch in BRANCHES}
+        targets = dict.fromkeys(BRANCHES, labels)
+        if self.training and self.mix is not None:
+            for branch in views:
+                views[branch], targets[branch] = self.mix(views[branch], labels, rows[branch])
+        out = self.model.forward_views(**views, has_fg=has_fg, mask=mask)
+        if out.has_fg is not None:  # without the rows of which the network's mask keeps nothing
+            rows.update(fg=out.has_fg, bg=out.has_fg)
+        logits = {branch: z.float() for branch, z in out.branches().items()}  # float32 under autocast too
+        losses = []
+        for branch, z in logits.items():
+            count = rows[branch].sum().clamp(min=1) if counts is None else counts[0 if branch == "full" else 1]
+            losses.append(self._sum(z, targets[branch], rows[branch]) / count)
         if "full" in logits:
             logits = {branch: torch.where(rows[branch][:, None], z, logits["full"]) for branch, z in logits.items()}
-        return {"loss": torch.stack(losses).sum(), "fused": fused, **logits}
+        return {"loss": torch.stack(losses).sum(), "fused": out.fused.float(), **logits}
 
-    def _loss(self, logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
-        each = nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
-        return (each * rows).sum() / rows.sum().clamp(min=1)
+    def _sum(self, logits: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+        each = nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
+        return (each * rows).sum()

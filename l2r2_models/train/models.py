@@ -9,7 +9,7 @@ import torch
 
 from ..errors import L2R2Error
 from ..model import L2R2
-from ..views import ViewSpec
+from ..views import IN_NETWORK, ViewSpec
 from .recipes import Recipe
 
 
@@ -33,19 +33,28 @@ def create_model(recipe: Recipe, num_classes: int) -> L2R2:
     options: dict[str, Any] = dict(
         num_classes=num_classes, branches=list(recipe.branches), shared=recipe.shared, fusion=recipe.fusion_config(), **backbone
     )
+    options.update({key: rate for key, rate in (("drop_rate", recipe.drop), ("drop_path_rate", recipe.drop_path)) if rate})
     if recipe.size and cfg is not None and cfg.fixed_input_size:
         options["img_size"] = recipe.size
     try:
         model = cast(L2R2, timm.create_model(name, pretrained=recipe.pretrained, **options))
     except L2R2Error:
         raise
-    except (OSError, RuntimeError, AssertionError, ValueError) as error:  # hub, torch and timm errors
+    except (OSError, RuntimeError, AssertionError, ValueError, TypeError) as error:  # hub, torch and timm errors
         what = " ".join(str(error).split())[:200]
         hint = "; weights that cannot be downloaded are left out with --no-pretrained" if recipe.pretrained else ""
         raise L2R2Error(f"{recipe.model} cannot be created ({what}){hint}.") from error
-    changes = {"fg": recipe.fg, "margin": recipe.margin, **({"size": recipe.size} if recipe.size else {})}
+    changes = {name: getattr(recipe, name) for name in ("margin", "late_stage", "late_pool", "coverage")}
+    changes.update(fg=recipe.fg or model.view_spec.fg, **({"size": recipe.size} if recipe.size else {}))
     model.view_spec = ViewSpec.from_pretrained_cfg(model.pretrained_cfg, **changes)
+    if (recipe.mixup or recipe.cutmix) and model.view_spec.fg in IN_NETWORK:
+        raise L2R2Error(f'mixup and cutmix mix images, but not the masks that fg "{model.view_spec.fg}" needs; leave them out.')
     _try_out(model, recipe)
+    if recipe.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)
+        except AssertionError as error:
+            raise L2R2Error(f"{recipe.model}: its backbone has no grad_checkpointing; leave it out.") from error
     return model
 
 
@@ -54,8 +63,10 @@ def _try_out(model: L2R2, recipe: Recipe) -> None:
     model.eval()
     try:
         with torch.inference_mode():
-            view = torch.zeros(2, model.in_chans, model.view_spec.size, model.view_spec.size)
-            model.forward_branches(**dict.fromkeys(model.branches, view))
+            size = model.view_spec.size
+            view = torch.zeros(2, model.in_chans, size, size)
+            mask = torch.ones(2, size, size) if "fg" in model.branches and model.view_spec.fg in ("late", "tokens") else None
+            model.forward_branches(mask, **dict.fromkeys(model.branches, view))
     except (RuntimeError, AssertionError, ValueError) as error:
         what = " ".join(str(error).split())[:200]
         raise L2R2Error(f"{recipe.model} does not take views of {model.view_spec.size} pixels ({what}).") from error

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
 
 from ..data.augment import Augment
 from ..errors import L2R2Error
 from ..fusion import FUSIONS
+from ..model import BRANCHES
+
+TRAINABLE = ("all", "head")
+PRECISIONS = ("fp32", "bf16", "fp16")
+NO_METRIC = "none"
+METRICS = (NO_METRIC, *(f"{name}_accuracy" for name in ("fused", *BRANCHES)))
+FREE = ("workers", "cache")  # no part of the result: a run may continue with others
 
 
 @dataclass(frozen=True)
@@ -20,14 +32,33 @@ class Recipe:
         model: registered architecture, with or without a tag; or a timm backbone for the generic model as `timm:NAME`.
         pretrained: start from the tag's weights (downloaded once by timm) instead of random ones.
         branches, shared, fusion, threshold: see `L2R2`; `threshold` is that of the `robust` fusion.
-        fg, margin, size: see `ViewSpec`; size None is the model's own input size.
+        drop, drop_path: dropout before the heads; stochastic depth in the backbone (arXiv 1603.09382), where timm has it.
+        grad_checkpointing: compute activations again in the backward pass instead of keeping them; less memory.
+        fg, margin, late_stage, late_pool, coverage, size: see `ViewSpec`; fg None is the model's own kind, size None its own
+            input size.
         box_threshold: boxes with a lower score count as not found.
         val_fraction, val_group: hold so many training rows out for validation, see `hold_out`; 0 holds none out.
-        epochs, batch_size, lr, weight_decay, warmup, label_smoothing: AdamW with linear warm-up (a part of all steps), then
-            cosine to zero.
+        trainable: `all`, or `head`: the backbones stay as they are, their batch-norm statistics included.
+        epochs: passes over the rows.
+        batch_size: rows of one step of the optimizer, of all processes and parts together.
+        grad_accumulation: parts that a batch is computed in, one after the other, to fit into memory. The result is that of one
+            part, but for batch norm, which sees one part at a time.
+        balanced: draw rows so that each epoch has equally many of every class; as many rows an epoch as without.
+        optimizer: a name of `timm.optim.list_optimizers()`; norms, biases and what the backbone names have no weight decay.
+        lr, weight_decay, momentum, warmup, clip_grad: the peak rate is reached after a linear warm-up (a part of all steps), then
+            falls as a cosine to zero; momentum is for optimizers that take one; gradients are clipped to this norm, 0 never.
+        layer_decay: factor of the rate from each layer of the backbone to the one before it (arXiv 2106.08254); 1: none.
+        label_smoothing: see `torch.nn.functional.cross_entropy`.
         scale, flip, colour, box_jitter: see `Augment`.
+        mixup, cutmix, mix_probability: see `Mix`; alphas, 0 is off.
+        ema: decay of an exponential moving average of the weights, which is then what is evaluated and saved; 0: none.
+        best_metric: keep the epoch that is best by this figure on the validation rows; `none` keeps the last epoch.
+        patience: stop after so many epochs without a new best one; 0 never.
+        precision: fp32, or bf16 or fp16 under autocast; the weights stay fp32.
+        channels_last: memory layout of images and filters; the same result up to rounding, quicker for most convolutions.
         seed: of weights, order and augmentation.
         workers: processes that load images; the result does not depend on it.
+        cache: keep decoded images in memory; the result does not depend on it.
     """
 
     model: str
@@ -36,75 +67,223 @@ class Recipe:
     shared: bool = True
     fusion: str = "robust"
     threshold: float | None = None
-    fg: str = "crop"
+    drop: float = 0.0
+    drop_path: float = 0.0
+    grad_checkpointing: bool = False
+    # views and rows
+    fg: str | None = None
     margin: float = 0.0
+    late_stage: str = "last"
+    late_pool: str = "mask"
+    coverage: float = 0.25
     size: int | None = None
     box_threshold: float = 0.2
     val_fraction: float = 0.0
     val_group: str | None = None
+    # optimisation
+    trainable: str = "all"
     epochs: int = 20
     batch_size: int = 32
+    grad_accumulation: int = 1
+    balanced: bool = False
+    optimizer: str = "adamw"
     lr: float = 2e-4
     weight_decay: float = 0.05
+    momentum: float = 0.9
+    layer_decay: float = 1.0
     warmup: float = 0.1
+    clip_grad: float = 1.0
     label_smoothing: float = 0.1
+    # augmentation
     scale: float = 0.5
     flip: float = 0.5
     colour: float = 0.2
     box_jitter: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_probability: float = 1.0
+    # which weights are kept
+    ema: float = 0.0
+    best_metric: str = NO_METRIC
+    patience: int = 0
+    # how it is computed
+    precision: str = "fp32"
+    channels_last: bool = False
     seed: int = 0
     workers: int = 0
+    cache: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise L2R2Error(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("box_threshold", "warmup", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise L2R2Error(f"{name} must lie between 0 and 1, got {getattr(self, name)}.")
-        if not 0 <= self.val_fraction <= 0.5:
-            raise L2R2Error(f"val_fraction must lie between 0 and 0.5, got {self.val_fraction}.")
+        self._check_ranges()
         if self.val_group and not self.val_fraction:
             raise L2R2Error("val_group says how to hold rows out; give a val_fraction too.")
-        if not 0 < self.lr < math.inf:
-            raise L2R2Error(f"lr must be above 0, got {self.lr}.")
-        if not 0 <= self.weight_decay < math.inf:
-            raise L2R2Error(f"weight_decay must be at least 0, got {self.weight_decay}.")
-        if not 0 <= self.seed < 2**32:
-            raise L2R2Error(f"seed must lie between 0 and 4294967295, got {self.seed}.")
-        if self.workers < 0:
-            raise L2R2Error(f"workers must be at least 0, got {self.workers}.")
-        if self.size is not None and not 1 <= self.size <= 4096:
-            raise L2R2Error(f"size must lie between 1 and 4096 pixels, got {self.size}.")
+        if self.grad_accumulation > self.batch_size:
+            raise L2R2Error(f"grad_accumulation {self.grad_accumulation} is more than the {self.batch_size} rows of a batch.")
+        self._check_best()
         self.augment()
         if self.fusion in FUSIONS and FUSIONS[self.fusion].needs_fit:
             raise L2R2Error(f'Fusion "{self.fusion}" must be fitted: train with another one, then `l2r2 fuse` it.')
         if self.threshold is not None and self.fusion != "robust":
             raise L2R2Error(f'threshold belongs to the fusion "robust", not to "{self.fusion}".')
 
+    def _check_ranges(self) -> None:
+        for name in ("epochs", "batch_size", "grad_accumulation"):
+            if getattr(self, name) < 1:
+                raise L2R2Error(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("box_threshold", "warmup", "label_smoothing", "mix_probability", "layer_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise L2R2Error(f"{name} must lie between 0 and 1, got {getattr(self, name)}.")
+        for name in ("drop", "drop_path", "ema", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise L2R2Error(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
+        for name in ("weight_decay", "clip_grad", "mixup", "cutmix", "workers", "patience"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise L2R2Error(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if not 0 <= self.val_fraction <= 0.5:
+            raise L2R2Error(f"val_fraction must lie between 0 and 0.5, got {self.val_fraction}.")
+        for name in ("lr", "layer_decay"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise L2R2Error(f"{name} must be above 0, got {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**32:
+            raise L2R2Error(f"seed must lie between 0 and 4294967295, got {self.seed}.")
+        if self.size is not None and not 1 <= self.size <= 4096:
+            raise L2R2Error(f"size must lie between 1 and 4096 pixels, got {self.size}.")
+        for name, choices in (("trainable", TRAINABLE), ("precision", PRECISIONS), ("best_metric", METRICS)):
+            if getattr(self, name) not in choices:
+                raise L2R2Error(f'Unknown {name} "{getattr(self, name)}"; choose from {", ".join(choices)}.')
+
+    def _check_best(self) -> None:
+        branch = self.best_metric.removesuffix("_accuracy")
+        if branch in BRANCHES and branch not in self.branches:
+            has = ", ".join(self.branches)
+            raise L2R2Error(f"best_metric {self.best_metric} needs the branch {branch}; this model has {has}.")
+        if self.patience and self.best_metric == NO_METRIC:
+            raise L2R2Error("patience counts epochs without a new best one; give a best_metric too, e.g. fused_accuracy.")
+
     @classmethod
     def default(cls, model: str, pretrained: bool, **changes: Any) -> Recipe:
-        """Defaults for fine-tuning pretrained weights, or for training from scratch; `changes` that are None are left out."""
-        base = cls(model, pretrained=pretrained)
-        if not pretrained:
-            base = replace(base, lr=1e-3)
-        return replace(base, **{k: v for k, v in changes.items() if v is not None})
+        """The built-in recipe `finetune` for pretrained weights, else `scratch`; `changes` that are None are left out."""
+        return cls.read("finetune" if pretrained else "scratch", model=model, pretrained=pretrained, **changes)
+
+    @classmethod
+    def read(cls, source: str | Path, **changes: Any) -> Recipe:
+        """A built-in recipe by its name, or a YAML file such as the recipe.yaml of a run, with changes.
+
+        Args:
+            source: one of `builtin_recipes()`, or a file.
+            changes: keys that override; those that are None are left out.
+
+        Raises:
+            L2R2Error: no such recipe or file, an unknown key, a value of another kind, or no model.
+        """
+        values = {**read_keys(source), **{k: v for k, v in changes.items() if v is not None}}
+        if not values.get("model"):
+            raise L2R2Error(f"{source}: names no model; give --model, see `l2r2 list`.")
+        return cls.from_dict(values)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
-        """From a saved run; an unknown key is an error."""
-        names = [f.name for f in fields(cls)]
-        if unknown := sorted(set(data) - set(names)):
-            raise L2R2Error(f"Unknown recipe key {', '.join(unknown)}; choose from {', '.join(names)}.")
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return cls(**values)
+        """From plain values, as `to_dict` gives them.
+
+        Raises:
+            L2R2Error: an unknown key, or a value of another kind.
+        """
+        kinds = get_type_hints(cls)
+        for name in data:
+            if name not in kinds:
+                close = get_close_matches(str(name), kinds, 3, 0.5)
+                hint = f"close ones: {', '.join(close)}" if close else f"choose from {', '.join(kinds)}"
+                raise L2R2Error(f'Unknown recipe key "{name}"; {hint}.')
+        return cls(**{name: _as_kind(name, value, kinds[name]) for name, value in data.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON or YAML."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def to_yaml(self) -> str:
+        """What `read` takes for this very recipe."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def augment(self) -> Augment:
         return Augment(self.scale, self.flip, self.colour, self.box_jitter)
 
     def fusion_config(self) -> dict[str, Any]:
         return {"name": self.fusion, **({} if self.threshold is None else {"threshold": self.threshold})}
+
+
+def builtin_recipes() -> tuple[str, ...]:
+    """Names of the recipes that come with the package."""
+    return tuple(sorted(f.name.removesuffix(".yaml") for f in _builtin_folder().iterdir() if f.name.endswith(".yaml")))
+
+
+def read_keys(source: str | Path) -> dict[str, Any]:
+    """The keys that a recipe sets, see `Recipe.read`.
+
+    Raises:
+        L2R2Error: no such recipe or file, or no mapping in it.
+    """
+    name, file = str(source), Path(source)
+    if name in builtin_recipes():
+        text = (_builtin_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            built_in = ", ".join(builtin_recipes())
+            raise L2R2Error(f"{name}: is no recipe that can be read; give a YAML file or one of {built_in}.") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise L2R2Error(f"{name}: is not YAML ({' '.join(str(error).split())[:200]}).") from None
+    if not isinstance(values, dict):
+        raise L2R2Error(f"{name}: a recipe is a YAML mapping of keys to values.")
+    return values
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """`["lr=1e-3", "branches=[full]"]` -> keys and values, each value read as YAML.
+
+    Raises:
+        L2R2Error: no `key=value`, a key given twice, or no YAML.
+    """
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not key or not equals:
+            raise L2R2Error(f'--set takes key=value, got "{setting}".')
+        if key in values:
+            raise L2R2Error(f"--set gives {key} twice.")
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise L2R2Error(f"--set {setting}: the value is not YAML.") from None
+    return values
+
+
+def _builtin_folder() -> Any:
+    return resources.files(__package__) / "recipe_files"
+
+
+def _as_kind(name: str, value: Any, kind: Any) -> Any:
+    """A value of YAML or JSON as the field's type. YAML reads 1e-3 as text, so numbers may come as such."""
+    options = get_args(kind)
+    if kind == tuple[str, ...]:
+        names = [value] if isinstance(value, str) else value
+        if isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names):
+            return tuple(names)
+        raise L2R2Error(f"{name} must be a list of names, got {value!r}.")
+    if type(None) in options:
+        return None if value is None else _as_kind(name, value, options[0])
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+            if kind is float or number == int(number):
+                return kind(number)
+        except (ValueError, OverflowError):
+            pass
+    what = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}[kind]
+    raise L2R2Error(f"{name} must be {what}, got {value!r}.")

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import platform
+import shlex
 import shutil
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import L2R2Error
 from ..files import read_json
 from ..hub import CONFIG, WEIGHTS
+from . import processes
+from .recipes import FREE
 
-RUN, CHECKPOINTS = "run.json", "checkpoints"
+RUN, RECIPE, CHECKPOINTS, LOGS = "run.json", "recipe.yaml", "checkpoints", "logs"
 
 
 def check_place(out: Path, data: Path, settings: dict[str, Any], overwrite: bool) -> None:
@@ -28,7 +35,7 @@ def check_place(out: Path, data: Path, settings: dict[str, Any], overwrite: bool
     recipe, old_data = (old.get(k) if isinstance(old, dict) else None for k in ("recipe", "data"))
     if not isinstance(recipe, dict) or not isinstance(old_data, dict):
         raise L2R2Error(f"{out / RUN}: is damaged; --overwrite the run.")
-    changed = [k for k, v in settings["recipe"].items() if recipe.get(k) != v and k != "workers"]
+    changed = [k for k, v in settings["recipe"].items() if recipe.get(k) != v and k not in FREE]
     changed += ["data set"] if any(old_data.get(k) != v for k, v in settings["data"].items()) else []
     if changed:
         raise L2R2Error(f"{out}: holds a run with another {', '.join(changed)}; choose another -o, or --overwrite it.")
@@ -56,7 +63,15 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("l2r2-models", "torch", "torchvision", "timm", "transformers")}
+def surroundings() -> dict[str, Any]:
+    """What a run was made with: command line, versions, device, processes."""
+    names = ("l2r2-models", "torch", "torchvision", "timm", "transformers")
+    found = {"python": platform.python_version(), **{name: version(name) for name in names}}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return {
+        "command": shlex.join(sys.argv),
+        "versions": found,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "processes": processes.world(),
+    }

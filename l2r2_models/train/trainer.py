@@ -1,71 +1,263 @@
-"""The training loop: transformers' Trainer with this project's data, loss and figures."""
+"""The training loop: transformers' Trainer with this project's data, loss, optimizer and choice of the weights."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from ..data.dataset import ImageTable, ViewDataset
 from ..errors import L2R2Error
+from ..files import write_atomic
 from ..model import BRANCHES, L2R2
+from . import processes
+from .average import Average, tensors_of
+from .batches import EpochBatches
+from .best import Best, best_of
 from .losses import BranchLoss
-from .recipes import Recipe
-from .run_folder import CHECKPOINTS, last_checkpoint
+from .mixing import Mix
+from .optimizers import create_optimizer
+from .recipes import NO_METRIC, Recipe
+from .run_folder import CHECKPOINTS, LOGS, last_checkpoint
+
+AVERAGE, BEST = "average.safetensors", "best.safetensors"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the training gave: accuracies on the validation rows (empty without any), the best epoch if one was chosen, how many
+    epochs were trained, and how many of them before this call."""
+
+    metrics: dict[str, float]
+    best: Best | None
+    epochs: int
+    continued: int
+
+
+class BranchTrainer(Trainer):
+    """The Trainer on `BranchLoss`.
+
+    One step of the optimizer takes the gradient of the mean over its whole batch, however it is split over parts and
+    processes. Evaluation and the best checkpoint use the average of the weights where the recipe has one.
+    """
+
+    model: BranchLoss
+    train_dataset: ViewDataset
+
+    def __init__(self, model: BranchLoss, recipe: Recipe, batches: EpochBatches, **arguments: Any) -> None:
+        super().__init__(model, callbacks=[_EachStep(self)], **arguments)
+        self.recipe, self.batches = recipe, batches
+        self.average = Average(model, recipe.ema) if recipe.ema else None
+        self.model_accepts_loss_kwargs = True  # the loss is divided by get_batch_samples' counts, not by the number of parts
+
+    def get_train_dataloader(self) -> DataLoader:
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batches,
+            num_workers=self.recipe.workers,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=default_collate,
+        )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = create_optimizer(self.model.model, self.recipe)
+        return self.optimizer
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list, Tensor]:
+        """The parts of a batch, and what each process divides its sums by: rows, and rows with an object, see `BranchLoss`."""
+        parts, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        rows = [sum(len(part["has_fg"]) for part in parts), sum(int(part["has_fg"].sum()) for part in parts)]
+        counts = torch.tensor(rows, dtype=torch.float32, device=device)
+        if processes.world() > 1:
+            torch.distributed.all_reduce(counts)
+        return parts, counts.clamp(min=1) / processes.world()  # gradients are averaged over the processes
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        outputs = model(**inputs, counts=num_items_in_batch if model.training else None)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if processes.world() > 1:
+            for buffer in self.model.buffers():  # batch norm's statistics differ since the last step
+                torch.distributed.broadcast(buffer, 0)
+        with self.average.in_place() if self.average else contextlib.nullcontext():
+            metrics = super().evaluate(*args, **kwargs)
+            if self.is_in_train and self.recipe.best_metric != NO_METRIC:
+                self._keep_if_best()
+        return metrics
+
+    def best(self) -> Best | None:
+        return None if self.recipe.best_metric == NO_METRIC else best_of(self.state.log_history, self.recipe.best_metric)
+
+    def _keep_if_best(self) -> None:
+        best = self.best()
+        if best is not None and best.is_last and self.is_world_process_zero():
+            state = tensors_of(self.model)
+            write_atomic(Path(str(self.args.output_dir)) / BEST, lambda path: save_file(state, path))
+        if best is not None and best.exhausted(self.recipe.patience):
+            self.control.should_training_stop = True
+
+    def use_chosen_weights(self) -> None:
+        """Give the model the best epoch's weights where one was chosen, else the average of them where there is one."""
+        if self.best() is not None:
+            self.accelerator.wait_for_everyone()
+            self.model.load_state_dict(load_file(Path(str(self.args.output_dir)) / BEST))
+        elif self.average is not None:
+            self.average.exchange()
+        self.average = None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, tensors_of(self.model))  # as they are, shared and channels_last weights cannot be saved
+        if self.average is not None and self.args.should_save:
+            self.average.save(Path(str(output_dir)) / AVERAGE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.average is not None:
+            self.average.load(Path(resume_from_checkpoint) / AVERAGE)
+
+
+class _EachStep(TrainerCallback):
+    """Tells the order of rows and the augmentation the epoch, and the average each step."""
+
+    def __init__(self, trainer: BranchTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        epoch = round(state.epoch or 0)
+        self.trainer.batches.set_epoch(epoch)
+        self.trainer.train_dataset.set_epoch(epoch)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.average is not None:
+            self.trainer.average.update(state.global_step)
+
+
+def check_device(recipe: Recipe) -> None:
+    """Raises:
+    L2R2Error: this machine does not have the recipe's precision.
+    """
+    cuda = torch.cuda.is_available()
+    if recipe.precision == "fp16" and not cuda:
+        raise L2R2Error("precision fp16 needs a GPU; on a CPU take bf16 or fp32.")
+    if recipe.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise L2R2Error("precision bf16 is not supported by this GPU; take fp16 or fp32.")
 
 
 def train(
-    model: L2R2, recipe: Recipe, train: ImageTable, val: ImageTable | None, classes: tuple[str, ...], out: Path
-) -> dict[str, float]:
+    model: L2R2,
+    recipe: Recipe,
+    train: ImageTable,
+    val: ImageTable | None,
+    classes: tuple[str, ...],
+    out: Path,
+    *,
+    tensorboard: bool = False,
+) -> Trained:
+    """Train the model in place, or go on where an earlier call was interrupted.
+
+    Raises:
+        L2R2Error: the training stopped; the message says why.
+    """
+    trainer = _trainer(model, recipe, train, val, classes, out)
+    if tensorboard:
+        callback = TensorBoardCallback()
+        callback.logging_dir = str(out / LOGS)
+        trainer.add_callback(callback)
+    checkpoint = processes.on_first(lambda: last_checkpoint(out / CHECKPOINTS))
     try:
-        from transformers import Trainer, TrainingArguments
-    except ImportError as error:
-        raise L2R2Error('Training needs more packages: pip install "l2r2-models[train]".') from error
+        with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints its losses; stdout is for the result
+            return _run(trainer, checkpoint)
+    except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
+        what = " ".join(str(error).split())[:300]
+        raise L2R2Error(f"{out}: training stopped ({what}); what was finished before is kept.") from error
+
+
+def _run(trainer: BranchTrainer, checkpoint: str | None) -> Trained:
+    steps, continued = trainer.batches.steps, 0
+    if checkpoint is not None:
+        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+        trainer.state.log_history, trainer.state.global_step = state["log_history"], state["global_step"]
+        continued = state["global_step"] // steps
+    best = trainer.best()
+    if best is None or not best.exhausted(trainer.recipe.patience):  # else it was killed after its last epoch
+        trainer.train(resume_from_checkpoint=checkpoint)
+    best, epochs = trainer.best(), trainer.state.global_step // steps
+    trainer.use_chosen_weights()
+    measured = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    metrics = {k.removeprefix("eval_"): v for k, v in measured.items() if k.endswith("accuracy")}
+    return Trained(metrics, best, epochs, continued)
+
+
+def _trainer(
+    model: L2R2, recipe: Recipe, train: ImageTable, val: ImageTable | None, classes: tuple[str, ...], out: Path
+) -> BranchTrainer:
     common: dict[str, Any] = dict(spec=model.view_spec, branches=model.branches, box_threshold=recipe.box_threshold)
-    steps = -(-len(train) // recipe.batch_size) * recipe.epochs
-    trainer = Trainer(
-        model=BranchLoss(model, recipe.label_smoothing),
-        args=TrainingArguments(
-            output_dir=str(out / CHECKPOINTS),
-            num_train_epochs=recipe.epochs,
-            per_device_train_batch_size=recipe.batch_size,
-            per_device_eval_batch_size=recipe.batch_size,
-            learning_rate=recipe.lr,
-            weight_decay=recipe.weight_decay,
-            lr_scheduler_type="cosine",
-            warmup_steps=round(recipe.warmup * steps),
-            save_strategy="epoch",
-            save_total_limit=1,
-            logging_strategy="epoch",
-            eval_strategy="epoch" if val else "no",
-            report_to="none",
-            remove_unused_columns=False,
-            label_names=["labels"],
-            seed=recipe.seed,
-            data_seed=recipe.seed,
-            dataloader_num_workers=recipe.workers,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            # batch norm cannot take a last batch of one row
-            dataloader_drop_last=len(train) > recipe.batch_size > 1 and len(train) % recipe.batch_size == 1,
-        ),
-        train_dataset=ViewDataset(train, classes, augment=recipe.augment(), seed=recipe.seed, **common),
+    rows = ViewDataset(train, classes, augment=recipe.augment(), seed=recipe.seed, **common)
+    batches = EpochBatches(
+        rows.targets, recipe.batch_size, seed=recipe.seed, balanced=recipe.balanced, parts=recipe.grad_accumulation,
+        rank=processes.rank(), world=processes.world(),
+    )  # fmt: skip
+    if min(batches.rows, recipe.batch_size) < batches.world:
+        raise L2R2Error(f"{batches.world} processes cannot share batches of {min(batches.rows, recipe.batch_size)} images.")
+    mix = Mix(len(classes), recipe.mixup, recipe.cutmix, recipe.mix_probability) if recipe.mixup or recipe.cutmix else None
+    loss = BranchLoss(
+        model, recipe.label_smoothing, mix=mix, head_only=recipe.trainable == "head", channels_last=recipe.channels_last
+    )
+    return BranchTrainer(
+        loss,
+        recipe,
+        batches,
+        args=_arguments(recipe, batches, out, validate=val is not None),
+        train_dataset=rows,
         eval_dataset=ViewDataset(val, classes, **common) if val else None,
         compute_metrics=functools.partial(accuracies, ("fused", *(b for b in BRANCHES if b in model.branches))),
     )
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints its losses; stdout is for the result
-            trainer.train(resume_from_checkpoint=last_checkpoint(out / CHECKPOINTS))
-            measured = trainer.evaluate() if val else {}
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        what = " ".join(str(error).split())[:300]
-        raise L2R2Error(f"{out}: training stopped ({what}); what was finished before is kept.") from error
-    return {k.removeprefix("eval_"): v for k, v in measured.items() if k.endswith("accuracy")}
+
+
+def _arguments(recipe: Recipe, batches: EpochBatches, out: Path, *, validate: bool) -> TrainingArguments:
+    each = max(1, recipe.batch_size // batches.world)
+    arguments = TrainingArguments(
+        output_dir=str(out / CHECKPOINTS),
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=max(1, each // recipe.grad_accumulation),
+        per_device_eval_batch_size=each,
+        gradient_accumulation_steps=recipe.grad_accumulation,
+        max_grad_norm=recipe.clip_grad,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(recipe.warmup * batches.steps * recipe.epochs),
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_strategy="epoch",
+        eval_strategy="epoch" if validate else "no",
+        report_to="none",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        seed=recipe.seed,
+        bf16=recipe.precision == "bf16",
+        fp16=recipe.precision == "fp16",
+        use_cpu=recipe.precision == "bf16" and not torch.cuda.is_available(),
+        average_tokens_across_devices=False,
+        ddp_find_unused_parameters=not recipe.grad_checkpointing,  # the two do not go together
+        dataloader_num_workers=recipe.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs work through torchrun, never through nn.DataParallel
+    return arguments
 
 
 def accuracies(names: Sequence[str], prediction: Any) -> dict[str, float]:

@@ -1,0 +1,45 @@
+"""Mixup and cutmix of one branch's views."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Mix:
+    """Mixup or cutmix of views, with targets to match; each branch has draws of its own.
+
+    Source: mixup (arXiv 1710.09412), cutmix (arXiv 1905.04899), through torchvision's transforms.
+
+    Args:
+        classes: how many.
+        mixup, cutmix: alpha of the Beta distribution that the shares are drawn from; 0 is off. With both on, either is drawn.
+        probability: part of the batches that are mixed.
+    """
+
+    def __init__(self, classes: int, mixup: float, cutmix: float, probability: float = 1.0) -> None:
+        from torchvision.transforms import v2
+
+        kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+        self.kinds = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha > 0]
+        self.classes, self.probability = classes, probability
+
+    def __call__(self, view: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix the rows that count for a branch among each other, so that no view without an object leaks into one with.
+
+        Args:
+            view: `[B, C, S, S]`.
+            labels: `[B]` class numbers.
+            rows: `[B]` bool.
+
+        Returns:
+            Views, and targets `[B, classes]` that sum to one.
+        """
+        targets = nn.functional.one_hot(labels, self.classes).to(torch.float32)
+        if torch.rand(()) >= self.probability or int(rows.sum()) < 2:
+            return view, targets
+        kind = self.kinds[int(torch.randint(len(self.kinds), ()))]
+        mixed, shares = kind(view[rows], labels[rows])
+        view = view.clone()
+        view[rows], targets[rows] = mixed, shares.to(targets)
+        return view, targets

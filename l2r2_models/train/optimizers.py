@@ -1,0 +1,46 @@
+"""timm's optimizers for a recipe."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+import timm.optim
+import torch
+
+from ..errors import L2R2Error
+from ..model import L2R2
+from .recipes import Recipe
+
+
+def check_optimizer(name: str) -> None:
+    """Raises:
+    L2R2Error: timm has no optimizer of that name.
+    """
+    known = [str(optimizer) for optimizer in timm.optim.list_optimizers()]
+    if name.lower().removeprefix("lookahead_") not in known:
+        close = get_close_matches(name, known, 5)
+        hint = f"close names: {', '.join(close)}" if close else "timm.optim.list_optimizers() names them"
+        raise L2R2Error(f'Unknown optimizer "{name}"; {hint}.')
+
+
+def create_optimizer(model: L2R2, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer for the trainable parameters; norms, biases and what the backbone names have no weight decay.
+
+    Raises:
+        L2R2Error: an unknown name, or one that cannot be made for this model.
+    """
+    check_optimizer(recipe.optimizer)
+    try:
+        optimizer = timm.optim.create_optimizer_v2(
+            model,
+            recipe.optimizer,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            momentum=recipe.momentum,
+            layer_decay=recipe.layer_decay if recipe.layer_decay < 1 else None,
+        )
+    except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
+        raise L2R2Error(f"The optimizer {recipe.optimizer} cannot be made ({' '.join(str(error).split())[:200]}).") from error
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.lr * group.get("lr_scale", 1.0)  # timm leaves this to its own schedulers
+    return optimizer
