@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from .common import errors, track
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..evaluate.judge import Evaluation, Judged
 
 
 def evaluate(
@@ -16,52 +21,105 @@ def evaluate(
     data: Annotated[Path, typer.Argument(help="A data set, see `l2r2 finetune`.")],
     split: Annotated[str, typer.Option(help="Rows to judge by.")] = "test",
     group: Annotated[Optional[str], typer.Option(help="Metadata column: accuracy by its values, and the worst.")] = None,
-    fit_split: Annotated[Optional[str], typer.Option(help="Held-out rows to fit every fusion on, for comparison.")] = None,
+    fit_split: Annotated[
+        Optional[str], typer.Option(help="Held-out rows to fit every fusion and temperature on, for comparison.")
+    ] = None,
     prior: Annotated[
         Optional[str], typer.Option(help="Metadata column to correct the answers by, counted on the training rows.")
     ] = None,
+    others: Annotated[
+        Optional[list[str]], typer.Option("--with", help="Another run of the same classes: adds ensembles. Repeatable.")
+    ] = None,
     metadata: Annotated[Optional[Path], typer.Option(help="Another metadata file for the images of DATA.")] = None,
     boxes: Annotated[Optional[Path], typer.Option(help="Box file.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave images out that cannot be used.")] = False,
+    report: Annotated[Optional[Path], typer.Option(help="Write an HTML page: tables, figures, disagreements.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Judge every branch and every fusion of a run: accuracy, macro accuracy, calibration, groups."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    """Judge every branch and every fusion of a run: accuracy, macro accuracy, calibration, groups, confusion."""
+    from ..evaluate.judge import evaluation_of, judge_run
 
-    from ..evaluate.judge import evaluate_run
-    from ..model import BRANCHES
-
-    result = evaluate_run(
-        run, data, split, group=group, fit_split=fit_split, prior=prior, metadata=metadata, boxes=boxes,
-        progress=lambda batches, total: track(batches, total, "branch logits"),
+    judged = judge_run(
+        run, data, split, group=group, fit_split=fit_split, prior=prior, others=others or (), metadata=metadata, boxes=boxes,
+        skip_bad=skip_bad, progress=lambda batches, total: track(batches, total, "branch logits"),
     )  # fmt: skip
-    for warning in result.warnings:
-        errors.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+    result = evaluation_of(judged)
+    problems = [f"warning: {warning}" for warning in result.warnings]
+    problems += [f"left out: {reason}" for reason in result.left_out.values()]
+    for problem in problems:
+        errors.print(problem, highlight=False, markup=False, soft_wrap=True)
+    if report:
+        from ..evaluate.report_evaluation import write_evaluation
+
+        write_evaluation(report, judged, result)
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
-        return
-    columns = {"accuracy": "accuracy", "macro_accuracy": "macro", "ece": "ECE", "with_box": "with box", "without_box": "without"}
-    if group:
-        columns["worst_group"] = f"worst {group}"
-    table = Table("in %", box=None, header_style="bold", pad_edge=False)
-    for title in columns.values():
-        table.add_column(title, justify="right")
-    for name, figures in result.rows.items():
-        table.add_row(escape(name), *("" if figures[k] is None else f"{100 * figures[k]:.1f}" for k in columns))
+    else:
+        _print(judged, result)
+    if report:
+        typer.echo(f"wrote {report}", err=as_json)
+
+
+def _print(judged: Judged, result: Evaluation) -> None:
+    from rich.console import Console
+
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    console.print(table)
-    if group:
-        own = [name for name in result.rows if name in BRANCHES or name.startswith("fused: ")]
-        by_group = Table(escape(f"accuracy by {group}"), *own, box=None, header_style="bold", pad_edge=False)
-        for value in next(iter(result.rows.values()))["by_group"]:
-            reached = [result.rows[name]["by_group"][value] for name in own]
-            by_group.add_row(escape(value) or "(empty)", *(f"{100 * v:.1f}" for v in reached))
-        console.print(by_group)
-    fitted = f"; fusions fitted on {result.fitted_on}" if result.fitted_on else ""
+    console.print(_table(result))
+    if result.group:
+        console.print(_groups(judged, result))
+    fitted = f"; fusions and temperatures fitted on {result.fitted_on}" if result.fitted_on else ""
     typer.echo(
         f"{result.images} images of {result.split}, {result.with_object} with an object found; "
         f"either branch right (oracle): {100 * result.oracle:.1f}{fitted}"
     )
+    if pairs := _confused(judged, result):
+        typer.echo(f"most confused by {judged.answer} (truth -> answer): {pairs}")
+    for note in result.notes:
+        typer.echo(f"note: {note}")
+
+
+def _table(result: Evaluation) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    columns = {"accuracy": "accuracy", "macro_accuracy": "macro", "ece": "ECE", "with_box": "with box", "without_box": "without"}
+    if result.temperatures:
+        columns = {"accuracy": "accuracy", "macro_accuracy": "macro", "ece": "ECE", "ece_scaled": "ECE scaled",
+                   "with_box": "with box", "without_box": "without"}  # fmt: skip
+    if result.group:
+        columns["worst_group"] = f"worst {escape(result.group)}"
+    table = Table("in %", box=None, header_style="bold", pad_edge=False)
+    for title in columns.values():
+        table.add_column(title, justify="right")
+        if title == "accuracy":
+            table.add_column("95 %", justify="right", style="dim")
+    for name, figures in result.rows.items():
+        cells = ["" if figures[k] is None else f"{100 * figures[k]:.1f}" for k in columns]
+        low, high = figures["intervals"]["accuracy"]
+        table.add_row(escape(name), cells[0], f"{100 * low:.1f}-{100 * high:.1f}", *cells[1:])
+    return table
+
+
+def _groups(judged: Judged, result: Evaluation) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    titles = escape(f"accuracy by {result.group}"), "images", *map(escape, judged.own)
+    table = Table(*titles, box=None, header_style="bold", pad_edge=False)
+    for value, count in result.groups.items():
+        reached = [result.rows[name]["by_group"][value] for name in judged.own]
+        table.add_row(escape(value) or "(empty)", str(count), *(f"{100 * v:.1f}" for v in reached))
+    return table
+
+
+def _confused(judged: Judged, result: Evaluation) -> str:
+    import torch
+
+    from ..evaluate.metrics import most_confused
+
+    matrix = torch.tensor(result.confusion[judged.answer])
+    of = matrix.sum(1).tolist()
+    named = ((result.labels[i], result.labels[j], count, of[i]) for i, j, count in most_confused(matrix))
+    return ", ".join(f"{truth} -> {answer} {count} of {total}" for truth, answer, count, total in named)

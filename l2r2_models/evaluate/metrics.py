@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,25 +33,71 @@ def by_group(answers: Tensor, labels: Tensor, groups: Sequence[str]) -> dict[str
     return {name: float(right[torch.tensor([g == name for g in groups])].mean()) for name in names}
 
 
-def measure(logits: Tensor, labels: Tensor, has_fg: Tensor, groups: Sequence[str] | None = None) -> dict:
-    """All figures of one set of logits `[N, classes]`.
+def recalls(answers: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, float | None]:
+    """Part of each class's rows that are answered right; None for a class without rows."""
+    right = (answers == labels).double()
+    rows = {k: labels == k for k in labels.unique().tolist()}
+    return {name: float(right[rows[k]].mean()) if k in rows else None for k, name in enumerate(classes)}
+
+
+def measure(
+    logits: Tensor,
+    labels: Tensor,
+    has_fg: Tensor,
+    groups: Sequence[str] | None = None,
+    *,
+    classes: Sequence[str],
+    clusters: Tensor | None = None,
+    temperature: float | None = None,
+    than: Tensor | None = None,
+) -> dict[str, Any]:
+    """All figures of one set of logits `[N, classes]`; what there is no row for is None.
+
+    Args:
+        labels: `[N]`, has_fg: `[N]` bool, groups: one name a row, classes: their names.
+        clusters: see `bootstrap_interval`.
+        temperature: fitted on other rows.
+        than: logits to compare with.
 
     Returns:
-        `accuracy`, `macro_accuracy`, `ece`; `with_box` and `without_box` (None where there is no such row); with groups also
-        `by_group` and `worst_group`.
+        `accuracy`, `macro_accuracy`, `ece`, `with_box`, `without_box`, `recall` by class; with a temperature `ece_scaled`; with
+        `than` `gain`, the difference in accuracy; with groups `by_group` and `worst_group`. And `intervals`: the 95 % confidence
+        intervals of `accuracy`, `macro_accuracy`, `with_box`, `without_box`, `gain` and `by_group`.
     """
     answers = logits.argmax(-1)
-    figures: dict = {
-        "accuracy": accuracy(answers, labels),
-        "macro_accuracy": macro_accuracy(answers, labels),
-        "ece": expected_calibration_error(logits, labels),
-        "with_box": accuracy(answers[has_fg], labels[has_fg]) if has_fg.any() else None,
-        "without_box": accuracy(answers[~has_fg], labels[~has_fg]) if not has_fg.all() else None,
-    }
+    right = (answers == labels).double()
+
+    def of(rows: Tensor) -> tuple[float | None, Interval | None]:
+        if not rows.any():
+            return None, None
+        inside = None if clusters is None else clusters[rows]
+        return float(right[rows].mean()), bootstrap_interval(right[rows], clusters=inside)
+
+    figures: dict[str, Any] = {"macro_accuracy": macro_accuracy(answers, labels)}
+    intervals: dict[str, Any] = {"macro_accuracy": bootstrap_interval(right, clusters=clusters, classes=labels)}
+    for name, rows in (("accuracy", torch.ones_like(has_fg)), ("with_box", has_fg), ("without_box", ~has_fg)):
+        figures[name], intervals[name] = of(rows)
+    figures["ece"] = expected_calibration_error(logits, labels)
+    figures["recall"] = recalls(answers, labels, classes)
+    if temperature is not None:
+        figures["ece_scaled"] = expected_calibration_error(logits / temperature, labels)
+    if than is not None:
+        difference = right - (than.argmax(-1) == labels).double()
+        figures["gain"] = float(difference.mean())
+        intervals["gain"] = bootstrap_interval(difference, clusters=clusters)
     if groups is not None:
         figures["by_group"] = by_group(answers, labels, groups)
         figures["worst_group"] = min(figures["by_group"].values())
-    return figures
+        intervals["by_group"] = {g: of(torch.tensor([g == name for name in groups]))[1] for g in figures["by_group"]}
+    return {**figures, "intervals": intervals}
+
+
+def most_confused(matrix: Tensor, limit: int = 5) -> list[tuple[int, int, int]]:
+    """`(truth, answer, rows)` of the most frequent wrong answers of a confusion matrix, the most frequent first."""
+    wrong = matrix.clone().fill_diagonal_(0)
+    order = wrong.flatten().argsort(descending=True, stable=True)[:limit].tolist()
+    pairs = [(i // len(wrong), i % len(wrong), int(wrong.flatten()[i])) for i in order]
+    return [pair for pair in pairs if pair[2]]
 
 
 def oracle(logits: Sequence[Tensor], labels: Tensor) -> float:
