@@ -1,0 +1,158 @@
+"""Measures of how much a model leans on the background (METHOD.md 9), with bootstrap intervals, from what it said of each image.
+
+Everything here is arithmetic on values by image and intervention; `audit` makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK = 64  # bootstrap draws that are worked on at once
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measure with the ends of its 95 % confidence interval over images."""
+
+    value: float
+    low: float
+    high: float
+
+
+def foreground_sensitivity(fg: Tensor, bg: Tensor) -> Tensor:
+    """RFS, the relative foreground sensitivity (RIVAL10, Moayeri et al. 2022, section 5); iRFS for probabilities of one image.
+
+    Args:
+        fg, bg: `[...]` accuracies (or true-class probabilities) in [0, 1] under noise on the object, and on the background.
+
+    Returns:
+        `(bg - fg) / (2 min(mean, 1 - mean))` in [-1, 1], 0 where the mean is 0 or 1. Positive: the object matters more.
+    """
+    fg, bg = fg.double(), bg.double()
+    room = 2 * torch.minimum((fg + bg) / 2, 1 - (fg + bg) / 2)
+    return torch.where(room > 0, (bg - fg) / room.clamp(min=1e-300), 0.0).clamp(-1, 1)  # rounding leads a little beyond
+
+
+class Means:
+    """Means of columns of values by image: over all images, and over images drawn again with replacement.
+
+    Args:
+        columns: `[N]` each, NaN where an image does not count.
+        images: `[N]` integers; rows of one image are drawn together.
+        seed, draws: of the bootstrap.
+    """
+
+    def __init__(self, columns: Mapping[str, Tensor], images: Tensor, seed: int = 0, draws: int = 1000) -> None:
+        values = torch.stack([column.double() for column in columns.values()], 1)  # [N, C]
+        counts = values.isfinite().double()
+        means = [weights @ values.nan_to_num() / (weights @ counts) for weights in _weights(images, seed, draws)]
+        self.means = dict(zip(columns, torch.cat(means).unbind(1)))  # [1 + draws] each, the images themselves first
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.means and bool(self.means[name][0].isfinite())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.means[name]
+
+
+def figure(values: Tensor) -> Figure | None:
+    """From `[1 + draws]` values, the measure itself first; None where it has none (0 / 0)."""
+    drawn = values[1:][values[1:].isfinite()]
+    if not values[0].isfinite() or not len(drawn):
+        return None
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    return Figure(float(values[0]), low, high)
+
+
+def _weights(images: Tensor, seed: int, draws: int) -> Iterable[Tensor]:
+    """`[D, N]` float64: how often each row counts; a first block of ones, then the draws."""
+    member = images.unique(return_inverse=True)[1]
+    size = int(member.max()) + 1
+    generator = torch.Generator().manual_seed(seed)
+    yield torch.ones(1, len(images), dtype=torch.double)
+    for start in range(0, draws, CHUNK):
+        drawn = torch.randint(size, (min(CHUNK, draws - start), size), generator=generator)
+        times = torch.zeros(drawn.shape, dtype=torch.double).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.double))
+        yield times[:, member]
+
+
+def measures(
+    right: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    images: Tensor,
+    groups: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    draws: int = 1000,
+) -> dict[str, Figure]:
+    """All measures of one answer.
+
+    Args:
+        right: `[N]` by intervention (see `interventions.plan`): 1 right, 0 wrong, NaN not made for this image.
+        truth: the same with the probability of the true class.
+        images: `[N]` integers; rows of one image are drawn together.
+        groups: `[N]` names; adds `group: NAME` and `worst_group`.
+        seed, draws: of the bootstrap.
+
+    Returns:
+        Figures by name, those only that exist. Shares of 1: `accuracy`; `fg_only`, `bg_only_mask`, `bg_only_box`, `tiled` with
+        `drop_bg_only_mask`, `drop_bg_only_box`, `drop_tiled` (the part of the accuracy that is lost, on the images of that
+        intervention); `mixed_same`, `mixed_rand` (mean over the backgrounds), `mixed_next`, `challenge` (right on every
+        background of mixed_rand), `bg_gap` = mixed_same - mixed_rand, `swap_loss` = accuracy - mixed_rand. In [-1, 1]: `rfs`
+        and `irfs` of noise with one standard deviation (levels averaged first), `rfs_l2` and `irfs_l2` of noise with one L2
+        norm. By level: `noise_fg_30`, `noise_bg_30`, `rfs_30`, ... and the same with `l2_`.
+    """
+    columns = _columns(right, truth)
+    names = sorted(set(groups)) if groups is not None else []
+    for name in names:
+        inside = torch.tensor([g == name for g in groups or ()])
+        columns[f"group: {name}"] = right["original"].double().where(inside, torch.nan)
+    m = Means(columns, images, seed, draws)
+    found: dict[str, Tensor] = {name: m[name] for name in columns if not name.startswith("at ")}
+    found["accuracy"] = found.pop("original")
+    for name in ("bg_only_mask", "bg_only_box", "tiled"):
+        if name in m:
+            found[f"drop_{name}"] = 1 - m[name] / m[f"at {name}"]
+    if "mixed_rand" in m:
+        found["swap_loss"] = m["at mixed_rand"] - m["mixed_rand"]
+    if "bg_gap" in columns:
+        found["bg_gap"] = m["bg_gap"]
+    for kind in ("", "l2_"):
+        levels = _levels(right, kind)
+        for level in levels:
+            found[f"rfs_{kind}{level}"] = foreground_sensitivity(m[f"noise_{kind}fg_{level}"], m[f"noise_{kind}bg_{level}"])
+        if levels:
+            fg, bg = (torch.stack([m[f"noise_{kind}{w}_{level}"] for level in levels]).mean(0) for w in ("fg", "bg"))
+            found[f"rfs{'_l2' if kind else ''}"] = foreground_sensitivity(fg, bg)
+    if names:
+        by_group = torch.stack([m[f"group: {name}"] for name in names])
+        found["worst_group"] = by_group.nan_to_num(nan=torch.inf).amin(0)  # a group that was not drawn is not the worst
+    figures = {name: figure(values) for name, values in found.items()}
+    return {name: f for name, f in figures.items() if f is not None}
+
+
+def _columns(right: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is averaged over images; `at NAME` is the original's answer on the images of an intervention."""
+    columns = {name: values.double() for name, values in right.items() if not name.startswith("mixed_rand_")}
+    if random := [values.double() for name, values in right.items() if name.startswith("mixed_rand_")]:
+        drawn = torch.stack(random)  # [k, N]; few images have fewer backgrounds than k
+        columns["mixed_rand"] = drawn.nanmean(0)
+        columns["challenge"] = drawn.nan_to_num(nan=1.0).amin(0).where(drawn.isfinite().any(0), torch.nan)
+    if "mixed_same" in columns and "mixed_rand" in columns:
+        columns["bg_gap"] = columns["mixed_same"] - columns["mixed_rand"]
+    for name in ("bg_only_mask", "bg_only_box", "tiled", "mixed_rand"):
+        if name in columns:
+            columns[f"at {name}"] = columns["original"].where(columns[name].isfinite(), torch.nan)
+    for kind in ("", "l2_"):
+        if levels := _levels(right, kind):
+            fg, bg = (torch.stack([truth[f"noise_{kind}{w}_{level}"] for level in levels]).mean(0) for w in ("fg", "bg"))
+            columns[f"irfs{'_l2' if kind else ''}"] = foreground_sensitivity(fg, bg)
+    return columns
+
+
+def _levels(right: Mapping[str, Tensor], kind: str) -> list[str]:
+    return [name.removeprefix(f"noise_{kind}fg_") for name in right if name.startswith(f"noise_{kind}fg_")]
