@@ -9,13 +9,14 @@ import sys
 import typer
 
 from ..errors import L2R2Error
-from . import demo, evaluate, finetune, fuse, list_models, predict
+from . import audit, demo, evaluate, finetune, fuse, list_models, predict
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.command("list")(list_models.list_models)
 app.command("finetune")(finetune.finetune)
 app.command("fuse")(fuse.fuse)
 app.command("evaluate")(evaluate.evaluate)
+app.command("audit")(audit.audit)
 app.command("predict")(predict.predict)
 app.command("demo")(demo.demo)
 
