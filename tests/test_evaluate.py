@@ -9,6 +9,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 from l2r2_models import L2R2Error, Predictor, hub
 from l2r2_models.data.dataset import read_table
+from l2r2_models.data.table import ImageTable, Row
 from l2r2_models.evaluate.fit_run import fit_run
 from l2r2_models.evaluate.fuse import best, fit
 from l2r2_models.evaluate.judge import evaluate_run
@@ -159,8 +160,8 @@ def test_the_choice_is_made_on_unseen_rows(dataset):
     generator = torch.Generator().manual_seed(0)
     logits = {b: torch.randn(60, 10, generator=generator) for b in ("full", "fg")}
     labels = torch.randint(0, 10, (60,), generator=generator)
-    data = BranchLogits(logits, torch.ones(60, dtype=torch.bool), labels, read_table(dataset))
-    data = BranchLogits(logits, data.has_fg, labels, type(data.table)(data.table.root, data.table.rows[:1] * 60))
+    rows = tuple(Row(dataset / f"{i}.png") for i in range(60))
+    data = BranchLogits(logits, torch.ones(60, dtype=torch.bool), labels, ImageTable(dataset, rows))
     assert "concat_mlp" not in fit(data)  # 2000 numbers from 60 rows: not even tried unless asked for
     fitted = fit(data, sorted(FUSIONS))
     heart = (fitted["concat_mlp"].fusion(logits["fg"], data.context).argmax(-1) == labels).double().mean()

@@ -17,8 +17,12 @@ def fuse(
     split: Annotated[str, typer.Option(help="Held-out rows to fit on, never the rows to be judged by.")] = "val",
     method: Annotated[Optional[str], typer.Option(help="A fusion.", show_default="best_on_val, the best of all")] = None,
     class_wise: Annotated[bool, typer.Option("--class-wise", help="One temperature a class, where a fusion scales.")] = False,
+    val_backgrounds: Annotated[
+        str, typer.Option(help="plain, swapped (objects on other classes' backgrounds) or both: for where backgrounds change.")
+    ] = "plain",
     metadata: Annotated[Optional[Path], typer.Option(help="Another metadata file for the images of DATA.")] = None,
     boxes: Annotated[Optional[Path], typer.Option(help="Box file.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave images out that cannot be used.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show; leave the run as it is.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -26,15 +30,19 @@ def fuse(
     from ..evaluate.fit_run import fit_run
 
     report = fit_run(
-        run, data, split, method=method, class_wise=class_wise, metadata=metadata, boxes=boxes, save=not dry_run,
-        progress=lambda batches, total: track(batches, total, "branch logits"),
+        run, data, split, method=method, class_wise=class_wise, backgrounds=val_backgrounds, metadata=metadata, boxes=boxes,
+        skip_bad=skip_bad, save=not dry_run, progress=lambda batches, total: track(batches, total, "branch logits"),
     )  # fmt: skip
     for warning in report.warnings:
         errors.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+    for reason in report.left_out.values():
+        errors.print(f"left out: {reason}", highlight=False, markup=False, soft_wrap=True)
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
         return
-    typer.echo(f"fitted on {report.rows} images of {split}, {report.with_object} with an object; on unseen fifths of them, in %:")
+    what = {"plain": "images", "swapped": "images on other backgrounds", "both": "images as they are and on other backgrounds"}
+    rows = f"{report.rows} {what[val_backgrounds]} of {split}, {report.with_object} with an object"
+    typer.echo(f"fitted on {rows}; on unseen fifths of them, in %:")
     typer.echo(f"  {'fusion':26} {'right':>5}  {'ECE':>5}")
     for name, (accuracy, ece, numbers) in report.table.items():
         mark = "  <- chosen" if name == report.chosen else ""

@@ -11,8 +11,9 @@ from ..errors import L2R2Error
 from ..files import read_json, write_json
 from ..fusion import FUSIONS
 from ..hub import load_checkpoint, save_checkpoint
+from .backgrounds import logits_to_fit
 from .fuse import BEST, best, fit
-from .logits import Progress, branch_logits
+from .logits import Progress
 
 LOGITS, RUN = "logits", "run.json"
 
@@ -24,8 +25,9 @@ class FuseReport:
     Attributes:
         chosen, config: the fusion that the run has now, and its settings.
         table: accuracy and ECE on unseen rows of the split (see `Fitted`), and count of fitted numbers, by fusion.
-        rows, with_object: images of the split, and how many of them count for the fit.
+        rows, with_object: rows fitted on (an object on three backgrounds is three), and how many of them count for the fit.
         warnings: sentences.
+        left_out: images that could not be used, with the reason.
     """
 
     chosen: str
@@ -34,6 +36,7 @@ class FuseReport:
     rows: int
     with_object: int
     warnings: tuple[str, ...]
+    left_out: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -46,8 +49,10 @@ def fit_run(
     *,
     method: str | None = None,
     class_wise: bool = False,
+    backgrounds: str = "plain",
     metadata: Path | None = None,
     boxes: Path | None = None,
+    skip_bad: bool = False,
     save: bool = True,
     progress: Progress = lambda batches, _: batches,
 ) -> FuseReport:
@@ -59,6 +64,8 @@ def fit_run(
         split: the rows to fit on, see `rows_of`.
         method: one fusion, or `best_on_val` (default): the best of all on the split.
         class_wise: see `fit`.
+        backgrounds: `plain`, `swapped` or `both`, see `logits_to_fit`; the images the run was trained on give backgrounds.
+        skip_bad: leave unreadable images out instead of stopping.
         save: write the checkpoint.
         progress: wraps the batches while logits are computed.
 
@@ -71,8 +78,11 @@ def fit_run(
     if not Path(run).is_dir():
         raise L2R2Error(f"{run}: no such run; a fusion is fitted into a folder.")
     checkpoint = load_checkpoint(run, any_fusion=True)
-    table = rows_of(run, read_table(data, metadata=metadata, boxes=boxes), split)
-    logits = branch_logits(checkpoint, table, Path(run) / LOGITS, progress=progress)
+    everything = read_table(data, metadata=metadata, boxes=boxes)
+    table = rows_of(run, everything, split)
+    donors = everything.of_names(record_of(run).get("train_files", []))
+    store = Path(run) / LOGITS
+    logits = logits_to_fit(checkpoint, table, donors, backgrounds, store, skip_bad=skip_bad, progress=progress)
     fitted = fit(logits, None if method == BEST else [method], class_wise)
     chosen = best(fitted) if method == BEST else method
     checkpoint.model.fusion = fitted[chosen].fusion
@@ -83,9 +93,11 @@ def fit_run(
         len(logits),
         int(logits.has_fg.sum()),
         warnings_of(run, table, split, "the fusion will trust them too much"),
+        {str(path): why for path, why in logits.bad.items()},
     )
     if save:
-        fit_record = {"split": split, "rows": len(logits), "method": method, "accuracy": fitted[chosen].accuracy}
+        fit_record = {"split": split, "backgrounds": backgrounds, "rows": len(logits), "method": method,
+                      "accuracy": fitted[chosen].accuracy}  # fmt: skip
         if record := record_of(run):  # first: a warning too many is better than one too few
             write_json(Path(run) / RUN, {**record, "fit_files": table.names()})
         training = {**checkpoint.training, "fusion_fit": fit_record}

@@ -26,7 +26,7 @@ class Fitted:
 
     Attributes:
         fusion: ready to use.
-        accuracy, ece: of each row fused by numbers that were fitted on the other folds (five, drawn with seed 0), so that a
+        accuracy, ece: of each row fused by numbers that were fitted on the other folds (five of the images, seed 0), so that a
             fusion with many numbers gains nothing by learning the rows by heart.
     """
 
@@ -54,11 +54,12 @@ def fit(data: BranchLogits, methods: Sequence[str] | None = None, class_wise: bo
     if "fg" not in data.logits or len(data.logits) < 2:
         raise L2R2Error(f"Only a model with fg and another branch can be fused; this one has {', '.join(data.logits)}.")
     rows = data.select(data.has_fg)
-    if len(rows) < 2 * FOLDS:
-        found = f"An object was found in {len(rows)} of {len(data)} images"
+    images = len({row.path for row in rows.table.rows})
+    if images < 2 * FOLDS:
+        found = f"An object was found in {images} of {len({row.path for row in data.table.rows})} images"
         raise L2R2Error(f"{found}; a fusion is fitted on {2 * FOLDS} or more (are the boxes missing? give --boxes).")
     if len(rows.labels.unique()) < 2:
-        raise L2R2Error(f"The {len(rows)} images with an object show one class only; a fusion needs more to be fitted.")
+        raise L2R2Error(f"The {images} images with an object show one class only; a fusion needs more to be fitted.")
     sizes = len(rows.logits), rows.logits["fg"].shape[1]
     names = methods or [name for name in sorted(FUSIONS) if create_fusion(name, *sizes).count() <= len(rows)]
     return {name: _fit_one(name, data, rows, class_wise) for name in names}
@@ -75,7 +76,10 @@ def _fit_one(name: str, data: BranchLogits, rows: BranchLogits, class_wise: bool
         return fusion
 
     final = fitted(rows)
-    fold = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)) % FOLDS
+    # an image that occurs several times, on several backgrounds, stays in one fold
+    number = {path: i for i, path in enumerate(dict.fromkeys(row.path for row in rows.table.rows))}
+    fold_of = torch.randperm(len(number), generator=torch.Generator().manual_seed(0)) % FOLDS
+    fold = fold_of[torch.tensor([number[row.path] for row in rows.table.rows])]
     unseen = torch.empty_like(rows.logits["fg"])
     for k in range(FOLDS if final.count() else 0):
         unseen[fold == k] = fuse(fitted(rows.select(fold != k)), rows.select(fold == k))

@@ -1,0 +1,69 @@
+"""The rows that a fusion is fitted on: held-out images as they are, on other backgrounds, or both.
+
+Held-out images usually have the training backgrounds, so a fusion fitted on them leans on full, and loses where backgrounds
+change (L2R2 saw this on Spawrious). Laid on other classes' backgrounds, the same images show how sure full is when the background
+misleads it. No image of a shifted split is needed for that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..data.swap import swapped
+from ..data.table import ImageTable
+from ..errors import L2R2Error
+from ..hub import Checkpoint
+from .logits import BranchLogits, Progress, branch_logits
+
+BACKGROUNDS = ("plain", "swapped", "both")
+COPIES = 3  # backgrounds an object is laid on: one draw says little on a hundred images
+
+
+def logits_to_fit(
+    checkpoint: Checkpoint,
+    rows: ImageTable,
+    donors: ImageTable,
+    backgrounds: str = "plain",
+    store: Path | None = None,
+    *,
+    skip_bad: bool = False,
+    progress: Progress = lambda batches, _: batches,
+) -> BranchLogits:
+    """Branch logits to fit a fusion on.
+
+    Args:
+        checkpoint: the model.
+        rows: held-out rows with labels.
+        donors: rows that give backgrounds: those that were trained on; without any, `rows` themselves.
+        backgrounds: `plain`: the rows as they are; `swapped`: each object on three backgrounds of other classes' images; `both`:
+            the two with equal weight (each plain row is repeated three times).
+        store, skip_bad, progress: see `branch_logits`.
+
+    Raises:
+        L2R2Error: another word for `backgrounds`, or no row with an object to be laid on a background.
+    """
+    if backgrounds not in BACKGROUNDS:
+        raise L2R2Error(f'Unknown backgrounds "{backgrounds}"; choose from {", ".join(BACKGROUNDS)}.')
+    parts = []
+    if backgrounds != "swapped":
+        plain = branch_logits(checkpoint, rows, store, skip_bad=skip_bad, progress=progress)
+        parts = [plain] * (COPIES if backgrounds == "both" else 1)
+        rows = replace(rows, rows=tuple(row for row in rows.rows if row.path not in plain.bad))
+    if backgrounds != "plain":
+        threshold = checkpoint.box_threshold
+        table = swapped(rows, donors if len(donors) else rows, copies=COPIES, box_threshold=threshold)
+        parts.append(branch_logits(checkpoint, table, store, skip_bad=skip_bad, progress=progress))
+    return _joined(parts)
+
+
+def _joined(parts: list[BranchLogits]) -> BranchLogits:
+    return BranchLogits(
+        {b: torch.cat([part.logits[b] for part in parts]) for b in parts[0].logits},
+        torch.cat([part.has_fg for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        replace(parts[0].table, rows=tuple(row for part in parts for row in part.table.rows)),
+        {path: why for part in parts for path, why in part.bad.items()},
+    )

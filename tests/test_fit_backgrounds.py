@@ -1,0 +1,82 @@
+"""Fusions fitted on held-out objects that lie on other backgrounds."""
+
+import json
+
+import pytest
+import torch
+from conftest import write_dataset, write_run
+
+from l2r2_models import L2R2Error, hub
+from l2r2_models.data.table import ImageTable, Row, read_table
+from l2r2_models.evaluate.backgrounds import COPIES, logits_to_fit
+from l2r2_models.evaluate.fit_run import fit_run
+from l2r2_models.evaluate.fuse import fit
+from l2r2_models.evaluate.logits import BranchLogits
+
+
+@pytest.fixture
+def own_run(tmp_path):
+    return write_run(tmp_path / "run")
+
+
+def test_swapped_rows_change_what_full_says_and_hardly_what_fg_says(own_run, dataset):
+    checkpoint, table = hub.load_checkpoint(own_run), read_table(dataset)
+    val, train = table.of_split("val"), table.of_split("train")
+    plain = logits_to_fit(checkpoint, val, train)
+    swapped = logits_to_fit(checkpoint, val, train, "swapped")
+    both = logits_to_fit(checkpoint, val, train, "both")
+    assert len(plain) == 12 and len(swapped) == COPIES * 12 and len(both) == 2 * COPIES * 12
+    assert torch.equal(both.logits["full"][12:24], plain.logits["full"]) and torch.equal(both.labels[-36:], swapped.labels)
+    changed = {b: (swapped.logits[b] - plain.logits[b].repeat_interleave(COPIES, 0)).abs().mean() for b in ("full", "fg")}
+    assert changed["fg"] < 0.5 * changed["full"]
+
+
+def test_the_backgrounds_are_those_of_training_rows_never_of_another_split(own_run, dataset):
+    table = read_table(dataset)
+    (own_run / "run.json").write_text(json.dumps({"train_files": table.of_split("train").names()}))
+    for path in (dataset / "images").glob("test_*"):
+        path.write_bytes(b"not an image")  # whoever looks at a test image fails
+    report = fit_run(own_run, dataset, "val", backgrounds="both")
+    assert report.rows == 72 and report.warnings == ()
+    assert hub.load_checkpoint(own_run).training["fusion_fit"]["backgrounds"] == "both"
+
+
+def test_a_full_branch_that_the_background_misleads_is_caught(tmp_path):
+    """fg right in 80 % of the rows; full, very sure, right on plain rows and misled on swapped ones."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(misled: bool) -> BranchLogits:
+        labels = torch.arange(200) % 5
+        right = torch.rand(200, generator=generator) < 0.8
+        fg = 3 * torch.eye(5)[torch.where(right, labels, (labels + 1) % 5)] + torch.randn(200, 5, generator=generator)
+        full = 12 * torch.eye(5)[(labels + 2) % 5 if misled else labels] + torch.randn(200, 5, generator=generator)
+        table = ImageTable(tmp_path, tuple(Row(tmp_path / f"{i}.png") for i in range(200)))
+        return BranchLogits({"full": full, "fg": fg}, torch.ones(200, dtype=torch.bool), labels, table)
+
+    plain, swapped = fit(rows(False)), fit(rows(True))
+    misled = rows(True)
+    for name in ("robust", "scaled_average", "scaled_weighted_average"):
+        def reached(fitted, name=name):
+            fused = fitted[name].fusion(misled.logits["fg"], misled.context)
+            return float((fused.argmax(-1) == misled.labels).double().mean())
+        assert reached(plain) < 0.2 and reached(swapped) > 0.6, name
+
+
+def test_copies_of_one_image_stay_in_one_fold(tmp_path):
+    """Branches that know nothing about new images: copies of a row must not let a fusion recognise it."""
+    generator = torch.Generator().manual_seed(0)
+    logits = {b: torch.randn(40, 10, generator=generator).repeat(5, 1) for b in ("full", "fg")}
+    labels = torch.randint(0, 10, (40,), generator=generator).repeat(5)
+    table = ImageTable(tmp_path, tuple(Row(tmp_path / f"{i}.png") for i in range(40)) * 5)
+    data = BranchLogits(logits, torch.ones(200, dtype=torch.bool), labels, table)
+    assert fit(data, ["concat_mlp"])["concat_mlp"].accuracy < 0.35
+
+
+def test_unknown_backgrounds_and_rows_without_objects_are_sentences(own_run, dataset, tmp_path):
+    with pytest.raises(L2R2Error, match='Unknown backgrounds "other"; choose from plain, swapped, both'):
+        fit_run(own_run, dataset, "val", backgrounds="other")
+    bare = write_dataset(tmp_path / "bare", splits=("val",))
+    text = "\n".join(",".join(line.split(",")[:3]) for line in (bare / "metadata.csv").read_text().splitlines())
+    (bare / "metadata.csv").write_text(text)
+    with pytest.raises(L2R2Error, match="no image has a box or mask"):
+        fit_run(own_run, bare, "val", backgrounds="swapped")
