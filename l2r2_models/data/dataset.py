@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -19,21 +20,23 @@ from ..images import image_tensor, load_image, load_mask
 from ..views import ViewSpec, make_views
 from .augment import Augment
 from .composite import background_of, paste_object
+from .leaks import perceptual_hash
 from .table import METADATA, ImageTable, Row, read_table, rows_digest  # noqa: F401
 
 
 @dataclass(frozen=True)
 class Check:
-    """What `check_images` found: images that cannot be used, with the reason, and those with a usable box."""
+    """What `check_images` found: images that cannot be used, with the reason, those with a usable box, and perceptual hashes."""
 
     bad: dict[Path, str]
     with_box: frozenset[Path]
+    hashes: dict[Path, bytes]
 
 
 def check_images(
     table: ImageTable, progress: Callable[[Iterable[None], int], Iterable[None]], box_threshold: float = 0.0
 ) -> Check:
-    """Decode every image once and look for its box.
+    """Decode every image once, look for its box and hash it.
 
     Args:
         table: what to check.
@@ -42,10 +45,13 @@ def check_images(
     """
     bad: dict[Path, str] = {}
     with_box: list[Path] = []
+    hashes: dict[Path, bytes] = {}
 
     def check(row: Row) -> None:
         try:
-            if sample_of(row, (0, 0, 0), box_threshold).box.isfinite().all():
+            sample = sample_of(row, (0, 0, 0), box_threshold)
+            hashes[row.path] = perceptual_hash(Image.fromarray(sample.pixels.numpy()))
+            if sample.box.isfinite().all():
                 with_box.append(row.path)
         except L2R2Error as error:
             bad[row.path] = str(error)
@@ -53,7 +59,7 @@ def check_images(
     with ThreadPoolExecutor(2) as pool:
         for _ in progress(pool.map(check, table.rows), len(table)):
             pass
-    return Check({row.path: bad[row.path] for row in table.rows if row.path in bad}, frozenset(with_box))
+    return Check({row.path: bad[row.path] for row in table.rows if row.path in bad}, frozenset(with_box), hashes)
 
 
 @dataclass(frozen=True)

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from ..errors import L2R2Error
-from .dataset import ImageTable
+from .table import ImageTable
+
+VAL_FROM = ("random", "end")
 
 
-def hold_out(table: ImageTable, fraction: float, *, group: str | None = None, seed: int = 0) -> tuple[ImageTable, ImageTable]:
-    """Split a table in two, classes in equal parts.
+def hold_out(
+    table: ImageTable, fraction: float, *, group: str | None = None, take: str = "random", seed: int = 0
+) -> tuple[ImageTable, ImageTable]:
+    """Split a table in two, classes in equal parts. The objects of one image stay on one side.
 
     Args:
         table: rows with labels.
         fraction: part of the rows to hold out, above 0 and up to 0.5.
         group: a metadata column (site, take, physical object); rows of one value stay together, so that near-duplicates never
             lie on both sides. The fraction is then met as well as the groups allow.
-        seed: of the draw.
+        take: `random` rows, or the `end` of each class in the table's order: one block, which is what frames of a video or dated
+            photographs need where no column tells the takes apart, because neighbours resemble each other.
+        seed: of the draw; `end` draws nothing.
 
     Returns:
         The rows that stay, and those held out, both in the table's order.
@@ -27,24 +34,48 @@ def hold_out(table: ImageTable, fraction: float, *, group: str | None = None, se
     Raises:
         L2R2Error: a class would lose all of its rows on one side, or there are too few groups.
     """
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedShuffleSplit
-
+    if take not in VAL_FROM:
+        raise L2R2Error(f'Rows can be held out from "random" or "end", not "{take}".')
+    if take == "end" and group is not None:
+        raise L2R2Error("Rows are held out from the end of each class or by a group, not both.")
     labels = np.array([str(row.label) for row in table.rows])
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # scikit-learn only warns of classes that are too small
-            if group is None:
-                draw = StratifiedShuffleSplit(1, test_size=fraction, random_state=seed).split(labels, labels)
-            else:
-                folds = StratifiedGroupKFold(max(2, round(1 / fraction)), shuffle=True, random_state=seed)
-                draw = folds.split(labels, labels, table.column(group))
-            _, held = next(iter(draw))
-    except (ValueError, UserWarning) as error:
-        what = " ".join(str(error).split())
-        raise L2R2Error(f"{table.root}: {100 * fraction:g} % cannot be held out for validation ({what})") from None
-    out = set(held.tolist())
+    held = _end_of_each_class(table, fraction) if take == "end" else _drawn(table, labels, fraction, group, seed)
+    out = set(held)
     parts = [tuple(row for i, row in enumerate(table.rows) if (i in out) == side) for side in (False, True)]
     stay, val = (replace(table, rows=rows) for rows in parts)
     if missing := sorted(set(labels) - {str(row.label) for row in stay.rows}):
-        raise L2R2Error(f"{table.root}: holding out by {group} would leave no training image of {missing[0]}.")
+        how = f"out by {group}" if group else f"{100 * fraction:g} % out"
+        raise L2R2Error(f"{table.root}: holding {how} would leave no training image of {missing[0]}.")
     return stay, val
+
+
+def _drawn(table: ImageTable, labels: np.ndarray, fraction: float, group: str | None, seed: int) -> list[int]:
+    """Positions of the rows to hold out."""
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedShuffleSplit
+
+    images = [str(row.path) for row in table.rows]
+    groups = table.column(group) if group else images
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # scikit-learn only warns of classes that are too small
+            if group is None and len(set(images)) == len(images):
+                draw = StratifiedShuffleSplit(1, test_size=fraction, random_state=seed).split(labels, labels)
+            else:
+                folds = StratifiedGroupKFold(max(2, round(1 / fraction)), shuffle=True, random_state=seed)
+                draw = folds.split(labels, labels, groups)
+            return next(iter(draw))[1].tolist()
+    except (ValueError, UserWarning) as error:
+        what = " ".join(str(error).split())
+        raise L2R2Error(f"{table.root}: {100 * fraction:g} % cannot be held out for validation ({what})") from None
+
+
+def _end_of_each_class(table: ImageTable, fraction: float) -> list[int]:
+    """Positions of the last rows of each class, at least one; an image with several objects goes with the first of them."""
+    label_of: dict[Path, str | None] = {}
+    for row in table.rows:
+        label_of.setdefault(row.path, row.label)
+    images_of: dict[str | None, list[Path]] = {}
+    for path, label in label_of.items():
+        images_of.setdefault(label, []).append(path)
+    held = {path for paths in images_of.values() for path in paths[-max(1, round(fraction * len(paths))) :]}
+    return [i for i, row in enumerate(table.rows) if row.path in held]
