@@ -22,12 +22,13 @@ FORMAT_VERSION = "1.0"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What to classify: files, the box entries and masks that some of them have, and the files that those are from."""
+    """What to classify: files, the box entries, masks and labels that some of them have, and the files that boxes are from."""
 
     paths: tuple[Path, ...]
     entries: dict[str, BoxEntry]
     masks: dict[str, Path]
     box_files: tuple[Path, ...]
+    labels: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None
     entries: dict[str, BoxEntry] = {}
     masks: dict[str, Path] = {}
     box_files: list[Path] = []
+    labels: dict[str, str] = {}
     for source in sources:
         if source.is_dir() and any((source / name).exists() for name in METADATA):
             table = read_table(source, missing_ok=True)  # a missing image is one failure among the answers
@@ -69,13 +71,14 @@ def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None
             paths.update((row.path, None) for row in rows)
             entries.update((str(row.path), row.entry) for row in rows if row.entry is not None)
             masks.update((str(row.path), row.mask_file) for row in rows if row.mask_file is not None)
+            labels.update((str(row.path), row.label) for row in rows if row.label)
         elif split:
             raise L2R2Error(f"{source}: --split needs a folder with {' or '.join(METADATA)}.")
         else:
             paths.update((path, None) for path in list_images([source]))
     if boxes is not None:
         entries, box_files = read_boxes(boxes).join(paths), [boxes]
-    return Inputs(tuple(paths), entries, masks, tuple(box_files))
+    return Inputs(tuple(paths), entries, masks, tuple(box_files), labels)
 
 
 def predict_to_file(

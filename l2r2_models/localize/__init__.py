@@ -1,1 +1,59 @@
 """Ways to a box, behind one protocol: prompted detectors, segmenters, the backbone itself, a trained head, and controls."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import L2R2Error
+from .base import Context, Localizer, Spec
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..hub import Checkpoint
+
+__all__ = ["LOCALIZERS", "Localizer", "Spec", "create_localizer"]
+
+# name -> module and class; imported when it is asked for, because most need a heavy library
+LOCALIZERS = {
+    "owlv2": ("prompted", "Owlv2"),
+    "grounding-dino": ("prompted", "GroundingDino"),
+    "boxes": ("controls", "Boxes"),
+    "head": ("head", "Head"),
+    "ncut": ("backbone", "NormalisedCut"),
+    "cam": ("backbone", "ActivationMap"),
+    "center": ("controls", "Center"),
+    "full": ("controls", "Full"),
+}
+DEFAULT = "owlv2:google/owlv2-base-patch16-ensemble"
+
+
+def create_localizer(
+    spec: str | Spec, *, device: str | torch.device | None = None, checkpoint: Checkpoint | None = None
+) -> Localizer:
+    """A localizer from its spec (see `localize.base`).
+
+    Args:
+        spec: e.g. `owlv2:google/owlv2-base-patch16-ensemble?prompt=mushroom`; the option `masks=sam:...` or `masks=sam2:...`
+            adds masks to any kind.
+        device: default cuda where there is one.
+        checkpoint: for `ncut`, `cam` and `head` without a source: the model to look with.
+
+    Raises:
+        L2R2Error: an unknown kind, option or value, or a network that is not there; the message says what to do.
+    """
+    import torch
+
+    spec = Spec.parse(spec) if isinstance(spec, str) else spec
+    if spec.name not in LOCALIZERS:
+        near = f' If that is a file, write "boxes:{spec}".' if Path(str(spec)).exists() else ""
+        raise L2R2Error(f'Unknown localizer "{spec.name}"; choose from {", ".join(LOCALIZERS)}.{near}')
+    context = Context(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), checkpoint)
+    if "masks" in spec.options:
+        from .segment import Masked
+
+        return Masked(spec, context)
+    module, name = LOCALIZERS[spec.name]
+    return getattr(import_module(f".{module}", __name__), name)(spec, context)

@@ -1,0 +1,217 @@
+"""Boxes of many images into one box file: in batches, resumable at any moment, on one process or several.
+
+While the work goes on, finished images lie in parts beside the file (`boxes.json.parts/`), each written in one step; at the end
+the parts and what the file held before become the new file, in the order of the images. So a killed run loses at most the
+images since the last part, and the file is the same as that of a run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..box_files import BoxEntry, BoxTable, read_boxes, write_boxes
+from ..errors import L2R2Error
+from ..files import write_text
+from ..images import load_image
+from .base import Localizer
+
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+LOADERS = 4  # threads that decode the next batch
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What a file of boxes holds after a call.
+
+    Attributes:
+        entries: of the images asked for, in order.
+        kept: how many of them were there before.
+    """
+
+    entries: dict[str, BoxEntry]
+    kept: int
+
+    @property
+    def failures(self) -> dict[str, str]:
+        return {name: entry.failure for name, entry in self.entries.items() if entry.failure is not None}
+
+    @property
+    def with_box(self) -> int:
+        return sum(bool(entry.boxes) for entry in self.entries.values())
+
+
+def localize_to_file(
+    localizer: Localizer,
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    format: str = "megadetector",
+    batch_size: int = 8,
+    save_every: int = 100,
+    prompts: Mapping[str, str] | None = None,
+    progress: Progress = lambda steps, _: steps,
+) -> CacheReport:
+    """Localize images into a box file; images that it holds are kept, failures are tried again.
+
+    Under torchrun each process takes every n-th image, and the first one writes the file when all are done.
+
+    Args:
+        localizer: see `create_localizer`.
+        paths: images.
+        out: the file; `.parquet` is written as such.
+        format: of a JSON file, `megadetector` or `coco`.
+        batch_size: images in one call of the localizer.
+        save_every: images after which a part is written.
+        prompts: one prompt for each path instead of the spec's (oracle); the file says so.
+        progress: wraps the batches.
+
+    Raises:
+        L2R2Error: the file was made otherwise, or cannot be written.
+    """
+    out = Path(out)
+    format = "parquet" if out.suffix.lower() == ".parquet" else format
+    if format == "xyxy":
+        raise L2R2Error("The format xyxy has no room for scores and failures; choose megadetector or coco.")
+    names = [str(path) for path in paths]
+    info = {**localizer.info, **({"oracle": True} if prompts is not None else {})}
+    parts = out.with_name(out.name + ".parts")
+    before = {n: e for n, e in _known(out, parts, info).items() if e.failure is None}
+    kept = sum(name in before for name in names)
+    rank, world = _process()
+    todo = [name for name in names[rank::world] if name not in before]
+    write_text(parts / f"writable-{rank}", "")  # a place that cannot be written to shows before the work, not after it
+    done: dict[str, BoxEntry] = {}
+    try:
+        for found in _localize(localizer, todo, batch_size, prompts, progress):
+            done.update(found)
+            if len(done) >= save_every:
+                _write_part(done, info, parts)
+    finally:  # an interruption keeps what is done
+        if done:
+            _write_part(done, info, parts)
+    if world > 1:
+        _wait_for_all()
+    if rank == 0:
+        entries = _known(out, parts, info)
+        order = {**dict.fromkeys(names), **entries}  # earlier answers for other images stay, behind
+        write_boxes(BoxTable({name: entries[name] for name in order}, info=info), out, format)
+        shutil.rmtree(parts, ignore_errors=True)
+    if world > 1:
+        _wait_for_all()
+    with _quiet():
+        final = read_boxes(out).entries
+    return CacheReport({name: final[name] for name in names}, kept)
+
+
+def _known(out: Path, parts: Path, info: dict[str, Any]) -> dict[str, BoxEntry]:
+    """What the file and its parts say, the newest last; an answer is never replaced by a failure.
+
+    Raises:
+        L2R2Error: one of them was made with another localizer, or not by this function.
+    """
+    entries: dict[str, BoxEntry] = {}
+    for file in [*([out] if out.exists() else []), *sorted(parts.glob("part-*.json"), key=lambda p: (p.stat().st_mtime_ns, p))]:
+        with _quiet():
+            table = read_boxes(file)
+        if table.info != info:
+            raise L2R2Error(_other(file if file == out else parts, table.info, info))
+        entries.update((n, e) for n, e in table.entries.items() if e.failure is None or n not in entries or entries[n].failure)
+    return entries
+
+
+def _other(place: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    what = "remove it or choose another -o."
+    if "localizer" not in old:
+        return f"{place}: exists and was not made by `l2r2 localize`; choose another -o."
+    if old["localizer"] != new["localizer"]:
+        return f"{place}: was made with another localizer, {old['localizer']}; {what}"
+    if bool(old.get("oracle")) != bool(new.get("oracle")):
+        return f"{place}: was made {'with' if old.get('oracle') else 'without'} the true labels as prompts; {what}"
+    return f"{place}: was made with other weights of {old['localizer']}; {what}"
+
+
+def _localize(
+    localizer: Localizer, names: Sequence[str], size: int, prompts: Mapping[str, str] | None, progress: Progress
+) -> Iterator[dict[str, BoxEntry]]:
+    """Entries of one batch after the other; the next batch is decoded while one is looked at."""
+    batches = [names[i : i + size] for i in range(0, len(names), size)]
+    with ThreadPoolExecutor(LOADERS) as pool:
+
+        def load(batch: Sequence[str]) -> list[Any]:
+            return [pool.submit(_load, name) for name in batch]
+
+        waiting = load(batches[0]) if batches else []
+        for i, batch in enumerate(progress(batches, len(batches))):
+            loaded = {name: future.result() for name, future in zip(batch, waiting)}
+            waiting = load(batches[i + 1]) if i + 1 < len(batches) else []
+            images = {name: image for name, image in loaded.items() if not isinstance(image, str)}
+            entries = {name: BoxEntry(failure=why) for name, why in loaded.items() if isinstance(why, str)}
+            yield {**entries, **_entries(localizer, images, prompts)}
+
+
+def _load(name: str) -> Image.Image | str:
+    """The image, or why there is none."""
+    try:
+        return load_image(name)
+    except L2R2Error as error:
+        return str(error)
+
+
+def _entries(
+    localizer: Localizer, images: Mapping[str, Image.Image], prompts: Mapping[str, str] | None
+) -> dict[str, BoxEntry]:
+    """Entries of a batch; where it fails as a whole, each image is tried alone."""
+    asked = None if prompts is None else [prompts[name] for name in images]
+    try:
+        found = localizer(list(images.values()), names=list(images), prompts=asked)
+        return {name: BoxEntry.from_detections(detections) for name, detections in zip(images, found)}
+    except (L2R2Error, RuntimeError, MemoryError) as error:  # RuntimeError: torch, among them a full GPU
+        if len(images) == 1:
+            return {name: BoxEntry(failure=" ".join(str(error).split())[:300]) for name in images}
+    return {k: v for name, image in images.items() for k, v in _entries(localizer, {name: image}, prompts).items()}
+
+
+def _write_part(done: dict[str, BoxEntry], info: dict[str, Any], parts: Path) -> None:
+    write_boxes(BoxTable(dict(done), info=info), parts / f"part-{uuid.uuid4().hex}.json")
+    done.clear()
+
+
+def _process() -> tuple[int, int]:
+    """Rank and number of processes, as torchrun says; with several, they can wait for one another afterwards."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # one shard may take days longer than another
+    return rank, world
+
+
+def _wait_for_all() -> None:
+    import torch.distributed as dist
+
+    dist.barrier()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No note of every part that is read."""
+    logger = logging.getLogger("l2r2_models.box_files.read")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

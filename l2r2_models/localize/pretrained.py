@@ -1,0 +1,74 @@
+"""Networks of transformers' hub layout: loaded from an id or a folder, safetensors only, and errors that say what to do."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import L2R2Error
+from ..files import file_sha256
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A network in eval mode, its processor, and a digest of its weights (a hub's commit, or the SHA-256 of the files)."""
+
+    model: Any
+    processor: Any
+    digest: str | None
+
+
+def load_pretrained(
+    source: str, auto_class: str, model_types: Sequence[str], dtype: str, device: torch.device
+) -> Pretrained:
+    """Load a network and its processor.
+
+    Args:
+        source: hub id or folder.
+        auto_class: name of transformers' class that loads it.
+        model_types: what its config may call itself.
+        dtype: of `DTYPES`.
+        device: where to.
+
+    Raises:
+        L2R2Error: transformers is missing, the network cannot be had, is of another kind, or has no safetensors.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise L2R2Error('Detectors and segmenters need more packages: pip install "l2r2-models[detect]".') from error
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+        if config.model_type not in model_types:
+            raise L2R2Error(f"{source}: is a model of type {config.model_type}, where {' or '.join(model_types)} is needed.")
+        processor = transformers.AutoProcessor.from_pretrained(source)
+        model = getattr(transformers, auto_class).from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True)
+    except L2R2Error:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise L2R2Error(_sentence(source, error)) from error
+    return Pretrained(model.to(device).eval(), processor, _digest(source, config))
+
+
+def _sentence(source: str, error: Exception) -> str:
+    what = " ".join(str(error).split())[:200]
+    if Path(source).is_dir():
+        return f"{source}: cannot be loaded as a model of transformers with safetensors ({what})."
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        return f"{source}: no such folder, and not a hub id of the form org/name."
+    how = f"where there is a network run `hf download {source}` once, then give the folder"
+    return f"{source}: cannot be downloaded; {how} ({what})."
+
+
+def _digest(source: str, config: Any) -> str | None:
+    files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
+    if not files:
+        return getattr(config, "_commit_hash", None)
+    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()

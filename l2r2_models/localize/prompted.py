@@ -1,0 +1,203 @@
+"""Detectors that are told in words what to look for: OWLv2, Grounding DINO and MM-Grounding-DINO, through transformers.
+
+Any hub id or local folder in transformers' layout with safetensors. METHOD.md 6: one meta-prompt, or several: OWLv2 averages
+their normalised text embeddings and normalises again (L2R2 B.2); Grounding DINO fuses text early, so there several are one
+text "a. b.".
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+from torchvision.ops import box_convert
+
+from ..boxes import Detections
+from ..errors import L2R2Error
+from .base import Context, Localizer, Option, Spec, number, one_of, size_of, tidy, whole
+from .pretrained import DTYPES, load_pretrained
+
+PART = "a number between 0 and 1"
+COMMON = {
+    "prompt": Option(str.strip, (), "words", many=True),
+    "threshold": Option(number(0, 1), 0.1, PART),
+    "nms": Option(number(0, 1), 0.5, PART),
+    "max_boxes": Option(whole(1, 1000), 10, "a whole number from 1 to 1000"),
+    "dtype": Option(one_of(*DTYPES), "float32", "one of " + ", ".join(DTYPES)),
+}
+
+
+class Prompted(Localizer):
+    """What the prompted detectors share: prompts are checked, networks loaded, raw boxes tidied.
+
+    Options: `prompt` (once or more), `threshold` (lowest score), `nms` (highest IoU of two boxes), `max_boxes` an image, `dtype`.
+    """
+
+    source = "a hub id or the folder of a model"
+    known_options: ClassVar = COMMON
+    prompted = True
+    model_types: ClassVar[tuple[str, ...]]
+
+    def __init__(self, spec: Spec, context: Context) -> None:
+        super().__init__(spec, context)
+        if "" in self.options["prompt"]:
+            raise L2R2Error(f'The localizer "{spec}" has an empty prompt; say what to look for.')
+        self.network = load_pretrained(
+            spec.source, "AutoModelForZeroShotObjectDetection", self.model_types, self.options["dtype"], context.device
+        )
+
+    @property
+    def weights(self) -> str | None:
+        return self.network.digest
+
+    def find(self, images: list[Image], names: Any, prompts: Sequence[str] | None) -> list[Detections]:
+        queries = [self.options["prompt"]] * len(images) if prompts is None else [(prompt.strip(),) for prompt in prompts]
+        if not all(queries) or any("" in query for query in queries):
+            raise L2R2Error(f'The localizer {self.name} needs a prompt: "{self.name}:...?prompt=mushroom", or --prompt mushroom.')
+        return [found for (found,) in self.search(images, [[query] for query in queries])]
+
+    def by_prompt(self, images: Sequence[Image], prompts: Sequence[Sequence[str]]) -> list[list[Detections]]:
+        """What each of an image's prompts finds by itself; every image has as many prompts, and is looked at once if the
+        network allows it."""
+        return self.search(list(images), [[(prompt,) for prompt in of_image] for of_image in prompts])
+
+    @abstractmethod
+    def search(self, images: list[Image], queries: list[list[tuple[str, ...]]]) -> list[list[Detections]]:
+        """Detections for each image and each of its queries; a query is one or more prompts that are searched for together."""
+
+    def tidy(self, boxes: Tensor, scores: Tensor, image: Image, labels: Sequence[str]) -> Detections:
+        limits = {"threshold": self.options["threshold"], "nms_iou": self.options["nms"], "max_boxes": self.options["max_boxes"]}
+        return tidy(boxes, scores, size_of(image), labels, **limits)
+
+
+class Owlv2(Prompted):
+    """OWLv2 (Minderer et al. 2023). Texts are encoded once, images once however many queries they have.
+
+    Options: as `Prompted`; `score=objectness` takes the network's class-free score and needs no prompt.
+    """
+
+    name = "owlv2"
+    model_types = ("owlv2",)
+    known_options: ClassVar = {
+        **COMMON,
+        "score": Option(one_of("prompt", "objectness"), "prompt", "prompt or objectness"),
+    }
+
+    def __init__(self, spec: Spec, context: Context) -> None:
+        super().__init__(spec, context)
+        self.texts: dict[str, Tensor] = {}
+        if self.options["score"] == "objectness" and self.options["prompt"]:
+            raise L2R2Error(f'The localizer "{spec}" scores by objectness, which no prompt changes; leave one of both out.')
+
+    def find(self, images: list[Image], names: Any, prompts: Sequence[str] | None) -> list[Detections]:
+        if self.options["score"] == "prompt":
+            return super().find(images, names, prompts)
+        return [found for (found,) in self.search(images, [[]] * len(images))]
+
+    @torch.inference_mode()
+    def search(self, images: list[Image], queries: list[list[tuple[str, ...]]]) -> list[list[Detections]]:
+        model = self.network.model
+        pixels = self.network.processor(images=images, return_tensors="pt")["pixel_values"]
+        grid, _ = model.image_embedder(pixels.to(self.context.device, model.dtype))  # [B, h, w, D]
+        features = grid.flatten(1, 2)
+        boxes = box_convert(model.box_predictor(features, grid).float(), "cxcywh", "xyxy").cpu()  # of the padded square
+        if queries[0]:
+            wanted = torch.stack([torch.stack([self.embed(query) for query in of_image]) for of_image in queries])  # [B, Q, D]
+            logits, _ = model.class_predictor(features, wanted.to(features))  # [B, P, Q]
+        else:
+            logits = model.objectness_predictor(features)[..., None]
+        scores = logits.float().sigmoid().cpu()
+        found = []
+        for i, image in enumerate(images):
+            pixel_boxes = boxes[i] * max(image.size)
+            labels = [query[0] if len(query) == 1 else "" for query in queries[i]] or [""]
+            each = [self.tidy(pixel_boxes, scores[i, :, j], image, [label] * len(boxes[i])) for j, label in enumerate(labels)]
+            found.append(each)
+        return found
+
+    @torch.inference_mode()
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        """The direction of one query `[D]`: the mean of its prompts' normalised text embeddings, normalised again."""
+        for prompt in (p for p in prompts if p not in self.texts):
+            tokens = self.network.processor.tokenizer([prompt], padding="max_length", return_tensors="pt")
+            longest = self.network.model.config.text_config.max_position_embeddings
+            if tokens["input_ids"].shape[1] > longest:
+                raise L2R2Error(f'The prompt "{prompt}" has {tokens["input_ids"].shape[1]} tokens; OWLv2 reads {longest}.')
+            encoded = self.network.model.owlv2.get_text_features(**tokens.to(self.context.device))
+            self.texts[prompt] = normalize(encoded.pooler_output[0].float(), dim=-1)
+        return normalize(torch.stack([self.texts[p] for p in prompts]).mean(0), dim=-1)
+
+
+class GroundingDino(Prompted):
+    """Grounding DINO (Liu et al. 2023) and MM-Grounding-DINO (Zhao et al. 2024).
+
+    Text and image meet early, so each query is a pass of its own. Only images of one size share a batch: padding would
+    change what the network says of the smaller ones.
+    """
+
+    name = "grounding-dino"
+    model_types = ("grounding-dino", "mm-grounding-dino")
+    known_options: ClassVar = {**COMMON, "threshold": Option(number(0, 1), 0.25, PART)}
+
+    @torch.inference_mode()
+    def search(self, images: list[Image], queries: list[list[tuple[str, ...]]]) -> list[list[Detections]]:
+        found: dict[tuple[int, int], Detections] = {}
+        by_size: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for i, of_image in enumerate(queries):
+            by_size.setdefault(images[i].size, []).extend((i, j) for j in range(len(of_image)))
+        for same in by_size.values():
+            for start in range(0, len(same), len(images)):  # no batch is larger than the one asked for
+                part = same[start : start + len(images)]
+                asked = [queries[i][j] for i, j in part]
+                found.update(zip(part, self._pass([images[i] for i, _ in part], asked)))
+        return [[found[i, j] for j in range(len(of_image))] for i, of_image in enumerate(queries)]
+
+    def _pass(self, images: list[Image], queries: Sequence[tuple[str, ...]]) -> list[Detections]:
+        model = self.network.model
+        text = [". ".join(prompt.lower().rstrip(".") for prompt in query) + "." for query in queries]
+        inputs = self.network.processor(images=images, text=text, padding=True, return_tensors="pt").to(self.context.device)
+        self._check_length(inputs, text)
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        out = model(**inputs)
+        boxes = box_convert(out.pred_boxes.float(), "cxcywh", "xyxy").cpu()
+        scores = out.logits.float().sigmoid().cpu()  # [B, boxes, tokens]
+        found = []
+        for i, (image, query) in enumerate(zip(images, queries)):
+            labels = _labels(scores[i], inputs["input_ids"][i], self.network.processor.tokenizer, query)
+            found.append(self.tidy(boxes[i] * torch.tensor(image.size).repeat(2), scores[i].amax(-1), image, labels))
+        return found
+
+    def _check_length(self, inputs: Mapping[str, Tensor], text: Sequence[str]) -> None:
+        longest = self.network.model.config.max_text_len
+        if inputs["input_ids"].shape[1] > longest:
+            raise L2R2Error(f'The prompts "{max(text, key=len)[:80]}" have {inputs["input_ids"].shape[1]} tokens; '
+                            f"{self.name} reads {longest}.")  # fmt: skip
+
+
+def _labels(scores: Tensor, tokens: Tensor, tokenizer: Any, query: tuple[str, ...]) -> list[str]:
+    """For each box the prompt whose words have its highest score; "" where the text does not split at its full stops.
+
+    Args:
+        scores: `[boxes, T]`, T at least the number of tokens.
+        tokens: `[tokens]` ids of "a. b.".
+    """
+    if len(query) == 1:
+        return [query[0]] * len(scores)
+    special = set(tokenizer.all_special_ids)
+    stop = tokenizer.convert_tokens_to_ids(".")
+    spans: list[list[int]] = [[]]
+    for position, token in enumerate(tokens.tolist()):
+        if token == stop:
+            spans.append([])
+        elif token not in special:
+            spans[-1].append(position)
+    spans = [span for span in spans if span]
+    if len(spans) != len(query) or not len(scores):
+        return [""] * len(scores)
+    best = torch.stack([scores[:, span].amax(-1) for span in spans], -1).argmax(-1)
+    return [query[j] for j in best.tolist()]

@@ -1,0 +1,142 @@
+"""`l2r2 localize`: one file of boxes, however often the work was interrupted, and on however many processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
+
+from l2r2_models.box_files import read_boxes
+from l2r2_models.errors import L2R2Error
+from l2r2_models.images import list_images
+from l2r2_models.localize import create_localizer
+from l2r2_models.localize.cache import localize_to_file
+
+CODE = "from l2r2_models.cli import main; main()"
+
+
+def entries(path):
+    return read_boxes(path).entries
+
+
+def test_the_command_writes_megadetector_boxes_that_training_reads(l2r2, dataset, tmp_path):  # noqa: F811
+    result = l2r2("localize", dataset / "images", "--localizer", "center?share=0.5", "-o", tmp_path / "boxes.json")
+    assert result.returncode == 0 and "36 images: 36 with a box, 0 without; 0 failed" in result.stdout, result.stderr
+    data = json.loads((tmp_path / "boxes.json").read_text())
+    assert data["info"]["format_version"] == "1.6" and data["info"]["detector"] == "center"  # the default share is left out
+    image = data["images"][0]
+    assert (image["width"], image["height"]) == (60, 40) and image["detections"][0]["bbox"] == [0.25, 0.25, 0.5, 0.5]
+    again = l2r2("localize", dataset / "images", "--localizer", "center", "-o", tmp_path / "boxes.json", "--json")
+    assert json.loads(again.stdout)["from_before"] == 36
+    assert l2r2("predict", "nobody/x", dataset, "--boxes", tmp_path / "boxes.json", "-o", tmp_path / "p.json").returncode == 1
+
+
+@pytest.mark.parametrize("name", ["boxes.json", "boxes.parquet", "coco.json"])
+def test_a_file_continues_with_new_images_and_repeats_only_failures(tmp_path, dataset, name, monkeypatch):
+    paths, out = list_images([dataset / "images"]), tmp_path / name
+    format = "coco" if name == "coco.json" else "megadetector"
+    good = paths[3].read_bytes()
+    paths[3].write_text("not an image")
+    localizer = create_localizer("center?share=0.3")
+    report = localize_to_file(localizer, paths[:20], out, format=format)
+    assert list(report.failures) == [str(paths[3])] and "not an image" in report.failures[str(paths[3])]
+    paths[3].write_bytes(good)
+    seen, find = [], type(localizer).find
+    monkeypatch.setattr(type(localizer), "find", lambda self, i, names, p: seen.extend(names) or find(self, i, names, p))
+    report = localize_to_file(localizer, paths, out, format=format, batch_size=5)
+    assert seen == [str(paths[3]), *map(str, paths[20:])] and report.kept == 19 and not report.failures
+    localize_to_file(localizer, paths, tmp_path / f"fresh-{name}", format=format)
+    assert entries(out) == entries(tmp_path / f"fresh-{name}") and list(entries(out)) == [str(p) for p in paths]
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_a_file_of_another_localizer_or_of_others_is_refused(l2r2, dataset, tmp_path):  # noqa: F811
+    def again(spec, *more):
+        return sentence(l2r2("localize", dataset, "--localizer", spec, "-o", tmp_path / "boxes.json", *more))
+
+    (tmp_path / "boxes.json").write_text('{"a.png": [[1, 2, 3, 40]]}')
+    assert "was not made by `l2r2 localize`" in again("center")
+    (tmp_path / "boxes.json").unlink()
+    assert l2r2("localize", dataset, "--localizer", "center", "-o", tmp_path / "boxes.json").returncode == 0
+    assert "was made with another localizer, center" in again("center?share=0.4")
+    assert "takes no prompt" in again("full", "--oracle-prompts") or "another localizer" in again("full")
+    (tmp_path / "b.json").mkdir()
+    assert "b.json" in sentence(l2r2("localize", dataset, "--localizer", "full", "-o", tmp_path / "b.json"))
+    (tmp_path / "plain").write_text("")
+    out = tmp_path / "plain" / "boxes.json"
+    assert "cannot be written" in sentence(l2r2("localize", dataset, "--localizer", "full", "-o", out))
+
+
+def test_boxes_of_a_changed_file_are_not_mixed(tmp_path, dataset):
+    source, out, paths = tmp_path / "given.json", tmp_path / "boxes.json", list_images([dataset / "images"])
+    source.write_text(json.dumps({p.name: [[1, 2, 30, 40]] for p in paths[:-1]}))
+    report = localize_to_file(create_localizer(f"boxes:{source}"), paths, out)
+    assert report.with_box == 35 and not report.failures
+    source.write_text(json.dumps({p.name: [[1, 2, 30, 41]] for p in paths}))
+    with pytest.raises(L2R2Error, match="made with other weights"):
+        localize_to_file(create_localizer(f"boxes:{source}"), paths, out)
+
+
+def test_a_batch_that_fails_is_tried_one_by_one(tmp_path, dataset, monkeypatch):
+    paths, localizer = list_images([dataset / "images"]), create_localizer("full")
+    bad, find = str(paths[4]), type(localizer).find
+
+    def fails(self, images, names, prompts):
+        if bad in names:
+            raise RuntimeError("out of\nmemory")
+        return find(self, images, names, prompts)
+
+    monkeypatch.setattr(type(localizer), "find", fails)
+    report = localize_to_file(localizer, paths, tmp_path / "boxes.json")
+    assert report.failures == {bad: "out of memory"} and report.with_box == 35
+
+
+def test_an_interruption_keeps_what_is_done(tmp_path, dataset):
+    paths, out, localizer = list_images([dataset / "images"]), tmp_path / "boxes.json", create_localizer("full")
+
+    def dies(batches, total):
+        for i, batch in enumerate(batches):
+            if i == 3:
+                raise KeyboardInterrupt
+            yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        localize_to_file(localizer, paths, out, batch_size=5, progress=dies)
+    with pytest.raises(L2R2Error, match=r"boxes.json.parts: was made with another localizer"):
+        localize_to_file(create_localizer("center"), paths, out)
+    assert localize_to_file(localizer, paths, out).kept == 15
+
+
+def test_killed_at_any_moment_the_same_command_gives_the_same_file(tmp_path, dataset):
+    run = [sys.executable, "-c", CODE, "localize", dataset / "images", "--localizer", "center?share=0.7", "--batch-size", "1",
+           "--save-every", "2", "-o"]  # fmt: skip
+    subprocess.run([*run, tmp_path / "whole.json"], check=True, capture_output=True)
+    out, parts = tmp_path / "killed.json", tmp_path / "killed.json.parts"
+    for wanted in (1, 6, 11):  # killed as soon as so many parts are there
+        process = subprocess.Popen([*run, out], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(list(parts.glob("part-*.json"))) < wanted:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([*run, out], check=True, capture_output=True)
+    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes() and not parts.exists()
+
+
+def test_two_processes_share_the_work_and_give_the_file_of_one(tmp_path, dataset):
+    arguments = ["localize", dataset / "images", "--localizer", "center?share=0.7", "--batch-size", "4", "-o"]
+    subprocess.run([sys.executable, "-m", "l2r2_models.cli", *arguments, tmp_path / "one.json"], check=True, capture_output=True)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "l2r2_models.cli"]
+    (dataset / "images" / "zz.png").write_text("bad")
+    result = subprocess.run(
+        [sys.executable, *torchrun, *arguments, tmp_path / "two.json"],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert "37 images: 36 with a box, 0 without; 1 failed" in result.stdout, result.stderr
+    assert result.returncode != 0 and result.stdout.count("wrote") == 1
+    two = entries(tmp_path / "two.json")
+    bad = two.pop(str(dataset / "images" / "zz.png"))
+    assert two == entries(tmp_path / "one.json") and "not an image" in bad.failure
