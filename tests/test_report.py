@@ -146,6 +146,7 @@ def test_the_confusion_table_counts_what_scikit_learn_counts(tmp_path, logits):
 def test_numbers_in_cells():
     assert str(percent(0.1234)) == "12.3" and str(percent(None)) == ""
     assert str(percent(0.5, (0.4, 0.6))) == "50.0<small>40.0–60.0</small>"
+    assert str(percent(-0.05, (-0.1, 0.6))) == "−5.0<small>−10.0 to 60.0</small>"
 
 
 def test_a_page_that_cannot_be_written_is_a_sentence(tmp_path):

@@ -30,7 +30,8 @@ class Judged:
     """What was said of every image of a split.
 
     Attributes:
-        run: what was judged. split: by which rows. fitted_on: the split that temperatures and the other fusions were fitted on.
+        checkpoint: what was judged. split: by which rows.
+        fitted_on: the split that temperatures and the other fusions were fitted on, or None.
         labels: the classes' names.
         data: what the branches say, the truth, the images, and those that could not be used.
         outputs: logits `[N, classes]` of each branch (`full`, `fg`, `bg`; where no object was found what the full branch says, as
@@ -42,7 +43,7 @@ class Judged:
         warnings: what makes the figures too good, or empty. notes: what else one must know to read them.
     """
 
-    run: str
+    checkpoint: Checkpoint
     split: str
     fitted_on: str | None
     labels: tuple[str, ...]
@@ -172,7 +173,7 @@ def judge_run(
     notes += _classes_seen(judged[0], runs[0].labels, split)
     bad = {**judged[0].bad, **(held_out[0].bad if held_out else {})}
     return Judged(
-        str(run), split, fit_split, tuple(runs[0].labels), replace(judged[0], bad=bad), outputs, fusions, temperatures,
+        runs[0], split, fit_split, tuple(runs[0].labels), replace(judged[0], bad=bad), outputs, fusions, temperatures,
         group, groups, tuple(dict.fromkeys(warnings)), notes,
     )  # fmt: skip
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 
 from jinja2 import Environment
@@ -76,8 +77,14 @@ def percent(value: float | None, interval: tuple[float, float] | None = None) ->
     """A share of 1 as a cell in per cent, its confidence interval in small print under it; empty for None."""
     if value is None:
         return Markup("")
-    small = "" if interval is None else Markup("<small>{:.1f}–{:.1f}</small>").format(*(100 * v for v in interval))
-    return Markup("{:.1f}{}").format(100 * value, small)
+    if interval is None:
+        return Markup(_number(value))
+    low, high = interval
+    return Markup("{}<small>{}{}{}</small>").format(_number(value), _number(low), "–" if low >= 0 else " to ", _number(high))
+
+
+def _number(value: float) -> str:
+    return f"{100 * value:.1f}".replace("-", "−")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Cell]], *, caption: str = "", strong: Sequence[int] = ()) -> Markup:
@@ -100,9 +107,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Cell]], *, caption: str =
     return form.format(about, top, Markup("\n").join(lines))
 
 
-def gallery(pictures: Sequence[Picture], limit: int = 24) -> Markup:
-    """Cards with a small picture, the box drawn on it, and who said what; the first `limit` of them."""
-    cards = [_card(picture) for picture in pictures[:limit]]
+def gallery(pictures: Iterable[Picture], limit: int = 24) -> Markup:
+    """Cards with a small picture, the box drawn on it, and who said what; the first `limit` of them, taken one by one."""
+    cards = [_card(picture) for picture in islice(pictures, limit)]
     return Markup('<div class="gallery">{}</div>').format(Markup("\n").join(cards))
 
 
@@ -123,7 +130,7 @@ def _thumbnail(picture: Picture) -> Markup:
         image = picture.image if isinstance(picture.image, Image.Image) else load_image(picture.image)
     except L2R2Error as error:  # gone or damaged since it was judged: the words are still worth reading
         return Markup('<div class="lost">{}</div>').format(str(error))
-    scale = min(THUMBNAIL / max(image.size), 1)
+    scale = THUMBNAIL / max(image.size)  # a smaller image grows, so that the line of the box stays thin
     size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
     small = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     if picture.box is not None:
