@@ -101,8 +101,8 @@ def _groups(judged: Judged, result: Evaluation) -> list[Section]:
         for group, count in result.groups.items()
     ]
     blocks = [bars_by_group(values, spans, title="right in %"), table([result.group, "images", *judged.own], rows)]
-    text = "Lines are 95 % confidence intervals. Where all answers of a group are right, or none, they have no length: see how many "
-    return [Section(f"By {result.group}", f"{text}images there are.", blocks)]
+    text = "Lines are 95 % confidence intervals; without length where all answers of a group are right, or none, however few."
+    return [Section(f"By {result.group}", text, blocks)]
 
 
 def _calibration(judged: Judged, result: Evaluation) -> Section:
