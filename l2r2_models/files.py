@@ -38,7 +38,11 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text atomically; bytes of a file name that are not UTF-8 become escapes that JSON reads back."""
-    data = text.encode("utf-8", errors="backslashreplace")
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file's content atomically."""
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(data)

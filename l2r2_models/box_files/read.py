@@ -91,14 +91,15 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 def entries_of_rows(rows: Iterable[Mapping[str, Any]], source: str) -> dict[str, BoxEntry]:
     """Boxes in metadata rows: columns x0, y0, x1, y1 (and score) in pixels, several rows an image for several boxes;
-    `boxes` = list of xyxy; or `objects: {bbox: [[x, y, w, h]], score: [...]}` as Hugging Face's imagefolder has it."""
+    `boxes` = list of xyxy; or `objects: {bbox: [[x, y, w, h]], score: [...], label: [...]}` as Hugging Face's imagefolder has it.
+    """
     entries: dict[str, BoxEntry] = {}
     for row in rows:
         name = str(row["file_name"])
         old = entries.get(name, BoxEntry())
         try:
-            boxes, scores = _row_boxes(row)
-            entries[name] = _entry([*old.boxes, *boxes], [*old.scores, *scores], [*old.labels, *("" for _ in boxes)], name)
+            boxes, scores, labels = _row_boxes(row)
+            entries[name] = _entry([*old.boxes, *boxes], [*old.scores, *scores], [*old.labels, *labels], name)
         except L2R2Error as error:
             raise L2R2Error(f"{source}: {error}") from None
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
@@ -198,18 +199,20 @@ _READERS: dict[str, Callable[[Any], Iterable[tuple[str, BoxEntry]]]] = {
 }  # fmt: skip
 
 
-def _row_boxes(row: Mapping[str, Any]) -> tuple[list[Any], list[float]]:
+def _row_boxes(row: Mapping[str, Any]) -> tuple[list[Any], list[float], list[str]]:
+    """Boxes xyxy, scores, and labels."""
     if (objects := row.get("objects")) is not None:
         boxes = [(x, y, x + w, y + h) for x, y, w, h in objects["bbox"]]
-        scores = objects.get("score")
-        return boxes, [1.0] * len(boxes) if scores is None else list(scores)
+        scores, labels = objects.get("score"), objects.get("label")
+        scores = [1.0] * len(boxes) if scores is None else list(scores)
+        return boxes, scores, [""] * len(boxes) if labels is None else list(labels)
     if (listed := row.get("boxes")) is not None:
-        return list(listed), [1.0] * len(listed)
+        return list(listed), [1.0] * len(listed), [""] * len(listed)
     ends = [row.get(k) for k in ("x0", "y0", "x1", "y1")]
     if all(end in (None, "") for end in ends):
-        return [], []
+        return [], [], []
     score = row.get("score")
-    return [tuple(float(end) for end in ends)], [1.0 if score in (None, "") else float(score)]  # type: ignore[arg-type]
+    return [tuple(float(end) for end in ends)], [1.0 if score in (None, "") else float(score)], [""]  # type: ignore[arg-type]
 
 
 def _entry(

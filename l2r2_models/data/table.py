@@ -15,6 +15,7 @@ from typing import Any
 from ..box_files import BoxEntry, entries_of_rows, read_boxes, read_rows
 from ..errors import L2R2Error
 from ..images import is_image_path
+from .sources import PREFIX, as_folder, is_source
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
@@ -112,12 +113,16 @@ def read_table(
 ) -> ImageTable:
     """Read a data set.
 
-    Known forms: an `imagefolder` with metadata.csv or .jsonl (columns file_name, label, and if there split, box columns as
-    `box_files.entries_of_rows` knows them, mask_file); one folder a class, where the first folder is the class; the latter
-    inside folders train, val, test.
+    Known forms: an `imagefolder` with metadata.csv or .jsonl, there or in each of its folders train, val, test (columns
+    file_name, label, and if there split, mask_file, and boxes as `box_files.entries_of_rows` knows them); one folder a class,
+    where the first folder is the class; the latter inside folders train, val, test; a data set of the Hugging Face Hub or one
+    saved on disk, see `sources.as_folder`.
+
+    One row an image; but where boxes that a person gave (score 1) are labelled with classes, one row a box of an image without a
+    label of its own, and only the boxes of its class for an image with one. A localizer's labels choose no box.
 
     Args:
-        root: the folder.
+        root: the folder, or `hf:` and an id.
         metadata: another metadata file for the images of that folder; file names stay relative to the folder.
         boxes: a box file that replaces the boxes of the metadata, joined by path.
         missing_ok: keep rows whose image is missing.
@@ -125,42 +130,109 @@ def read_table(
     Raises:
         L2R2Error: nothing usable, a listed image is missing, rows contradict each other, or the boxes belong to no image.
     """
-    root = Path(root)
+    root = as_folder(root) if is_source(root) else Path(root)
     if not root.is_dir():
-        raise L2R2Error(f"{root}: no such folder.")
-    listed = Path(metadata) if metadata else next((root / m for m in METADATA if (root / m).exists()), None)
-    rows = _rows_of_metadata(root, listed, missing_ok) if listed else _rows_of_folders(root)
+        hint = f"; a data set of the Hub is {PREFIX}ORG/NAME" if len(root.parts) == 2 and not root.is_absolute() else ""
+        raise L2R2Error(f"{root}: no such folder{hint}.")
+    rows = _rows_of(root, Path(metadata) if metadata else _metadata_in(root), missing_ok)
     if boxes is not None:
         joined = read_boxes(boxes).join(row.path for row in rows)
         rows = [replace(row, entry=joined.get(str(row.path))) for row in rows]
-    return ImageTable(root, tuple(rows))
+    return ImageTable(root, tuple(_distinct(_by_object(rows), str(boxes or root))))
 
 
-def _rows_of_metadata(root: Path, file: Path, missing_ok: bool) -> list[Row]:
-    if not file.is_file():
+def _distinct(rows: list[Row], source: str) -> list[Row]:
+    """The rows without those that say the same again; one object cannot be of two classes."""
+    seen: dict[tuple[Path, BoxEntry | None, Path | None], Row] = {}
+    for row in rows:
+        if seen.setdefault((row.path, row.entry, row.mask_file), row).label != row.label:
+            raise L2R2Error(f"{source}: {row.path.name} has objects of several labels and no box for each of them.")
+    return list(seen.values())
+
+
+def _metadata_in(folder: Path) -> Path | None:
+    return next((folder / name for name in METADATA if (folder / name).exists()), None)
+
+
+def _rows_of(root: Path, listed: Path | None, missing_ok: bool) -> list[Row]:
+    if listed is not None:
+        return _rows_of_metadata(root, listed, missing_ok)
+    inside = [folder for folder in sorted(root.iterdir()) if folder.name.lower() in SPLIT_FOLDERS and folder.is_dir()]
+    if inside and all(map(_metadata_in, inside)):
+        parts = [(folder, _rows_of_metadata(folder, _metadata_in(folder), missing_ok)) for folder in inside]
+        return [replace(row, split=row.split or folder.name) for folder, rows in parts for row in rows]
+    return _rows_of_folders(root)
+
+
+def _rows_of_metadata(root: Path, file: Path | None, missing_ok: bool) -> list[Row]:
+    if file is None or not file.is_file():
         raise L2R2Error(f"{file}: no such metadata file.")
     records = [{**record, "file_name": posixpath.normpath(str(record["file_name"]))} for record in read_rows(file)]
     entries = entries_of_rows(records, str(file))
     has_boxes = any(entry.boxes for entry in entries.values())
-    rows: dict[str, Row] = {}
-    for record in records:
+    of_line = entries_of_rows([{**record, "file_name": str(i)} for i, record in enumerate(records)], str(file))
+    by_file: dict[str, list[Row]] = {}
+    for i, record in enumerate(records):
         name = record["file_name"]
-        if not missing_ok and name not in rows and not _exists(root / name):
+        if not missing_ok and name not in by_file and not _exists(root / name):
             raise L2R2Error(f"{file}: lists {name}, which is not in {root}.")
         texts = {k: None if record.get(k) in (None, "") else str(record[k]) for k in ("label", "split", "mask_file")}
         row = Row(
             root / name,
             texts["label"],
             texts["split"],
-            entries[name] if has_boxes else None,
+            of_line[str(i)] if has_boxes else None,
             root / texts["mask_file"] if texts["mask_file"] else None,
             tuple((k, str(v)) for k, v in record.items() if isinstance(v, (str, int, float))),
         )
-        old = rows.setdefault(name, row)
-        for what in ("label", "split", "mask_file"):
-            if getattr(old, what) != getattr(row, what):
-                raise L2R2Error(f"{file}: gives {name} two values of {what}, {getattr(old, what)} and {getattr(row, what)}.")
-    return list(rows.values())
+        by_file.setdefault(name, []).append(row)
+    return [
+        row for name, rows in by_file.items() for row in _of_one_image(rows, entries[name] if has_boxes else None, name, file)
+    ]
+
+
+def _of_one_image(rows: list[Row], entry: BoxEntry | None, name: str, file: Path) -> list[Row]:
+    """The rows of one image: one with all of its boxes, or one a line of the metadata, where each has its own box and label."""
+    own_boxes = all(row.entry is not None and row.entry.boxes for row in rows)
+    for what in ("split",) if own_boxes else ("split", "label", "mask_file"):
+        if len(values := list(dict.fromkeys(getattr(row, what) for row in rows))) > 1:
+            raise L2R2Error(f"{file}: gives {name} two values of {what}, {values[0]} and {values[1]}.")
+    if len({(row.label, row.mask_file) for row in rows}) > 1:
+        return rows
+    return [replace(rows[0], entry=entry)]
+
+
+def _by_object(rows: list[Row]) -> list[Row]:
+    """Rows with the boxes told apart that a person labelled with a class, see `read_table`."""
+
+    def labels_of(row: Row) -> tuple[str, ...]:
+        return row.entry.labels if row.entry is not None and all(score == 1 for score in row.entry.scores) else ()
+
+    classes = {label for row in rows for label in labels_of(row) if label}
+    if any(row.label for row in rows):
+        classes &= {str(row.label) for row in rows}
+    told_apart = []
+    for row in rows:
+        labels = labels_of(row)
+        if row.entry is None or classes.isdisjoint(labels):
+            told_apart.append(row)
+        elif row.label:
+            told_apart.append(replace(row, entry=_only(row.entry, [i for i, label in enumerate(labels) if label == row.label])))
+        else:
+            boxes = [(i, label) for i, label in enumerate(labels) if label in classes]
+            told_apart += [replace(row, label=label, entry=_only(row.entry, [i])) for i, label in boxes]
+    return told_apart
+
+
+def _only(entry: BoxEntry, keep: list[int]) -> BoxEntry:
+    """The boxes at these positions."""
+    return replace(
+        entry,
+        boxes=tuple(entry.boxes[i] for i in keep),
+        scores=tuple(entry.scores[i] for i in keep),
+        labels=tuple(entry.labels[i] for i in keep),
+        masks=tuple(entry.masks[i] for i in keep) if entry.masks else (),
+    )
 
 
 def _rows_of_folders(root: Path) -> list[Row]:
