@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors import safe_open
 from timm.models import save_for_hf
 
@@ -106,7 +107,9 @@ def save_checkpoint(
         ours = {"format_version": FORMAT_VERSION, "views": spec, "branches": list(model.branches),
                 "fusion": model.fusion.config(), "calibration": _temperatures(model), "localizer": localizer or {},
                 "training": training or {}}  # fmt: skip
+        hook = model.register_state_dict_post_hook(_untie)
         save_for_hf(model, temporary, {"label_names": list(labels), "l2r2": ours}, arguments, safe_serialization=True)
+        hook.remove()
         config = read_json(Path(temporary) / CONFIG)
         # transformers passes num_classes itself and fails where model_args holds it too
         config["model_args"] = {k: v for k, v in {**config.get("model_args", {}), **arguments}.items() if k != "num_classes"}
@@ -121,6 +124,11 @@ def save_checkpoint(
         os.chmod(Path(temporary) / WEIGHTS, 0o644)
         os.replace(Path(temporary) / WEIGHTS, folder / WEIGHTS)
         write_json(folder / CONFIG, config)
+
+
+def _untie(model: Any, state: dict[str, Any], *_: Any) -> None:
+    """A copy of each tensor: safetensors takes no two names of one piece of memory, as layers that share weights have."""
+    state.update({name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()})
 
 
 def _temperatures(model: L2R2) -> dict[str, Any]:

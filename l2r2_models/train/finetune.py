@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.dataset import Check, ImageTable, check_images, read_table, rows_digest
+from ..data.leaks import HELD_OUT, find_leaks
 from ..data.splits import hold_out
 from ..errors import L2R2Error
 from ..files import write_json, write_text
@@ -37,7 +38,7 @@ class Result:
         images, with_box: training images, and how many of them have a usable box.
         skipped: images left out, with the reason.
         was_finished: nothing was done, the run had been finished before.
-        notes: sentences about the choice of the weights.
+        notes: sentences about look-alikes across splits and about the choice of the weights.
     """
 
     folder: Path
@@ -86,7 +87,8 @@ def finetune(
     """
     out, start = Path(out), time.monotonic()
     trainer = _trainer_module(tensorboard)
-    train, val, settings = processes.together(lambda: _plan(data, recipe, boxes, metadata, train_split, val_split))
+    table = processes.together(lambda: read_table(data, metadata=metadata, boxes=boxes))
+    train, val, settings = processes.together(lambda: _plan(table, recipe, train_split, val_split))
     if (done := processes.on_first(lambda: _finished(out, Path(data), settings, overwrite))) is not None:
         notes = tuple(done.get("notes", []))
         return Result(out, done["metrics"], len(train), done["data"]["with_box"], {}, was_finished=True, notes=notes)
@@ -96,6 +98,7 @@ def finetune(
     model = processes.together(lambda: _model(recipe, len(classes), trainer))
     check = processes.on_first(lambda: _check(train, val, recipe, skip_bad, progress))
     train, val = _without(train, check.bad), _without(val, check.bad) if val else None
+    leaks = processes.on_first(lambda: find_leaks(train, _other_rows(table, train, val), check.hashes, progress))
     processes.on_first(lambda: _begin(out, recipe, settings, overwrite))
     trained = trainer.train(model, recipe, train, val, classes, out, tensorboard=tensorboard)
     if not all(value.isfinite().all() for value in model.state_dict().values()):
@@ -109,7 +112,8 @@ def finetune(
         "epochs": {"trained": trained.epochs, "before_this_call": trained.continued},
         "best": None if trained.best is None else {"metric": recipe.best_metric, **asdict(trained.best)},
         "val_used_for": [k for k in ("best_metric", "patience") if trained.best is not None and getattr(recipe, k)],
-        "notes": _notes(recipe, trained),
+        "leaks": [leak.to_dict() for leak in leaks],
+        "notes": [*(leak.sentence() for leak in leaks), *_notes(recipe, trained)],
         "train_files": train.names(),
         "val_files": val.names() if val else [],
         "metrics": trained.metrics,
@@ -128,15 +132,10 @@ def _trainer_module(tensorboard: bool) -> Any:
 
 
 def _plan(
-    data: str | Path,
-    recipe: Recipe,
-    boxes: str | Path | None,
-    metadata: str | Path | None,
-    train_split: str | None,
-    val_split: str | None,
+    table: ImageTable, recipe: Recipe, train_split: str | None, val_split: str | None
 ) -> tuple[ImageTable, ImageTable | None, dict[str, Any]]:
     """Training and validation rows, and what makes this run this one."""
-    train, val = _split(read_table(data, metadata=metadata, boxes=boxes), train_split, val_split, recipe)
+    train, val = _split(table, train_split, val_split, recipe)
     about = {"train": rows_digest(train), "images": len(train), "classes": list(train.classes())}
     if recipe.best_metric != NO_METRIC:
         if val is None:
@@ -173,14 +172,16 @@ def _finish(out: Path, model: L2R2, classes: Sequence[str], settings: dict[str, 
 
 
 def _notes(recipe: Recipe, trained: Any) -> list[str]:
-    best = trained.best
-    if best is None:
-        return []
-    name = recipe.best_metric.replace("_", " ")
-    chosen = f"kept epoch {best.epoch} of {best.epochs}: the best {name} on the validation rows ({100 * best.value:.1f} %)"
-    seen = "the validation rows chose it, so their figures are a little too good"
-    stopped = f"stopped before epoch {recipe.epochs}: no better one in {recipe.patience} epochs"
-    return [chosen, *([stopped] if best.epochs < recipe.epochs else []), seen]
+    notes, best = [], trained.best
+    if recipe.trainable == "head" and not recipe.pretrained:
+        notes.append("the backbone is random and was not trained: only the heads have learned anything")
+    if best is not None:
+        name = recipe.best_metric.replace("_", " ")
+        notes.append(f"kept epoch {best.epoch} of {best.epochs}: best {name} on the validation rows ({100 * best.value:.1f} %)")
+        if best.epochs < recipe.epochs:
+            notes.append(f"stopped before epoch {recipe.epochs}: no better one in {recipe.patience} epochs")
+        notes.append("the validation rows chose the epoch, so their figures are a little too good")
+    return notes
 
 
 def _split(
@@ -198,7 +199,7 @@ def _split(
     if not recipe.val_fraction:
         return train_table, table.of_split(val) if val else None
     train_table.classes()  # labels must be there before they are split
-    return hold_out(train_table, recipe.val_fraction, group=recipe.val_group, seed=recipe.seed)
+    return hold_out(train_table, recipe.val_fraction, group=recipe.val_group, take=recipe.val_from, seed=recipe.seed)
 
 
 def _check(train: ImageTable, val: ImageTable | None, recipe: Recipe, skip_bad: bool, progress: Progress) -> Check:
@@ -222,6 +223,13 @@ def _check(train: ImageTable, val: ImageTable | None, recipe: Recipe, skip_bad: 
             "give --boxes FILE, or train a plain classifier with --branches full."
         )
     return check
+
+
+def _other_rows(table: ImageTable, train: ImageTable, val: ImageTable | None) -> dict[str, ImageTable]:
+    """Rows that are not trained on, by split."""
+    ours = {train.rows[0].split}
+    others = {} if val is None else {HELD_OUT if val.rows[0].split in ours else str(val.rows[0].split): val}
+    return {**{name: table.of_split(name) for name in table.splits if name not in ours}, **others}
 
 
 def _without(table: ImageTable, bad: Mapping[Path, str]) -> ImageTable:

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from ..data.augment import Augment
+from ..data.splits import VAL_FROM
 from ..errors import L2R2Error
 from ..fusion import FUSIONS
 from ..model import BRANCHES
@@ -37,7 +38,8 @@ class Recipe:
         fg, margin, late_stage, late_pool, coverage, size: see `ViewSpec`; fg None is the model's own kind, size None its own
             input size.
         box_threshold: boxes with a lower score count as not found.
-        val_fraction, val_group: hold so many training rows out for validation, see `hold_out`; 0 holds none out.
+        val_fraction, val_group, val_from: hold so many training rows out for validation, see `hold_out` (`take` is val_from); 0
+            holds none out.
         trainable: `all`, or `head`: the backbones stay as they are, their batch-norm statistics included.
         epochs: passes over the rows.
         batch_size: rows of one step of the optimizer, of all processes and parts together.
@@ -49,7 +51,8 @@ class Recipe:
             falls as a cosine to zero; momentum is for optimizers that take one; gradients are clipped to this norm, 0 never.
         layer_decay: factor of the rate from each layer of the backbone to the one before it (arXiv 2106.08254); 1: none.
         label_smoothing: see `torch.nn.functional.cross_entropy`.
-        scale, flip, colour, box_jitter: see `Augment`.
+        scale, flip, colour, box_jitter, occlusion: see `Augment`.
+        background_swap: probability of a training image to get the background of another, see `ViewDataset`.
         mixup, cutmix, mix_probability: see `Mix`; alphas, 0 is off.
         ema: decay of an exponential moving average of the weights, which is then what is evaluated and saved; 0: none.
         best_metric: keep the epoch that is best by this figure on the validation rows; `none` keeps the last epoch.
@@ -80,6 +83,7 @@ class Recipe:
     box_threshold: float = 0.2
     val_fraction: float = 0.0
     val_group: str | None = None
+    val_from: str = "random"
     # optimisation
     trainable: str = "all"
     epochs: int = 20
@@ -99,6 +103,8 @@ class Recipe:
     flip: float = 0.5
     colour: float = 0.2
     box_jitter: float = 0.1
+    occlusion: float = 0.0
+    background_swap: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
     mix_probability: float = 1.0
@@ -115,8 +121,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self._check_ranges()
-        if self.val_group and not self.val_fraction:
-            raise L2R2Error("val_group says how to hold rows out; give a val_fraction too.")
+        if (self.val_group or self.val_from != "random") and not self.val_fraction:
+            raise L2R2Error(f"val_{'group' if self.val_group else 'from'} says how to hold rows out; give a val_fraction too.")
         if self.grad_accumulation > self.batch_size:
             raise L2R2Error(f"grad_accumulation {self.grad_accumulation} is more than the {self.batch_size} rows of a batch.")
         self._check_best()
@@ -130,7 +136,7 @@ class Recipe:
         for name in ("epochs", "batch_size", "grad_accumulation"):
             if getattr(self, name) < 1:
                 raise L2R2Error(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("box_threshold", "warmup", "label_smoothing", "mix_probability", "layer_decay"):
+        for name in ("box_threshold", "warmup", "label_smoothing", "mix_probability", "layer_decay", "background_swap"):
             if not 0 <= getattr(self, name) <= 1:
                 raise L2R2Error(f"{name} must lie between 0 and 1, got {getattr(self, name)}.")
         for name in ("drop", "drop_path", "ema", "momentum"):
@@ -148,7 +154,7 @@ class Recipe:
             raise L2R2Error(f"seed must lie between 0 and 4294967295, got {self.seed}.")
         if self.size is not None and not 1 <= self.size <= 4096:
             raise L2R2Error(f"size must lie between 1 and 4096 pixels, got {self.size}.")
-        for name, choices in (("trainable", TRAINABLE), ("precision", PRECISIONS), ("best_metric", METRICS)):
+        for name, choices in (("trainable", TRAINABLE), ("precision", PRECISIONS), ("best_metric", METRICS), ("val_from", VAL_FROM)):
             if getattr(self, name) not in choices:
                 raise L2R2Error(f'Unknown {name} "{getattr(self, name)}"; choose from {", ".join(choices)}.')
 
@@ -163,20 +169,21 @@ class Recipe:
     @classmethod
     def default(cls, model: str, pretrained: bool, **changes: Any) -> Recipe:
         """The built-in recipe `finetune` for pretrained weights, else `scratch`; `changes` that are None are left out."""
-        return cls.read("finetune" if pretrained else "scratch", model=model, pretrained=pretrained, **changes)
+        given = {key: value for key, value in changes.items() if value is not None}
+        return cls.read("finetune" if pretrained else "scratch", {"model": model, "pretrained": pretrained, **given})
 
     @classmethod
-    def read(cls, source: str | Path, **changes: Any) -> Recipe:
+    def read(cls, source: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
         """A built-in recipe by its name, or a YAML file such as the recipe.yaml of a run, with changes.
 
         Args:
             source: one of `builtin_recipes()`, or a file.
-            changes: keys that override; those that are None are left out.
+            changes: keys that override.
 
         Raises:
             L2R2Error: no such recipe or file, an unknown key, a value of another kind, or no model.
         """
-        values = {**read_keys(source), **{k: v for k, v in changes.items() if v is not None}}
+        values = {**read_keys(source), **(changes or {})}
         if not values.get("model"):
             raise L2R2Error(f"{source}: names no model; give --model, see `l2r2 list`.")
         return cls.from_dict(values)
@@ -205,7 +212,7 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def augment(self) -> Augment:
-        return Augment(self.scale, self.flip, self.colour, self.box_jitter)
+        return Augment(self.scale, self.flip, self.colour, self.box_jitter, occlusion=self.occlusion)
 
     def fusion_config(self) -> dict[str, Any]:
         return {"name": self.fusion, **({} if self.threshold is None else {"threshold": self.threshold})}

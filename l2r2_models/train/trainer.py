@@ -119,6 +119,7 @@ class BranchTrainer(Trainer):
         elif self.average is not None:
             self.average.exchange()
         self.average = None
+        self.model.to(memory_format=torch.contiguous_format)  # as safetensors saves it
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, tensors_of(self.model))  # as they are, shared and channels_last weights cannot be saved
@@ -207,7 +208,7 @@ def _trainer(
     model: L2R2, recipe: Recipe, train: ImageTable, val: ImageTable | None, classes: tuple[str, ...], out: Path
 ) -> BranchTrainer:
     common: dict[str, Any] = dict(spec=model.view_spec, branches=model.branches, box_threshold=recipe.box_threshold)
-    rows = ViewDataset(train, classes, augment=recipe.augment(), seed=recipe.seed, **common)
+    rows = ViewDataset(train, classes, augment=recipe.augment(), background_swap=recipe.background_swap, seed=recipe.seed, **common)
     batches = EpochBatches(
         rows.targets, recipe.batch_size, seed=recipe.seed, balanced=recipe.balanced, parts=recipe.grad_accumulation,
         rank=processes.rank(), world=processes.world(),
