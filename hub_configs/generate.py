@@ -18,10 +18,11 @@ import timm
 import torch
 import yaml
 
-from l2r2_models.zoo import ARCHITECTURES, timm_cfgs
+from l2r2_models.zoo import ARCHITECTURES, PARTS, timm_cfgs
 
 DERIVED = "derived: the backbone and both heads start from the source's weights; no training"
 HEADLESS = "derived: the backbone starts from the source's weights, which have no classifier; heads are random"
+UNTRAINED_PARTS = "derived: the backbone and stage 2's head start from the source's weights; parts and stage 1's head are random"
 
 LABELS = {0: None, 1000: "imagenet-1k", 11821: "imagenet-12k", 21841: "imagenet-22k", 21843: "imagenet-21k"}
 
@@ -56,7 +57,7 @@ def configs_of(architecture: str, backbone: str, top1: dict[str, float]) -> list
             "parameters": count_parameters(architecture, cfg.num_classes),
             "input_size": cfg.input_size[-1],
             "top1": top1.get(source),
-            "made_by": DERIVED if cfg.num_classes else HEADLESS,
+            "made_by": (UNTRAINED_PARTS if architecture.startswith(PARTS) else DERIVED) if cfg.num_classes else HEADLESS,
         })
     in1k = [c for c in configs if c["labels"] == "imagenet-1k"] or configs
     affordable = [c for c in in1k if c["input_size"] <= 256] or in1k

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from . import zoo  # registers the models
 from .boxes import Detections
 from .errors import L2R2Error
+from .ifam import IFAM
 from .images import ImageError, load_image
 from .model import L2R2, L2R2Output
 from .views import Views, ViewSpec, make_views
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "L2R2", "Detections", "ImageError", "L2R2Error", "L2R2Output", "Prediction", "Predictor", "ViewSpec", "Views",
+    "IFAM", "L2R2", "Detections", "ImageError", "L2R2Error", "L2R2Output", "Prediction", "Predictor", "ViewSpec", "Views",
     "load_image", "make_views", "zoo",
 ]  # fmt: skip
 

@@ -226,7 +226,7 @@ def _times(backbone: Any, features: Tensor, mask: Tensor) -> Tensor:
     if features.ndim == 3:  # [B, P + N, C]
         prefixes = backbone.num_prefix_tokens
         weights = coverage(mask, _grid_of(features.shape[1] - prefixes, mask)).flatten(1)
-        weights = torch.cat([weights.new_ones(len(weights), prefixes), weights], 1)
+        weights = torch.cat([weights.new_ones(weights.shape[0], prefixes), weights], 1)
         return features * weights[..., None].to(features.dtype)
     if getattr(backbone, "output_fmt", "NCHW") == "NHWC":
         return features * coverage(mask, (features.shape[1], features.shape[2]))[..., None].to(features.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .errors import L2R2Error
 from .fusion import Fusion, create_fusion, fuse_branches
 from .masking import check_late_backbone, check_mask, check_tokens_backbone, late_features, token_features
+from .parts import PartMaps
 from .views import IN_NETWORK, ViewSpec, batch_masks, cut_batch
 
 BRANCHES = ("full", "fg", "bg")
@@ -32,6 +33,7 @@ class L2R2Output(NamedTuple):
     fused: Tensor
     bg: Tensor | None = None
     has_fg: Tensor | None = None
+    parts: PartMaps | None = None
 
     def branches(self) -> dict[str, Tensor]:
         """The branches' logits by name."""
@@ -71,6 +73,7 @@ class L2R2(nn.Module):
     """
 
     __jit_unused_properties__ = ("view_spec",)
+    fresh: tuple[str, ...] = ("fusion.",)  # what no checkpoint of timm has: these stay as the model was built
 
     def __init__(
         self,
@@ -110,7 +113,7 @@ class L2R2(nn.Module):
         self.feature_info = [{**i, "module": f"backbone.{i['module']}"} for i in _feature_info(self.backbone)]
         if hasattr(self.backbone, "output_fmt"):
             self.output_fmt = self.backbone.output_fmt
-        self.heads = nn.ModuleDict({b: self._new_head() for b in self.branches})
+        self.heads = nn.ModuleDict({b: self._new_head(b) for b in self.branches})
         self.fusion: Fusion = create_fusion(fusion, len(self.branches), num_classes)
         self._check_views(self.view_spec)
 
@@ -299,7 +302,7 @@ class L2R2(nn.Module):
         for backbone in self._backbones():
             backbone.reset_classifier(0, *pool)
         reference = next(self.parameters())
-        self.heads = nn.ModuleDict({b: self._new_head().to(reference.device, reference.dtype) for b in self.branches})
+        self.heads = nn.ModuleDict({b: self._new_head(b).to(reference.device, reference.dtype) for b in self.branches})
         fresh = create_fusion(self.fusion.config(), len(self.branches), num_classes)  # numbers fitted for other classes are gone
         self.fusion = fresh.to(reference.device)
 
@@ -328,7 +331,7 @@ class L2R2(nn.Module):
         yield self.backbone
         yield from self.branch_backbones.values()
 
-    def _new_head(self) -> nn.Module:
+    def _new_head(self, branch: str) -> nn.Module:
         if not self.num_classes:
             return nn.Identity()
         head = nn.Linear(self.head_hidden_size, self.num_classes)

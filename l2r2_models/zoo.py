@@ -21,9 +21,12 @@ from torch import Tensor
 
 from .configs import load_hub_configs
 from .errors import L2R2Error
+from .ifam import IFAM
 from .model import L2R2, check_branches, unknown_backbone
 
 __all__: list[str] = []
+
+MASKED, PARTS = "l2r2_masked_", "ifam_"  # fg drops tokens of a ViT by a mask; finds the object's parts itself
 
 # architecture -> timm backbone; the table from which entrypoints, tags and hub_configs are made
 ARCHITECTURES: dict[str, str] = {
@@ -39,6 +42,9 @@ ARCHITECTURES: dict[str, str] = {
         "efficientnet_b0",
     )
 }
+_VITS = [*(f"vit_{s}_patch16_224" for s in ("small", "base")), *(f"vit_{s}_patch14_reg4_dinov2" for s in ("small", "base"))]
+ARCHITECTURES |= {f"{MASKED}{vit}": vit for vit in _VITS}
+ARCHITECTURES |= {f"{PARTS}{vit}": vit for vit in ("vit_tiny_patch16_224", *_VITS[2:])}
 
 
 def timm_cfgs(backbone: str) -> dict[str, PretrainedCfg]:
@@ -89,7 +95,7 @@ def load_filter(state_dict: dict[str, Tensor], model: L2R2) -> dict[str, Tensor]
     """Turn a plain timm checkpoint into one of `model`; one of our own passes, but for the fusion's numbers.
 
     The classifier is copied to every head, the rest goes to every backbone after the backbone's own timm filter. What a
-    headless checkpoint lacks (`head.norm`) and the fusion's numbers stay as the model was built.
+    headless checkpoint lacks (`head.norm`) and what no classifier has (`model.fresh`) stay as the model was built.
     """
     own = model.state_dict()
     if any(key.startswith("backbone.") for key in state_dict):
@@ -101,7 +107,7 @@ def load_filter(state_dict: dict[str, Tensor], model: L2R2) -> dict[str, Tensor]
     convert: Callable[..., dict[str, Tensor]] = getattr(module, "checkpoint_filter_fn", lambda sd, _: sd)
     source = convert(state_dict, model.backbone)
     classifier = _classifier_name(model)
-    out = {k: v for k, v in own.items() if k.startswith("fusion.")}
+    out = {k: v for k, v in own.items() if k.startswith(model.fresh)}
     for prefix in model.backbone_prefixes():
         body = {k.removeprefix(prefix): v for k, v in own.items() if k.startswith(prefix) and ".head.norm." in k}
         body.update((k, v) for k, v in source.items() if k not in (f"{classifier}.weight", f"{classifier}.bias"))
@@ -109,7 +115,8 @@ def load_filter(state_dict: dict[str, Tensor], model: L2R2) -> dict[str, Tensor]
     if model.num_classes:
         for name in ("weight", "bias"):
             if (value := source.get(f"{classifier}.{name}")) is not None:
-                out.update((f"heads.{branch}.{name}", value.clone()) for branch in model.branches)
+                heads = [f"heads.{branch}." for branch in model.branches]
+                out.update((head + name, value.clone()) for head in heads if not head.startswith(model.fresh))
     return out
 
 
@@ -129,8 +136,10 @@ def _create(architecture: str, pretrained: bool = False, *, backbone: str, **kwa
         classifier=tuple(f"heads.{branch}" for branch in branches),
     )
     kwargs["pretrained_cfg_overlay"] = {**names, **(kwargs.get("pretrained_cfg_overlay") or {})}
+    if architecture.startswith(MASKED) and kwargs.get("views") is None:
+        kwargs.setdefault("fg_kind", "tokens")
     return build_model_with_cfg(
-        L2R2,
+        IFAM if architecture.startswith(PARTS) else L2R2,
         architecture,
         pretrained,
         pretrained_filter_fn=load_filter,
@@ -152,7 +161,8 @@ def _entrypoint(architecture: str, backbone: str) -> Callable[..., L2R2]:
         return _create(architecture, pretrained, backbone=backbone, **kwargs)
 
     create.__name__ = create.__qualname__ = architecture
-    create.__doc__ = f"L2R2 on timm's `{backbone}`; see `l2r2_models.L2R2` for the arguments."
+    kind = "IFAM" if architecture.startswith(PARTS) else "L2R2"
+    create.__doc__ = f"{kind} on timm's `{backbone}`; see `l2r2_models.{kind}` for the arguments."
     return register_model(create)
 
 
