@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..errors import L2R2Error
 from ..images import ImageError
 from .interventions import Donors, Subject, intervene, noise_pattern, number_of, plan, swap
 
+KEPT_BYTES = 500_000_000
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 
@@ -31,6 +32,7 @@ class Subjects:
         left_out: count of the other images by reason.
         fill: colour under transparent pixels, and of what is erased.
         threshold: boxes with a lower score count as not found.
+        backgrounds: object-free backgrounds that were made before, by row, as many as fit: most are lent several times.
     """
 
     table: ImageTable
@@ -38,6 +40,7 @@ class Subjects:
     left_out: dict[str, int]
     fill: tuple[int, ...]
     threshold: float
+    backgrounds: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -69,11 +72,18 @@ class Subjects:
         noise = noise_pattern(subject, grain, seed)
         for place, name in enumerate(plan(donors.backgrounds)):
             if name.startswith("mixed_"):
-                pixels = swap(subject, self[of[name]]) if name in of else None
+                pixels = swap(subject, self._background(of[name])) if name in of else None
             else:
                 pixels = intervene(name, subject, self.fill, noise)
             if pixels is not None:
                 yield place, pixels
+
+    def _background(self, i: int) -> Tensor:
+        if i not in self.backgrounds:
+            if sum(kept.numel() for kept in self.backgrounds.values()) > KEPT_BYTES:
+                self.backgrounds.clear()
+            self.backgrounds[i] = self[i].background
+        return self.backgrounds[i]
 
 
 def subject_of(key: str, row: Row, fill: Sequence[int], threshold: float) -> Subject | str:

@@ -108,7 +108,7 @@ def noise_pattern(subject: Subject, grain: int, seed: int) -> Tensor:
 
     Args:
         grain: side of the model's view: the noise has one value a pixel of the whole image at that size (at most one a pixel), so
-            that its effect does not hang on how many pixels the file has [R].
+            that its effect hardly hangs on how many pixels the file has [R].
         seed: same seed and key, same pattern.
     """
     height, width = subject.pixels.shape[:2]
@@ -130,9 +130,9 @@ def add_noise(pixels: Tensor, inside: Tensor, noise: Tensor, level: float, *, l2
     return ((pixels / 255 + level * noise).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def swap(subject: Subject, donor: Subject) -> Tensor:
-    """The best object of an image on the object-free background of another: uint8 `[H, W, 3]`, of the first one's size."""
-    return paste_object(subject.pixels, subject.boxes[0], subject.mask, donor.background)
+def swap(subject: Subject, background: Tensor) -> Tensor:
+    """The best object of an image on the object-free background `[h, w, 3]` of another: uint8 `[H, W, 3]`."""
+    return paste_object(subject.pixels, subject.boxes[0], subject.mask, background)
 
 
 class Donors:
