@@ -57,3 +57,26 @@ def write_run(folder: Path, seed: int = 0, **options) -> Path:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("run") / "run")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """`tiny("owlv2")` -> folder of a tiny random network of that kind, see tests/localize/tiny_models.py."""
+    made = {}
+
+    def folder(kind):
+        import tiny_models
+
+        if kind not in made:
+            made[kind] = tiny_models.MAKERS[kind](tmp_path_factory.mktemp(kind) / "model")
+        return made[kind]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    """Noise that is not square; two images have one shape."""
+    rng = np.random.default_rng(0)
+    sizes = [(40, 60), (90, 30), (40, 60), (50, 50)]
+    return [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]

@@ -26,13 +26,13 @@ class Pretrained:
 
 
 def load_pretrained(
-    source: str, auto_class: str, model_types: Sequence[str], dtype: str, device: torch.device
+    source: str, classes: tuple[str, str], model_types: Sequence[str], dtype: str, device: torch.device
 ) -> Pretrained:
     """Load a network and its processor.
 
     Args:
         source: hub id or folder.
-        auto_class: name of transformers' class that loads it.
+        classes: names of transformers' classes of the model and its processor.
         model_types: what its config may call itself.
         dtype: of `DTYPES`.
         device: where to.
@@ -48,8 +48,9 @@ def load_pretrained(
         config = transformers.AutoConfig.from_pretrained(source)
         if config.model_type not in model_types:
             raise L2R2Error(f"{source}: is a model of type {config.model_type}, where {' or '.join(model_types)} is needed.")
-        processor = transformers.AutoProcessor.from_pretrained(source)
-        model = getattr(transformers, auto_class).from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True)
+        of_model, of_processor = (getattr(transformers, name) for name in classes)
+        processor = of_processor.from_pretrained(source)
+        model = of_model.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True)
     except L2R2Error:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:

@@ -47,9 +47,8 @@ class Prompted(Localizer):
         super().__init__(spec, context)
         if "" in self.options["prompt"]:
             raise L2R2Error(f'The localizer "{spec}" has an empty prompt; say what to look for.')
-        self.network = load_pretrained(
-            spec.source, "AutoModelForZeroShotObjectDetection", self.model_types, self.options["dtype"], context.device
-        )
+        classes = "AutoModelForZeroShotObjectDetection", "AutoProcessor"
+        self.network = load_pretrained(spec.source, classes, self.model_types, self.options["dtype"], context.device)
 
     @property
     def weights(self) -> str | None:

@@ -1,0 +1,129 @@
+"""Tiny random detectors and segmenters, built from config and saved to folders as real ones are."""
+
+import torch
+from transformers import (
+    BertConfig,
+    BertTokenizer,
+    CLIPTokenizer,
+    GroundingDinoConfig,
+    GroundingDinoForObjectDetection,
+    GroundingDinoImageProcessor,
+    GroundingDinoProcessor,
+    MMGroundingDinoConfig,
+    MMGroundingDinoForObjectDetection,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+    Owlv2ImageProcessor,
+    Owlv2Processor,
+    Sam2Config,
+    Sam2HieraDetConfig,
+    Sam2ImageProcessor,
+    Sam2MaskDecoderConfig,
+    Sam2Model,
+    Sam2Processor,
+    Sam2PromptEncoderConfig,
+    Sam2VisionConfig,
+    SamConfig,
+    SamImageProcessor,
+    SamMaskDecoderConfig,
+    SamModel,
+    SamProcessor,
+    SamPromptEncoderConfig,
+    SamVisionConfig,
+    SwinConfig,
+)
+
+WORDS = ["mushroom", "animal", "bird", "red", "square", "a", "photo", "of", ".", "insect", "reptile"]
+
+
+def owlv2(folder, seed=0):
+    torch.manual_seed(seed)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces = ["!", "<|startoftext|>", *letters, *(c + "</w>" for c in letters), "<|endoftext|>"]  # the end has the highest id
+    tokenizer = CLIPTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=[], pad_token="!", model_max_length=16)
+    text = {"vocab_size": len(pieces), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "max_position_embeddings": 16, "eos_token_id": len(pieces) - 1, "bos_token_id": 1,
+            "pad_token_id": 0}  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64,
+              "patch_size": 16}  # fmt: skip
+    model = Owlv2ForObjectDetection(Owlv2Config(text_config=text, vision_config=vision, projection_dim=32))
+    spread(model)
+    model.save_pretrained(folder)
+    Owlv2Processor(Owlv2ImageProcessor(size={"height": 64, "width": 64}), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def spread(model):
+    """Random weights of a size at which boxes, scores and texts differ from one another."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3)
+
+
+def grounding_dino(folder, kind="grounding-dino", seed=0):
+    torch.manual_seed(seed)
+    vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "?", *WORDS])}
+    # the model splits its prompts at BERT's ids of [CLS], [SEP], "." and "?"
+    fixed = {"[CLS]": 101, "[SEP]": 102, ".": 1012, "?": 1029}
+    filler = {i: f"filler{i}" for i in range(1030)} | {i: w for w, i in vocabulary.items() if w not in fixed}
+    vocabulary = {w: i for i, w in (filler | {i: w for w, i in fixed.items()}).items()}
+    tokenizer = BertTokenizer(vocab=vocabulary)
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text = BertConfig(vocab_size=len(vocabulary), **small)
+    backbone = SwinConfig(image_size=64, patch_size=4, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
+                          out_features=["stage2", "stage3", "stage4"])  # fmt: skip
+    config, network = {
+        "grounding-dino": (GroundingDinoConfig, GroundingDinoForObjectDetection),
+        "mm-grounding-dino": (MMGroundingDinoConfig, MMGroundingDinoForObjectDetection),
+    }[kind]
+    model = network(
+        config(text_config=text, backbone_config=backbone, d_model=32, encoder_layers=1, decoder_layers=2,
+               encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=12,
+               max_text_len=32)
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    processor = GroundingDinoProcessor(GroundingDinoImageProcessor(size={"shortest_edge": 128, "longest_edge": 256}), tokenizer)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def sam(folder, seed=0):
+    torch.manual_seed(seed)
+    vision = SamVisionConfig(hidden_size=32, output_channels=16, num_hidden_layers=1, num_attention_heads=2, image_size=64,
+                             patch_size=8, mlp_dim=32, window_size=4, global_attn_indexes=[0], num_pos_feats=8)  # fmt: skip
+    prompts = SamPromptEncoderConfig(hidden_size=16, image_size=64, patch_size=8, mask_input_channels=4)
+    decoder = SamMaskDecoderConfig(hidden_size=16, mlp_dim=16, num_hidden_layers=1, num_attention_heads=2, iou_head_hidden_dim=16)
+    SamModel(SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)).save_pretrained(folder)
+    images = SamImageProcessor(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64})
+    SamProcessor(images).save_pretrained(folder)
+    return folder
+
+
+def sam2(folder, seed=0):
+    torch.manual_seed(seed)
+    hiera = Sam2HieraDetConfig(
+        hidden_size=8, num_attention_heads=1, image_size=[64, 64], blocks_per_stage=[1, 1, 1, 1],
+        embed_dim_per_stage=[8, 16, 32, 64], num_attention_heads_per_stage=[1, 1, 2, 2], window_size_per_stage=[4, 4, 2, 2],
+        global_attention_blocks=[], window_positional_embedding_background_size=[4, 4],
+    )  # fmt: skip
+    vision = Sam2VisionConfig(backbone_config=hiera, backbone_channel_list=[64, 32, 16, 8], fpn_hidden_size=16,
+                              backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]])  # fmt: skip
+    prompts = Sam2PromptEncoderConfig(hidden_size=16, image_size=64, patch_size=16, mask_input_channels=4)
+    small = {"hidden_size": 16, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
+    config = Sam2Config(
+        vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=Sam2MaskDecoderConfig(**small)
+    )
+    Sam2Model(config).save_pretrained(folder)
+    images = Sam2ImageProcessor(size={"height": 64, "width": 64}, mask_size={"height": 16, "width": 16})
+    Sam2Processor(images, target_size=64).save_pretrained(folder)
+    return folder
+
+
+MAKERS = {
+    "owlv2": owlv2,
+    "grounding-dino": grounding_dino,
+    "mm-grounding-dino": lambda folder: grounding_dino(folder, "mm-grounding-dino"),
+    "sam": sam,
+    "sam2": sam2,
+}
