@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 
 from l2r2_models import L2R2Error
 from l2r2_models.data.dataset import check_images
-from l2r2_models.data.leaks import ALIKE, LOOKED_AT, find_leaks, perceptual_hash
+from l2r2_models.data.leaks import ALIKE, HELD_OUT, LOOKED_AT, find_leaks, perceptual_hash
 from l2r2_models.data.splits import hold_out
 from l2r2_models.data.table import ImageTable, Row, read_table
 
@@ -59,7 +59,9 @@ def test_the_distance_is_the_number_of_bits_that_differ_and_the_nearest_pair_is_
     val = table_of(tmp_path / "val", [scene(20), scene(3).filter(ImageFilter.GaussianBlur(5)), scene(4)])
     (leak,) = find_leaks(train, {"val": val})
     assert (leak.split, leak.images, leak.alike) == ("val", 3, 2) and leak.example == ("val/002.png", "train/004.png")
-    assert "2 of 3 val images" in leak.sentence() and "--val-group" in leak.sentence() and "--val-from end" in leak.sentence()
+    assert "2 of 3 val images" in leak.sentence() and "into the same split" in leak.sentence()
+    (leak,) = find_leaks(train, {HELD_OUT: val})
+    assert all(words in leak.sentence() for words in ("2 of 3 held-out images", "--val-group", "--val-from end"))
     assert find_leaks(train, {"test": table_of(tmp_path / "test", [scene(20)])}) == []
     assert find_leaks(train, {}) == []
 

@@ -22,6 +22,7 @@ SIDE, LOW = 64, 16  # pixels that an image is shrunk to; frequencies a direction
 # test_id images come this near to a training image of their class, all of them the same object on the same ground, and none of
 # 1,079 test_ood. On ETH-80 63 of 504 do, which show another pear or apple in the same pose: a warning, not a proof.
 ALIKE = 60
+HELD_OUT = "held-out"  # validation rows that `hold_out` took from the training rows
 LOOKED_AT = 2000  # images of a split other than train and val; more would make every start wait for all of them to be decoded
 
 
@@ -30,7 +31,7 @@ class Leak:
     """How many images of a split look like a training image.
 
     Attributes:
-        split: its name.
+        split: its name, or `HELD_OUT`.
         images: how many were compared.
         alike: how many of them are within `ALIKE` bits of a training image with the same label.
         example: the most similar pair, the split's image first; paths relative to the data set.
@@ -43,7 +44,7 @@ class Leak:
 
     def sentence(self) -> str:
         advice = "hold whole groups out (--val-group), or the end of each class (--val-from end)"
-        if self.split != "val":
+        if self.split != HELD_OUT:
             advice = "put all images of one take, site or object into the same split"
         return (
             f"{self.alike} of {self.images} {self.split} images look like training images of their class (e.g. {self.example[0]} "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..data.splits import VAL_FROM
 from ..errors import L2R2Error
 from ..fusion import FUSIONS
 from ..model import BRANCHES
+from ..parts import PartWeights
 
 TRAINABLE = ("all", "head")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -40,6 +41,9 @@ class Recipe:
         box_threshold: boxes with a lower score count as not found.
         val_fraction, val_group, val_from: hold so many training rows out for validation, see `hold_out` (`take` is val_from); 0
             holds none out.
+        num_parts: of an ifam model; None is the model's own number.
+        part_presence, part_equivariance, part_variation, part_entropy, part_orthogonality, part_background: weights of the losses
+            that shape an ifam model's parts, see `PartWeights`.
         trainable: `all`, or `head`: the backbones stay as they are, their batch-norm statistics included.
         epochs: passes over the rows.
         batch_size: rows of one step of the optimizer, of all processes and parts together.
@@ -84,6 +88,14 @@ class Recipe:
     val_fraction: float = 0.0
     val_group: str | None = None
     val_from: str = "random"
+    # parts of an ifam model
+    num_parts: int | None = None
+    part_presence: float = 1.0
+    part_equivariance: float = 1.0
+    part_variation: float = 1.0
+    part_entropy: float = 1.0
+    part_orthogonality: float = 1.0
+    part_background: float = 2.0
     # optimisation
     trainable: str = "all"
     epochs: int = 20
@@ -127,6 +139,7 @@ class Recipe:
             raise L2R2Error(f"grad_accumulation {self.grad_accumulation} is more than the {self.batch_size} rows of a batch.")
         self._check_best()
         self.augment()
+        self.part_weights()
         if self.fusion in FUSIONS and FUSIONS[self.fusion].needs_fit:
             raise L2R2Error(f'Fusion "{self.fusion}" must be fitted: train with another one, then `l2r2 fuse` it.')
         if self.threshold is not None and self.fusion != "robust":
@@ -154,7 +167,8 @@ class Recipe:
             raise L2R2Error(f"seed must lie between 0 and 4294967295, got {self.seed}.")
         if self.size is not None and not 1 <= self.size <= 4096:
             raise L2R2Error(f"size must lie between 1 and 4096 pixels, got {self.size}.")
-        for name, choices in (("trainable", TRAINABLE), ("precision", PRECISIONS), ("best_metric", METRICS), ("val_from", VAL_FROM)):
+        known = {"trainable": TRAINABLE, "precision": PRECISIONS, "best_metric": METRICS, "val_from": VAL_FROM}
+        for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise L2R2Error(f'Unknown {name} "{getattr(self, name)}"; choose from {", ".join(choices)}.')
 
@@ -213,6 +227,9 @@ class Recipe:
 
     def augment(self) -> Augment:
         return Augment(self.scale, self.flip, self.colour, self.box_jitter, occlusion=self.occlusion)
+
+    def part_weights(self) -> PartWeights:
+        return PartWeights(**{f.name: getattr(self, f"part_{f.name}") for f in fields(PartWeights)})
 
     def fusion_config(self) -> dict[str, Any]:
         return {"name": self.fusion, **({} if self.threshold is None else {"threshold": self.threshold})}

@@ -22,6 +22,7 @@ from transformers.integrations import TensorBoardCallback
 from ..data.dataset import ImageTable, ViewDataset
 from ..errors import L2R2Error
 from ..files import write_atomic
+from ..ifam import IFAM
 from ..model import BRANCHES, L2R2
 from . import processes
 from .average import Average, tensors_of
@@ -199,6 +200,10 @@ def _run(trainer: BranchTrainer, checkpoint: str | None) -> Trained:
         trainer.train(resume_from_checkpoint=checkpoint)
     best, epochs = trainer.best(), trainer.state.global_step // steps
     trainer.use_chosen_weights()
+    if isinstance(trainer.model.model, IFAM):
+        plain = trainer.train_dataset.without_augmentation()
+        rows = DataLoader(plain, trainer.recipe.batch_size, num_workers=trainer.recipe.workers)
+        trainer.model.model.store_quantiles(item["full"].to(trainer.args.device) for item in rows)
     measured = trainer.evaluate() if trainer.eval_dataset is not None else {}
     metrics = {k.removeprefix("eval_"): v for k, v in measured.items() if k.endswith("accuracy")}
     return Trained(metrics, best, epochs, continued)
@@ -208,7 +213,9 @@ def _trainer(
     model: L2R2, recipe: Recipe, train: ImageTable, val: ImageTable | None, classes: tuple[str, ...], out: Path
 ) -> BranchTrainer:
     common: dict[str, Any] = dict(spec=model.view_spec, branches=model.branches, box_threshold=recipe.box_threshold)
-    rows = ViewDataset(train, classes, augment=recipe.augment(), background_swap=recipe.background_swap, seed=recipe.seed, **common)
+    rows = ViewDataset(
+        train, classes, augment=recipe.augment(), background_swap=recipe.background_swap, seed=recipe.seed, **common
+    )
     batches = EpochBatches(
         rows.targets, recipe.batch_size, seed=recipe.seed, balanced=recipe.balanced, parts=recipe.grad_accumulation,
         rank=processes.rank(), world=processes.world(),
@@ -217,7 +224,8 @@ def _trainer(
         raise L2R2Error(f"{batches.world} processes cannot share batches of {min(batches.rows, recipe.batch_size)} images.")
     mix = Mix(len(classes), recipe.mixup, recipe.cutmix, recipe.mix_probability) if recipe.mixup or recipe.cutmix else None
     loss = BranchLoss(
-        model, recipe.label_smoothing, mix=mix, head_only=recipe.trainable == "head", channels_last=recipe.channels_last
+        model, recipe.label_smoothing, mix=mix, head_only=recipe.trainable == "head", channels_last=recipe.channels_last,
+        part_weights=recipe.part_weights(),
     )
     return BranchTrainer(
         loss,
