@@ -116,6 +116,8 @@ def is_large(path: str) -> bool:
 class _Handler(BaseHTTPRequestHandler):
     hub: HubDouble
     protocol_version = "HTTP/1.1"
+    timeout = 20
+    sent: bytes | None
 
     def log_message(self, *args) -> None:
         pass
@@ -126,14 +128,14 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET
 
     def _route(self) -> None:
-        path = unquote(urlsplit(self.path).path)
+        path, self.sent = unquote(urlsplit(self.path).path), None
         self.hub.log.append(f"{self.command} {path}")
         self.query = urlsplit(self.path).query
         name = r"((?:kernels/)?[\w.-]+/[\w.-]+)"
         api = r"/api/(models|kernels)/([\w.-]+/[\w.-]+)"
         routes = [
             (r"/api/repos/create", self.create),
-            (r"/api/validate-yaml", lambda: self.reply({"errors": [], "warnings": []})),
+            (r"/api/validate-yaml", lambda: self.body() and self.reply({"errors": [], "warnings": []})),
             (r"/api/whoami-v2", self.whoami),
             (rf"{api}/preupload/(.+)", self.preupload),
             (rf"{api}/commit/(.+)", self.commit),
@@ -168,6 +170,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.reply({"error": message}, status, {"X-Error-Code": code, "X-Error-Message": message})
 
     def body(self) -> bytes:
+        if self.sent is None:
+            self.sent = self.read()
+        return self.sent
+
+    def read(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":
             parts = []
             while size := int(self.rfile.readline(), 16):

@@ -9,15 +9,17 @@ import sys
 import typer
 
 from ..errors import L2R2Error
-from . import audit, demo, evaluate, finetune, fuse, list_models, predict
+from . import audit, demo, evaluate, finetune, fuse, list_models, localize, predict, publish
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.command("list")(list_models.list_models)
+app.command("localize")(localize.localize)
 app.command("finetune")(finetune.finetune)
 app.command("fuse")(fuse.fuse)
 app.command("evaluate")(evaluate.evaluate)
 app.command("audit")(audit.audit)
 app.command("predict")(predict.predict)
+app.command("publish")(publish.publish)
 app.command("demo")(demo.demo)
 
 

@@ -1,0 +1,288 @@
+"""The model card of a published checkpoint: what it is, how to use it, what was measured, and what it cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from timm.models import get_pretrained_cfg
+
+from .configs import load_hub_configs
+from .hub import Checkpoint
+
+BRANCH_WORDS = {"full": "the whole image", "fg": "the object, cut out of it", "bg": "the image without the object"}
+COLUMNS = {"accuracy": "accuracy", "macro_accuracy": "macro accuracy", "worst_group": "worst group", "ece": "ECE",
+           "with_box": "with an object found", "without_box": "without"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run does not know about itself, for its card.
+
+    Attributes:
+        licence: of the published weights, as the Hub writes it (`apache-2.0`, `cc-by-nc-4.0`, ...).
+        data, data_licence: name and licence of the data set.
+        localizer, prompt, localizer_licence: what finds the boxes that the model is meant for.
+        limits: one sentence of the author's about what the model is not for.
+    """
+
+    licence: str | None = None
+    data: str | None = None
+    data_licence: str | None = None
+    localizer: str | None = None
+    prompt: str | None = None
+    localizer_licence: str | None = None
+    limits: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """The public weights that a training started from; all None for one from scratch."""
+
+    name: str | None = None
+    hub_id: str | None = None
+    licence: str | None = None
+
+
+def source_of(checkpoint: Checkpoint) -> Source:
+    """Which of timm's weights the checkpoint started from, by its recipe or by how it was derived."""
+    recipe = checkpoint.training.get("recipe", {})
+    name = recipe.get("model") if recipe.get("pretrained") else checkpoint.training.get("derived_from")
+    if not isinstance(name, str):
+        return Source()
+    for config in load_hub_configs():
+        if name == config.name or (name == config.architecture and config.default):
+            return Source(config.source, config.hub_id, config.licence)
+    try:
+        cfg = get_pretrained_cfg(name.removeprefix("timm:"))
+    except RuntimeError:
+        cfg = None
+    return Source(name.removeprefix("timm:"), cfg.hf_hub_id if cfg else None, (cfg.license or None) if cfg else None)
+
+
+def model_card(checkpoint: Checkpoint, repo: str, facts: Facts, evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """The README of a Hub repository: metadata with the model-index, and the text.
+
+    Args:
+        checkpoint: what is published.
+        repo: `org/name`.
+        facts: see `Facts`.
+        evaluations: see `read_evaluations`.
+    """
+    from huggingface_hub import ModelCardData
+
+    source = source_of(checkpoint)
+    data = ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        license=facts.licence,
+        base_model=source.hub_id,
+        tags=["image-classification", "timm", "l2r2", "robustness"],
+        model_name=repo.split("/")[-1],
+        eval_results=[result for e in evaluations for result in _eval_results(e, facts)] or None,
+    )
+    parts = [_head(checkpoint, repo), _details(checkpoint, source, facts), _usage(checkpoint, repo),
+             _localizer(checkpoint, facts), _training(checkpoint, facts), _figures(evaluations, facts),
+             _limits(checkpoint, facts), CITATION]  # fmt: skip
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(parts)
+
+
+def _eval_results(evaluation: Mapping[str, Any], facts: Facts) -> list[Any]:
+    from huggingface_hub import EvalResult
+
+    name = facts.data or evaluation.get("data") or "unnamed"
+    rows = {row: figures for row, figures in evaluation["rows"].items() if _is_own(row)}
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=name.lower().replace(" ", "-"),
+            dataset_name=name,
+            dataset_split=evaluation["split"],
+            metric_type=metric,
+            metric_name=f"{COLUMNS[metric]} ({row.partition(':')[0]})",
+            metric_value=round(figures[metric], 4),
+        )
+        for row, figures in rows.items()
+        for metric in ("accuracy", "macro_accuracy")
+        if figures.get(metric) is not None
+    ]
+
+
+def _is_own(row: str) -> bool:
+    """Whether a row of an evaluation is one of the model's own answers, and not a fusion tried for comparison."""
+    return row in BRANCH_WORDS or row.startswith("fused: ")
+
+
+def _head(checkpoint: Checkpoint, repo: str) -> str:
+    model = checkpoint.model
+    seen = ", ".join(f"**{b}** ({BRANCH_WORDS[b]})" for b in model.branches)
+    looks = "and combines the answers; where no object is found the whole image answers" if len(model.branches) > 1 else ""
+    return f"""# {repo.split("/")[-1]}
+
+An image classifier for {len(checkpoint.labels)} classes. It looks at {seen} {looks}, so that a misleading background decides
+less. Made with [timm](https://github.com/huggingface/pytorch-image-models) and l2r2-models after *Bringing the Context Back into
+Object Recognition, Robustly* ([arXiv 2411.15933](https://arxiv.org/abs/2411.15933)).
+"""
+
+
+def _details(checkpoint: Checkpoint, source: Source, facts: Facts) -> str:
+    model, spec = checkpoint.model, checkpoint.model.view_spec
+    fusion = model.fusion.config()
+    numbers = ", ".join(f"{k} {v}" for k, v in fusion.items() if k != "name")
+    start = "random weights"
+    if source.name:
+        where = f" ([{source.hub_id}](https://huggingface.co/{source.hub_id}))" if source.hub_id else ""
+        start = f"timm's `{source.name}`{where}, licence: {source.licence or 'not stated, see its page'}"
+    rows = {
+        "architecture": f"`{model.pretrained_cfg['architecture']}`, backbone `{model.backbone_name}`, "
+        + ("shared by the branches" if model.shared else "one for each branch"),
+        "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
+        "views": f"{spec.size} x {spec.size} pixels; fg: {spec.fg}, margin {spec.margin:g}",
+        "branches": ", ".join(model.branches),
+        "fusion": f"`{fusion['name']}`" + (f" ({numbers})" if numbers else ""),
+        "started from": start,
+        "licence of these weights": facts.licence or "not stated",
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"""## Details
+
+| | |
+|---|---|
+{table}
+
+Classes: {_label_list(checkpoint.labels)}
+"""
+
+
+def _label_list(labels: Sequence[str]) -> str:
+    shown = ", ".join(f"`{label}`" for label in labels[:30])
+    return shown if len(labels) <= 30 else f"{shown}, ... ({len(labels)} in all, see `label_names` in config.json)"
+
+
+def _usage(checkpoint: Checkpoint, repo: str) -> str:
+    boxes = "" if checkpoint.model.branches == ("full",) else ", boxes=[[130, 42, 410, 380]]"
+    comment = "" if not boxes else "  # xyxy pixels of the object; without boxes the whole image answers"
+    return f"""## Use
+
+Needs the Python package l2r2-models.
+
+```python
+from PIL import Image
+from l2r2_models import Predictor
+
+predict = Predictor.from_pretrained("{repo}")
+photo = Image.new("RGB", (640, 480), "gray")  # or the path of an image file
+answer = predict(photo{boxes}).objects[0]{comment}
+print(answer.label, answer.score, answer.reason)
+```
+
+As a plain timm model it is the whole-image head alone, which transformers' `pipeline("image-classification")` uses too:
+
+```python
+import timm
+import l2r2_models  # registers the architecture
+
+model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
+```
+"""
+
+
+def _localizer(checkpoint: Checkpoint, facts: Facts) -> str:
+    if checkpoint.model.branches == ("full",):
+        return ""
+    known = checkpoint.localizer
+    name, prompt = facts.localizer or known.get("spec"), facts.prompt or known.get("prompt")
+    licence = facts.localizer_licence or known.get("licence")
+    if not name:
+        return "## Localizer\n\nThe model takes boxes and brings no localizer: what finds the objects is yours to choose.\n"
+    asked = f' with the prompt "{prompt}"' if prompt else ""
+    return f"## Localizer\n\nMeant for boxes of `{name}`{asked}; licence of the localizer: {licence or 'not stated'}.\n"
+
+
+def _training(checkpoint: Checkpoint, facts: Facts) -> str:
+    training = checkpoint.training
+    recipe, data = training.get("recipe", {}), training.get("data", {})
+    lines = []
+    if facts.data:
+        lines.append(f"Data: {facts.data}" + (f", licence: {facts.data_licence}." if facts.data_licence else "."))
+    if "images" in data:
+        with_box = f", {data['with_box']} of them with a usable box" if "with_box" in data else ""
+        lines.append(f"{data['images']} training images{with_box}.")
+    if training.get("derived_from"):
+        lines.append("Not trained: backbone and heads are those of the source, whose fg head has never seen a crop.")
+    if fit := training.get("fusion_fit"):
+        lines.append(f"The fusion was fitted on {fit.get('rows')} images of the split {fit.get('split')}.")
+    keys = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing", "box_jitter", "seed", "box_threshold")
+    settings = "\n".join(f"| {k} | {recipe[k]} |" for k in keys if k in recipe)
+    table = f"\n\n| setting | value |\n|---|---|\n{settings}" if settings else ""
+    return "## Training\n\n" + ("\n".join(lines) or "Not recorded.") + table + "\n"
+
+
+def _figures(evaluations: Sequence[Mapping[str, Any]], facts: Facts) -> str:
+    if not evaluations:
+        return "## Evaluation\n\nNothing was measured.\n"
+    return "## Evaluation\n\n" + "\n".join(_figures_of(e, facts) for e in evaluations)
+
+
+def _figures_of(evaluation: Mapping[str, Any], facts: Facts) -> str:
+    rows = evaluation["rows"]
+    shown = [c for c in COLUMNS if any(row.get(c) is not None for row in rows.values())]
+    title = f"{evaluation.get('data') or facts.data or 'data'}, split {evaluation['split']}: {evaluation['images']} images"
+    if evaluation.get("with_object") is not None:
+        title += f", {evaluation['with_object']} with an object found"
+    lines = [f"**{title}** (in %)", "", "| | " + " | ".join(COLUMNS[c] for c in shown) + " |", "|---|" + "---:|" * len(shown)]
+    for name, row in rows.items():
+        cells = ["" if row.get(c) is None else f"{100 * row[c]:.1f}" for c in shown]
+        lines.append(f"| {_cell(name)} | " + " | ".join(cells) + " |")
+    lines += _by_group({name: row for name, row in rows.items() if _is_own(name)})
+    lines += [f"\nNote: {warning}" for warning in evaluation.get("warnings", ())]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text of a data set inside a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _by_group(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Accuracy by the values of the column that the evaluation was grouped by: how much the background decides."""
+    with_groups = {name: row["by_group"] for name, row in rows.items() if row.get("by_group")}
+    if not with_groups:
+        return []
+    lines = ["", "| accuracy by group | " + " | ".join(with_groups) + " |", "|---|" + "---:|" * len(with_groups)]
+    for value in next(iter(with_groups.values())):
+        reached = " | ".join(f"{100 * groups[value]:.1f}" for groups in with_groups.values())
+        lines.append(f"| {_cell(value) or '(empty)'} | {reached} |")
+    return lines
+
+
+def _limits(checkpoint: Checkpoint, facts: Facts) -> str:
+    lines = [
+        "It knows the classes above and no other: whatever it is shown, it names one of them.",
+        "Figures are those of the data above; on other cameras, places and seasons they will differ. Measure on your own images.",
+    ]
+    if checkpoint.model.branches != ("full",):
+        lines.append("The object's view is as good as its box; without a box the whole image answers, background included.")
+    if facts.limits:
+        lines.append(facts.limits)
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+CITATION = """## Citation
+
+```bibtex
+@article{janouskova2024bringing,
+  title = {Bringing the Context Back into Object Recognition, Robustly},
+  author = {Janouskova, Klara and Gavrus, Cristian and Matas, Jiri},
+  journal = {arXiv:2411.15933},
+  year = {2024}
+}
+@misc{rw2019timm,
+  title = {PyTorch Image Models},
+  author = {Wightman, Ross},
+  year = {2019},
+  howpublished = {https://github.com/huggingface/pytorch-image-models}
+}
+```
+"""

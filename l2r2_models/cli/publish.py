@@ -1,0 +1,64 @@
+"""`l2r2 publish`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+
+def publish(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    repo: Annotated[str, typer.Argument(help="Hub id: ORG/NAME.")],
+    push: Annotated[bool, typer.Option("--push", help="Send it; without it nothing leaves this machine.")] = False,
+    licence: Annotated[Optional[str], typer.Option(help="Of the weights, as the Hub writes it: apache-2.0, ...")] = None,
+    data: Annotated[Optional[str], typer.Option(help="Name of the data set.")] = None,
+    data_licence: Annotated[Optional[str], typer.Option(help="Licence of the data set.")] = None,
+    localizer: Annotated[Optional[str], typer.Option(help="What finds the boxes.", show_default="the checkpoint's")] = None,
+    prompt: Annotated[Optional[str], typer.Option(help="Its prompt.", show_default="the checkpoint's")] = None,
+    localizer_licence: Annotated[Optional[str], typer.Option(help="Its licence.")] = None,
+    limits: Annotated[Optional[str], typer.Option(help="A sentence on what the model is not for.")] = None,
+    metrics: Annotated[
+        Optional[list[Path]], typer.Option(help="What `l2r2 evaluate --json` printed; beside what the run keeps.")
+    ] = None,
+    without_metrics: Annotated[bool, typer.Option("--without-metrics", help="Publish without any figure.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[Optional[str], typer.Option(help="Branch to push to.", show_default="main")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload with l2r2-models",
+    card: Annotated[Optional[Path], typer.Option(help="Write the model card here, to read it first.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a run and show what would go to the Hugging Face Hub; with --push send it, in one commit."""
+    from ..card import Facts
+    from ..files import write_text
+    from ..publish import CARD, prepare
+    from ..publish import push as send
+
+    facts = Facts(licence, data, data_licence, localizer, prompt, localizer_licence, limits)
+    with tempfile.TemporaryDirectory(prefix="l2r2-publish-") as folder:
+        package = prepare(run, repo, Path(folder), facts, metrics=metrics or (), without_metrics=without_metrics)
+        sizes = {name: (package.folder / name).stat().st_size for name in package.files}
+        if card:
+            write_text(card, (package.folder / CARD).read_text(encoding="utf-8"))
+        pushed = None
+        if push:
+            pushed = send(package, private=private, revision=revision, create_pr=create_pr, message=message)
+    if as_json:
+        files = {name: {"sha256": digest, "bytes": sizes[name]} for name, digest in package.files.items()}
+        result = {"repo": repo, "files": files, "problems": list(package.problems), "pushed": pushed and vars(pushed)}
+        typer.echo(json.dumps(result))
+    else:
+        for name, size in sizes.items():
+            typer.echo(f"{size:>13,} bytes  {name}  sha256 {package.files[name][:12]}")
+        for problem in package.problems:
+            typer.echo(f"problem: {problem}")
+        if pushed:
+            typer.echo(f"pushed to {pushed.pull_request or pushed.url} (commit {pushed.commit[:12]}), hashes compared")
+        elif not package.problems:
+            typer.echo(f"nothing was sent; --push sends it to {repo}")
+    if package.problems:
+        raise typer.Exit(1)

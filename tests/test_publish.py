@@ -1,0 +1,252 @@
+"""`l2r2 publish`: what it shows, what it refuses to send, and that what arrives is what was sent."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+from conftest import COLOURS, write_run
+from hub_double import TOKEN, HubDouble
+
+from l2r2_models import L2R2Error, Predictor, hub
+from l2r2_models.card import Facts
+from l2r2_models.cli import main
+from l2r2_models.evaluate.stored import read_evaluations, store_evaluation
+from l2r2_models.publish import prepare, push, text_problems
+
+FACTS = Facts(licence="apache-2.0", data="Coloured squares", data_licence="cc0-1.0", localizer="owlv2", prompt="square",
+              localizer_licence="apache-2.0", limits="Not for triangles.")  # fmt: skip
+ROW = {"accuracy": 0.9375, "macro_accuracy": 0.9, "ece": 0.05, "with_box": 0.95, "without_box": None}
+EVALUATION = {
+    "split": "test_ood", "images": 160, "with_object": 150, "oracle": 0.97, "fitted_on": None,
+    "warnings": ["3 of the 160 images of test_ood were trained on."],
+    "rows": {"full": {**ROW, "accuracy": 0.25, "worst_group": 0.1, "by_group": {"snow|ice": 0.1, "": 0.4}},
+             "fg": {**ROW, "worst_group": 0.5, "by_group": {"snow|ice": 0.5, "": 1.0}},
+             "fused: robust": {**ROW, "worst_group": 0.5, "by_group": {"snow|ice": 0.5, "": 1.0}},
+             "average": {**ROW, "accuracy": 0.5}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A run with the record of a training, and an evaluation."""
+    run = write_run(tmp_path / "runs" / "squares")
+    checkpoint = hub.load_checkpoint(run)
+    training = {
+        "recipe": {"model": "timm:resnet10t", "pretrained": False, "epochs": 3, "lr": 0.001, "fusion": "robust"},
+        "data": {"images": 12, "with_box": 11, "folder": "/nfs/somebody/photos", "train": "0123"},
+    }
+    hub.save_checkpoint(checkpoint.model, run, checkpoint.labels, training)
+    record = {"command": "l2r2 finetune /home/somebody/photos", "metrics": {"fg_accuracy": 0.5, "fused_accuracy": 0.75}}
+    (run / "run.json").write_text(json.dumps({**training, **record, "val_files": ["a.png", "b.png"]}))
+    store_evaluation(run, tmp_path / "fod", hub.load_checkpoint(run).digest, EVALUATION)
+    return run
+
+
+@pytest.fixture
+def there(tmp_path, monkeypatch):
+    with HubDouble().running() as double:
+        double.connect(monkeypatch, tmp_path / "home", TOKEN)
+        yield double
+
+
+@pytest.fixture
+def l2r2(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["l2r2", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def made(run, tmp_path, facts=FACTS, **options):
+    folder = tmp_path / "package"
+    return prepare(run, "org/squares", folder, facts, **options)
+
+
+def test_what_would_go_up_is_three_files_without_a_path_of_this_machine(finished, tmp_path):
+    package = made(finished, tmp_path)
+    assert package.problems == () and set(package.files) == {"README.md", "config.json", "model.safetensors"}
+    assert sorted(p.name for p in package.folder.iterdir()) == sorted(package.files)
+    text = (package.folder / "config.json").read_text() + (package.folder / "README.md").read_text()
+    assert "/nfs" not in text and "/home" not in text and str(tmp_path) not in text
+    config = json.loads((package.folder / "config.json").read_text())
+    assert config["l2r2"]["training"]["data"]["folder"] == "photos"
+    assert config["l2r2"]["localizer"] == {"spec": "owlv2", "prompt": "square", "licence": "apache-2.0"}
+    assert hub.load_checkpoint(package.folder).digest == hub.load_checkpoint(finished).digest
+
+
+def test_the_card_says_what_was_measured_and_its_metadata_can_be_read_back(finished, tmp_path):
+    from huggingface_hub import ModelCard
+
+    text = (made(finished, tmp_path).folder / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.license == "apache-2.0" and card.data.pipeline_tag == "image-classification"
+    figures = {r.metric_name: (r.dataset_name, r.dataset_split, r.metric_value) for r in card.data.eval_results}
+    assert figures["accuracy (full)"] == ("Coloured squares", "test_ood", 0.25)
+    assert figures["accuracy (fused)"] == ("Coloured squares", "test_ood", 0.9375)
+    assert not any("average" in name for name in figures)  # a fusion tried for comparison is not the model's
+    for said in ("| full | 25.0 |", "| snow\\|ice | 10.0 | 50.0 | 50.0 |", "3 of the 160 images", "Not for triangles.",
+                 "cc0-1.0", "`owlv2` with the prompt \"square\"; licence of the localizer: apache-2.0",
+                 "`robust` (threshold 0.5)", "random weights", "arXiv:2411.15933", *COLOURS):  # fmt: skip
+        assert said in text, said
+
+
+def test_evaluations_of_other_weights_are_left_out(finished, tmp_path):
+    checkpoint = hub.load_checkpoint(finished)
+    assert [e["split"] for e in read_evaluations(finished, digest=checkpoint.digest)] == ["test_ood"]
+    assert read_evaluations(finished, digest="of another training") == ()
+    for broken in ({}, [], {**EVALUATION, "rows": {"full": {"accuracy": 94}}}, {**EVALUATION, "split": None}):
+        (tmp_path / "broken.json").write_text(json.dumps(broken))
+        with pytest.raises(L2R2Error, match=r"broken\.json"):
+            read_evaluations(finished, [tmp_path / "broken.json"])
+
+
+def test_without_an_evaluation_the_validation_figures_of_the_training_count(finished, tmp_path):
+    for file in (finished / "evaluations").iterdir():
+        file.unlink()
+    package = made(finished, tmp_path)
+    text = (package.folder / "README.md").read_text()
+    assert package.problems == () and "| fused: robust | 75.0 |" in text
+    assert "split validation (of the training): 2 images" in text
+
+
+def test_what_stands_against_publishing(tmp_path):
+    run = write_run(tmp_path / "run")
+    found = " ".join(made(run, tmp_path, Facts()).problems)
+    assert "There is no licence" in found and "There are no figures" in found
+    package = prepare(run, "org/x", tmp_path / "b", Facts("mit"), without_metrics=True)
+    assert package.problems == () and "Nothing was measured" in (tmp_path / "b" / "README.md").read_text()
+    (run / "run.json").write_text("{}")
+    assert "the training has not finished" in prepare(run, "org/x", tmp_path / "c", FACTS, without_metrics=True).problems[0]
+    with pytest.raises(L2R2Error, match="not a Hub id of the form org/name"):
+        prepare(run, "name", tmp_path / "d", FACTS)
+    (run / "optimizer.pt").write_bytes(b"\x80\x04")
+    with pytest.raises(L2R2Error, match=r"holds optimizer\.pt; pickled weights"):
+        prepare(run, "org/x", tmp_path / "e", FACTS)
+
+
+def test_the_licence_of_the_source_is_respected(tmp_path):
+    run = write_run(tmp_path / "run")
+    model = hub.load_checkpoint(run).model
+    recipe = {"model": "l2r2_convnextv2_atto", "pretrained": True}
+    hub.save_checkpoint(model, run, sorted(COLOURS), {"recipe": recipe})
+    (problem,) = prepare(run, "org/x", tmp_path / "a", Facts("apache-2.0"), without_metrics=True).problems
+    assert "cc-by-nc-4.0" in problem
+    assert prepare(run, "org/x", tmp_path / "b", Facts("cc-by-nc-4.0"), without_metrics=True).problems == ()
+    assert "huggingface.co/timm/convnextv2_atto.fcmae_ft_in1k" in (tmp_path / "b" / "README.md").read_text()
+
+
+def test_numbers_for_labels_and_weights_that_are_not_finite(tmp_path):
+    run = write_run(tmp_path / "run")
+    model = hub.load_checkpoint(run).model
+    with torch.no_grad():
+        model.heads["fg"].bias[0] = float("nan")
+    hub.save_checkpoint(model, run, ["0", "1", "2"])
+    found = " ".join(prepare(run, "org/x", tmp_path / "a", FACTS, without_metrics=True).problems)
+    assert "labels are numbers" in found and "not finite" in found
+
+
+@pytest.mark.parametrize("secret", ["hf_" + "a1B2" * 8, "ghp_" + "x" * 36, "AKIA" + "A" * 16, "-----BEGIN RSA PRIVATE KEY-----"])
+def test_secrets_are_found_and_not_repeated(finished, tmp_path, secret):
+    package = made(finished, tmp_path, Facts("mit", limits=f"token {secret}"))
+    (problem,) = package.problems
+    assert problem.startswith("README.md holds what looks like") and secret not in problem
+    with pytest.raises(L2R2Error, match="not pushed"):
+        push(package)
+
+
+@pytest.mark.parametrize("path", ["/home/me/x.jpg", "see /mnt/disk/a", "C:\\Users\\me", "local-dir:/work/run", "~/runs/a"])
+def test_paths_of_this_machine_are_found(path):
+    assert text_problems({"README.md": path})
+    assert not text_problems({"README.md": "https://example.org/home/page and org/name, 1/2, and/or /m/0abc"})
+
+
+# ---- pushing ----
+
+
+def test_a_dry_run_sends_nothing(finished, there, l2r2):
+    code, out, err = l2r2("publish", finished, "org/squares", "--licence", "mit")
+    assert code == 0, err
+    assert "nothing was sent; --push sends it to org/squares" in out and "model.safetensors" in out
+    assert there.log == [] and there.repos == {}
+
+
+def test_push_arrives_in_one_commit_and_answers_as_before(finished, there, l2r2):
+    code, out, err = l2r2("publish", finished, "org/squares", "--licence", "mit", "--push")
+    assert code == 0, err
+    assert "hashes compared" in out
+    repo = there.repos["org/squares"]
+    assert repo.messages == ["initial commit", "Upload with l2r2-models"] and not repo.private
+    assert {"README.md", "config.json", "model.safetensors"} == set(repo.files("main")[1]) - {".gitattributes"}
+    box = [[4.0, 4, 40, 40]]
+    from PIL import Image
+
+    photo = Image.effect_noise((64, 48), 80).convert("RGB")
+    answers = [Predictor.from_pretrained(source, device="cpu")(photo, box).to_dict() for source in ("org/squares", finished)]
+    assert answers[0] == answers[1]
+    again, out, _ = l2r2("publish", finished, "org/squares", "--licence", "mit", "--push", "--json")
+    assert again == 0 and json.loads(out)["pushed"]["commit"]
+    assert there.count("PUT") == 1  # the weights were there already
+
+
+def test_the_usage_of_the_card_runs_as_pasted(finished, there, l2r2, capsys):
+    assert l2r2("publish", finished, "org/squares", "--licence", "mit", "--push")[0] == 0
+    blocks = re.findall(r"```python\n(.*?)```", there.repos["org/squares"].files("main")[1]["README.md"].decode(), re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, {})
+    assert any(colour in capsys.readouterr().out for colour in COLOURS)
+
+
+def test_private_branch_and_pull_request(finished, there, l2r2, monkeypatch):
+    push = ("publish", finished, "org/squares", "--licence", "mit", "--push")
+    assert l2r2(*push, "--private")[0] == 0 and there.repos["org/squares"].private
+    assert l2r2(*push, "--revision", "next", "--message", "second")[0] == 0
+    assert {"main", "next"} <= set(there.repos["org/squares"].refs)
+    code, out, _ = l2r2(*push, "--create-pr", "--limits", "None known.")
+    assert code == 0 and "/discussions/1" in out and "None known." not in str(there.repos["org/squares"].files("main"))
+    assert b"None known." in there.repos["org/squares"].files("refs/pr/1")[1]["README.md"]
+    code, _, err = l2r2(*push, "--create-pr", "--revision", "next")
+    assert code == 1 and "leave --revision out" in err
+    there.add("org/public", {"README.md": b""})
+    code, _, err = l2r2("publish", finished, "org/public", "--licence", "mit", "--push", "--private")
+    assert code == 1 and "exists and is public" in err and there.repos["org/public"].messages == ["first"]
+
+
+def test_whoever_is_not_logged_in_or_may_not_write(finished, there, l2r2, monkeypatch):
+    push = ("publish", finished, "org/squares", "--licence", "mit", "--push")
+    monkeypatch.delenv("HF_TOKEN")
+    code, _, err = l2r2(*push)
+    assert code == 1 and "log in with `hf auth login`" in err and there.log == []
+    monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
+    code, _, err = l2r2(*push)
+    assert code == 1 and "may not write there" in err and "Traceback" not in err and "hf_of" not in err
+
+
+def test_an_upload_that_breaks_off(finished, there, l2r2, monkeypatch):
+    """The library tries again by itself; where that is in vain nothing is half there, and the same command works later."""
+    push = ("publish", finished, "org/squares", "--licence", "mit", "--push")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    there.break_uploads = 1000
+    code, _, err = l2r2(*push)
+    assert code == 1 and "the same command tries again" in err and "Traceback" not in err
+    assert there.repos["org/squares"].messages == ["initial commit"]
+    there.break_uploads = 1
+    assert l2r2(*push)[0] == 0 and len(there.repos["org/squares"].messages) == 2
+
+
+def test_other_hashes_there_than_here(finished, tmp_path, there, monkeypatch):
+    import hub_double
+
+    entry = hub_double._entry
+    monkeypatch.setattr(hub_double, "_entry", lambda path, content: entry(path, content + b"x" * (path == "config.json")))
+    with pytest.raises(L2R2Error, match=r"the Hub's config\.json differs"):
+        push(made(finished, tmp_path))
