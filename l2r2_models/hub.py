@@ -94,13 +94,7 @@ def save_checkpoint(
     for abandoned in folder.glob(".saving-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     spec = model.view_spec.to_dict()
-    arguments = {
-        **model.backbone_kwargs,  # older timm versions do not record them
-        "branches": list(model.branches),
-        "shared": model.shared,
-        "fusion": model.fusion.config(),
-        "views": spec,
-    }
+    arguments = model.arguments()
     if model.pretrained_cfg["architecture"] == "l2r2":
         arguments["backbone"] = model.backbone_name
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:

@@ -72,12 +72,13 @@ class PartDiscovery(nn.Module):
         x, prototypes = patches.float(), self.prototypes.float()
         with torch.autocast(x.device.type, enabled=False):  # differences of large squares
             distances = x.square().sum(2, keepdim=True) - 2 * x @ prototypes.T + prototypes.square().sum(1)
-        logits = -distances.transpose(1, 2)  # [B, K + 1, N]
-        noise = -torch.empty_like(logits).exponential_().log() if self.training else 0.0
-        maps = (logits + noise).softmax(1)
-        weights = maps[:, :-1] / maps[:, :-1].sum(2, keepdim=True).clamp_min(1e-6)
-        keep = (logits if not self.training else logits + noise).argmax(1) < self.num_parts
-        return PartMaps(logits.unflatten(2, grid), maps.unflatten(2, grid), weights @ x, keep.unflatten(1, grid))
+            logits = -distances.transpose(1, 2)  # [B, K + 1, N]
+            drawn = logits - torch.empty_like(logits).exponential_().clamp_min(1e-10).log() if self.training else logits
+            maps = drawn.softmax(1)
+            weights = maps[:, :-1] / maps[:, :-1].sum(2, keepdim=True).clamp_min(1e-6)
+            vectors = weights @ x
+        keep = drawn.argmax(1) < self.num_parts
+        return PartMaps(logits.unflatten(2, grid), maps.unflatten(2, grid), vectors, keep.unflatten(1, grid))
 
     def answer(self, vectors: Tensor, head: nn.Module, dropped: tuple[int, ...] = ()) -> Tensor:
         """Stage 1's logits `[B, classes]`: the mean over parts of one linear layer on their normalised vectors.

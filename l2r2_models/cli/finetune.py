@@ -54,7 +54,9 @@ def finetune(
     threshold: Annotated[
         Optional[float], typer.Option(help="Confidence above which robust trusts fg.", show_default="0.5")
     ] = None,
-    fg: Annotated[Optional[str], typer.Option(help="crop, masked_crop or masked.", show_default="crop")] = None,
+    fg: Annotated[
+        Optional[str], typer.Option(help="crop, masked_crop, masked, late or tokens.", show_default="the model's, mostly crop")
+    ] = None,
     margin: Annotated[
         Optional[float], typer.Option(help="Margin around the box, relative to its side.", show_default="0")
     ] = None,

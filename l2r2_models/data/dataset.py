@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -168,6 +169,12 @@ class ViewDataset(Dataset):
             raise L2R2Error(
                 f"{table.root}: backgrounds can be swapped between images with a box or mask; fewer than two have one."
             )
+
+    def without_augmentation(self) -> ViewDataset:
+        """The same rows as they are, for what is measured on the training rows."""
+        plain = copy.copy(self)
+        plain.augment, plain.background_swap = None, 0.0
+        return plain
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer, through accelerate's loader, at the start of each epoch."""

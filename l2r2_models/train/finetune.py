@@ -96,7 +96,7 @@ def finetune(
     classes = train.classes()
     # before the slow check of the images: a wrong name shows at once
     model = processes.together(lambda: _model(recipe, len(classes), trainer))
-    check = processes.on_first(lambda: _check(train, val, recipe, skip_bad, progress))
+    check = processes.on_first(lambda: _check(train, val, recipe, model, skip_bad, progress))
     train, val = _without(train, check.bad), _without(val, check.bad) if val else None
     leaks = processes.on_first(lambda: find_leaks(train, _other_rows(table, train, val), check.hashes, progress))
     processes.on_first(lambda: _begin(out, recipe, settings, overwrite))
@@ -202,7 +202,9 @@ def _split(
     return hold_out(train_table, recipe.val_fraction, group=recipe.val_group, take=recipe.val_from, seed=recipe.seed)
 
 
-def _check(train: ImageTable, val: ImageTable | None, recipe: Recipe, skip_bad: bool, progress: Progress) -> Check:
+def _check(
+    train: ImageTable, val: ImageTable | None, recipe: Recipe, model: L2R2, skip_bad: bool, progress: Progress
+) -> Check:
     """Decode every image once; what is left without the bad ones must be enough to train on."""
     rows = train.rows + (val.rows if val else ())
     check = check_images(replace(train, rows=rows), progress, recipe.box_threshold)
@@ -215,7 +217,7 @@ def _check(train: ImageTable, val: ImageTable | None, recipe: Recipe, skip_bad: 
         raise L2R2Error(f"{train.root}: a class lost all of its images; the classes left are {names}.")
     if val and all(row.path in check.bad for row in val.rows):
         raise L2R2Error(f"{val.root}: no validation image can be read.")
-    looks_at_objects = [branch for branch in recipe.branches if branch != "full"]
+    looks_at_objects = [b for b in recipe.branches if b != "full" and model.view_spec.fg != "parts"]
     if looks_at_objects and not any(row.path in check.with_box for row in train.rows):
         raise L2R2Error(
             f"{train.root}: no training image has a box or mask that can be used (inside the image, score at least "

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..ifam import IFAM
 from ..model import BRANCHES, L2R2
+from ..parts import PartWeights, part_losses
 from .mixing import Mix
 
 
@@ -20,6 +22,7 @@ class BranchLoss(nn.Module):
         mix: mixes the views while training.
         head_only: train the heads; the backbones stay as they are, batch-norm statistics included.
         channels_last: memory layout of the views.
+        part_weights: weights of the losses that shape the parts of an ifam model while it is trained.
     """
 
     def __init__(
@@ -30,10 +33,12 @@ class BranchLoss(nn.Module):
         mix: Mix | None = None,
         head_only: bool = False,
         channels_last: bool = False,
+        part_weights: PartWeights | None = None,
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last) if channels_last else model
         self.label_smoothing, self.mix, self.head_only = label_smoothing, mix, head_only
+        self.part_weights = part_weights or PartWeights()
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         for backbone in self._frozen():
             backbone.requires_grad_(False)
@@ -82,6 +87,10 @@ class BranchLoss(nn.Module):
         for branch, z in logits.items():
             count = rows[branch].sum().clamp(min=1) if counts is None else counts[0 if branch == "full" else 1]
             losses.append(self._sum(z, targets[branch], rows[branch]) / count)
+        if self.training and isinstance(self.model, IFAM) and out.parts is not None:
+            terms = part_losses(out.parts, self.part_weights, views["full"], self.model.find_parts)
+            part_of_batch = 1 if counts is None else len(labels) / counts[0]
+            losses += [term * part_of_batch for term in terms.values()]
         if "full" in logits:
             logits = {branch: torch.where(rows[branch][:, None], z, logits["full"]) for branch, z in logits.items()}
         return {"loss": torch.stack(losses).sum(), "fused": out.fused.float(), **logits}

@@ -10,6 +10,7 @@ import torch
 from ..errors import L2R2Error
 from ..model import L2R2
 from ..views import IN_NETWORK, ViewSpec
+from ..zoo import PARTS
 from .recipes import Recipe
 
 
@@ -23,7 +24,7 @@ def create_model(recipe: Recipe, num_classes: int) -> L2R2:
     if name.startswith("timm:"):
         name, backbone = "l2r2", {"backbone": name.removeprefix("timm:")}
     architecture = name.split(".")[0]
-    if not timm.is_model(architecture) or not (architecture == "l2r2" or architecture.startswith("l2r2_")):
+    if not timm.is_model(architecture) or not (architecture == "l2r2" or architecture.startswith(("l2r2_", PARTS))):
         raise L2R2Error(f'Unknown model "{recipe.model}"; `l2r2 list` shows the models, and timm:NAME takes any timm backbone.')
     try:
         cfg = timm.models.get_pretrained_cfg(backbone.get("backbone", name))
@@ -34,6 +35,10 @@ def create_model(recipe: Recipe, num_classes: int) -> L2R2:
         num_classes=num_classes, branches=list(recipe.branches), shared=recipe.shared, fusion=recipe.fusion_config(), **backbone
     )
     options.update({key: rate for key, rate in (("drop_rate", recipe.drop), ("drop_path_rate", recipe.drop_path)) if rate})
+    if recipe.num_parts is not None:
+        if not architecture.startswith(PARTS):
+            raise L2R2Error(f"num_parts belongs to the ifam models, not to {recipe.model}.")
+        options["num_parts"] = recipe.num_parts
     if recipe.size and cfg is not None and cfg.fixed_input_size:
         options["img_size"] = recipe.size
     try:
@@ -65,8 +70,9 @@ def _try_out(model: L2R2, recipe: Recipe) -> None:
         with torch.inference_mode():
             size = model.view_spec.size
             view = torch.zeros(2, model.in_chans, size, size)
-            mask = torch.ones(2, size, size) if "fg" in model.branches and model.view_spec.fg in ("late", "tokens") else None
-            model.forward_branches(mask, **dict.fromkeys(model.branches, view))
+            masked = "fg" in model.branches and model.view_spec.fg in ("late", "tokens")
+            views = [b for b in model.branches if b != "fg" or model.view_spec.fg != "parts"]
+            model.forward_branches(torch.ones(2, size, size) if masked else None, **dict.fromkeys(views, view))
     except (RuntimeError, AssertionError, ValueError) as error:
         what = " ".join(str(error).split())[:200]
         raise L2R2Error(f"{recipe.model} does not take views of {model.view_spec.size} pixels ({what}).") from error
