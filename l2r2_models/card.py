@@ -231,13 +231,20 @@ def _figures_of(evaluation: Mapping[str, Any], facts: Facts) -> str:
     title = f"{evaluation.get('data') or facts.data or 'data'}, split {evaluation['split']}: {evaluation['images']} images"
     if evaluation.get("with_object") is not None:
         title += f", {evaluation['with_object']} with an object found"
-    lines = [f"**{title}** (in %)", "", "| | " + " | ".join(COLUMNS[c] for c in shown) + " |", "|---|" + "---:|" * len(shown)]
+    title += "; in %, with 95 % confidence intervals where there are any"
+    lines = [f"**{title}**", "", "| | " + " | ".join(COLUMNS[c] for c in shown) + " |", "|---|" + "---:|" * len(shown)]
     for name, row in rows.items():
-        cells = ["" if row.get(c) is None else f"{100 * row[c]:.1f}" for c in shown]
+        cells = ["" if row.get(c) is None else f"{100 * row[c]:.1f}{_interval(row, c)}" for c in shown]
         lines.append(f"| {_cell(name)} | " + " | ".join(cells) + " |")
     lines += _by_group({name: row for name, row in rows.items() if _is_own(name)})
     lines += [f"\nNote: {warning}" for warning in evaluation.get("warnings", ())]
     return "\n".join(lines) + "\n"
+
+
+def _interval(row: Mapping[str, Any], column: str) -> str:
+    """The 95 % confidence interval of a figure, where the evaluation has one."""
+    ends = (row.get("intervals") or {}).get(column)
+    return f" ({100 * ends[0]:.1f} to {100 * ends[1]:.1f})" if isinstance(ends, (list, tuple)) and len(ends) == 2 else ""
 
 
 def _cell(text: str) -> str:

@@ -85,7 +85,7 @@ def prepare(
     if not run.is_dir():
         raise L2R2Error(f"{run}: no such run.")
     checkpoint = load_checkpoint(run)
-    evaluations = read_evaluations(run, metrics, checkpoint.digest) or _validation(run)
+    evaluations = _without_paths(read_evaluations(run, metrics, checkpoint.digest)) or _validation(run)
     _link(run / WEIGHTS, folder / WEIGHTS)
     write_json(folder / CONFIG, _clean_config(read_json(run / CONFIG), checkpoint, facts))
     write_text(folder / CARD, model_card(checkpoint, repo, facts, evaluations))

@@ -21,7 +21,8 @@ ROW = {"accuracy": 0.9375, "macro_accuracy": 0.9, "ece": 0.05, "with_box": 0.95,
 EVALUATION = {
     "split": "test_ood", "images": 160, "with_object": 150, "oracle": 0.97, "fitted_on": None,
     "warnings": ["3 of the 160 images of test_ood were trained on."],
-    "rows": {"full": {**ROW, "accuracy": 0.25, "worst_group": 0.1, "by_group": {"snow|ice": 0.1, "": 0.4}},
+    "rows": {"full": {**ROW, "accuracy": 0.25, "intervals": {"accuracy": [0.19, 0.325]},
+                      "worst_group": 0.1, "by_group": {"snow|ice": 0.1, "": 0.4}},
              "fg": {**ROW, "worst_group": 0.5, "by_group": {"snow|ice": 0.5, "": 1.0}},
              "fused: robust": {**ROW, "worst_group": 0.5, "by_group": {"snow|ice": 0.5, "": 1.0}},
              "average": {**ROW, "accuracy": 0.5}},
@@ -93,8 +94,8 @@ def test_the_card_says_what_was_measured_and_its_metadata_can_be_read_back(finis
     assert figures["accuracy (full)"] == ("Coloured squares", "test_ood", 0.25)
     assert figures["accuracy (fused)"] == ("Coloured squares", "test_ood", 0.9375)
     assert not any("average" in name for name in figures)  # a fusion tried for comparison is not the model's
-    for said in ("| full | 25.0 |", "| snow\\|ice | 10.0 | 50.0 | 50.0 |", "3 of the 160 images", "Not for triangles.",
-                 "cc0-1.0", "`owlv2` with the prompt \"square\"; licence of the localizer: apache-2.0",
+    for said in ("| full | 25.0 (19.0 to 32.5) |", "| snow\\|ice | 10.0 | 50.0 | 50.0 |", "3 of the 160 images",
+                 "Not for triangles.", "cc0-1.0", "`owlv2` with the prompt \"square\"; licence of the localizer: apache-2.0",
                  "`robust` (threshold 0.5)", "random weights", "arXiv:2411.15933", *COLOURS):  # fmt: skip
         assert said in text, said
 
@@ -250,3 +251,11 @@ def test_other_hashes_there_than_here(finished, tmp_path, there, monkeypatch):
     monkeypatch.setattr(hub_double, "_entry", lambda path, content: entry(path, content + b"x" * (path == "config.json")))
     with pytest.raises(L2R2Error, match=r"the Hub's config\.json differs"):
         push(made(finished, tmp_path))
+
+
+def test_evaluate_keeps_its_figures_for_the_card(finished, dataset, tmp_path, l2r2):
+    assert l2r2("evaluate", finished, dataset, "--split", "test")[0] == 0
+    evaluations = {e["split"]: e for e in read_evaluations(finished, digest=hub.load_checkpoint(finished).digest)}
+    assert evaluations["test"]["data"] == dataset.name and evaluations["test"]["images"] == 12
+    text = (made(finished, tmp_path).folder / "README.md").read_text()
+    assert f"{dataset.name}, split test: 12 images" in text and str(tmp_path) not in text

@@ -38,6 +38,9 @@ def evaluate(
 ) -> None:
     """Judge every branch and every fusion of a run: accuracy, macro accuracy, calibration, groups, confusion."""
     from ..evaluate.judge import evaluation_of, judge_run
+    from ..evaluate.stored import store_evaluation
+    from ..files import file_sha256
+    from ..hub import WEIGHTS
 
     judged = judge_run(
         run, data, split, group=group, fit_split=fit_split, prior=prior, others=others or (), metadata=metadata, boxes=boxes,
@@ -52,6 +55,8 @@ def evaluate(
         from ..evaluate.report_evaluation import write_evaluation
 
         write_evaluation(report, judged, result)
+    if Path(run).is_dir():  # kept for the model card
+        store_evaluation(run, data, file_sha256(Path(run) / WEIGHTS), result.to_dict())
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
     else:
