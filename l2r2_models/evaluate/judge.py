@@ -66,6 +66,13 @@ class Judged:
         """The output that `predict` would give: the run's fusion, or its only branch."""
         return self.own[-1]
 
+    @property
+    def clusters(self) -> Tensor | None:
+        """`[N]` numbers that rows of one image share, for `bootstrap_interval`; None where each row has its own image."""
+        rows = self.data.table.rows
+        numbers = {path: i for i, path in enumerate(dict.fromkeys(row.path for row in rows))}
+        return torch.tensor([numbers[row.path] for row in rows]) if len(numbers) < len(rows) else None
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -181,10 +188,8 @@ def judge_run(
 def evaluation_of(judged: Judged) -> Evaluation:
     """The figures of what was said."""
     data = judged.data
-    paths = {path: i for i, path in enumerate(dict.fromkeys(row.path for row in data.table.rows))}
-    clusters = torch.tensor([paths[row.path] for row in data.table.rows]) if len(paths) < len(data) else None
     full = judged.outputs.get("full")
-    common: dict[str, Any] = dict(groups=judged.groups, classes=judged.labels, clusters=clusters)
+    common: dict[str, Any] = dict(groups=judged.groups, classes=judged.labels, clusters=judged.clusters)
     figures = {}
     for name, z in judged.outputs.items():
         temperature, than = judged.temperatures.get(name), None if name == "full" else full

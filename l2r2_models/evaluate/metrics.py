@@ -133,6 +133,9 @@ def bootstrap_interval(
     means = []
     for start in range(0, draws, CHUNK):
         drawn = torch.randint(size, (min(CHUNK, draws - start), size), generator=generator)
+        if clusters is None and classes is None:  # the same, faster
+            means.append(values.double()[drawn].mean(1))
+            continue
         times = torch.zeros(drawn.shape, dtype=torch.double).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.double))
         weights = times[:, member]
         total = weights.new_zeros(len(drawn), kinds).index_add_(1, kind, weights * values.double())

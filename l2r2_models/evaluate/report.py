@@ -87,7 +87,14 @@ def _number(value: float) -> str:
     return f"{100 * value:.1f}".replace("-", "−")
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Cell]], *, caption: str = "", strong: Sequence[int] = ()) -> Markup:
+def table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[Cell]],
+    *,
+    caption: str = "",
+    strong: Sequence[int] = (),
+    words: Sequence[int] = (),
+) -> Markup:
     """A table that scrolls where it is too wide.
 
     Args:
@@ -95,13 +102,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Cell]], *, caption: str =
         rows: cells, the first of a row is its name; None is an empty cell.
         caption: what it shows, plain text.
         strong: numbers of the rows to be read first.
+        words: numbers of the columns that hold words (the first always does); the others are aligned as numbers.
     """
-    top = Markup("").join(Markup("<th scope=col>{}</th>").format(title) for title in head)
+    kinds = [Markup(' class="words"') if i in words else "" for i in range(len(head))]
+    top = Markup("").join(Markup("<th scope=col{}>{}</th>").format(*cell) for cell in zip(kinds, head))
     lines = []
     for i, (name, *cells) in enumerate(rows):
-        body = Markup("").join(Markup("<td>{}</td>").format("" if cell is None else cell) for cell in cells)
-        kind = Markup(' class="strong"') if i in strong else ""
-        lines.append(Markup("<tr{}><th scope=row>{}</th>{}</tr>").format(kind, "" if name is None else name, body))
+        pairs = zip(kinds[1:], cells)
+        body = Markup("").join(Markup("<td{}>{}</td>").format(kind, "" if cell is None else cell) for kind, cell in pairs)
+        weight = Markup(' class="strong"') if i in strong else ""
+        lines.append(Markup("<tr{}><th scope=row>{}</th>{}</tr>").format(weight, "" if name is None else name, body))
     about = Markup("<caption>{}</caption>").format(caption) if caption else ""
     form = Markup('<div class="scroll"><table>{}<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>')
     return form.format(about, top, Markup("\n").join(lines))
@@ -136,8 +146,8 @@ def _thumbnail(picture: Picture) -> Markup:
     if picture.box is not None:
         x0, y0, x1, y1 = (scale * v for v in picture.box)
         draw = ImageDraw.Draw(small)
-        draw.rectangle((x0 - 1, y0 - 1, max(x1, x0), max(y1, y0)), outline=(0, 0, 0), width=3)  # dark under light
-        draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=(255, 214, 10), width=1)
+        draw.rectangle((x0 - 1, y0 - 1, max(x1, x0), max(y1, y0)), outline=(0, 0, 0), width=4)  # dark under light
+        draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=(255, 214, 10), width=2)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=80)
     data = base64.b64encode(buffer.getvalue()).decode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,12 +14,12 @@ from torch import Tensor
 from ..data.dataset import sample_of
 from ..errors import L2R2Error
 from .judge import OWN, Evaluation, Judged
-from .metrics import most_confused
+from .metrics import bootstrap_interval, most_confused
 from .report import Cell, Picture, Section, gallery, percent, table, write_page
 from .report_figures import bars_by_group, confusion, reliability_diagram
 
 SHOWN = 24  # disagreements
-ALIKE = 3  # of them with the same truth and answer: neighbouring frames fail alike
+ALIKE = 2  # of them with the same truth and answer: neighbouring frames fail alike
 WITHOUT_BOX, LEFT_OUT, MOST_CLASSES = 12, 20, 60
 WORDS = {
     "full": "the whole image alone",
@@ -57,11 +58,22 @@ def _lead(judged: Judged, result: Evaluation) -> str:
         said += f" That is {_points(figures['gain'])} points ({_points(low)} to {_points(high)}) against the whole image alone"
         certain = low > 0 or high < 0
         said += "." if certain else ": too close to tell from these images."
+    said += _better_branch(judged, result)
     if result.group:
         worst = min(figures["by_group"], key=lambda g: figures["by_group"][g])
         reached, count = _percent(figures["by_group"][worst]), result.groups[worst]
         said += f" Worst {result.group}: {worst or '(empty)'}, {reached} of {count:,} images."
     return said
+
+
+def _better_branch(judged: Judged, result: Evaluation) -> str:
+    """A sentence, if a branch alone is certainly better than what the run answers: then the fusion is to be fitted anew."""
+    best = max(judged.own, key=lambda name: result.rows[name]["accuracy"])
+    answers = [judged.outputs[name].argmax(-1) == judged.data.labels for name in (best, judged.answer)]
+    low, high = bootstrap_interval(answers[0].double() - answers[1].double(), clusters=judged.clusters)
+    if best == judged.answer or low <= 0:
+        return ""
+    return f" {WORDS[best].capitalize()} would be right more often, by {_points(low)} to {_points(high)} points."
 
 
 def _accuracy(judged: Judged, result: Evaluation) -> Section:
@@ -116,6 +128,8 @@ def _calibration(judged: Judged, result: Evaluation) -> Section:
     if result.temperatures:
         after = {f"{name} / {result.temperatures[name]:.2f}": z / result.temperatures[name] for name, z in before.items()}
         text += f"\nBelow: with logits divided by one temperature each, fitted on {result.fitted_on}. No answer changes by it."
+        if result.rows[judged.answer]["ece_scaled"] > result.rows[judged.answer]["ece"]:
+            text += f" They make {_who(judged.answer)} worse here: {result.split} is not like {result.fitted_on}."
         blocks.append(reliability_diagram(after, labels))
     else:
         text += "\nWith --fit-split SPLIT the temperatures are fitted there, and what they mend is shown here."
@@ -137,8 +151,8 @@ def _classes(judged: Judged, result: Evaluation) -> Section:
     text = "Part of each class's images that is answered right, in %; the worst first."
     if len(occurring) > MOST_CLASSES:
         text += f" The {MOST_CLASSES} worst of {len(occurring)}; all are in --json."
-    blocks = [table(head, rows), confusion(judged.outputs[judged.answer], judged.data.labels, result.labels)]
-    return Section("Classes", text, blocks)
+    answers = confusion(judged.outputs[judged.answer], judged.data.labels, result.labels)
+    return Section("Classes", text, [table(head, rows, words=[len(head) - 1]), answers])
 
 
 def _disagreements(judged: Judged) -> list[Section]:
@@ -200,7 +214,7 @@ def _pictures(judged: Judged, rows: Sequence[int]) -> Iterator[Picture]:
         said = []
         for name in judged.own:
             sure, answer = judged.outputs[name][i].softmax(-1).max(-1)
-            said.append((name, f"{judged.labels[int(answer)]} {100 * sure:.0f} %", int(answer) == truth))
+            said.append((name.split(":")[0], f"{judged.labels[int(answer)]} {100 * sure:.0f}\u00a0%", int(answer) == truth))
         note = names[i] + (f" · {judged.groups[i]}" if judged.groups else "")
         image: Path | Image.Image = row.path
         box = None
@@ -216,7 +230,7 @@ def _left_out(result: Evaluation) -> list[Section]:
     if not result.left_out:
         return []
     rows = [[Path(path).name, reason] for path, reason in list(result.left_out.items())[:LEFT_OUT]]
-    return [Section("Left out", f"{len(result.left_out):,} images cannot be used.", [table(["image", "why"], rows)])]
+    return [Section("Left out", f"{len(result.left_out):,} images cannot be used.", [table(["image", "why"], rows, words=[1])])]
 
 
 def _origin(judged: Judged, result: Evaluation) -> Section:
@@ -227,14 +241,14 @@ def _origin(judged: Judged, result: Evaluation) -> Section:
         ["run", checkpoint.name],
         ["weights (SHA-256)", checkpoint.digest[:16]],
         ["model", name],
-        ["fusion", str(model.fusion.config()) if len(model.branches) > 1 else "none"],
+        ["fusion", json.dumps(model.fusion.config()) if len(model.branches) > 1 else "none"],
         ["data", str(table_.root)],
         ["judged by", f"{result.split}, {result.images:,} images, {len(result.labels)} classes"],
         ["fitted on", result.fitted_on or "nothing"],
         ["boxes", f"with a score of at least {checkpoint.box_threshold:g}"],
     ]
     text = "Intervals: bootstrap over images, 1,000 draws, seed 0. Macro: mean over classes of the part of each that is right."
-    return Section("How it was made", text, [table(["", ""], rows)])
+    return Section("How it was made", text, [table(["", ""], rows, words=[1])])
 
 
 def _who(name: str) -> str:
