@@ -171,8 +171,15 @@ def test_the_choice_is_made_on_unseen_rows(dataset):
 
 def test_equal_fusions_are_chosen_by_robust_then_by_fewer_numbers():
     from l2r2_models.evaluate.fuse import Fitted
-    same = {name: Fitted(create_fusion(name, 2, 3), 0.5, 0.1) for name in FUSIONS}
+
+    def reached(name, right):
+        row = (torch.arange(100) < right).double()
+        return Fitted(create_fusion(name, 2, 3), right / 100, 0.1, row)
+
+    same = {name: reached(name, 50) for name in FUSIONS}
     assert best(same) == "robust"
+    assert best({**same, "concat_mlp": reached("concat_mlp", 51)}) == "robust"  # one image in a hundred says nothing
+    assert best({**same, "concat_mlp": reached("concat_mlp", 60)}) == "concat_mlp"
     del same["robust"]
     assert best(same) in ("average", "max_confidence")
 
