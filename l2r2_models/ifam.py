@@ -70,11 +70,13 @@ class IFAM(L2R2):
 
     # ---- the two stages ----
 
-    def forward(self, x: Tensor, boxes: Optional[Tensor] = None) -> Tensor:  # noqa: UP045  (as in L2R2)
+    def forward(self, x: Tensor, boxes: Optional[Tensor] = None, localize: Optional[str] = None) -> Tensor:  # noqa: UP045
         """Logits `[B, classes]` of normalised images `[B, C, H, W]`: the fused answer, in training the mean of both stages.
 
         With `boxes` (`[B, 4]` xyxy in pixels of x; a NaN row has none) stage 2 sees what is inside of the box instead.
         """
+        if localize is not None:
+            raise L2R2Error("An ifam model finds its object itself; leave localize out.")
         if isinstance(x, torch.fx.Proxy):
             raise L2R2Error("An ifam model cannot be traced by FX; export it with torch.export instead.")
         mask, has_fg = (None, None) if boxes is None else batch_masks(x, boxes)

@@ -12,6 +12,7 @@ from timm.layers import trunc_normal_
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
+from .box_head import BoxHead, FoundBoxes, feature_map
 from .errors import L2R2Error
 from .fusion import Fusion, create_fusion, fuse_branches
 from .masking import check_late_backbone, check_mask, check_tokens_backbone, late_features, token_features
@@ -19,13 +20,14 @@ from .parts import PartMaps
 from .views import IN_NETWORK, ViewSpec, batch_masks, cut_batch
 
 BRANCHES = ("full", "fg", "bg")
+BOX_THRESHOLD = 0.2  # objectness below which a box counts as not found, where nothing else is said
 
 
 class L2R2Output(NamedTuple):
     """Logits `[B, classes]` of each branch and of their fusion; None for a branch that the model does not have.
 
     `has_fg` `[B]` bool tells the rows where fg saw an object: what was given, without the rows whose mask keeps nothing inside
-    the network. None: all of them.
+    the network. None: all of them. `located` is what a box head found in the full view.
     """
 
     full: Tensor | None
@@ -34,6 +36,7 @@ class L2R2Output(NamedTuple):
     bg: Tensor | None = None
     has_fg: Tensor | None = None
     parts: PartMaps | None = None
+    located: FoundBoxes | None = None
 
     def branches(self) -> dict[str, Tensor]:
         """The branches' logits by name."""
@@ -41,9 +44,9 @@ class L2R2Output(NamedTuple):
 
 
 @register_notrace_function
-def whole_image_only(x: Tensor, boxes: Optional[Tensor]) -> Tensor:  # noqa: UP045  (jit reads this annotation)
-    """An FX graph has no box path: boxes given to it are refused instead of ignored."""
-    if boxes is not None:
+def whole_image_only(x: Tensor, boxes: Optional[Tensor], localize: Optional[str] = None) -> Tensor:  # noqa: UP045  (for jit)
+    """An FX graph has no box path: boxes given to it, or asked for, are refused instead of ignored."""
+    if boxes is not None or localize is not None:
         raise ValueError("an FX-traced L2R2 sees whole images only; give boxes to the untraced model")
     return x
 
@@ -65,6 +68,7 @@ class L2R2(nn.Module):
         fusion: name or config of a fusion (`l2r2_models.fusion`). The default threshold of `robust` is not fitted.
         views: how views are cut, a `ViewSpec` or its dict; by default made from the pretrained cfg.
         fg_kind: what the fg branch sees, the `fg` of `ViewSpec`; replaces that of `views`.
+        box_head: a trained head finds the object's box in the full view, see `BoxHead`.
         drop_rate: dropout before the heads.
         **backbone_kwargs: passed on to the timm backbone (`drop_path_rate`, `img_size`, `global_pool`, ...).
 
@@ -73,7 +77,7 @@ class L2R2(nn.Module):
     """
 
     __jit_unused_properties__ = ("view_spec",)
-    fresh: tuple[str, ...] = ("fusion.",)  # what no checkpoint of timm has: these stay as the model was built
+    fresh: tuple[str, ...] = ("fusion.", "box_head.")  # what no checkpoint of timm has: these stay as the model was built
 
     def __init__(
         self,
@@ -86,6 +90,7 @@ class L2R2(nn.Module):
         fusion: str | Mapping[str, Any] = "robust",
         views: ViewSpec | Mapping[str, Any] | None = None,
         fg_kind: str | None = None,
+        box_head: bool = False,
         drop_rate: float = 0.0,
         **backbone_kwargs: Any,
     ) -> None:
@@ -115,25 +120,26 @@ class L2R2(nn.Module):
             self.output_fmt = self.backbone.output_fmt
         self.heads = nn.ModuleDict({b: self._new_head(b) for b in self.branches})
         self.fusion: Fusion = create_fusion(fusion, len(self.branches), num_classes)
+        self.box_head = BoxHead(self.num_features) if box_head else None
         self._check_views(self.view_spec)
 
     # ---- inference and training ----
 
-    def forward(self, x: Tensor, boxes: Optional[Tensor] = None) -> Tensor:  # noqa: UP045  (jit reads this annotation)
+    def forward(self, x: Tensor, boxes: Optional[Tensor] = None, localize: Optional[str] = None) -> Tensor:  # noqa: UP045  (jit)
         """Logits `[B, classes]` of normalised images `[B, C, H, W]`.
 
         Without boxes: the first head (full) exactly; in training the mean of the heads on one pass, so that any timm
         training script trains every parameter. With `boxes` (`[B, 4]` xyxy in pixels of x; a NaN row has none): the
-        fused logits, fg cut out of `x`. Prefer `forward_views` with views cut from the original image: a crop out of a
-        224-pixel tensor has thrown most of the object away.
+        fused logits, fg cut out of `x`. With `localize="head"`: the same with the boxes of the model's own box head. Prefer
+        `forward_views` with views cut from the original image: a 224-pixel tensor has thrown most of the object away.
         """
-        if boxes is not None:
+        if boxes is not None or localize is not None:
             if torch.jit.is_scripting():
                 raise RuntimeError("a scripted L2R2 sees whole images only; give boxes to the unscripted model")
             else:
-                if not isinstance(boxes, torch.fx.Proxy):
-                    return self.forward_boxes(x, boxes)
-                x = whole_image_only(x, boxes)
+                if not isinstance(boxes, torch.fx.Proxy) and not isinstance(localize, torch.fx.Proxy):
+                    return self.forward_boxes(x, boxes, localize)
+                x = whole_image_only(x, boxes, localize)
         features = self.backbone(x)
         logits = []
         for i, head in enumerate(self.heads.values()):
@@ -149,8 +155,12 @@ class L2R2(nn.Module):
         return torch.stack(logits).mean(0)
 
     @torch.jit.ignore
-    def forward_boxes(self, x: Tensor, boxes: Tensor) -> Tensor:
+    def forward_boxes(self, x: Tensor, boxes: Tensor | None, localize: str | None = None) -> Tensor:
         """Fused logits with the views cut out of the normalised batch itself; see `forward`."""
+        if localize not in (None, "head") or (boxes is None) == (localize is None):
+            raise L2R2Error(f'Give boxes, or localize="head", and not both; got localize={localize!r}.')
+        if boxes is None:
+            boxes = self.locate(x).in_pixels(x.shape[2], x.shape[3], BOX_THRESHOLD)
         views, has_fg, spec = {}, None, self.view_spec
         for branch in self.branches:
             if branch == "full":
@@ -161,6 +171,14 @@ class L2R2(nn.Module):
             else:
                 views[branch], has_fg = cut_batch(x, boxes, spec, branch)
         return self.forward_views(**views, has_fg=has_fg).fused
+
+    @torch.jit.ignore
+    def locate(self, full: Tensor) -> FoundBoxes:
+        """Where the box head sees the object in full views `[B, C, S, S]`."""
+        if self.box_head is None:
+            raise L2R2Error("This model has no box head; train one with `l2r2 finetune --box-head`, or give boxes.")
+        backbone: Any = self.backbone_of("full")
+        return self.box_head(feature_map(backbone, backbone.forward_features(full), full))
 
     @torch.jit.ignore
     def forward_views(
@@ -187,11 +205,11 @@ class L2R2(nn.Module):
         Raises:
             L2R2Error: a branch that the model lacks, no view, or a mask that does not fit.
         """
-        logits, seen = self._branch_logits({"full": full, "fg": fg, "bg": bg}, mask)
+        logits, seen, located = self._branch_logits({"full": full, "fg": fg, "bg": bg}, mask)
         if seen is not None:
             has_fg = seen if has_fg is None else has_fg & seen
         fused = self.fuse(logits, has_fg)
-        return L2R2Output(logits.get("full"), logits.get("fg"), fused, logits.get("bg"), has_fg)
+        return L2R2Output(logits.get("full"), logits.get("fg"), fused, logits.get("bg"), has_fg, None, located)
 
     @torch.jit.ignore
     def forward_branches(self, mask: Tensor | None = None, **views: Tensor | None) -> dict[str, Tensor]:
@@ -199,22 +217,34 @@ class L2R2(nn.Module):
         return self._branch_logits(views, mask)[0]
 
     @torch.jit.ignore
-    def _branch_logits(self, views: Mapping[str, Tensor | None], mask: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Logits by branch and, with a mask, `[B]` bool: whether it kept anything."""
+    def _branch_logits(self, views: Mapping[str, Tensor | None], mask: Tensor | None) -> tuple[dict[str, Tensor], Any, Any]:
+        """Logits by branch; with a mask, `[B]` bool: whether it kept anything; with a box head and a full view, its boxes."""
         given = {b: v for b, v in views.items() if v is not None}
         if unknown := set(given) - set(self.branches):
             raise L2R2Error(f"This model has the branches {', '.join(self.branches)}, not {', '.join(sorted(unknown))}.")
         if not given:
             raise L2R2Error(f"Give at least one view of {', '.join(self.branches)}.")
         features, seen = ({}, None) if mask is None else self._masked_features(given, mask)
-        features.update(self._features({b: v for b, v in given.items() if b not in features}))
-        return {b: self.heads[b](features[b]) for b in self.branches if b in features}, seen
+        pooled, located = self._features({b: v for b, v in given.items() if b not in features})
+        features.update(pooled)
+        return {b: self.heads[b](features[b]) for b in self.branches if b in features}, seen, located
 
-    def _features(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Pooled features by branch; one `[nB, C, S, S]` pass where the backbone is shared."""
-        if not views or not self.shared:
-            return {b: self.backbone_of(b)(v) for b, v in views.items()}
-        return dict(zip(views, self.backbone(torch.cat(list(views.values()))).split([v.shape[0] for v in views.values()])))
+    def _features(self, views: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], FoundBoxes | None]:
+        """Pooled features by branch, one `[nB, C, S, S]` pass where the backbone is shared; and the box head's boxes."""
+        groups = [list(views)] if self.shared else [[b] for b in views]
+        pooled: dict[str, Tensor] = {}
+        located = None
+        for names in groups if views else []:
+            backbone: Any = self.backbone_of(names[0])
+            x, sizes = torch.cat([views[b] for b in names]), [views[b].shape[0] for b in names]
+            if self.box_head is None or "full" not in names:
+                features = backbone(x)
+            else:
+                maps = backbone.forward_features(x)
+                features = backbone.forward_head(maps)
+                located = self.box_head(feature_map(backbone, maps.split(sizes)[names.index("full")], views["full"]))
+            pooled.update(zip(names, features.split(sizes)))
+        return pooled, located
 
     def _masked_features(self, given: Mapping[str, Tensor], mask: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         """fg features of the object in the whole image; late masking has those of `full` from the same pass."""
@@ -250,6 +280,8 @@ class L2R2(nn.Module):
 
     def _check_views(self, spec: ViewSpec) -> None:
         """Whether the backbone can be masked as the spec says."""
+        if self.box_head is not None and ("full" not in self.branches or spec.fg in IN_NETWORK):
+            raise L2R2Error(f'A box head needs a full branch and an fg that is cut out, not fg "{spec.fg}" of {self.branches}.')
         if spec.fg == "parts":
             raise L2R2Error('fg "parts" belongs to the ifam models, which find the parts of an object; choose another kind.')
         if "fg" in self.branches and spec.fg == "tokens":
@@ -261,7 +293,7 @@ class L2R2(nn.Module):
         """The keyword arguments that build this model again, besides the classes: what a checkpoint's config keeps."""
         views = self.view_spec.to_dict()
         ours = {"branches": list(self.branches), "shared": self.shared, "fusion": self.fusion.config(), "views": views}
-        return {**self.backbone_kwargs, **ours}
+        return {**self.backbone_kwargs, **ours, **({} if self.box_head is None else {"box_head": True})}
 
     def backbone_of(self, branch: str) -> nn.Module:
         """The backbone that sees a branch's view."""
@@ -288,7 +320,7 @@ class L2R2(nn.Module):
     def prune_intermediate_layers(self, indices: Any = 1, prune_norm: bool = False, prune_head: bool = True) -> Any:
         if prune_head:
             self.heads = nn.ModuleDict({b: nn.Identity() for b in self.branches})
-            self.branch_backbones = nn.ModuleDict()
+            self.branch_backbones, self.box_head = nn.ModuleDict(), None
         return self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
 
     @torch.jit.ignore
