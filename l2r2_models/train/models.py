@@ -34,6 +34,7 @@ def create_model(recipe: Recipe, num_classes: int) -> L2R2:
     options: dict[str, Any] = dict(
         num_classes=num_classes, branches=list(recipe.branches), shared=recipe.shared, fusion=recipe.fusion_config(), **backbone
     )
+    options.update(recipe.backbone or {})
     options.update({key: rate for key, rate in (("drop_rate", recipe.drop), ("drop_path_rate", recipe.drop_path)) if rate})
     if recipe.num_parts is not None:
         if not architecture.startswith(PARTS):

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -33,6 +33,7 @@ class Recipe:
     Attributes:
         model: registered architecture, with or without a tag; or a timm backbone for the generic model as `timm:NAME`.
         pretrained: start from the tag's weights (downloaded once by timm) instead of random ones.
+        backbone: more arguments of the timm backbone, e.g. `{patch_size: 8, depth: 6}` for a small ViT from scratch.
         branches, shared, fusion, threshold: see `L2R2`; `threshold` is that of the `robust` fusion.
         drop, drop_path: dropout before the heads; stochastic depth in the backbone (arXiv 1603.09382), where timm has it.
         grad_checkpointing: compute activations again in the backward pass instead of keeping them; less memory.
@@ -70,6 +71,7 @@ class Recipe:
 
     model: str
     pretrained: bool = True
+    backbone: dict[str, Any] | None = None
     branches: tuple[str, ...] = ("full", "fg")
     shared: bool = True
     fusion: str = "robust"
@@ -298,6 +300,10 @@ def _as_kind(name: str, value: Any, kind: Any) -> Any:
         raise L2R2Error(f"{name} must be a list of names, got {value!r}.")
     if type(None) in options:
         return None if value is None else _as_kind(name, value, options[0])
+    if get_origin(kind) is dict:
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            return value
+        raise L2R2Error(f"{name} must be a mapping of names to values, got {value!r}.")
     if kind is str and isinstance(value, str):
         return value
     if kind is bool and isinstance(value, bool):
