@@ -161,6 +161,25 @@ def test_rows_that_an_ensembles_other_run_was_trained_on_warn(own_run, dataset, 
     assert "1 of the 12 images of test were trained on" in evaluate_run(own_run, dataset, "test", others=[other]).warnings[0]
 
 
+def test_fitting_on_rows_that_one_of_the_runs_was_trained_on_warns(own_run, dataset, tmp_path):
+    other = write_run(tmp_path / "other", seed=1)
+    (other / "run.json").write_text(json.dumps({"train_files": [f"images/val_00{i}.png" for i in range(4)]}))
+    (warning,) = evaluate_run(own_run, dataset, "test", fit_split="val", others=[other]).warnings
+    assert warning == f"{other}: 4 of the 12 images of val were trained on; what is fitted on them will trust this run too much."
+    assert evaluate_run(own_run, dataset, "test", fit_split="val").warnings == ()
+
+
+def test_mistakes_of_the_command_show_before_the_network_runs(own_run, dataset, tmp_path):
+    passes = []
+    count = lambda batches, total: passes.append(total) or batches  # noqa: E731
+    for options in ({"group": "weather"}, {"fit_split": "dev"}, {"prior": "label"}):
+        with pytest.raises(L2R2Error):
+            judge_run(own_run, dataset, "test", progress=count, **options)
+    with pytest.raises(L2R2Error, match="has only the branch full, so there is no fusion to fit on val"):
+        judge_run(write_run(tmp_path / "plain", branches=("full",)), dataset, "test", fit_split="val", progress=count)
+    assert passes == []
+
+
 def test_classes_that_do_not_occur_are_said_and_not_counted(own_run, dataset):
     relabel(dataset, "test", lambda i, label: "red" if label == "blue" else label)
     judged = judge_run(own_run, dataset, "test")

@@ -151,37 +151,41 @@ def judge_run(
     for other, source in zip(runs[1:], others):
         _check_labels(runs[0], other, source)
     table = read_table(data, metadata=metadata, boxes=boxes)
+    splits = {name: rows_of(run, table, name) for name in (split, fit_split) if name}
+    for name, rows in splits.items():  # all that can be wrong is said before the network runs
+        _check_classes(runs[0], rows, name)
+    if group:
+        splits[split].column(group)
+    correct = _prior(run, table, runs[0].labels, prior) if prior else None
+    branches = runs[0].model.branches
+    if fit_split and not ("fg" in branches and len(branches) > 1):
+        raise L2R2Error(f"{run}: has only the branch {', '.join(branches)}, so there is no fusion to fit on {fit_split}.")
 
     def said(name: str) -> list[BranchLogits]:
         """What each run says of a split; all of them of the images that the first one could use."""
-        rows = rows_of(run, table, name)
-        _check_classes(runs[0], rows, name)
         parts: list[BranchLogits] = []
         for checkpoint, source in zip(runs, (run, *others)):
             store = Path(source) / LOGITS if Path(source).is_dir() else None
-            usable = parts[0].table if parts else rows
+            usable = parts[0].table if parts else splits[name]
             parts.append(branch_logits(checkpoint, usable, store, skip_bad=skip_bad, progress=progress))
         return parts
 
     judged, held_out = said(split), said(fit_split) if fit_split else None
-    fusions = _fusions(runs[0], judged[0], held_out[0] if held_out else None, fit_split)
-    correct = _prior(run, table, runs[0].labels, prior) if prior else None
+    fusions = _fusions(runs[0], judged[0], held_out[0] if held_out else None)
     outputs = _outputs(runs, judged, fusions, correct, prior)
     temperatures = {}
     if held_out:
         fitting = _outputs(runs, held_out, fusions, correct, prior)
         temperatures = {name: fit_temperature(z, held_out[0].labels) for name, z in fitting.items()}
     rows = judged[0].table
-    warnings = tuple(w for source in (run, *others) for w in warnings_of(source, rows, split, "say nothing about new images"))
-    if not judged[0].has_fg.any() and "fg" in judged[0].logits:
-        warnings += (f"no object was found in any image of {split}; give --boxes if the boxes are in a file.",)
-    groups = tuple(rows.column(group)) if group else None
-    notes = _left_out(judged[0], split) + _left_out(held_out[0], fit_split) if held_out else _left_out(judged[0], split)
-    notes += _classes_seen(judged[0], runs[0].labels, split)
     bad = {**judged[0].bad, **(held_out[0].bad if held_out else {})}
+    warnings = _warnings((run, *others), judged[0], split)
+    if fit_split:
+        warnings += _fitted_on_seen((run, *others), splits[fit_split], fit_split)
+    notes = tuple(note for part, name in zip((judged, held_out), (split, fit_split)) if part for note in _left_out(part[0], name))
     return Judged(
         runs[0], split, fit_split, tuple(runs[0].labels), replace(judged[0], bad=bad), outputs, fusions, temperatures,
-        group, groups, tuple(dict.fromkeys(warnings)), notes,
+        group, tuple(rows.column(group)) if group else None, warnings, notes + _classes_seen(judged[0], runs[0].labels, split),
     )  # fmt: skip
 
 
@@ -219,11 +223,8 @@ def can_fuse(data: BranchLogits) -> bool:
     return "fg" in data.logits and len(data.logits) > 1
 
 
-def _fusions(checkpoint: Checkpoint, judged: BranchLogits, held_out: BranchLogits | None, name: str | None) -> dict[str, Fusion]:
+def _fusions(checkpoint: Checkpoint, judged: BranchLogits, held_out: BranchLogits | None) -> dict[str, Fusion]:
     """All fusions fitted on the held-out rows, or those that need no fitting."""
-    if held_out is not None and not can_fuse(judged):
-        branches = ", ".join(judged.logits)
-        raise L2R2Error(f"{checkpoint.name}: has only the branch {branches}, so there is no fusion to fit on {name}.")
     if held_out is not None:
         return {name: fitted.fusion for name, fitted in sorted(fit(held_out).items())}
     if not can_fuse(judged):
@@ -289,6 +290,26 @@ def _check_classes(checkpoint: Checkpoint, rows: ImageTable, split: str) -> None
             f"{rows.root}: {sum(unknown.values())} of the {len(rows)} images of {split} show what {checkpoint.name} was not "
             f"trained on: {names}; take them out of the split, or train with these classes."
         )
+
+
+def _warnings(sources: Sequence[Path | str], judged: BranchLogits, split: str) -> tuple[str, ...]:
+    """Rows judged by that a run was trained or fitted on, and boxes that nobody found."""
+    found = list(warnings_of(sources[0], judged.table, split, "say nothing about new images"))
+    for other in sources[1:]:
+        found += [f"{other}: {w}" for w in warnings_of(other, judged.table, split, "say nothing about new images")]
+    if not judged.has_fg.any() and "fg" in judged.logits:
+        found.append(f"no object was found in any image of {split}; give --boxes if the boxes are in a file.")
+    return tuple(found)
+
+
+def _fitted_on_seen(sources: Sequence[Path | str], rows: ImageTable, split: str) -> tuple[str, ...]:
+    """Rows to fit on that a run was trained on: with `--val-fraction`, another seed holds other rows out."""
+    found = []
+    for source in sources:
+        if seen := len(set(rows.names()) & set(record_of(source).get("train_files", []))):
+            count = f"{seen} of the {len(rows)} images of {split} were trained on"
+            found.append(f"{source}: {count}; what is fitted on them will trust this run too much.")
+    return tuple(found)
 
 
 def _left_out(data: BranchLogits, split: str | None) -> tuple[str, ...]:

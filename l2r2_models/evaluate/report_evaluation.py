@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.dataset import sample_of
 from ..errors import L2R2Error
 from .judge import OWN, Evaluation, Judged
-from .metrics import bootstrap_interval, most_confused
+from .metrics import bootstrap_interval
 from .report import Cell, Picture, Section, gallery, percent, table, write_page
 from .report_figures import bars_by_group, confusion, reliability_diagram
 
@@ -143,8 +143,10 @@ def _classes(judged: Judged, result: Evaluation) -> Section:
     occurring = sorted((k for k, n in enumerate(counts) if n), key=lambda k: (found[result.labels[k]], result.labels[k]))
     rows: list[list[Cell]] = []
     for k in occurring[:MOST_CLASSES]:
-        taken = most_confused(matrix * (torch.arange(len(matrix)) == k)[:, None], 2)
-        wrong = ", ".join(f"{result.labels[j]} ({n})" for _, j, n in taken)
+        mistakes = matrix[k].clone()
+        mistakes[k] = 0
+        taken = mistakes.argsort(descending=True, stable=True)[:2].tolist()
+        wrong = ", ".join(f"{result.labels[j]} ({mistakes[j]})" for j in taken if mistakes[j])
         recall = [percent(result.rows[name]["recall"][result.labels[k]]) for name in judged.own]
         rows.append([result.labels[k], str(counts[k]), *recall, *([str(without[k] or "")] if any(without) else []), wrong])
     head = ["class", "images", *judged.own, *(["no object found"] if any(without) else []), f"taken for, by {judged.answer}"]

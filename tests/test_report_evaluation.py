@@ -1,0 +1,111 @@
+"""The page of `l2r2 evaluate --report`: what it says is what the figures say, and the disagreements are the right ones."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import write_dataset, write_run
+from test_report import EVIL, Page
+
+from l2r2_models.evaluate.judge import evaluation_of, judge_run
+from l2r2_models.evaluate.report_evaluation import write_evaluation
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """24 images of red, green, blue in turn; what the branches say of them is set by the tests."""
+    folder = tmp_path_factory.mktemp("judged")
+    data = write_dataset(folder / "data", 24, splits=("test",))
+    return judge_run(write_run(folder / "run"), data, "test", group="label")
+
+
+def saying(judged, **answers):
+    """Every output given by its answers [N] and how sure it is of them [N] (or one number)."""
+    outputs = {}
+    for name, (answer, sure) in answers.items():
+        logits = torch.full((24, 3), 0.0)
+        sure = torch.as_tensor(sure, dtype=torch.float).expand(24)
+        logits[torch.arange(24), answer] = (2 * sure / (1 - sure)).log()
+        outputs["fused: robust" if name == "fused" else name] = logits
+    return replace(judged, outputs=outputs)
+
+
+def page_of(judged, tmp_path):
+    write_evaluation(tmp_path / "r.html", judged, evaluation_of(judged))
+    return Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+
+
+def cards(page):
+    return re.findall(r"images/test_(\d+)\.png", page.words)
+
+
+def test_the_disagreements_are_those_and_the_surest_come_first(judged, tmp_path):
+    truth = judged.data.labels
+    wrong = (truth + 1) % 3
+    fused, full = truth.clone(), truth.clone()
+    fused[[3, 7, 8]] = wrong[[3, 7, 8]]  # lost: fg is right
+    full[[0, 1, 5]] = wrong[[0, 1, 5]]  # won: full is wrong, the fusion right
+    both = truth.clone()
+    full[11] = fused[11] = both[11] = wrong[11]  # wrong throughout: no disagreement
+    sure = torch.full((24,), 0.6)
+    sure[[7, 3, 8]], sure[[5, 0, 1]] = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0.95, 0.85, 0.75])
+    page = page_of(saying(judged, full=(full, sure), fg=(both, 0.5), fused=(fused, sure)), tmp_path)
+    lost, won = page.words.index("Wrong, though a branch was right"), page.words.rindex("Right, though a branch was wrong")
+    assert cards(page) == ["007", "003", "008", "005", "000", "001"] and lost < page.words.index("test_007") < won
+    assert len(page.images) == 6 and "3 images, 3 of them shown" in page.words
+    card = page.words[page.words.index("test_007") - 100 : page.words.index("test_007")]
+    labels = [judged.labels[int(i[7])] for i in (truth, full, fused)]
+    assert [f"✓ {labels[0]} 50\xa0%" in card, f"✗ {labels[2]} 90\xa0%" in card] == [True, True]
+
+
+def test_a_failure_seen_often_does_not_fill_the_gallery(judged, tmp_path):
+    truth = judged.data.labels
+    wrong = (truth + 1) % 3
+    page = page_of(saying(judged, full=(truth, 0.5), fg=(truth, 0.5), fused=(wrong, 0.9)), tmp_path)
+    assert len(cards(page)) == 6 and "24 images, 6 of them shown" in page.words
+
+
+def test_the_lead_says_what_can_be_said_and_no_more(judged, tmp_path):
+    truth = judged.data.labels
+    wrong = (truth + 1) % 3
+    bad, one = wrong.clone(), wrong.clone()
+    bad[:2], one[:3] = truth[:2], truth[:3]
+    page = page_of(saying(judged, full=(bad, 0.5), fg=(truth, 0.5), fused=(one, 0.5)), tmp_path)
+    assert "The fused answer (robust) is right in 12.5 % of 24 images" in page.words
+    assert "too close to tell from these images" in page.words  # three images against two
+    assert "The object alone would be right more often, by +75.0 to +100.0 points." in page.words
+    page = page_of(saying(judged, full=(bad, 0.5), fg=(truth, 0.5), fused=(truth, 0.5)), tmp_path)
+    assert "That is +91.7 points" in page.words and "too close" not in page.words and "would be right" not in page.words
+    assert "No branch" not in page.words
+
+
+def test_images_without_an_object_are_shown_wrong_ones_first(judged, tmp_path):
+    truth = judged.data.labels
+    answers = truth.clone()
+    answers[4] = (truth[4] + 1) % 3
+    has_fg = torch.ones(24, dtype=torch.bool)
+    has_fg[[2, 4]] = False
+    said = saying(judged, **dict.fromkeys(("full", "fg", "fused"), (answers, 0.5)))
+    page = page_of(replace(said, data=replace(said.data, has_fg=has_fg)), tmp_path)
+    assert "In 2 of 24 images; 50.0 % of them are answered right, against 100.0 % of the others." in page.words
+    assert cards(page) == ["004", "002"] and "No branch and the fused answer (robust) ever disagree" in page.words
+    assert "no object found" in page.words
+
+
+def test_names_of_classes_and_groups_are_escaped(judged, tmp_path):
+    odd = replace(judged, labels=(EVIL, "green", "red"), groups=(EVIL,) * 24, group=EVIL)
+    page = page_of(odd, tmp_path)
+    assert "script" not in page.tags and page.words.count(EVIL) > 10
+    assert all(address.startswith(("data:image/jpeg;base64,", "#")) for address in page.addresses)
+
+
+def test_temperatures_that_do_harm_are_called_so(judged, tmp_path):
+    truth = judged.data.labels
+    answers = (truth + (torch.arange(24) % 2)) % 3  # half of them right, and half sure: ECE about 0
+    said = saying(judged, **dict.fromkeys(("full", "fg", "fused"), (answers, 0.5)))
+    harmed = replace(said, fitted_on="val", temperatures=dict.fromkeys(said.outputs, 0.1))
+    assert "worse here: test is not like val" in page_of(harmed, tmp_path).words
+    unchanged = replace(said, fitted_on="val", temperatures=dict.fromkeys(said.outputs, 1.0))
+    assert "worse here" not in page_of(unchanged, tmp_path).words
+    assert "With --fit-split" in page_of(said, tmp_path).words
