@@ -60,6 +60,9 @@ def finetune(
     margin: Annotated[
         Optional[float], typer.Option(help="Margin around the box, relative to its side.", show_default="0")
     ] = None,
+    box_head: Annotated[
+        Optional[bool], typer.Option("--box-head", help="Also learn to find the box: the model then needs no detector.")
+    ] = None,
     size: Annotated[Optional[int], typer.Option(help="Side of a view in pixels.", show_default="the model's")] = None,
     box_threshold: Annotated[
         Optional[float], typer.Option(help="Boxes with a lower score are not used.", show_default="0.2")
@@ -96,6 +99,7 @@ def finetune(
         margin=margin, size=size, box_threshold=box_threshold, epochs=epochs, batch_size=batch_size, lr=lr,
         weight_decay=weight_decay, label_smoothing=label_smoothing, box_jitter=box_jitter, seed=seed, workers=workers,
         val_fraction=val_fraction, val_group=val_group, val_from=val_from, background_swap=background_swap, occlusion=occlusion,
+        box_head=box_head,
     )  # fmt: skip
     changes = {key: value for key, value in flags.items() if value is not None}
     more = parse_settings(settings or [])

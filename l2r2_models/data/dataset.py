@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..boxes import Detections
+from ..boxes import Detections, ViewMap
 from ..errors import L2R2Error
 from ..images import image_tensor, load_image, load_mask
 from ..views import ViewSpec, make_views
@@ -137,6 +137,7 @@ class ViewDataset(Dataset):
         background_swap: probability that an item's object is laid on the object-free background of another random image of the
             table (of any class), before `augment`. Rows without an object stay as they are.
         box_threshold: see `sample_of`.
+        locate: also give `box` `[4]`, where the object is in the full view, xyxy as parts of its sides; NaN where nowhere.
         seed: of every draw.
 
     Raises:
@@ -153,6 +154,7 @@ class ViewDataset(Dataset):
         augment: Augment | None = None,
         background_swap: float = 0.0,
         box_threshold: float = 0.0,
+        locate: bool = False,
         seed: int = 0,
     ) -> None:
         index = {label: i for i, label in enumerate(classes)}
@@ -162,7 +164,7 @@ class ViewDataset(Dataset):
             raise L2R2Error(f"{table.root}: label {unknown[0]} does not occur in training.")
         self.rows, self.spec, self.branches, self.augment = table.rows, spec, tuple(branches), augment
         self.targets = [index[str(row.label)] for row in table.rows]
-        self.box_threshold, self.seed, self.epoch = box_threshold, seed, 0
+        self.box_threshold, self.locate, self.seed, self.epoch = box_threshold, locate, seed, 0
         self.background_swap = background_swap
         self.donors = [row for row in table.rows if row.may_have_object(box_threshold)] if background_swap else []
         if background_swap and len({row.path for row in self.donors}) < 2:
@@ -186,7 +188,14 @@ class ViewDataset(Dataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         sample = self._sample(i)
         views = make_views([sample.pixels], sample.box[None], self.spec, branches=self.branches, masks=[sample.mask])
-        return {**{name: value[0] for name, value in views.inputs().items()}, "labels": self.targets[i]}
+        item = {**{name: value[0] for name, value in views.inputs().items()}, "labels": self.targets[i]}
+        return {**item, "box": self._in_full_view(sample)} if self.locate else item
+
+    def _in_full_view(self, sample: Sample) -> Tensor:
+        height, width = sample.pixels.shape[:2]
+        view = ViewMap((0, 0, width, height), (1, 1), self.spec.square)
+        (window,), (found,) = Detections(sample.box[None], torch.ones(1), (height, width)).windows()
+        return view.boxes_to_view(window.float()) if found else torch.full((4,), float("nan"))
 
     def _sample(self, i: int) -> Sample:
         row, of_item = self.rows[i], (self.seed, self.epoch, i)

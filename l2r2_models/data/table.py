@@ -8,7 +8,7 @@ import os
 import posixpath
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,11 @@ class Row:
 
 @dataclass(frozen=True)
 class ImageTable:
-    """Images of one data set in a fixed order."""
+    """Images of one data set in a fixed order; `boxes_from` is the `BoxTable.info` of the file that their boxes are of."""
 
     root: Path
     rows: tuple[Row, ...]
+    boxes_from: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -135,10 +136,12 @@ def read_table(
         hint = f"; a data set of the Hub is {PREFIX}ORG/NAME" if len(root.parts) == 2 and not root.is_absolute() else ""
         raise L2R2Error(f"{root}: no such folder{hint}.")
     rows = _rows_of(root, Path(metadata) if metadata else _metadata_in(root), missing_ok)
+    info: dict[str, Any] = {}
     if boxes is not None:
-        joined = read_boxes(boxes).join(row.path for row in rows)
+        found = read_boxes(boxes)
+        joined, info = found.join(row.path for row in rows), found.info
         rows = [replace(row, entry=joined.get(str(row.path))) for row in rows]
-    return ImageTable(root, tuple(_distinct(_by_object(rows), str(boxes or root))))
+    return ImageTable(root, tuple(_distinct(_by_object(rows), str(boxes or root))), info)
 
 
 def _distinct(rows: list[Row], source: str) -> list[Row]:

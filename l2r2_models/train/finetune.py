@@ -118,7 +118,7 @@ def finetune(
         "val_files": val.names() if val else [],
         "metrics": trained.metrics,
     }
-    processes.on_first(lambda: _finish(out, model, classes, settings, record))
+    processes.on_first(lambda: _finish(out, recipe, model, classes, settings, record))
     return Result(out, trained.metrics, len(train), with_box, check.bad, notes=tuple(record["notes"]))
 
 
@@ -137,6 +137,8 @@ def _plan(
     """Training and validation rows, and what makes this run this one."""
     train, val = _split(table, train_split, val_split, recipe)
     about = {"train": rows_digest(train), "images": len(train), "classes": list(train.classes())}
+    if table.boxes_from:
+        about["boxes_from"] = table.boxes_from
     if recipe.best_metric != NO_METRIC:
         if val is None:
             raise L2R2Error(
@@ -165,8 +167,19 @@ def _begin(out: Path, recipe: Recipe, settings: dict[str, Any], overwrite: bool)
     write_text(out / RECIPE, recipe.to_yaml())
 
 
-def _finish(out: Path, model: L2R2, classes: Sequence[str], settings: dict[str, Any], record: dict[str, Any]) -> None:
-    save_checkpoint(model, out, classes, settings)
+def _localizer(recipe: Recipe, boxes_from: dict[str, Any]) -> dict[str, Any]:
+    """What finds the boxes that the model is meant for: its own head, or what made the box file."""
+    spec = "head" if recipe.box_head else boxes_from.get("localizer")
+    return {} if spec is None else {"spec": spec, **({"oracle": True} if boxes_from.get("oracle") else {})}
+
+
+def _finish(
+    out: Path, recipe: Recipe, model: L2R2, classes: Sequence[str], settings: dict[str, Any], record: dict[str, Any]
+) -> None:
+    try:
+        save_checkpoint(model, out, classes, settings, localizer=_localizer(recipe, settings["data"].get("boxes_from", {})))
+    except OSError as error:
+        raise L2R2Error(f"{out}: cannot be written ({error.strerror or error}); the same call again finishes the run.") from error
     write_json(out / RUN, record)  # last: it says that the run is finished
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..box_head import box_losses
 from ..ifam import IFAM
 from ..model import BRANCHES, L2R2
 from ..parts import PartWeights, part_losses
@@ -60,6 +61,7 @@ class BranchLoss(nn.Module):
         fg: Tensor | None = None,
         bg: Tensor | None = None,
         mask: Tensor | None = None,
+        box: Tensor | None = None,
         counts: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Views `[B, C, S, S]`, labels `[B]` -> loss, and the logits `[B, classes]` by branch and fused.
@@ -69,6 +71,7 @@ class BranchLoss(nn.Module):
         Args:
             labels, has_fg: `[B]`.
             full, fg, bg, mask: the views of the branches, see `L2R2.forward_views`.
+            box: `[B, 4]`, what the model's box head should find, see `ViewDataset`; its loss is added, see `box_losses`.
             counts: `[2]`, what to divide the sums over rows and over rows with an object by, where this is a part of a batch;
                 None: by how many there are here.
         """
@@ -85,8 +88,11 @@ class BranchLoss(nn.Module):
         logits = {branch: z.float() for branch, z in out.branches().items()}  # float32 under autocast too
         losses = []
         for branch, z in logits.items():
-            count = rows[branch].sum().clamp(min=1) if counts is None else counts[0 if branch == "full" else 1]
+            count = _count(rows[branch], counts, 0 if branch == "full" else 1)
             losses.append(self._sum(z, targets[branch], rows[branch]) / count)
+        if box is not None and out.located is not None:
+            of_box, of_object = box_losses(out.located, box)
+            losses += [of_box.sum() / _count(has_fg, counts, 1), of_object.sum() / _count(torch.ones_like(has_fg), counts, 0)]
         if self.training and isinstance(self.model, IFAM) and out.parts is not None:
             terms = part_losses(out.parts, self.part_weights, views["full"], self.model.find_parts)
             part_of_batch = 1 if counts is None else len(labels) / counts[0]
@@ -98,3 +104,8 @@ class BranchLoss(nn.Module):
     def _sum(self, logits: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
         each = nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
         return (each * rows).sum()
+
+
+def _count(rows: Tensor, counts: Tensor | None, which: int) -> Tensor:
+    """What a sum over rows is divided by."""
+    return rows.sum().clamp(min=1) if counts is None else counts[which]

@@ -36,6 +36,10 @@ def create_model(recipe: Recipe, num_classes: int) -> L2R2:
     )
     options.update(recipe.backbone or {})
     options.update({key: rate for key, rate in (("drop_rate", recipe.drop), ("drop_path_rate", recipe.drop_path)) if rate})
+    if recipe.box_head:
+        if architecture.startswith(PARTS):
+            raise L2R2Error(f"{recipe.model} finds its object itself; a box head belongs to models that cut fg out.")
+        options["box_head"] = True
     if recipe.num_parts is not None:
         if not architecture.startswith(PARTS):
             raise L2R2Error(f"num_parts belongs to the ifam models, not to {recipe.model}.")

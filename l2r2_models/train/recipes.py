@@ -36,6 +36,7 @@ class Recipe:
         backbone: more arguments of the timm backbone, e.g. `{patch_size: 8, depth: 6}` for a small ViT from scratch.
         branches, shared, fusion, threshold: see `L2R2`; `threshold` is that of the `robust` fusion.
         drop, drop_path: dropout before the heads; stochastic depth in the backbone (arXiv 1603.09382), where timm has it.
+        box_head: also train a head that finds the object's box, from the boxes of the rows; rows without one are its negatives.
         grad_checkpointing: compute activations again in the backward pass instead of keeping them; less memory.
         fg, margin, late_stage, late_pool, coverage, size: see `ViewSpec`; fg None is the model's own kind, size None its own
             input size.
@@ -78,6 +79,7 @@ class Recipe:
     threshold: float | None = None
     drop: float = 0.0
     drop_path: float = 0.0
+    box_head: bool = False
     grad_checkpointing: bool = False
     # views and rows
     fg: str | None = None
@@ -140,6 +142,8 @@ class Recipe:
         if self.grad_accumulation > self.batch_size:
             raise L2R2Error(f"grad_accumulation {self.grad_accumulation} is more than the {self.batch_size} rows of a batch.")
         self._check_best()
+        if self.box_head and (self.mixup or self.cutmix):
+            raise L2R2Error("mixup and cutmix mix images, but not the boxes that a box head learns from; leave one of both out.")
         self.augment()
         self.part_weights()
         if self.fusion in FUSIONS and FUSIONS[self.fusion].needs_fit:

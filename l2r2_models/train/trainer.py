@@ -212,7 +212,9 @@ def _run(trainer: BranchTrainer, checkpoint: str | None) -> Trained:
 def _trainer(
     model: L2R2, recipe: Recipe, train: ImageTable, val: ImageTable | None, classes: tuple[str, ...], out: Path
 ) -> BranchTrainer:
-    common: dict[str, Any] = dict(spec=model.view_spec, branches=model.branches, box_threshold=recipe.box_threshold)
+    common: dict[str, Any] = dict(
+        spec=model.view_spec, branches=model.branches, box_threshold=recipe.box_threshold, locate=recipe.box_head
+    )
     rows = ViewDataset(
         train, classes, augment=recipe.augment(), background_swap=recipe.background_swap, seed=recipe.seed, **common
     )

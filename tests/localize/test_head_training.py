@@ -1,0 +1,86 @@
+"""`finetune --box-head`: trained with the branches, kept in the run, used by predict and localize."""
+
+import json
+
+import pytest
+import torch
+from conftest import write_dataset
+from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
+
+from l2r2_models import L2R2Error, ViewSpec, hub
+from l2r2_models.box_head import BoxHead
+from l2r2_models.boxes import ViewMap
+from l2r2_models.data.augment import Augment
+from l2r2_models.data.dataset import ViewDataset, read_table
+from l2r2_models.train.losses import BranchLoss
+from l2r2_models.train.recipes import Recipe
+
+CLASSES = ("blue", "green", "red")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run with a box head: few steps, so it has learned next to nothing; everything else is as with a good one."""
+    from l2r2_models.train.finetune import finetune
+
+    folder = tmp_path_factory.mktemp("head")
+    data = write_dataset(folder / "data", splits=("train", "test"))
+    recipe = Recipe.default("timm:resnet10t", False, size=32, epochs=2, batch_size=6, box_head=True)
+    finetune(data, recipe, folder / "run")
+    return folder
+
+
+def test_items_say_where_the_object_is_in_the_full_view(dataset):
+    table = read_table(dataset)
+    for square in (True, False):
+        spec = ViewSpec(size=32, square=square)
+        item = ViewDataset(table, CLASSES, spec, ("full", "fg"), locate=True)[0]
+        box = torch.tensor(table.rows[0].entry.boxes[0])
+        back = ViewMap((0, 0, 60, 40), (1, 1), square).boxes_to_image(item["box"])
+        torch.testing.assert_close(back, box, atol=1e-4, rtol=0)
+    assert "box" not in ViewDataset(table, CLASSES, spec, ("full", "fg"))[0]
+    moved = ViewDataset(table, CLASSES, ViewSpec(size=64), ("full", "fg"), locate=True, augment=Augment(0.5, 0.5, 0.0, 0.0))
+    for i in range(12):  # whatever augmentation did, the square of one colour is inside its box
+        item = moved[i]
+        x0, y0, x1, y1 = (item["box"] * 64).round().int().tolist()
+        inside = item["full"][:, y0 + 2 : y1 - 2, x0 + 2 : x1 - 2]
+        assert inside.flatten(1).std(1).max() < 0.35 < item["full"].flatten(1).std(1).max()
+
+
+def test_rows_without_a_box_are_negatives_and_give_the_box_no_gradient(tmp_path):
+    import timm
+
+    model = timm.create_model("l2r2", backbone="resnet10t", num_classes=3, box_head=True)
+    loss, view = BranchLoss(model), torch.rand(2, 3, 32, 32)
+    batch = dict(labels=torch.tensor([0, 1]), has_fg=torch.zeros(2, dtype=torch.bool), full=view, fg=view)
+    without = loss(**batch)["loss"]
+    negatives = loss(**batch, box=torch.full((2, 4), float("nan")))["loss"]
+    assert negatives > without and negatives - without < 3  # the objectness alone
+    head: BoxHead = model.box_head
+    loss(**batch, box=torch.full((2, 4), float("nan")))["loss"].backward()
+    gradients = head.out.weight.grad[2:]  # centre and size
+    assert gradients.abs().sum() == 0 and head.out.weight.grad[1].abs().sum() > 0
+
+
+def test_the_run_says_what_finds_its_boxes(trained, tmp_path, l2r2):  # noqa: F811
+    checkpoint = hub.load_checkpoint(trained / "run")
+    assert checkpoint.model.box_head is not None and checkpoint.localizer == {"spec": "head"}
+    data = trained / "data"
+    assert l2r2("localize", data, "--localizer", "center?share=0.6", "-o", tmp_path / "boxes.json").returncode == 0
+    arguments = ["--model", "timm:resnet10t", "--no-pretrained", "--size", 32, "--epochs", 1, "--boxes", tmp_path / "boxes.json"]
+    result = l2r2("finetune", data, *arguments, "-o", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    assert hub.load_checkpoint(tmp_path / "run").localizer == {"spec": "center?share=0.6"}
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["boxes_from"]["localizer"] == "center?share=0.6"
+
+
+def test_finetune_learns_a_head_by_its_flag_and_refuses_what_would_mislead_it(l2r2, dataset, tmp_path):  # noqa: F811
+    base = ["finetune", dataset, "--model", "timm:resnet10t", "--no-pretrained", "--size", 32, "--epochs", 1, "--box-head"]
+    assert l2r2(*base, "-o", tmp_path / "run").returncode == 0
+    assert hub.load_checkpoint(tmp_path / "run").model.box_head is not None
+    assert "mixup and cutmix mix images" in sentence(l2r2(*base, "--set", "mixup=0.2", "-o", tmp_path / "mix"))
+    assert "A box head needs a full branch" in sentence(l2r2(*base, "--branches", "fg", "-o", tmp_path / "fg"))
+    with pytest.raises(L2R2Error, match="finds its object itself"):
+        from l2r2_models.train.models import create_model
+
+        create_model(Recipe.default("ifam_vit_small_patch14_reg4_dinov2", False, box_head=True), 3)
