@@ -1,0 +1,81 @@
+"""Recipes: built-in ones, files, overrides, and what a person gets for a slip of the pen."""
+
+import pytest
+
+from l2r2_models import L2R2Error
+from l2r2_models.train.recipes import Recipe, builtin_recipes, parse_settings
+
+
+def test_every_built_in_recipe_is_complete_but_for_the_model():
+    assert builtin_recipes() == ("finetune", "head_only", "scratch")
+    recipes = {name: Recipe.read(name, {"model": "timm:resnet10t"}) for name in builtin_recipes()}
+    assert [recipes[name].pretrained for name in builtin_recipes()] == [True, True, False]
+    assert recipes["head_only"].trainable == "head" and recipes["scratch"].lr > recipes["finetune"].lr
+    with pytest.raises(L2R2Error, match="names no model; give --model"):
+        Recipe.read("finetune")
+
+
+def test_a_saved_recipe_reads_back_as_itself_and_changes_override_it(tmp_path):
+    recipe = Recipe.default("timm:resnet10t", False, branches=("full",), ema=0.99, val_fraction=0.2, val_group="site")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert Recipe.read(tmp_path / "recipe.yaml") == recipe == Recipe.from_dict(recipe.to_dict())
+    assert Recipe.read(tmp_path / "recipe.yaml", {"lr": 0.5}).lr == 0.5
+
+
+def test_settings_are_yaml_and_numbers_may_be_written_as_people_write_them():
+    values = parse_settings(["lr=1e-3", "branches=[full, bg]", "balanced=true", "val_group=a=b", "size=null", "epochs=3.0"])
+    recipe = Recipe.read("scratch", {"model": "m", "val_fraction": 0.1, **values})
+    assert (recipe.lr, recipe.branches, recipe.balanced, recipe.size, recipe.epochs) == (1e-3, ("full", "bg"), True, None, 3)
+    assert recipe.val_group == "a=b" and type(recipe.epochs) is int
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 1}, 'Unknown recipe key "learning_rate"'),
+        ({"epoch": 1}, 'Unknown recipe key "epoch"; close ones: epochs'),
+        ({"epochs": 1.5}, "epochs must be a whole number, got 1.5"),
+        ({"lr": "fast"}, "lr must be a number, got 'fast'"),
+        ({"balanced": 1}, "balanced must be true or false, got 1"),
+        ({"lr": True}, "lr must be a number, got True"),
+        ({"branches": {"full": 1}}, "branches must be a list of names"),
+        ({"optimizer": None}, "optimizer must be a text, got None"),
+        ({"ema": 1}, "ema must be at least 0 and below 1"),
+        ({"layer_decay": 0}, "layer_decay must be above 0"),
+        ({"precision": "int8"}, 'Unknown precision "int8"; choose from fp32, bf16, fp16'),
+        ({"trainable": "neck"}, 'Unknown trainable "neck"; choose from all, head'),
+        ({"best_metric": "loss"}, 'Unknown best_metric "loss"; choose from none, fused_accuracy'),
+        ({"best_metric": "bg_accuracy"}, "needs the branch bg; this model has full, fg"),
+        ({"patience": 3}, "give a best_metric too"),
+        ({"grad_accumulation": 64}, "is more than the 32 rows of a batch"),
+    ],
+)
+def test_slips_are_sentences(changes, message):
+    with pytest.raises(L2R2Error, match=message):
+        Recipe.read("scratch", {"model": "timm:resnet10t", **changes})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a list", "a recipe is a YAML mapping"),
+        ("a: [", "is not YAML"),
+        ("lr: !!python/object/apply:os.getcwd []", "is not YAML"),  # nothing in a recipe is ever run
+        (b"\xff\xfe\x00", "is no recipe that can be read"),
+    ],
+)
+def test_files_that_are_no_recipe_are_sentences(tmp_path, text, message):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(L2R2Error, match=message):
+        Recipe.read(file, {"model": "m"})
+    with pytest.raises(L2R2Error, match="give a YAML file or one of finetune, head_only, scratch"):
+        Recipe.read("fintune", {"model": "m"})
+
+
+@pytest.mark.parametrize(("setting", "message"), [("lr", "takes key=value"), ("=1", "takes key=value"), ("a=[", "is not YAML")])
+def test_settings_that_are_none_are_sentences(setting, message):
+    with pytest.raises(L2R2Error, match=message):
+        parse_settings([setting])
+    with pytest.raises(L2R2Error, match="--set gives lr twice"):
+        parse_settings(["lr=1", "lr=2"])

@@ -1,0 +1,107 @@
+"""A training that is killed continues to the very same weights, with everything that has a state of its own."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from conftest import write_dataset
+from safetensors.torch import load_file
+
+from l2r2_models import L2R2Error
+from l2r2_models.train.finetune import finetune
+from l2r2_models.train.recipes import Recipe
+
+CASES = [
+    {"ema": 0.9, "balanced": True},
+    {"mixup": 0.8, "cutmix": 1.0, "mix_probability": 0.7, "drop": 0.2, "drop_path": 0.2},
+    {"precision": "bf16", "grad_accumulation": 2, "channels_last": True},
+    {"optimizer": "lookahead_lamb", "layer_decay": 0.8, "best_metric": "full_accuracy"},
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("resume") / "data", count=15, splits=("train", "val"))
+
+
+def recipe(**changes):
+    return Recipe.default("timm:resnet10t", False, **{"size": 32, "epochs": 5, "batch_size": 6, **changes})
+
+
+def train_elsewhere(data, recipe, out):
+    """Start the training in a process of its own, which says nothing."""
+    process = os.fork()
+    if process == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            finetune(data, recipe, out)
+        finally:
+            os._exit(0)
+    return process
+
+
+def train_and_kill(data, recipe, out):
+    """Train in a process of its own; SIGKILL as soon as there is a checkpoint."""
+    process = train_elsewhere(data, recipe, out)
+    while not list((out / "checkpoints").glob("checkpoint-*/trainer_state.json")):
+        assert os.waitpid(process, os.WNOHANG) == (0, 0), "it ended before it could be killed"
+        time.sleep(0.002)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    assert not (out / "model.safetensors").exists(), "it finished before it could be killed"
+
+
+def same_weights(one, other):
+    one, other = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case))
+def test_killed_or_not_the_weights_are_the_same(data, tmp_path, case):
+    whole = finetune(data, recipe(**case), tmp_path / "whole")
+    train_and_kill(data, recipe(**case), tmp_path / "killed")
+    result = finetune(data, recipe(**case), tmp_path / "killed")
+    assert same_weights(tmp_path / "whole", tmp_path / "killed")
+    assert result.metrics == whole.metrics
+    record = json.loads((tmp_path / "killed" / "run.json").read_text())
+    assert 1 <= record["epochs"]["before_this_call"] < 5 and record["epochs"]["trained"] == 5
+
+
+def test_every_setting_of_the_cases_does_something(data, tmp_path):
+    """Else the test above would pass for settings that do nothing."""
+    finetune(data, recipe(epochs=1), tmp_path / "plain")
+    settings = {key: value for case in CASES for key, value in case.items() if key not in ("mix_probability", "best_metric")}
+    for key, value in settings.items():
+        finetune(data, recipe(epochs=1, **{key: value}), tmp_path / key)
+        assert not same_weights(tmp_path / "plain", tmp_path / key), key
+
+
+def test_a_stop_for_lack_of_progress_survives_an_interruption(data, tmp_path):
+    """Stopped between the last epoch and the end of the run, the next call trains no further epoch."""
+    stops = recipe(best_metric="full_accuracy", patience=1, epochs=30, lr=1e-6, warmup=0.0)
+    whole = finetune(data, stops, tmp_path / "whole")
+    best = json.loads((tmp_path / "whole" / "run.json").read_text())["best"]
+    assert best["epochs"] < 30 and best["epochs"] - best["epoch"] == 1
+    run = tmp_path / "stopped"
+    process = train_elsewhere(data, stops, run)
+    while not (run / "run.json").exists():
+        time.sleep(0.002)
+    (run / "model.safetensors").mkdir()  # so that the weights cannot be saved at the end
+    os.waitpid(process, 0)
+    (run / "model.safetensors").rmdir()
+    again = finetune(data, stops, run)
+    assert again.metrics == whole.metrics and same_weights(tmp_path / "whole", run)
+    record = json.loads((run / "run.json").read_text())
+    assert record["best"] == best and record["epochs"] == {"trained": best["epochs"], "before_this_call": best["epochs"]}
+
+
+def test_only_what_does_not_change_the_result_may_change_on_the_way(data, tmp_path):
+    train_and_kill(data, recipe(), tmp_path / "run")
+    with pytest.raises(L2R2Error, match="holds a run with another ema"):
+        finetune(data, recipe(ema=0.9), tmp_path / "run")
+    finetune(data, recipe(workers=1, cache=True), tmp_path / "run")
+    finetune(data, recipe(), tmp_path / "whole")
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
