@@ -1,0 +1,401 @@
+"""fg masked inside the network: late features, token masks packed and by keys, masks of every size, the fallback."""
+
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+
+import l2r2_models
+from l2r2_models import L2R2Error, Predictor, ViewSpec, make_views
+from l2r2_models.data.dataset import ViewDataset, read_table
+from l2r2_models.evaluate.logits import branch_logits
+from l2r2_models.hub import load_checkpoint, save_checkpoint
+from l2r2_models.masking import coverage, embed_tokens, kept_patches, patch_grid, run_tokens, token_features
+from l2r2_models.train.finetune import finetune
+from l2r2_models.train.recipes import Recipe
+
+VIT = {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3}
+VITS = {
+    "plain": ("vit_tiny_patch16_224", {}),
+    "registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 56, "init_values": 1.0}),
+    "layer scale": ("vit_tiny_patch16_224", {"init_values": 0.5}),
+    "qk norm": ("vit_tiny_patch16_224", {"qk_norm": True}),
+    "average": ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}),
+    "average beside a class token": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+}
+SIDE = {"registers": 56}
+
+
+def vit(kind, **options):
+    torch.manual_seed(0)
+    name, own = VITS[kind]
+    return timm.create_model(name, num_classes=0, **{**VIT, **own, **options}).eval()
+
+
+def model(backbone="resnet10t", **options):
+    torch.manual_seed(0)
+    return timm.create_model("l2r2", backbone=backbone, num_classes=4, **options).eval()
+
+
+def box_mask(size=64, box=(10, 6, 44, 50)):
+    mask = torch.zeros(1, size, size, dtype=torch.bool)
+    mask[:, box[1] : box[3], box[0] : box[2]] = True
+    return mask
+
+
+# ---- masks on a grid ----
+
+
+def test_coverage_is_the_mean_over_each_patch():
+    mask = torch.rand(2, 48, 32) > 0.4
+    naive = torch.tensor([[[m[r : r + 16, c : c + 16].float().mean() for c in (0, 16)] for r in (0, 16, 32)] for m in mask])
+    assert torch.allclose(coverage(mask.float(), (3, 2)), naive)
+
+
+def test_a_mask_of_another_size_keeps_the_same_patches():
+    small = torch.zeros(1, 4, 4, dtype=torch.bool)
+    small[0, 1:3, 2:] = True
+    large = small.repeat_interleave(24, 1).repeat_interleave(24, 2)
+    for mask in (small, large):
+        assert torch.equal(kept_patches(mask.float(), (4, 4), 0.25), small.flatten(1))
+
+
+def test_the_threshold_is_a_part_of_the_patch_and_nothing_is_never_kept():
+    mask = torch.zeros(1, 32, 32)
+    mask[0, :16, :4] = 1  # a quarter of the first patch
+    assert kept_patches(mask, (2, 2), 0.25).tolist() == [[True, False, False, False]]
+    assert not kept_patches(mask, (2, 2), 0.26).any()
+    assert kept_patches(mask, (2, 2), 0.0).tolist() == [[True, False, False, False]]
+
+
+# ---- tokens ----
+
+
+@pytest.mark.parametrize("kind", VITS)
+def test_packed_and_masked_keys_give_the_same_tokens(kind):
+    backbone, size = vit(kind), SIDE.get(kind, 64)
+    x, side = torch.randn(3, 3, size, size), size // backbone.patch_embed.patch_size[0]
+    keep = torch.rand(3, side * side) < torch.tensor([0.2, 0.6, 1.0])[:, None]
+    keep[0, 0] = True
+    with torch.inference_mode():
+        tokens = embed_tokens(backbone, x)
+        packed, keys = (run_tokens(backbone, tokens, keep, packed=p) for p in (True, False))
+        assert torch.allclose(packed.prefix, keys.prefix, atol=1e-5)
+        assert torch.allclose(packed.patches, keys.patches, atol=1e-5)
+        everything = run_tokens(backbone, tokens, torch.ones_like(keep))
+        assert torch.allclose(torch.cat([everything.prefix, everything.patches], 1), backbone.forward_features(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", VITS)
+def test_all_patches_give_the_whole_image_and_dropped_ones_do_not_matter(kind):
+    backbone, size = vit(kind), SIDE.get(kind, 64)
+    x, mask = torch.randn(2, 3, size, size), torch.zeros(2, size, size)
+    mask[:, : size // 2, : size // 2] = 1  # whole patches
+    with torch.inference_mode():
+        all_of_it, _ = token_features(backbone, x, torch.ones_like(mask), 0.25)
+        assert torch.allclose(all_of_it, backbone(x), atol=1e-5)
+        outside = torch.where(mask[:, None].bool(), x, torch.randn_like(x) * 50)
+        seen, _ = token_features(backbone, x, mask, 0.25)
+        assert torch.allclose(seen, token_features(backbone, outside, mask, 0.25)[0], atol=1e-5)
+        assert not torch.allclose(seen, backbone(x), atol=1e-3)
+
+
+def test_gradients_of_packed_and_masked_keys_agree_in_training():
+    grads = []
+    for packed in (True, False):
+        backbone = vit("plain").train()
+        torch.manual_seed(1)
+        features, _ = token_features(backbone, torch.randn(2, 3, 64, 64), box_mask().float().repeat(2, 1, 1), 0.25, packed=packed)
+        features.square().sum().backward()
+        grads.append([p.grad for p in backbone.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(*grads))
+
+
+def test_one_patch_is_enough():
+    net = model("vit_tiny_patch16_224", fg_kind="tokens", **VIT)
+    out = net.forward_views(torch.randn(1, 3, 64, 64), mask=box_mask(box=(0, 0, 16, 16)))
+    assert out.has_fg.all() and out.fg.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options", "why"),
+    [
+        ("eva02_tiny_patch14_224", {"img_size": 56}, "RoPE"),
+        ("resnet10t", {}, "not one of timm's plain ViTs"),
+        ("deit_tiny_distilled_patch16_224", {"img_size": 64}, "VisionTransformerDistilled"),
+        ("vit_tiny_patch16_224", {**VIT, "global_pool": "max"}, "max"),
+        ("vit_tiny_patch16_224", {**VIT, "patch_drop_rate": 0.5}, "patch_drop_rate"),
+    ],
+)
+def test_backbones_that_cannot_drop_tokens_are_refused_by_name(backbone, options, why):
+    with pytest.raises(L2R2Error, match=rf"{backbone}.*{why}"):
+        model(backbone, fg_kind="tokens", **options)
+    net = model(backbone, **{k: v for k, v in options.items() if k != "patch_drop_rate"})
+    if why != "patch_drop_rate":
+        with pytest.raises(L2R2Error, match=backbone):
+            net.view_spec = replace(net.view_spec, fg="tokens")
+
+
+def test_blocks_of_another_kind_are_refused():
+    net = model("vit_tiny_patch16_224", fg_kind="tokens", **VIT, block_fn=timm.models.vision_transformer.ParallelScalingBlock)
+    with pytest.raises(L2R2Error, match="ParallelScalingBlock"):
+        net.forward_views(torch.randn(1, 3, 64, 64), mask=box_mask())
+
+
+def test_a_side_that_is_no_multiple_of_the_patch_is_named():
+    net = model("vit_tiny_patch16_224", fg_kind="tokens", **{**VIT, "dynamic_img_size": True})
+    with pytest.raises(L2R2Error, match=r"70 pixels .* multiple of 16, e.g. 80"):
+        net.forward_views(torch.randn(1, 3, 70, 70), mask=box_mask(70))
+    assert patch_grid(net.backbone, 96, 48) == (6, 3)
+    assert net.forward_views(torch.randn(1, 3, 96, 48), mask=torch.ones(1, 96, 48)).fg.shape == (1, 4)
+
+
+# ---- late ----
+
+LATE = {
+    "resnet10t": {}, "convnextv2_atto": {}, "efficientnet_b0": {},
+    "swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 2, "embed_dim": 24, "depths": (1, 1, 1, 1)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["last", "before_last"])
+@pytest.mark.parametrize("backbone", LATE)
+def test_late_masking_by_hand(backbone, stage):
+    """Against the features of the stages, computed one after the other."""
+    net = model(backbone, fg_kind="late", **LATE[backbone])
+    net.view_spec = replace(net.view_spec, late_stage=stage, late_pool="mask")
+    x, mask = torch.randn(2, 3, 64, 64), box_mask().repeat(2, 1, 1)
+    seen = []
+    with torch.inference_mode():
+        whole = net.forward_views(full=x)
+        handle = net.backbone.register_forward_hook(lambda *_: seen.append("pass"))
+        out = net.forward_views(x, mask=mask)
+        handle.remove()
+        assert torch.allclose(out.full, whole.full, atol=1e-5)
+        everything = net.forward_views(x, mask=torch.ones(2, 64, 64))
+        assert torch.allclose(everything.fg, net.forward_branches(fg=x)["fg"], atol=1e-5)
+        if stage == "last":
+            features = net.backbone.forward_features(x)
+            if getattr(net.backbone, "output_fmt", "NCHW") == "NHWC":
+                features = features.permute(0, 3, 1, 2)
+            weights = coverage(mask.float(), tuple(features.shape[2:]))[:, None]
+            mean = (features * weights).sum((2, 3), keepdim=True) / weights.sum((2, 3), keepdim=True)
+            constant = mean.expand_as(features)  # the mean over constant features is the masked mean
+            if getattr(net.backbone, "output_fmt", "NCHW") == "NHWC":
+                constant = constant.permute(0, 2, 3, 1)
+            expected = net.heads["fg"](net.backbone.forward_head(constant, pre_logits=True))
+            assert torch.allclose(out.fg, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["last", "before_last"])
+def test_late_masking_is_one_pass_for_both_branches(stage):
+    net, rows = model(fg_kind="late"), []
+    net.view_spec = replace(net.view_spec, late_stage=stage)
+    stages = [net.backbone.conv1[0], net.backbone.layer3, net.backbone.layer4]
+    handles = [m.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0]))) for m in stages]
+    net.forward_views(torch.randn(3, 3, 64, 64), mask=box_mask().repeat(3, 1, 1))
+    assert rows == [3, 3, 3 if stage == "last" else 6]
+    for handle in handles:
+        handle.remove()
+
+
+def test_late_pooling_over_all_positions_is_the_zeroed_mean():
+    net = model(fg_kind="late")
+    net.view_spec = replace(net.view_spec, late_pool="all")
+    x, mask = torch.randn(2, 3, 64, 64), box_mask().repeat(2, 1, 1)
+    with torch.inference_mode():
+        features = net.backbone.forward_features(x)
+        expected = net.heads["fg"]((features * coverage(mask.float(), (2, 2))[:, None]).mean((2, 3)))
+        assert torch.allclose(net.forward_views(x, mask=mask).fg, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["mask", "all", "token"])
+def test_late_masking_of_a_vit(pool):
+    net = model("vit_tiny_patch16_224", fg_kind="late", **VIT)
+    net.view_spec = replace(net.view_spec, late_stage="before_last", late_pool=pool)
+    x, mask, backbone = torch.randn(2, 3, 64, 64), box_mask().repeat(2, 1, 1), net.backbone
+    with torch.inference_mode():
+        out = net.forward_views(x, mask=mask)
+        tokens = backbone.blocks[:-1](embed_tokens(backbone, x))
+        weights = coverage(mask.float(), (4, 4)).flatten(1)[..., None]
+        last = backbone.norm(backbone.blocks[-1](torch.cat([tokens[:, :1], tokens[:, 1:] * weights], 1)))
+        pooled = {
+            "token": last[:, 0],
+            "all": last[:, 1:].mean(1),
+            "mask": (last[:, 1:] * weights).sum(1) / weights.sum(1),
+        }[pool]
+        assert torch.allclose(out.fg, net.heads["fg"](pooled), atol=1e-5)
+        assert torch.allclose(out.full, net.forward_branches(full=x)["full"], atol=1e-5)
+
+
+def test_pooling_that_a_backbone_lacks_is_refused_by_name():
+    for backbone, pool, options in (("resnet10t", "token", {}), ("resnet10t", "mask", {"global_pool": "max"})):
+        net = model(backbone, **options)
+        with pytest.raises(L2R2Error, match=backbone):
+            net.view_spec = replace(net.view_spec, fg="late", late_pool=pool)
+    with pytest.raises(L2R2Error, match="before_last"):
+        net = model("vit_tiny_patch16_224", **VIT)
+        net.view_spec = replace(net.view_spec, fg="late", late_pool="token")
+
+
+def test_gradient_checkpointing_that_would_lose_the_mask_is_refused():
+    net = model("vit_tiny_patch16_224", fg_kind="late", **VIT).train()
+    net.view_spec = replace(net.view_spec, late_stage="before_last")
+    net.set_grad_checkpointing()
+    with pytest.raises(L2R2Error, match="checkpointing"):
+        net.forward_views(torch.randn(2, 3, 64, 64), mask=box_mask().repeat(2, 1, 1))
+
+
+# ---- the model with a mask ----
+
+KINDS = {"late": ("resnet10t", {}), "tokens": ("vit_tiny_patch16_224", VIT)}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_without_an_object_are_the_full_branchs_and_say_so(kind, shared):
+    backbone, options = KINDS[kind]
+    net = model(backbone, fg_kind=kind, shared=shared, fusion="average", branches=("full", "fg", "bg"), **options)
+    x, mask = torch.randn(3, 3, 64, 64), box_mask().repeat(3, 1, 1)
+    mask[1] = False
+    out = net.forward_views(x, has_fg=torch.tensor([True, True, False]), bg=x, mask=mask)
+    assert out.has_fg.tolist() == [True, False, False]
+    assert torch.equal(out.fused[1:], out.full[1:]) and not torch.equal(out.fused[0], out.full[0])
+    assert set(out.branches()) == {"full", "fg", "bg"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_full_branch_the_image_comes_as_fg(kind):
+    backbone, options = KINDS[kind]
+    net = model(backbone, fg_kind=kind, branches=("fg", "bg"), **options)
+    x = torch.randn(2, 3, 64, 64)
+    spec = replace(net.view_spec, size=64)
+    views = make_views([torch.zeros(40, 60, 3, dtype=torch.uint8)], torch.tensor([[3.0, 3, 30, 30]]), spec, branches=net.branches)
+    assert views.full is None and views.fg.shape == (1, 3, 64, 64) and views.mask.shape == (1, 64, 64)
+    assert net.forward_views(fg=x, bg=x, mask=box_mask().repeat(2, 1, 1)).fused.shape == (2, 4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_boxes_in_a_batch_become_masks(kind):
+    backbone, options = KINDS[kind]
+    net = model(backbone, fg_kind=kind, **options)
+    x, boxes = torch.randn(2, 3, 64, 64), torch.tensor([[10.0, 6, 44, 50], [float("nan")] * 4])
+    by_hand = net.forward_views(x, has_fg=torch.tensor([True, False]), mask=box_mask().repeat(2, 1, 1))
+    assert torch.allclose(net(x, boxes), by_hand.fused, atol=1e-5)
+
+
+def test_masks_that_do_not_fit_are_refused():
+    net, x = model(fg_kind="late"), torch.randn(2, 3, 64, 64)
+    bad = torch.rand(2, 64, 64)
+    for mask, message in (
+        (torch.ones(64, 64), r"\[B, h, w\]"),
+        (torch.ones(3, 64, 64), "B = 2"),
+        (bad.clone().index_put((torch.tensor(0), torch.tensor(3), torch.tensor(5)), torch.tensor(float("nan"))), "NaN"),
+        (bad - 1, "between 0 and 1"),
+        (bad * 255, "between 0 and 1"),
+    ):
+        with pytest.raises(L2R2Error, match=message):
+            net.forward_views(x, mask=mask)
+    with pytest.raises(L2R2Error, match="whole image"):
+        model(fg_kind="late", branches=("full", "fg", "bg")).forward_views(bg=x, mask=torch.ones(2, 64, 64))
+    for other in (model(), model(branches="full", fg_kind="late")):
+        with pytest.raises(L2R2Error, match="mask"):
+            other.forward_views(x, mask=torch.ones(2, 64, 64))
+
+
+def test_parts_belong_to_ifam_models():
+    with pytest.raises(L2R2Error, match="ifam"):
+        model(fg_kind="parts")
+
+
+# ---- the way of the data ----
+
+
+def views_of(kind, boxes, masks=None, size=64):
+    image = torch.randint(0, 255, (40, 80, 3), dtype=torch.uint8)
+    return make_views([image], boxes, ViewSpec(size=size, fg=kind), masks=masks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mask_is_cut_as_the_whole_image_is(kind):
+    views = views_of(kind, torch.tensor([[20.0, 10, 60, 30]]))
+    assert views.fg is None and views.has_fg.all() and set(views.inputs()) == {"full", "has_fg", "mask"}
+    expected = torch.zeros(64, 64)
+    expected[24:40, 16:48] = 1  # 80 x 40 pixels become 64 x 32, with 16 rows of padding above
+    assert (views.mask[0] - expected).abs().mean() < 0.02
+    assert views.mask.min() >= 0 and views.mask.max() <= 1
+    given = torch.zeros(40, 80, dtype=torch.bool)
+    given[10:30, 20:40] = True
+    cut = views_of(kind, torch.tensor([[20.0, 10, 60, 30]]), [given]).mask[0]
+    assert cut[30, 24] > 0.9 and cut[30, 44] < 0.1  # the mask, not its box
+
+
+def test_an_empty_mask_or_no_box_is_not_found_and_keeps_the_whole_image():
+    for views in (
+        views_of("tokens", torch.full((1, 4), float("nan"))),
+        views_of("tokens", torch.tensor([[20.0, 10, 60, 30]]), [torch.zeros(40, 80, dtype=torch.bool)]),
+    ):
+        assert not views.has_fg.any() and views.mask[0, 32].min() > 0.99
+
+
+def test_parts_need_no_box():
+    views = views_of("parts", None)
+    assert views.has_fg.all() and set(views.inputs()) == {"full", "has_fg"}
+
+
+def test_prediction_says_why_nothing_is_left(tmp_path):
+    torch.manual_seed(0)
+    net = timm.create_model("l2r2", backbone="vit_tiny_patch16_224", num_classes=3, fg_kind="tokens", **VIT)
+    net.view_spec = ViewSpec.from_pretrained_cfg(net.pretrained_cfg, size=64, fg="tokens", coverage=1.0)
+    save_checkpoint(net, tmp_path / "run", ["a", "b", "c"])
+    predict = Predictor.from_pretrained(tmp_path / "run")
+    from PIL import Image
+
+    image = Image.new("RGB", (64, 64))
+    (found,) = predict(image, [[0, 0, 40, 40]]).objects
+    assert found.source == "fused" and found.fg is not None
+    (lost,) = predict(image, [[3, 3, 12, 12]]).objects  # covers no patch as a whole
+    assert lost.source == "full" and "under its mask" in lost.reason and lost.label == lost.full.label and lost.fg is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("timm:resnet10t", {"fg": "late", "late_stage": "before_last", "late_pool": "all"}),
+        ("l2r2_masked_vit_small_patch16_224", {"coverage": 0.4, "backbone": {"depth": 2, "embed_dim": 48, "num_heads": 3}}),
+    ],
+)
+def test_finetune_round_trip(tmp_path, dataset, name, options):
+    """Trained, saved, loaded: the views, the logits and the predictions are those of the trained model."""
+    recipe = Recipe.default(name, False, size=32, epochs=1, batch_size=6, **options)
+    result = finetune(dataset, recipe, tmp_path / "run")
+    checkpoint = load_checkpoint(tmp_path / "run")
+    spec = checkpoint.model.view_spec
+    assert spec.fg == (recipe.fg or "tokens")
+    assert (spec.late_stage, spec.late_pool, spec.coverage) == (recipe.late_stage, recipe.late_pool, recipe.coverage)
+    val = read_table(dataset).of_split("val")
+    logits = branch_logits(checkpoint, val)
+    answers = torch.where(logits.has_fg[:, None], logits.logits["fg"], logits.logits["full"])
+    reached = (answers.argmax(1) == logits.labels).float().mean().item()
+    assert reached == pytest.approx(result.metrics["fg_accuracy"])
+    item = ViewDataset(val, checkpoint.labels, spec, checkpoint.model.branches)[0]
+    assert set(item) == {"full", "mask", "has_fg", "labels"}
+    (seen,) = Predictor(checkpoint)(val.rows[0].path, val.rows[0].entry.detections((40, 60), "row")).objects
+    probabilities = logits.logits["fg"][0].softmax(0)
+    if logits.has_fg[0]:
+        assert seen.source == "fused" and seen.fg.score == pytest.approx(probabilities.max().item(), abs=1e-4)
+    else:
+        assert seen.source == "full"
+
+
+def test_mixing_images_under_a_mask_is_refused(tmp_path, dataset):
+    with pytest.raises(L2R2Error, match="mixup"):
+        finetune(dataset, Recipe.default("timm:resnet10t", False, size=32, fg="late", mixup=0.2), tmp_path / "run")
+
+
+def test_the_masked_vits_are_registered_with_tokens():
+    net = timm.create_model("l2r2_masked_vit_small_patch16_224", num_classes=2, **VIT)
+    assert net.view_spec.fg == "tokens" and l2r2_models.zoo.ARCHITECTURES["l2r2_masked_vit_base_patch14_reg4_dinov2"]
+    crop = timm.create_model("l2r2_masked_vit_small_patch16_224", num_classes=2, views=ViewSpec(size=64), **VIT)
+    assert crop.view_spec.fg == "crop"  # a checkpoint that was trained otherwise stays as it was
