@@ -47,7 +47,7 @@ def test_the_wheel_holds_our_two_packages_and_none_called_kernels(wheel):
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"l2r2_models", "l2r2_kernels"}
     assert sum(name.endswith(".yaml") for name in names) > 100
-    assert "l2r2_models/py.typed" in names
+    assert {"l2r2_models/py.typed", "l2r2_models/evaluate/report.html"} <= set(names)
     for source in (ROOT / "l2r2_models").rglob("*.py"):
         assert source.relative_to(ROOT).as_posix() in names
     for source in (ROOT / "kernels" / "torch-ext").rglob("*.py"):

@@ -210,11 +210,12 @@ def _without_box(judged: Judged, result: Evaluation) -> list[Section]:
 
 
 def _pictures(judged: Judged, rows: Sequence[int]) -> Iterator[Picture]:
+    """Cards of some rows; where no object was found there is one answer only."""
     names = judged.data.table.names()
     for i in rows:
         row, truth = judged.data.table.rows[i], int(judged.data.labels[i])
         said = []
-        for name in judged.own:
+        for name in judged.own if judged.data.has_fg[i] else judged.own[-1:]:
             sure, answer = judged.outputs[name][i].softmax(-1).max(-1)
             said.append((name.split(":")[0], f"{judged.labels[int(answer)]} {100 * sure:.0f}\u00a0%", int(answer) == truth))
         note = names[i] + (f" · {judged.groups[i]}" if judged.groups else "")
@@ -231,7 +232,7 @@ def _pictures(judged: Judged, rows: Sequence[int]) -> Iterator[Picture]:
 def _left_out(result: Evaluation) -> list[Section]:
     if not result.left_out:
         return []
-    rows = [[Path(path).name, reason] for path, reason in list(result.left_out.items())[:LEFT_OUT]]
+    rows = [[Path(path).name, reason.removeprefix(f"{path}: ")] for path, reason in list(result.left_out.items())[:LEFT_OUT]]
     return [Section("Left out", f"{len(result.left_out):,} images cannot be used.", [table(["image", "why"], rows, words=[1])])]
 
 
