@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ class Inputs:
     masks: dict[str, Path]
     box_files: tuple[Path, ...]
     labels: dict[str, str]
+
+    def without_boxes(self) -> Inputs:
+        """The images alone, for a localizer."""
+        return replace(self, entries={}, masks={}, box_files=())
 
 
 @dataclass(frozen=True)
@@ -134,12 +138,14 @@ def _header(predictor: Predictor, inputs: Inputs) -> dict[str, Any]:
         "labels": list(predictor.labels),
         "fusion": predictor.model.fusion.config(),
         "views": predictor.model.view_spec.to_dict(),
+        "localizer": None if predictor.localizer is None else predictor.localizer.info,
         "masks": _digest(inputs.masks),
         "boxes_sha256": [file_sha256(file) for file in inputs.box_files],
         "settings": {
             "box_threshold": predictor.box_threshold,
             "max_objects": predictor.max_objects,
             "top": predictor.top,
+            "topk_prompts": predictor.topk_prompts,
         },
     }
 

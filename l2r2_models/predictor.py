@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -16,6 +16,8 @@ from .boxes import Detections
 from .errors import L2R2Error
 from .hub import Checkpoint, load_checkpoint
 from .images import load_image, load_mask
+from .localize import Localizer, create_localizer
+from .localize.head import Head, detections_of
 from .model import L2R2Output
 from .views import make_views
 
@@ -94,6 +96,17 @@ class _Item:
     boxes: Detections | None
     localizer_failure: str | None = None
     mask: Tensor | None = None
+    full: Tensor | None = None  # logits of the full branch, where the pass that found the box gave them
+
+
+class _Row(NamedTuple):
+    """One box to classify, of image `item`; NaN where there is none, and why."""
+
+    item: int
+    box: Tensor
+    score: float | None
+    why: str
+    mask: Tensor | None
 
 
 class Predictor:
@@ -106,6 +119,12 @@ class Predictor:
         batch_size: objects in one pass.
         top: classes listed in `ObjectPrediction.top`.
         device: default cuda where there is one.
+        localizer: finds the boxes of images that come without any: a spec (see `localize.base`) or a Localizer. `head` is the
+            model's own box head: one pass over the whole image, then one over what it found.
+        topk_prompts: the full branch's so many best classes are what the localizer is asked for, see `localize.topk`.
+
+    Raises:
+        L2R2Error: a number out of range, or a localizer that cannot be had or does not suit.
     """
 
     def __init__(
@@ -117,6 +136,8 @@ class Predictor:
         batch_size: int = 32,
         top: int = 3,
         device: str | torch.device | None = None,
+        localizer: str | Localizer | None = None,
+        topk_prompts: int | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -127,6 +148,16 @@ class Predictor:
                 raise L2R2Error(f"{what} must be at least 1, got {value}.")
         self.box_threshold = checkpoint.box_threshold if box_threshold is None else box_threshold
         self.max_objects, self.batch_size, self.top = max_objects, batch_size, min(top, len(self.labels))
+        if isinstance(localizer, str):
+            localizer = create_localizer(localizer, device=self.device, checkpoint=checkpoint)
+        self.localizer: Localizer | None = localizer
+        self.topk_prompts = topk_prompts
+        if topk_prompts is not None:
+            from .localize.topk import check_promptable
+
+            if topk_prompts < 1 or self.localizer is None:
+                raise L2R2Error("topk_prompts is a number of classes, at least 1, for a localizer that is given too.")
+            check_promptable(self.localizer, self.model)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> Predictor:
@@ -138,7 +169,8 @@ class Predictor:
 
         Args:
             image: path or PIL image.
-            boxes: what a localizer found, or xyxy boxes in pixels of the upright image; none: the full branch answers.
+            boxes: what a localizer found, or xyxy boxes in pixels of the upright image; None: the predictor's own localizer
+                finds them, and without one the full branch answers.
 
         Raises:
             ImageError: the image cannot be read.
@@ -186,31 +218,102 @@ class Predictor:
 
     @torch.inference_mode()
     def _predict(self, items: Sequence[_Item]) -> list[Prediction]:
+        if self.localizer is not None:
+            lacking = [i for i, item in enumerate(items) if item.boxes is None and item.localizer_failure is None]
+            if self.topk_prompts is not None and len(lacking) == len(items):
+                return self._ask(items)
+            found = dict(zip(lacking, self._localize([items[i] for i in lacking])))
+            items = [found.get(i, item) for i, item in enumerate(items)]
+        return self._classify(items)
+
+    def _localize(self, items: Sequence[_Item]) -> list[_Item]:
+        """The items with what the localizer found; where it fails on a batch, each image is tried alone."""
+        assert self.localizer is not None
+        if not items:
+            return []
+        images, names = [item.image for item in items], [item.name or "" for item in items]
+        try:
+            if isinstance(self.localizer, Head) and self.localizer.model is self.model:
+                full = make_views(images, None, self.model.view_spec, branches=("full",), device=self.device).full
+                out = self.model.forward_views(full=full)
+                found = detections_of(out.located, images, self.model.view_spec)  # type: ignore[arg-type]
+                return [replace(item, boxes=d, full=z) for item, d, z in zip(items, found, out.full)]  # type: ignore[arg-type]
+            found = self.localizer(images, names=names if all(names) else None)
+            return [replace(item, boxes=detections) for item, detections in zip(items, found)]
+        except (L2R2Error, RuntimeError) as error:
+            if len(items) == 1:
+                return [replace(items[0], localizer_failure=" ".join(str(error).split())[:300])]
+        return [found for item in items for found in self._localize([item])]
+
+    def _ask(self, items: Sequence[_Item]) -> list[Prediction]:
+        """Predictions by `topk_prompts`; where none of an image's classes is found, the full branch answers."""
+        from .localize.topk import check_promptable, topk_prompts
+
+        assert self.localizer is not None and self.topk_prompts is not None
+        images = [item.image for item in items]
+        localizer = check_promptable(self.localizer, self.model)
+        found = topk_prompts(self.model, self.labels, localizer, images, self.topk_prompts, self.box_threshold)
+        predictions = []
+        for i, item in enumerate(items):
+            if not bool(found.boxes[i].isfinite().any()):
+                predictions += self._classify([replace(item, boxes=Detections.from_lists([], item.image.size[::-1]))])
+                continue
+            parts, order = found.scores[i].softmax(0).tolist(), found.scores[i].argsort(descending=True).tolist()
+            top = tuple(Answer(self.labels[int(found.classes[i, j])], round(parts[j], 6)) for j in order[: self.top])
+            best, has_box = order[0], bool(found.boxes[i, order[0]].isfinite().all())
+            said = {b: self._answer(z[i] if b == "full" else z[i, best]) for b, z in found.branches.items()}
+            predictions.append(Prediction(item.name, (ObjectPrediction(
+                label=top[0].label, score=top[0].score, source="fused" if has_box else "full",
+                reason=f"the best of the {len(order)} classes that the whole image suggests"
+                       + ("" if has_box else "; it was not found, the whole image stands for it"),
+                full=said["full"], fg=said["fg"] if has_box else None, bg=said.get("bg") if has_box else None,
+                box=tuple(round(v, 2) for v in found.boxes[i, best].tolist()) if has_box else None,  # type: ignore[arg-type]
+                box_score=round(float(found.box_scores[i, best]), 4) if has_box else None, top=top,
+            ),)))  # fmt: skip
+        return predictions
+
+    def _answer(self, logits: Tensor) -> Answer:
+        score, index = logits.float().softmax(-1).max(-1)
+        return Answer(self.labels[int(index)], round(float(score), 6))
+
+    def _classify(self, items: Sequence[_Item]) -> list[Prediction]:
         found = [self._usable(item) for item in items]
-        rows: list[tuple[int, Tensor, float | None, str]] = []  # image, box, score, why there is none
+        rows: list[_Row] = []
         for i, (usable, why) in enumerate(found):
             if usable is None:
-                rows.append((i, torch.full((4,), float("nan")), None, why))
+                rows.append(_Row(i, torch.full((4,), float("nan")), None, why, items[i].mask))
             else:
-                rows += [(i, box, score, "") for box, score in zip(usable.boxes, usable.scores.tolist())]
+                masks = usable.masks if usable.masks is not None else [items[i].mask] * len(usable)
+                rows += [_Row(i, box, s, "", mask) for box, s, mask in zip(usable.boxes, usable.scores.tolist(), masks)]
         answers: list[list[ObjectPrediction]] = [[] for _ in items]
         for start in range(0, len(rows), self.batch_size):
             part = rows[start : start + self.batch_size]
-            used = sorted({i for i, *_ in part})
-            views = make_views(
-                [items[i].image for i in used],
-                torch.stack([box for _, box, _, _ in part]),
-                self.model.view_spec,
-                branches=self.model.branches,
-                image_index=torch.tensor([used.index(i) for i, *_ in part]),
-                masks=[items[i].mask for i, *_ in part],
-                device=self.device,
-            )
-            output = self.model.forward_views(**views.inputs())
-            has_fg = views.has_fg if output.has_fg is None else output.has_fg
-            for row, answer in zip(part, self._answers(output, part, has_fg.tolist())):
-                answers[row[0]].append(answer)
+            output, has_fg = self._look(items, part)
+            for row, answer in zip(part, self._answers(output, part, has_fg)):
+                answers[row.item].append(answer)
         return [Prediction(item.name, tuple(objects)) for item, objects in zip(items, answers)]
+
+    def _look(self, items: Sequence[_Item], rows: Sequence[_Row]) -> tuple[L2R2Output, list[bool]]:
+        """What the model says of the rows, and in which of them it saw an object."""
+        used = sorted({row.item for row in rows})
+        known = [items[row.item].full for row in rows]
+        full = None if any(z is None for z in known) else torch.stack(known)  # type: ignore[arg-type]
+        views = make_views(
+            [items[i].image for i in used],
+            torch.stack([row.box for row in rows]),
+            self.model.view_spec,
+            branches=[b for b in self.model.branches if b != "full" or full is None],
+            image_index=torch.tensor([used.index(row.item) for row in rows]),
+            masks=[row.mask for row in rows],
+            device=self.device,
+        )
+        if full is None:
+            output = self.model.forward_views(**views.inputs())
+            return output, (views.has_fg if output.has_fg is None else output.has_fg).tolist()
+        others = {b: getattr(views, b) for b in self.model.branches if b != "full"}
+        logits = {"full": full, **(self.model.forward_branches(**others) if others else {})}
+        fused = self.model.fuse(logits, views.has_fg)
+        return L2R2Output(full, logits.get("fg"), fused, logits.get("bg")), views.has_fg.tolist()
 
     def _usable(self, item: _Item) -> tuple[Detections | None, str]:
         """The boxes to classify, or None and why there are none (METHOD.md 2)."""
@@ -229,12 +332,12 @@ class Predictor:
             return None, "every box lies outside of the image or is empty"
         return usable.sorted().select(torch.arange(min(len(usable), self.max_objects))), ""
 
-    def _answers(self, output: L2R2Output, rows: Sequence[Any], has_fg: Sequence[bool]) -> Iterator[ObjectPrediction]:
+    def _answers(self, output: L2R2Output, rows: Sequence[_Row], has_fg: Sequence[bool]) -> Iterator[ObjectPrediction]:
         given = {**output.branches(), "fused": output.fused}
         best = {b: z.float().softmax(-1).topk(self.top if b == "fused" else 1) for b, z in given.items()}
         probabilities = {b: t.values.tolist() for b, t in best.items()}
         classes = {b: t.indices.tolist() for b, t in best.items()}
-        for i, (_, box, box_score, why) in enumerate(rows):
+        for i, (_, box, box_score, why, _) in enumerate(rows):
             said = {b: [Answer(self.labels[c], round(p, 6)) for c, p in zip(classes[b][i], probabilities[b][i])] for b in best}
             found = has_fg[i] and "fg" in said
             yield ObjectPrediction(

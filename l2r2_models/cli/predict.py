@@ -18,6 +18,12 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Images, folders of images, or a data set.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="JSON file; the same command continues it.")],
     boxes: Annotated[Optional[Path], typer.Option(help="Box file.", show_default=METADATA_BOXES)] = None,
+    localizer: Annotated[
+        Optional[str], typer.Option(help="Find the boxes so, see `l2r2 localize`; `head` is the model's own box head.")
+    ] = None,
+    topk_prompts: Annotated[
+        Optional[int], typer.Option(min=1, help="Ask the localizer for so many classes that the whole image suggests.")
+    ] = None,
     split: Annotated[Optional[str], typer.Option(help="Only this split of a data set.")] = None,
     box_threshold: Annotated[
         Optional[float], typer.Option(min=0, max=1, help="Boxes with a lower score are not used.", show_default="the model's")
@@ -30,10 +36,15 @@ def predict(
     from ..predictions import gather, predict_to_file
     from ..predictor import Predictor
 
+    if localizer is not None and boxes is not None:
+        raise typer.BadParameter("--localizer finds the boxes, --boxes gives them: leave one of both out")
     inputs = gather(images, boxes, split)
+    if localizer is not None:
+        inputs = inputs.without_boxes()
     predictor = Predictor.from_pretrained(
-        model, box_threshold=box_threshold, max_objects=max_objects, batch_size=batch_size, top=top
-    )
+        model, box_threshold=box_threshold, max_objects=max_objects, batch_size=batch_size, top=top, localizer=localizer,
+        topk_prompts=topk_prompts,
+    )  # fmt: skip
     report = predict_to_file(predictor, inputs, out, lambda items, total: track(items, total, "predicting"))
     for image in report.failures[:10]:
         errors.print(f"failed: {image['failure']}", highlight=False, markup=False, soft_wrap=True)

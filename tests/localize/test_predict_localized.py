@@ -1,0 +1,153 @@
+"""A Predictor that finds its own boxes: by a spec, by its box head in one full pass, by asking for the likely classes."""
+
+import json
+
+import pytest
+import torch
+from conftest import write_run
+from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
+
+from l2r2_models import L2R2Error, Predictor, hub
+from l2r2_models.boxes import ViewMap
+from l2r2_models.data.dataset import read_table
+from l2r2_models.images import load_image
+from l2r2_models.localize import create_localizer
+from l2r2_models.localize.cache import localize_to_file
+from l2r2_models.localize.topk import topk_prompts
+from l2r2_models.predictions import gather
+from l2r2_models.views import make_views
+
+
+@pytest.fixture(scope="module")
+def headed(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("head") / "run", box_head=True)
+
+
+@pytest.fixture
+def paths(dataset):
+    return [row.path for row in read_table(dataset).of_split("test").rows]
+
+
+def test_boxes_found_on_the_way_answer_as_boxes_of_a_file(run, paths, tmp_path):
+    spec = "center?share=0.7"
+    localize_to_file(create_localizer(spec), paths, tmp_path / "boxes.json")
+    inputs = gather(paths, tmp_path / "boxes.json")
+    by_file = list(Predictor.from_pretrained(run, device="cpu").predict_files(inputs.paths, inputs.entries))
+    on_the_way = list(Predictor.from_pretrained(run, device="cpu", localizer=spec, batch_size=5).predict_files(paths))
+    for a, b in zip(by_file, on_the_way):
+        assert a.file == b.file and a.label == b.label and a.objects[0].source == b.objects[0].source == "fused"
+        assert a.objects[0].box == pytest.approx(b.objects[0].box, abs=0.01)
+        assert a.objects[0].score == pytest.approx(b.objects[0].score, abs=1e-3)
+    given = Predictor.from_pretrained(run, device="cpu", localizer=spec)(paths[0], [[1, 2, 30, 40]])
+    assert given.objects[0].box == (1, 2, 30, 40)  # boxes that are given are used
+
+
+def test_the_head_needs_one_full_pass_and_cuts_from_the_original(headed, paths, monkeypatch):
+    predictor = Predictor.from_pretrained(headed, device="cpu", localizer="head", box_threshold=0.0)
+    model, image = predictor.model, load_image(paths[0])
+    views = make_views([image], None, model.view_spec, branches=("full",))
+    with torch.no_grad():
+        found = model.locate(views.full)
+        box = ViewMap((0, 0, 60, 40), (32, 32)).boxes_to_image(found.boxes.clamp(0, 1) * 32).clamp(min=0)
+        box = box.minimum(torch.tensor([60, 40, 60, 40]))
+        cut = make_views([image], box, model.view_spec)
+        out = model.forward_views(cut.full, cut.fg, cut.has_fg)
+    seen = []
+    backbone = model.backbone.forward_features
+    monkeypatch.setattr(model.backbone, "forward_features", lambda x: seen.append(len(x)) or backbone(x))
+    (answer,) = predictor(paths[0]).objects
+    assert answer.box == pytest.approx(box[0].tolist(), abs=0.02)
+    assert answer.box_score == pytest.approx(found.objectness.sigmoid().item(), abs=1e-4)
+    for said, logits in ((answer, out.fused), (answer.full, out.full), (answer.fg, out.fg)):
+        assert said.score == pytest.approx(logits.softmax(-1).max().item(), abs=1e-4)
+    assert seen == [1, 1]  # the whole image once, the object once
+    together = list(Predictor.from_pretrained(headed, device="cpu", localizer="head", box_threshold=0.0).predict_files(paths))
+    for path, prediction in zip(paths, together):
+        assert prediction.objects[0].box == pytest.approx(predictor(path).objects[0].box, abs=0.02)
+
+
+def test_an_unsure_head_leaves_the_answer_to_the_whole_image(headed, paths):
+    sure = Predictor.from_pretrained(headed, device="cpu", localizer="head", box_threshold=1.0)
+    (answer,) = sure(paths[0]).objects
+    assert answer.source == "full" and "no box reaches the score 1" in answer.reason
+    assert (answer.label, answer.score) == (answer.full.label, answer.full.score)
+    with pytest.raises(L2R2Error, match="has no box head"):
+        Predictor.from_pretrained(write_run(headed.parent / "plain"), localizer="head")
+
+
+def test_the_head_of_a_run_makes_box_files_too(headed, paths, tmp_path):
+    localizer = create_localizer(f"head:{headed}", device="cpu")
+    report = localize_to_file(localizer, paths, tmp_path / "boxes.json", batch_size=5)
+    assert report.with_box == len(paths) and localizer.info["weights"] == hub.load_checkpoint(headed).digest
+    (alone,) = localizer([load_image(paths[7])])
+    stored = report.entries[str(paths[7])].detections((40, 60), "x")
+    assert stored.boxes[0].tolist() == pytest.approx(alone.boxes[0].tolist(), abs=0.01)
+
+
+def test_a_localizer_that_fails_is_named_and_the_others_go_on(run, paths, monkeypatch):
+    predictor = Predictor.from_pretrained(run, device="cpu", localizer="full")
+    find = type(predictor.localizer).find
+
+    def fails(self, images, names, prompts):
+        if str(paths[3]) in names:
+            raise RuntimeError("out of memory")
+        return find(self, images, names, prompts)
+
+    monkeypatch.setattr(type(predictor.localizer), "find", fails)
+    answers = [p.objects[0] for p in predictor.predict_files(paths)]
+    assert [a.source for a in answers] == ["full" if i == 3 else "fused" for i in range(len(paths))]
+    assert "the localizer failed (out of memory)" in answers[3].reason
+
+
+@pytest.mark.parametrize("branches", [("full", "fg"), ("full", "fg", "bg")])
+def test_top_k_prompts_are_scored_as_the_paper_says(tiny, paths, tmp_path, branches):
+    """A loop over images and classes, one at a time."""
+    checkpoint = hub.load_checkpoint(write_run(tmp_path / "run", branches=branches))
+    localizer = create_localizer(f"owlv2:{tiny('owlv2')}?threshold=0", device="cpu")
+    model, labels, threshold = checkpoint.model, checkpoint.labels, 0.52
+    images = [load_image(path) for path in paths[:4]]
+    found = topk_prompts(model, labels, localizer, images, 2, threshold)
+    boxless = 0
+    for i, image in enumerate(images):
+        with torch.no_grad():
+            full = model.forward_views(make_views([image], None, model.view_spec, branches=("full",)).full).full[0]
+            for j, c in enumerate(full.argsort(descending=True)[:2].tolist()):
+                (detections,) = localizer([image], prompts=[labels[c]])
+                sure = detections.above(threshold)
+                boxless += not len(sure)
+                box = sure.boxes[:1] if len(sure) else torch.full((1, 4), float("nan"))
+                views = make_views([image], box, model.view_spec, branches=branches[1:])
+                out = model.forward_branches(**{b: getattr(views, b) for b in branches[1:]})
+                expected = torch.stack([full[c], *(out[b][0, c] for b in branches[1:])]).mean()
+                assert found.classes[i, j] == c and found.scores[i, j].item() == pytest.approx(expected.item(), abs=1e-4)
+    assert 0 < boxless < 8  # both ways are taken
+    predictor = Predictor(checkpoint, localizer=localizer, topk_prompts=2, box_threshold=threshold, device="cpu")
+    for i, prediction in enumerate(predictor.predict_files(paths[:4])):
+        if found.boxes[i].isfinite().any():
+            best = found.scores[i].argmax()
+            assert prediction.label == labels[found.classes[i, best]] and "whole image suggests" in prediction.objects[0].reason
+        else:
+            assert prediction.objects[0].source == "full" and "no object was found" in prediction.objects[0].reason
+
+
+def test_top_k_prompts_need_what_they_need(run, tiny, tmp_path):
+    with pytest.raises(L2R2Error, match="told what to look for"):
+        Predictor.from_pretrained(run, localizer="center", topk_prompts=2)
+    with pytest.raises(L2R2Error, match="for a localizer that is given too"):
+        Predictor.from_pretrained(run, topk_prompts=2)
+    with pytest.raises(L2R2Error, match="need the branches full and fg"):
+        plain = write_run(tmp_path / "plain", branches=("full",))
+        Predictor.from_pretrained(plain, localizer=f"owlv2:{tiny('owlv2')}", topk_prompts=2)
+
+
+def test_predict_localizes_on_the_command_line(l2r2, headed, dataset, tmp_path, tiny):  # noqa: F811
+    out = tmp_path / "out.json"
+    base = ["predict", headed, dataset, "--split", "test", "-o", out]
+    assert l2r2(*base, "--localizer", "center").returncode == 0
+    data = json.loads(out.read_text())
+    assert data["localizer"]["localizer"] == "center" and data["images"][0]["objects"][0]["box"] == [15, 10, 45, 30]
+    assert "made with another localizer" in sentence(l2r2(*base, "--localizer", "head"))
+    (tmp_path / "boxes.json").write_text("{}")
+    assert l2r2(*base, "--localizer", "head", "--boxes", tmp_path / "boxes.json").returncode == 2
+    topk = ["--localizer", f"owlv2:{tiny('owlv2')}?threshold=0", "--topk-prompts", 2]
+    assert l2r2(*base[:-1], tmp_path / "topk.json", *topk).returncode == 0
