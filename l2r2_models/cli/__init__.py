@@ -9,7 +9,7 @@ import sys
 import typer
 
 from ..errors import L2R2Error
-from . import audit, demo, evaluate, finetune, fuse, list_models, localize, predict, publish
+from . import audit, composite, demo, evaluate, export, finetune, fuse, list_models, localize, predict, publish
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.command("list")(list_models.list_models)
@@ -20,6 +20,8 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("audit")(audit.audit)
 app.command("predict")(predict.predict)
 app.command("publish")(publish.publish)
+app.command("export")(export.export)
+app.command("composite")(composite.composite)
 app.command("demo")(demo.demo)
 
 

@@ -13,7 +13,7 @@ from ..boxes import Detections
 from ..errors import L2R2Error
 from ..images import FILL
 
-FEATHER = 0.08  # of the shorter side of an object: what its soft edge takes
+FEATHER, MASK_FEATHER = 0.08, 0.02  # of the shorter side of an object: what the soft edge of its box, or of its mask, takes
 MARGIN = 0.1  # of a box's sides: what is removed around it, because shadows and loose edges show the object too
 
 
@@ -49,7 +49,7 @@ def background_of(pixels: Tensor, box: Tensor, mask: Tensor | None = None, *, ma
     return out
 
 
-def paste_object(pixels: Tensor, box: Tensor, mask: Tensor | None, background: Tensor, *, feather: float = FEATHER) -> Tensor:
+def paste_object(pixels: Tensor, box: Tensor, mask: Tensor | None, background: Tensor, *, feather: float | None = None) -> Tensor:
     """The object of one image, at its own place and size, on a background.
 
     Args:
@@ -69,7 +69,7 @@ def paste_object(pixels: Tensor, box: Tensor, mask: Tensor | None, background: T
     return mixed.round().to(torch.uint8)
 
 
-def object_alpha(size: tuple[int, ...], box: Tensor, mask: Tensor | None, feather: float = FEATHER) -> Tensor:
+def object_alpha(size: tuple[int, ...], box: Tensor, mask: Tensor | None, feather: float | None = None) -> Tensor:
     """How much of each pixel is the object: `[H, W]` float32 in [0, 1].
 
     With a mask that covers a pixel: 0 outside of it, at least 0.5 on it (thin parts stay), 1 where its edge is far; where the
@@ -78,20 +78,22 @@ def object_alpha(size: tuple[int, ...], box: Tensor, mask: Tensor | None, feathe
     Args:
         size: `(H, W)`.
         box, mask: see `paste_object`.
-        feather: width of the soft edge as a part of the box's shorter side; 0 is a hard edge.
+        feather: width of the soft edge as a part of the object's shorter side, 0 is a hard edge; None is 0.08 around a box and
+            0.02 inside a mask, where it takes from the object.
     """
-    if not 0 <= feather <= 0.5:
+    if feather is not None and not 0 <= feather <= 0.5:
         raise L2R2Error(f"feather must lie between 0 and 0.5, got {feather}.")
     height, width = size
     if mask is not None:
         _check_mask(mask, (height, width))
     if mask is None or not mask.any():
-        return _box_alpha((height, width), _windows(box[None], (height, width))[0], feather)
+        return _box_alpha((height, width), _windows(box[None], (height, width))[0], FEATHER if feather is None else feather)
     x0, y0, x1, y1 = _windows(Detections.from_mask(mask).boxes, (height, width))[0]
-    if (reach := round(feather * min(x1 - x0, y1 - y0))) == 0:
+    if (reach := round((MASK_FEATHER if feather is None else feather) * min(x1 - x0, y1 - y0))) == 0:
         return mask.float()
     around = F.pad(mask[None, None].float(), (reach,) * 4, mode="replicate")  # where the image cuts an object off is no edge
-    filled = F.avg_pool2d(around, 2 * reach + 1, stride=1)[0, 0]  # about half at a straight edge, 1 away from it
+    side = 2 * reach + 1
+    filled = F.avg_pool2d(F.avg_pool2d(around, (side, 1), 1), (1, side), 1)[0, 0]  # about half at a straight edge, 1 away from it
     return torch.where(filled > 1 - 1e-6, 1.0, filled.clamp(min=0.5)) * mask
 
 
