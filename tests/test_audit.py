@@ -13,7 +13,9 @@ from PIL import Image
 from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
 
 from l2r2_models import L2R2Error
+from l2r2_models.data.table import read_table
 from l2r2_models.evaluate import audit as audit_module
+from l2r2_models.evaluate import audit_images
 from l2r2_models.evaluate.audit import audit
 from l2r2_models.evaluate.judge import evaluate_run
 
@@ -131,6 +133,19 @@ def test_images_without_an_object_or_a_background_are_left_out_and_counted(tmp_p
     assert result.left_out == {"empty mask": 1, "object fills the image": 1, "no box or mask": 1}
     assert "1 of 9 images left out: empty mask." in result.warnings
     assert all(f.value == f.value for f in result.answers["full"].values())
+
+
+def test_large_images_are_shrunk_with_their_boxes_and_masks(tmp_path, monkeypatch):
+    model = write_model(tmp_path / "middle", "middle")
+    data = write_data(tmp_path / "large", 6, masks=True, side=128)
+    monkeypatch.setattr(audit_images, "MOST_PIXELS", 64 * 64)
+    subject = audit_images.subject_of("a", read_table(data).rows[0], (0, 0, 0), 0.2)
+    assert subject.pixels.shape == (64, 64, 3) and subject.mask.shape == (64, 64)
+    assert subject.boxes.tolist() == [[16, 16, 48, 48]]
+    assert subject.mask.float().mean() == pytest.approx(3.14159 / 16, rel=0.05)
+    assert (subject.pixels[subject.mask].float().mean(0)[0]) > 200  # the mask lies on the red object
+    result = audit(model, data)
+    assert result.answers["full"]["accuracy"].value == 1 and result.answers["full"]["mixed_rand"].value == 1
 
 
 def test_one_class_and_few_images_end_in_words(tmp_path, data):

@@ -206,4 +206,4 @@ def figures(loss, accuracy=(0.9, 0.88, 0.92), gap=None):
     ],
 )
 def test_the_verdict_is_no_surer_than_its_interval(found, images, says):
-    assert says in verdict_of("fused", found, images, 10)
+    assert says in verdict_of("this model", found, images, 10)

@@ -41,7 +41,7 @@ class Audit:
         model, split, images, classes: what was judged: images that have an object and a background, and their classes.
         left_out: the other images, counted by reason.
         answers: figures (see `robustness.measures`) of `full`, `fg` and `fused`; the model's own answer last.
-        verdict: one sentence on the model's own answer.
+        verdicts: one sentence on each of them.
         groups: the metadata column of the groups, or None.
         settings: seed, number of random backgrounds, limit.
         warnings: sentences.
@@ -53,13 +53,18 @@ class Audit:
     classes: int
     left_out: dict[str, int]
     answers: dict[str, dict[str, Figure]]
-    verdict: str
+    verdicts: dict[str, str]
     groups: str | None
     settings: dict[str, Any]
     warnings: tuple[str, ...]
 
+    @property
+    def verdict(self) -> str:
+        """The sentence on the model's own answer."""
+        return list(self.verdicts.values())[-1]
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "verdict": self.verdict}
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,9 @@ def audit(
 ) -> Audit:
     """Judge how much a classifier leans on the background (METHOD.md 9).
 
-    Images are changed at their own size, before any view is cut; the box stays where it was. A class is answered right if the
-    most probable of all classes of the model is one that means it. Interrupted, the same call continues.
+    Images are changed at their own size (at 2 megapixels where they have more), before any view is cut; the box stays where it
+    was. A class is answered right if the most probable of all classes of the model is one that means it. Interrupted, the same
+    call continues.
 
     Args:
         model, labels: see `load_audited`.
@@ -140,7 +146,7 @@ def audit(
     count = len(set(subjects.labels))
     result = Audit(
         audited.name, split_name, len(subjects), count, subjects.left_out, found,
-        verdict_of(audited.answers[-1], found[audited.answers[-1]], len(subjects), count), group,
+        {name: verdict_of(_who(audited, name), found[name], len(subjects), count) for name in audited.answers}, group,
         {"seed": seed, "backgrounds": backgrounds, "limit": limit},
         _warnings(audited, subjects, split_name),
     )  # fmt: skip
@@ -157,6 +163,10 @@ def _rows(audited: Audited, table: ImageTable, split: str | None) -> ImageTable:
     return rows_of(audited.folder, table, split) if audited.folder else table.of_split(split)
 
 
+def _who(audited: Audited, answer: str) -> str:
+    return "this model" if answer == audited.answers[-1] else f"the {answer} branch alone"
+
+
 def _warnings(audited: Audited, subjects: Subjects, split: str) -> tuple[str, ...]:
     found: tuple[str, ...] = ()
     if audited.folder is not None:
@@ -166,7 +176,9 @@ def _warnings(audited: Audited, subjects: Subjects, split: str) -> tuple[str, ..
     if len(set(subjects.labels)) == 1:
         found += ("the images show one class only, so no background of another class can be given to them.",)
     if all(row.mask_file is None for row in subjects.table.rows):
-        found += ("objects are known by boxes, not masks: what is in a box beside the object counts as object.",)
+        found += (
+            "objects are known by boxes, not masks: what a box holds beside the object counts as object and moves with it.",
+        )
     return found
 
 

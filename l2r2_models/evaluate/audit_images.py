@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ..data.composite import cover
 from ..data.dataset import sample_of
 from ..data.table import ImageTable, Row
 from ..errors import L2R2Error
@@ -19,6 +21,7 @@ from ..images import ImageError
 from .interventions import Donors, Subject, intervene, noise_pattern, number_of, plan, swap
 
 KEPT_BYTES = 500_000_000
+MOST_PIXELS = 2_000_000  # larger images are shrunk: every one is changed some 34 times, and views are much smaller
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 
@@ -87,7 +90,7 @@ class Subjects:
 
 
 def subject_of(key: str, row: Row, fill: Sequence[int], threshold: float) -> Subject | str:
-    """Decode a row; a reason where there is no object, or nothing but the object.
+    """Decode a row, shrunk to `MOST_PIXELS`; a reason where there is no object, or nothing but the object.
 
     Raises:
         ImageError, L2R2Error: see `sample_of`.
@@ -104,8 +107,25 @@ def subject_of(key: str, row: Row, fill: Sequence[int], threshold: float) -> Sub
         boxes = found.boxes
         if row.mask_file is None and found.masks is not None:
             mask = found.masks.any(0)
-    subject = Subject(key, sample.pixels, boxes, mask, sample.mask)
+    subject = _shrunk(Subject(key, sample.pixels, boxes, mask, sample.mask))
+    if subject.mask is not None and not subject.mask.any():
+        return "empty mask"
     return "object fills the image" if subject.inside.all() else subject
+
+
+def _shrunk(subject: Subject) -> Subject:
+    """The same at `MOST_PIXELS` where it has more."""
+    height, width = subject.pixels.shape[:2]
+    scale = (MOST_PIXELS / (height * width)) ** 0.5
+    if scale >= 1:
+        return subject
+    size = max(1, round(scale * height)), max(1, round(scale * width))
+
+    def resized(mask: Tensor | None) -> Tensor | None:
+        return None if mask is None else F.interpolate(mask[None, None].float(), size, mode="area")[0, 0] >= 0.5
+
+    boxes = subject.boxes * torch.tensor([size[1] / width, size[0] / height]).repeat(2)
+    return Subject(subject.key, cover(subject.pixels, size), boxes, resized(subject.mask), resized(subject.view_mask))
 
 
 def find_subjects(

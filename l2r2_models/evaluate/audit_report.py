@@ -74,8 +74,11 @@ def write_report(path: Path, audit: Audit, subjects: Subjects, answers: Answers,
         L2R2Error: not writable, or matplotlib is missing.
     """
     counts = f"{audit.images} images of {audit.split}, {audit.classes} classes, seed {audit.settings['seed']}."
+    others = list(audit.verdicts.values())[:-1]
     sections = [
-        Section("Accuracy when the image is changed", "\n".join((counts, *WHAT_THEY_ARE)), [_measures(audit), _bars(audit)]),
+        Section(
+            "Accuracy when the image is changed", "\n".join((counts, *others, *WHAT_THEY_ARE)), [_measures(audit), _bars(audit)]
+        ),
         Section("Noise", "Accuracy in % with noise on the object and on the background, by level.", _noise(audit)),
     ]
     if audit.groups:
@@ -91,7 +94,7 @@ def cell(figure: Figure | None, name: str) -> Markup:
     if figure is None:
         return Markup("")
     if name.startswith(("rfs", "irfs")):
-        return Markup("{:.2f}<small>{:.2f}–{:.2f}</small>").format(figure.value, figure.low, figure.high)
+        return Markup("{:.2f}<small>{:.2f} to {:.2f}</small>").format(figure.value, figure.low, figure.high)
     return percent(figure.value, (figure.low, figure.high))
 
 
@@ -137,7 +140,9 @@ def _examples(audit: Audit, subjects: Subjects, answers: Answers, grain: int) ->
     """Changed images of a few subjects: those first that the model's own answer gets right and then wrong on Mixed-Rand."""
     right, _ = answers.of(answers.names[-1])
     fooled = right["original"] - right.get("mixed_rand_0", right["original"]).nan_to_num(nan=0.0)
-    first = torch.argsort(fooled, descending=True, stable=True)[:EXAMPLES].tolist()
+    order = torch.argsort(fooled, descending=True, stable=True).tolist()
+    of_class = {subjects.labels[i]: i for i in reversed(order)}  # the first of each class
+    first = sorted(of_class.values(), key=order.index)[:EXAMPLES]
     seed, backgrounds = audit.settings["seed"], audit.settings["backgrounds"]
     donors = Donors(subjects.keys, subjects.labels, backgrounds, seed)
     names = plan(backgrounds)

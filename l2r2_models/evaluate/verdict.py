@@ -10,7 +10,7 @@ LEANS, DECIDES = 0.05, 0.20  # parts of all images that are lost on changed back
 FEW = 20  # images; with fewer nothing is said
 
 
-def verdict_of(answer: str, figures: Mapping[str, Figure], images: int, classes: int) -> str:
+def verdict_of(who: str, figures: Mapping[str, Figure], images: int, classes: int) -> str:
     """The verdict on one answer of a model.
 
     It goes by `swap_loss`, the accuracy lost when the object lies on the background of another image of a random class, and by
@@ -19,11 +19,10 @@ def verdict_of(answer: str, figures: Mapping[str, Figure], images: int, classes:
     background; what is lost on backgrounds of the object's own class too is lost to any change, pasting included.
 
     Args:
-        answer: `full`, `fg`, `bg` or `fused`.
+        who: the subject of the sentence, e.g. "this model".
         figures: see `robustness.measures`.
         images, classes: how many were judged.
     """
-    who = f"this model's {answer} branch" if answer in ("fg", "bg") else "this model"
     accuracy, loss = figures["accuracy"], figures.get("swap_loss")
     if images < FEW:
         return f"Only {images} images have an object and a background: too few to say what {who} looks at ({FEW} are needed)."
@@ -33,13 +32,13 @@ def verdict_of(answer: str, figures: Mapping[str, Figure], images: int, classes:
         chance = f"no better than guessing among {classes} classes"
         right = f"{100 * accuracy.value:.0f} % ({100 * accuracy.low:.0f} to {100 * accuracy.high:.0f})"
         return f"On these images {who} is right in {right}, {chance}, so nothing can be said of what it looks at."
-    lost = f"On changed backgrounds {who} loses {_points(loss)} of its {100 * accuracy.value:.0f} % accuracy"
+    lost = f"On swapped backgrounds {who} loses {_points(loss)} of its {100 * accuracy.value:.0f} % accuracy"
     if loss.low > DECIDES:
         return f"{lost}{_cause(figures)}: the background decides many of its answers."
     if loss.low > LEANS:
         return f"{lost}{_cause(figures)}: it leans on the background."
     if loss.high < LEANS:
-        return f"{lost if loss.value > 0 else f'On changed backgrounds {who} loses nothing'}: the object decides."
+        return f"{lost if loss.value > 0 else f'On swapped backgrounds {who} loses nothing'}: the object decides."
     return f"{lost}: {images} images are too few to tell whether that is more than {100 * LEANS:.0f} points."
 
 
@@ -55,4 +54,5 @@ def _cause(figures: Mapping[str, Figure]) -> str:
 
 
 def _points(f: Figure) -> str:
-    return f"{100 * f.value:.0f} points ({100 * f.low:.0f} to {100 * f.high:.0f})"
+    value, low, high = (round(100 * v) for v in (f.value, f.low, f.high))
+    return f"{value} point{'' if value == 1 else 's'} ({low} to {high})"
