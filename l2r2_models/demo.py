@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .data.dataset import read_table
 from .data.demo import make_demo_data
+from .data.table import read_table
 from .errors import L2R2Error
 from .files import read_json, write_atomic, write_json
 from .images import load_image

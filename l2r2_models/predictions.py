@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .box_files import BoxEntry, read_boxes
-from .data.dataset import METADATA, read_table
+from .data.table import METADATA, read_table
 from .errors import L2R2Error
 from .files import file_sha256, read_json, write_json
 from .images import list_images

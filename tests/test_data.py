@@ -10,9 +10,10 @@ from PIL import Image
 
 from l2r2_models import L2R2Error, ViewSpec
 from l2r2_models.data.augment import Augment
-from l2r2_models.data.dataset import ViewDataset, check_images, read_table, sample_of
+from l2r2_models.data.dataset import ViewDataset, check_images, sample_of
 from l2r2_models.data.demo import AT_HOME, PHOTOGRAPHS, make_demo_data
 from l2r2_models.data.splits import hold_out
+from l2r2_models.data.table import read_table
 
 
 def image(path, size=(30, 20)):

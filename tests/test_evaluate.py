@@ -8,8 +8,7 @@ from conftest import write_dataset, write_run
 from sklearn.metrics import balanced_accuracy_score
 
 from l2r2_models import L2R2Error, Predictor, hub
-from l2r2_models.data.dataset import read_table
-from l2r2_models.data.table import ImageTable, Row
+from l2r2_models.data.table import ImageTable, Row, read_table
 from l2r2_models.evaluate.fit_run import fit_run
 from l2r2_models.evaluate.fuse import best, fit
 from l2r2_models.evaluate.judge import evaluate_run

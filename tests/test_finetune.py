@@ -13,7 +13,7 @@ from conftest import write_dataset
 from safetensors.torch import load_file
 
 from l2r2_models import L2R2Error, Predictor
-from l2r2_models.data.dataset import read_table
+from l2r2_models.data.table import read_table
 from l2r2_models.train.finetune import finetune
 from l2r2_models.train.losses import BranchLoss
 from l2r2_models.train.models import create_model

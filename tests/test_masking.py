@@ -8,7 +8,8 @@ import torch
 
 import l2r2_models
 from l2r2_models import L2R2Error, Predictor, ViewSpec, make_views
-from l2r2_models.data.dataset import ViewDataset, read_table
+from l2r2_models.data.dataset import ViewDataset
+from l2r2_models.data.table import read_table
 from l2r2_models.evaluate.logits import branch_logits
 from l2r2_models.hub import load_checkpoint, save_checkpoint
 from l2r2_models.masking import coverage, embed_tokens, kept_patches, patch_grid, run_tokens, token_features

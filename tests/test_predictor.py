@@ -9,7 +9,8 @@ from PIL import Image
 
 from l2r2_models import Detections, ImageError, L2R2Error, Predictor
 from l2r2_models.box_files import BoxEntry
-from l2r2_models.data.dataset import ViewDataset, read_table
+from l2r2_models.data.dataset import ViewDataset
+from l2r2_models.data.table import read_table
 from l2r2_models.hub import save_checkpoint
 from l2r2_models.images import load_image
 from l2r2_models.predictions import gather, predict_to_file

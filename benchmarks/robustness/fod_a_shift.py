@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from l2r2_models.data.dataset import read_table
+from l2r2_models.data.table import read_table
 from l2r2_models.predictions import accuracy_by_branch, gather, predict_to_file
 from l2r2_models.predictor import Predictor
 from l2r2_models.train.finetune import finetune

@@ -22,7 +22,7 @@ from ..views import ViewSpec, make_views
 from .augment import Augment
 from .composite import background_of, paste_object
 from .leaks import perceptual_hash
-from .table import METADATA, ImageTable, Row, read_table, rows_digest  # noqa: F401
+from .table import ImageTable, Row
 
 
 @dataclass(frozen=True)

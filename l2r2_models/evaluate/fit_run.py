@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.dataset import ImageTable, read_table
+from ..data.table import ImageTable, read_table
 from ..errors import L2R2Error
 from ..files import read_json, write_json
 from ..fusion import FUSIONS

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from ..data.dataset import ImageTable, ViewDataset, rows_digest
+from ..data.dataset import ViewDataset
+from ..data.table import ImageTable, rows_digest
 from ..errors import L2R2Error
 from ..files import write_atomic
 from ..hub import Checkpoint
@@ -83,6 +84,7 @@ def branch_logits(
     items = ViewDataset(table, checkpoint.labels, model.view_spec, model.branches, box_threshold=threshold)
     # the fusion is not part of the key: logits stay valid when it is fitted anew
     about = [model.view_spec.to_dict(), threshold, list(checkpoint.labels), rows_digest(table, times=True)]
+    about += [done] if (done := model.interventions()) else []
     key = json.dumps([_branches_digest(model), *about])
     file = None if store is None else store / f"{_short(key)}.safetensors"
     stored = None if file is None else _read(file, key, len(table), model)

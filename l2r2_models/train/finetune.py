@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..data.dataset import Check, ImageTable, check_images, read_table, rows_digest
+from ..data.dataset import Check, check_images
 from ..data.leaks import HELD_OUT, find_leaks
 from ..data.splits import hold_out
+from ..data.table import ImageTable, read_table, rows_digest
 from ..errors import L2R2Error
 from ..files import write_json, write_text
 from ..hub import save_checkpoint

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from ..data.dataset import ImageTable, ViewDataset
+from ..data.dataset import ViewDataset
+from ..data.table import ImageTable
 from ..errors import L2R2Error
 from ..files import write_atomic
 from ..ifam import IFAM

@@ -11,7 +11,8 @@ from l2r2_models import L2R2Error, ViewSpec, hub
 from l2r2_models.box_head import BoxHead
 from l2r2_models.boxes import ViewMap
 from l2r2_models.data.augment import Augment
-from l2r2_models.data.dataset import ViewDataset, read_table
+from l2r2_models.data.dataset import ViewDataset
+from l2r2_models.data.table import read_table
 from l2r2_models.train.losses import BranchLoss
 from l2r2_models.train.recipes import Recipe
 

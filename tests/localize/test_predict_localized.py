@@ -9,7 +9,7 @@ from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
 
 from l2r2_models import L2R2Error, Predictor, hub
 from l2r2_models.boxes import ViewMap
-from l2r2_models.data.dataset import read_table
+from l2r2_models.data.table import read_table
 from l2r2_models.images import load_image
 from l2r2_models.localize import create_localizer
 from l2r2_models.localize.cache import localize_to_file

@@ -43,7 +43,8 @@ def test_every_box_gets_its_own_mask_and_an_image_without_a_box_is_not_looked_at
 
 
 def test_masks_go_through_a_box_file_into_the_views(tiny, dataset, tmp_path):
-    from l2r2_models.data.dataset import ViewDataset, read_table, sample_of
+    from l2r2_models.data.dataset import ViewDataset, sample_of
+    from l2r2_models.data.table import read_table
 
     localizer = create_localizer(f"full?masks=sam2:{tiny('sam2')}", device="cpu")
     paths = [row.path for row in read_table(dataset).rows]

@@ -8,7 +8,7 @@ from conftest import write_dataset
 from safetensors.torch import load_file
 
 from l2r2_models import L2R2Error
-from l2r2_models.data.dataset import read_table
+from l2r2_models.data.table import read_table
 from l2r2_models.evaluate.logits import branch_logits
 from l2r2_models.hub import load_checkpoint
 from l2r2_models.train.average import Average
