@@ -24,6 +24,7 @@ LOCALIZERS = {
     "head": ("head", "Head"),
     "ncut": ("backbone", "NormalisedCut"),
     "cam": ("backbone", "ActivationMap"),
+    "parts": ("backbone", "Parts"),
     "center": ("controls", "Center"),
     "full": ("controls", "Full"),
 }
@@ -39,7 +40,7 @@ def create_localizer(
         spec: e.g. `owlv2:google/owlv2-base-patch16-ensemble?prompt=mushroom`; the option `masks=sam:...` or `masks=sam2:...`
             adds masks to any kind.
         device: default cuda where there is one.
-        checkpoint: for `ncut`, `cam` and `head` without a source: the model to look with.
+        checkpoint: for `head`, `ncut`, `cam` and `parts` without a source: the model to look with.
 
     Raises:
         L2R2Error: an unknown kind, option or value, or a network that is not there; the message says what to do.
