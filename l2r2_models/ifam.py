@@ -75,10 +75,10 @@ class IFAM(L2R2):
 
         With `boxes` (`[B, 4]` xyxy in pixels of x; a NaN row has none) stage 2 sees what is inside of the box instead.
         """
-        if localize is not None:
-            raise L2R2Error("An ifam model finds its object itself; leave localize out.")
         if isinstance(x, torch.fx.Proxy):
             raise L2R2Error("An ifam model cannot be traced by FX; export it with torch.export instead.")
+        if localize is not None:
+            raise L2R2Error("An ifam model finds its object itself; leave localize out.")
         mask, has_fg = (None, None) if boxes is None else batch_masks(x, boxes)
         out = self.forward_views(x, has_fg=has_fg, mask=mask)
         return torch.stack([out.full, out.fg]).mean(0) if self.training else out.fused  # type: ignore[list-item]
@@ -153,20 +153,30 @@ class IFAM(L2R2):
 
     # ---- interventions ----
 
-    @contextmanager
-    def intervened(self, drop_parts: Iterable[int] = (), token_quantile: float = 0.0) -> Iterator["IFAM"]:
-        """Inside: without some parts (by number, 0 to K - 1), and without the patches whose logit is below this quantile of
-        their part's logits in training.
+    def intervene(self, drop_parts: Iterable[int] = (), token_quantile: float = 0.0) -> None:
+        """From now on: without some parts (by number, 0 to K - 1), and without the patches whose logit is below this quantile of
+        their part's logits in training. Without arguments: as before.
 
         Raises:
-            L2R2Error: see `PartDiscovery.without`.
+            L2R2Error: an unknown part, a quantile outside of 0..1, or a checkpoint that has none.
         """
+        parts = tuple(sorted(set(drop_parts)))
+        self.parts.check_intervention(parts, token_quantile)
+        self.dropped_parts, self.token_quantile = parts, token_quantile
+
+    @contextmanager
+    def intervened(self, drop_parts: Iterable[int] = (), token_quantile: float = 0.0) -> Iterator["IFAM"]:
+        """`intervene`, for as long as the `with` lasts."""
         before = self.dropped_parts, self.token_quantile
-        self.dropped_parts, self.token_quantile = tuple(sorted(set(drop_parts))), token_quantile
+        self.intervene(drop_parts, token_quantile)
         try:
             yield self
         finally:
             self.dropped_parts, self.token_quantile = before
+
+    def interventions(self) -> dict[str, Any]:
+        given = {"drop_parts": list(self.dropped_parts), "token_quantile": self.token_quantile}
+        return {name: value for name, value in given.items() if value}
 
     @torch.no_grad()
     def store_quantiles(self, images: Iterable[Tensor]) -> None:

@@ -12,6 +12,7 @@ from l2r2_kernels import run_masked, run_packed
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from .backbones import feature_info
 from .errors import L2R2Error
 from .views import ViewSpec
 
@@ -212,9 +213,8 @@ def _doubled_before_last_stage(backbone: Any, mask: Tensor) -> Iterator[list[boo
         done.append(True)
         return (torch.cat([inputs[0], _times(backbone, inputs[0], mask)]), *inputs[1:])
 
-    info = backbone.feature_info
-    last = list(info.info if hasattr(info, "info") else info)[-1]["module"]
-    handle = backbone.get_submodule(last).register_forward_pre_hook(double)
+    last = backbone.get_submodule(feature_info(backbone)[-1]["module"])
+    handle = last.register_forward_pre_hook(double)
     try:
         yield done
     finally:

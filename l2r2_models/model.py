@@ -2,8 +2,7 @@
 
 # no `from __future__ import annotations`: FX and jit need forward's annotations as types, not as strings
 
-from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 import timm
@@ -12,6 +11,7 @@ from timm.layers import trunc_normal_
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
+from .backbones import feature_info, unknown_backbone
 from .box_head import BoxHead, FoundBoxes, feature_map
 from .errors import L2R2Error
 from .fusion import Fusion, create_fusion, fuse_branches
@@ -115,7 +115,7 @@ class L2R2(nn.Module):
         self.branch_backbones = nn.ModuleDict({b: build() for b in self.branches[1:] if not shared})
         self.num_features = int(self.backbone.num_features)
         self.head_hidden_size = int(self.backbone.head_hidden_size)
-        self.feature_info = [{**i, "module": f"backbone.{i['module']}"} for i in _feature_info(self.backbone)]
+        self.feature_info = [{**i, "module": f"backbone.{i['module']}"} for i in feature_info(self.backbone)]
         if hasattr(self.backbone, "output_fmt"):
             self.output_fmt = self.backbone.output_fmt
         self.heads = nn.ModuleDict({b: self._new_head(b) for b in self.branches})
@@ -295,6 +295,14 @@ class L2R2(nn.Module):
         ours = {"branches": list(self.branches), "shared": self.shared, "fusion": self.fusion.config(), "views": views}
         return {**self.backbone_kwargs, **ours, **({} if self.box_head is None else {"box_head": True})}
 
+    def intervene(self, drop_parts: Iterable[int] = (), token_quantile: float = 0.0) -> None:
+        """See `IFAM.intervene`."""
+        raise L2R2Error("Only the ifam models have parts and token quantiles to intervene on.")
+
+    def interventions(self) -> dict[str, Any]:
+        """What `intervene` set; empty where nothing is."""
+        return {}
+
     def backbone_of(self, branch: str) -> nn.Module:
         """The backbone that sees a branch's view."""
         return self.branch_backbones[branch] if branch in self.branch_backbones else self.backbone  # noqa: SIM401  (no get)
@@ -384,15 +392,3 @@ def check_branches(branches: str | Sequence[str]) -> tuple[str, ...]:
     if not branches or len(set(branches)) != len(branches):
         raise L2R2Error(f"Branches must be one or more different ones of {', '.join(BRANCHES)}, got {branches}.")
     return branches
-
-
-def unknown_backbone(name: str) -> str:
-    """The sentence for a timm backbone that does not exist, with close names."""
-    stem = name.split(".")[0]
-    close = get_close_matches(stem, timm.list_models(), 5)
-    return f'Unknown timm backbone "{stem}"' + (f"; close names: {', '.join(close)}." if close else ".")
-
-
-def _feature_info(backbone: Any) -> list[dict[str, Any]]:
-    info = backbone.feature_info
-    return list(info.info if hasattr(info, "info") else info)

@@ -97,13 +97,8 @@ class PartDiscovery(nn.Module):
         logits = head(self.norm(vectors))  # [B, K, classes]
         return (logits * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp_min(1)
 
-    def without(self, found: PartMaps, dropped: tuple[int, ...], quantile: float) -> PartMaps:
-        """The mask after an intervention: without the patches of some parts, and without those of low confidence.
-
-        Args:
-            found: of `forward`.
-            dropped: numbers of parts, 0 to K - 1.
-            quantile: drop the patches whose logit lies below this quantile of their part's training logits; 0 drops none.
+    def check_intervention(self, dropped: tuple[int, ...], quantile: float) -> None:
+        """Whether `without` can do this.
 
         Raises:
             L2R2Error: an unknown part, a quantile outside of 0..1, or one that was never stored.
@@ -112,11 +107,20 @@ class PartDiscovery(nn.Module):
             raise L2R2Error(f"There is no part {wrong[0]}; this model has 0 to {self.num_parts - 1}.")
         if not 0 <= quantile <= 1:
             raise L2R2Error(f"token_quantile must lie between 0 and 1, got {quantile}.")
+        if quantile and not self.quantiles.any():
+            raise L2R2Error("This checkpoint has no quantiles of part logits; `l2r2 finetune` stores them at its end.")
+
+    def without(self, found: PartMaps, dropped: tuple[int, ...], quantile: float) -> PartMaps:
+        """The mask after an intervention: without the patches of some parts, and without those of low confidence.
+
+        Args:
+            found: of `forward`.
+            dropped: numbers of parts, 0 to K - 1.
+            quantile: drop the patches whose logit lies below this quantile of their part's training logits; 0 drops none.
+        """
         best, part = found.logits.max(1)  # [B, h, w]
         keep = found.keep & ~torch.isin(part, torch.tensor(dropped, dtype=part.dtype, device=part.device))
         if quantile:
-            if not self.quantiles.any():
-                raise L2R2Error("This checkpoint has no quantiles of part logits; `l2r2 finetune` stores them at its end.")
             levels = self.quantiles[:, round(quantile * (QUANTILES - 1))]
             keep = keep & (best >= F.pad(levels, (0, 1), value=math.inf)[part])
         return found._replace(keep=keep)

@@ -19,10 +19,11 @@ from timm.models._pretrained import PretrainedCfg
 from timm.models._registry import get_arch_pretrained_cfgs  # private: pinned by tests/test_zoo.py
 from torch import Tensor
 
+from .backbones import unknown_backbone
 from .configs import load_hub_configs
 from .errors import L2R2Error
 from .ifam import IFAM
-from .model import L2R2, check_branches, unknown_backbone
+from .model import L2R2, check_branches
 
 __all__: list[str] = []
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -18,6 +19,18 @@ def track(items: Iterable[T], total: int, text: str) -> Iterator[T]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors, disable=not sys.stderr.isatty()) as progress:
         yield from progress.track(items, total=total, description=text)
+
+
+def numbers(option: str, value: str | None) -> tuple[int, ...]:
+    """`"0,3"` -> `(0, 3)`.
+
+    Raises:
+        typer.BadParameter: something else.
+    """
+    try:
+        return tuple(int(part) for part in (value or "").split(",") if part.strip())
+    except ValueError:
+        raise typer.BadParameter(f"{option} takes numbers with commas between them, got {value!r}.") from None
 
 
 def names(value: str | None) -> tuple[str, ...] | None:

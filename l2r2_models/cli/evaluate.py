@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .common import errors, track
+from .common import errors, numbers, track
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,6 +33,12 @@ def evaluate(
     metadata: Annotated[Optional[Path], typer.Option(help="Another metadata file for the images of DATA.")] = None,
     boxes: Annotated[Optional[Path], typer.Option(help="Box file.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave images out that cannot be used.")] = False,
+    drop_parts: Annotated[
+        Optional[str], typer.Option(help="ifam models: judge without these parts, e.g. 0,3.", show_default="none")
+    ] = None,
+    token_quantile: Annotated[
+        float, typer.Option(help="ifam models: without patches below this quantile of their part's training logits.")
+    ] = 0.0,
     report: Annotated[Optional[Path], typer.Option(help="Write an HTML page: tables, figures, disagreements.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -44,7 +50,8 @@ def evaluate(
 
     judged = judge_run(
         run, data, split, group=group, fit_split=fit_split, prior=prior, others=others or (), metadata=metadata, boxes=boxes,
-        skip_bad=skip_bad, progress=lambda batches, total: track(batches, total, "branch logits"),
+        skip_bad=skip_bad, drop_parts=numbers("--drop-parts", drop_parts), token_quantile=token_quantile,
+        progress=lambda batches, total: track(batches, total, "branch logits"),
     )  # fmt: skip
     result = evaluation_of(judged)
     problems = [f"warning: {warning}" for warning in result.warnings]
@@ -55,7 +62,7 @@ def evaluate(
         from ..evaluate.report_evaluation import write_evaluation
 
         write_evaluation(report, judged, result)
-    if Path(run).is_dir():  # kept for the model card
+    if Path(run).is_dir() and not judged.checkpoint.model.interventions():  # kept for the model card
         store_evaluation(run, data, file_sha256(Path(run) / WEIGHTS), result.to_dict())
     if as_json:
         typer.echo(json.dumps(result.to_dict()))

@@ -126,6 +126,8 @@ def judge_run(
     metadata: Path | None = None,
     boxes: Path | None = None,
     skip_bad: bool = False,
+    drop_parts: Sequence[int] = (),
+    token_quantile: float = 0.0,
     progress: Progress = lambda batches, _: batches,
 ) -> Judged:
     """Let a run answer for every image of a split, with each of its branches and with every fusion.
@@ -140,6 +142,7 @@ def judge_run(
         others: more runs with the same labels (e.g. other seeds); adds ensembles: the mean of the probabilities of the runs'
             full branches, fg branches and fusions.
         skip_bad: leave images out that cannot be used instead of stopping.
+        drop_parts, token_quantile: see `IFAM.intervene`.
         progress: wraps the batches while logits are computed.
 
     Raises:
@@ -148,6 +151,9 @@ def judge_run(
     if fit_split == split:
         raise L2R2Error(f"The split {split} cannot be both fitted on and judged by.")
     runs = [load_checkpoint(source) for source in (run, *others)]
+    if drop_parts or token_quantile:
+        for checkpoint in runs:
+            checkpoint.model.intervene(drop_parts, token_quantile)
     for other, source in zip(runs[1:], others):
         _check_labels(runs[0], other, source)
     table = read_table(data, metadata=metadata, boxes=boxes)

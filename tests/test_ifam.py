@@ -1,0 +1,414 @@
+"""iFAM: parts found without masks, the hard mask and its gradient, the losses, interventions, and the way through a run."""
+
+import json
+
+import pytest
+import timm
+import torch
+from torch.nn.functional import cosine_similarity
+from typer.testing import CliRunner
+
+from l2r2_models import IFAM, L2R2Error, Predictor
+from l2r2_models.cli import app
+from l2r2_models.data.table import read_table
+from l2r2_models.evaluate.logits import branch_logits
+from l2r2_models.hub import load_checkpoint, save_checkpoint
+from l2r2_models.parts import (
+    PartDiscovery,
+    PartMaps,
+    PartWeights,
+    background_loss,
+    draw_moves,
+    entropy_loss,
+    equivariance_loss,
+    move,
+    orthogonality_loss,
+    part_losses,
+    presence_loss,
+    variation_loss,
+)
+from l2r2_models.train.finetune import finetune
+from l2r2_models.train.losses import BranchLoss
+from l2r2_models.train.recipes import Recipe
+from l2r2_models.views import ViewSpec
+
+SMALL = {"img_size": 64, "patch_size": 8, "depth": 3, "embed_dim": 48, "num_heads": 3}
+
+
+def ifam(**options):
+    torch.manual_seed(0)
+    return timm.create_model("ifam_vit_tiny_patch16_224", num_classes=5, **{**SMALL, "num_parts": 3, **options}).eval()
+
+
+def images(count=3):
+    return torch.randn(count, 3, 64, 64)
+
+
+# ---- stage 1 ----
+
+
+def test_part_maps_by_a_naive_loop():
+    torch.manual_seed(0)
+    discovery, x = PartDiscovery(6, 2).eval(), torch.randn(2, 4, 6)
+    found = discovery(x, (2, 2))
+    for b in range(2):
+        for n in range(4):
+            minus = torch.stack([-(x[b, n] - a).square().sum() for a in discovery.prototypes])
+            assert torch.allclose(found.logits[b, :, n // 2, n % 2], minus, atol=1e-5)
+            assert torch.allclose(found.maps[b, :, n // 2, n % 2], minus.softmax(0), atol=1e-5)
+            assert found.keep[b, n // 2, n % 2] == (minus.argmax() < 2)
+        for k in range(2):
+            weights = found.maps[b, k].flatten()
+            assert torch.allclose(found.vectors[b, k], (weights[:, None] * x[b]).sum(0) / weights.sum(), atol=1e-4)
+
+
+def test_noise_in_training_only():
+    discovery, x = PartDiscovery(6, 3), torch.randn(1, 16, 6)
+    assert not torch.equal(discovery(x, (4, 4)).maps, discovery(x, (4, 4)).maps)
+    assert torch.equal(discovery.eval()(x, (4, 4)).maps, discovery(x, (4, 4)).maps)
+    net = ifam()
+    assert torch.equal(net(images_ := images()), net(images_))
+
+
+def test_the_answer_is_the_mean_over_parts_and_dropped_ones_have_no_say():
+    discovery, head = PartDiscovery(6, 3).eval(), torch.nn.Linear(6, 4, bias=False)
+    vectors = torch.randn(2, 3, 6)
+    each = head(discovery.norm(vectors))
+    assert torch.allclose(discovery.answer(vectors, head), each.mean(1), atol=1e-6)
+    assert torch.allclose(discovery.answer(vectors, head, (1,)), each[:, [0, 2]].mean(1), atol=1e-6)
+
+
+def test_part_dropout_never_drops_every_part():
+    discovery, head = PartDiscovery(6, 1, dropout=0.9).train(), torch.nn.Linear(6, 4, bias=False)
+    assert (discovery.answer(torch.randn(64, 1, 6), head).abs().sum(1) > 0).all()
+
+
+# ---- the mask and its gradient ----
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_loss_of_stage_2_reaches_stage_1(shared):
+    """Through the mask alone: with separate backbones there is no other way."""
+    net = ifam(shared=shared).train()
+    net.forward_views(images()).fg.square().sum().backward()
+    assert net.parts.prototypes.grad.abs().sum() > 0
+    if not shared:
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.backbone.blocks[0].mlp.parameters())
+
+
+def test_the_hard_mask_is_a_hard_mask():
+    """Patches of the background change nothing in stage 2, whose answer is that of the mask given by hand."""
+    net, x = ifam(), images(1)
+    out = net.forward_views(x)
+    keep = out.parts.keep
+    assert keep.any() and not keep.all()
+    assert torch.allclose(net.forward_views(x, mask=keep).fg, out.fg, atol=1e-5)
+    outside = ~keep.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    other = torch.where(outside[:, None], torch.randn_like(x), x)
+    assert torch.allclose(net.forward_views(other, mask=keep).fg, out.fg, atol=1e-5)
+
+
+def test_a_pixel_of_the_mask_pulls_its_foreground_score():
+    """Straight-through: the gradient of a kept patch's bit is the gradient of the sum of its foreground maps."""
+    net = ifam(shared=False).train()
+    torch.manual_seed(3)
+    out = net.forward_views(images(1))
+    soft = out.parts.maps
+    (grad,) = torch.autograd.grad(out.fg.sum(), soft, retain_graph=True)
+    keep = out.parts.keep[0]
+    assert torch.allclose(grad[0, 0], grad[0, 1]) and torch.allclose(grad[0, 0], grad[0, 2])  # every part alike
+    assert (grad[0, 0][keep] != 0).all() and (grad[0, :, ~keep] == 0).all() and (grad[0, 3] == 0).all()
+
+
+# ---- answers ----
+
+
+def test_the_answer_is_stage_2_where_it_sees_anything():
+    net, x = ifam(), images()
+    with torch.no_grad():
+        net.parts.prototypes[3] = 100  # far away: nothing is background
+        out = net.forward_views(x)
+        assert out.has_fg.all() and torch.equal(out.fused, out.fg) and torch.equal(net(x), out.fg)
+        net.parts.prototypes[:3] = 200  # every patch is background
+        out = net.forward_views(x)
+    assert not out.has_fg.any() and torch.equal(out.fused, out.full) and out.fg.isfinite().all()
+
+
+def test_what_a_caller_says_about_the_object():
+    net, x = ifam(), images()
+    mask = torch.tensor([1.0, 1, 0])[:, None, None].expand(3, 9, 9)
+    out = net.forward_views(x, has_fg=torch.tensor([True, False, True]), mask=mask)
+    assert out.has_fg.tolist() == [True, False, False]
+    assert torch.equal(out.fused[1:], out.full[1:])
+    boxes = torch.tensor([[8.0, 8, 40, 40], [float("nan")] * 4, [0, 0, 64, 64]])
+    assert torch.equal(net(x, boxes)[1], net.forward_views(x).full[1])
+
+
+def test_misuse_is_named():
+    net, x = ifam(), images()
+    for views in ({"full": x, "fg": x}, {"full": x, "bg": x}, {"fg": x}, {}):
+        with pytest.raises(L2R2Error, match="whole image"):
+            net.forward_views(**views)
+    with pytest.raises(L2R2Error, match="multiple of 8"):
+        ifam(dynamic_img_size=True)(torch.randn(1, 3, 60, 64))
+    with pytest.raises(L2R2Error, match="num_parts"):
+        ifam(num_parts=0)
+    with pytest.raises(L2R2Error, match="branches"):
+        ifam(branches=("full",))
+    with pytest.raises(L2R2Error, match="crop"):
+        ifam(views=ViewSpec(size=64))
+    with pytest.raises(L2R2Error, match="FX"):
+        torch.fx.symbolic_trace(net)
+
+
+def test_one_part():
+    net = ifam(num_parts=1).train()
+    out = net.forward_views(images())
+    losses = part_losses(out.parts, PartWeights(), images(), net.find_parts)
+    assert losses["orthogonality"] == 0 and all(v.isfinite() for v in losses.values())
+    net(images()).mean().backward()
+
+
+# ---- losses ----
+
+
+def maps_of(*parts):
+    """`[1, K + 1, 6, 6]` hard maps; the background is what is left."""
+    maps = torch.zeros(1, len(parts) + 1, 6, 6)
+    for k, (rows, columns) in enumerate(parts):
+        maps[0, k, rows, columns] = 1
+    maps[0, -1] = 1 - maps.sum(1)[0]
+    return maps
+
+
+PART = (slice(0, 3), slice(0, 3))
+
+
+def test_presence_wants_every_part_once_in_the_batch():
+    assert presence_loss(maps_of(PART)) == pytest.approx(0)
+    absent = torch.cat([maps_of(PART), maps_of(PART)], 1)[:, [0, 1, 1, 3]]
+    absent[:, 1] = 0
+    assert presence_loss(absent) == pytest.approx(1 / 3, abs=0.01)  # one of three is nowhere
+    two = torch.cat([maps_of(PART), maps_of((slice(0, 0), slice(0, 0)))])
+    assert presence_loss(two) == pytest.approx(0)  # in one of the images is enough
+
+
+def test_background_wants_to_lie_at_the_edges():
+    centre = torch.zeros(1, 2, 7, 7)
+    centre[:, 1, 2:5, 2:5] = 1
+    centre[:, 0] = 1 - centre[:, 1]
+    assert background_loss(1 - centre) < 0.2 < 1 < background_loss(centre)
+
+
+def test_variation_and_entropy():
+    flat = torch.full((1, 3, 6, 6), 1 / 3)
+    assert variation_loss(flat) == 0 and entropy_loss(flat) == pytest.approx(1)
+    hard = maps_of(PART)
+    assert entropy_loss(hard) == pytest.approx(0, abs=1e-5)
+    # a 3 x 3 corner has 3 jumps along each direction, in both maps, over 5 x 6 neighbours
+    assert variation_loss(hard) == pytest.approx(2 * 2 * 3 / 30)
+
+
+def test_orthogonality_compares_parts_and_not_channels():
+    """The axis that the authors' code mixes up: equal parts are worst, whatever their channels are."""
+    equal = torch.randn(2, 1, 5).expand(2, 3, 5)
+    assert orthogonality_loss(equal) == pytest.approx(1, abs=1e-5)
+    assert orthogonality_loss(torch.eye(5)[None, :3]) == pytest.approx(0)
+    vectors = torch.randn(1, 3, 5)
+    pairs = [cosine_similarity(vectors[0, i], vectors[0, j], dim=0).abs() for i in range(3) for j in range(3) if i != j]
+    assert orthogonality_loss(vectors) == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-6)
+
+
+def test_equivariance_is_zero_for_parts_that_move_with_the_image():
+    """A stage 1 that reads its maps off the pixels; and one that always finds the same place."""
+
+    def reads(x):
+        return PartMaps(x, x, x[:, :, 0], x[:, 0] > 0)
+
+    torch.manual_seed(0)
+    blob = torch.nn.functional.avg_pool2d(torch.rand(4, 3, 32, 32), 9, 1, 4)
+    assert equivariance_loss(blob, blob, reads) < 1e-4
+    calls = []
+
+    def fixed(x):
+        calls.append(x)
+        return reads(blob)
+
+    spot = torch.zeros(4, 3, 32, 32)
+    spot[:, :, 4:12, 4:12] = 1
+    blob = spot
+    assert equivariance_loss(spot, spot, fixed) > 0.05 and len(calls) == 1
+
+
+def test_moves_are_rotations_shifts_and_scales():
+    theta = draw_moves(256)
+    scale = torch.linalg.det(theta[:, :, :2]).sqrt()
+    assert scale.min() > 0.79 and scale.max() < 1.26 and theta[:, :, 2].abs().max() <= 0.2
+    x = torch.rand(2, 3, 16, 16)
+    identity = torch.tensor([[1.0, 0, 0], [0, 1, 0]]).expand(2, 2, 3)
+    assert torch.allclose(move(x, identity), x, atol=1e-5)
+
+
+def test_weights_choose_the_losses():
+    net, x = ifam().train(), images()
+    out = net.forward_views(x)
+    only = PartWeights(*([0.0] * 3), entropy=2.0, orthogonality=0.0, background=0.0)
+    losses = part_losses(out.parts, only, x, net.find_parts)
+    assert set(losses) == {"entropy"} and torch.allclose(losses["entropy"], 2 * entropy_loss(out.parts.maps))
+    with pytest.raises(L2R2Error, match="part_presence"):
+        PartWeights(presence=-1)
+
+
+def test_equivariance_runs_stage_1_only():
+    net, x, runs = ifam(shared=False).train(), images(), []
+    net.branch_backbones["fg"].blocks[0].norm1.register_forward_hook(lambda *_: runs.append("stage 2"))
+    net.backbone.blocks[0].norm1.register_forward_hook(lambda *_: runs.append("stage 1"))
+    BranchLoss(net).train()(torch.tensor([0, 1, 2]), torch.ones(3, dtype=torch.bool), full=x)
+    assert sorted(runs) == ["stage 1", "stage 1", "stage 2"]
+
+
+def test_the_parts_of_a_batch_add_up():
+    """Gradient accumulation: two halves with the counts of the whole give the whole's loss, but for what a batch shares."""
+    net, x, labels = ifam(part_dropout=0.0).train(), images(4), torch.arange(4)
+    net.parts.eval()  # no noise
+    loss = BranchLoss(net, part_weights=PartWeights(presence=0.0, equivariance=0.0))
+    loss.training = True
+    found = torch.ones(4, dtype=torch.bool)
+    whole = loss(labels, found, full=x)["loss"]
+    counts = torch.tensor([4.0, 4.0])
+    halves = [loss(labels[h], found[h], full=x[h], counts=counts)["loss"] for h in (slice(0, 2), slice(2, 4))]
+    assert torch.allclose(sum(halves), whole, atol=1e-4)
+
+
+# ---- interventions ----
+
+
+def test_dropped_parts_leave_the_mask():
+    net, x = ifam(), images()
+    before = net.forward_views(x).parts
+    part = before.logits.argmax(1)
+    with net.intervened(drop_parts=[1]):
+        after = net.forward_views(x)
+    assert torch.equal(after.parts.keep, before.keep & (part != 1))
+    assert net.dropped_parts == () and torch.equal(net.forward_views(x).parts.keep, before.keep)
+    with net.intervened(drop_parts=range(3)):
+        assert not net.forward_views(x).has_fg.any()
+    with pytest.raises(L2R2Error, match="no part 3"), net.intervened(drop_parts=[3]):
+        net.forward_views(x)
+
+
+def test_low_confidence_tokens_by_the_training_quantiles(tmp_path):
+    net, train, x = ifam(), images(8), images()
+    with pytest.raises(L2R2Error, match="quantiles"), net.intervened(token_quantile=0.3):
+        net(x)
+    net.store_quantiles([train[:5], train[5:]])
+    found = net.find_parts(train)
+    best, part = found.logits.max(1)
+    with net.intervened(token_quantile=0.3):
+        kept = net.forward_views(train).parts.keep
+    for k in range(3):
+        level = torch.quantile(best[part == k], 0.3)
+        assert torch.equal(kept[part == k], best[part == k] >= level)
+    net.view_spec = ViewSpec.from_pretrained_cfg(net.pretrained_cfg, size=64, fg="parts")
+    save_checkpoint(net, tmp_path, [str(i) for i in range(5)])
+    loaded = load_checkpoint(tmp_path).model
+    with net.intervened(token_quantile=0.5), loaded.intervened(token_quantile=0.5):
+        assert torch.equal(net(x), loaded(x))
+    with pytest.raises(L2R2Error, match="token_quantile"), net.intervened(token_quantile=1.5):
+        net(x)
+
+
+# ---- a run ----
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    from conftest import write_dataset
+
+    folder = tmp_path_factory.mktemp("ifam")
+    data = write_dataset(folder / "data", splits=("train", "test"))
+    (data / "metadata.csv").write_text(  # no boxes at all
+        "\n".join(",".join(line.split(",")[:3]) for line in (data / "metadata.csv").read_text().splitlines())
+    )
+    recipe = Recipe.default(
+        "ifam_vit_tiny_patch16_224", False, size=32, num_parts=3, epochs=2, batch_size=6, part_background=0.5, lr=1e-4,
+        backbone={"patch_size": 4, "depth": 2, "embed_dim": 48, "num_heads": 3},
+    )  # fmt: skip
+    finetune(data, recipe, folder / "run")
+    return folder / "run", data, recipe
+
+
+def test_finetune_needs_images_and_labels_only(run):
+    folder, data, _ = run
+    model = load_checkpoint(folder).model
+    assert isinstance(model, IFAM) and model.parts.num_parts == 3 and model.parts.quantiles.any()
+    assert model.fusion.config() == {"name": "robust", "threshold": 0.0}
+    prediction = Predictor.from_pretrained(folder)(next((data / "images").glob("test*")))
+    assert len(prediction.objects) == 1 and prediction.objects[0].box is None
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(run, tmp_path, monkeypatch):
+    from l2r2_models.train import trainer
+
+    folder, data, recipe = run
+    saved = []
+
+    class Killed(Exception):
+        pass
+
+    save = trainer.BranchTrainer._save_checkpoint
+
+    def killed(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        saved.append(1)
+        raise Killed
+
+    monkeypatch.setattr(trainer.BranchTrainer, "_save_checkpoint", killed)
+    with pytest.raises(Killed):
+        finetune(data, recipe, tmp_path / "run")
+    monkeypatch.undo()
+    finetune(data, recipe, tmp_path / "run")
+    whole, continued = (load_checkpoint(f).model.state_dict() for f in (folder, tmp_path / "run"))
+    assert saved and all(torch.equal(whole[k], continued[k]) for k in whole)
+
+
+def test_evaluate_under_interventions(run):
+    folder, data, _ = run
+    call = CliRunner().invoke
+
+    def judged(*options):
+        result = call(app, ["evaluate", str(folder), str(data), "--json", *options])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    plain, without = judged(), judged("--drop-parts", "0,1,2")
+    assert without["with_object"] == 0 and plain["images"] == without["images"]
+    assert without["rows"]["fg"]["accuracy"] == without["rows"]["full"]["accuracy"]
+    assert judged("--token-quantile", "1.0")["with_object"] <= plain["with_object"]
+    assert judged()["with_object"] == plain["with_object"]  # the stored logits are those of the untouched network
+    for options, message in ((["--drop-parts", "7"], "no part 7"), (["--token-quantile", "2"], "between 0 and 1")):
+        result = call(app, ["evaluate", str(folder), str(data), *options])
+        assert result.exit_code == 1 and message in str(result.exception)
+
+
+def test_interventions_belong_to_ifam(dataset):
+    from conftest import write_run
+
+    run = write_run(dataset.parent / "run")
+    result = CliRunner().invoke(app, ["evaluate", str(run), str(dataset), "--drop-parts", "0"])
+    assert result.exit_code == 1 and "ifam" in str(result.exception)
+
+
+def test_num_parts_belongs_to_ifam(tmp_path, dataset):
+    with pytest.raises(L2R2Error, match="num_parts"):
+        finetune(dataset, Recipe.default("timm:resnet10t", False, size=32, num_parts=3), tmp_path / "run")
+
+
+def test_branch_logits_of_an_intervened_model_have_their_own_store(run, tmp_path):
+    folder, data, _ = run
+    checkpoint, test = load_checkpoint(folder), read_table(data).of_split("test")
+    before = branch_logits(checkpoint, test, tmp_path)
+    with checkpoint.model.intervened(drop_parts=[0, 1, 2]):
+        inside = branch_logits(checkpoint, test, tmp_path)
+    after = branch_logits(checkpoint, test, tmp_path)
+    assert not inside.has_fg.any() and torch.equal(before.has_fg, after.has_fg)
