@@ -1,0 +1,219 @@
+"""What changed backgrounds cost: plain classifiers, controls, the paper's two networks, and L2R2, on two sets of real pixels.
+
+    python benchmarks/robustness/background_shift.py fod_a_shift DATA            [--seeds 0 1 2] [--models plain shared ...]
+    python benchmarks/robustness/background_shift.py composites  OBJECTS SCENES  [--seeds 0 1 2]
+
+fod_a_shift: DATA is an imagefolder whose metadata.csv has the splits train (background tied to class), train_minority (other
+backgrounds), test_id and test_ood. Training takes `train` and 38 rows of `train_minority`, drawn with the run's seed: 95 %
+correlation. The last 15 % of each class's rows of `train` (rows are frames in order) are held out as `val`.
+composites: OBJECTS cut out by their masks on SCENES, made anew for each seed (`l2r2 composite`: 97 % and 87 % correlation in two
+environments); `val` holds other physical objects on other scene photographs, correlated as in training.
+
+Every network is trained by the same recipe (`scratch`, ResNet-18, batch 16, bf16; fod_a_shift: 96 pixels, 20 epochs; composites:
+64 pixels, 10 epochs), the weights are those after the last epoch. Fusions are fitted and chosen on `val` as it is, on `val` laid
+on other classes' training backgrounds (swapped), and on both. No row of a test split is fitted on or chosen by. Interrupted, the
+same command continues. Writes benchmarks/results/background_shift_NAME.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import platform
+import random
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l2r2_models.data.spawrious import composites
+from l2r2_models.data.table import ImageTable, read_table
+from l2r2_models.evaluate.backgrounds import BACKGROUNDS, logits_to_fit
+from l2r2_models.evaluate.fuse import best, fit, fuse
+from l2r2_models.evaluate.logits import BranchLogits, branch_logits
+from l2r2_models.evaluate.metrics import accuracy, by_group, oracle
+from l2r2_models.fusion import FUSIONS, create_fusion
+from l2r2_models.fusion.calibration import expected_calibration_error
+from l2r2_models.hub import load_checkpoint
+from l2r2_models.train.finetune import finetune
+from l2r2_models.train.recipes import Recipe
+
+MINORITY, HELD_OUT = 38, 0.15
+SPLITS = ("test_id", "test_ood")
+COMMON = {"batch_size": 16, "precision": "bf16", "channels_last": True, "cache": True}
+PIXELS, EPOCHS = {"fod_a_shift": 96, "composites": 64}, {"fod_a_shift": 20, "composites": 10}
+SIDE = {"fod_a_shift": 300, "composites": 128}  # of the images
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One row of the comparison: what differs from the common recipe, and a control's boxes instead of the given ones."""
+
+    changes: dict[str, Any] = field(default_factory=dict)
+    control: str = ""
+
+
+PLAIN = {"branches": ("full",)}
+MODELS = {
+    "plain": Model(PLAIN),
+    "centre crop": Model({"branches": ("fg",)}, "centre"),
+    "random zoom": Model({"branches": ("fg",)}, "random"),
+    "independent": Model({"shared": False}),
+    "shared": Model(),
+    "masked_crop": Model({"fg": "masked_crop"}),
+    "plain, swapped": Model({**PLAIN, "background_swap": 0.5}),
+    "shared, swapped": Model({"background_swap": 0.5}),
+}
+
+
+def control_box(row: dict, control: str, side: int) -> dict:
+    """The middle half of the image, or a box as large as the object's at a random place; seeded by the file's name."""
+    if control == "centre":
+        x0 = y0 = side / 4
+        x1 = y1 = 3 * side / 4
+    else:
+        w, h = (float(row[b]) - float(row[a]) for a, b in (("x0", "x1"), ("y0", "y1")))
+        draw = random.Random(f"control {row['file_name']}")
+        x0, y0 = draw.uniform(0, max(0.0, side - w)), draw.uniform(0, max(0.0, side - h))
+        x1, y1 = x0 + w, y0 + h
+    return {**row, "x0": x0, "y0": y0, "x1": x1, "y1": y1}
+
+
+def read_rows(data: Path) -> list[dict]:
+    with open(data / "metadata.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def fod_rows(data: Path, seed: int) -> list[dict]:
+    """The rows of one seed, with `val` taken from the end of each class's training frames."""
+    rows = read_rows(data)
+    minority = random.Random(seed).sample([row for row in rows if row["split"] == "train_minority"], MINORITY)
+    by_class = defaultdict(list)
+    for row in rows:
+        if row["split"] == "train":
+            by_class[row["label"]].append(row)
+    val = {row["file_name"] for group in by_class.values() for row in group[len(group) - round(HELD_OUT * len(group)) :]}
+    kept = [row for row in rows if row["split"] in ("train", *SPLITS)] + [{**row, "split": "train"} for row in minority]
+    return [{**row, "split": "val"} if row["file_name"] in val else row for row in kept]
+
+
+def write_rows(rows: list[dict], control: str, out: Path, side: int) -> Path:
+    """A metadata file of its own, with the control's boxes if there is one."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(control_box(row, control, side) if control else row for row in rows)
+    return out
+
+
+def answers(run: Path, table: ImageTable) -> Iterator[tuple[str, str, dict[str, tuple[torch.Tensor, BranchLogits]]]]:
+    """Name, what it was fitted on, and logits by test split: of each branch, each fusion, the one chosen on each kind of val."""
+    checkpoint, store = load_checkpoint(run), run / "logits"
+    judged = {split: branch_logits(checkpoint, table.of_split(split), store) for split in SPLITS}
+    branches = list(judged[SPLITS[0]].logits)
+    for branch in branches:
+        yield branch, "", {split: (data.logits[branch], data) for split, data in judged.items()}
+    if len(branches) < 2:
+        return
+    fusions = {(name, ""): create_fusion(name, len(branches), len(checkpoint.labels)) for name in FUSIONS}
+    fusions = {key: fusion for key, fusion in fusions.items() if fusion.count() == 0}
+    for backgrounds in BACKGROUNDS:
+        data = logits_to_fit(checkpoint, table.of_split("val"), table.of_split("train"), backgrounds, store)
+        fitted = fit(data)
+        fusions.update({(name, backgrounds): f.fusion for name, f in fitted.items() if f.fusion.count()})
+        fusions["chosen: " + best(fitted), backgrounds] = fitted[best(fitted)].fusion
+    for (name, backgrounds), fusion in fusions.items():
+        yield name, backgrounds, {split: (fuse(fusion, data), data) for split, data in judged.items()}
+
+
+def run_one(data: Path, rows: Path, name: str, seed: int, work: Path, options: argparse.Namespace) -> list[dict]:
+    """Train one model with one seed and measure every answer that it gives."""
+    changes = {**COMMON, "size": options.size, "epochs": options.epochs, **MODELS[name].changes}
+    recipe = Recipe.default("l2r2_resnet18", False, seed=seed, **changes)
+    run = work / f"{name.replace(' ', '_').replace(',', '')}_s{seed}"
+    print(f"{name}, seed {seed}", flush=True)
+    finetune(data, recipe, run, metadata=rows, val_split="val")
+    found = []
+    for answer, fitted_on, outputs in answers(run, read_table(data, metadata=rows)):
+        row: dict[str, Any] = {"model": name, "answer": answer, "fitted_on": fitted_on, "seed": seed}
+        for split, (logits, judged) in outputs.items():
+            said = logits.argmax(-1)
+            backgrounds = by_group(said, judged.labels, judged.table.column("background"))
+            row[split] = round(100 * accuracy(said, judged.labels), 1)
+            row[f"{split}_worst_background"] = round(100 * min(backgrounds.values()), 1)
+            row[f"{split}_ece"] = round(100 * expected_calibration_error(logits, judged.labels), 1)
+            if answer == "full" and len(judged.logits) > 1:
+                row[f"{split}_oracle"] = round(100 * oracle(list(judged.logits.values()), judged.labels), 1)
+        found.append(row)
+    return found
+
+
+def write_table(table: list[dict], out: Path, about: dict) -> None:
+    names = list(dict.fromkeys(key for row in table for key in row))
+    with open(out, "w", newline="") as file:
+        writer = csv.DictWriter(file, [*names, *about])
+        writer.writeheader()
+        writer.writerows({**row, **about} for row in table)
+
+
+def print_means(table: list[dict]) -> None:
+    """Mean and standard deviation over the seeds; what was chosen may differ from seed to seed."""
+    by_answer: dict[tuple, list[dict]] = defaultdict(list)
+    for row in table:
+        by_answer[row["model"], row["answer"].split(":")[0], row["fitted_on"]].append(row)
+    for (model, answer, fitted_on), rows in by_answer.items():
+        figures = []
+        for split in SPLITS:
+            values = [row[split] for row in rows]
+            figures.append(f"{split} {statistics.mean(values):5.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:4.1f}")
+        print(f"{model:16} {answer:24} {fitted_on:8} {'   '.join(figures)}   {len(rows)} seeds")
+
+
+def data_of(options: argparse.Namespace, seed: int, work: Path) -> tuple[Path, list[dict]]:
+    """The data set's folder and its rows for a seed."""
+    if options.name == "fod_a_shift":
+        return options.data[0], fod_rows(options.data[0], seed)
+    folder = composites(*options.data, work / f"data_s{seed}", size=SIDE[options.name], seed=seed)
+    return folder, read_rows(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(SIDE))
+    parser.add_argument("data", type=Path, nargs="+")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--epochs", type=int, help="for a quick try; the default is the figure's")
+    parser.add_argument("--work", type=Path, default=Path("runs"))
+    options = parser.parse_args()
+    options.size, options.epochs = PIXELS[options.name], options.epochs or EPOCHS[options.name]
+    work = options.work / options.name
+    about = {
+        "backbone": "resnet18 from scratch", "pixels": options.size, "epochs": options.epochs, "precision": "bf16",
+        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads", "torch": version("torch"),
+        "timm": version("timm"), "transformers": version("transformers"), "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+    table: list[dict] = []
+    for seed in options.seeds:
+        data, rows = data_of(options, seed, work)
+        for name in options.models:
+            if MODELS[name].changes.get("fg") == "masked_crop" and "mask_file" not in rows[0]:
+                continue
+            control = MODELS[name].control
+            file = write_rows(rows, control, work / f"rows_{control or 'given'}_s{seed}.csv", SIDE[options.name])
+            table += run_one(data, file, name, seed, work, options)
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            write_table(table, RESULTS / f"background_shift_{options.name}.csv", about)
+    print_means(table)
+
+
+if __name__ == "__main__":
+    main()
