@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .box_files import BoxEntry, read_boxes
+from .data.sources import is_source
 from .data.table import METADATA, read_table
 from .errors import L2R2Error
 from .files import file_sha256, read_json, write_json
@@ -68,14 +69,14 @@ def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None
     box_files: list[Path] = []
     labels: dict[str, str] = {}
     for source in sources:
-        if source.is_dir() and any((source / name).exists() for name in METADATA):
+        if is_source(source) or (source.is_dir() and any((source / name).exists() for name in METADATA)):
             table = read_table(source, missing_ok=True)  # a missing image is one failure among the answers
-            box_files += [source / name for name in METADATA if (source / name).exists()]
-            rows = (table.of_split(split) if split else table).rows
-            paths.update((row.path, None) for row in rows)
-            entries.update((str(row.path), row.entry) for row in rows if row.entry is not None)
-            masks.update((str(row.path), row.mask_file) for row in rows if row.mask_file is not None)
-            labels.update((str(row.path), row.label) for row in rows if row.label)
+            box_files += [table.root / name for name in METADATA if (table.root / name).exists()]
+            table = table.of_split(split) if split else table
+            paths.update((row.path, None) for row in table.rows)
+            entries.update(table.entries())
+            masks.update((str(row.path), row.mask_file) for row in table.rows if row.mask_file is not None)
+            labels.update((str(row.path), row.label) for row in table.rows if row.label)
         elif split:
             raise L2R2Error(f"{source}: --split needs a folder with {' or '.join(METADATA)}.")
         else:

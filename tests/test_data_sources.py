@@ -13,6 +13,7 @@ from l2r2_models import L2R2Error
 from l2r2_models.cli import main
 from l2r2_models.data.dataset import sample_of
 from l2r2_models.data.table import read_table
+from l2r2_models.predictions import gather
 
 datasets = pytest.importorskip("datasets")
 
@@ -196,6 +197,24 @@ def test_an_image_with_objects_of_several_classes_is_one_row_an_object(tmp_path)
     assert [(row.label, row.entry.boxes[0][0]) for row in table.rows] == [("cat", 0), ("dog", 10), ("cat", 20)]
     same = read_table(three_objects(tmp_path / "e", ("cat",) * 3))
     assert len(same) == 1 and len(same.rows[0].entry.boxes) == 3
+
+
+def test_the_boxes_of_an_image_are_put_together_again_for_prediction(tmp_path):
+    data = three_objects(tmp_path / "d")
+    Image.new("RGB", (60, 40)).save(data / "alone.png")
+    with open(data / "metadata.csv", "a") as file:
+        file.write("alone.png,dog,1,2,3,4\n")
+    inputs = gather([data])
+    assert [path.name for path in inputs.paths] == ["a.png", "alone.png"]
+    boxes = {Path(path).name: [box[0] for box in entry.boxes] for path, entry in inputs.entries.items()}
+    assert boxes == {"a.png": [0, 10, 20], "alone.png": [1]}
+
+
+def test_a_data_set_of_the_hub_can_be_predicted(tmp_path):
+    made(3).save_to_disk(tmp_path / "saved")
+    inputs = gather([tmp_path / "saved"])
+    assert [path.name for path in inputs.paths] == ["photo_0.png", "photo_1.png", "photo_2.png"]
+    assert [len(entry.boxes) for entry in inputs.entries.values()] == [0, 1, 1] and inputs.box_files[0].is_file()
 
 
 def test_one_of_the_boxes_is_drawn_in_training_and_the_best_is_taken_else(tmp_path):

@@ -105,6 +105,15 @@ class ImageTable:
         """The images' paths relative to the root."""
         return [Path(os.path.relpath(row.path, self.root)).as_posix() for row in self.rows]
 
+    def entries(self) -> dict[str, BoxEntry]:
+        """The boxes by image path, for the images that have an entry; those of an image's several rows together."""
+        joined: dict[str, BoxEntry] = {}
+        for row in self.rows:
+            if row.entry is not None:
+                old = joined.get(str(row.path))
+                joined[str(row.path)] = row.entry if old is None else _together(old, row.entry)
+        return joined
+
     def label_counts(self) -> Counter[str]:
         return Counter(str(row.label) for row in self.rows)
 
@@ -225,6 +234,20 @@ def _by_object(rows: list[Row]) -> list[Row]:
             boxes = [(i, label) for i, label in enumerate(labels) if label in classes]
             told_apart += [replace(row, label=label, entry=_only(row.entry, [i])) for i, label in boxes]
     return told_apart
+
+
+def _together(first: BoxEntry, second: BoxEntry) -> BoxEntry:
+    """The boxes of two entries of one image, each once."""
+    new = [i for i, box in enumerate(second.boxes) if box not in first.boxes]
+    more = _only(second, new)
+    masks = tuple(mask for entry in (first, more) for mask in (entry.masks or (None,) * len(entry.boxes)))
+    return replace(
+        first,
+        boxes=first.boxes + more.boxes,
+        scores=first.scores + more.scores,
+        labels=first.labels + more.labels,
+        masks=masks if any(masks) else (),
+    )
 
 
 def _only(entry: BoxEntry, keep: list[int]) -> BoxEntry:
