@@ -9,11 +9,26 @@ import sys
 import typer
 
 from ..errors import L2R2Error
-from . import audit, composite, demo, evaluate, export, finetune, fuse, list_models, localize, predict, publish
+from . import (
+    audit,
+    composite,
+    demo,
+    derive,
+    evaluate,
+    evaluate_boxes,
+    export,
+    finetune,
+    fuse,
+    list_models,
+    localize,
+    predict,
+    publish,
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.command("list")(list_models.list_models)
 app.command("localize")(localize.localize)
+app.command("evaluate-boxes")(evaluate_boxes.evaluate_boxes)
 app.command("finetune")(finetune.finetune)
 app.command("fuse")(fuse.fuse)
 app.command("evaluate")(evaluate.evaluate)
@@ -21,6 +36,8 @@ app.command("audit")(audit.audit)
 app.command("predict")(predict.predict)
 app.command("publish")(publish.publish)
 app.command("export")(export.export)
+app.command("derive")(derive.derive)
+app.command("convert")(derive.convert)
 app.command("composite")(composite.composite)
 app.command("demo")(demo.demo)
 
