@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint benchmark benchmark-fod
+.PHONY: demo test lint benchmark benchmark-robustness
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
@@ -27,6 +27,7 @@ test: lint
 benchmark: $(INSTALLED)
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q benchmarks/speed -p no:xdist
 
-# make benchmark-fod DATA=path/to/fod_a_shift
-benchmark-fod: $(INSTALLED)
-	@$(BIN)/python benchmarks/robustness/fod_a_shift.py $(DATA)
+# make benchmark-robustness DATA=folder that holds fod_a_shift, eth80 and scenes; hours on a CPU, continued by the same command
+benchmark-robustness: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/robustness/background_shift.py fod_a_shift $(DATA)/fod_a_shift
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/robustness/background_shift.py composites $(DATA)/eth80 $(DATA)/scenes
