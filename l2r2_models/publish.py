@@ -186,7 +186,7 @@ def _clean_config(config: dict[str, Any], checkpoint: Checkpoint, facts: Facts) 
     """The config without paths of this machine, with the localizer and the licence as published."""
     ours = {**config["l2r2"], "training": _without_paths(config["l2r2"].get("training", {}))}
     told = {"spec": facts.localizer, "prompt": facts.prompt, "licence": facts.localizer_licence}
-    ours["localizer"] = {**checkpoint.localizer, **{k: v for k, v in told.items() if v}}
+    ours["localizer"] = {**_without_paths(checkpoint.localizer), **{k: v for k, v in told.items() if v}}
     source = {k: v for k, v in config.get("pretrained_cfg", {}).items() if k != "license"}
     return {**config, "pretrained_cfg": {**source, **({"license": facts.licence} if facts.licence else {})}, "l2r2": ours}
 
