@@ -1,0 +1,119 @@
+"""What finds the object decides how much of the fg branch's gain is left: localizers judged by their boxes and by the answers.
+
+    python benchmarks/robustness/localizers.py fod_a_shift DATA            [--seeds 0 1 2]
+    python benchmarks/robustness/localizers.py composites  OBJECTS SCENES  [--seeds 0 1 2]
+
+Data, rows, recipe and seeds are those of background_shift.py. One network a seed is trained with `--box-head` on the given
+boxes of its training rows, and then looks at the test images through the boxes of each localizer:
+
+    given   the data set's own boxes: what a perfect detector gives
+    head    the box head, which has seen the training rows' boxes only
+    ncut    a normalised cut of the same network's features; cam: the class activation map of its full branch
+    center  the middle half; full: the whole image
+
+`robust` is at its default threshold; nothing is fitted on any row. `gain` is the part of what given boxes give fg over full that
+is left: (fg - full) / (fg with given boxes - full). Interrupted, the same command continues. Writes
+benchmarks/results/localizers_NAME.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import statistics
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from background_shift import COMMON, EPOCHS, PIXELS, RESULTS, SIDE, SPLITS, data_of, write_rows, write_table
+
+from l2r2_models.data.table import read_table
+from l2r2_models.evaluate.boxes import evaluate_boxes
+from l2r2_models.evaluate.fuse import fuse
+from l2r2_models.evaluate.logits import branch_logits
+from l2r2_models.evaluate.metrics import accuracy
+from l2r2_models.hub import load_checkpoint
+from l2r2_models.localize import create_localizer
+from l2r2_models.localize.cache import localize_to_file
+from l2r2_models.train.finetune import finetune
+from l2r2_models.train.recipes import Recipe
+
+LOCALIZERS = {"head": "head:{run}", "ncut": "ncut:{run}?size={size}", "cam": "cam:{run}", "center": "center", "full": "full"}
+FIGURES = ("corloc", "mean_iou", "full", "fg", "robust", "gain")
+
+
+def measure(data: Path, rows: Path, run: Path, name: str, size: int) -> dict:
+    """IoU and CorLoc of a localizer's boxes on each test split, and what fg and robust answer with them."""
+    checkpoint, given, row = load_checkpoint(run), read_table(data, metadata=rows), {}
+    file = run / f"boxes_{name}.json"
+    if name != "given":
+        localizer = create_localizer(LOCALIZERS[name].format(run=run, size=2 * size))
+        localize_to_file(localizer, [r.path for split in SPLITS for r in given.of_split(split).rows], file, batch_size=32)
+    table = given if name == "given" else read_table(data, metadata=rows, boxes=file)
+    for split in SPLITS:
+        if name != "given":
+            judged = evaluate_boxes(file, data, split=split, metadata=rows)
+            row[f"{split}_corloc"], row[f"{split}_mean_iou"] = round(100 * judged.corloc, 1), round(100 * judged.mean_iou, 1)
+            row[f"{split}_object_inside"], row[f"{split}_missed"] = round(100 * judged.area_recall, 1), judged.missed
+        found = branch_logits(checkpoint, table.of_split(split), run / "logits")
+        fg = found.logits["fg"].where(found.has_fg[:, None], found.logits["full"])
+        robust = fuse(checkpoint.model.fusion, found)
+        for answer, logits in (("full", found.logits["full"]), ("fg", fg), ("robust", robust)):
+            row[f"{split}_{answer}"] = round(100 * accuracy(logits.argmax(-1), found.labels), 1)
+    return row
+
+
+def add_gains(table: list[dict]) -> None:
+    for split in SPLITS:
+        for row in table:
+            given = next(r for r in table if r["localizer"] == "given" and r["seed"] == row["seed"])
+            possible = given[f"{split}_fg"] - given[f"{split}_full"]
+            row[f"{split}_gain"] = round(100 * (row[f"{split}_fg"] - row[f"{split}_full"]) / possible, 1) if possible > 0 else ""
+
+
+def print_means(table: list[dict]) -> None:
+    by_name: dict[str, list[dict]] = defaultdict(list)
+    for row in table:
+        by_name[row["localizer"]].append(row)
+    for name, rows in by_name.items():
+        for split in SPLITS:
+            known = [k for k in FIGURES if rows[0].get(f"{split}_{k}") not in ("", None)]
+            figures = "  ".join(f"{k} {statistics.mean(row[f'{split}_{k}'] for row in rows):5.1f}" for k in known)
+            print(f"{name:7} {split:9} {figures}   {len(rows)} seeds")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(SIDE))
+    parser.add_argument("data", type=Path, nargs="+")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, help="for a quick try; the default is the figure's")
+    parser.add_argument("--work", type=Path, default=Path("runs"))
+    parser.add_argument("--out", type=Path, help="the table; default benchmarks/results/localizers_NAME.csv")
+    options = parser.parse_args()
+    size, epochs = PIXELS[options.name], options.epochs or EPOCHS[options.name]
+    work, out = options.work / options.name, options.out or RESULTS / f"localizers_{options.name}.csv"
+    about = {
+        "backbone": "resnet18 from scratch", "pixels": size, "epochs": epochs, "precision": "bf16",
+        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads", "torch": version("torch"),
+        "timm": version("timm"), "transformers": version("transformers"), "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+    table: list[dict] = []
+    for seed in options.seeds:
+        data, rows = data_of(options, seed, work)
+        file, run = write_rows(rows, "", work / f"rows_given_s{seed}.csv", SIDE[options.name]), work / f"box_head_s{seed}"
+        recipe = Recipe.default("l2r2_resnet18", False, seed=seed, box_head=True, size=size, epochs=epochs, **COMMON)
+        print(f"seed {seed}", flush=True)
+        finetune(data, recipe, run, metadata=file, val_split="val")
+        table += [{"localizer": n, "seed": seed, **measure(data, file, run, n, size)} for n in ("given", *LOCALIZERS)]
+        add_gains(table)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_table(table, out, about)
+    print_means(table)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
