@@ -1,0 +1,141 @@
+"""Where to mask: before the network, late in it, or its tokens; and iFAM, which gets no masks. ETH-80 objects on scenes.
+
+    python benchmarks/robustness/masking.py OBJECTS SCENES [--seeds 0 1 2] [--work runs/masking] [--only vit:tokens ...]
+
+OBJECTS and SCENES are data sets as `l2r2 composite` takes them. The composites have its default correlations (0.97 and 0.87),
+true masks and boxes. Each row is a network of its own that sees one kind of view (branches full, or fg), from scratch, through
+the same finetune that users call; weights after the last epoch, nothing is chosen on any split. The published finding (Aniraj et
+al., ICCVW 2023) is that early masking beats late masking out of distribution. Interrupted, the same command continues. Writes
+benchmarks/results/masking.csv.
+
+iFAM is trained on the same images without boxes and masks. Its IoU is that of the patches it keeps with those that the true
+mask covers by half, over the images of a split; `everything` is the IoU of keeping all patches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from l2r2_models import make_views
+from l2r2_models.data.dataset import sample_of
+from l2r2_models.data.spawrious import composites
+from l2r2_models.data.table import ImageTable, read_table
+from l2r2_models.evaluate.logits import branch_logits
+from l2r2_models.hub import Checkpoint, load_checkpoint
+from l2r2_models.ifam import IFAM
+from l2r2_models.masking import coverage
+from l2r2_models.train.finetune import finetune
+from l2r2_models.train.recipes import Recipe
+
+SPLITS = ("test_id", "test_ood")
+SMALL_VIT = {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
+BACKBONES = {
+    "resnet": {"model": "timm:resnet10t"},
+    "vit": {"model": "l2r2_vit_tiny_patch16_224", "backbone": SMALL_VIT},
+}
+KINDS = {
+    "full": {"branches": ("full",)},
+    "crop": {"branches": ("fg",), "fg": "crop"},
+    "masked_crop": {"branches": ("fg",), "fg": "masked_crop"},
+    "masked (early)": {"branches": ("fg",), "fg": "masked"},
+    "late, last stage": {"branches": ("fg",), "fg": "late"},
+    "late, one before": {"branches": ("fg",), "fg": "late", "late_stage": "before_last"},
+    "tokens": {"branches": ("fg",), "fg": "tokens"},
+}
+IFAM_RECIPE = {"model": "ifam_vit_tiny_patch16_224", "backbone": SMALL_VIT, "num_parts": 4}
+RESULTS = Path(__file__).parent.parent / "results" / "masking.csv"
+
+
+def plan(only: list[str] | None) -> dict[str, dict]:
+    """Name -> recipe keys of every network."""
+    networks = {
+        f"{backbone}:{kind}": {**of_backbone, **of_kind}
+        for backbone, of_backbone in BACKBONES.items()
+        for kind, of_kind in KINDS.items()
+        if backbone == "vit" or kind != "tokens"
+    }
+    networks["vit:ifam"] = IFAM_RECIPE
+    return {name: keys for name, keys in networks.items() if not only or name in only}
+
+
+def measure(data: Path, work: Path, name: str, keys: dict, seed: int, size: int, epochs: int) -> list[dict]:
+    run = work / f"{name.replace(':', '_').replace(', ', '_').replace(' ', '_')}_s{seed}"
+    print(f"{name}, seed {seed}", flush=True)
+    settings = {**keys, "pretrained": False, "size": size, "epochs": epochs, "seed": seed}
+    finetune(data, Recipe.read("scratch", **settings), run)
+    checkpoint = load_checkpoint(run)
+    splits = {split: read_table(data).of_split(split) for split in SPLITS}
+    found = {split: branch_logits(checkpoint, table, run / "logits") for split, table in splits.items()}
+    parts = {split: part_iou(checkpoint, table) for split, table in splits.items()} if name == "vit:ifam" else {}
+    rows = []
+    for branch in found[SPLITS[0]].logits:
+        row: dict = {"network": name, "answer": branch, "seed": seed}
+        for split, said in found.items():
+            answers = said.logits[branch]
+            if "full" in said.logits:  # where iFAM keeps nothing, its first stage answers
+                answers = torch.where(said.has_fg[:, None], answers, said.logits["full"])
+            row[split] = round(100 * (answers.argmax(1) == said.labels).float().mean().item(), 1)
+            iou, everything = parts.get(split, (None, None)) if branch == "fg" else (None, None)
+            row |= {f"{split}_iou": iou, f"{split}_iou_of_everything": everything}
+        rows.append(row)
+    return rows
+
+
+@torch.inference_mode()
+def part_iou(checkpoint: Checkpoint, table: ImageTable) -> tuple[float, float]:
+    """Mean IoU over images, in %, of the kept patches with the true ones, and of all patches with the true ones."""
+    model, spec = checkpoint.model, checkpoint.model.view_spec
+    assert isinstance(model, IFAM)
+    ious: list[Tensor] = []
+    for row in table.rows:
+        sample = sample_of(row, spec.fill)
+        assert sample.mask is not None
+        views = make_views([sample.pixels], sample.box[None], spec, branches=model.branches)
+        keep = model.find_parts(views.full).keep[0]  # type: ignore[arg-type]
+        true = coverage(sample.mask[None].float(), tuple(keep.shape))[0] >= 0.5  # type: ignore[arg-type]
+        both, either = (keep & true).sum(), (keep | true).sum().clamp(min=1)
+        ious.append(torch.stack([both / either, true.float().mean()]))
+    kept, everything = (100 * torch.stack(ious).mean(0)).tolist()
+    return round(kept, 1), round(everything, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("objects", type=Path)
+    parser.add_argument("scenes", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--only", nargs="+", choices=list(plan(None)))
+    parser.add_argument("--work", type=Path, default=Path("runs/masking"))
+    arguments = parser.parse_args()
+    data = composites(arguments.objects, arguments.scenes, arguments.work / "data")
+    about = {
+        "pixels": arguments.size, "epochs": arguments.epochs, "training_rows": len(read_table(data).of_split("train")),
+        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads", "torch": version("torch"),
+        "timm": version("timm"), "transformers": version("transformers"), "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+    table: list[dict] = []
+    for seed in arguments.seeds:
+        for name, keys in plan(arguments.only).items():
+            table += measure(data, arguments.work, name, keys, seed, arguments.size, arguments.epochs)
+            RESULTS.parent.mkdir(parents=True, exist_ok=True)
+            with open(RESULTS, "w", newline="") as file:
+                writer = csv.DictWriter(file, [*table[0], *about])
+                writer.writeheader()
+                writer.writerows({**row, **about} for row in table)
+            row = table[-1]
+            print("   ".join(f"{split} {row[split]:5.1f}" for split in SPLITS), flush=True)
+    print(f"wrote {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
