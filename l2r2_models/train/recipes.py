@@ -23,7 +23,7 @@ TRAINABLE = ("all", "head")
 PRECISIONS = ("fp32", "bf16", "fp16")
 NO_METRIC = "none"
 METRICS = (NO_METRIC, *(f"{name}_accuracy" for name in ("fused", *BRANCHES)))
-FREE = ("workers", "cache")  # no part of the result: a run may continue with others
+FREE = ("workers",)  # no part of the result: a run may continue with others
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,6 @@ class Recipe:
         channels_last: memory layout of images and filters; the same result up to rounding, quicker for most convolutions.
         seed: of weights, order and augmentation.
         workers: processes that load images; the result does not depend on it.
-        cache: keep decoded images in memory; the result does not depend on it.
     """
 
     model: str
@@ -133,7 +132,6 @@ class Recipe:
     channels_last: bool = False
     seed: int = 0
     workers: int = 0
-    cache: bool = False
 
     def __post_init__(self) -> None:
         self._check_ranges()

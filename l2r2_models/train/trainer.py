@@ -63,6 +63,8 @@ class BranchTrainer(Trainer):
         super().__init__(model, callbacks=[_EachStep(self)], **arguments)
         self.recipe, self.batches = recipe, batches
         self.average = Average(model, recipe.ema) if recipe.ema else None
+        if self.accelerator.num_processes != processes.world():  # each would train for itself, and nobody would know
+            raise L2R2Error(f"{processes.world()} processes were started, but the Trainer sees {self.accelerator.num_processes}.")
         self.model_accepts_loss_kwargs = True  # the loss is divided by get_batch_samples' counts, not by the number of parts
 
     def get_train_dataloader(self) -> DataLoader:
@@ -262,7 +264,8 @@ def _arguments(recipe: Recipe, batches: EpochBatches, out: Path, *, validate: bo
         seed=recipe.seed,
         bf16=recipe.precision == "bf16",
         fp16=recipe.precision == "fp16",
-        use_cpu=recipe.precision == "bf16" and not torch.cuda.is_available(),
+        # said openly, or the Trainer refuses bf16 and does not see the other processes
+        use_cpu=not torch.cuda.is_available() and (recipe.precision == "bf16" or batches.world > 1),
         average_tokens_across_devices=False,
         ddp_find_unused_parameters=not recipe.grad_checkpointing,  # the two do not go together
         dataloader_num_workers=recipe.workers,

@@ -49,7 +49,7 @@ def test_best_of_reads_the_log():
 
 @pytest.mark.parametrize("ema", [0.0, 0.7])
 def test_the_weights_of_the_best_epoch_are_kept_and_it_is_recorded(dataset, tmp_path, ema):
-    chosen = recipe(best_metric="full_accuracy", epochs=5, lr=1e-3, ema=ema, seed=1)
+    chosen = recipe(best_metric="full_accuracy", epochs=5, lr=3e-3, ema=ema)
     result = finetune(dataset, chosen, tmp_path / "run")
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     best = record["best"]

@@ -102,6 +102,6 @@ def test_only_what_does_not_change_the_result_may_change_on_the_way(data, tmp_pa
     train_and_kill(data, recipe(), tmp_path / "run")
     with pytest.raises(L2R2Error, match="holds a run with another ema"):
         finetune(data, recipe(ema=0.9), tmp_path / "run")
-    finetune(data, recipe(workers=1, cache=True), tmp_path / "run")
+    finetune(data, recipe(workers=1), tmp_path / "run")
     finetune(data, recipe(), tmp_path / "whole")
     assert same_weights(tmp_path / "run", tmp_path / "whole")
