@@ -45,6 +45,10 @@ def predict(
         model, box_threshold=box_threshold, max_objects=max_objects, batch_size=batch_size, top=top, localizer=localizer,
         topk_prompts=topk_prompts,
     )  # fmt: skip
+    meant_for = predictor.checkpoint.localizer.get("spec")
+    if meant_for and not inputs.entries and localizer is None:
+        hint = f"no boxes are given, the whole image answers; this model is meant for those of --localizer {meant_for}"
+        errors.print(hint, highlight=False, markup=False, soft_wrap=True)
     report = predict_to_file(predictor, inputs, out, lambda items, total: track(items, total, "predicting"))
     for image in report.failures[:10]:
         errors.print(f"failed: {image['failure']}", highlight=False, markup=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +40,7 @@ def create_localizer(
     Args:
         spec: e.g. `owlv2:google/owlv2-base-patch16-ensemble?prompt=mushroom`; the option `masks=sam:...` or `masks=sam2:...`
             adds masks to any kind.
-        device: default cuda where there is one.
+        device: default cuda where there is one; under torchrun each process has its own.
         checkpoint: for `head`, `ncut`, `cam` and `parts` without a source: the model to look with.
 
     Raises:
@@ -51,7 +52,10 @@ def create_localizer(
     if spec.name not in LOCALIZERS:
         near = f' If that is a file, write "boxes:{spec}".' if Path(str(spec)).exists() else ""
         raise L2R2Error(f'Unknown localizer "{spec.name}"; choose from {", ".join(LOCALIZERS)}.{near}')
-    context = Context(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), checkpoint)
+    if device is None:
+        number = int(os.environ.get("LOCAL_RANK", 0)) % max(1, torch.cuda.device_count())
+        device = f"cuda:{number}" if torch.cuda.is_available() else "cpu"
+    context = Context(torch.device(device), checkpoint)
     if "masks" in spec.options:
         from .segment import Masked
 

@@ -151,3 +151,12 @@ def test_predict_localizes_on_the_command_line(l2r2, headed, dataset, tmp_path, 
     assert l2r2(*base, "--localizer", "head", "--boxes", tmp_path / "boxes.json").returncode == 2
     topk = ["--localizer", f"owlv2:{tiny('owlv2')}?threshold=0", "--topk-prompts", 2]
     assert l2r2(*base[:-1], tmp_path / "topk.json", *topk).returncode == 0
+
+
+def test_predict_says_which_localizer_a_model_is_meant_for(l2r2, dataset, tmp_path):  # noqa: F811
+    checkpoint = hub.load_checkpoint(write_run(tmp_path / "run"))
+    hub.save_checkpoint(checkpoint.model, tmp_path / "run", checkpoint.labels, localizer={"spec": "center?share=0.6"})
+    base = ["predict", tmp_path / "run", dataset / "images", "-o", tmp_path / "out.json"]
+    assert "meant for those of --localizer center?share=0.6" in l2r2(*base).stderr
+    again = l2r2(*base[:-1], tmp_path / "other.json", "--localizer", "center?share=0.6")
+    assert again.returncode == 0 and "meant for" not in again.stderr
