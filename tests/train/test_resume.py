@@ -43,10 +43,17 @@ def train_elsewhere(data, recipe, out):
     return process
 
 
+def is_json(file):
+    try:
+        return bool(json.loads(file.read_text()))
+    except (OSError, ValueError):  # gone, or half-written
+        return False
+
+
 def train_and_kill(data, recipe, out):
     """Train in a process of its own; SIGKILL as soon as there is a checkpoint."""
     process = train_elsewhere(data, recipe, out)
-    while not list((out / "checkpoints").glob("checkpoint-*/trainer_state.json")):
+    while not any(is_json(file) for file in (out / "checkpoints").glob("checkpoint-*/trainer_state.json")):
         assert os.waitpid(process, os.WNOHANG) == (0, 0), "it ended before it could be killed"
         time.sleep(0.002)
     os.kill(process, signal.SIGKILL)
