@@ -109,6 +109,7 @@ def push(
     create_pr: bool = False,
     repo_type: str = "model",
     message: str = "Upload with l2r2-models",
+    replaces: str | None = None,
 ) -> Pushed:
     """Push in one commit, then compare the Hub's hashes with ours. What was uploaded before a failure is not sent again.
 
@@ -119,11 +120,12 @@ def push(
         create_pr: open a pull request against main instead of committing to it.
         repo_type: of the Hub, `model` or `kernel`.
         message: of the commit.
+        replaces: a folder there, e.g. `build/`; what it holds and the package does not is deleted in the same commit.
 
     Raises:
         L2R2Error: problems, no login, no right to write, a broken connection, or other hashes there than here.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
     if package.problems:
         raise L2R2Error(f"{package.repo}: not pushed. {' '.join(package.problems)}")
@@ -138,12 +140,14 @@ def push(
             raise L2R2Error(f"{package.repo}: exists and is public; make it private on its page first.")
         if revision not in (None, "main"):
             api.create_branch(package.repo, branch=str(revision), repo_type=repo_type, exist_ok=True)
-        operations = [CommitOperationAdd(path, package.folder / path) for path in package.files]
+        operations: list[Any] = [CommitOperationAdd(path, package.folder / path) for path in package.files]
+        if replaces:
+            stale = set(_files_there(api, package.repo, revision, repo_type)) - set(package.files)
+            operations += [CommitOperationDelete(path) for path in sorted(stale) if path.startswith(replaces)]
         commit = api.create_commit(
             package.repo, operations, commit_message=message, revision=revision, create_pr=create_pr, repo_type=repo_type
         )
-        tree = api.list_repo_tree(package.repo, recursive=True, revision=commit.oid, repo_type=repo_type)
-        there = {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
+        there = _files_there(api, package.repo, commit.oid, repo_type)
     except L2R2Error:
         raise
     except Exception as error:  # those of huggingface_hub and of the HTTP client under it have no common base
@@ -152,6 +156,11 @@ def push(
         if path not in there or not _is_same(package.folder / path, digest, there[path]):
             raise L2R2Error(f"{package.repo}: the Hub's {path} differs from the one that was sent; push it again.")
     return Pushed(str(commit.repo_url), commit.oid, commit.pr_url)
+
+
+def _files_there(api: Any, repo: str, revision: str | None, repo_type: str) -> dict[str, Any]:
+    tree = api.list_repo_tree(repo, recursive=True, revision=revision, repo_type=repo_type)
+    return {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
 
 
 def _reason(error: Exception) -> str:

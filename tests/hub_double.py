@@ -32,8 +32,10 @@ class Repo:
     refs: dict[str, str] = field(default_factory=dict)
     pull_requests: int = 0
 
-    def commit(self, files: dict[str, bytes], message: str, ref: str = "main", parent: str | None = None) -> str:
+    def commit(self, files: dict[str, bytes | None], message: str, ref: str = "main", parent: str | None = None) -> str:
+        """Add files to what the parent has; None deletes one."""
         merged = {**self.commits.get(self.refs.get(parent or ref, ""), {}), **files}
+        merged = {path: content for path, content in merged.items() if content is not None}
         oid = hashlib.sha1(f"{len(self.commits)}{message}".encode()).hexdigest()
         self.commits[oid], self.refs[ref] = merged, oid
         self.messages.append(message)
@@ -297,7 +299,8 @@ class _Handler(BaseHTTPRequestHandler):
         lines = [json.loads(line) for line in self.body().splitlines()]
         if (repo := self.repo(_key(kind, name), write=True)) is None:
             return
-        files, message = {}, ""
+        files: dict[str, bytes | None] = {}
+        message = ""
         for line in lines:
             value = line["value"]
             if line["key"] == "header":
@@ -308,12 +311,14 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.stored[value["oid"]]
+            elif line["key"] == "deletedFile":
+                files[value["path"]] = None
         ref, request = revision, None
         if "create_pr=1" in self.query:
             repo.pull_requests += 1
             ref, request = f"refs/pr/{repo.pull_requests}", f"{self.hub.url}/{name}/discussions/{repo.pull_requests}"
         oid = repo.commit(files, message, ref, parent=revision)
-        self.reply({"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid, "pullRequestUrl": request})
+        self.reply({"commitUrl": f"{self.hub.url}/{_key(kind, name)}/commit/{oid}", "commitOid": oid, "pullRequestUrl": request})
 
     # ---- pull ----
 

@@ -23,6 +23,7 @@ from . import (
     localize,
     predict,
     publish,
+    publish_kernels,
 )
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -35,6 +36,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("audit")(audit.audit)
 app.command("predict")(predict.predict)
 app.command("publish")(publish.publish)
+app.command("publish-kernels")(publish_kernels.publish_kernels)
 app.command("export")(export.export)
 app.command("derive")(derive.derive)
 app.command("convert")(derive.convert)
