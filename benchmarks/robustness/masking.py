@@ -70,7 +70,7 @@ def measure(data: Path, work: Path, name: str, keys: dict, seed: int, size: int,
     run = work / f"{name.replace(':', '_').replace(', ', '_').replace(' ', '_')}_s{seed}"
     print(f"{name}, seed {seed}", flush=True)
     settings = {**keys, "pretrained": False, "size": size, "epochs": epochs, "seed": seed}
-    finetune(data, Recipe.read("scratch", **settings), run)
+    finetune(data, Recipe.read("scratch", settings), run)
     checkpoint = load_checkpoint(run)
     splits = {split: read_table(data).of_split(split) for split in SPLITS}
     found = {split: branch_logits(checkpoint, table, run / "logits") for split, table in splits.items()}
