@@ -7,7 +7,7 @@ import torch
 from conftest import write_run
 from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
 
-from l2r2_models import L2R2Error, Predictor, hub
+from l2r2_models import L2R2Error, Predictor, ViewSpec, hub
 from l2r2_models.boxes import ViewMap
 from l2r2_models.data.table import read_table
 from l2r2_models.images import load_image
@@ -160,3 +160,23 @@ def test_predict_says_which_localizer_a_model_is_meant_for(l2r2, dataset, tmp_pa
     assert "meant for those of --localizer center?share=0.6" in l2r2(*base).stderr
     again = l2r2(*base[:-1], tmp_path / "other.json", "--localizer", "center?share=0.6")
     assert again.returncode == 0 and "meant for" not in again.stderr
+
+
+def test_each_box_is_seen_through_its_own_mask(tiny, tmp_path, pictures):
+    """SAM's masks reach the views of a model that erases the background, box by box."""
+    checkpoint = hub.load_checkpoint(write_run(tmp_path / "run", fg_kind="masked_crop"))
+    model = checkpoint.model
+    model.view_spec = ViewSpec.from_dict({**model.view_spec.to_dict(), "fg": "masked_crop"})
+    boxes = {"a.png": [[2, 3, 40, 36], [20, 1, 58, 30]]}
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    pictures[0].save(tmp_path / "a.png")
+    spec = f"boxes:{tmp_path / 'boxes.json'}?masks=sam2:{tiny('sam2')}"
+    prediction = Predictor(checkpoint, localizer=spec, device="cpu")(tmp_path / "a.png")
+    (found,) = create_localizer(spec, device="cpu")(pictures[:1], names=["a.png"])
+    with torch.no_grad():
+        views = make_views(pictures[:1], found.boxes, model.view_spec, image_index=torch.zeros(2, dtype=torch.long),
+                           masks=list(found.masks))  # fmt: skip
+        fg = model.forward_views(**views.inputs()).fg.softmax(-1).amax(-1)
+        bare = make_views(pictures[:1], found.boxes, model.view_spec, image_index=torch.zeros(2, dtype=torch.long))
+    assert [o.fg.score for o in prediction.objects] == pytest.approx(fg.tolist(), abs=1e-4)
+    assert not torch.equal(views.fg[0], bare.fg[0]) and not torch.equal(found.masks[0], found.masks[1])
