@@ -46,7 +46,7 @@ from l2r2_models.train.recipes import Recipe
 
 MINORITY, HELD_OUT = 38, 0.15
 SPLITS = ("test_id", "test_ood")
-COMMON = {"batch_size": 16, "precision": "bf16", "channels_last": True, "cache": True}
+COMMON = {"batch_size": 16, "precision": "bf16", "channels_last": True}
 PIXELS, EPOCHS = {"fod_a_shift": 96, "composites": 64}, {"fod_a_shift": 20, "composites": 10}
 SIDE = {"fod_a_shift": 300, "composites": 128}  # of the images
 RESULTS = Path(__file__).parent.parent / "results"
