@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import generalized_box_iou_loss
 
-GIOU, L1, OBJECTNESS = 2.0, 5.0, 1.0  # weights of the loss, those of DETR (arXiv 2005.12872)
+GIOU, L1, OBJECTNESS = 2.0, 5.0, 1.0  # as in DETR (arXiv 2005.12872), but L1 is the mean over the four ends
 
 
 class FoundBoxes(NamedTuple):
