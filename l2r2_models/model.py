@@ -264,9 +264,12 @@ class L2R2(nn.Module):
         return {"fg": masked, **({"full": whole} if same else {})}, (mask > 0).flatten(1).any(1)
 
     @torch.jit.ignore
-    def fuse(self, logits: Mapping[str, Tensor], has_fg: Tensor | None = None) -> Tensor:
-        """Fuse branch logits `[B, classes]` that were computed before; what `forward_views` does after the network."""
-        return fuse_branches(self.fusion, logits, has_fg)
+    def fuse(
+        self, logits: Mapping[str, Tensor], has_fg: Tensor | None = None, objectness: Tensor | None = None
+    ) -> Tensor:
+        """Fuse branch logits `[B, classes]` that were computed before; what `forward_views` does after the network, but for the
+        boxes' scores `[B]`, see `fuse_branches`."""
+        return fuse_branches(self.fusion, logits, has_fg, objectness)
 
     @property
     def view_spec(self) -> ViewSpec:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .box_files import BoxEntry
 from .boxes import Detections
 from .errors import L2R2Error
+from .fusion import ObjectnessMaxConfidence
 from .hub import Checkpoint, load_checkpoint
 from .images import load_image, load_mask
 from .localize import Localizer, create_localizer
@@ -60,8 +61,8 @@ class ObjectPrediction:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What an image shows: one entry an object, best box first; exactly one where there is no box. `failure` says why there
-    is none."""
+    """What an image shows: one entry an object, best box first (with the fusion `objectness_max_confidence` the one with the
+    highest product of score and confidence); exactly one where there is no box. `failure` says why there is none."""
 
     file: str | None
     objects: tuple[ObjectPrediction, ...]
@@ -291,12 +292,15 @@ class Predictor:
             output, has_fg = self._look(items, part)
             for row, answer in zip(part, self._answers(output, part, has_fg)):
                 answers[row.item].append(answer)
+        if isinstance(self.model.fusion, ObjectnessMaxConfidence):  # the box that answers for the image comes first
+            answers = [sorted(objects, key=_product, reverse=True) for objects in answers]
         return [Prediction(item.name, tuple(objects)) for item, objects in zip(items, answers)]
 
     def _look(self, items: Sequence[_Item], rows: Sequence[_Row]) -> tuple[L2R2Output, list[bool]]:
         """What the model says of the rows, and in which of them it saw an object."""
         used = sorted({row.item for row in rows})
         known = [items[row.item].full for row in rows]
+        scores = torch.tensor([1.0 if row.score is None else row.score for row in rows], device=self.device)
         full = None if any(z is None for z in known) else torch.stack(known)  # type: ignore[arg-type]
         views = make_views(
             [items[i].image for i in used],
@@ -309,10 +313,11 @@ class Predictor:
         )
         if full is None:
             output = self.model.forward_views(**views.inputs())
-            return output, (views.has_fg if output.has_fg is None else output.has_fg).tolist()
+            seen = views.has_fg if output.has_fg is None else output.has_fg
+            return output._replace(fused=self.model.fuse(output.branches(), seen, scores)), seen.tolist()
         others = {b: getattr(views, b) for b in self.model.branches if b != "full"}
         logits = {"full": full, **(self.model.forward_branches(**others) if others else {})}
-        fused = self.model.fuse(logits, views.has_fg)
+        fused = self.model.fuse(logits, views.has_fg, scores)
         return L2R2Output(full, logits.get("fg"), fused, logits.get("bg")), views.has_fg.tolist()
 
     def _usable(self, item: _Item) -> tuple[Detections | None, str]:
@@ -352,6 +357,10 @@ class Predictor:
                 box_score=None if box_score is None else round(box_score, 4),
                 top=tuple(said["fused"]),
             )
+
+
+def _product(answer: ObjectPrediction) -> float:
+    return 0.0 if answer.fg is None else answer.fg.score * (1.0 if answer.box_score is None else answer.box_score)
 
 
 def _why_fused(said: dict[str, list[Answer]]) -> str:

@@ -65,11 +65,13 @@ def check_images(
 
 @dataclass(frozen=True)
 class Sample:
-    """One decoded image: uint8 `[H, W, 3]`, the box `[4]` of its object (NaN where there is none), its mask or None."""
+    """One decoded image: uint8 `[H, W, 3]`, the box `[4]` of its object (NaN where there is none), its mask or None, and the
+    localizer's score of the box (1 where there is none)."""
 
     pixels: Tensor
     box: Tensor
     mask: Tensor | None
+    score: float = 1.0
 
 
 def sample_of(row: Row, fill: Sequence[int], box_threshold: float = 0.0, draw: random.Random | None = None) -> Sample:
@@ -96,7 +98,7 @@ def sample_of(row: Row, fill: Sequence[int], box_threshold: float = 0.0, draw: r
         other, objects, other_mask = _decode(row.background, fill, box_threshold)
         if len(objects):
             pixels = paste_object(pixels, box, _of_box(mask, found, pick), background_of(other, objects.boxes, other_mask))
-    return Sample(pixels, box, mask)
+    return Sample(pixels, box, mask, float(found.scores[pick]))
 
 
 def _decode(row: Row, fill: Sequence[int], box_threshold: float) -> tuple[Tensor, Detections, Tensor | None]:
@@ -137,6 +139,7 @@ class ViewDataset(Dataset):
         background_swap: probability that an item's object is laid on the object-free background of another random image of the
             table (of any class), before `augment`. Rows without an object stay as they are.
         box_threshold: see `sample_of`.
+        objectness: also give `objectness`, the box's score.
         locate: also give `box` `[4]`, where the object is in the full view, xyxy as parts of its sides; NaN where nowhere.
         seed: of every draw.
 
@@ -154,6 +157,7 @@ class ViewDataset(Dataset):
         augment: Augment | None = None,
         background_swap: float = 0.0,
         box_threshold: float = 0.0,
+        objectness: bool = False,
         locate: bool = False,
         seed: int = 0,
     ) -> None:
@@ -165,7 +169,7 @@ class ViewDataset(Dataset):
         self.rows, self.spec, self.branches, self.augment = table.rows, spec, tuple(branches), augment
         self.targets = [index[str(row.label)] for row in table.rows]
         self.box_threshold, self.locate, self.seed, self.epoch = box_threshold, locate, seed, 0
-        self.background_swap = background_swap
+        self.background_swap, self.objectness = background_swap, objectness
         self.donors = [row for row in table.rows if row.may_have_object(box_threshold)] if background_swap else []
         if background_swap and len({row.path for row in self.donors}) < 2:
             raise L2R2Error(
@@ -189,6 +193,8 @@ class ViewDataset(Dataset):
         sample = self._sample(i)
         views = make_views([sample.pixels], sample.box[None], self.spec, branches=self.branches, masks=[sample.mask])
         item = {**{name: value[0] for name, value in views.inputs().items()}, "labels": self.targets[i]}
+        if self.objectness:
+            item["objectness"] = sample.score
         return {**item, "box": self._in_full_view(sample)} if self.locate else item
 
     def _in_full_view(self, sample: Sample) -> Tensor:
@@ -205,7 +211,7 @@ class ViewDataset(Dataset):
         sample = sample_of(row, self.spec.fill, self.box_threshold, draw if self.augment else None)
         if self.augment is None:
             return sample
-        return Sample(*self.augment(sample.pixels, sample.box, sample.mask, seed=of_item))
+        return Sample(*self.augment(sample.pixels, sample.box, sample.mask, seed=of_item), sample.score)
 
     def _donor(self, row: Row, draw: random.Random) -> Row:
         while (donor := draw.choice(self.donors)).path == row.path:

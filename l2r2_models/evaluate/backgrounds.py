@@ -65,5 +65,6 @@ def _joined(parts: list[BranchLogits]) -> BranchLogits:
         torch.cat([part.has_fg for part in parts]),
         torch.cat([part.labels for part in parts]),
         replace(parts[0].table, rows=tuple(row for part in parts for row in part.table.rows)),
+        torch.cat([scores for part in parts if (scores := part.objectness) is not None]),
         {path: why for part in parts for path, why in part.bad.items()},
     )

@@ -36,7 +36,7 @@ class Fitted:
 
 def fuse(fusion: Fusion, data: BranchLogits) -> Tensor:
     """Fused logits `[N, classes]`, as the model itself fuses them."""
-    return fuse_branches(fusion, data.logits, data.has_fg)
+    return fuse_branches(fusion, data.logits, data.has_fg, data.objectness)
 
 
 def fit(data: BranchLogits, methods: Sequence[str] | None = None, class_wise: bool = False) -> dict[str, Fitted]:

@@ -34,6 +34,7 @@ class BranchLogits:
         has_fg: `[N]` bool, whether an object was found.
         labels: `[N]` int64.
         table: the images.
+        objectness: `[N]` scores of the boxes, 1 where there is none; None: all sure.
         bad: images that could not be used and were left out, with the reason.
     """
 
@@ -41,6 +42,7 @@ class BranchLogits:
     has_fg: Tensor
     labels: Tensor
     table: ImageTable
+    objectness: Tensor | None = None
     bad: dict[Path, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -55,7 +57,8 @@ class BranchLogits:
         """The rows where `keep` (`[N]` bool) is True."""
         rows = keep.nonzero()[:, 0]
         table = replace(self.table, rows=tuple(self.table.rows[i] for i in rows.tolist()))
-        return BranchLogits({b: z[rows] for b, z in self.logits.items()}, self.has_fg[rows], self.labels[rows], table)
+        scores = None if self.objectness is None else self.objectness[rows]
+        return BranchLogits({b: z[rows] for b, z in self.logits.items()}, self.has_fg[rows], self.labels[rows], table, scores)
 
 
 def branch_logits(
@@ -81,7 +84,7 @@ def branch_logits(
         L2R2Error: an image that cannot be used, or none that can; a label that the model does not know.
     """
     model, threshold = checkpoint.model, checkpoint.box_threshold
-    items = ViewDataset(table, checkpoint.labels, model.view_spec, model.branches, box_threshold=threshold)
+    items = ViewDataset(table, checkpoint.labels, model.view_spec, model.branches, box_threshold=threshold, objectness=True)
     # the fusion is not part of the key: logits stay valid when it is fitted anew
     about = [model.view_spec.to_dict(), threshold, list(checkpoint.labels), rows_digest(table, times=True)]
     about += [done] if (done := model.interventions()) else []
@@ -101,14 +104,15 @@ def branch_logits(
     rows = replace(table, rows=tuple(table.rows[i] for i in stored["used"].tolist()))
     labels = torch.tensor(items.targets)[stored["used"]]
     bad = {table.rows[i].path: fault for i, fault in faults.items()}
-    return BranchLogits({b: stored[b] for b in model.branches}, stored["has_fg"].bool(), labels, rows, bad)
+    logits = {b: stored[b] for b in model.branches}
+    return BranchLogits(logits, stored["has_fg"].bool(), labels, rows, stored["objectness"], bad)
 
 
 def _compute(model: L2R2, items: ViewDataset, batch_size: int, skip_bad: bool, progress: Progress) -> dict[str, Tensor]:
-    """Logits of the usable images by branch, `has_fg`, and `used`, the numbers of their rows."""
+    """Logits of the usable images by branch, `has_fg`, `objectness`, and `used`, the numbers of their rows."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    found: dict[str, list[Tensor]] = {name: [] for name in (*model.branches, "has_fg", "used")}
+    found: dict[str, list[Tensor]] = {name: [] for name in (*model.branches, "has_fg", "objectness", "used")}
     batches = [list(range(i, min(i + batch_size, len(items)))) for i in range(0, len(items), batch_size)]
     for batch in progress(batches, len(batches)):
         loaded = {}
@@ -120,13 +124,14 @@ def _compute(model: L2R2, items: ViewDataset, batch_size: int, skip_bad: bool, p
                     raise _stop(error) from error
         if not loaded:
             continue
-        names = [name for name in next(iter(loaded.values())) if name != "labels"]
+        names = [name for name in next(iter(loaded.values())) if name not in ("labels", "objectness")]
         views = {name: torch.stack([item[name] for item in loaded.values()]).to(device) for name in names}
         with torch.inference_mode():
             out = model.forward_views(**views)
         for branch, value in out.branches().items():
             found[branch].append(value.float().cpu())
         found["has_fg"].append((views["has_fg"] if out.has_fg is None else out.has_fg).cpu())
+        found["objectness"].append(torch.tensor([item["objectness"] for item in loaded.values()]))
         found["used"].append(torch.tensor(list(loaded)))
     model.cpu()
     if not found["used"]:
@@ -166,13 +171,14 @@ def _read(file: Path, key: str, rows: int, model: L2R2) -> dict[str, Tensor] | N
         with safe_open(file, "pt") as stored:
             if (stored.metadata() or {}).get("key") != key:
                 return None
-            tensors = {name: stored.get_tensor(name) for name in (*model.branches, "has_fg", "used")}
+            tensors = {name: stored.get_tensor(name) for name in (*model.branches, "has_fg", "objectness", "used")}
     except (SafetensorError, OSError):
         return None
     used = tensors["used"]
     fits = used.ndim == 1 and bool((used.diff() > 0).all()) and len(used) > 0 and bool(used[0] >= 0) and bool(used[-1] < rows)
     shapes = [tensors[b].shape == (len(used), model.num_classes) and bool(tensors[b].isfinite().all()) for b in model.branches]
-    return tensors if fits and all(shapes) and len(tensors["has_fg"]) == len(used) else None
+    shapes += [tensors[name].shape == used.shape for name in ("has_fg", "objectness")]
+    return tensors if fits and all(shapes) else None
 
 
 def _branches_digest(model: L2R2) -> str:

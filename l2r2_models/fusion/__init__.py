@@ -3,11 +3,12 @@
 from .base import FUSIONS, Fusion, create_fusion, fuse_branches, register_fusion
 from .confidence import Average, MaxConfidence, Robust
 from .learned import ConcatMLP, WeightedLogits
+from .objectness import ObjectnessMaxConfidence
 from .prior import MetadataPrior
 from .scaled import MaxScaledConfidence, ScaledAverage, ScaledWeightedAverage
 
 __all__ = [
-    "FUSIONS", "Average", "ConcatMLP", "Fusion", "MaxConfidence", "MaxScaledConfidence", "MetadataPrior", "Robust",
-    "ScaledAverage", "ScaledWeightedAverage", "WeightedLogits", "create_fusion", "fuse_branches",
-    "register_fusion",
+    "FUSIONS", "Average", "ConcatMLP", "Fusion", "MaxConfidence", "MaxScaledConfidence", "MetadataPrior",
+    "ObjectnessMaxConfidence", "Robust", "ScaledAverage", "ScaledWeightedAverage", "WeightedLogits", "create_fusion",
+    "fuse_branches", "register_fusion",
 ]  # fmt: skip

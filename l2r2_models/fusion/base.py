@@ -45,9 +45,13 @@ class Fusion(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} must define combine(fg, context)")
 
-    def forward(self, fg: Tensor, context: Tensor, has_fg: Tensor | None = None) -> Tensor:
-        """`combine`, with the fallback: where `has_fg` (`[B]` bool) is False the row is `context[0]`, bit for bit."""
-        fused = self.combine(fg, context)
+    def weigh(self, fg: Tensor, context: Tensor, objectness: Tensor) -> Tensor:
+        """`combine` where the boxes' scores `[B]` in [0, 1] are known; most fusions do not ask for them."""
+        return self.combine(fg, context)
+
+    def forward(self, fg: Tensor, context: Tensor, has_fg: Tensor | None = None, objectness: Tensor | None = None) -> Tensor:
+        """`combine` or `weigh`, with the fallback: where `has_fg` (`[B]` bool) is False the row is `context[0]`, bit for bit."""
+        fused = self.combine(fg, context) if objectness is None else self.weigh(fg, context, objectness)
         if has_fg is None:
             return fused
         return torch.where(has_fg[:, None], fused, context[0])
@@ -71,18 +75,21 @@ class Fusion(nn.Module):
         return {"name": self.name}
 
 
-def fuse_branches(fusion: Fusion, logits: Mapping[str, Tensor], has_fg: Tensor | None = None) -> Tensor:
+def fuse_branches(
+    fusion: Fusion, logits: Mapping[str, Tensor], has_fg: Tensor | None = None, objectness: Tensor | None = None
+) -> Tensor:
     """Fuse the logits `[B, classes]` of whatever branches there are; THE rule of which branch answers where.
 
     Rows without an object are the full branch's; without a full branch they are fg's, which saw the whole image there. With
     fg or the context missing, nothing is fused: the branch that there is answers.
+    `objectness` (`[B]`, the boxes' scores) is for fusions that weigh it; without it every box counts as sure.
     """
     context = [logits[b] for b in ("full", "bg") if b in logits]
     if "fg" not in logits or not context:
         return context[0] if context else logits["fg"]
     if "full" in logits:
-        return fusion(logits["fg"], torch.stack(context), has_fg)
-    fused = fusion(logits["fg"], torch.stack(context))
+        return fusion(logits["fg"], torch.stack(context), has_fg, objectness)
+    fused = fusion(logits["fg"], torch.stack(context), None, objectness)
     return fused if has_fg is None else torch.where(has_fg[:, None], fused, logits["fg"])
 
 
