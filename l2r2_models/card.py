@@ -8,7 +8,8 @@ from typing import Any
 
 from timm.models import get_pretrained_cfg
 
-from .configs import load_hub_configs
+from .configs import LOCALIZER, HubConfig, load_hub_configs
+from .errors import L2R2Error
 from .hub import Checkpoint
 
 BRANCH_WORDS = {"full": "the whole image", "fg": "the object, cut out of it", "bg": "the image without the object"}
@@ -86,6 +87,35 @@ def model_card(checkpoint: Checkpoint, repo: str, facts: Facts, evaluations: Seq
              _localizer(checkpoint, facts), _training(checkpoint, facts), _figures(evaluations, facts),
              _limits(checkpoint, facts), CITATION]  # fmt: skip
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(parts)
+
+
+def hub_config(checkpoint: Checkpoint, repo: str, tag: str, facts: Facts, evaluations: Sequence[Mapping[str, Any]]) -> HubConfig:
+    """What makes a published checkpoint a tag of its architecture: `timm.create_model("ARCHITECTURE.TAG", pretrained=True)`.
+
+    Raises:
+        L2R2Error: the generic architecture `l2r2`, which has no tags.
+    """
+    model = checkpoint.model
+    architecture = model.pretrained_cfg["architecture"]
+    if architecture == "l2r2":
+        raise L2R2Error(f"{checkpoint.name}: the generic model has no tags; only one of `l2r2 list` can get one.")
+    arguments = {**model.backbone_kwargs, "branches": list(model.branches), "shared": model.shared,
+                 "fusion": model.fusion.config(), "views": model.view_spec.to_dict()}  # fmt: skip
+    told = {"spec": facts.localizer, "prompt": facts.prompt, "licence": facts.localizer_licence}
+    localizer = {**checkpoint.localizer, **{k: v for k, v in told.items() if v}}
+    figures = [
+        {"dataset": r.dataset_name, "split": r.dataset_split, "output": r.metric_name.partition("(")[2].rstrip(")"),
+         "metric": r.metric_type, "value": r.metric_value}
+        for evaluation in evaluations
+        for r in _eval_results(evaluation, facts)
+    ]  # fmt: skip
+    return HubConfig(
+        architecture=architecture, tag=tag, default=False, source=source_of(checkpoint).name or "random weights", hub_id=repo,
+        licence=facts.licence, labels=facts.data, parameters=sum(p.numel() for p in model.parameters()),
+        input_size=model.view_spec.size, top1=None, made_by="l2r2 finetune", label_names=list(checkpoint.labels),
+        model_args=arguments, localizer={k: str(v) for k, v in localizer.items() if k in LOCALIZER} or None,
+        metrics=figures or None,
+    )  # fmt: skip
 
 
 def _eval_results(evaluation: Mapping[str, Any], facts: Facts) -> list[Any]:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from .card import Facts, Source, model_card, source_of
+from .card import Facts, Source, hub_config, model_card, source_of
+from .configs import HubConfig
 from .errors import L2R2Error
 from .evaluate.stored import read_evaluations
 from .files import file_sha256, read_json, write_json, write_text
@@ -39,12 +40,14 @@ class Package:
         folder: where the files lie; it holds nothing else.
         files: SHA-256 of each file by its path in the repository.
         problems: sentences; a package with problems is not pushed.
+        hub_config: of a checkpoint that is to be a tag of its architecture.
     """
 
     repo: str
     folder: Path
     files: dict[str, str]
     problems: tuple[str, ...]
+    hub_config: HubConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def prepare(
     *,
     metrics: Iterable[str | Path] = (),
     without_metrics: bool = False,
+    tag: str | None = None,
 ) -> Package:
     """Write what would go up into `folder` and check it: loads it, compares its logits with the run's, looks for secrets.
 
@@ -74,6 +78,7 @@ def prepare(
         facts: see `Facts`.
         metrics: evaluations beside those that the run keeps, see `read_evaluations`.
         without_metrics: no evaluation is fine; the card then says that nothing was measured.
+        tag: makes the hub config of a tag of the architecture.
 
     Raises:
         L2R2Error: the run is no checkpoint that can be loaded, or `repo` is not of the form org/name. What the author can
@@ -98,7 +103,8 @@ def prepare(
     if not evaluations and not without_metrics:
         problems.append("There are no figures: run `l2r2 evaluate`, give --metrics FILE, or --without-metrics.")
     files = {name: file_sha256(folder / name) for name in (CONFIG, CARD, WEIGHTS)}
-    return Package(repo, folder, files, tuple(problems))
+    config = hub_config(checkpoint, repo, tag, facts, evaluations) if tag else None
+    return Package(repo, folder, files, tuple(problems), config)
 
 
 def push(

@@ -20,10 +20,11 @@ from timm.models._registry import get_arch_pretrained_cfgs  # private: pinned by
 from torch import Tensor
 
 from .backbones import unknown_backbone
-from .configs import load_hub_configs
+from .configs import HubConfig, load_hub_configs
 from .errors import L2R2Error
 from .ifam import IFAM
 from .model import L2R2, check_branches
+from .views import ViewSpec
 
 __all__: list[str] = []
 
@@ -83,10 +84,25 @@ def _default_cfgs() -> dict[str, dict[str, Any] | PretrainedCfg]:
     cfgs: dict[str, dict[str, Any] | PretrainedCfg] = {}
     known = {backbone: timm_cfgs(backbone) for backbone in ARCHITECTURES.values()}
     for config in load_hub_configs():
+        if config.architecture not in ARCHITECTURES:
+            raise L2R2Error(f"The hub config of {config.name}: there is no such architecture.")
+        if config.trained:
+            cfgs[config.name] = _trained_cfg(config)
+            continue
         source = known[ARCHITECTURES[config.architecture]].get(config.source)
         if source is not None:
             cfgs[config.name + ("*" if config.default else "")] = derive_cfg(source)
     return cfgs
+
+
+def _trained_cfg(config: HubConfig) -> dict[str, Any]:
+    """The cfg of an L2R2 checkpoint on the Hub, from its hub config."""
+    views = ViewSpec.from_dict((config.model_args or {}).get("views", {}))
+    return dict(
+        hf_hub_id=config.hub_id, license=config.licence, num_classes=len(config.label_names or ()),
+        label_names=config.label_names, input_size=(3, views.size, views.size), mean=views.mean, std=views.std,
+        interpolation=views.interpolation, crop_pct=1.0,
+    )  # fmt: skip
 
 
 default_cfgs = generate_default_cfgs(_default_cfgs())
@@ -129,7 +145,12 @@ def _classifier_name(model: L2R2) -> str:
     return name
 
 
+TRAINED = {config.name: dict(config.model_args or {}) for config in load_hub_configs() if config.trained}
+
+
 def _create(architecture: str, pretrained: bool = False, *, backbone: str, **kwargs: Any) -> L2R2:
+    if isinstance(tag := kwargs.get("pretrained_cfg"), str):  # a trained checkpoint's own branches, fusion and views
+        kwargs = {**TRAINED.get(f"{architecture}.{tag}", {}), **kwargs}
     branches = check_branches(kwargs.get("branches") or ("full", "fg"))
     prefixes = ["backbone.", *(f"branch_backbones.{b}." for b in branches[1:] if not kwargs.get("shared", True))]
     names = dict(

@@ -27,7 +27,7 @@ def list_models(
         raise L2R2Error(f'No model matches "{pattern}"; `l2r2 list` shows all.')
     rows = [
         {"model": c.architecture, "tag": c.tag, "parameters": c.parameters, "input_size": c.input_size, "labels": c.labels,
-         "source_top1": c.top1, "licence": c.licence}
+         "source_top1": c.top1, "licence": c.licence, "hub_id": c.hub_id, "made_by": c.made_by, "metrics": c.metrics}
         for c in configs
     ]  # fmt: skip
     if as_json:

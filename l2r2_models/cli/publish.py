@@ -30,20 +30,33 @@ def publish(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload with l2r2-models",
     card: Annotated[Optional[Path], typer.Option(help="Write the model card here, to read it first.")] = None,
+    hub_config: Annotated[
+        Optional[Path], typer.Option(help="Write ARCHITECTURE.TAG.yaml, which makes it a tag of `l2r2 list --pretrained`.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check a run and show what would go to the Hugging Face Hub; with --push send it, in one commit."""
     from ..card import Facts
+    from ..errors import L2R2Error
     from ..files import write_text
     from ..publish import CARD, prepare
     from ..publish import push as send
 
+    tag = None
+    if hub_config:
+        architecture, _, tag = hub_config.name.removesuffix(".yaml").partition(".")
+        if not tag or hub_config.suffix != ".yaml":
+            raise L2R2Error(f"{hub_config}: name it ARCHITECTURE.TAG.yaml.")
     facts = Facts(licence, data, data_licence, localizer, prompt, localizer_licence, limits)
     with tempfile.TemporaryDirectory(prefix="l2r2-publish-") as folder:
-        package = prepare(run, repo, Path(folder), facts, metrics=metrics or (), without_metrics=without_metrics)
+        package = prepare(run, repo, Path(folder), facts, metrics=metrics or (), without_metrics=without_metrics, tag=tag)
         sizes = {name: (package.folder / name).stat().st_size for name in package.files}
         if card:
             write_text(card, (package.folder / CARD).read_text(encoding="utf-8"))
+        if hub_config and package.hub_config:
+            if package.hub_config.architecture != architecture:
+                raise L2R2Error(f"{hub_config}: the architecture is {package.hub_config.architecture}, name it so.")
+            write_text(hub_config, package.hub_config.to_yaml())
         pushed = None
         if push:
             pushed = send(package, private=private, revision=revision, create_pr=create_pr, message=message)
