@@ -315,10 +315,13 @@ class Predictor:
             output = self.model.forward_views(**views.inputs())
             seen = views.has_fg if output.has_fg is None else output.has_fg
             return output._replace(fused=self.model.fuse(output.branches(), seen, scores)), seen.tolist()
-        others = {b: getattr(views, b) for b in self.model.branches if b != "full"}
-        logits = {"full": full, **(self.model.forward_branches(**others) if others else {})}
-        fused = self.model.fuse(logits, views.has_fg, scores)
-        return L2R2Output(full, logits.get("fg"), fused, logits.get("bg")), views.has_fg.tolist()
+        logits, seen = {"full": full}, views.has_fg
+        if len(self.model.branches) > 1:
+            output = self.model.forward_views(**views.inputs())
+            logits.update(output.branches())
+            seen = seen if output.has_fg is None else output.has_fg
+        fused = self.model.fuse(logits, seen, scores)
+        return L2R2Output(full, logits.get("fg"), fused, logits.get("bg")), seen.tolist()
 
     def _usable(self, item: _Item) -> tuple[Detections | None, str]:
         """The boxes to classify, or None and why there are none (METHOD.md 2)."""

@@ -400,3 +400,27 @@ def test_the_masked_vits_are_registered_with_tokens():
     assert net.view_spec.fg == "tokens" and l2r2_models.zoo.ARCHITECTURES["l2r2_masked_vit_base_patch14_reg4_dinov2"]
     crop = timm.create_model("l2r2_masked_vit_small_patch16_224", num_classes=2, views=ViewSpec(size=64), **VIT)
     assert crop.view_spec.fg == "crop"  # a checkpoint that was trained otherwise stays as it was
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_audit_and_a_known_full_answer_go_the_same_way(kind, tmp_path):
+    """What looks at an L2R2 from outside passes the mask on: the audit, and the predictor after its box head's pass."""
+    from l2r2_models.evaluate.audit_model import Audited
+    from l2r2_models.predictor import _Item, _Row
+
+    backbone, options = KINDS[kind]
+    net = timm.create_model("l2r2", backbone=backbone, num_classes=3, fg_kind=kind, **options).eval()
+    net.view_spec = ViewSpec.from_pretrained_cfg(net.pretrained_cfg, size=64, fg=kind)
+    save_checkpoint(net, tmp_path / "run", ["a", "b", "c"])
+    predictor = Predictor.from_pretrained(tmp_path / "run")
+    image, boxes = torch.randint(0, 255, (64, 80, 3), dtype=torch.uint8), torch.tensor([[10.0, 6, 50, 50]])
+    views = make_views([image], boxes, net.view_spec)
+    with torch.inference_mode():
+        expected = net.forward_views(**views.inputs())
+        audited = Audited("run", net, (("a",), ("b",), ("c",)), net.view_spec, net.branches)(views)
+        assert torch.equal(audited["fg"], expected.fg) and torch.equal(audited["fused"], expected.fused)
+        from PIL import Image
+
+        item = _Item(None, Image.fromarray(image.numpy()), None, full=expected.full[0])
+        seen, has_fg = predictor._look([item], [_Row(0, boxes[0], 1.0, "", None)])
+    assert has_fg == [True] and torch.allclose(seen.fg, expected.fg, atol=1e-5) and torch.equal(seen.full, expected.full)

@@ -58,12 +58,11 @@ class Audited:
         """Logits `[V, classes]` by answer. Where no object is found fg is the full branch, as in `evaluate`."""
         if not isinstance(self.network, L2R2):
             return {"full": self.network(views.full)}
-        given = {b: v for b, v in views._asdict().items() if b in self.branches}
-        logits = self.network.forward_branches(**given)
-        fused = self.network.fuse(logits, views.has_fg)
+        out = self.network.forward_views(**views.inputs())
+        logits, has_fg = out.branches(), views.has_fg if out.has_fg is None else out.has_fg
         if "full" in logits and "fg" in logits:
-            logits["fg"] = logits["fg"].where(views.has_fg[:, None], logits["full"])
-        return {name: {**logits, "fused": fused}[name] for name in self.answers}
+            logits["fg"] = logits["fg"].where(has_fg[:, None], logits["full"])
+        return {name: {**logits, "fused": out.fused}[name] for name in self.answers}
 
     def digest(self) -> str:
         """SHA-256 over everything that its answers hang on."""

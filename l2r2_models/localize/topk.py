@@ -74,7 +74,7 @@ def topk_prompts(
     others = [b for b in model.branches if b != "full"]
     index = torch.arange(len(images)).repeat_interleave(count)
     views = make_views(images, boxes, spec, branches=others, image_index=index, device=device)
-    logits = model.forward_branches(**{b: getattr(views, b) for b in others})
+    logits = model.forward_views(**views.inputs()).branches()
     branches = {b: z.unflatten(0, (-1, count)) for b, z in logits.items()}  # [B, k, classes]
     said = [full.gather(1, classes), *(z.gather(2, classes[..., None])[..., 0] for z in branches.values())]
     shape = (len(images), count)
