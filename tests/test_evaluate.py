@@ -1,6 +1,7 @@
 """Stored logits, fitted fusions in a run, and the measures."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 from l2r2_models import L2R2Error, Predictor, hub
 from l2r2_models.data.table import ImageTable, Row, read_table
-from l2r2_models.evaluate.fit_run import fit_run
+from l2r2_models.evaluate.fit_run import fit_run, rows_of
 from l2r2_models.evaluate.fuse import best, fit
 from l2r2_models.evaluate.judge import evaluate_run
 from l2r2_models.evaluate.logits import BranchLogits, branch_logits
@@ -140,6 +141,30 @@ def test_fitting_on_training_rows_warns(own_run, dataset):
     assert "trained on" in evaluate_run(own_run, dataset, "train").warnings[0]
     fit_run(own_run, dataset, "val")
     assert "used to fit the fusion" in evaluate_run(own_run, dataset, "val").warnings[0]
+    assert fit_run(own_run, dataset, "val").warnings == ()  # fitting anew forgets the old numbers
+    fit_run(own_run, dataset, "val", method="average")  # nothing was fitted, and nothing chosen
+    assert evaluate_run(own_run, dataset, "val").warnings == ()
+
+
+def test_rows_that_chose_the_epoch_warn_where_they_judge(own_run, dataset):
+    record = {"val_files": read_table(dataset).of_split("val").names(), "val_used_for": []}
+    (own_run / "run.json").write_text(json.dumps(record))
+    assert evaluate_run(own_run, dataset, "val").warnings == ()
+    (own_run / "run.json").write_text(json.dumps({**record, "val_used_for": ["best_metric"]}))
+    (warning,) = evaluate_run(own_run, dataset, "val").warnings
+    assert warning.startswith("12 of the 12 images of val were used to choose the epoch; the figures are too good")
+    assert evaluate_run(own_run, dataset, "test").warnings == fit_run(own_run, dataset, "val").warnings == ()
+
+
+def test_held_out_images_are_counted_as_images_not_as_rows(own_run, dataset):
+    table = read_table(dataset)
+    names = table.of_split("train").names()
+    unsplit = replace(table, rows=tuple(replace(row, split=None) for row in table.rows))
+    (own_run / "run.json").write_text(json.dumps({"val_files": [*names, *names]}))  # two objects an image, when it was trained
+    assert len(rows_of(own_run, unsplit, "val")) == 12
+    (own_run / "run.json").write_text(json.dumps({"val_files": [*names, "gone.png"]}))
+    with pytest.raises(L2R2Error, match="lacks 1 of the 13 images"):
+        rows_of(own_run, unsplit, "val")
 
 
 def test_val_means_the_rows_that_the_run_held_out(tmp_path):
@@ -230,6 +255,10 @@ def test_metadata_can_correct_the_answers(own_run, dataset):
     (own_run / "run.json").write_text(json.dumps({"train_files": table.of_split("train").names()}))
     rows = evaluate_run(own_run, dataset, "test", prior="label").rows  # the label itself as metadata: as good as knowing it
     assert rows["full + label"]["accuracy"] > rows["full"]["accuracy"] and "fused: robust + label" in rows
+    relabelled = (dataset / "metadata.csv").read_text().replace("train_000.png,red", "train_000.png,teal")
+    (dataset / "teal.csv").write_text(relabelled)
+    with pytest.raises(L2R2Error, match=r"train_000\.png: was trained on by .*, which knows no class teal"):
+        evaluate_run(own_run, dataset, "test", prior="label", metadata=dataset / "teal.csv")
     same = evaluate_run(own_run, dataset, "test", prior="file_name").rows  # values that training never saw
     assert same["fg + file_name"]["accuracy"] == same["fg"]["accuracy"]
 

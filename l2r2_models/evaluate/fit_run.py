@@ -86,20 +86,22 @@ def fit_run(
     fitted = fit(logits, None if method == BEST else [method], class_wise)
     chosen = best(fitted) if method == BEST else method
     checkpoint.model.fusion = fitted[chosen].fusion
+    seen = trained_on(run, table, split)
     report = FuseReport(
         chosen,
         fitted[chosen].fusion.config(),
         {name: (f.accuracy, f.ece, f.fusion.count()) for name, f in fitted.items()},
         len(logits),
         int(logits.has_fg.sum()),
-        warnings_of(run, table, split, "the fusion will trust them too much"),
+        (f"{seen}; the figures are too good, and the fusion will trust them too much.",) if seen else (),
         {str(path): why for path, why in logits.bad.items()},
     )
     if save:
         fit_record = {"split": split, "backgrounds": backgrounds, "rows": len(logits), "method": method,
                       "accuracy": fitted[chosen].accuracy}  # fmt: skip
+        used = table.names() if method == BEST or fitted[chosen].fusion.count() else []
         if record := record_of(run):  # first: a warning too many is better than one too few
-            write_json(Path(run) / RUN, {**record, "fit_files": table.names()})
+            write_json(Path(run) / RUN, {**record, "fit_files": used})
         training = {**checkpoint.training, "fusion_fit": fit_record}
         save_checkpoint(checkpoint.model, run, checkpoint.labels, training, localizer=checkpoint.localizer)
     return report
@@ -114,8 +116,8 @@ def rows_of(run: Path | str, table: ImageTable, split: str) -> ImageTable:
     held_out = record_of(run).get("val_files", [])
     if split == "val" and split not in table.splits and held_out:
         rows = table.of_names(held_out)
-        if len(rows) != len(held_out):
-            raise L2R2Error(f"{table.root}: lacks {len(held_out) - len(rows)} of the {len(held_out)} images that {run} held out.")
+        if lacking := set(held_out) - set(rows.names()):
+            raise L2R2Error(f"{table.root}: lacks {len(lacking)} of the {len(set(held_out))} images that {run} held out.")
         return rows
     return table.of_split(split)
 
@@ -131,11 +133,23 @@ def record_of(run: Path | str) -> dict[str, Any]:
 
 
 def warnings_of(run: Path | str, table: ImageTable, split: str, consequence: str) -> tuple[str, ...]:
-    """Sentences about rows that the run was trained or its fusion fitted on."""
-    record, names = record_of(run), set(table.names())
-    found = []
-    for key, what in (("train_files", "trained on"), ("fit_files", "used to fit the fusion")):
-        if seen := len(names & set(record.get(key, []))):
-            rows = f"{seen} of the {len(table)} images of {split} were {what}"
-            found.append(f"{rows}; the figures are too good, and {consequence}.")
-    return tuple(found)
+    """Sentences about rows to judge by that the run was trained on, its epoch chosen by, or its fusion fitted on."""
+    record = record_of(run)
+    chosen_by = record.get("val_files", []) if record.get("val_used_for") else []
+    found = [
+        trained_on(run, table, split),
+        _seen(table, split, chosen_by, "used to choose the epoch"),
+        _seen(table, split, record.get("fit_files", []), "used to fit the fusion"),
+    ]
+    return tuple(f"{seen}; the figures are too good, and {consequence}." for seen in found if seen)
+
+
+def trained_on(run: Path | str, table: ImageTable, split: str) -> str:
+    """How many images the run was trained on, as the beginning of a sentence; empty where it was on none."""
+    return _seen(table, split, record_of(run).get("train_files", []), "trained on")
+
+
+def _seen(table: ImageTable, split: str, files: list[str], what: str) -> str:
+    names = set(table.names())
+    count = len(names & set(files))
+    return f"{count} of the {len(names)} images of {split} were {what}" if count else ""

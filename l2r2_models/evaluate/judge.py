@@ -16,7 +16,7 @@ from ..errors import L2R2Error
 from ..fusion import FUSIONS, Fusion, MetadataPrior, create_fusion
 from ..fusion.calibration import fit_temperature
 from ..hub import Checkpoint, load_checkpoint
-from .fit_run import LOGITS, record_of, rows_of, warnings_of
+from .fit_run import LOGITS, record_of, rows_of, trained_on, warnings_of
 from .fuse import fit, fuse
 from .logits import BranchLogits, Progress, branch_logits
 from .metrics import confusion_matrix, measure, oracle
@@ -162,6 +162,8 @@ def judge_run(
         _check_classes(runs[0], rows, name)
     if group:
         splits[split].column(group)
+    for rows in splits.values() if prior else ():
+        rows.column(str(prior))
     correct = _prior(run, table, runs[0].labels, prior) if prior else None
     branches = runs[0].model.branches
     if fit_split and not ("fg" in branches and len(branches) > 1):
@@ -312,9 +314,8 @@ def _fitted_on_seen(sources: Sequence[Path | str], rows: ImageTable, split: str)
     """Rows to fit on that a run was trained on: with `--val-fraction`, another seed holds other rows out."""
     found = []
     for source in sources:
-        if seen := len(set(rows.names()) & set(record_of(source).get("train_files", []))):
-            count = f"{seen} of the {len(rows)} images of {split} were trained on"
-            found.append(f"{source}: {count}; what is fitted on them will trust this run too much.")
+        if seen := trained_on(source, rows, split):
+            found.append(f"{source}: {seen}; what is fitted on them will trust this run too much.")
     return tuple(found)
 
 
@@ -342,6 +343,8 @@ def _prior(run: Path | str, table: ImageTable, labels: Sequence[str], column: st
     if not len(rows):
         raise L2R2Error(f"{table.root}: holds none of the images that {run} was trained on, so a prior cannot be counted.")
     index = {label: i for i, label in enumerate(labels)}
+    if other := next((row for row in rows.rows if row.label not in index), None):
+        raise L2R2Error(f"{other.path}: was trained on by {run}, which knows no class {other.label}; are these its data?")
     known = torch.tensor([index[str(row.label)] for row in rows.rows])
     prior = MetadataPrior(known, rows.column(column), len(labels))
     return lambda logits, judged: prior(logits, judged.column(column))
