@@ -122,3 +122,19 @@ def test_neighbouring_frames_are_found_and_another_recording_of_the_same_ground_
     some = replace(far, rows=far.rows[::6])
     found = {leak.split: leak for leak in find_leaks(train, {"test_id": near, "test_ood": some})}
     assert 20 <= found["test_id"].alike <= 80 and "test_ood" not in found
+
+
+def test_groups_that_share_an_image_are_held_out_together():
+    """Two objects an image, each with its own name: neither the image nor either of the objects may lie on both sides."""
+    rows = [
+        Row(Path(f"{i}.png"), "ab"[k], columns=(("object", f"{'ab'[k]}{i % 10 if k else i // 4}"),))
+        for i in range(40) for k in (0, 1) if k == 0 or i % 8 == 0
+    ]  # fmt: skip
+    stay, val = hold_out(ImageTable(Path(), tuple(rows)), 0.25, group="object")
+    assert len(val) and not set(stay.names()) & set(val.names())
+    assert not set(stay.column("object")) & set(val.column("object"))
+
+
+def test_training_images_that_cannot_be_read_leave_nothing_to_compare_with(tmp_path):
+    val = table_of(tmp_path / "val", [scene(1)])
+    assert find_leaks(replace(val, rows=(Row(tmp_path / "gone.png", "x"),)), {"val": val}) == []

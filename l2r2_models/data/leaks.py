@@ -99,8 +99,8 @@ def find_leaks(
             pass
     labels = _labels([*train.rows, *(row for table in others.values() for row in table.rows)])
     base = [path for path in dict.fromkeys(row.path for row in train.rows) if path in known]
-    found = []
-    for name, candidates in paths.items():
+    found: list[Leak] = []
+    for name, candidates in paths.items() if base else ():
         usable = [path for path in candidates if path in known]
         nearest, distance = _nearest(usable, base, known, labels)
         if alike := int((distance <= ALIKE).sum()):
@@ -135,7 +135,7 @@ def _nearest(
     codes = {label: i for i, label in enumerate(dict.fromkeys(labels.values()))}
     ours, theirs = (np.array([codes[labels[path]] for path in paths]) for paths in (images, base))
     bits, nameless = _bits(hashes[path] for path in base), codes.get(None, -1)
-    for start in range(0, len(images) if base else 0, 512):
+    for start in range(0, len(images), 512):
         part = slice(start, start + 512)
         apart = (bits.shape[1] - _bits(hashes[path] for path in images[part]) @ bits.T) / 2
         differ = (ours[part, None] != theirs) & (ours[part, None] != nameless) & (theirs != nameless)

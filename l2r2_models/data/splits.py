@@ -21,9 +21,10 @@ def hold_out(
 
     Args:
         table: rows with labels.
-        fraction: part of the rows to hold out, above 0 and up to 0.5.
+        fraction: part of the rows to hold out, above 0 and up to 0.5; drawn by groups, or where images have several rows, one of
+            `1 / fraction` (rounded) equal parts.
         group: a metadata column (site, take, physical object); rows of one value stay together, so that near-duplicates never
-            lie on both sides. The fraction is then met as well as the groups allow.
+            lie on both sides; groups that share an image are one.
         take: `random` rows, or the `end` of each class in the table's order: one block, which is what frames of a video or dated
             photographs need where no column tells the takes apart, because neighbours resemble each other.
         seed: of the draw; `end` draws nothing.
@@ -32,7 +33,7 @@ def hold_out(
         The rows that stay, and those held out, both in the table's order.
 
     Raises:
-        L2R2Error: a class would lose all of its rows on one side, or there are too few groups.
+        L2R2Error: a class would keep no row to train on, or there are too few groups or rows.
     """
     if take not in VAL_FROM:
         raise L2R2Error(f'Rows can be held out from "random" or "end", not "{take}".')
@@ -54,7 +55,7 @@ def _drawn(table: ImageTable, labels: np.ndarray, fraction: float, group: str | 
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedShuffleSplit
 
     images = [str(row.path) for row in table.rows]
-    groups = table.column(group) if group else images
+    groups = _connected(table.column(group), images) if group else images
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # scikit-learn only warns of classes that are too small
@@ -67,6 +68,18 @@ def _drawn(table: ImageTable, labels: np.ndarray, fraction: float, group: str | 
     except (ValueError, UserWarning) as error:
         what = " ".join(str(error).split())
         raise L2R2Error(f"{table.root}: {100 * fraction:g} % cannot be held out for validation ({what})") from None
+
+
+def _connected(groups: list[str], images: list[str]) -> list[int]:
+    """Numbers of the rows' groups, those that meet in an image being one."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    group, image = (np.unique(names, return_inverse=True)[1] for names in (groups, images))
+    image = image + group.max() + 1
+    size = int(image.max()) + 1
+    links = coo_array((np.ones(len(group)), (group, image)), shape=(size, size))
+    return connected_components(links, directed=False)[1][group].tolist()
 
 
 def _end_of_each_class(table: ImageTable, fraction: float) -> list[int]:
