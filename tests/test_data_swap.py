@@ -143,3 +143,28 @@ def test_a_changed_background_image_gives_another_digest(tmp_path):
     before = rows_digest(made, times=True)
     made.rows[0].background.path.touch()
     assert rows_digest(made, times=True) != before and rows_digest(made) == rows_digest(made)
+
+
+def test_all_objects_of_a_donor_are_gone_whichever_row_it_is(dataset):
+    """An image with two objects in two rows, of two classes: on its background neither of them may be seen."""
+    train = split(dataset, "train")
+    first, second = train.rows[:2]
+    pixels = sample_of(first, (0, 0, 0)).pixels
+    pixels[:, :12] = torch.tensor(COLOURS[second.label], dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(first.path)
+    own = sample_of(first, (0, 0, 0)).box[0].item()
+    assert own > 16, "the object that was there must stay visible"
+    other = replace(second, path=first.path, entry=replace(second.entry, boxes=((0.0, 0.0, 12.0, 40.0),)))
+    donors = replace(train, rows=(first, other))
+    third = next(row for row in train.rows if row.label not in (first.label, second.label))
+    for classes in ("other", "any"):
+        (row,) = swapped(replace(train, rows=(third,)), donors, classes=classes).rows
+        mixed = levels_of(sample_of(row, (0, 0, 0)).pixels)
+        assert tuple(COLOURS[third.label]) in mixed
+        assert not mixed & {tuple(COLOURS[first.label]), tuple(COLOURS[second.label])}
+    with pytest.raises(L2R2Error, match="needs 2 backgrounds of any class, 1 images"):
+        swapped(replace(train, rows=(third,)), donors, classes="any", copies=2)
+    items = ViewDataset(
+        replace(train, rows=(third, first, other)), train.classes(), ViewSpec(size=40), ("full",), background_swap=1.0
+    )
+    assert [len(row.entry.boxes) for row in items.donors] == [1, 2]

@@ -170,8 +170,8 @@ class ViewDataset(Dataset):
         self.targets = [index[str(row.label)] for row in table.rows]
         self.box_threshold, self.locate, self.seed, self.epoch = box_threshold, locate, seed, 0
         self.background_swap, self.objectness = background_swap, objectness
-        self.donors = [row for row in table.rows if row.may_have_object(box_threshold)] if background_swap else []
-        if background_swap and len({row.path for row in self.donors}) < 2:
+        self.donors = [row for row in table.whole_images() if row.may_have_object(box_threshold)] if background_swap else []
+        if background_swap and len(self.donors) < 2:
             raise L2R2Error(
                 f"{table.root}: backgrounds can be swapped between images with a box or mask; fewer than two have one."
             )

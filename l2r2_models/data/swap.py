@@ -32,7 +32,7 @@ def swapped(
         donors: rows that give backgrounds; never rows that a figure is reported on.
         copies: backgrounds for each object, all different.
         classes: which donors an object may get: of `other` classes, of the `same` class, or `any` (the latter two are Mixed-Same
-            and Mixed-Rand of IN-9; Xiao et al. 2020). Its own image never.
+            and Mixed-Rand of IN-9; Xiao et al. 2020). Its own image never; one with objects of several classes is another class.
         box_threshold: see `sample_of`; use the same value there.
         seed: of the draw; a row's backgrounds depend on it, the row's name, and the donors.
 
@@ -44,7 +44,7 @@ def swapped(
     """
     if classes not in ("other", "same", "any"):
         raise L2R2Error(f'Backgrounds can be of classes "other", "same" or "any", not "{classes}".')
-    able = [row for row in donors.rows if row.may_have_object(box_threshold)]
+    able = [row for row in donors.whole_images() if row.may_have_object(box_threshold)]
     by_label: dict[str | None, list[Row]] = {}
     for row in able:
         by_label.setdefault(row.label, []).append(row)

@@ -114,6 +114,16 @@ class ImageTable:
                 joined[str(row.path)] = row.entry if old is None else _together(old, row.entry)
         return joined
 
+    def whole_images(self) -> list[Row]:
+        """One row an image with the boxes of all of its rows; without a label where they have several."""
+        entries = self.entries()
+        first: dict[Path, Row] = {}
+        for row in self.rows:
+            old = first.setdefault(row.path, replace(row, entry=entries.get(str(row.path))))
+            if old.label != row.label:
+                first[row.path] = replace(old, label=None)
+        return list(first.values())
+
     def label_counts(self) -> Counter[str]:
         return Counter(str(row.label) for row in self.rows)
 
