@@ -89,8 +89,15 @@ def model_card(checkpoint: Checkpoint, repo: str, facts: Facts, evaluations: Seq
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(parts)
 
 
-def hub_config(checkpoint: Checkpoint, repo: str, tag: str, facts: Facts, evaluations: Sequence[Mapping[str, Any]]) -> HubConfig:
+def hub_config(
+    checkpoint: Checkpoint, repo: str, tag: str, facts: Facts, evaluations: Sequence[Mapping[str, Any]], made_by: str
+) -> HubConfig:
     """What makes a published checkpoint a tag of its architecture: `timm.create_model("ARCHITECTURE.TAG", pretrained=True)`.
+
+    Args:
+        checkpoint, repo, facts, evaluations: see `model_card`.
+        tag: its name within the architecture.
+        made_by: the command that made it.
 
     Raises:
         L2R2Error: the generic architecture `l2r2`, which has no tags.
@@ -112,7 +119,7 @@ def hub_config(checkpoint: Checkpoint, repo: str, tag: str, facts: Facts, evalua
     return HubConfig(
         architecture=architecture, tag=tag, default=False, source=source_of(checkpoint).name or "random weights", hub_id=repo,
         licence=facts.licence, labels=facts.data, parameters=sum(p.numel() for p in model.parameters()),
-        input_size=model.view_spec.size, top1=None, made_by="l2r2 finetune", label_names=list(checkpoint.labels),
+        input_size=model.view_spec.size, top1=None, made_by=made_by, label_names=list(checkpoint.labels),
         model_args=arguments, localizer={k: str(v) for k, v in localizer.items() if k in LOCALIZER} or None,
         metrics=figures or None,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -22,6 +22,7 @@ from .views import ViewSpec
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+OURS = ("l2r2", "ifam")  # how the names of our architectures start
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 # keys under `l2r2` and what they hold; any other key is a newer version's, or a mistake
 SECTION: dict[str, type] = {
@@ -161,13 +162,11 @@ def load_checkpoint(source: str | Path, *, any_fusion: bool = False) -> Checkpoi
     if of_hub:
         _check_hash(folder / WEIGHTS, digest, name)
     try:
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        model = cast(L2R2, timm.create_model(f"local-dir:{folder}", pretrained=True))
     except L2R2Error:
         raise
     except Exception as error:  # safetensors, torch and timm each have their own for a damaged file
         raise L2R2Error(f"{name}: the checkpoint cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
-    if not isinstance(model, L2R2):
-        raise L2R2Error(f"{name}: the architecture {config.get('architecture')} in {CONFIG} is not an L2R2 model.")
     if not any_fusion:
         _check_fusion(model, folder / WEIGHTS, name)
     labels = tuple(config.get("label_names") or (str(i) for i in range(model.num_classes)))
@@ -214,6 +213,9 @@ def _check_config(config: Any, name: str) -> None:
     if wrong := [k for k, kind in SECTION.items() if k in ours and not isinstance(ours[k], kind)]:
         raise L2R2Error(f"{name}: {CONFIG} has an unusable {wrong[0]} under l2r2.")
     labels = config.get("label_names", [])
+    architecture = config.get("architecture")
+    if not isinstance(architecture, str) or not architecture.startswith(OURS):
+        raise L2R2Error(f"{name}: the architecture {architecture} in {CONFIG} is not an L2R2 model.")
     if not isinstance(config.get("model_args"), dict):
         raise L2R2Error(f"{name}: {CONFIG} needs model_args as a mapping.")
     if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels) or len(set(labels)) != len(labels):

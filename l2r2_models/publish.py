@@ -103,7 +103,7 @@ def prepare(
     if not evaluations and not without_metrics:
         problems.append("There are no figures: run `l2r2 evaluate`, give --metrics FILE, or --without-metrics.")
     files = {name: file_sha256(folder / name) for name in (CONFIG, CARD, WEIGHTS)}
-    config = hub_config(checkpoint, repo, tag, facts, evaluations) if tag else None
+    config = hub_config(checkpoint, repo, tag, facts, evaluations, _command(run)) if tag else None
     return Package(repo, folder, files, tuple(problems), config)
 
 
@@ -219,6 +219,13 @@ def _without_paths(value: Any) -> Any:
     if PureWindowsPath(value).is_absolute():
         return PureWindowsPath(value).name
     return PATHS.sub(lambda match: re.split(r"[/\\]", match[0])[-1], value)
+
+
+def _command(run: Path) -> str:
+    """The command that made the run, its paths by their last part."""
+    record = read_json(run / RUN) if (run / RUN).exists() else {}
+    words = str(record.get("command") or "").split()
+    return " ".join(_without_paths(words)) or "not recorded"
 
 
 def _validation(run: Path) -> tuple[dict[str, Any], ...]:

@@ -108,6 +108,10 @@ def test_refusals_name_the_file_and_say_why(tmp_path):
         "Unknown model": lambda c: c.update(architecture="l2r2_resnat18"),
         "unusable views under l2r2": lambda c: c["l2r2"].update(views=3),
         "has no views under l2r2": lambda c: c["l2r2"].pop("views"),
+        "unknown colour under l2r2": lambda c: c["l2r2"].update(colour="red"),
+        "unusable localizer under l2r2": lambda c: c["l2r2"].update(localizer="owlv2"),
+        r"architecture resnet10t in config\.json is not": lambda c: c.update(architecture="resnet10t"),
+        "names weights elsewhere": lambda c: c["pretrained_cfg"].update(url="https://example.org/model.pth"),
         "model_args as a mapping": lambda c: c.update(model_args=[]),
         "2 label_names for 3 classes": lambda c: c.update(label_names=["a", "b"]),
     }
@@ -117,6 +121,29 @@ def test_refusals_name_the_file_and_say_why(tmp_path):
         edit_config(run, change)
         with pytest.raises(L2R2Error, match=message):
             hub.load_checkpoint(run)
+
+
+def test_pickles_beside_the_weights_are_refused(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "optimizer.pt").write_bytes(b"")  # of a training that goes on: not of the checkpoint
+    hub.load_checkpoint(run)
+    for name in ("pytorch_model.bin", "model.PTH", "anything.pkl"):
+        (run / name).write_bytes(b"\x80\x04")
+        with pytest.raises(L2R2Error, match="pickled weights are never loaded"):
+            hub.load_checkpoint(run)
+        (run / name).unlink()
+
+
+def test_the_localizer_and_fitted_temperatures_are_in_the_config(tmp_path):
+    run = write_run(tmp_path / "run", fusion="scaled_average")
+    model = hub.load_checkpoint(run).model
+    model.fusion.temperatures.copy_(torch.tensor([[1.5], [0.5]]))  # fg first
+    localizer = {"spec": "owlv2", "prompt": "bird", "licence": "apache-2.0"}
+    hub.save_checkpoint(model, run, sorted(COLOURS), localizer=localizer)
+    assert json.loads((run / "config.json").read_text())["l2r2"]["calibration"] == {"temperatures": {"fg": 1.5, "full": 0.5}}
+    loaded = hub.load_checkpoint(run)
+    assert loaded.localizer == localizer and torch.equal(loaded.model.fusion.temperatures, model.fusion.temperatures)
 
 
 def test_damaged_or_missing_files_are_refused(tmp_path):
