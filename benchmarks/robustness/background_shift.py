@@ -35,7 +35,7 @@ import torch
 from l2r2_models.data.spawrious import composites
 from l2r2_models.data.table import ImageTable, read_table
 from l2r2_models.evaluate.backgrounds import BACKGROUNDS, logits_to_fit
-from l2r2_models.evaluate.fuse import best, fit, fuse
+from l2r2_models.evaluate.fuse import affordable, best, fit, fuse
 from l2r2_models.evaluate.logits import BranchLogits, branch_logits
 from l2r2_models.evaluate.metrics import accuracy, by_group, oracle
 from l2r2_models.fusion import FUSIONS, create_fusion
@@ -127,9 +127,10 @@ def answers(run: Path, table: ImageTable) -> Iterator[tuple[str, str, dict[str, 
     fusions = {key: fusion for key, fusion in fusions.items() if fusion.count() == 0}
     for backgrounds in BACKGROUNDS:
         data = logits_to_fit(checkpoint, table.of_split("val"), table.of_split("train"), backgrounds, store)
-        fitted = fit(data)
+        fitted = fit(data, list(FUSIONS))
         fusions.update({(name, backgrounds): f.fusion for name, f in fitted.items() if f.fusion.count()})
-        fusions["chosen: " + best(fitted), backgrounds] = fitted[best(fitted)].fusion
+        chosen = best({name: fitted[name] for name in affordable(data)})
+        fusions["chosen: " + chosen, backgrounds] = fitted[chosen].fusion
     for (name, backgrounds), fusion in fusions.items():
         yield name, backgrounds, {split: (fuse(fusion, data), data) for split, data in judged.items()}
 

@@ -15,6 +15,7 @@ from .logits import BranchLogits
 
 BEST = "best_on_val"
 FOLDS = 5
+IMAGES_A_NUMBER = 10  # the rule of ten of regression (Peduzzi et al. 1996); with fewer, neighbouring frames are learned by heart
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def fit(data: BranchLogits, methods: Sequence[str] | None = None, class_wise: bo
 
     Args:
         data: logits of held-out rows of a model with an fg and a full or bg branch.
-        methods: names; by default all that have no more numbers than there are rows.
+        methods: names; by default `affordable` ones.
         class_wise: one temperature a class, for the fusions that scale.
 
     Raises:
@@ -59,9 +60,14 @@ def fit(data: BranchLogits, methods: Sequence[str] | None = None, class_wise: bo
         raise L2R2Error(f"{found}; a fusion is fitted on {2 * FOLDS} or more (are the boxes missing? give --boxes).")
     if len(rows.labels.unique()) < 2:
         raise L2R2Error(f"The {images} images with an object show one class only; a fusion needs more to be fitted.")
-    sizes = len(rows.logits), rows.logits["fg"].shape[1]
-    names = methods or [name for name in sorted(FUSIONS) if create_fusion(name, *sizes).count() <= len(rows)]
-    return {name: _fit_one(name, data, rows, class_wise) for name in names}
+    return {name: _fit_one(name, data, rows, class_wise) for name in methods or affordable(data)}
+
+
+def affordable(data: BranchLogits) -> list[str]:
+    """The fusions that may be chosen: those with at most one number to fit for ten images in which an object was found."""
+    images = len({row.path for row, found in zip(data.table.rows, data.has_fg.tolist()) if found})
+    sizes = len(data.logits), data.logits["fg"].shape[1]
+    return [name for name in sorted(FUSIONS) if IMAGES_A_NUMBER * create_fusion(name, *sizes).count() <= images]
 
 
 def _fit_one(name: str, data: BranchLogits, rows: BranchLogits, class_wise: bool) -> Fitted:
