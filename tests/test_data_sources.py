@@ -276,3 +276,15 @@ def test_a_box_file_that_cannot_tell_the_objects_of_an_image_apart_is_refused(tm
         read_table(data, boxes=tmp_path / "boxes.json")
     named = read_table(data, boxes=coco(tmp_path / "named.json", ["cat", "dog"]))
     assert [(row.label, row.entry.boxes[0][0]) for row in named.rows] == [("cat", 0), ("dog", 10)]
+
+
+def test_columns_that_only_sound_like_labels_or_boxes_are_not_taken_for_them(tmp_path):
+    texts = datasets.Value("string")
+    for i, (kind, value) in enumerate([(datasets.List(texts), ["cup"]), (texts, "cup"), ({"name": texts}, {"name": "cup"})]):
+        made(objects=(kind, [value] * 6), labels=(datasets.List(texts), [["a", "b"]] * 6)).save_to_disk(tmp_path / f"{i}")
+        table = read_table(tmp_path / f"{i}")
+        assert table.label_counts() == {"cat": 3, "dog": 3} and not table.entries()
+    made(label="species", labels=(datasets.List(texts), [["a", "b"]] * 6)).save_to_disk(tmp_path / "named")
+    assert read_table(tmp_path / "named").label_counts() == {"cat": 3, "dog": 3}
+    with pytest.raises(L2R2Error, match='the column "labels" does not hold one label an image'):
+        read_table(f"hf:{tmp_path / 'named'}?label=labels")

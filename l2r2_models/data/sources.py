@@ -109,10 +109,13 @@ def _columns(features: Any, options: Mapping[str, str], data: str) -> Columns:
         found = f"several image columns, {', '.join(rest)}" if rest else "no image column"
         raise L2R2Error(f"{data}: has {found}; name the one to use, {PREFIX}ID?image=COLUMN.")
     named = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
-    label = chosen("label") or next((n for n in LABELS if n in features), named[0] if len(named) == 1 else None)
-    plain = [n for n, kind in features.items() if isinstance(kind, (ClassLabel, Value)) and n not in (image, mask, label)]
-    others = tuple(n for n in plain if n not in ("file_name", "split", "label", "mask_file", "boxes", "objects"))
-    return Columns(image, label, mask, "objects" if "objects" in features else None, others)
+    plain = [n for n, kind in features.items() if isinstance(kind, (ClassLabel, Value)) and n not in (image, mask)]
+    label = chosen("label") or next((n for n in LABELS if n in plain), named[0] if len(named) == 1 else None)
+    if label is not None and label not in plain:
+        raise L2R2Error(f'{data}: the column "{label}" does not hold one label an image.')
+    others = tuple(n for n in plain if n not in (label, "file_name", "split", "label", "mask_file", "boxes", "objects"))
+    boxed = "objects" in features and "bbox" in _kinds(features["objects"])
+    return Columns(image, label, mask, "objects" if boxed else None, others)
 
 
 def _export(splits: Mapping[str, Any], options: Mapping[str, str], folder: Path, data: str) -> None:
@@ -189,7 +192,7 @@ def _values(row: Mapping[str, Any], columns: Columns, features: Any) -> dict[str
 
 def _objects(objects: Any, kind: Any) -> dict[str, Any]:
     """`{bbox, score, label}` of a row's objects, whichever of the two ways it lists them."""
-    kinds = dict(_inner(kind))
+    kinds = _kinds(kind)
     if isinstance(objects, list):
         objects = {name: [each.get(name) for each in objects] for name in kinds}
     found: dict[str, Any] = {"bbox": (objects or {}).get("bbox") or []}
@@ -201,6 +204,12 @@ def _objects(objects: Any, kind: Any) -> dict[str, Any]:
     if "label" in found:
         found["label"] = ["" if label is None else str(label) for label in found["label"]]
     return found
+
+
+def _kinds(kind: Any) -> dict[str, Any]:
+    """The features of a list of records, or of a record of lists; none of anything else."""
+    kind = _inner(kind)
+    return dict(kind) if isinstance(kind, Mapping) else {}
 
 
 def _inner(kind: Any) -> Any:
