@@ -170,6 +170,7 @@ def test_more_classes_than_scenes_share_homes_and_full_correlation_leaves_no_exc
     [
         ({"correlation": (1.2,)}, "correlation must be one or more numbers between 0 and 1"),
         ({"correlation": ()}, "correlation must be one or more"),
+        ({"correlation": (0.9, 0.9)}, "correlation must be different numbers"),
         ({"size": 4}, "size must lie between 16 and 4096"),
         ({"copies": 0}, "copies must lie between"),
         ({"val_objects": 3}, "ant has 3 training objects, so 3 cannot be held out"),

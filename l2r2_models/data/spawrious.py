@@ -116,6 +116,8 @@ def composites(
 def _check_settings(settings: dict[str, Any]) -> None:
     if not settings["correlation"] or not all(0 <= p <= 1 for p in settings["correlation"]):
         raise L2R2Error("correlation must be one or more numbers between 0 and 1, e.g. 0.97,0.87.")
+    if len(set(settings["correlation"])) < len(settings["correlation"]):
+        raise L2R2Error("correlation must be different numbers, one an environment; for more images of one give copies.")
     for name, low, high in (("size", 16, 4096), ("copies", 1, 1000), ("val_objects", 0, 1000), ("seed", 0, 2**32 - 1)):
         if not low <= settings[name] <= high:
             raise L2R2Error(f"{name} must lie between {low} and {high}, got {settings[name]}.")
