@@ -186,7 +186,8 @@ def test_the_choice_is_made_on_unseen_rows(dataset):
     labels = torch.randint(0, 10, (60,), generator=generator)
     rows = tuple(Row(dataset / f"{i}.png") for i in range(60))
     data = BranchLogits(logits, torch.ones(60, dtype=torch.bool), labels, ImageTable(dataset, rows))
-    assert "concat_mlp" not in fit(data)  # 2000 numbers from 60 rows: not even tried unless asked for
+    assert set(fit(data)) >= {"robust", "scaled_weighted_average"}  # 1 and 3 numbers
+    assert not {"weighted_logits", "concat_mlp"} & set(fit(data))  # 20 and 2000 from 60 images: only when asked for
     fitted = fit(data, sorted(FUSIONS))
     heart = (fitted["concat_mlp"].fusion(logits["fg"], data.context).argmax(-1) == labels).double().mean()
     assert heart > 0.9 and fitted["concat_mlp"].accuracy < 0.35
@@ -234,8 +235,7 @@ def test_rows_of_one_class_fit_nothing(own_run, dataset):
 
 def test_evaluate_gives_every_branch_and_fusion_and_agrees_with_predict(own_run, dataset, tmp_path):
     result = evaluate_run(own_run, dataset, "test", group="label", fit_split="val")
-    affordable = {name for name in FUSIONS if create_fusion(name, 2, 3).count() <= 12}
-    assert {"full", "fg", "fused: robust", *affordable} == set(result.rows) and len(affordable) > 5
+    assert {"full", "fg", "fused: robust", *FUSIONS} == set(result.rows)
     predictor = Predictor.from_pretrained(own_run, device="cpu")
     report = predict_to_file(predictor, gather([dataset], split="test"), tmp_path / "p.json")
     truth = {str(r.path): r.label for r in read_table(dataset).rows}

@@ -234,7 +234,7 @@ def can_fuse(data: BranchLogits) -> bool:
 def _fusions(checkpoint: Checkpoint, judged: BranchLogits, held_out: BranchLogits | None) -> dict[str, Fusion]:
     """All fusions fitted on the held-out rows, or those that need no fitting."""
     if held_out is not None:
-        return {name: fitted.fusion for name, fitted in sorted(fit(held_out).items())}
+        return {name: fitted.fusion for name, fitted in sorted(fit(held_out, list(FUSIONS)).items())}
     if not can_fuse(judged):
         return {}
     made = [create_fusion(name, len(judged.logits), len(checkpoint.labels)) for name in sorted(FUSIONS)]
