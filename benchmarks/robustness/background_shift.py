@@ -10,7 +10,7 @@ composites: OBJECTS cut out by their masks on SCENES, made anew for each seed (`
 environments); `val` holds other physical objects on other scene photographs, correlated as in training.
 
 Every network is trained by the same recipe (`scratch`, ResNet-18, batch 16, bf16; fod_a_shift: 96 pixels, 20 epochs; composites:
-64 pixels, 6 epochs), the weights are those after the last epoch. Fusions are fitted and chosen on `val` as it is, on `val` laid
+64 pixels, 4 epochs), the weights are those after the last epoch. Fusions are fitted and chosen on `val` as it is, on `val` laid
 on other classes' training backgrounds (swapped), and on both. No row of a test split is fitted on or chosen by. Interrupted, the
 same command continues. Writes benchmarks/results/background_shift_NAME.csv.
 """
@@ -47,7 +47,7 @@ from l2r2_models.train.recipes import Recipe
 MINORITY, HELD_OUT = 38, 0.15
 SPLITS = ("test_id", "test_ood")
 COMMON = {"batch_size": 16, "precision": "bf16", "channels_last": True}
-PIXELS, EPOCHS = {"fod_a_shift": 96, "composites": 64}, {"fod_a_shift": 20, "composites": 6}
+PIXELS, EPOCHS = {"fod_a_shift": 96, "composites": 64}, {"fod_a_shift": 20, "composites": 4}
 SIDE = {"fod_a_shift": 300, "composites": 128}  # of the images
 RESULTS = Path(__file__).parent.parent / "results"
 
