@@ -56,7 +56,7 @@ def test_list_shows_models_tags_parameters_and_input_sizes(l2r2):
     assert result.returncode == 0
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("l2r2_convnextv2_base ")]
     assert line.split()[1:4] == ["fcmae_ft_in22k_in1k", "89.7", "224"]
-    rows = json.loads(l2r2("list", "*vit_tiny*", "--pretrained", "--json").stdout)
+    rows = json.loads(l2r2("list", "l2r2_vit_tiny*", "--pretrained", "--json").stdout)
     assert {r["model"] for r in rows} == {"l2r2_vit_tiny_patch16_224"} and len(rows) > 1
     assert "No model matches" in sentence(l2r2("list", "nonsense"))
 
