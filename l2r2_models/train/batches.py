@@ -21,7 +21,7 @@ class EpochBatches(Sampler[list[int]]):
         seed: of the order.
         balanced: equally many rows of every class (up to one); those of small classes are repeated, none before all others
             of its class were drawn.
-        parts: a batch is computed in so many parts.
+        parts: a batch is computed in so many parts, or in as many as leave two rows to each process in each.
         rank, world: number of this process, and of all.
     """
 
@@ -38,6 +38,7 @@ class EpochBatches(Sampler[list[int]]):
     ) -> None:
         self.targets, self.batch_size, self.seed, self.balanced = torch.tensor(targets), batch_size, seed, balanced
         self.parts, self.rank, self.world, self.epoch = parts, rank, world, 0
+        self.parts = self._parts_of(batch_size)
         smallest = 2 * world
         last = len(targets) % batch_size
         self.rows = len(targets) - (last if len(targets) > batch_size and last < min(smallest, batch_size) else 0)

@@ -248,9 +248,9 @@ def _arguments(recipe: Recipe, batches: EpochBatches, out: Path, *, validate: bo
     arguments = TrainingArguments(
         output_dir=str(out / CHECKPOINTS),
         num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=max(1, each // recipe.grad_accumulation),
+        per_device_train_batch_size=max(1, each // batches.parts),
         per_device_eval_batch_size=each,
-        gradient_accumulation_steps=recipe.grad_accumulation,
+        gradient_accumulation_steps=batches.parts,
         max_grad_norm=recipe.clip_grad,
         lr_scheduler_type="cosine",
         warmup_steps=round(recipe.warmup * batches.steps * recipe.epochs),

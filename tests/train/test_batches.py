@@ -10,7 +10,8 @@ from l2r2_models.train.batches import EpochBatches
 
 def whole_batches(targets, size, **options):
     """The rows of each step, put together from all processes and parts."""
-    world, parts = options.pop("world", 1), options.get("parts", 1)
+    world = options.pop("world", 1)
+    parts = EpochBatches(targets, size, world=world, **options).parts
     shares = [list(EpochBatches(targets, size, rank=r, world=world, **options)) for r in range(world)]
     assert len({len(share) for share in shares}) == 1, "a process without a step would hang the others"
     assert all(len(share) == len(EpochBatches(targets, size, world=world, **options)) for share in shares)
@@ -19,7 +20,7 @@ def whole_batches(targets, size, **options):
 
 
 @pytest.mark.parametrize("count", [6, 16, 18, 23, 29])
-@pytest.mark.parametrize(("world", "parts"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)])
+@pytest.mark.parametrize(("world", "parts"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3), (1, 8), (2, 3)])
 @pytest.mark.parametrize("balanced", [False, True])
 def test_processes_and_parts_share_the_batches_of_one(count, world, parts, balanced):
     targets = [i % 3 for i in range(count)]
@@ -61,3 +62,4 @@ def test_a_last_batch_too_small_for_batch_norm_is_left_out_and_only_that():
     assert [len(b) for b in EpochBatches([0], 4)] == [1]
     assert [len(b) for b in EpochBatches([0] * 3, 1)] == [1, 1, 1]
     assert [len(b) for b in EpochBatches([0] * 11, 8, parts=4)] == [2, 2, 2, 2, 3]
+    assert [len(b) for b in EpochBatches([0] * 11, 8, parts=8)] == [2, 2, 2, 2, 3]  # never parts of one row
