@@ -5,9 +5,10 @@ import json
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
-from audit_cases import OBJECTS, write_data, write_model
+from audit_cases import GROUNDS, OBJECTS, write_data, write_model
 from conftest import write_dataset, write_run
 from PIL import Image
 from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
@@ -136,6 +137,22 @@ def test_images_without_an_object_or_a_background_are_left_out_and_counted(tmp_p
     assert result.left_out == {"empty mask": 1, "object fills the image": 1, "no box or mask": 1}
     assert "1 of 9 images left out: empty mask." in result.warnings
     assert all(f.value == f.value for f in result.answers["full"].values())
+
+
+def test_a_lent_background_shows_no_object_of_another_row(tmp_path, data):
+    table = read_table(data)
+    first, second = table.rows[:2]
+    pixels = np.array(Image.open(first.path))
+    pixels[:6, :6] = OBJECTS[second.label]
+    Image.fromarray(pixels).save(first.path)
+    corner = replace(second, path=first.path, entry=replace(second.entry, boxes=((0.0, 0.0, 6.0, 6.0),)))
+    rows = replace(table, rows=(first, corner, *table.rows[2:]))
+    options = dict(seed=0, skip_bad=False, progress=lambda items, *_: items)
+    for limit in (None, 1, 2, 3, 4, 5, 6):
+        subjects = audit_images.find_subjects(rows, (0, 0, 0), 0.2, limit=limit, **options)
+        lent = [subjects._background(i) for i, row in enumerate(subjects.table.rows) if row.path == first.path]
+        ground = torch.tensor(GROUNDS[first.label])
+        assert all(((background - ground).abs() <= 10).all() for background in lent)
 
 
 def test_large_images_are_shrunk_with_their_boxes_and_masks(tmp_path, monkeypatch):

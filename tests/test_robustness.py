@@ -185,6 +185,16 @@ def test_backgrounds_come_from_the_classes_they_should():
     assert set(Donors(keys[:4], [*"aaaa"], 4, seed=0).of(0)) == {"mixed_same"}
 
 
+def test_rows_of_one_image_lend_each_other_no_background():
+    images = [0, 0, 1, 1, 2]
+    donors = Donors([*"vwxyz"], [*"ababa"], 4, 0, images)
+    for i in range(5):
+        of = donors.of(i)
+        assert images[i] not in {images[other] for other in of.values()}
+        assert len({images[other] for name, other in of.items() if name.startswith("mixed_rand")}) == 2
+    assert not Donors([*"vw"], [*"ab"], 4, 0, [0, 0]).of(0)
+
+
 def figures(loss, accuracy=(0.9, 0.88, 0.92), gap=None):
     given = {"accuracy": Figure(*accuracy), "swap_loss": Figure(*loss)}
     return {**given, **({"bg_gap": Figure(*gap)} if gap else {})}

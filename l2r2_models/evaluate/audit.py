@@ -202,7 +202,7 @@ def _ask(
     names, made = model.answers, tuple(plan(backgrounds))
     values = store.read((len(subjects), len(names), len(made), 2))
     todo = [i for i in range(len(subjects)) if not values[i].isfinite().any()]
-    donors = Donors(subjects.keys, subjects.labels, backgrounds, seed)
+    donors = Donors(subjects.keys, subjects.labels, backgrounds, seed, subjects.images.tolist())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.network.to(device)
     try:
@@ -253,7 +253,10 @@ class Store:
         self, folder: Path, model: Audited, subjects: Subjects, matched: Mapping[str, Sequence[int]], backgrounds: int, seed: int
     ) -> None:
         data = rows_digest(subjects.table, times=True)
-        self.key = json.dumps([version("l2r2-models"), model.digest(), matched, data, plan(backgrounds), seed], sort_keys=True)
+        facts = [version("l2r2-models"), model.digest(), matched, data, plan(backgrounds), seed]
+        if subjects.shared:  # their backgrounds hang on rows that may not be among the subjects
+            facts.append(rows_digest(ImageTable(subjects.table.root, tuple(subjects.shared.values()))))
+        self.key = json.dumps(facts, sort_keys=True)
         self.file = folder / f"{number_of(0, self.key):016x}.safetensors"
         self.writable = True
 

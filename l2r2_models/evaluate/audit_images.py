@@ -35,6 +35,7 @@ class Subjects:
         left_out: count of the other images by reason.
         fill: colour under transparent pixels, and of what is erased.
         threshold: boxes with a lower score count as not found.
+        shared: images that several rows of the data show, with the objects of all of these.
         backgrounds: object-free backgrounds that were made before, by row, as many as fit: most are lent several times.
     """
 
@@ -43,6 +44,7 @@ class Subjects:
     left_out: dict[str, int]
     fill: tuple[int, ...]
     threshold: float
+    shared: dict[Path, Row] = field(default_factory=dict)
     backgrounds: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -85,8 +87,14 @@ class Subjects:
         if i not in self.backgrounds:
             if sum(kept.numel() for kept in self.backgrounds.values()) > KEPT_BYTES:
                 self.backgrounds.clear()
-            self.backgrounds[i] = self[i].background
+            self.backgrounds[i] = self._lender(i).background
         return self.backgrounds[i]
+
+    def _lender(self, i: int) -> Subject:
+        """Subject i with all objects of its image, of other rows too."""
+        row = self.shared.get(self.table.rows[i].path)
+        found = None if row is None else subject_of(self.keys[i], row, self.fill, self.threshold)
+        return found if isinstance(found, Subject) else self[i]
 
 
 def subject_of(key: str, row: Row, fill: Sequence[int], threshold: float) -> Subject | str:
@@ -170,9 +178,10 @@ def find_subjects(
             f"{table.root}: none of the {len(rows)} images can be audited ({why}); boxes come with --boxes FILE or as columns "
             "x0,y0,x1,y1 of the metadata, masks as its column mask_file."
         )
-    return Subjects(
-        ImageTable(table.root, tuple(row for _, row in kept)), tuple(key for key, _ in kept), left_out, tuple(fill), threshold
-    )
+    times = Counter(row.path for row in table.rows)
+    shared = {row.path: row for row in table.whole_images() if times[row.path] > 1}
+    subjects = ImageTable(table.root, tuple(row for _, row in kept))
+    return Subjects(subjects, tuple(key for key, _ in kept), left_out, tuple(fill), threshold, shared)
 
 
 def _named(table: ImageTable) -> list[tuple[str, Row]]:

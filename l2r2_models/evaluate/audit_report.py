@@ -144,7 +144,7 @@ def _examples(audit: Audit, subjects: Subjects, answers: Answers, grain: int) ->
     of_class = {subjects.labels[i]: i for i in reversed(order)}  # the first of each class
     first = sorted(of_class.values(), key=order.index)[:EXAMPLES]
     seed, backgrounds = audit.settings["seed"], audit.settings["backgrounds"]
-    donors = Donors(subjects.keys, subjects.labels, backgrounds, seed)
+    donors = Donors(subjects.keys, subjects.labels, backgrounds, seed, subjects.images.tolist())
     names = plan(backgrounds)
     pictures = []
     for i in first:

@@ -139,14 +139,19 @@ class Donors:
     """Which image lends its background to which.
 
     Args:
-        keys: names of the images.
+        keys: names of the rows.
         labels: their classes.
-        backgrounds: random backgrounds an image.
-        seed: same seed and images, same draws.
+        backgrounds: random backgrounds a row.
+        seed: same seed and rows, same draws.
+        images: of each row its image, where several rows show one; none of them lends to another.
     """
 
-    def __init__(self, keys: Sequence[str], labels: Sequence[str], backgrounds: int, seed: int) -> None:
+    def __init__(
+        self, keys: Sequence[str], labels: Sequence[str], backgrounds: int, seed: int, images: Sequence[int] | None = None
+    ) -> None:
         self.keys, self.labels, self.backgrounds, self.seed = keys, labels, backgrounds, seed
+        self.images = range(len(keys)) if images is None else images
+        self.count = len(set(self.images))
         self.classes = sorted(set(labels))
         self.members = {c: [i for i, label in enumerate(labels) if label == c] for c in self.classes}
 
@@ -154,16 +159,20 @@ class Donors:
         """Row numbers by intervention (see `plan`), those only that there are."""
         rng = random.Random(number_of(self.seed, self.keys[row], "backgrounds"))
         found = {}
-        if same := [i for i in self.members[self.labels[row]] if i != row]:
+        own = self.images[row]
+        if same := [i for i in self.members[self.labels[row]] if self.images[i] != own]:
             found["mixed_same"] = rng.choice(same)
         if len(self.classes) > 1:
             after = self.classes[(self.classes.index(self.labels[row]) + 1) % len(self.classes)]
-            found["mixed_next"] = rng.choice(self.members[after])
+            if others := [i for i in self.members[after] if self.images[i] != own]:
+                found["mixed_next"] = rng.choice(others)
         drawn: list[int] = []
-        others = min(self.backgrounds, len(self.keys) - 1) if len(self.classes) > 1 else 0
-        while len(drawn) < others:  # a class first, so that large ones do not dominate
+        seen = {own}
+        most = min(self.backgrounds, self.count - 1) if len(self.classes) > 1 else 0
+        while len(drawn) < most:  # a class first, so that large ones do not dominate
             other = rng.choice(self.members[rng.choice(self.classes)])
-            if other != row and other not in drawn:
+            if self.images[other] not in seen:
+                seen.add(self.images[other])
                 drawn.append(other)
         return {**found, **{f"mixed_rand_{i}": other for i, other in enumerate(drawn)}}
 
