@@ -267,3 +267,4 @@ def test_the_command_refuses_what_it_cannot_use(l2r2, tmp_path, data):  # noqa: 
     (tmp_path / "names.txt").write_text("red\ngreen\n")
     assert "2 class names for 3 classes" in sentence(l2r2("audit", model, data, "--labels", tmp_path / "names.txt"))
     assert l2r2("audit", model, data, "--limit", 0).returncode == 2
+    assert l2r2("audit", model, data, "--seed", 2**64).returncode == 2

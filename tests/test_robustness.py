@@ -217,3 +217,8 @@ def figures(loss, accuracy=(0.9, 0.88, 0.92), gap=None):
 )
 def test_the_verdict_is_no_surer_than_its_interval(found, images, says):
     assert says in verdict_of("this model", found, images, 10)
+
+
+def test_a_wide_interval_of_the_gap_names_no_cause():
+    said = verdict_of("this model", figures((0.3, 0.1, 0.5), gap=(0.1, -0.01, 0.21)), 40, 10)
+    assert said.endswith("(10 to 50) of its 90 % accuracy: it leans on the background.")

@@ -30,7 +30,7 @@ def audit(
     ] = None,
     limit: Annotated[Optional[int], typer.Option(min=1, help="At most so many images, drawn with the seed.")] = None,
     backgrounds: Annotated[int, typer.Option(min=1, help="Random backgrounds for each object.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of images, noise, backgrounds and intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of images, noise, backgrounds and intervals.")] = 0,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out.")] = False,
     work: Annotated[
         Optional[Path], typer.Option(help="Folder for what is done so far.", show_default="RUN/audit, or the user's cache")

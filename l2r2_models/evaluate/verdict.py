@@ -43,12 +43,12 @@ def verdict_of(who: str, figures: Mapping[str, Figure], images: int, classes: in
 
 
 def _cause(figures: Mapping[str, Figure]) -> str:
-    gap, loss = figures.get("bg_gap"), figures["swap_loss"]
+    gap = figures.get("bg_gap")
     if gap is None:
         return ""
     if gap.low > 0:
         return f", and {_points(gap)} hang on the class of the background alone"
-    if loss.low > LEANS:
+    if gap.high < LEANS:
         return ", but backgrounds of the object's own class hurt it as much, so any change does, pasting included"
     return ""
 
