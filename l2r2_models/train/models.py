@@ -34,6 +34,8 @@ def create_model(recipe: Recipe, num_classes: int) -> L2R2:
     options: dict[str, Any] = dict(
         num_classes=num_classes, branches=list(recipe.branches), shared=recipe.shared, fusion=recipe.fusion_config(), **backbone
     )
+    if own := sorted({*options, "num_parts", "box_head"} & set(recipe.backbone or {})):
+        raise L2R2Error(f"backbone: {own[0]} is no argument of the timm backbone; it has its own place.")
     options.update(recipe.backbone or {})
     options.update({key: rate for key, rate in (("drop_rate", recipe.drop), ("drop_path_rate", recipe.drop_path)) if rate})
     if recipe.box_head:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from l2r2_models import L2R2Error
 from l2r2_models.train.losses import BranchLoss
 from l2r2_models.train.mixing import Mix
 from l2r2_models.train.models import create_model
@@ -96,3 +97,8 @@ def test_channels_last_and_grad_checkpointing_change_nothing_but_rounding():
         assert torch.allclose(other, gradients[0], rtol=1e-3, atol=1e-5)
     assert any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in BranchLoss(
         model_of(), channels_last=True).parameters())  # fmt: skip
+
+
+def test_arguments_of_the_backbone_replace_none_of_the_model():
+    with pytest.raises(L2R2Error, match="num_classes is no argument of the timm backbone"):
+        create_model(Recipe.default("timm:test_vit", False, size=32, backbone={"num_classes": 7}), CLASSES)
