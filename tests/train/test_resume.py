@@ -1,8 +1,8 @@
 """A training that is killed continues to the very same weights, with everything that has a state of its own."""
 
 import json
-import os
-import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -31,16 +31,19 @@ def recipe(**changes):
     return Recipe.default("timm:resnet10t", False, **{"size": 32, "epochs": 5, "batch_size": 6, **changes})
 
 
+TRAIN = """
+import json, sys, torch
+from l2r2_models.train.finetune import finetune
+from l2r2_models.train.recipes import Recipe
+torch.set_num_threads(1)
+finetune(sys.argv[1], Recipe.from_dict(json.loads(sys.argv[2])), sys.argv[3])
+"""
+
+
 def train_elsewhere(data, recipe, out):
-    """Start the training in a process of its own, which says nothing."""
-    process = os.fork()
-    if process == 0:
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            finetune(data, recipe, out)
-        finally:
-            os._exit(0)
-    return process
+    """Start the training in a process of its own; a fork would inherit the threads of whatever ran here before."""
+    command = [sys.executable, "-c", TRAIN, str(data), json.dumps(recipe.to_dict()), str(out)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def is_json(file):
@@ -54,10 +57,10 @@ def train_and_kill(data, recipe, out):
     """Train in a process of its own; SIGKILL as soon as there is a checkpoint."""
     process = train_elsewhere(data, recipe, out)
     while not any(is_json(file) for file in (out / "checkpoints").glob("checkpoint-*/trainer_state.json")):
-        assert os.waitpid(process, os.WNOHANG) == (0, 0), "it ended before it could be killed"
+        assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.002)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
+    process.kill()
+    process.wait()
     assert not (out / "model.safetensors").exists(), "it finished before it could be killed"
 
 
@@ -95,9 +98,10 @@ def test_a_stop_for_lack_of_progress_survives_an_interruption(data, tmp_path):
     run = tmp_path / "stopped"
     process = train_elsewhere(data, stops, run)
     while not (run / "run.json").exists():
+        assert process.poll() is None, "it ended before it began"
         time.sleep(0.002)
     (run / "model.safetensors").mkdir()  # so that the weights cannot be saved at the end
-    os.waitpid(process, 0)
+    process.wait()
     (run / "model.safetensors").rmdir()
     again = finetune(data, stops, run)
     assert again.metrics == whole.metrics and same_weights(tmp_path / "whole", run)
