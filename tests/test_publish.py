@@ -164,7 +164,7 @@ def test_secrets_are_found_and_not_repeated(finished, tmp_path, secret):
         push(package)
 
 
-@pytest.mark.parametrize("path", ["/home/me/x.jpg", "see /mnt/disk/a", "C:\\Users\\me", "local-dir:/work/run", "~/runs/a"])
+@pytest.mark.parametrize("path", ["/home/me/x.jpg", "see /mnt/disk/a", "C:\\Users\\me", "local-dir:/srv/run", "~/runs/a"])
 def test_paths_of_this_machine_are_found(path):
     assert text_problems({"README.md": path})
     assert not text_problems({"README.md": "https://example.org/home/page and org/name, 1/2, and/or /m/0abc"})
