@@ -72,6 +72,41 @@ def test_copies_of_one_image_stay_in_one_fold(tmp_path):
     assert fit(data, ["concat_mlp"])["concat_mlp"].accuracy < 0.35
 
 
+def test_the_background_says_nothing_of_the_class_neither_for_nor_against_it(own_run, tmp_path):
+    data = write_dataset(tmp_path / "data", splits=("train", "val"))
+    table = read_table(data)
+    found = logits_to_fit(hub.load_checkpoint(own_run), table.of_split("val"), table.of_split("train"), "swapped")
+    own = [row.background.label == row.label for row in found.table.rows]
+    assert 0 < sum(own) < len(own) / 2 and all(row.background.path != row.path for row in found.table.rows)
+
+
+def test_what_one_physical_object_teaches_does_not_count_on_others(tmp_path):
+    """40 photos of each of ten objects: fg mistakes each class for the next, as a fusion with a number a class can learn."""
+    labels = torch.arange(400) % 5
+    noise = torch.randn(2, 400, 5, generator=torch.Generator().manual_seed(0))
+    objects = torch.arange(400) % 10
+    fg = torch.eye(5)[labels] + 0.3 * noise[0]
+    fg[:, 0] += 1.5 * (objects >= 5)  # the second five objects are taken for class 0
+    columns = [(("object", f"object {o}" if o else ""),) for o in objects.tolist()]
+    table = ImageTable(tmp_path, tuple(Row(tmp_path / f"{i}.png", columns=c) for i, c in enumerate(columns)))
+    data = BranchLogits({"full": 0.1 * noise[1], "fg": fg}, torch.ones(400, dtype=torch.bool), labels, table)
+    name = "weighted_logits"
+    alone, grouped = fit(data, [name])[name], fit(data, [name], group="object")[name]
+    assert grouped.accuracy < alone.accuracy - 0.02
+    assert len(alone.right) == 400 and len(grouped.right) == 9 + 40  # an empty value is no group
+    assert all(torch.equal(a, b) for a, b in zip(alone.fusion.parameters(), grouped.fusion.parameters()))  # fitted on all rows
+
+
+def test_groups_that_do_not_exist_or_are_too_few_are_sentences(own_run, dataset):
+    with pytest.raises(L2R2Error, match='has no column "site" in the metadata; there are'):
+        fit_run(own_run, dataset, "val", group="site")
+    rows = (dataset / "metadata.csv").read_text().splitlines()
+    with_site = "\n".join(f"{row},{'site' if i == 0 else i % 3}" for i, row in enumerate(rows))
+    (dataset / "metadata.csv").write_text(with_site)
+    with pytest.raises(L2R2Error, match='The column "site" tells 3 groups of images with an object apart; a fit needs 5'):
+        fit_run(own_run, dataset, "val", group="site")
+
+
 def test_unknown_backgrounds_and_rows_without_objects_are_sentences(own_run, dataset, tmp_path):
     with pytest.raises(L2R2Error, match='Unknown backgrounds "other"; choose from plain, swapped, both'):
         fit_run(own_run, dataset, "val", backgrounds="other")

@@ -11,8 +11,9 @@ environments); `val` holds other physical objects on other scene photographs, co
 
 Every network is trained by the same recipe (`scratch`, ResNet-18, batch 16, bf16; fod_a_shift: 96 pixels, 20 epochs; composites:
 64 pixels, 4 epochs), the weights are those after the last epoch. Fusions are fitted and chosen on `val` as it is, on `val` laid
-on other classes' training backgrounds (swapped), and on both. No row of a test split is fitted on or chosen by. Interrupted, the
-same command continues. Writes benchmarks/results/background_shift_NAME.csv.
+on other training images' backgrounds (swapped), and on both; on composites what one physical object teaches is judged on others
+(`l2r2 fuse --group object`). No row of a test split is fitted on or chosen by. Interrupted, the same command continues. Writes
+benchmarks/results/background_shift_NAME.csv.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ SPLITS = ("test_id", "test_ood")
 COMMON = {"batch_size": 16, "precision": "bf16", "channels_last": True}
 PIXELS, EPOCHS = {"fod_a_shift": 96, "composites": 64}, {"fod_a_shift": 20, "composites": 4}
 SIDE = {"fod_a_shift": 300, "composites": 128}  # of the images
+GROUP = {"fod_a_shift": None, "composites": "object"}  # rows that are alike: photos of one physical object
 RESULTS = Path(__file__).parent.parent / "results"
 
 
@@ -114,7 +116,9 @@ def write_rows(rows: list[dict], control: str, out: Path, side: int) -> Path:
     return out
 
 
-def answers(run: Path, table: ImageTable) -> Iterator[tuple[str, str, dict[str, tuple[torch.Tensor, BranchLogits]]]]:
+def answers(
+    run: Path, table: ImageTable, group: str | None
+) -> Iterator[tuple[str, str, dict[str, tuple[torch.Tensor, BranchLogits]]]]:
     """Name, what it was fitted on, and logits by test split: of each branch, each fusion, the one chosen on each kind of val."""
     checkpoint, store = load_checkpoint(run), run / "logits"
     judged = {split: branch_logits(checkpoint, table.of_split(split), store) for split in SPLITS}
@@ -127,7 +131,7 @@ def answers(run: Path, table: ImageTable) -> Iterator[tuple[str, str, dict[str, 
     fusions = {key: fusion for key, fusion in fusions.items() if fusion.count() == 0}
     for backgrounds in BACKGROUNDS:
         data = logits_to_fit(checkpoint, table.of_split("val"), table.of_split("train"), backgrounds, store)
-        fitted = fit(data, list(FUSIONS))
+        fitted = fit(data, list(FUSIONS), group=group)
         fusions.update({(name, backgrounds): f.fusion for name, f in fitted.items() if f.fusion.count()})
         chosen = best({name: fitted[name] for name in affordable(data)})
         fusions["chosen: " + chosen, backgrounds] = fitted[chosen].fusion
@@ -143,7 +147,7 @@ def run_one(data: Path, rows: Path, name: str, seed: int, work: Path, options: a
     print(f"{name}, seed {seed}", flush=True)
     finetune(data, recipe, run, metadata=rows, val_split="val")
     found = []
-    for answer, fitted_on, outputs in answers(run, read_table(data, metadata=rows)):
+    for answer, fitted_on, outputs in answers(run, read_table(data, metadata=rows), GROUP[options.name]):
         row: dict[str, Any] = {"model": name, "answer": answer, "fitted_on": fitted_on, "seed": seed}
         for split, (logits, judged) in outputs.items():
             said = logits.argmax(-1)
@@ -155,6 +159,13 @@ def run_one(data: Path, rows: Path, name: str, seed: int, work: Path, options: a
                 row[f"{split}_oracle"] = round(100 * oracle(list(judged.logits.values()), judged.labels), 1)
         found.append(row)
     return found
+
+
+def about_run(**settings: Any) -> dict[str, Any]:
+    """What every row of a result file says: the settings, the machine, the versions and the day."""
+    device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    versions = {name: version(name) for name in ("torch", "timm", "transformers")}
+    return {**settings, "precision": COMMON["precision"], "device": device, **versions, "date": datetime.date.today().isoformat()}
 
 
 def write_table(table: list[dict], out: Path, about: dict) -> None:
@@ -197,11 +208,7 @@ def main() -> None:
     options = parser.parse_args()
     options.size, options.epochs = PIXELS[options.name], options.epochs or EPOCHS[options.name]
     work = options.work / options.name
-    about = {
-        "backbone": "resnet18 from scratch", "pixels": options.size, "epochs": options.epochs, "precision": "bf16",
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads", "torch": version("torch"),
-        "timm": version("timm"), "transformers": version("transformers"), "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
+    about = about_run(backbone="resnet18 from scratch", pixels=options.size, epochs=options.epochs)
     table: list[dict] = []
     for seed in options.seeds:
         data, rows = data_of(options, seed, work)

@@ -19,15 +19,11 @@ benchmarks/results/localizers_NAME.csv.
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 import statistics
 from collections import defaultdict
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
-from background_shift import COMMON, EPOCHS, PIXELS, RESULTS, SIDE, SPLITS, data_of, write_rows, write_table
+from background_shift import COMMON, EPOCHS, PIXELS, RESULTS, SIDE, SPLITS, about_run, data_of, write_rows, write_table
 
 from l2r2_models.data.table import read_table
 from l2r2_models.evaluate.boxes import evaluate_boxes
@@ -95,11 +91,7 @@ def main() -> None:
     options = parser.parse_args()
     size, epochs = PIXELS[options.name], options.epochs or EPOCHS[options.name]
     work, out = options.work / options.name, options.out or RESULTS / f"localizers_{options.name}.csv"
-    about = {
-        "backbone": "resnet18 from scratch", "pixels": size, "epochs": epochs, "precision": "bf16",
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads", "torch": version("torch"),
-        "timm": version("timm"), "transformers": version("transformers"), "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
+    about = about_run(backbone="resnet18 from scratch", pixels=size, epochs=epochs)
     table: list[dict] = []
     for seed in options.seeds:
         data, rows = data_of(options, seed, work)

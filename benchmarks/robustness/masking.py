@@ -15,13 +15,10 @@ mask covers by half, over the images of a split; `everything` is the IoU of keep
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import platform
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from background_shift import COMMON, about_run, write_table
 from torch import Tensor
 
 from l2r2_models import make_views
@@ -69,7 +66,7 @@ def plan(only: list[str] | None) -> dict[str, dict]:
 def measure(data: Path, work: Path, name: str, keys: dict, seed: int, size: int, epochs: int) -> list[dict]:
     run = work / f"{name.replace(':', '_').replace(', ', '_').replace(' ', '_')}_s{seed}"
     print(f"{name}, seed {seed}", flush=True)
-    settings = {**keys, "pretrained": False, "size": size, "epochs": epochs, "seed": seed}
+    settings = {**COMMON, "batch_size": 32, **keys, "pretrained": False, "size": size, "epochs": epochs, "seed": seed}
     finetune(data, Recipe.read("scratch", settings), run)
     checkpoint = load_checkpoint(run)
     splits = {split: read_table(data).of_split(split) for split in SPLITS}
@@ -111,27 +108,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("objects", type=Path)
     parser.add_argument("scenes", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--only", nargs="+", choices=list(plan(None)))
     parser.add_argument("--work", type=Path, default=Path("runs/masking"))
     arguments = parser.parse_args()
     data = composites(arguments.objects, arguments.scenes, arguments.work / "data")
-    about = {
-        "pixels": arguments.size, "epochs": arguments.epochs, "training_rows": len(read_table(data).of_split("train")),
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads", "torch": version("torch"),
-        "timm": version("timm"), "transformers": version("transformers"), "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
+    rows = len(read_table(data).of_split("train"))
+    about = about_run(pixels=arguments.size, epochs=arguments.epochs, training_rows=rows)
     table: list[dict] = []
     for seed in arguments.seeds:
         for name, keys in plan(arguments.only).items():
             table += measure(data, arguments.work, name, keys, seed, arguments.size, arguments.epochs)
             RESULTS.parent.mkdir(parents=True, exist_ok=True)
-            with open(RESULTS, "w", newline="") as file:
-                writer = csv.DictWriter(file, [*table[0], *about])
-                writer.writeheader()
-                writer.writerows({**row, **about} for row in table)
+            write_table(table, RESULTS, about)
             row = table[-1]
             print("   ".join(f"{split} {row[split]:5.1f}" for split in SPLITS), flush=True)
     print(f"wrote {RESULTS}")

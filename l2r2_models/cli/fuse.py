@@ -18,8 +18,11 @@ def fuse(
     method: Annotated[Optional[str], typer.Option(help="A fusion.", show_default="best_on_val, the best of all")] = None,
     class_wise: Annotated[bool, typer.Option("--class-wise", help="One temperature a class, where a fusion scales.")] = False,
     val_backgrounds: Annotated[
-        str, typer.Option(help="plain, swapped (objects on other classes' backgrounds) or both: for where backgrounds change.")
+        str, typer.Option(help="plain, swapped (objects on other images' backgrounds) or both: for where backgrounds change.")
     ] = "plain",
+    group: Annotated[
+        Optional[str], typer.Option(help="Metadata column (site, physical object): what is alike is not fitted and judged on.")
+    ] = None,
     metadata: Annotated[Optional[Path], typer.Option(help="Another metadata file for the images of DATA.")] = None,
     boxes: Annotated[Optional[Path], typer.Option(help="Box file.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave images out that cannot be used.")] = False,
@@ -30,8 +33,8 @@ def fuse(
     from ..evaluate.fit_run import fit_run
 
     report = fit_run(
-        run, data, split, method=method, class_wise=class_wise, backgrounds=val_backgrounds, metadata=metadata, boxes=boxes,
-        skip_bad=skip_bad, save=not dry_run, progress=lambda batches, total: track(batches, total, "branch logits"),
+        run, data, split, method=method, class_wise=class_wise, backgrounds=val_backgrounds, group=group, metadata=metadata,
+        boxes=boxes, skip_bad=skip_bad, save=not dry_run, progress=lambda batches, total: track(batches, total, "branch logits"),
     )  # fmt: skip
     for warning in report.warnings:
         errors.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)

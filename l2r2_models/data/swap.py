@@ -2,7 +2,7 @@
 
 Plain validation rows have the training backgrounds, so whatever is fitted on them trusts the full branch too much (METHOD.md 4;
 L2R2 met it on Spawrious). `swapped(val, train)` is an ordinary table: each object of `val`, at its own place and size, on the
-object-free backgrounds of other classes' images of `train`. It goes wherever a table goes, `evaluate.logits.branch_logits` and
+object-free backgrounds of other images of `train`. It goes wherever a table goes, `evaluate.logits.branch_logits` and
 its store included; `rows_digest` tells it from the table it was made of. Without masks the crop to the box stays the same to
 the pixel, so the fg branch says what it said, and only the full branch meets something new.
 """

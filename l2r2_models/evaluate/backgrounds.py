@@ -1,8 +1,8 @@
 """The rows that a fusion is fitted on: held-out images as they are, on other backgrounds, or both.
 
 Held-out images usually have the training backgrounds, so a fusion fitted on them leans on full, and loses where backgrounds
-change (L2R2 saw this on Spawrious). Laid on other classes' backgrounds, the same images show how sure full is when the background
-misleads it. No image of a shifted split is needed for that.
+change (L2R2 saw this on Spawrious). Laid on other images' backgrounds, they show how sure full is where the
+background says nothing. No image of a shifted split is needed for that.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ def logits_to_fit(
         checkpoint: the model.
         rows: held-out rows with labels.
         donors: rows that give backgrounds: those that were trained on; without any, `rows` themselves.
-        backgrounds: `plain`: the rows as they are; `swapped`: each object on three backgrounds of other classes' images; `both`:
-            the two with equal weight (each plain row is repeated three times).
+        backgrounds: `plain`: the rows as they are; `swapped`: each object on the backgrounds of three other images of any class
+            (of other classes only, the background would speak against the class, and a fusion learn to believe the contrary of
+            it); `both`: the two with equal weight (each plain row is repeated three times).
         store, skip_bad, progress: see `branch_logits`.
 
     Raises:
@@ -54,7 +55,7 @@ def logits_to_fit(
         rows = replace(rows, rows=tuple(row for row in rows.rows if row.path not in plain.bad))
     if backgrounds != "plain":
         threshold = checkpoint.box_threshold
-        table = swapped(rows, donors if len(donors) else rows, copies=COPIES, box_threshold=threshold)
+        table = swapped(rows, donors if len(donors) else rows, copies=COPIES, classes="any", box_threshold=threshold)
         parts.append(branch_logits(checkpoint, table, store, skip_bad=skip_bad, progress=progress))
     return _joined(parts)
 

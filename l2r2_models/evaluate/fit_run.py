@@ -50,6 +50,7 @@ def fit_run(
     method: str | None = None,
     class_wise: bool = False,
     backgrounds: str = "plain",
+    group: str | None = None,
     metadata: Path | None = None,
     boxes: Path | None = None,
     skip_bad: bool = False,
@@ -63,7 +64,7 @@ def fit_run(
         data, metadata, boxes: see `read_table`.
         split: the rows to fit on, see `rows_of`.
         method: one fusion, or `best_on_val` (default): the best of all on the split.
-        class_wise: see `fit`.
+        class_wise, group: see `fit`.
         backgrounds: `plain`, `swapped` or `both`, see `logits_to_fit`; the images the run was trained on give backgrounds.
         skip_bad: leave unreadable images out instead of stopping.
         save: write the checkpoint.
@@ -83,7 +84,7 @@ def fit_run(
     donors = everything.of_names(record_of(run).get("train_files", []))
     store = Path(run) / LOGITS
     logits = logits_to_fit(checkpoint, table, donors, backgrounds, store, skip_bad=skip_bad, progress=progress)
-    fitted = fit(logits, None if method == BEST else [method], class_wise)
+    fitted = fit(logits, None if method == BEST else [method], class_wise, group)
     chosen = best(fitted) if method == BEST else method
     checkpoint.model.fusion = fitted[chosen].fusion
     seen = trained_on(run, table, split)
@@ -97,8 +98,8 @@ def fit_run(
         {str(path): why for path, why in logits.bad.items()},
     )
     if save:
-        fit_record = {"split": split, "backgrounds": backgrounds, "rows": len(logits), "method": method,
-                      "accuracy": fitted[chosen].accuracy}  # fmt: skip
+        fit_record = {"split": split, "backgrounds": backgrounds, "group": group, "rows": len(logits),
+                      "method": method, "accuracy": fitted[chosen].accuracy}  # fmt: skip
         used = table.names() if method == BEST or fitted[chosen].fusion.count() else []
         if record := record_of(run):  # first: a warning too many is better than one too few
             write_json(Path(run) / RUN, {**record, "fit_files": used})

@@ -24,9 +24,9 @@ class Fitted:
 
     Attributes:
         fusion: ready to use.
-        accuracy, ece: of each row fused by numbers that were fitted on the other folds (five of the images, seed 0), so that a
-            fusion with many numbers gains nothing by learning the rows by heart.
-        right: `[images]` part of each image's rows that are right, likewise.
+        accuracy, ece: of each row fused by numbers that were fitted on the other folds (five of the images or groups, seed 0), so
+            that a fusion with many numbers gains nothing by learning the rows by heart.
+        right: `[images]` or `[groups]` part of each image's or group's rows that are right, likewise.
     """
 
     fusion: Fusion
@@ -40,16 +40,21 @@ def fuse(fusion: Fusion, data: BranchLogits) -> Tensor:
     return fuse_branches(fusion, data.logits, data.has_fg, data.objectness)
 
 
-def fit(data: BranchLogits, methods: Sequence[str] | None = None, class_wise: bool = False) -> dict[str, Fitted]:
+def fit(
+    data: BranchLogits, methods: Sequence[str] | None = None, class_wise: bool = False, group: str | None = None
+) -> dict[str, Fitted]:
     """Fit fusions on the rows in which an object was found.
 
     Args:
         data: logits of held-out rows of a model with an fg and a full or bg branch.
         methods: names; by default `affordable` ones.
         class_wise: one temperature a class, for the fusions that scale.
+        group: a metadata column (site, physical object): its rows stay in one fold and count as one, for they are not
+            independent. Rows with an empty value are groups of their own.
 
     Raises:
-        L2R2Error: an unknown method, a model of one branch, fewer than ten rows with an object, or rows of one class.
+        L2R2Error: an unknown method or column, a model of one branch, fewer than ten images with an object or fewer than five
+            groups, or rows of one class.
     """
     if "fg" not in data.logits or len(data.logits) < 2:
         raise L2R2Error(f"Only a model with fg and another branch can be fused; this one has {', '.join(data.logits)}.")
@@ -60,7 +65,9 @@ def fit(data: BranchLogits, methods: Sequence[str] | None = None, class_wise: bo
         raise L2R2Error(f"{found}; a fusion is fitted on {2 * FOLDS} or more (are the boxes missing? give --boxes).")
     if len(rows.labels.unique()) < 2:
         raise L2R2Error(f"The {images} images with an object show one class only; a fusion needs more to be fitted.")
-    return {name: _fit_one(name, data, rows, class_wise) for name in methods or affordable(data)}
+    if group is not None and (count := len(set(_unit_numbers(rows, group).tolist()))) < FOLDS:
+        raise L2R2Error(f'The column "{group}" tells {count} groups of images with an object apart; a fit needs {FOLDS}.')
+    return {name: _fit_one(name, data, rows, class_wise, group) for name in methods or affordable(data)}
 
 
 def affordable(data: BranchLogits) -> list[str]:
@@ -70,7 +77,7 @@ def affordable(data: BranchLogits) -> list[str]:
     return [name for name in sorted(FUSIONS) if IMAGES_A_NUMBER * create_fusion(name, *sizes).count() <= images]
 
 
-def _fit_one(name: str, data: BranchLogits, rows: BranchLogits, class_wise: bool) -> Fitted:
+def _fit_one(name: str, data: BranchLogits, rows: BranchLogits, class_wise: bool, group: str | None) -> Fitted:
     def fitted(part: BranchLogits) -> Fusion:
         sizes = len(rows.logits), rows.logits["fg"].shape[1]
         fusion = create_fusion(name, *sizes)
@@ -81,8 +88,8 @@ def _fit_one(name: str, data: BranchLogits, rows: BranchLogits, class_wise: bool
         return fusion
 
     final = fitted(rows)
-    image = _image_numbers(rows)  # an image that occurs several times, on several backgrounds, stays in one fold
-    fold = (torch.randperm(int(image.max()) + 1, generator=torch.Generator().manual_seed(0)) % FOLDS)[image]
+    unit = _unit_numbers(rows, group)  # an image that occurs several times, on several backgrounds, stays in one fold
+    fold = (torch.randperm(int(unit.max()) + 1, generator=torch.Generator().manual_seed(0)) % FOLDS)[unit]
     unseen = torch.empty_like(rows.logits["fg"])
     for k in range(FOLDS if final.count() else 0):
         unseen[fold == k] = fuse(fitted(rows.select(fold != k)), rows.select(fold == k))
@@ -90,23 +97,26 @@ def _fit_one(name: str, data: BranchLogits, rows: BranchLogits, class_wise: bool
     if final.count():
         fused[data.has_fg] = unseen
     right = (fused.argmax(-1) == data.labels).double()
-    image = _image_numbers(data)
-    by_image = torch.zeros(int(image.max()) + 1, dtype=right.dtype).index_add(0, image, right) / image.bincount()
-    return Fitted(final, float(right.mean()), expected_calibration_error(fused, data.labels), by_image)
+    unit = _unit_numbers(data, group)
+    by_unit = torch.zeros(int(unit.max()) + 1, dtype=right.dtype).index_add(0, unit, right) / unit.bincount()
+    return Fitted(final, float(right.mean()), expected_calibration_error(fused, data.labels), by_unit)
 
 
-def _image_numbers(data: BranchLogits) -> Tensor:
-    """`[N]` which image each row shows."""
-    number = {path: i for i, path in enumerate(dict.fromkeys(row.path for row in data.table.rows))}
-    return torch.tensor([number[row.path] for row in data.table.rows])
+def _unit_numbers(data: BranchLogits, group: str | None) -> Tensor:
+    """`[N]` which image each row shows, or which group it is of."""
+    paths = [str(row.path) for row in data.table.rows]
+    units = paths if group is None else [value or path for value, path in zip(data.table.column(group), paths)]
+    number = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
+    return torch.tensor([number[unit] for unit in units])
 
 
 def best(fitted: dict[str, Fitted]) -> str:
     """The name of the fusion that is most accurate on unseen rows; among equals `robust`, then the one with the fewest fitted
     numbers (METHOD.md 4).
 
-    Equal is what lags by no more than one standard error of the difference, taken over images (the one-standard-error rule of
-    Breiman et al. 1984): a hundred validation rows cannot tell fusions apart that differ in one of them.
+    Equal is what lags by no more than one standard error of the difference, taken over images or groups (the
+    one-standard-error rule of Breiman et al. 1984): a hundred validation rows cannot tell fusions apart that differ in one of
+    them, nor can a thousand photos of eight objects.
     """
     top = max(fitted.values(), key=lambda f: f.accuracy)
     equal = [name for name, f in fitted.items() if _lag(top, f) <= 1e-9]
