@@ -53,7 +53,7 @@ def images(tmp_path_factory):
         for label, colour in COLOURS.items():
             (folder / split / label).mkdir(parents=True)
             for i in range(4):
-                Image.new("RGB", (40, 40), colour).save(folder / split / label / f"{i}.png")
+                Image.new("RGB", (40, 40), colour).save(folder / split / label / f"{label}_{i}.png")  # timm tells images apart by name
     return folder
 
 
@@ -73,10 +73,10 @@ def test_timms_scripts(script, images, checkpoint, tmp_path):
         "validate": [images / "validation", "--model", local, "--pretrained", *small, "-b", "4", "--workers", "0",
                      "--results-file", tmp_path / "results.json", "--results-format", "json"],
         "inference": [images / "validation", "--model", local, "--pretrained", *small, "-b", "4", "--workers", "0",
-                      "--results-dir", tmp_path, "--results-format", "json", "--topk", "1"],
-        "benchmark": ["--model", "l2r2_resnet18", *small, "--bench", "inference", "-b", "2", "--num-bench-iter", "2",
+                      "--results-file", tmp_path / "results", "--results-format", "json", "--topk", "1"],
+        "benchmark": ["--model", "l2r2_resnet18", *small, "--bench", "inference", "-b", "2", "--num-bench-iter", "5",
                       "--num-warm-iter", "1", "--results-file", tmp_path / "results.json"],
-        "onnx_export": [tmp_path / "model.onnx", "--model", "l2r2_resnet18", "--img-size", "32"],
+        "onnx_export": [tmp_path / "model.onnx", "--model", local, "--img-size", "32"],
     }[script]  # fmt: skip
     result = run_script(Path(CHECKOUT) / f"{script}.py", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
