@@ -1,4 +1,4 @@
-"""The trained box head: one class-agnostic box and how sure it is, from the last feature map of the full view's pass.
+"""The trained box head: one class-agnostic box and how sure it is, from the last feature maps of the full view's pass.
 
 It makes a network that finds its own object: one full pass gives the box, fg is cut from the original image, no detector. The
 design is this project's: each position of the map proposes a box, a softmax over the positions averages them.
@@ -7,12 +7,15 @@ design is this project's: each position of the map proposes a box, a softmax ove
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import generalized_box_iou_loss
+
+from .backbones import feature_info
 
 GIOU, L1, OBJECTNESS = 2.0, 5.0, 1.0  # as in DETR (arXiv 2005.12872), but L1 is the mean over the four ends
 
@@ -30,20 +33,26 @@ class FoundBoxes(NamedTuple):
 
 
 class BoxHead(nn.Module):
-    """Feature maps `[B, C, h, w]` -> `FoundBoxes`.
+    """Feature maps of one view, coarse to fine, each `[B, C, h, w]` -> `FoundBoxes`.
 
-    Less than 1 % of any backbone's operations: `hidden` channels, one 3x3 convolution.
+    Less than 1 % of any backbone's operations: `hidden` channels, one 3x3 convolution on the finest map.
+
+    Args:
+        channels: of each map, see `map_channels`.
+        hidden: channels inside.
     """
 
-    def __init__(self, channels: int, hidden: int = 32) -> None:
+    def __init__(self, channels: Sequence[int], hidden: int = 32) -> None:
         super().__init__()
-        self.reduce = nn.Conv2d(channels, hidden, 1)
-        self.norm = nn.GroupNorm(1, hidden)  # features of some backbones come unnormalised
+        self.reduce = nn.ModuleList(nn.Conv2d(c, hidden, 1) for c in channels)
+        self.norm = nn.ModuleList(nn.GroupNorm(1, hidden) for _ in channels)  # features of some backbones come unnormalised
         self.mix = nn.Conv2d(hidden, hidden, 3, padding=1)
         self.out = nn.Conv2d(hidden, 6, 1)  # weight, objectness, centre x and y, width, height
 
-    def forward(self, features: Tensor) -> FoundBoxes:
-        x = functional.gelu(self.norm(self.reduce(features)))
+    def forward(self, maps: Sequence[Tensor]) -> FoundBoxes:
+        size = maps[-1].shape[-2:]
+        same = [functional.interpolate(n(r(m)), size) for r, n, m in zip(self.reduce, self.norm, maps)]
+        x = functional.gelu(torch.stack(same).sum(0))
         out = self.out(functional.gelu(self.mix(x))).float()  # [B, 6, h, w]
         rows, columns = out.shape[2:]
         x, y = _centres(columns, out), _centres(rows, out)
@@ -76,6 +85,32 @@ def box_losses(found: FoundBoxes, boxes: Tensor) -> tuple[Tensor, Tensor]:
     of_box = GIOU * generalized_box_iou_loss(found.boxes, target) + L1 * distance
     of_object = functional.binary_cross_entropy_with_logits(found.objectness, has_box.float(), reduction="none")
     return torch.where(has_box, of_box, 0.0), OBJECTNESS * of_object
+
+
+def _finer_stage(backbone: Any) -> int | None:
+    """Index of the last stage with a map twice as fine as the last one's; None where there is none (plain ViTs).
+
+    A 96-pixel view leaves a ResNet nine positions in its last map, too few to tell where an object ends.
+    """
+    stages = feature_info(backbone)
+    finer = [i for i, stage in enumerate(stages) if 2 * stage["reduction"] == stages[-1]["reduction"]]
+    return finer[-1] if finer and hasattr(backbone, "forward_intermediates") else None
+
+
+def map_channels(backbone: Any) -> list[int]:
+    """Channels of the maps that `features_and_maps` gives."""
+    stage = _finer_stage(backbone)
+    return [int(backbone.num_features), *([] if stage is None else [int(feature_info(backbone)[stage]["num_chs"])])]
+
+
+def features_and_maps(backbone: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """A timm backbone's `forward_features` of views `[B, C, H, W]`, and from the same pass the maps for a box head."""
+    stage = _finer_stage(backbone)
+    if stage is None:
+        features = backbone.forward_features(x)
+        return features, [feature_map(backbone, features, x)]
+    features, finer = backbone.forward_intermediates(x, indices=[stage])
+    return features, [feature_map(backbone, features, x), *finer]
 
 
 def feature_map(backbone: Any, features: Tensor, view: Tensor) -> Tensor:

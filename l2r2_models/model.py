@@ -12,7 +12,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from .backbones import feature_info, unknown_backbone
-from .box_head import BoxHead, FoundBoxes, feature_map
+from .box_head import BoxHead, FoundBoxes, features_and_maps, map_channels
 from .errors import L2R2Error
 from .fusion import Fusion, create_fusion, fuse_branches
 from .masking import check_late_backbone, check_mask, check_tokens_backbone, late_features, token_features
@@ -120,7 +120,7 @@ class L2R2(nn.Module):
             self.output_fmt = self.backbone.output_fmt
         self.heads = nn.ModuleDict({b: self._new_head(b) for b in self.branches})
         self.fusion: Fusion = create_fusion(fusion, len(self.branches), num_classes)
-        self.box_head = BoxHead(self.num_features) if box_head else None
+        self.box_head = BoxHead(map_channels(self.backbone)) if box_head else None
         self._check_views(self.view_spec)
 
     # ---- inference and training ----
@@ -177,8 +177,7 @@ class L2R2(nn.Module):
         """Where the box head sees the object in full views `[B, C, S, S]`."""
         if self.box_head is None:
             raise L2R2Error("This model has no box head; train one with `l2r2 finetune --box-head`, or give boxes.")
-        backbone: Any = self.backbone_of("full")
-        return self.box_head(feature_map(backbone, backbone.forward_features(full), full))
+        return self.box_head(features_and_maps(self.backbone_of("full"), full)[1])
 
     @torch.jit.ignore
     def forward_views(
@@ -240,9 +239,9 @@ class L2R2(nn.Module):
             if self.box_head is None or "full" not in names:
                 features = backbone(x)
             else:
-                maps = backbone.forward_features(x)
-                features = backbone.forward_head(maps)
-                located = self.box_head(feature_map(backbone, maps.split(sizes)[names.index("full")], views["full"]))
+                features, maps = features_and_maps(backbone, x)
+                features = backbone.forward_head(features)
+                located = self.box_head([m.split(sizes)[names.index("full")] for m in maps])
             pooled.update(zip(names, features.split(sizes)))
         return pooled, located
 

@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("scenes", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=list(plan(None)))
     parser.add_argument("--work", type=Path, default=Path("runs/masking"))
     arguments = parser.parse_args()

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import generalized_box_iou
 
 from l2r2_models import L2R2Error, hub
-from l2r2_models.box_head import BoxHead, FoundBoxes, box_losses, feature_map
+from l2r2_models.box_head import BoxHead, FoundBoxes, box_losses, feature_map, features_and_maps
 from l2r2_models.views import cut_batch
 
 BACKBONES = ["resnet10t", "convnextv2_atto", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "efficientnet_b0"]
@@ -26,8 +26,11 @@ def test_it_costs_less_than_a_hundredth_of_the_backbone(backbone):
     view = torch.zeros(1, 3, 224, 224)
     with torch.no_grad(), FlopCounterMode(display=False) as whole:
         features = model.backbone.forward_features(view)
-    maps = feature_map(model.backbone, features, view)
-    assert maps.ndim == 4 and maps.shape[1] == model.num_features
+        same, maps = features_and_maps(model.backbone, view)
+    torch.testing.assert_close(same, features)
+    assert maps[0].shape[1] == model.num_features
+    grids = [m.shape[-1] for m in maps]
+    assert grids == ([14] if "vit" in backbone else [7, 14])  # a plain ViT has one resolution
     with torch.no_grad(), FlopCounterMode(display=False) as head:
         found = model.box_head(maps)
     assert found.boxes.shape == (1, 4) and head.get_total_flops() < 0.01 * whole.get_total_flops()
@@ -93,7 +96,7 @@ def test_the_losses_are_giou_l1_and_objectness_and_rows_without_a_box_are_negati
 def test_it_learns_where_a_square_is():
     torch.manual_seed(0)
     features = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 8, 8), torch.nn.ReLU())
-    head = BoxHead(16)
+    head = BoxHead([16])
     optimizer = torch.optim.Adam([*features.parameters(), *head.parameters()], 1e-2)
 
     def batch(count):
@@ -106,12 +109,12 @@ def test_it_learns_where_a_square_is():
 
     for _ in range(250):
         images, boxes = batch(32)
-        of_box, of_object = box_losses(head(features(images)), boxes)
+        of_box, of_object = box_losses(head([features(images)]), boxes)
         optimizer.zero_grad()
         (of_box.mean() + of_object.mean()).backward()
         optimizer.step()
     images, boxes = batch(64)
-    found = head(features(images))
+    found = head([features(images)])
     overlap = generalized_box_iou(found.boxes, boxes).diagonal()[:32]
     assert overlap.mean() > 0.6 and ((found.objectness > 0) == boxes.isfinite().all(1)).float().mean() > 0.95
 
