@@ -35,15 +35,16 @@ class FoundBoxes(NamedTuple):
 class BoxHead(nn.Module):
     """Feature maps of one view, coarse to fine, each `[B, C, h, w]` -> `FoundBoxes`.
 
-    Less than 1 % of any backbone's operations: `hidden` channels, one 3x3 convolution on the finest map.
+    Less than 1 % of the operations of any backbone in the zoo: 32 channels, fewer where the backbone's own are few, one 3x3
+    convolution on the finest map.
 
     Args:
         channels: of each map, see `map_channels`.
-        hidden: channels inside.
     """
 
-    def __init__(self, channels: Sequence[int], hidden: int = 32) -> None:
+    def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
+        hidden = min(32, max(8, channels[-1] // 8))
         self.reduce = nn.ModuleList(nn.Conv2d(c, hidden, 1) for c in channels)
         self.norm = nn.ModuleList(nn.GroupNorm(1, hidden) for _ in channels)  # features of some backbones come unnormalised
         self.mix = nn.Conv2d(hidden, hidden, 3, padding=1)
@@ -109,8 +110,9 @@ def features_and_maps(backbone: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     if stage is None:
         features = backbone.forward_features(x)
         return features, [feature_map(backbone, features, x)]
-    features, finer = backbone.forward_intermediates(x, indices=[stage])
-    return features, [feature_map(backbone, features, x), *finer]
+    last = len(feature_info(backbone)) - 1  # asked for too, since some backbones (hiera) stop at the last one asked for
+    features, (finer, _) = backbone.forward_intermediates(x, indices=[stage, last])
+    return features, [feature_map(backbone, features, x), finer]
 
 
 def feature_map(backbone: Any, features: Tensor, view: Tensor) -> Tensor:
