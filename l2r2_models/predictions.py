@@ -23,17 +23,19 @@ FORMAT_VERSION = "1.0"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What to classify: files, the box entries, masks and labels that some of them have, and the files that boxes are from."""
+    """What to classify: files, the box entries, masks and labels that some of them have, the files that boxes are from, and
+    whether the boxes were found with the true labels as prompts (`oracle`)."""
 
     paths: tuple[Path, ...]
     entries: dict[str, BoxEntry]
     masks: dict[str, Path]
     box_files: tuple[Path, ...]
     labels: dict[str, str]
+    oracle: bool = False
 
     def without_boxes(self) -> Inputs:
         """The images alone, for a localizer."""
-        return replace(self, entries={}, masks={}, box_files=())
+        return replace(self, entries={}, masks={}, box_files=(), oracle=False)
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,11 @@ def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None
             raise L2R2Error(f"{source}: --split needs a folder with {' or '.join(METADATA)}.")
         else:
             paths.update((path, None) for path in list_images([source]))
+    oracle = False
     if boxes is not None:
-        entries, box_files = read_boxes(boxes).join(paths), [boxes]
-    return Inputs(tuple(paths), entries, masks, tuple(box_files), labels)
+        found = read_boxes(boxes)
+        entries, box_files, oracle = found.join(paths), [boxes], bool(found.info.get("oracle"))
+    return Inputs(tuple(paths), entries, masks, tuple(box_files), labels, oracle)
 
 
 def predict_to_file(
@@ -132,6 +136,7 @@ def accuracy_by_branch(images: Sequence[Mapping[str, Any]], truth: Mapping[str, 
 
 
 def _header(predictor: Predictor, inputs: Inputs) -> dict[str, Any]:
+    origin = None if predictor.localizer is None else predictor.localizer.info
     return {
         "format_version": FORMAT_VERSION,
         "model": predictor.checkpoint.name,
@@ -139,9 +144,10 @@ def _header(predictor: Predictor, inputs: Inputs) -> dict[str, Any]:
         "labels": list(predictor.labels),
         "fusion": predictor.model.fusion.config(),
         "views": predictor.model.view_spec.to_dict(),
-        "localizer": None if predictor.localizer is None else predictor.localizer.info,
+        "localizer": origin,
         "masks": _digest(inputs.masks),
         "boxes_sha256": [file_sha256(file) for file in inputs.box_files],
+        **({"oracle": True} if inputs.oracle or (origin or {}).get("oracle") else {}),  # boxes of true labels as prompts
         "settings": {
             "box_threshold": predictor.box_threshold,
             "max_objects": predictor.max_objects,

@@ -82,8 +82,9 @@ def _print(judged: Judged, result: Evaluation) -> None:
     if result.group:
         console.print(_groups(judged, result))
     fitted = f"; fusions and temperatures fitted on {result.fitted_on}" if result.fitted_on else ""
+    how = " (the true labels were the prompts)" if judged.data.table.boxes_from.get("oracle") else ""
     typer.echo(
-        f"{result.images} images of {result.split}, {result.with_object} with an object found; "
+        f"{result.images} images of {result.split}, {result.with_object} with an object found{how}; "
         f"either branch right (oracle): {100 * result.oracle:.1f}{fitted}"
     )
     if pairs := _confused(judged, result):

@@ -301,10 +301,12 @@ def _check_classes(checkpoint: Checkpoint, rows: ImageTable, split: str) -> None
 
 
 def _warnings(sources: Sequence[Path | str], judged: BranchLogits, split: str) -> tuple[str, ...]:
-    """Rows judged by that a run was trained or fitted on, and boxes that nobody found."""
+    """Rows judged by that a run was trained or fitted on, boxes that nobody found, and boxes that the true labels found."""
     found = list(warnings_of(sources[0], judged.table, split, "say nothing about new images"))
     for other in sources[1:]:
         found += [f"{other}: {w}" for w in warnings_of(other, judged.table, split, "say nothing about new images")]
+    if judged.table.boxes_from.get("oracle"):
+        found.append("the boxes were found with each image's true label as prompt, which new images lack: for analysis only.")
     if not judged.has_fg.any() and "fg" in judged.logits:
         found.append(f"no object was found in any image of {split}; give --boxes if the boxes are in a file.")
     return tuple(found)

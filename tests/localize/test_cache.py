@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from conftest import write_run
 from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
 
 from l2r2_models.box_files import read_boxes
@@ -143,7 +144,7 @@ def test_two_processes_share_the_work_and_give_the_file_of_one(tmp_path, dataset
     assert two == entries(tmp_path / "one.json") and "not an image" in bad.failure
 
 
-def test_oracle_prompts_are_marked_wherever_the_boxes_go(l2r2, dataset, tmp_path, tiny, caplog):  # noqa: F811
+def test_oracle_prompts_are_marked_wherever_the_boxes_go(l2r2, run, dataset, tmp_path, tiny, caplog):  # noqa: F811
     out, spec = tmp_path / "boxes.json", f"owlv2:{tiny('owlv2')}?threshold=0"
     result = l2r2("localize", dataset, "--split", "test", "--localizer", spec, "--oracle-prompts", "-o", out)
     assert result.returncode == 0, result.stderr
@@ -151,8 +152,20 @@ def test_oracle_prompts_are_marked_wherever_the_boxes_go(l2r2, dataset, tmp_path
     assert data["info"]["l2r2"]["oracle"] and set(data["detection_categories"].values()) == {"red", "green", "blue", "object"}
     read_boxes(out)
     assert "each image's true label as prompt (oracle)" in caplog.text
+    for source in (["--boxes", out], ["--localizer", f"boxes:{out}"]):
+        predicted = tmp_path / f"{source[0]}.json"
+        assert l2r2("predict", run, dataset, "--split", "test", *source, "-o", predicted).returncode == 0
+        assert json.loads(predicted.read_text())["oracle"] is True
+    judged = l2r2("evaluate", write_run(tmp_path / "run"), dataset, "--boxes", out, "--report", tmp_path / "r.html")
+    told = "found with each image's true label as prompt"
+    assert "(the true labels were the prompts)" in judged.stdout and told in judged.stderr
+    assert "true label as prompt" in (tmp_path / "r.html").read_text()
+    (kept,) = (tmp_path / "run" / "evaluations").iterdir()
+    assert any(told in warning for warning in json.loads(kept.read_text())["warnings"])
     plain = f"{spec}&prompt=red"
     l2r2("localize", dataset, "--localizer", plain, "-o", tmp_path / "plain.json")
+    l2r2("predict", run, dataset, "--boxes", tmp_path / "plain.json", "-o", tmp_path / "plain-predicted.json")
+    assert "oracle" not in json.loads((tmp_path / "plain-predicted.json").read_text())
     again = l2r2("localize", dataset, "--localizer", plain, "--oracle-prompts", "-o", tmp_path / "plain.json")
     assert "was made without the true labels as prompts" in sentence(again)
     folder = l2r2("localize", dataset / "images", "--localizer", spec, "--oracle-prompts", "-o", tmp_path / "x.json")
