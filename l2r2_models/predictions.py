@@ -15,7 +15,7 @@ from .data.table import METADATA, read_table
 from .errors import L2R2Error
 from .files import file_sha256, read_json, write_json
 from .images import list_images
-from .predictor import Prediction, Predictor
+from .predictor import LOCALIZER_FAILED, Prediction, Predictor
 
 SAVE_EVERY = 30.0  # seconds
 FORMAT_VERSION = "1.0"
@@ -48,6 +48,11 @@ class Report:
     @property
     def failures(self) -> list[dict[str, Any]]:
         return [image for image in self.images if "failure" in image]
+
+    @property
+    def localizer_failures(self) -> list[str]:
+        """The reasons of the answers that are the whole image's because the localizer failed, one an image."""
+        return [o["reason"] for o in self.objects if o["reason"].startswith(LOCALIZER_FAILED)]
 
     @property
     def objects(self) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from .model import L2R2Output
 from .views import make_views
 
 BATCH_PIXELS = 50_000_000  # decoded originals that are held at once
+LOCALIZER_FAILED = "the localizer failed"  # how the reason of such an answer begins
 Source = str | Path | Image.Image
 
 
@@ -153,6 +154,8 @@ class Predictor:
             localizer = create_localizer(localizer, device=self.device, checkpoint=checkpoint)
         self.localizer: Localizer | None = localizer
         self.topk_prompts = topk_prompts
+        if topk_prompts is None and self.localizer is not None:
+            self.localizer.check_prompt()
         if topk_prompts is not None:
             from .localize.topk import check_promptable
 
@@ -329,7 +332,7 @@ class Predictor:
         if self.model.view_spec.fg == "parts":
             return None, "the network found no part of an object"  # it looks for itself; boxes are not used
         if item.localizer_failure is not None:
-            return None, f"the localizer failed ({item.localizer_failure})"
+            return None, f"{LOCALIZER_FAILED} ({item.localizer_failure})"
         if detections is None or not len(detections):
             return None, "no box was given" if detections is None else "no object was found"
         sure = detections.above(self.box_threshold)

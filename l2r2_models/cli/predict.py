@@ -52,11 +52,15 @@ def predict(
     report = predict_to_file(predictor, inputs, out, lambda items, total: track(items, total, "predicting"))
     for image in report.failures[:10]:
         errors.print(f"failed: {image['failure']}", highlight=False, markup=False, soft_wrap=True)
+    if unlocalized := report.localizer_failures:
+        why = f"the localizer failed on {len(unlocalized)} of {len(report.images)} images; the first: {unlocalized[0]}"
+        errors.print(why, highlight=False, markup=False, soft_wrap=True)
     sources = Counter(o["source"] for o in report.objects)
     again = f", {report.kept} of them from before" if report.kept else ""
+    because = f" ({len(unlocalized)} because the localizer failed)" if unlocalized else ""
     typer.echo(
         f"{len(report.images)} images{again}: {len(report.objects)} answers, {sources['fused']} with an object found, "
-        f"{sources['full']} from the whole image; {len(report.failures)} failed"
+        f"{sources['full']} from the whole image{because}; {len(report.failures)} failed"
     )
     typer.echo(f"wrote {out}")
     if report.failures:

@@ -174,6 +174,21 @@ class Localizer(ABC):
         """What `__call__` gives, for one image or more."""
 
     @property
+    def lacks_prompt(self) -> bool:
+        """Whether the spec would have to say what to look for, and does not."""
+        return False
+
+    def check_prompt(self) -> None:
+        """To be called before the work, where no prompts of each image are given.
+
+        Raises:
+            L2R2Error: see `lacks_prompt`.
+        """
+        if self.lacks_prompt:
+            how = f'"{self.spec.name}:...?prompt=mushroom"; `l2r2 localize` also takes --prompt mushroom'
+            raise L2R2Error(f"The localizer {self.spec.name} needs a prompt: {how}.")
+
+    @property
     def weights(self) -> str | None:
         """A digest of what the boxes depend on beside the spec; None where there is nothing."""
         return None

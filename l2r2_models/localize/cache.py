@@ -78,8 +78,10 @@ def localize_to_file(
         progress: wraps the batches.
 
     Raises:
-        L2R2Error: the file was made otherwise, or cannot be written.
+        L2R2Error: the file was made otherwise, or cannot be written; no prompt says what to look for.
     """
+    if prompts is None:
+        localizer.check_prompt()
     out = Path(out)
     format = "parquet" if out.suffix.lower() == ".parquet" else format
     if format == "xyxy":

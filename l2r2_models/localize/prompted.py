@@ -32,6 +32,11 @@ COMMON = {
 }
 
 
+def _is_empty(prompt: str) -> bool:
+    """Whether nothing is left of it without full stops, between which Grounding DINO reads its prompts."""
+    return not prompt.strip(" .")
+
+
 class Prompted(Localizer):
     """What the prompted detectors share: prompts are checked, networks loaded, raw boxes tidied.
 
@@ -45,7 +50,7 @@ class Prompted(Localizer):
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
-        if "" in self.options["prompt"]:
+        if any(map(_is_empty, self.options["prompt"])):
             raise L2R2Error(f'The localizer "{spec}" has an empty prompt; say what to look for.')
         classes = "AutoModelForZeroShotObjectDetection", "AutoProcessor"
         self.network = load_pretrained(spec.source, classes, self.model_types, self.options["dtype"], context.device)
@@ -54,10 +59,16 @@ class Prompted(Localizer):
     def weights(self) -> str | None:
         return self.network.digest
 
+    @property
+    def lacks_prompt(self) -> bool:
+        return not self.options["prompt"]
+
     def find(self, images: list[Image], names: Any, prompts: Sequence[str] | None) -> list[Detections]:
+        if prompts is None:
+            self.check_prompt()
+        elif any(map(_is_empty, prompts)):
+            raise L2R2Error(f"The localizer {self.name} got an empty prompt for an image.")
         queries = [self.options["prompt"]] * len(images) if prompts is None else [(prompt.strip(),) for prompt in prompts]
-        if not all(queries) or any("" in query for query in queries):
-            raise L2R2Error(f'The localizer {self.name} needs a prompt: "{self.name}:...?prompt=mushroom", or --prompt mushroom.')
         return [found for (found,) in self.search(images, [[query] for query in queries])]
 
     def by_prompt(self, images: Sequence[Image], prompts: Sequence[Sequence[str]]) -> list[list[Detections]]:
@@ -92,6 +103,10 @@ class Owlv2(Prompted):
         self.texts: dict[str, Tensor] = {}
         if self.options["score"] == "objectness" and self.options["prompt"]:
             raise L2R2Error(f'The localizer "{spec}" scores by objectness, which no prompt changes; leave one of both out.')
+
+    @property
+    def lacks_prompt(self) -> bool:
+        return self.options["score"] == "prompt" and super().lacks_prompt
 
     def find(self, images: list[Image], names: Any, prompts: Sequence[str] | None) -> list[Detections]:
         if self.options["score"] == "prompt":

@@ -65,6 +65,10 @@ class Masked(Localizer):
         self.prompted = self.inner.prompted  # type: ignore[misc]
 
     @property
+    def lacks_prompt(self) -> bool:
+        return self.inner.lacks_prompt
+
+    @property
     def weights(self) -> str | None:
         return "+".join(str(digest) for digest in (self.inner.weights, self.segmenter.network.digest))
 

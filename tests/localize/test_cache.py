@@ -178,4 +178,9 @@ def test_a_prompt_on_the_command_line_is_part_of_the_spec(l2r2, dataset, tmp_pat
     assert l2r2(*base, "--prompt", "red", "--prompt", "a bird").returncode == 0
     assert read_boxes(out).info["localizer"] == f"owlv2:{tiny('owlv2')}?prompt=red&prompt=a bird"
     assert "another localizer" in sentence(l2r2(*base, "--prompt", "red"))
-    assert "needs a prompt" in l2r2(*base[:-1], tmp_path / "without.json").stderr
+    without = ["localize", dataset, "--localizer", "", "-o", tmp_path / "without.json"]
+    for spec in (f"owlv2:{tiny('owlv2')}", f"owlv2:{tiny('owlv2')}?masks=sam:{tiny('sam')}"):
+        without[3] = spec
+        assert "needs a prompt" in sentence(l2r2(*without))
+        assert not list(tmp_path.glob("without*"))  # nothing that would be in the way of the command with a prompt
+    assert l2r2(*without[:3], f"owlv2:{tiny('owlv2')}?score=objectness", *without[4:]).returncode == 0

@@ -42,7 +42,7 @@ def test_boxes_found_on_the_way_answer_as_boxes_of_a_file(run, paths, tmp_path):
     assert given.objects[0].box == (1, 2, 30, 40)  # boxes that are given are used
 
 
-def test_the_head_needs_one_full_pass_and_cuts_from_the_original(headed, paths, monkeypatch):
+def test_the_head_needs_one_full_pass_and_cuts_from_the_original(headed, paths):
     predictor = Predictor.from_pretrained(headed, device="cpu", localizer="head", box_threshold=0.0)
     model, image = predictor.model, load_image(paths[0])
     views = make_views([image], None, model.view_spec, branches=("full",))
@@ -53,8 +53,7 @@ def test_the_head_needs_one_full_pass_and_cuts_from_the_original(headed, paths, 
         cut = make_views([image], box, model.view_spec)
         out = model.forward_views(cut.full, cut.fg, cut.has_fg)
     seen = []
-    backbone = model.backbone.forward_features
-    monkeypatch.setattr(model.backbone, "forward_features", lambda x: seen.append(len(x)) or backbone(x))
+    model.backbone.conv1.register_forward_hook(lambda module, inputs, out: seen.append(len(out)))
     (answer,) = predictor(paths[0]).objects
     assert answer.box == pytest.approx(box[0].tolist(), abs=0.02)
     assert answer.box_score == pytest.approx(found.objectness.sigmoid().item(), abs=1e-4)
@@ -97,6 +96,23 @@ def test_a_localizer_that_fails_is_named_and_the_others_go_on(run, paths, monkey
     answers = [p.objects[0] for p in predictor.predict_files(paths)]
     assert [a.source for a in answers] == ["full" if i == 3 else "fused" for i in range(len(paths))]
     assert "the localizer failed (out of memory)" in answers[3].reason
+
+
+def test_a_localizer_that_cannot_look_is_said_on_the_command_line(l2r2, headed, dataset, tmp_path, tiny):  # noqa: F811
+    base = ["predict", headed, dataset, "--split", "test", "-o"]
+    forgotten = sentence(l2r2(*base, tmp_path / "none.json", "--localizer", f"owlv2:{tiny('owlv2')}"))
+    assert "needs a prompt" in forgotten and not (tmp_path / "none.json").exists()
+    checkpoint = hub.load_checkpoint(headed)
+    torch.nn.init.constant_(checkpoint.model.box_head.out.bias, float("nan"))
+    hub.save_checkpoint(checkpoint.model, tmp_path / "nan", checkpoint.labels)
+    base[1] = tmp_path / "nan"
+    failed = l2r2(*base, tmp_path / "failed.json", "--localizer", "head")
+    assert failed.stderr.count("the localizer failed on 12 of 12 images") == 1 and "(the box head gives" in failed.stderr
+    assert "12 from the whole image (12 because the localizer failed)" in failed.stdout
+    boxes = {"images": [{"file": "test_003.png", "failure": "out of memory"}], "info": {}, "detection_categories": {}}
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    given = l2r2(*base, tmp_path / "given.json", "--boxes", tmp_path / "boxes.json")
+    assert "failed on 1 of 12 images" in given.stderr and "out of memory" in given.stderr
 
 
 @pytest.mark.parametrize("branches", [("full", "fg"), ("full", "fg", "bg")])

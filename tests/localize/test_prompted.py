@@ -67,8 +67,8 @@ def test_prompts_of_each_image_are_searched_in_that_image_only(tiny, pictures, k
         assert set(found.labels) == {prompt}
     with pytest.raises(L2R2Error, match="needs a prompt"):
         localizer(pictures)
-    with pytest.raises(L2R2Error, match="needs a prompt"):
-        localizer(pictures, prompts=["bird", " ", "a", "b"])
+    with pytest.raises(L2R2Error, match="got an empty prompt for an image"):
+        localizer(pictures, prompts=["bird", " .", "a", "b"])
 
 
 def test_several_prompts_of_owlv2_are_the_mean_of_their_directions(tiny, pictures):
@@ -180,6 +180,7 @@ def test_half_precision_and_the_class_free_score(tiny, pictures):
     ("options", "message"),
     [
         ("prompt=", "has an empty prompt"),
+        ("prompt=bird&prompt=. .", "has an empty prompt"),
         ("prompt=bird&threshold=2", "threshold must be a number between 0 and 1"),
         ("prompt=bird&dtype=int8", "dtype must be one of float32, float16, bfloat16"),
         ("prompt=bird&score=objectness", "leave one of both out"),
