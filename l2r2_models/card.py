@@ -8,11 +8,17 @@ from typing import Any
 
 from timm.models import get_pretrained_cfg
 
+from .card_usage import localizer_facts, localizer_part, takes_boxes, usage
 from .configs import LOCALIZER, HubConfig, load_hub_configs
 from .errors import L2R2Error
+from .evaluate.fuse import BEST
 from .hub import Checkpoint
 
 BRANCH_WORDS = {"full": "the whole image", "fg": "the object, cut out of it", "bg": "the image without the object"}
+FG_WORDS = {"masked": "the object, the rest painted over", "late": "the object, the rest masked in the network",
+            "tokens": "the object alone, by its tokens", "parts": "the object's parts, which it finds itself"}  # fmt: skip
+FIT_WORDS = {"plain": "", "swapped": ", each object on the backgrounds of three other images",
+             "both": ", half of them the images as they are, half each object on the backgrounds of three others"}  # fmt: skip
 COLUMNS = {"accuracy": "accuracy", "macro_accuracy": "macro accuracy", "worst_group": "worst group", "ece": "ECE",
            "with_box": "with an object found", "without_box": "without"}  # fmt: skip
 
@@ -83,8 +89,8 @@ def model_card(checkpoint: Checkpoint, repo: str, facts: Facts, evaluations: Seq
         model_name=repo.split("/")[-1],
         eval_results=[result for e in evaluations for result in _eval_results(e, facts)] or None,
     )
-    parts = [_head(checkpoint, repo), _details(checkpoint, source, facts), _usage(checkpoint, repo),
-             _localizer(checkpoint, facts), _training(checkpoint, facts), _figures(evaluations, facts),
+    parts = [_head(checkpoint, repo), _details(checkpoint, source, facts), usage(checkpoint, repo, facts),
+             localizer_part(checkpoint, facts), _training(checkpoint, facts), _figures(evaluations, facts),
              _limits(checkpoint, facts), CITATION]  # fmt: skip
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(parts)
 
@@ -108,8 +114,7 @@ def hub_config(
         raise L2R2Error(f"{checkpoint.name}: the generic model has no tags; only one of `l2r2 list` can get one.")
     arguments = {**model.backbone_kwargs, "branches": list(model.branches), "shared": model.shared,
                  "fusion": model.fusion.config(), "views": model.view_spec.to_dict()}  # fmt: skip
-    told = {"spec": facts.localizer, "prompt": facts.prompt, "licence": facts.localizer_licence}
-    localizer = {**checkpoint.localizer, **{k: v for k, v in told.items() if v}}
+    localizer = localizer_facts(checkpoint, facts)
     figures = [
         {"dataset": r.dataset_name, "split": r.dataset_split, "output": r.metric_name.partition("(")[2].rstrip(")"),
          "metric": r.metric_type, "value": r.metric_value}
@@ -153,13 +158,15 @@ def _is_own(row: str) -> bool:
 
 def _head(checkpoint: Checkpoint, repo: str) -> str:
     model = checkpoint.model
-    seen = ", ".join(f"**{b}** ({BRANCH_WORDS[b]})" for b in model.branches)
-    looks = "and combines the answers; where no object is found the whole image answers" if len(model.branches) > 1 else ""
+    words = {**BRANCH_WORDS, "fg": FG_WORDS.get(model.view_spec.fg, BRANCH_WORDS["fg"])}
+    looks = " and ".join(f"**{b}** ({words[b]})" for b in model.branches)
+    if len(model.branches) > 1 and "fg" in model.branches:
+        looks += " and combines the answers, so that a misleading background decides less; with no object the whole image answers"
     return f"""# {repo.split("/")[-1]}
 
-An image classifier for {len(checkpoint.labels)} classes. It looks at {seen} {looks}, so that a misleading background decides
-less. Made with [timm](https://github.com/huggingface/pytorch-image-models) and l2r2-models after *Bringing the Context Back into
-Object Recognition, Robustly* ([arXiv 2411.15933](https://arxiv.org/abs/2411.15933)).
+An image classifier for {len(checkpoint.labels)} classes. It looks at {looks}. Made with
+[timm](https://github.com/huggingface/pytorch-image-models) and l2r2-models after *Bringing the Context Back into Object
+Recognition, Robustly* ([arXiv 2411.15933](https://arxiv.org/abs/2411.15933)).
 """
 
 
@@ -175,7 +182,7 @@ def _details(checkpoint: Checkpoint, source: Source, facts: Facts) -> str:
         "architecture": f"`{model.pretrained_cfg['architecture']}`, backbone `{model.backbone_name}`, "
         + ("shared by the branches" if model.shared else "one for each branch"),
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
-        "views": f"{spec.size} x {spec.size} pixels; fg: {spec.fg}, margin {spec.margin:g}",
+        "views": f"{spec.size} x {spec.size} pixels{_fg_views(checkpoint)}",
         "branches": ", ".join(model.branches),
         "fusion": f"`{fusion['name']}`" + (f" ({numbers})" if numbers else ""),
         "started from": start,
@@ -197,44 +204,10 @@ def _label_list(labels: Sequence[str]) -> str:
     return shown if len(labels) <= 30 else f"{shown}, ... ({len(labels)} in all, see `label_names` in config.json)"
 
 
-def _usage(checkpoint: Checkpoint, repo: str) -> str:
-    boxes = "" if checkpoint.model.branches == ("full",) else ", boxes=[[130, 42, 410, 380]]"
-    comment = "" if not boxes else "  # xyxy pixels of the object; without boxes the whole image answers"
-    return f"""## Use
-
-Needs the Python package l2r2-models.
-
-```python
-from PIL import Image
-from l2r2_models import Predictor
-
-predict = Predictor.from_pretrained("{repo}")
-photo = Image.new("RGB", (640, 480), "gray")  # or the path of an image file
-answer = predict(photo{boxes}).objects[0]{comment}
-print(answer.label, answer.score, answer.reason)
-```
-
-As a plain timm model it is the whole-image head alone, which transformers' `pipeline("image-classification")` uses too:
-
-```python
-import timm
-import l2r2_models  # registers the architecture
-
-model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
-```
-"""
-
-
-def _localizer(checkpoint: Checkpoint, facts: Facts) -> str:
-    if checkpoint.model.branches == ("full",):
-        return ""
-    known = checkpoint.localizer
-    name, prompt = facts.localizer or known.get("spec"), facts.prompt or known.get("prompt")
-    licence = facts.localizer_licence or known.get("licence")
-    if not name:
-        return "## Localizer\n\nThe model takes boxes and brings no localizer: what finds the objects is yours to choose.\n"
-    asked = f' with the prompt "{prompt}"' if prompt else ""
-    return f"## Localizer\n\nMeant for boxes of `{name}`{asked}; licence of the localizer: {licence or 'not stated'}.\n"
+def _fg_views(checkpoint: Checkpoint) -> str:
+    spec = checkpoint.model.view_spec
+    margin = f", margin {spec.margin:g}" if spec.fg in ("crop", "masked_crop") else ""
+    return f"; fg: {spec.fg}{margin}" if "fg" in checkpoint.model.branches else ""
 
 
 def _training(checkpoint: Checkpoint, facts: Facts) -> str:
@@ -249,11 +222,22 @@ def _training(checkpoint: Checkpoint, facts: Facts) -> str:
     if training.get("derived_from"):
         lines.append("Not trained: backbone and heads are those of the source, whose fg head has never seen a crop.")
     if fit := training.get("fusion_fit"):
-        lines.append(f"The fusion was fitted on {fit.get('rows')} images of the split {fit.get('split')}.")
+        lines.append(_fit_sentence(fit, checkpoint.model.fusion.count()))
     keys = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing", "box_jitter", "seed", "box_threshold")
     settings = "\n".join(f"| {k} | {recipe[k]} |" for k in keys if k in recipe)
     table = f"\n\n| setting | value |\n|---|---|\n{settings}" if settings else ""
     return "## Training\n\n" + ("\n".join(lines) or "Not recorded.") + table + "\n"
+
+
+def _fit_sentence(fit: Mapping[str, Any], numbers: int) -> str:
+    """What the fusion was chosen and fitted on; the rows of a fit are views, not images."""
+    chosen = fit.get("method") == BEST
+    if not chosen and not numbers:
+        return "The fusion was set by hand; nothing of it is fitted."
+    done = " and ".join(word for word, holds in (("chosen", chosen), ("fitted", numbers > 0)) if holds)
+    together = f", those of one {fit['group']} kept together" if chosen and fit.get("group") else ""
+    backgrounds = FIT_WORDS.get(str(fit.get("backgrounds", "plain")), "")
+    return f"The fusion was {done} on {fit.get('rows')} views of the split {fit.get('split')}{backgrounds}{together}."
 
 
 def _figures(evaluations: Sequence[Mapping[str, Any]], facts: Facts) -> str:
@@ -306,8 +290,11 @@ def _limits(checkpoint: Checkpoint, facts: Facts) -> str:
         "It knows the classes above and no other: whatever it is shown, it names one of them.",
         "Figures are those of the data above; on other cameras, places and seasons they will differ. Measure on your own images.",
     ]
-    if checkpoint.model.branches != ("full",):
-        lines.append("The object's view is as good as its box; without a box the whole image answers, background included.")
+    if checkpoint.model.view_spec.fg == "parts":
+        lines.append("The object is what the network takes for it; where that is nothing, the whole image answers.")
+    elif takes_boxes(checkpoint.model):
+        without = "answers" if "full" in checkpoint.model.branches else "counts as the object"
+        lines.append(f"The object's view is as good as its box; without a box the whole image {without}, background included.")
     if facts.limits:
         lines.append(facts.limits)
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"

@@ -126,7 +126,7 @@ class Predictor:
         topk_prompts: the full branch's so many best classes are what the localizer is asked for, see `localize.topk`.
 
     Raises:
-        L2R2Error: a number out of range, or a localizer that cannot be had or does not suit.
+        L2R2Error: a model that does not take RGB, a number out of range, or a localizer that cannot be had or does not suit.
     """
 
     def __init__(
@@ -144,6 +144,8 @@ class Predictor:
         self.checkpoint = checkpoint
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = checkpoint.model.to(self.device).eval()
+        if self.model.in_chans != 3:
+            raise L2R2Error(f"{checkpoint.name}: takes {self.model.in_chans} channels, but Predictor reads RGB; use the model.")
         self.labels = checkpoint.labels
         for what, value in (("max_objects", max_objects), ("batch_size", batch_size), ("top", top)):
             if value < 1:

@@ -7,8 +7,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 
 from .card import Facts, Source, hub_config, model_card, source_of
+from .card_usage import localizer_facts
 from .configs import HubConfig
 from .errors import L2R2Error
 from .evaluate.stored import read_evaluations
@@ -90,7 +91,7 @@ def prepare(
     if not run.is_dir():
         raise L2R2Error(f"{run}: no such run.")
     checkpoint = load_checkpoint(run)
-    evaluations = _without_paths(read_evaluations(run, metrics, checkpoint.digest)) or _validation(run)
+    evaluations = _without_paths(read_evaluations(run, metrics, checkpoint.digest)) or _validation(run, checkpoint)
     _link(run / WEIGHTS, folder / WEIGHTS)
     write_json(folder / CONFIG, _clean_config(read_json(run / CONFIG), checkpoint, facts))
     write_text(folder / CARD, model_card(checkpoint, repo, facts, evaluations))
@@ -200,8 +201,7 @@ def _link(source: Path, target: Path) -> None:
 def _clean_config(config: dict[str, Any], checkpoint: Checkpoint, facts: Facts) -> dict[str, Any]:
     """The config without paths of this machine, with the localizer and the licence as published."""
     ours = {**config["l2r2"], "training": _without_paths(config["l2r2"].get("training", {}))}
-    told = {"spec": facts.localizer, "prompt": facts.prompt, "licence": facts.localizer_licence}
-    ours["localizer"] = {**_without_paths(checkpoint.localizer), **{k: v for k, v in told.items() if v}}
+    ours["localizer"] = localizer_facts(replace(checkpoint, localizer=_without_paths(checkpoint.localizer)), facts)
     source = {k: v for k, v in config.get("pretrained_cfg", {}).items() if k != "license"}
     return {**config, "pretrained_cfg": {**source, **({"license": facts.licence} if facts.licence else {})}, "l2r2": ours}
 
@@ -228,11 +228,16 @@ def _command(run: Path) -> str:
     return " ".join(_without_paths(words)) or "not recorded"
 
 
-def _validation(run: Path) -> tuple[dict[str, Any], ...]:
-    """The figures that `finetune` took on its validation rows, as an evaluation; nothing where there were none."""
+def _validation(run: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any], ...]:
+    """The figures that `finetune` took on its validation rows, as an evaluation; nothing where there were none.
+
+    Without the fused one where `l2r2 fuse` has replaced the fusion since.
+    """
     record = read_json(run / RUN) if (run / RUN).exists() else {}
     metrics, files = record.get("metrics") or {}, record.get("val_files") or []
     named = {k.removesuffix("_accuracy"): v for k, v in metrics.items() if k.endswith("_accuracy")}
+    if "fusion_fit" in checkpoint.training:
+        named.pop("fused", None)
     rows = {f"fused: {_fusion_name(record)}" if k == "fused" else k: {"accuracy": v} for k, v in named.items()}
     return ({"split": "validation (of the training)", "images": len(files), "rows": rows},) if rows and files else ()
 
@@ -248,6 +253,8 @@ def _license_problems(facts: Facts, source: Source) -> list[str]:
     if not facts.licence:
         suggestion = f" The weights it started from are under {source.licence}." if source.licence else ""
         return [f"There is no licence: give --licence, e.g. apache-2.0.{suggestion}"]
+    if not re.fullmatch(r"[a-z0-9.-]+", facts.licence):
+        return [f'"{facts.licence}" is not a licence as the Hub writes it, in small letters without spaces, e.g. apache-2.0.']
     if source.licence and "-nc" in source.licence.lower() and "-nc" not in facts.licence.lower():
         return [f"It started from weights under {source.licence}, which {facts.licence} would open to commercial use."]
     return []
@@ -257,8 +264,8 @@ def _record_problems(run: Path, checkpoint: Checkpoint) -> list[str]:
     problems = []
     if not read_json(run / CONFIG).get("label_names"):
         problems.append(f"{run / CONFIG} has no label_names.")
-    elif all(label.isdigit() for label in checkpoint.labels) and len(checkpoint.labels) > 1:
-        problems.append("The labels are numbers: whoever uses the model needs names.")
+    elif list(checkpoint.labels) == [str(i) for i in range(len(checkpoint.labels))] and len(checkpoint.labels) > 1:
+        problems.append("The labels are 0, 1, ..., as where a list of names is missing: whoever uses the model needs names.")
     if (run / RUN).exists() and not isinstance(read_json(run / RUN).get("metrics"), dict):
         problems.append(f"{run}: the training has not finished; the same `l2r2 finetune` continues it.")
     if not all(value.isfinite().all() for value in checkpoint.model.state_dict().values()):
@@ -286,12 +293,10 @@ def text_problems(texts: Mapping[str, str]) -> list[str]:
 
 @torch.inference_mode()
 def _logit_problems(run: Checkpoint, sent: Checkpoint) -> list[str]:
-    """The checkpoint that would be sent answers as the run does, on a test image with and without a box."""
-    models = (run.model, sent.model)
+    """The checkpoint that would be sent answers as the run does, on noise: whole, with a box and without one."""
     size = run.model.view_spec.size
-    view = torch.rand(2, run.model.in_chans, size, size, generator=torch.Generator().manual_seed(0))
-    outputs: Sequence[torch.Tensor] = [
-        m.forward_views(has_fg=torch.tensor([True, False]), **dict.fromkeys(m.branches, view)).fused for m in models
-    ]
+    images = torch.rand(2, run.model.in_chans, size, size, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[0.1 * size, 0.1 * size, 0.9 * size, 0.9 * size], [torch.nan] * 4])
+    outputs = [torch.cat([model(images), model(images, boxes)]) for model in (run.model, sent.model)]
     same = run.labels == sent.labels and torch.equal(*outputs) and run.model.view_spec == sent.model.view_spec
     return [] if same else ["The checkpoint that would be sent does not answer as the run does."]

@@ -5,12 +5,13 @@ import re
 import sys
 
 import pytest
+import timm
 import torch
 from conftest import COLOURS, write_run
 from hub_double import TOKEN, HubDouble
 
-from l2r2_models import L2R2Error, Predictor, hub
-from l2r2_models.card import Facts
+from l2r2_models import L2R2Error, Predictor, ViewSpec, hub
+from l2r2_models.card import Facts, model_card
 from l2r2_models.cli import main
 from l2r2_models.evaluate.stored import read_evaluations, store_evaluation
 from l2r2_models.publish import prepare, push, text_problems
@@ -43,6 +44,28 @@ def finished(tmp_path):
     (run / "run.json").write_text(json.dumps({**training, **record, "val_files": ["a.png", "b.png"]}))
     store_evaluation(run, tmp_path / "fod", hub.load_checkpoint(run).digest, EVALUATION)
     return run
+
+
+TINY_VIT = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 12, "num_heads": 1}
+KINDS = {
+    "ifam": ("ifam_vit_tiny_patch16_224", TINY_VIT),
+    "tokens": ("l2r2", {"backbone": "vit_tiny_patch16_224", "fg_kind": "tokens", **TINY_VIT}),
+    "late": ("l2r2", {"backbone": "resnet10t", "fg_kind": "late"}),
+    "box head": ("l2r2", {"backbone": "resnet10t", "box_head": True}),
+    "grey": ("l2r2", {"backbone": "resnet10t", "in_chans": 1}),
+    "full": ("l2r2", {"backbone": "resnet10t", "branches": ("full",)}),
+    "fg": ("l2r2", {"backbone": "resnet10t", "branches": ("fg",)}),
+}
+
+
+def write_kind(folder, kind, **saved):
+    """A checkpoint of that kind of model, with random weights."""
+    torch.manual_seed(0)
+    name, options = KINDS[kind]
+    model = timm.create_model(name, num_classes=3, **options)
+    model.view_spec = ViewSpec.from_dict({**model.view_spec.to_dict(), "size": 32})
+    hub.save_checkpoint(model, folder, sorted(COLOURS), **saved)
+    return folder
 
 
 @pytest.fixture
@@ -119,6 +142,19 @@ def test_without_an_evaluation_the_validation_figures_of_the_training_count(fini
     assert "split validation (of the training): 2 images" in text
 
 
+def test_the_validation_figures_of_a_fusion_that_was_fitted_since_are_left_out(finished, tmp_path):
+    """Those of finetune are of the fusion before the fit."""
+    checkpoint = hub.load_checkpoint(finished)
+    fit = {"split": "val", "backgrounds": "both", "group": "plant", "rows": 72, "method": "best_on_val", "accuracy": 0.5}
+    hub.save_checkpoint(checkpoint.model, finished, checkpoint.labels, {**checkpoint.training, "fusion_fit": fit})
+    for file in (finished / "evaluations").iterdir():
+        file.unlink()
+    text = (made(finished, tmp_path).folder / "README.md").read_text()
+    assert "| fg | 50.0 |" in text and "fused: robust" not in text
+    assert "chosen and fitted on 72 views of the split val, half of them the images as they are, half each object on" in text
+    assert "those of one plant kept together" in text
+
+
 def test_what_stands_against_publishing(tmp_path):
     run = write_run(tmp_path / "run")
     found = " ".join(made(run, tmp_path, Facts()).problems)
@@ -132,6 +168,68 @@ def test_what_stands_against_publishing(tmp_path):
     (run / "optimizer.pt").write_bytes(b"\x80\x04")
     with pytest.raises(L2R2Error, match=r"holds optimizer\.pt; pickled weights"):
         prepare(run, "org/x", tmp_path / "e", FACTS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_can_be_published(tmp_path, kind):
+    run = write_kind(tmp_path / "run", kind)
+    assert prepare(run, "org/x", tmp_path / "package", Facts("mit"), without_metrics=True).problems == ()
+
+
+SAID = {  # what the card says of each kind of model, and what it must not
+    "ifam": (["gives the fused answer, and needs no boxes", "what the network takes for it"], ["boxes=", "Localizer"]),
+    "tokens": (["so that a misleading background decides less", "fg: tokens |", "boxes=[["], ["margin"]),
+    "late": (["masked in the network", "is the whole-image head alone"], ["cut out of it"]),
+    "box head": (["boxes of its own box head", 'localizer="head")', "predict(photo).objects"], ["not stated.", "boxes=[["]),
+    "grey": (["As a plain timm model (in_chans=1) it"], ["Predictor", "`pipeline`"]),
+    "full": (["(the whole image). Made", "gives the same answer"], ["misleading", "fg:", "boxes", "Localizer"]),
+    "fg": (["is the fg head alone", "without a box the whole image counts as the object"], ["misleading", "whole-image head"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_card_says_what_holds_for_the_kind_of_model_and_its_usage_runs(tmp_path, kind):
+    localizer = {"spec": "head"} if kind == "box head" else None
+    run = write_kind(tmp_path / "run", kind, localizer=localizer)
+    card = model_card(hub.load_checkpoint(run), "org/x", Facts(), ())
+    said, not_said = SAID[kind]
+    assert [part for part in said if part not in card] == [] and [part for part in not_said if part in card] == []
+    for block in re.findall(r"```python\n(.*?)```", card, re.S):
+        exec(block.replace("hf-hub:org/x", f"local-dir:{run}").replace("org/x", str(run)), {})
+
+
+def test_predictor_refuses_a_model_that_does_not_take_rgb(tmp_path):
+    with pytest.raises(L2R2Error, match="takes 1 channels, but Predictor reads RGB"):
+        Predictor.from_pretrained(write_kind(tmp_path / "run", "grey"))
+
+
+def test_the_usage_names_a_localizer_that_others_can_have(run):
+    checkpoint = hub.load_checkpoint(run)
+    line = '# finds the boxes itself: Predictor.from_pretrained("org/x", localizer="owlv2:google/owlv2?prompt=a bird")'
+    assert line in model_card(checkpoint, "org/x", Facts(localizer="owlv2:google/owlv2", prompt="a bird"), ())
+    for spec in ("owlv2:google/owlv2", "owlv2?prompt=bird", "boxes:mine.json", "cam:runs/x", "head", "by hand", "?"):
+        assert "localizer=" not in model_card(checkpoint, "org/x", Facts(localizer=spec), ()), spec
+
+
+@pytest.mark.parametrize(
+    ("method", "fusion", "sentence"),
+    [
+        ("best_on_val", "average", "The fusion was chosen on 24 views of the split val."),
+        ("robust", "robust", "The fusion was fitted on 24 views of the split val."),
+        ("average", "average", "The fusion was set by hand; nothing of it is fitted."),
+    ],
+)
+def test_the_card_says_what_the_fusion_was_fitted_or_chosen_on(tmp_path, method, fusion, sentence):
+    run = write_run(tmp_path / "run", fusion=fusion)
+    fit = {"split": "val", "backgrounds": "plain", "group": None, "rows": 24, "method": method}
+    hub.save_checkpoint(hub.load_checkpoint(run).model, run, sorted(COLOURS), {"fusion_fit": fit})
+    assert sentence in model_card(hub.load_checkpoint(run), "org/x", Facts(), ())
+
+
+@pytest.mark.parametrize("licence", ["Apache 2", "MIT", "apache_2.0", "mit\n"])
+def test_a_licence_is_written_as_the_hub_writes_it(run, tmp_path, licence):
+    (problem,) = prepare(run, "org/x", tmp_path / "package", Facts(licence), without_metrics=True).problems
+    assert "is not a licence as the Hub writes it" in problem
 
 
 def test_the_licence_of_the_source_is_respected(tmp_path):
@@ -152,7 +250,10 @@ def test_numbers_for_labels_and_weights_that_are_not_finite(tmp_path):
         model.heads["fg"].bias[0] = float("nan")
     hub.save_checkpoint(model, run, ["0", "1", "2"])
     found = " ".join(prepare(run, "org/x", tmp_path / "a", FACTS, without_metrics=True).problems)
-    assert "labels are numbers" in found and "not finite" in found
+    assert "The labels are 0, 1, ..." in found and "not finite" in found
+    run = write_run(tmp_path / "years")
+    hub.save_checkpoint(hub.load_checkpoint(run).model, run, ["1990", "1991", "1992"])
+    assert prepare(run, "org/x", tmp_path / "b", FACTS, without_metrics=True).problems == ()
 
 
 @pytest.mark.parametrize("secret", ["hf_" + "a1B2" * 8, "ghp_" + "x" * 36, "AKIA" + "A" * 16, "-----BEGIN RSA PRIVATE KEY-----"])
