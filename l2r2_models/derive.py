@@ -21,6 +21,8 @@ from .views import ViewSpec
 from .zoo import ARCHITECTURES
 
 ORDER = ("full", "fg", "bg")
+# fields of a ViewSpec that say how one branch alone looks
+OWN_VIEWS = {"fg": ("fg", "margin", "late_stage", "late_pool", "coverage"), "bg": ("bg",)}
 
 
 def derive(
@@ -116,13 +118,13 @@ def join(parts: dict[str, str | Path], out: str | Path, *, fusion: str = "robust
     """One `shared=False` model out of independently trained networks, as in the paper (METHOD.md 3).
 
     Args:
-        parts: run or folder of a plain timm checkpoint, by the branch (full, fg, bg) that it is to be. An fg network's views
-            (crop or masked, margin) become the model's.
+        parts: run or folder of a plain timm checkpoint, by the branch (full, fg, bg) that it is to be. How the object or
+            the background is shown (`OWN_VIEWS`) is as the network for it has it.
         out: the run's folder; it must not hold a checkpoint.
         fusion: see `L2R2`.
 
     Raises:
-        L2R2Error: a source has several branches, or the sources differ in backbone, class names or view size.
+        L2R2Error: a source has several branches, or the sources differ in backbone, class names or how whole images are shown.
     """
     out = Path(out)
     _check_free(out)
@@ -131,8 +133,9 @@ def join(parts: dict[str, str | Path], out: str | Path, *, fusion: str = "robust
     for other in read.values():
         _check_alike(first, other)
     spec = first.spec
-    if "fg" in read:
-        spec = replace(spec, fg=read["fg"].spec.fg, margin=read["fg"].spec.margin)
+    for branch, own in OWN_VIEWS.items():
+        if branch in read:
+            spec = replace(spec, **{name: getattr(read[branch].spec, name) for name in own})
     model = cast(L2R2, timm.create_model(
         "l2r2", backbone=first.backbone, num_classes=len(first.labels), in_chans=first.in_chans, branches=list(read),
         shared=False, fusion=fusion, views=spec.to_dict(), **first.arguments,
@@ -181,6 +184,8 @@ def _check_alike(first: _Part, other: _Part) -> None:
             ("backbones", (first.backbone, first.arguments), (other.backbone, other.arguments)),
             ("classes", sorted(first.labels), sorted(other.labels)),
             ("view sizes", first.spec.size, other.spec.size),
+            ("paddings", (first.spec.square, first.spec.fill), (other.spec.square, other.spec.fill)),
+            ("interpolations", first.spec.interpolation, other.spec.interpolation),
             ("normalisations", (first.spec.mean, first.spec.std), (other.spec.mean, other.spec.std)),
         )
         if a != b

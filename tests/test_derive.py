@@ -1,6 +1,7 @@
 """Runs without training: out of a timm classifier, and out of independent networks and back."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import timm
@@ -105,6 +106,30 @@ def test_plain_timm_checkpoints_can_be_put_together(tmp_path):
     with torch.inference_mode():
         out = loaded.forward_views(x, x)
         assert torch.equal(out.full, models["full"](x)) and torch.equal(out.fg, models["fg"](x))
+
+
+def test_each_network_brings_how_its_own_view_is_cut(tmp_path):
+    alone = {b: write_run(tmp_path / b, seed=i, branches=(b,)) for i, b in enumerate(("full", "fg", "bg"))}
+    own = {"fg": "late", "late_stage": "before_last", "late_pool": "all", "coverage": 0.5, "margin": 0.1}
+    for branch, changes in (("fg", own), ("bg", {"bg": "box"})):
+        checkpoint = hub.load_checkpoint(alone[branch])
+        checkpoint.model.view_spec = replace(checkpoint.model.view_spec, **changes)
+        hub.save_checkpoint(checkpoint.model, alone[branch], checkpoint.labels)
+    joint = derive.join(alone, tmp_path / "joint").view_spec
+    assert joint == replace(hub.load_checkpoint(alone["full"]).model.view_spec, **own, bg="box")
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [({"square": False}, "paddings"), ({"fill": (0, 0, 0)}, "paddings"), ({"interpolation": "bilinear"}, "interpolations")],
+)
+def test_networks_that_see_whole_images_otherwise_do_not_fit(tmp_path, changes, what):
+    alone = {b: write_run(tmp_path / b, branches=(b,)) for b in ("full", "fg")}
+    checkpoint = hub.load_checkpoint(alone["fg"])
+    checkpoint.model.view_spec = replace(checkpoint.model.view_spec, **changes)
+    hub.save_checkpoint(checkpoint.model, alone["fg"], checkpoint.labels)
+    with pytest.raises(L2R2Error, match=f"have different {what}"):
+        derive.join(alone, tmp_path / "joint")
 
 
 def test_networks_that_do_not_fit(tmp_path):
