@@ -3,14 +3,16 @@ the class activation map of its full branch, the parts of an ifam model. None of
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import timm
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, new
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
@@ -29,11 +31,12 @@ class NormalisedCut(Looking):
     """TokenCut (Wang et al., CVPR 2022), from its description: patches that look alike are joined, the graph is cut in two,
     the part with the most extreme patch is the object, its connected region around that patch gives the box.
 
-    Source: a run, a Hub id, or `timm:NAME.TAG` (`timm:vit_small_patch16_224.dino` is what the paper takes). A ViT is cut by
-    the keys of its last attention, as in the paper; other networks by their last feature map of stride 16 or less, less its
-    mean (this project's).
+    Source: a run, a Hub id, or `timm:NAME.TAG` (`timm:vit_small_patch16_224.dino` is what the paper takes; without `timm:` too,
+    where no folder is called so). A ViT is cut by the keys of its last attention, as in the paper; other networks by their last
+    feature map of stride 16 or less, less its mean (this project's).
 
-    Options: `tau` (cosine similarity above which patches are joined), `size` (side of the view, default the model's).
+    Options: `tau` (cosine similarity above which patches are joined), `size` (side of the view, default the model's; a ViT's
+    position embeddings are resampled to it).
     """
 
     name = "ncut"
@@ -44,9 +47,19 @@ class NormalisedCut(Looking):
     }
 
     def __init__(self, spec: Spec, context: Context) -> None:
-        if not spec.source.startswith("timm:"):
+        if timm.is_model(spec.source) and not Path(spec.source).exists():
+            spec = replace(spec, source=f"timm:{spec.source}")
+        if spec.source.startswith("timm:"):
+            self._load_from_timm(spec, context)
+        else:
             super().__init__(spec, context)
-            return
+        size = self.options["size"]
+        if size not in (None, self.model.view_spec.size):
+            views, _ = self.full_views([new("RGB", (size, size))], size)
+            sized = SimpleNamespace(backbone=_for_views(self.model.backbone, views, str(spec)), view_spec=self.model.view_spec)
+            self.model = sized  # type: ignore[assignment]
+
+    def _load_from_timm(self, spec: Spec, context: Context) -> None:
         Localizer.__init__(self, spec, context)
         name = spec.source.removeprefix("timm:")
         try:
@@ -63,7 +76,7 @@ class NormalisedCut(Looking):
     @torch.inference_mode()
     def find(self, images: list[Image], names: Any, prompts: Any) -> list[Detections]:
         views, maps = self.full_views(images, self.options["size"])
-        features = patch_features(self.model.backbone, views)  # [B, C, h, w]
+        features = _finite(patch_features(self.model.backbone, views))  # [B, C, h, w]
         found = []
         for image, view, of_image in zip(images, maps, features):
             (top, bottom), (left, right) = _inside(view, image, of_image.shape[1:])
@@ -89,7 +102,8 @@ class ActivationMap(Looking):
     def find(self, images: list[Image], names: Any, prompts: Any) -> list[Detections]:
         views, maps = self.full_views(images)
         size = views.shape[-1]
-        cams = interpolate(activation_map(self.model, views)[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
+        cams = _finite(activation_map(self.model, views))[:, None]
+        cams = interpolate(cams, (size, size), mode="bilinear", align_corners=False)[:, 0]
         found = []
         for image, view, cam in zip(images, maps, cams.cpu()):
             (top, bottom), (left, right) = _inside(view, image, cam.shape)
@@ -121,6 +135,30 @@ class Parts(Looking):
         return found
 
 
+@torch.no_grad()
+def _for_views(backbone: Any, views: Tensor, name: str) -> Any:
+    """The backbone, or a copy of it, that takes such views `[1, C, S, S]`.
+
+    Raises:
+        L2R2Error: it takes none of that size.
+    """
+    try:
+        if hasattr(backbone, "set_input_size"):
+            backbone = copy.deepcopy(backbone)  # whoever else holds the network keeps its size
+            backbone.set_input_size(tuple(views.shape[-2:]))
+        patch_features(backbone, views)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise L2R2Error(f"{name}: this network takes no views of {views.shape[-1]} pixels ({why}).") from error
+    return backbone
+
+
+def _finite(values: Tensor) -> Tensor:
+    if not bool(values.isfinite().all()):
+        raise L2R2Error("the network gives numbers that are not finite; its training has diverged.")
+    return values
+
+
 def patch_features(backbone: Any, views: Tensor) -> Tensor:
     """`[B, C, h, w]`: keys of a ViT's last attention, else the last feature map of stride 16 or less minus its mean."""
     attention: Any = getattr(backbone.blocks[-1], "attn", None) if hasattr(backbone, "blocks") else None
@@ -131,7 +169,8 @@ def patch_features(backbone: Any, views: Tensor) -> Tensor:
             backbone.forward_features(views)
         finally:
             handle.remove()
-        return feature_map(backbone, seen[0].chunk(3, -1)[1], views)
+        if seen:  # some networks (EVA) take the weights of the layer without calling it
+            return feature_map(backbone, seen[0].chunk(3, -1)[1], views)
     info = list(backbone.feature_info.info if hasattr(backbone.feature_info, "info") else backbone.feature_info)
     level = max((i for i, f in enumerate(info) if f["reduction"] <= MAX_STRIDE), default=len(info) - 1)
     (features,) = backbone.forward_intermediates(views, indices=[level], output_fmt="NCHW", intermediates_only=True)

@@ -111,6 +111,39 @@ def test_a_vit_is_cut_by_its_keys():
         torch.testing.assert_close(patch_features(vit, view), keys.transpose(1, 2).reshape(1, 192, 4, 4))
 
 
+def test_another_size_is_of_the_cut_alone_and_one_that_does_not_fit_is_a_sentence(tmp_path, pictures):
+    for backbone in ("vit_tiny_patch16_224", "hiera_tiny_224"):
+        hub.save_checkpoint(timm.create_model("l2r2", backbone=backbone, num_classes=3), tmp_path / backbone, ["a", "b", "c"])
+    checkpoint = hub.load_checkpoint(tmp_path / "vit_tiny_patch16_224")
+    localizer = create_localizer("ncut?size=96", device="cpu", checkpoint=checkpoint)
+    for image, found in zip(pictures, localizer(pictures)):
+        assert found.image_size == (image.height, image.width) and torch.equal(found.boxes, found.clipped().boxes)
+    assert localizer.model.backbone.patch_embed.grid_size == (6, 6)
+    assert checkpoint.model.backbone.patch_embed.grid_size == (14, 14)  # the classifier's own
+    with pytest.raises(L2R2Error, match="this network takes no views of 96 pixels"):
+        create_localizer(f"ncut:{tmp_path / 'hiera_tiny_224'}?size=96")
+
+
+def test_a_name_of_timm_stands_for_its_network_where_no_folder_is_called_so(tmp_path, pictures, monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: create(name, **options))
+    monkeypatch.chdir(tmp_path)
+    for name in ("resnet10t.c3_in1k", "eva02_tiny_patch14_224"):  # the latter has no keys to be hooked
+        localizer = create_localizer(f"ncut:{name}?size=112", device="cpu")
+        assert str(localizer.spec) == f"ncut:timm:{name}?size=112" and len(localizer(pictures)) == len(pictures)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert str(create_localizer(f"ncut:{write_run(tmp_path / 'resnet10t').name}", device="cpu").spec) == "ncut:resnet10t"
+
+
+@pytest.mark.parametrize("name", ["ncut", "cam"])
+def test_a_network_that_has_diverged_finds_nothing(tmp_path, pictures, name):
+    checkpoint = hub.load_checkpoint(write_run(tmp_path / "run"))
+    torch.nn.init.constant_(checkpoint.model.backbone.conv1[0].weight, float("nan"))
+    with pytest.raises(L2R2Error, match="numbers that are not finite; its training has diverged"):
+        create_localizer(name, device="cpu", checkpoint=checkpoint)(pictures)
+
+
 @pytest.mark.parametrize("backbone", ["resnet10t", "vit_tiny_patch16_224"])
 def test_the_activation_map_is_captums(backbone):
     from captum.attr import LayerGradCam
