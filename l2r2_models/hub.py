@@ -95,7 +95,7 @@ def save_checkpoint(
     for abandoned in folder.glob(".saving-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     spec = model.view_spec.to_dict()
-    arguments = model.arguments()
+    arguments = {**model.arguments(), "format_version": FORMAT_VERSION}  # timm passes on no other part of the config
     if model.pretrained_cfg["architecture"] == "l2r2":
         arguments["backbone"] = model.backbone_name
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
@@ -111,7 +111,7 @@ def save_checkpoint(
         size = spec["size"]
         config["pretrained_cfg"].update(
             tag="finetuned", input_size=[model.in_chans, size, size], num_classes=model.num_classes, crop_pct=1.0,
-            mean=spec["mean"], std=spec["std"], interpolation=spec["interpolation"],
+            crop_mode=crop_mode(spec["square"]), mean=spec["mean"], std=spec["std"], interpolation=spec["interpolation"],
         )  # fmt: skip
         for stale in ("test_input_size", "test_crop_pct", "test_pool_size"):
             config["pretrained_cfg"].pop(stale, None)
@@ -119,6 +119,11 @@ def save_checkpoint(
         os.chmod(Path(temporary) / WEIGHTS, 0o644)
         os.replace(Path(temporary) / WEIGHTS, folder / WEIGHTS)
         write_json(folder / CONFIG, config)
+
+
+def crop_mode(square: bool) -> str:
+    """timm's name for the way to a full view: padded to a square, or stretched; its default cuts the sides off."""
+    return "border" if square else "squash"
 
 
 def _untie(model: Any, state: dict[str, Any], *_: Any) -> None:
@@ -163,8 +168,8 @@ def load_checkpoint(source: str | Path, *, any_fusion: bool = False) -> Checkpoi
         _check_hash(folder / WEIGHTS, digest, name)
     try:
         model = cast(L2R2, timm.create_model(f"local-dir:{folder}", pretrained=True))
-    except L2R2Error:
-        raise
+    except L2R2Error as error:
+        raise L2R2Error(f"{name}: {error}") from error
     except Exception as error:  # safetensors, torch and timm each have their own for a damaged file
         raise L2R2Error(f"{name}: the checkpoint cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
     if not any_fusion:
@@ -200,14 +205,26 @@ def _check_fusion(model: L2R2, weights: Path, name: str) -> None:
         raise L2R2Error(f"{name}: {WEIGHTS} and {CONFIG} are of different saves; fit the fusion again with `l2r2 fuse`.")
 
 
+def check_format(version: Any) -> None:
+    """Whether a checkpoint of this format can be read.
+
+    Raises:
+        L2R2Error: a newer format, or no format at all.
+    """
+    if type(version) is not int or version < 1:  # True is an int
+        raise L2R2Error(f"a checkpoint's format_version is a whole number from 1, not {version!r}.")
+    if version > FORMAT_VERSION:
+        raise L2R2Error(f"checkpoint format {version} is newer than {FORMAT_VERSION}; upgrade l2r2-models.")
+
+
 def _check_config(config: Any, name: str) -> None:
     if not isinstance(config, dict) or not isinstance(config.get("l2r2"), dict):
         raise L2R2Error(f"{name}: {CONFIG} has no l2r2 section; this is not an L2R2 checkpoint.")
     ours = config["l2r2"]
-    if isinstance(ours.get("format_version"), int) and ours["format_version"] > FORMAT_VERSION:
-        raise L2R2Error(
-            f"{name}: checkpoint format {ours.get('format_version')} is newer than {FORMAT_VERSION}; upgrade l2r2-models."
-        )
+    try:
+        check_format(ours.get("format_version"))
+    except L2R2Error as error:
+        raise L2R2Error(f"{name}: {error}") from None
     if unknown := sorted(set(ours) - set(SECTION)):
         raise L2R2Error(f"{name}: {CONFIG} has an unknown {unknown[0]} under l2r2; upgrade l2r2-models, or remove it.")
     if wrong := [k for k, kind in SECTION.items() if k in ours and not isinstance(ours[k], kind)]:
@@ -225,7 +242,7 @@ def _check_config(config: Any, name: str) -> None:
         raise L2R2Error(f"{name}: {CONFIG} names weights elsewhere under pretrained_cfg; only {WEIGHTS} beside it is loaded.")
     _check_training(ours.get("training", {}), name)
     arguments = config["model_args"]
-    for key in ("views", "branches", "fusion"):
+    for key in ("format_version", "views", "branches", "fusion"):
         if key not in ours:
             raise L2R2Error(f"{name}: {CONFIG} has no {key} under l2r2.")
         if arguments.get(key) != ours.get(key):

@@ -22,6 +22,7 @@ from torch import Tensor
 from .backbones import unknown_backbone
 from .configs import HubConfig, load_hub_configs
 from .errors import L2R2Error
+from .hub import FORMAT_VERSION, check_format, crop_mode
 from .ifam import IFAM
 from .model import L2R2, check_branches
 from .views import ViewSpec
@@ -101,7 +102,7 @@ def _trained_cfg(config: HubConfig) -> dict[str, Any]:
     return dict(
         hf_hub_id=config.hub_id, license=config.licence, num_classes=len(config.label_names or ()),
         label_names=config.label_names, input_size=(3, views.size, views.size), mean=views.mean, std=views.std,
-        interpolation=views.interpolation, crop_pct=1.0,
+        interpolation=views.interpolation, crop_pct=1.0, crop_mode=crop_mode(views.square),
     )  # fmt: skip
 
 
@@ -148,7 +149,10 @@ def _classifier_name(model: L2R2) -> str:
 TRAINED = {config.name: dict(config.model_args or {}) for config in load_hub_configs() if config.trained}
 
 
-def _create(architecture: str, pretrained: bool = False, *, backbone: str, **kwargs: Any) -> L2R2:
+def _create(
+    architecture: str, pretrained: bool = False, *, backbone: str, format_version: int = FORMAT_VERSION, **kwargs: Any
+) -> L2R2:
+    check_format(format_version)
     if isinstance(tag := kwargs.get("pretrained_cfg"), str):  # a trained checkpoint's own branches, fusion and views
         kwargs = {**TRAINED.get(f"{architecture}.{tag}", {}), **kwargs}
     branches = check_branches(kwargs.get("branches") or ("full", "fg"))
@@ -180,6 +184,8 @@ def _feature_indices(backbone: str) -> tuple[int, ...]:
 
 def _entrypoint(architecture: str, backbone: str) -> Callable[..., L2R2]:
     def create(pretrained: bool = False, **kwargs: Any) -> L2R2:
+        if "backbone" in kwargs:
+            raise L2R2Error(f"The backbone of {architecture} is {backbone}; only the generic model l2r2 takes another.")
         return _create(architecture, pretrained, backbone=backbone, **kwargs)
 
     create.__name__ = create.__qualname__ = architecture

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -11,7 +12,7 @@ from conftest import COLOURS, write_run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from l2r2_models import L2R2, L2R2Error, Predictor, ViewSpec, hub
+from l2r2_models import L2R2, L2R2Error, Predictor, ViewSpec, hub, make_views
 
 
 def edit_config(run, change):
@@ -102,6 +103,11 @@ def test_refusals_name_the_file_and_say_why(tmp_path):
     run = write_run(tmp_path / "run")
     cases = {
         "is newer than": lambda c: c["l2r2"].update(format_version=99),
+        "from 1, not True": lambda c: c["l2r2"].update(format_version=True),
+        "from 1, not 0": lambda c: c["l2r2"].update(format_version=0),
+        "from 1, not None": lambda c: c["l2r2"].pop("format_version"),
+        "says two things about format_version": lambda c: c["model_args"].pop("format_version"),
+        "run: The backbone of l2r2_resnet18 is resnet18": lambda c: c.update(architecture="l2r2_resnet18"),
         "no l2r2 section": lambda c: c.pop("l2r2"),
         'Unknown fusion "magic"': lambda c: [c[part].update(fusion={"name": "magic"}) for part in ("l2r2", "model_args")],
         "says two things about views": lambda c: c["l2r2"]["views"].update(margin=0.5),
@@ -121,6 +127,36 @@ def test_refusals_name_the_file_and_say_why(tmp_path):
         edit_config(run, change)
         with pytest.raises(L2R2Error, match=message):
             hub.load_checkpoint(run)
+
+
+def test_timm_refuses_a_newer_format_too(tmp_path):
+    run = write_run(tmp_path / "run")
+    edit_config(run, lambda c: c["model_args"].update(format_version=hub.FORMAT_VERSION + 1))
+    with pytest.raises(L2R2Error, match="is newer than"):
+        timm.create_model(f"local-dir:{run}", pretrained=True)
+
+
+@pytest.mark.parametrize("square", [True, False])
+@pytest.mark.parametrize("size", [(300, 150), (90, 200)])
+def test_timms_and_transformers_transforms_show_what_the_full_view_shows(tmp_path, square, size):
+    """The model was trained on whole photos; timm's default cuts the sides off."""
+    from timm.data import create_transform, resolve_data_config
+    from transformers import AutoImageProcessor
+
+    run = write_run(tmp_path / "run")
+    checkpoint = hub.load_checkpoint(run)
+    checkpoint.model.view_spec = ViewSpec.from_dict({**checkpoint.model.view_spec.to_dict(), "square": square, "size": 64})
+    hub.save_checkpoint(checkpoint.model, run, checkpoint.labels)
+    rows, columns = np.mgrid[: size[1], : size[0]]
+    photo = Image.fromarray(np.stack([rows % 256, columns % 256, (rows + columns) // 2 % 256], -1).astype(np.uint8))
+    model = timm.create_model(f"local-dir:{run}", pretrained=True)
+    wanted = make_views([photo], None, model.view_spec, branches=("full",)).full
+    got = create_transform(**resolve_data_config(model.pretrained_cfg))(photo)[None]
+    processed = AutoImageProcessor.from_pretrained(run)(photo, return_tensors="pt")["pixel_values"]
+    for view in (got, processed):
+        assert view.shape == wanted.shape and (view - wanted).abs().mean() < 0.05
+    assert hub.load_checkpoint(run).model.view_spec == model.view_spec == checkpoint.model.view_spec
+    assert ViewSpec.from_pretrained_cfg(model.pretrained_cfg, square=square) == model.view_spec
 
 
 def test_pickles_beside_the_weights_are_refused(tmp_path):

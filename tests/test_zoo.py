@@ -1,12 +1,15 @@
 """The pretrained tags, and the private function of timm that they lean on."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
 from timm.models._registry import get_arch_pretrained_cfgs
 
+from l2r2_models import L2R2Error
 from l2r2_models.configs import load_hub_configs
-from l2r2_models.zoo import ARCHITECTURES, default_cfgs
+from l2r2_models.zoo import ARCHITECTURES, _trained_cfg, default_cfgs
 
 # the configs were made from timm 1.0.31; older versions know fewer tags and licences
 OLD_TIMM = tuple(int(part) for part in timm.__version__.split(".")[:3]) < (1, 0, 31)
@@ -40,6 +43,18 @@ def test_hub_configs_agree_with_timms_registry():
         assert config.tag in default_cfgs[config.architecture].cfgs
         checked += 1
     assert checked > 100
+
+
+def test_a_published_tag_is_shown_whole_images():
+    """timm's transforms of `l2r2_x.tag` pad or stretch as the checkpoint's own full view, and cut nothing off."""
+    config = replace(load_hub_configs()[0], label_names=["a", "b"], model_args={"views": {"square": False}})
+    assert _trained_cfg(config)["crop_mode"] == "squash"
+    assert _trained_cfg(replace(config, model_args={}))["crop_mode"] == "border"
+
+
+def test_only_the_generic_model_takes_a_backbone():
+    with pytest.raises(L2R2Error, match="The backbone of ifam_vit_tiny_patch16_224 is vit_tiny_patch16_224"):
+        timm.create_model("ifam_vit_tiny_patch16_224", backbone="resnet18")
 
 
 def test_the_default_tag_is_the_strongest_imagenet_1k_one_up_to_256_pixels():
