@@ -35,7 +35,7 @@ def prepare_kernels(source: str | Path, folder: Path, repo: str | None = None) -
     Args:
         source: folder with `build.toml`, `CARD.md` and `torch-ext/`.
         folder: an empty folder.
-        repo: Hub id; by default that of `build.toml`.
+        repo: Hub id; by default that of `build.toml`, in whose place the card names it.
 
     Returns:
         The card (for main), the builds, and the branch of the builds.
@@ -50,7 +50,8 @@ def prepare_kernels(source: str | Path, folder: Path, repo: str | None = None) -
     files = sorted(p.relative_to(package) for p in package.rglob("*.py"))
     if Path("__init__.py") not in files:
         raise L2R2Error(f"{package}: is not a package.")
-    repo = repo or general.get("hub", {}).get("repo-id")
+    named = str(general.get("hub", {}).get("repo-id") or "")
+    repo = repo or named
     if not repo or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise L2R2Error(f'"{repo}" is not a Hub id of the form org/name.')
     digest = hashlib.sha256(b"".join(str(p).encode() + (package / p).read_bytes() for p in files)).hexdigest()[:7]
@@ -63,7 +64,10 @@ def prepare_kernels(source: str | Path, folder: Path, repo: str | None = None) -
         metadata = {"name": general["name"], "id": namespace, "version": general["version"], "license": general["license"],
                     "python-depends": [], "kernel-depends": [], "backend": {"type": backend}}  # fmt: skip
         write_json(build / "metadata.json", metadata)
-    write_text(folder / CARD, (source / "CARD.md").read_text(encoding="utf-8"))
+    card_text = (source / "CARD.md").read_text(encoding="utf-8")
+    if named:  # what the card says to load is what is published
+        card_text = card_text.replace(f'"{named}"', f'"{repo}"')
+    write_text(folder / CARD, card_text)
     builds = sorted(p.relative_to(folder).as_posix() for p in (folder / "build").rglob("*") if p.is_file())
     problems = text_problems({name: (folder / name).read_text(encoding="utf-8") for name in (CARD, *builds)})
     if "cpu" in general["backends"]:

@@ -58,7 +58,9 @@ def test_push_and_push_again_leaves_no_file_of_before(there, tmp_path, monkeypat
     assert not end.value.code and "branch v1" in capsys.readouterr().out
     files = there.repos["kernels/org/kernels"].files("v1")[1]
     assert "build/torch-cpu/old.py" not in files and "build/torch-cuda/roi_views/triton.py" in files
-    assert there.repos["kernels/org/kernels"].files("main")[1]["README.md"] == (KERNELS / "CARD.md").read_bytes()
+    card, ours = there.repos["kernels/org/kernels"].files("main")[1]["README.md"].decode(), (KERNELS / "CARD.md").read_text()
+    assert 'get_kernel("org/kernels", version=1)' in card and "l2r2/l2r2-kernels" not in card  # it names where it lies
+    assert card.replace("org/kernels", "l2r2/l2r2-kernels") == ours
 
 
 def test_a_dry_run_sends_nothing(there, monkeypatch, capsys):
