@@ -125,6 +125,10 @@ def _of_box(mask: Tensor | None, found: Detections, pick: int) -> Tensor | None:
     return own
 
 
+def _was_looked_for(row: Row) -> bool:
+    return row.mask_file is not None if row.entry is None else row.entry.failure is None
+
+
 class ViewDataset(Dataset):
     """Rows as training items: the views of each branch, `has_fg`, and the class number.
 
@@ -140,7 +144,8 @@ class ViewDataset(Dataset):
             table (of any class), before `augment`. Rows without an object stay as they are.
         box_threshold: see `sample_of`.
         objectness: also give `objectness`, the box's score.
-        locate: also give `box` `[4]`, where the object is in the full view, xyxy as parts of its sides; NaN where nowhere.
+        locate: also give `box` `[4]`, where the object is in the full view, xyxy as parts of its sides; NaN where nowhere; and
+            `looked_for`, whether anybody looked: not where the localizer failed, or the box file does not name the image.
         seed: of every draw.
 
     Raises:
@@ -195,7 +200,9 @@ class ViewDataset(Dataset):
         item = {**{name: value[0] for name, value in views.inputs().items()}, "labels": self.targets[i]}
         if self.objectness:
             item["objectness"] = sample.score
-        return {**item, "box": self._in_full_view(sample)} if self.locate else item
+        if self.locate:
+            item |= {"box": self._in_full_view(sample), "looked_for": _was_looked_for(self.rows[i])}
+        return item
 
     def _in_full_view(self, sample: Sample) -> Tensor:
         height, width = sample.pixels.shape[:2]

@@ -62,6 +62,7 @@ class BranchLoss(nn.Module):
         bg: Tensor | None = None,
         mask: Tensor | None = None,
         box: Tensor | None = None,
+        looked_for: Tensor | None = None,
         counts: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Views `[B, C, S, S]`, labels `[B]` -> loss, and the logits `[B, classes]` by branch and fused.
@@ -72,6 +73,7 @@ class BranchLoss(nn.Module):
             labels, has_fg: `[B]`.
             full, fg, bg, mask: the views of the branches, see `L2R2.forward_views`.
             box: `[B, 4]`, what the model's box head should find, see `ViewDataset`; its loss is added, see `box_losses`.
+            looked_for: `[B]`, False where nobody knows whether there is an object: nothing is learned there of where it is.
             counts: `[2]`, what to divide the sums over rows and over rows with an object by, where this is a part of a batch;
                 None: by how many there are here.
         """
@@ -92,6 +94,8 @@ class BranchLoss(nn.Module):
             losses.append(self._sum(z, targets[branch], rows[branch]) / count)
         if box is not None and out.located is not None:
             of_box, of_object = box_losses(out.located, box)
+            if looked_for is not None:
+                of_object = of_object * looked_for
             losses += [of_box.sum() / _count(has_fg, counts, 1), of_object.sum() / _count(torch.ones_like(has_fg), counts, 0)]
         if self.training and isinstance(self.model, IFAM) and out.parts is not None:
             terms = part_losses(out.parts, self.part_weights, views["full"], self.model.find_parts)

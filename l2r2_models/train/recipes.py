@@ -36,7 +36,8 @@ class Recipe:
         backbone: more arguments of the timm backbone, e.g. `{patch_size: 8, depth: 6}` for a small ViT from scratch.
         branches, shared, fusion, threshold: see `L2R2`; `threshold` is that of the `robust` fusion.
         drop, drop_path: dropout before the heads; stochastic depth in the backbone (arXiv 1603.09382), where timm has it.
-        box_head: also train a head that finds the object's box, from the boxes of the rows; rows without one are its negatives.
+        box_head: also train a head that finds the object's box, from the boxes of the rows; rows in which none was found are its
+            negatives, those where nobody looked (a localizer failed, a box file does not name the image) teach it nothing.
         grad_checkpointing: compute activations again in the backward pass instead of keeping them; less memory.
         fg, margin, late_stage, late_pool, coverage, size: see `ViewSpec`; fg None is the model's own kind, size None its own
             input size.

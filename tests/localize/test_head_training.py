@@ -1,6 +1,7 @@
 """`finetune --box-head`: trained with the branches, kept in the run, used by predict and localize."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from conftest import write_dataset
 from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
 
 from l2r2_models import L2R2Error, ViewSpec, hub
-from l2r2_models.box_head import BoxHead
+from l2r2_models.box_files import BoxEntry, BoxTable, write_boxes
+from l2r2_models.box_head import BoxHead, box_losses
 from l2r2_models.boxes import ViewMap
 from l2r2_models.data.augment import Augment
 from l2r2_models.data.dataset import ViewDataset
@@ -61,6 +63,25 @@ def test_rows_without_a_box_are_negatives_and_give_the_box_no_gradient(tmp_path)
     loss(**batch, box=torch.full((2, 4), float("nan")))["loss"].backward()
     gradients = head.out.weight.grad[2:]  # centre and size
     assert gradients.abs().sum() == 0 and head.out.weight.grad[1].abs().sum() > 0
+
+
+def test_where_nobody_looked_there_is_nothing_to_learn(dataset, tmp_path):
+    import timm
+
+    entries = {f"train_{i:03d}.png": BoxEntry(((0, 0, 9, 9),), (1.0,), ("",), image_size=(40, 60)) for i in range(4)}
+    entries["train_001.png"], entries["train_002.png"] = BoxEntry(image_size=(40, 60)), BoxEntry(failure="out of memory")
+    write_boxes(BoxTable(entries), tmp_path / "boxes.json")
+    table = read_table(dataset, boxes=tmp_path / "boxes.json")
+    items = ViewDataset(table, CLASSES, ViewSpec(size=32), ("full", "fg"), locate=True)
+    batch = torch.utils.data.default_collate([items[i] for i in (0, 1, 2, 4)])  # a box, none, a failure, not in the file
+    assert batch["looked_for"].tolist() == [True, True, False, False]
+    assert batch["box"].isfinite().all(1).tolist() == [True, False, False, False]
+    loss = BranchLoss(timm.create_model("l2r2", backbone="resnet10t", num_classes=3, box_head=True).eval())
+    branches = loss(**{k: v for k, v in batch.items() if k not in ("box", "looked_for")})["loss"]
+    of_box, of_object = box_losses(loss.model.locate(batch["full"]), batch["box"])
+    torch.testing.assert_close(loss(**batch)["loss"] - branches, of_box[0] + of_object[:2].sum() / 4, atol=1e-5, rtol=1e-4)
+    masks = replace(table, rows=tuple(replace(row, mask_file=row.path) for row in table.rows))
+    assert ViewDataset(masks, CLASSES, ViewSpec(size=32), ("full", "fg"), locate=True)[4]["looked_for"]
 
 
 def test_the_run_says_what_finds_its_boxes(trained, tmp_path, l2r2):  # noqa: F811
