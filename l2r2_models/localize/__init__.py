@@ -44,7 +44,7 @@ def create_localizer(
         checkpoint: for `head`, `ncut`, `cam` and `parts` without a source: the model to look with.
 
     Raises:
-        L2R2Error: an unknown kind, option or value, or a network that is not there; the message says what to do.
+        L2R2Error: an unknown kind, option, value or device, or a network that is not there; the message says what to do.
     """
     import torch
 
@@ -55,6 +55,10 @@ def create_localizer(
     if device is None:
         number = int(os.environ.get("LOCAL_RANK", 0)) % max(1, torch.cuda.device_count())
         device = f"cuda:{number}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
+        raise L2R2Error(f'The device "{device}" cannot be used ({str(error).splitlines()[0][:200]}).') from error
     context = Context(torch.device(device), checkpoint)
     if "masks" in spec.options:
         from .segment import Masked

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
-from urllib.parse import parse_qsl, quote
+from urllib.parse import parse_qsl, quote, unquote
 
 import torch
 from PIL.Image import Image
@@ -48,7 +48,7 @@ class Spec:
 
     @classmethod
     def parse(cls, text: str) -> Spec:
-        """From `NAME[:SOURCE][?option=value&...]`; `%`-escapes as in a URL, `+` stays itself.
+        """From `NAME[:SOURCE][?option=value&...]`; `%`-escapes as in a URL, in the source too; `+` stays itself.
 
         Raises:
             L2R2Error: no name, or options that are not `option=value`.
@@ -61,14 +61,15 @@ class Spec:
         try:
             pairs = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True, strict_parsing=True) if query else []
         except ValueError:
-            raise L2R2Error(f'"{text}": what follows the ? must be option=value, joined by &.') from None
+            raise L2R2Error(f'"{text}": what follows the ? must be option=value, joined by &; a ? in a name is %3F.') from None
         for key, value in pairs:
             options[key] = (*options.get(key, ()), value)
-        return cls(name.strip(), source, options)
+        return cls(name.strip(), unquote(source), options)
 
     def __str__(self) -> str:
         pairs = [f"{key}={quote(v, safe=' /:,.@+()')}" for key, values in self.options.items() for v in values]
-        return self.name + (f":{self.source}" if self.source else "") + ("?" + "&".join(pairs) if pairs else "")
+        source = self.source.replace("%", "%25").replace("?", "%3F")  # and no more: most paths stay as they are
+        return self.name + (f":{source}" if source else "") + ("?" + "&".join(pairs) if pairs else "")
 
     def with_option(self, key: str, *values: str) -> Spec:
         return replace(self, options={**self.options, key: values})

@@ -70,7 +70,7 @@ def localize_to_file(
     Args:
         localizer: see `create_localizer`.
         paths: images.
-        out: the file; `.parquet` is written as such.
+        out: the file, `.json` or `.parquet`.
         format: of a JSON file, `megadetector` or `coco`.
         batch_size: images in one call of the localizer.
         save_every: images after which a part is written.
@@ -78,18 +78,16 @@ def localize_to_file(
         progress: wraps the batches.
 
     Raises:
-        L2R2Error: the file was made otherwise, or cannot be written; no prompt says what to look for.
+        L2R2Error: the file was made otherwise, or cannot be written; an unknown format; no prompt says what to look for.
     """
     if prompts is None:
         localizer.check_prompt()
     out = Path(out)
-    format = "parquet" if out.suffix.lower() == ".parquet" else format
-    if format == "xyxy":
-        raise L2R2Error("The format xyxy has no room for scores and failures; choose megadetector or coco.")
+    format = _format_of(out, format)
     names = [str(path) for path in paths]
     info = {**localizer.info, **({"oracle": True} if prompts is not None else {})}
     parts = out.with_name(out.name + ".parts")
-    before = {n: e for n, e in _known(out, parts, info).items() if e.failure is None}
+    before = {n: e for n, e in _known(out, parts, info, names).items() if e.failure is None}
     kept = sum(name in before for name in names)
     rank, world = _process()
     todo = [name for name in names[rank::world] if name not in before]
@@ -106,7 +104,7 @@ def localize_to_file(
     if world > 1:
         _wait_for_all()
     if rank == 0:
-        entries = _known(out, parts, info)
+        entries = _known(out, parts, info, names)
         order = {**dict.fromkeys(names), **entries}  # earlier answers for other images stay, behind
         write_boxes(BoxTable({name: entries[name] for name in order}, info=info), out, format)
         shutil.rmtree(parts, ignore_errors=True)
@@ -117,19 +115,40 @@ def localize_to_file(
     return CacheReport({name: final[name] for name in names}, kept)
 
 
-def _known(out: Path, parts: Path, info: dict[str, Any]) -> dict[str, BoxEntry]:
-    """What the file and its parts say, the newest last; an answer is never replaced by a failure.
+def _format_of(out: Path, format: str) -> str:
+    """What the file is written as.
+
+    Raises:
+        L2R2Error: nothing that can be continued.
+    """
+    suffix = out.suffix.lower()
+    if suffix not in (".json", ".parquet"):
+        raise L2R2Error(f"{out}: is no name of a box file; it must end in .json or .parquet.")
+    if format == "xyxy":
+        raise L2R2Error("The format xyxy has no room for scores and failures; choose megadetector or coco.")
+    if format not in ("megadetector", "coco"):
+        raise L2R2Error(f'Unknown box format "{format}" of a .json; choose from megadetector, coco.')
+    return "parquet" if suffix == ".parquet" else format
+
+
+def _known(out: Path, parts: Path, info: dict[str, Any], names: Sequence[str]) -> dict[str, BoxEntry]:
+    """What the file and its parts say, the newest last; an answer is never replaced by a failure. An image that is asked for by
+    another path than before (`data/a.png`, `/home/me/data/a.png`) has the name that it is asked for by.
 
     Raises:
         L2R2Error: one of them was made with another localizer, or not by this function.
     """
     entries: dict[str, BoxEntry] = {}
+    asked, by_place = set(names), {os.path.abspath(name): name for name in names}
     for file in [*([out] if out.exists() else []), *sorted(parts.glob("part-*.json"), key=lambda p: (p.stat().st_mtime_ns, p))]:
         with _quiet():
             table = read_boxes(file)
         if table.info != info:
             raise L2R2Error(_other(file if file == out else parts, table.info, info))
-        entries.update((n, e) for n, e in table.entries.items() if e.failure is None or n not in entries or entries[n].failure)
+        for known, entry in table.entries.items():
+            name = known if known in asked else by_place.get(os.path.abspath(known), known)
+            if entry.failure is None or name not in entries or entries[name].failure is not None:
+                entries[name] = entry
     return entries
 
 

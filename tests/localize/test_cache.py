@@ -70,6 +70,29 @@ def test_a_file_of_another_localizer_or_of_others_is_refused(l2r2, dataset, tmp_
     assert "cannot be written" in sentence(l2r2("localize", dataset, "--localizer", "full", "-o", out))
 
 
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path, dataset):
+    def refused(name, **how):
+        with pytest.raises(L2R2Error) as error:
+            localize_to_file(create_localizer("full"), list_images([dataset]), tmp_path / name, **how, progress=None)
+        assert not list(tmp_path.glob(f"{name}*"))
+        return str(error.value)
+
+    assert "must end in .json or .parquet" in refused("x.csv")
+    assert 'Unknown box format "nope"' in refused("x.json", format="nope")
+    assert 'Unknown box format "parquet" of a .json' in refused("x.json", format="parquet")
+
+
+def test_one_image_under_two_paths_is_looked_at_once(tmp_path, dataset, monkeypatch):
+    monkeypatch.chdir(dataset)
+    localizer, out = create_localizer("full"), tmp_path / "boxes.json"
+    relative, absolute = list_images(["images"]), list_images([dataset / "images"])
+    localize_to_file(localizer, relative[:30], out)
+    report = localize_to_file(localizer, absolute, out)
+    assert report.kept == 30 and list(entries(out)) == list(map(str, absolute))
+    both = localize_to_file(localizer, [*absolute[:2], *relative[:2]], out)  # in one call they are two
+    assert list(both.entries) == list(map(str, [*absolute[:2], *relative[:2]])) and len(entries(out)) == 38
+
+
 def test_boxes_of_a_changed_file_are_not_mixed(tmp_path, dataset):
     source, out, paths = tmp_path / "given.json", tmp_path / "boxes.json", list_images([dataset / "images"])
     source.write_text(json.dumps({p.name: [[1, 2, 30, 40]] for p in paths[:-1]}))

@@ -15,7 +15,8 @@ IMAGES = [Image.new("RGB", (60, 40)), Image.new("RGB", (10, 30))]
 
 @pytest.mark.parametrize(
     "text",
-    ["full", "owlv2:a/b?prompt=a mushroom&prompt=50%25 grey %26 red&threshold=0.3", "boxes:C:/x y/b.json", "ncut:runs/a+b"],
+    ["full", "owlv2:a/b?prompt=a mushroom&prompt=50%25 grey %26 red&threshold=0.3", "boxes:C:/x y/b.json", "ncut:runs/a+b",
+     "boxes:a%3Fb 50%25.json?masks=sam:a/b"],
 )
 def test_a_spec_survives_as_text(text):
     spec = Spec.parse(text)
@@ -34,6 +35,7 @@ def test_specs_are_canonical():
         ("centre", 'Unknown localizer "centre"; choose from owlv2'),
         ("", "names no localizer"),
         ("center?share", "must be option=value"),
+        ("boxes:a?b.json", "a ? in a name is %3F"),
         ("center?share=2", 'share must be a part of the side between 0.01 and 1, got "2"'),
         ("center?share=nan", "share must be"),
         ("center?share=0.2&share=0.3", "2 values of share; give one"),
@@ -46,6 +48,12 @@ def test_specs_are_canonical():
 def test_specs_that_make_no_sense_are_refused(spec, message):
     with pytest.raises(L2R2Error, match=message.replace("?", r"\?")):
         create_localizer(spec)
+
+
+@pytest.mark.parametrize("device", ["qqq", "cuda:99"])
+def test_a_device_that_is_not_there_is_a_sentence(device):
+    with pytest.raises(L2R2Error, match=f'The device "{device}" cannot be used'):
+        create_localizer("full", device=device)
 
 
 def test_a_file_given_as_a_localizer_is_recognised(tmp_path):
@@ -67,6 +75,8 @@ def test_boxes_of_a_file_are_found_by_name(tmp_path):
     localizer = create_localizer(f"boxes:{tmp_path / 'b.json'}")
     first, second = localizer(IMAGES, names=["data/x/1.png", "data/x/2.png"])
     assert first.boxes.tolist() == [[0, 0, 10, 40]] and len(second) == 0  # clipped; those outside and strangers have none
+    (tmp_path / "a?b.json").write_text((tmp_path / "b.json").read_text())
+    assert len(create_localizer(f"boxes:{tmp_path}/a%3Fb.json").table.entries) == 2
     with pytest.raises(L2R2Error, match="give it files"):
         localizer(IMAGES)
 
