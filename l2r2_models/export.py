@@ -20,7 +20,7 @@ from .errors import L2R2Error
 from .files import write_atomic
 from .hub import Checkpoint, load_checkpoint
 from .model import L2R2
-from .views import make_views
+from .views import IN_NETWORK, make_views
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2"}
 INPUTS = ("views", "image")
@@ -139,7 +139,7 @@ def export_run(run: str | Path, out: str | Path, *, format: str = "onnx", takes:
 
 def _check_kind(checkpoint: Checkpoint, takes: str) -> None:
     spec = checkpoint.model.view_spec
-    if spec.fg not in ("crop", "masked_crop", "masked"):
+    if "fg" in checkpoint.model.branches and spec.fg in IN_NETWORK:
         raise L2R2Error(f"{checkpoint.name}: fg {spec.fg} is masked inside the network, which cannot be exported.")
     if takes == "image" and spec.mode == "pil":
         raise L2R2Error(f"{checkpoint.name}: cuts in the mode pil, which has no graph; export it with --input views.")

@@ -127,6 +127,23 @@ def test_a_file_that_answers_otherwise_is_not_written(tmp_path, run, monkeypatch
     assert (tmp_path / "model.pt2").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_network_for_the_whole_image_can_be_exported_whatever_its_fg_would_be(tmp_path):
+    """One of a pair that was taken apart keeps the views of the pair."""
+    run = write_run(tmp_path / "run", branches=("full",))
+    checkpoint = hub.load_checkpoint(run)
+    checkpoint.model.view_spec = ViewSpec(size=32, fg="late")
+    hub.save_checkpoint(checkpoint.model, run, checkpoint.labels)
+    assert export.export_run(run, tmp_path / "model.pt2", format="torch-export").difference <= 1e-4
+
+
+def test_what_is_masked_in_the_network_is_not_exported(tmp_path):
+    checkpoint = hub.load_checkpoint(write_run(tmp_path / "run"))
+    checkpoint.model.view_spec = ViewSpec(size=32, fg="late")
+    hub.save_checkpoint(checkpoint.model, tmp_path / "run", checkpoint.labels)
+    with pytest.raises(L2R2Error, match="fg late is masked inside the network"):
+        export.export_run(tmp_path / "run", tmp_path / "model.pt2", format="torch-export")
+
+
 def test_what_cannot_be_exported_is_refused(tmp_path, run):
     with pytest.raises(L2R2Error, match='Unknown format "tflite"'):
         export.export_run(run, tmp_path / "x", format="tflite")
@@ -154,13 +171,28 @@ def test_the_command(tmp_path, run, monkeypatch, capsys):
     assert "name it *.onnx or *.pt2" in capsys.readouterr().err
 
 
+def example(*arguments):
+    """The example in a process that has no torch."""
+    code = "import sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; import runpy; runpy.run_path(sys.argv[0])"
+    return subprocess.run([sys.executable, "-c", code, str(EXAMPLE), *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("kind", ["16 bit", "alpha", "one colour transparent"])
+def test_the_example_refuses_files_that_predict_reads_with_more_care(tmp_path, of_image, kind):
+    photo = Image.effect_noise((64, 48), 90)
+    if kind == "16 bit":
+        photo = Image.fromarray(np.asarray(photo).astype(np.uint16) * 257)
+    photo = photo.convert("RGBA") if kind == "alpha" else photo
+    photo.save(tmp_path / "photo.png", **({"transparency": 90} if kind == "one colour transparent" else {}))
+    result = example(of_image, tmp_path / "photo.png")
+    assert result.returncode == 1 and "use `l2r2 predict`" in result.stderr and "Traceback" not in result.stderr
+
+
 def test_the_example_without_torch(tmp_path, run, of_image):
     photo = Image.effect_noise((64, 48), 90).convert("RGB")
     photo.save(tmp_path / "photo.png")
     box = ["4", "4", "40", "40"]
-    code = "import sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; import runpy; runpy.run_path(sys.argv[0])"
-    command = [sys.executable, "-c", code, str(EXAMPLE), str(of_image), str(tmp_path / "photo.png"), *box]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = example(of_image, tmp_path / "photo.png", *box).stdout.splitlines()
     answer = Predictor.from_pretrained(run, device="cpu")(photo, [[float(v) for v in box]]).objects[0]
     name, label, score = lines[0].split()
     assert (name, label) == ("fused", answer.label) and abs(float(score) - answer.score) < 1e-3
