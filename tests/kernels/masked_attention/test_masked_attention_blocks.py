@@ -1,5 +1,8 @@
 """timm blocks on kept tokens: exactness, training, refusals."""
 
+import copy
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -144,6 +147,99 @@ def test_image_without_a_token_is_harmless():
     packed, unpacked = run_packed(model.blocks, x, mask, unpacked=True, fill=2.0)
     assert torch.isfinite(packed.tokens).all() and torch.all(unpacked[0] == 2)
     assert torch.isfinite(run_masked(model.blocks, x, mask)).all()
+
+
+def plain_softmax(blocks, x, bias):
+    """The blocks with softmax(qk * scale + bias), written out; bias [B, N] is -inf for dropped keys."""
+    for block in blocks:
+        attn = block.attn
+        q, k, v = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (attn.q_norm(q) @ attn.k_norm(k).mT * attn.scale + bias[:, None, None]).softmax(-1)
+        x = x + block.ls1(attn.proj((weights @ v).transpose(1, 2).flatten(2)))
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    return x
+
+
+def biased_steps(model, mask, bias, backend="auto"):
+    """The kept tokens and the gradients of x, bias and weights: by plain softmax in float64, packed, with padding, and masked."""
+    device, prefix, rows = bias.device, model.num_prefix_tokens, mask.numel()
+    x = torch.randn(*mask.shape, 48, generator=torch.Generator().manual_seed(1)).to(device)
+    kept = mask | (torch.arange(mask.shape[1], device=device) < prefix)
+    exact = copy.deepcopy(model.blocks).double()
+
+    def step(blocks, dtype, runner):
+        leaves = [y.to(dtype).detach().requires_grad_() for y in (x, bias)]
+        out = runner(blocks, *leaves)[kept]
+        return [out, *torch.autograd.grad(out.square().mean(), [*leaves, *blocks.parameters()])]
+
+    options = {"num_prefix": prefix, "backend": backend}
+    truth = step(exact, torch.float64, lambda blocks, y, b: plain_softmax(blocks, y, b.masked_fill(~kept, float("-inf"))))
+    return truth, {
+        "packed": step(model.blocks, x.dtype, lambda blocks, y, b: run_packed(
+            blocks, y, mask.cpu(), unpacked=True, key_bias=b, **options)[1]),
+        "padded": step(model.blocks, x.dtype, lambda blocks, y, b: run_packed(
+            blocks, y, mask, unpacked=True, key_bias=b, capacity=rows + 64, **options)[1]),
+        "masked": step(model.blocks, x.dtype, lambda blocks, y, b: run_masked(blocks, y, mask, key_bias=b, **options)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("variant", ["plain", "registers", "qk_norm", "avg_pool"])
+def test_key_bias_is_added_to_the_logits_of_each_key(variant, device):
+    model = vit(**VARIANTS[variant]).to(device)
+    mask = kept_mask(model).to(device)
+    bias = torch.randn(mask.shape, generator=torch.Generator().manual_seed(2)).to(device)
+    truth, steps = biased_steps(model, mask, bias)
+    dropped = ~mask & (torch.arange(mask.shape[1], device=device) >= model.num_prefix_tokens)
+    for name, results in steps.items():
+        for got, expected in zip(results, truth):
+            size = expected.abs().max().clamp_min(1e-2)  # the bias of k_norm has no effect: its gradient is rounding
+            torch.testing.assert_close(got.double() / size, expected / size, atol=2e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        assert torch.all(results[2][dropped] == 0) and torch.all(results[2][mask] != 0)
+
+
+@pytest.mark.parametrize("runner", [run_packed, run_masked])
+def test_a_key_bias_of_zero_changes_nothing(runner):
+    model = vit(reg_tokens=2)
+    x, mask = torch.randn(3, 52, 48), kept_mask(model)[:, :52]
+    with_bias, without = (runner(model.blocks, x, mask, num_prefix=3, key_bias=b) for b in (torch.zeros(3, 52), None))
+    if runner is run_packed:
+        with_bias, without = with_bias[0].tokens, without[0].tokens
+    torch.testing.assert_close(with_bias / without.abs().max(), without / without.abs().max(), atol=1e-6, rtol=0)
+
+
+def test_key_bias_under_autocast_compiled_and_with_an_empty_image():
+    model = vit()
+    mask = kept_mask(model)
+    mask[0] = False
+    x, bias = torch.randn(3, 50, 48), torch.zeros(3, 50)
+
+    def gradient(x, bias, runner):
+        bias = bias.requires_grad_()
+        out = runner(model.blocks[:1], x, mask, num_prefix=1, key_bias=bias)
+        return torch.autograd.grad((out[1] if isinstance(out, tuple) else out)[:, 0].square().mean(), bias)[0]
+
+    packed = partial(run_packed, unpacked=True, capacity=96)
+    expected = gradient(x, bias, packed)
+    assert expected[mask].abs().min() > 0 and torch.all(expected[0, 1:] == 0)
+    for runner in (packed, run_masked):
+        with torch.autocast("cpu", torch.bfloat16):
+            half = gradient(x, bias, runner)
+        assert half.dtype == torch.float32
+        torch.testing.assert_close(half, expected, atol=0.1 * expected.abs().max().item(), rtol=0)
+        compiled = torch.compile(runner, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(gradient(x, bias, compiled), expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-3)
+
+
+def test_a_key_bias_that_does_not_fit_is_named():
+    x, mask = torch.zeros(1, 4, 128), torch.ones(1, 4, dtype=torch.bool)
+    for runner in (run_packed, run_masked):
+        for bias in (torch.zeros(1, 3), torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 1, 4)):
+            with pytest.raises(ValueError, match=r"key_bias must be a floating tensor \[B, N\] = \[1, 4\]"):
+                runner([Block(128, 4)], x, mask, key_bias=bias)
+        assert runner([Block(128, 1)], x, mask, key_bias=torch.zeros(1, 4)) is not None  # a head of the widest kind
+    with pytest.raises(ValueError, match="up to 120 wide with it; got 128"):
+        run_packed([Block(128, 1)], x, mask, key_bias=torch.zeros(1, 4), backend="triton")
 
 
 def _hooked(block):
