@@ -140,16 +140,16 @@ class IFAM(L2R2):
     def _stage2(self, tokens: Tensor, found: PartMaps, *, by_hand: bool) -> tuple[Tensor, Tensor]:
         """Stage 2's logits, and `[B]` bool whether it saw a patch.
 
-        The kept patches are multiplied by 1, whose gradient is that of the foreground map (straight-through): so the loss of
-        stage 2 tells stage 1 which patches it should have left out.
+        In training a kept patch has the weight 1 as a key (and in a mean), whose gradient is that of the foreground map
+        (straight-through): so the loss of stage 2 tells stage 1 which patches it should have left out. The weight stands where
+        leaving a patch out acts; a factor of the token itself would be cancelled by the norm before the first attention.
         """
-        vit, keep = self.backbone_of("fg"), found.keep.flatten(1)
-        if not by_hand:
+        vit, keep, weights = self.backbone_of("fg"), found.keep.flatten(1), None
+        if self.training and not by_hand:
             soft = found.foreground().flatten(1)
-            ones = keep + soft - soft.detach()
-            prefix, patches = tokens[:, : vit.num_prefix_tokens], tokens[:, vit.num_prefix_tokens :]
-            tokens = torch.cat([prefix, patches * ones[..., None].to(patches.dtype)], 1)
-        return self.heads["fg"](pool_tokens(vit, run_tokens(vit, tokens, keep))), keep.any(1)
+            weights = 1 + (soft - soft.detach())
+        seen = run_tokens(vit, tokens, keep, weights=weights)
+        return self.heads["fg"](pool_tokens(vit, seen)), keep.any(1)
 
     # ---- interventions ----
 
@@ -158,7 +158,7 @@ class IFAM(L2R2):
         their part's logits in training. Without arguments: as before.
 
         Raises:
-            L2R2Error: an unknown part, a quantile outside of 0..1, or a checkpoint that has none.
+            L2R2Error: an unknown part, every part, a quantile outside of 0..1, or a checkpoint that has none.
         """
         parts = tuple(sorted(set(drop_parts)))
         self.parts.check_intervention(parts, token_quantile)

@@ -18,11 +18,15 @@ from .views import ViewSpec
 
 
 class Tokens(NamedTuple):
-    """A ViT's tokens after its last norm: prefix `[B, P, C]`, patches `[B, N, C]` (0 where dropped), keep `[B, N]` bool."""
+    """A ViT's tokens after its last norm: prefix `[B, P, C]`, patches `[B, N, C]` (0 where dropped), keep `[B, N]` bool.
+
+    weights: `[B, N]`, how much a kept patch counts in a mean; None counts all alike.
+    """
 
     prefix: Tensor
     patches: Tensor
     keep: Tensor
+    weights: Tensor | None = None
 
 
 # ---- masks on a grid ----
@@ -99,7 +103,7 @@ def embed_tokens(vit: Any, x: Tensor) -> Tensor:
     return vit.norm_pre(vit._pos_embed(vit.patch_embed(x)))
 
 
-def run_tokens(vit: Any, tokens: Tensor, keep: Tensor, *, packed: bool = True) -> Tokens:
+def run_tokens(vit: Any, tokens: Tensor, keep: Tensor, *, packed: bool = True, weights: Tensor | None = None) -> Tokens:
     """The blocks and the last norm of a ViT, with dropped patches as keys in no block (iFAM; Masking).
 
     Args:
@@ -109,32 +113,40 @@ def run_tokens(vit: Any, tokens: Tensor, keep: Tensor, *, packed: bool = True) -
         packed: drop the tokens before block 1; otherwise compute all of them with dropped ones never as keys. Both give the
             same prefix and kept patches, the first in less time. A compiled or exported model always takes the second,
             whose shapes do not depend on the mask.
+        weights: `[B, N]` above 0, how much a kept patch counts: a factor of its attention weights as a key, which are
+            normalised after it, and of its share of a mean. Prefix tokens count 1. Differentiable; None counts all alike.
 
     Raises:
         L2R2Error: a block that cannot run so.
     """
     prefixes = vit.num_prefix_tokens
+    bias = None if weights is None else nn.functional.pad(weights.log(), (prefixes, 0))
     mask = torch.cat([keep.new_ones(keep.shape[0], prefixes), keep], 1)
     try:
         if packed and not torch.compiler.is_compiling():
             capacity = None if mask.device.type == "cpu" else "sync"  # counting is one wait, and what makes packing pay
-            _, out = run_packed(vit.blocks, tokens, mask, num_prefix=prefixes, capacity=capacity, unpacked=True)
+            _, out = run_packed(
+                vit.blocks, tokens, mask, num_prefix=prefixes, capacity=capacity, unpacked=True, key_bias=bias
+            )
             assert out is not None
         else:
-            out = run_masked(vit.blocks, tokens, mask, num_prefix=prefixes)
+            out = run_masked(vit.blocks, tokens, mask, num_prefix=prefixes, key_bias=bias)
     except TypeError as error:
         raise L2R2Error(f"{type(vit).__name__} cannot drop tokens: {error}") from error
     out = vit.norm(out)
-    return Tokens(out[:, :prefixes], torch.where(keep[:, :, None], out[:, prefixes:], 0), keep)
+    return Tokens(out[:, :prefixes], torch.where(keep[:, :, None], out[:, prefixes:], 0), keep, weights)
 
 
 def pool_tokens(vit: Any, tokens: Tokens) -> Tensor:
-    """Pooled features `[B, C]`: the class token, or the mean over the kept patches, as the ViT pools; then its head norm."""
+    """Pooled features `[B, C]` after the head norm: the class token, or the (weighted) mean of kept patches, as the ViT pools."""
     if vit.global_pool == "token":
         pooled = tokens.prefix[:, 0]
     else:
-        count = tokens.keep.sum(1, keepdim=True)
-        pooled = tokens.patches.sum(1)
+        patches, count = tokens.patches, tokens.keep.sum(1, keepdim=True)
+        if tokens.weights is not None:
+            weights = (tokens.keep * tokens.weights).to(patches.dtype)
+            patches, count = patches * weights[..., None], weights.sum(1, keepdim=True)
+        pooled = patches.sum(1)
         if vit.pool_include_prefix:
             pooled, count = pooled + tokens.prefix.sum(1), count + tokens.prefix.shape[1]
         pooled = pooled / count.clamp_min(1)

@@ -101,10 +101,12 @@ class PartDiscovery(nn.Module):
         """Whether `without` can do this.
 
         Raises:
-            L2R2Error: an unknown part, a quantile outside of 0..1, or one that was never stored.
+            L2R2Error: an unknown part, every part, a quantile outside of 0..1, or one that was never stored.
         """
         if wrong := [k for k in dropped if not 0 <= k < self.num_parts]:
             raise L2R2Error(f"There is no part {wrong[0]}; this model has 0 to {self.num_parts - 1}.")
+        if len(set(dropped)) == self.num_parts:  # logits of 0 would name the first class for every image
+            raise L2R2Error(f"Without all {self.num_parts} parts nothing is left to answer from; keep at least one.")
         if not 0 <= quantile <= 1:
             raise L2R2Error(f"token_quantile must lie between 0 and 1, got {quantile}.")
         if quantile and not self.quantiles.any():
