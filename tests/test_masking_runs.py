@@ -1,5 +1,8 @@
 """Views, data sets, predictions, runs and audits of models whose fg is masked inside the network."""
 
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -129,3 +132,24 @@ def test_the_audit_and_a_known_full_answer_go_the_same_way(kind, tmp_path):
         item = _Item(None, Image.fromarray(image.numpy()), None, full=expected.full[0])
         seen, has_fg = predictor._look([item], [_Row(0, boxes[0], 1.0, "", None)])
     assert has_fg == [True] and torch.allclose(seen.fg, expected.fg, atol=1e-5) and torch.equal(seen.full, expected.full)
+
+
+def test_the_benchmark_tells_keeping_all_from_keeping_few(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks/robustness"))
+    masking = importlib.import_module("masking")
+    true = torch.tensor([[True, True, False, False], [True, True, False, False]])
+    keep = torch.tensor([[True, False, True, False], [False, False, False, False]])
+    assert masking.kept_of(keep, true).tolist() == pytest.approx([0.2, 0.5, 0.25, 0.25])
+    assert masking.kept_of(true, true).tolist() == [1, 0.5, 1, 0]
+    assert masking.kept_of(keep, torch.zeros_like(true))[2].isnan()
+
+    net = timm.create_model("ifam_vit_tiny_patch16_224", num_classes=2, num_parts=2, **VIT).eval()
+    net.view_spec = ViewSpec.from_pretrained_cfg(net.pretrained_cfg, size=64, fg="parts")
+    with torch.no_grad():
+        net.parts.prototypes[2] = 100  # far away: nothing is background
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[:32, :32] = True
+    sample = SimpleNamespace(pixels=torch.zeros(64, 64, 3, dtype=torch.uint8), mask=mask, box=torch.tensor([0.0, 0, 32, 32]))
+    monkeypatch.setattr(masking, "sample_of", lambda row, fill: sample)
+    figures = masking.kept_figures(SimpleNamespace(model=net), SimpleNamespace(rows=[0, 1]))
+    assert figures == {"iou": 25.0, "iou_of_everything": 25.0, "object_kept": 100.0, "background_kept": 100.0}

@@ -9,7 +9,9 @@ al., ICCVW 2023) is that early masking beats late masking out of distribution. I
 benchmarks/results/masking.csv.
 
 iFAM is trained on the same images without boxes and masks. Its IoU is that of the patches it keeps with those that the true
-mask covers by half, over the images of a split; `everything` is the IoU of keeping all patches.
+mask covers by half, over the images of a split; `everything` is the IoU of keeping all patches. An IoU near that can mean
+that it keeps all or few: `object_kept` and `background_kept` are the shares of the patches under the mask, and of the others,
+that it keeps. All in %.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ KINDS = {
     "tokens": {"branches": ("fg",), "fg": "tokens"},
 }
 IFAM_RECIPE = {"model": "ifam_vit_tiny_patch16_224", "backbone": SMALL_VIT, "num_parts": 4}
+KEPT = ("iou", "iou_of_everything", "object_kept", "background_kept")
 RESULTS = Path(__file__).parent.parent / "results" / "masking.csv"
 
 
@@ -71,7 +74,7 @@ def measure(data: Path, work: Path, name: str, keys: dict, seed: int, size: int,
     checkpoint = load_checkpoint(run)
     splits = {split: read_table(data).of_split(split) for split in SPLITS}
     found = {split: branch_logits(checkpoint, table, run / "logits") for split, table in splits.items()}
-    parts = {split: part_iou(checkpoint, table) for split, table in splits.items()} if name == "vit:ifam" else {}
+    parts = {split: kept_figures(checkpoint, table) for split, table in splits.items()} if name == "vit:ifam" else {}
     rows = []
     for branch in found[SPLITS[0]].logits:
         row: dict = {"network": name, "answer": branch, "seed": seed}
@@ -80,28 +83,33 @@ def measure(data: Path, work: Path, name: str, keys: dict, seed: int, size: int,
             if "full" in said.logits:  # where iFAM keeps nothing, its first stage answers
                 answers = torch.where(said.has_fg[:, None], answers, said.logits["full"])
             row[split] = round(100 * (answers.argmax(1) == said.labels).float().mean().item(), 1)
-            iou, everything = parts.get(split, (None, None)) if branch == "fg" else (None, None)
-            row |= {f"{split}_iou": iou, f"{split}_iou_of_everything": everything}
+            kept = parts.get(split, {}) if branch == "fg" else {}
+            row |= {f"{split}_{figure}": kept.get(figure) for figure in KEPT}
         rows.append(row)
     return rows
 
 
 @torch.inference_mode()
-def part_iou(checkpoint: Checkpoint, table: ImageTable) -> tuple[float, float]:
-    """Mean IoU over images, in %, of the kept patches with the true ones, and of all patches with the true ones."""
+def kept_figures(checkpoint: Checkpoint, table: ImageTable) -> dict[str, float]:
+    """What iFAM keeps of the images of a table with true masks, by the names of `KEPT`: means over images, in %."""
     model, spec = checkpoint.model, checkpoint.model.view_spec
     assert isinstance(model, IFAM)
-    ious: list[Tensor] = []
+    figures: list[Tensor] = []
     for row in table.rows:
         sample = sample_of(row, spec.fill)
         assert sample.mask is not None
         views = make_views([sample.pixels], sample.box[None], spec, branches=model.branches)
         keep = model.find_parts(views.full).keep[0]  # type: ignore[arg-type]
         true = coverage(sample.mask[None].float(), tuple(keep.shape))[0] >= 0.5  # type: ignore[arg-type]
-        both, either = (keep & true).sum(), (keep | true).sum().clamp(min=1)
-        ious.append(torch.stack([both / either, true.float().mean()]))
-    kept, everything = (100 * torch.stack(ious).mean(0)).tolist()
-    return round(kept, 1), round(everything, 1)
+        figures.append(kept_of(keep, true))
+    means = (100 * torch.stack(figures).nanmean(0)).tolist()
+    return {figure: round(mean, 1) for figure, mean in zip(KEPT, means)}
+
+
+def kept_of(keep: Tensor, true: Tensor) -> Tensor:
+    """The figures `KEPT` of one image, 0 to 1, of bool `[h, w]` kept and true patches; NaN for a share of no patches."""
+    either = (keep | true).sum().clamp(min=1)
+    return torch.stack([(keep & true).sum() / either, true.float().mean(), keep[true].float().mean(), keep[~true].float().mean()])
 
 
 def main() -> None:
