@@ -31,3 +31,6 @@ benchmark: $(INSTALLED)
 benchmark-robustness: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/robustness/background_shift.py fod_a_shift $(DATA)/fod_a_shift
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/robustness/background_shift.py composites $(DATA)/eth80 $(DATA)/scenes
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/robustness/localizers.py fod_a_shift $(DATA)/fod_a_shift
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/robustness/localizers.py composites $(DATA)/eth80 $(DATA)/scenes
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/robustness/masking.py $(DATA)/eth80 $(DATA)/scenes
