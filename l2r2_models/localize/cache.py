@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..box_files import BoxEntry, BoxTable, read_boxes, write_boxes
+from ..box_files import FORMATS, BoxEntry, BoxTable, read_boxes, write_boxes
 from ..errors import L2R2Error
 from ..files import write_text
 from ..images import load_image
@@ -126,8 +126,8 @@ def _format_of(out: Path, format: str) -> str:
         raise L2R2Error(f"{out}: is no name of a box file; it must end in .json or .parquet.")
     if format == "xyxy":
         raise L2R2Error("The format xyxy has no room for scores and failures; choose megadetector or coco.")
-    if format not in ("megadetector", "coco"):
-        raise L2R2Error(f'Unknown box format "{format}" of a .json; choose from megadetector, coco.')
+    if format not in (known := [name for name in FORMATS if name not in ("xyxy", "parquet")]):
+        raise L2R2Error(f'Unknown box format "{format}" of a .json; choose from {", ".join(known)}.')
     return "parquet" if suffix == ".parquet" else format
 
 
