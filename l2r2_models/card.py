@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from timm.models import get_pretrained_cfg
@@ -52,10 +52,13 @@ class Source:
     licence: str | None = None
 
 
-def source_of(checkpoint: Checkpoint) -> Source:
-    """Which of timm's weights the checkpoint started from, by its recipe or by how it was derived."""
-    recipe = checkpoint.training.get("recipe", {})
-    name = recipe.get("model") if recipe.get("pretrained") else checkpoint.training.get("derived_from")
+def source_of_training(training: Mapping[str, Any]) -> Source:
+    """Which public weights a checkpoint started from, by what its config says of its training: by the checkpoint that it was
+    to start from, by its recipe, or by how it was derived."""
+    if isinstance(started := training.get("init"), dict) and isinstance(found := started.get("source"), dict):
+        return Source(**{f.name: found[f.name] for f in fields(Source) if isinstance(found.get(f.name), str)})
+    recipe = training.get("recipe", {})
+    name = recipe.get("model") if recipe.get("pretrained") else training.get("derived_from")
     if not isinstance(name, str):
         return Source()
     for config in load_hub_configs():
@@ -79,7 +82,7 @@ def model_card(checkpoint: Checkpoint, repo: str, facts: Facts, evaluations: Seq
     """
     from huggingface_hub import ModelCardData
 
-    source = source_of(checkpoint)
+    source = source_of_training(checkpoint.training)
     data = ModelCardData(
         library_name="timm",
         pipeline_tag="image-classification",
@@ -112,8 +115,6 @@ def hub_config(
     architecture = model.pretrained_cfg["architecture"]
     if architecture == "l2r2":
         raise L2R2Error(f"{checkpoint.name}: the generic model has no tags; only one of `l2r2 list` can get one.")
-    arguments = {**model.backbone_kwargs, "branches": list(model.branches), "shared": model.shared,
-                 "fusion": model.fusion.config(), "views": model.view_spec.to_dict()}  # fmt: skip
     localizer = localizer_facts(checkpoint, facts)
     figures = [
         {"dataset": r.dataset_name, "split": r.dataset_split, "output": r.metric_name.partition("(")[2].rstrip(")"),
@@ -122,10 +123,11 @@ def hub_config(
         for r in _eval_results(evaluation, facts)
     ]  # fmt: skip
     return HubConfig(
-        architecture=architecture, tag=tag, default=False, source=source_of(checkpoint).name or "random weights", hub_id=repo,
-        licence=facts.licence, labels=facts.data, parameters=sum(p.numel() for p in model.parameters()),
+        architecture=architecture, tag=tag, default=False, hub_id=repo, licence=facts.licence,
+        source=source_of_training(checkpoint.training).name or "random weights",
+        labels=facts.data, parameters=sum(p.numel() for p in model.parameters()),
         input_size=model.view_spec.size, top1=None, made_by=made_by, label_names=list(checkpoint.labels),
-        model_args=arguments, localizer={k: str(v) for k, v in localizer.items() if k in LOCALIZER} or None,
+        model_args=model.arguments(), localizer={k: str(v) for k, v in localizer.items() if k in LOCALIZER} or None,
         metrics=figures or None,
     )  # fmt: skip
 
@@ -177,7 +179,8 @@ def _details(checkpoint: Checkpoint, source: Source, facts: Facts) -> str:
     start = "random weights"
     if source.name:
         where = f" ([{source.hub_id}](https://huggingface.co/{source.hub_id}))" if source.hub_id else ""
-        start = f"timm's `{source.name}`{where}, licence: {source.licence or 'not stated, see its page'}"
+        whose = "" if source.name == source.hub_id else "timm's "
+        start = f"{whose}`{source.name}`{where}, licence: {source.licence or 'not stated, see its page'}"
     rows = {
         "architecture": f"`{model.pretrained_cfg['architecture']}`, backbone `{model.backbone_name}`, "
         + ("shared by the branches" if model.shared else "one for each branch"),

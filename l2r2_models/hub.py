@@ -153,18 +153,10 @@ def load_checkpoint(source: str | Path, *, any_fusion: bool = False) -> Checkpoi
             what to do.
     """
     name = str(source)
-    folder = Path(name.removeprefix("local-dir:"))
-    of_hub = not folder.is_dir()
-    folder = download(name) if of_hub else folder
-    if pickled := pickles_in(folder):
-        raise L2R2Error(f"{folder}: holds {pickled[0]}; pickled weights are never loaded, only {WEIGHTS}. Remove it.")
-    for file in (CONFIG, WEIGHTS):
-        if not (folder / file).is_file():
-            raise L2R2Error(f"{folder}: is not a checkpoint, it has no {file}.")
-    config = read_json(folder / CONFIG)
-    _check_config(config, name)
+    folder, config = open_checkpoint(name)
+    check_config(config, name)
     digest = file_sha256(folder / WEIGHTS)
-    if of_hub:
+    if folder != local_folder(name):
         _check_hash(folder / WEIGHTS, digest, name)
     try:
         model = cast(L2R2, timm.create_model(f"local-dir:{folder}", pretrained=True))
@@ -179,6 +171,30 @@ def load_checkpoint(source: str | Path, *, any_fusion: bool = False) -> Checkpoi
         raise L2R2Error(f"{name}: {len(labels)} label_names for {model.num_classes} classes in {CONFIG}.")
     ours = config["l2r2"]
     return Checkpoint(model.eval(), labels, ours.get("training", {}), name, digest, ours.get("localizer", {}))
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder that a name of a checkpoint stands for; None where it is to be looked for on the Hub."""
+    folder = Path(name.removeprefix("local-dir:"))
+    return folder if folder.is_dir() else None
+
+
+def open_checkpoint(name: str) -> tuple[Path, dict[str, Any]]:
+    """Folder and config.json of a checkpoint in timm's layout, downloaded where it is not a folder.
+
+    Raises:
+        L2R2Error: no checkpoint, with pickled weights, or not reachable.
+    """
+    folder = local_folder(name) or download(name)
+    if pickled := pickles_in(folder):
+        raise L2R2Error(f"{folder}: holds {pickled[0]}; pickled weights are never loaded, only {WEIGHTS}. Remove it.")
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise L2R2Error(f"{folder}: is not a checkpoint, it has no {file}.")
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise L2R2Error(f"{name}: is not a checkpoint in timm's layout, its {CONFIG} names no architecture.")
+    return folder, config
 
 
 def pickles_in(folder: Path) -> list[str]:
@@ -217,8 +233,13 @@ def check_format(version: Any) -> None:
         raise L2R2Error(f"checkpoint format {version} is newer than {FORMAT_VERSION}; upgrade l2r2-models.")
 
 
-def _check_config(config: Any, name: str) -> None:
-    if not isinstance(config, dict) or not isinstance(config.get("l2r2"), dict):
+def check_config(config: dict[str, Any], name: str) -> None:
+    """Whether a config.json is that of an L2R2 checkpoint which this version reads.
+
+    Raises:
+        L2R2Error: it is not; the message says what is wrong.
+    """
+    if not isinstance(config.get("l2r2"), dict):
         raise L2R2Error(f"{name}: {CONFIG} has no l2r2 section; this is not an L2R2 checkpoint.")
     ours = config["l2r2"]
     try:
@@ -230,9 +251,8 @@ def _check_config(config: Any, name: str) -> None:
     if wrong := [k for k, kind in SECTION.items() if k in ours and not isinstance(ours[k], kind)]:
         raise L2R2Error(f"{name}: {CONFIG} has an unusable {wrong[0]} under l2r2.")
     labels = config.get("label_names", [])
-    architecture = config.get("architecture")
-    if not isinstance(architecture, str) or not architecture.startswith(OURS):
-        raise L2R2Error(f"{name}: the architecture {architecture} in {CONFIG} is not an L2R2 model.")
+    if not config["architecture"].startswith(OURS):
+        raise L2R2Error(f"{name}: the architecture {config['architecture']} in {CONFIG} is not an L2R2 model.")
     if not isinstance(config.get("model_args"), dict):
         raise L2R2Error(f"{name}: {CONFIG} needs model_args as a mapping.")
     if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels) or len(set(labels)) != len(labels):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from .card import Facts, Source, hub_config, model_card, source_of
+from .card import Facts, Source, hub_config, model_card, source_of_training
 from .card_usage import localizer_facts
 from .configs import HubConfig
 from .errors import L2R2Error
@@ -96,7 +96,7 @@ def prepare(
     write_json(folder / CONFIG, _clean_config(read_json(run / CONFIG), checkpoint, facts))
     write_text(folder / CARD, model_card(checkpoint, repo, facts, evaluations))
     problems = [
-        *_license_problems(facts, source_of(checkpoint)),
+        *_license_problems(facts, source_of_training(checkpoint.training)),
         *_record_problems(run, checkpoint),
         *_content_problems(folder),
         *_logit_problems(checkpoint, load_checkpoint(folder)),

@@ -121,10 +121,8 @@ def load_filter(state_dict: dict[str, Tensor], model: L2R2) -> dict[str, Tensor]
         kept = {k: v for k, v in state_dict.items() if not k.startswith("fusion.") or (k in own and v.shape == own[k].shape)}
         return {**{k: v for k, v in own.items() if k.startswith("fusion.")}, **kept}
 
-    module = sys.modules[model_entrypoint(model.backbone_name.split(".")[0]).__module__]
-    convert: Callable[..., dict[str, Tensor]] = getattr(module, "checkpoint_filter_fn", lambda sd, _: sd)
-    source = convert(state_dict, model.backbone)
-    classifier = _classifier_name(model)
+    source = backbone_weights(state_dict, model)
+    classifier = classifier_name(model)
     out = {k: v for k, v in own.items() if k.startswith(model.fresh)}
     for prefix in model.backbone_prefixes():
         body = {k.removeprefix(prefix): v for k, v in own.items() if k.startswith(prefix) and ".head.norm." in k}
@@ -138,7 +136,14 @@ def load_filter(state_dict: dict[str, Tensor], model: L2R2) -> dict[str, Tensor]
     return out
 
 
-def _classifier_name(model: L2R2) -> str:
+def backbone_weights(state_dict: dict[str, Tensor], model: L2R2) -> dict[str, Tensor]:
+    """A timm checkpoint of the model's backbone as the backbone names and shapes it: after timm's own filter for it."""
+    module = sys.modules[model_entrypoint(model.backbone_name.split(".")[0]).__module__]
+    convert: Callable[..., dict[str, Tensor]] = getattr(module, "checkpoint_filter_fn", lambda sd, _: sd)
+    return convert(state_dict, model.backbone)
+
+
+def classifier_name(model: L2R2) -> str:
     """Name of the classifier in the timm backbone's own checkpoints, e.g. `head.fc`."""
     name = model.backbone.default_cfg.get("classifier")
     if not isinstance(name, str):

@@ -38,7 +38,8 @@ def test_train_publish_pull(tmp_path, monkeypatch, l2r2):
     data, run = write_dataset(tmp_path / "data", splits=("train", "val", "test")), tmp_path / "runs" / "squares"
     with HubDouble().running() as double:
         double.connect(monkeypatch, tmp_path / "author", TOKEN)
-        l2r2("finetune", data, "--model", "l2r2_resnet18", "--no-pretrained", "--size", 32, "--epochs", 2, "-o", run)
+        made = ("--model", "l2r2_resnet18", "--no-pretrained", "--box-head", "--size", 32, "--epochs", 2)
+        l2r2("finetune", data, *made, "-o", run)
         l2r2("evaluate", run, data, "--split", "test")
         config = tmp_path / "configs" / "l2r2_resnet18.squares.yaml"
         options = ("--licence", "mit", "--data", "Squares", "--hub-config", config, "--push", "--json")

@@ -36,8 +36,9 @@ from l2r2_models.train.recipes import Recipe
 
 SPLITS = ("test_id", "test_ood")
 SMALL_VIT = {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
+SMALL_CONVNEXT = {"patch_size": 2, "depths": [1, 1, 3, 1], "dims": [32, 64, 128, 256]}  # at 64 pixels its last map is 4 x 4
 BACKBONES = {
-    "resnet": {"model": "timm:resnet10t"},
+    "convnext": {"model": "l2r2_convnext_tiny", "backbone": SMALL_CONVNEXT},
     "vit": {"model": "l2r2_vit_tiny_patch16_224", "backbone": SMALL_VIT},
 }
 KINDS = {
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("scenes", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--only", nargs="+", choices=list(plan(None)))
     parser.add_argument("--work", type=Path, default=Path("runs/masking"))
     arguments = parser.parse_args()

@@ -46,6 +46,12 @@ def finetune(
     pretrained: Annotated[
         Optional[bool], typer.Option("--pretrained/--no-pretrained", help="Start from the tag's weights.", show_default="with")
     ] = None,
+    init: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="RUN", help="Start from a run, a Hub id, or a folder with a timm model; without --model also its settings."
+        ),
+    ] = None,
     branches: Annotated[Optional[str], typer.Option(help="Of full,fg,bg; `full` alone is a plain classifier.")] = None,
     shared: Annotated[
         Optional[bool], typer.Option("--shared/--no-shared", help="One backbone for all branches, or one each.", show_default="")
@@ -95,9 +101,9 @@ def finetune(
     from ..train.recipes import Recipe, parse_settings
 
     flags = dict(
-        model=model, pretrained=pretrained, branches=names(branches), shared=shared, fusion=fusion, threshold=threshold, fg=fg,
-        margin=margin, size=size, box_threshold=box_threshold, epochs=epochs, batch_size=batch_size, lr=lr,
-        weight_decay=weight_decay, label_smoothing=label_smoothing, box_jitter=box_jitter, seed=seed, workers=workers,
+        model=model, pretrained=pretrained, init=init, branches=names(branches), shared=shared, fusion=fusion,
+        threshold=threshold, fg=fg, margin=margin, size=size, box_threshold=box_threshold, epochs=epochs, batch_size=batch_size,
+        lr=lr, weight_decay=weight_decay, label_smoothing=label_smoothing, box_jitter=box_jitter, seed=seed, workers=workers,
         val_fraction=val_fraction, val_group=val_group, val_from=val_from, background_swap=background_swap, occlusion=occlusion,
         box_head=box_head,
     )  # fmt: skip

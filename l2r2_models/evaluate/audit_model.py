@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import L2R2Error
 from ..files import read_json
-from ..hub import CONFIG, WEIGHTS, download, load_checkpoint, pickles_in
+from ..hub import load_checkpoint, local_folder, open_checkpoint
 from ..model import L2R2
 from ..views import Views, ViewSpec
 
@@ -89,24 +89,16 @@ def load_audited(source: str | Path, labels: Path | None = None) -> Audited:
     name = str(source)
     if name.startswith("timm:"):
         return _plain(name, _create(name, name.removeprefix("timm:")), labels)
-    folder = Path(name.removeprefix("local-dir:"))
-    local = folder.is_dir()
-    folder = folder if local else download(name)
-    config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else None
-    if not isinstance(config, dict) or "architecture" not in config:
-        raise L2R2Error(f"{name}: is neither a run nor a checkpoint in timm's layout, it has no usable {CONFIG}.")
+    local = local_folder(name)
+    folder, config = open_checkpoint(name)
     if "l2r2" not in config:
-        if pickled := pickles_in(folder):
-            raise L2R2Error(f"{folder}: holds {pickled[0]}; pickled weights are never loaded, only {WEIGHTS}. Remove it.")
-        if not (folder / WEIGHTS).exists():
-            raise L2R2Error(f"{name}: has no {WEIGHTS}.")
-        return _plain(name, _create(name, f"local-dir:{folder}"), labels, folder if local else None)
+        return _plain(name, _create(name, f"local-dir:{folder}"), labels, local)
     if labels is not None:
         raise L2R2Error(f"{name}: an L2R2 checkpoint names its classes itself; leave --labels out.")
     checkpoint = load_checkpoint(source)
     model = checkpoint.model
     names = tuple((label,) for label in checkpoint.labels)
-    return Audited(name, model, names, model.view_spec, model.branches, checkpoint.box_threshold, folder if local else None)
+    return Audited(name, model, names, model.view_spec, model.branches, checkpoint.box_threshold, local)
 
 
 def _create(name: str, model: str) -> Any:

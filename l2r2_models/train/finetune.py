@@ -23,6 +23,7 @@ from .models import create_model
 from .optimizers import check_optimizer
 from .recipes import NO_METRIC, Recipe
 from .run_folder import CHECKPOINTS, RECIPE, RUN, check_place, finished, surroundings
+from .start import Start
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "validation", "valid", "dev")
@@ -86,17 +87,20 @@ def finetune(
     Raises:
         L2R2Error: unusable data, an unknown model, or a folder that holds another run.
     """
-    out, start = Path(out), time.monotonic()
+    out, began = Path(out), time.monotonic()
     trainer = _trainer_module(tensorboard)
     table = processes.together(lambda: read_table(data, metadata=metadata, boxes=boxes))
     train, val, settings = processes.together(lambda: _plan(table, recipe, train_split, val_split))
+    start = processes.together(lambda: None if recipe.init is None else Start.read(recipe.init))
+    if start:
+        settings["init"] = start.about()
     if (done := processes.on_first(lambda: _finished(out, Path(data), settings, overwrite))) is not None:
-        notes = tuple(done.get("notes", []))
-        return Result(out, done["metrics"], len(train), done["data"]["with_box"], {}, was_finished=True, notes=notes)
+        said = tuple(done.get("notes", []))
+        return Result(out, done["metrics"], len(train), done["data"]["with_box"], {}, was_finished=True, notes=said)
 
     classes = train.classes()
     # before the slow check of the images: a wrong name shows at once
-    model = processes.together(lambda: _model(recipe, len(classes), trainer))
+    model, notes = processes.together(lambda: _model(recipe, classes, start, trainer))
     check = processes.on_first(lambda: _check(train, val, recipe, model, skip_bad, progress))
     train, val = _without(train, check.bad), _without(val, check.bad) if val else None
     leaks = processes.on_first(lambda: find_leaks(train, _other_rows(table, train, val), check.hashes, progress))
@@ -109,12 +113,12 @@ def finetune(
     record = {
         **settings,
         **surroundings(),
-        "seconds": round(time.monotonic() - start, 1),
+        "seconds": round(time.monotonic() - began, 1),
         "epochs": {"trained": trained.epochs, "before_this_call": trained.continued},
         "best": None if trained.best is None else {"metric": recipe.best_metric, **asdict(trained.best)},
         "val_used_for": [k for k in ("best_metric", "patience") if trained.best is not None and getattr(recipe, k)],
         "leaks": [leak.to_dict() for leak in leaks],
-        "notes": [*(leak.sentence() for leak in leaks), *_notes(recipe, trained)],
+        "notes": [*notes, *(leak.sentence() for leak in leaks), *_notes(recipe, trained)],
         "train_files": train.names(),
         "val_files": val.names() if val else [],
         "metrics": trained.metrics,
@@ -155,10 +159,12 @@ def _finished(out: Path, data: Path, settings: dict[str, Any], overwrite: bool) 
     return None if overwrite else finished(out)
 
 
-def _model(recipe: Recipe, classes: int, trainer: Any) -> L2R2:
+def _model(recipe: Recipe, classes: Sequence[str], start: Start | None, trainer: Any) -> tuple[L2R2, list[str]]:
+    """The model, and what is to be said of where it started."""
     trainer.check_device(recipe)
     check_optimizer(recipe.optimizer)
-    return create_model(recipe, classes)
+    model = create_model(recipe, len(classes), start)
+    return model, [start.give(model, classes)] if start else []
 
 
 def _begin(out: Path, recipe: Recipe, settings: dict[str, Any], overwrite: bool) -> None:

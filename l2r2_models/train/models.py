@@ -12,10 +12,11 @@ from ..model import L2R2
 from ..views import IN_NETWORK, ViewSpec
 from ..zoo import PARTS
 from .recipes import Recipe
+from .start import Start
 
 
-def create_model(recipe: Recipe, num_classes: int) -> L2R2:
-    """The recipe's model with its views.
+def create_model(recipe: Recipe, num_classes: int, start: Start | None = None) -> L2R2:
+    """The recipe's model with its views; it has the weights of the tag, but not yet those of `start`.
 
     Raises:
         L2R2Error: unknown name, weights that cannot be had, or a size that the backbone does not take.
@@ -49,7 +50,7 @@ def create_model(recipe: Recipe, num_classes: int) -> L2R2:
     if recipe.size and cfg is not None and cfg.fixed_input_size:
         options["img_size"] = recipe.size
     try:
-        model = cast(L2R2, timm.create_model(name, pretrained=recipe.pretrained, **options))
+        model = cast(L2R2, timm.create_model(name, pretrained=recipe.pretrained and start is None, **options))
     except L2R2Error:
         raise
     except (OSError, RuntimeError, AssertionError, ValueError, TypeError) as error:  # hub, torch and timm errors
@@ -58,7 +59,8 @@ def create_model(recipe: Recipe, num_classes: int) -> L2R2:
         raise L2R2Error(f"{recipe.model} cannot be created ({what}){hint}.") from error
     changes = {name: getattr(recipe, name) for name in ("margin", "late_stage", "late_pool", "coverage")}
     changes.update(fg=recipe.fg or model.view_spec.fg, **({"size": recipe.size} if recipe.size else {}))
-    model.view_spec = ViewSpec.from_pretrained_cfg(model.pretrained_cfg, **changes)
+    used_to = start.normalisation() if start else {}
+    model.view_spec = ViewSpec.from_pretrained_cfg({**model.pretrained_cfg, **used_to}, **changes)
     if (recipe.mixup or recipe.cutmix) and model.view_spec.fg in IN_NETWORK:
         raise L2R2Error(f'mixup and cutmix mix images, but not the masks that fg "{model.view_spec.fg}" needs; leave them out.')
     _try_out(model, recipe)

@@ -32,7 +32,9 @@ class Recipe:
 
     Attributes:
         model: registered architecture, with or without a tag; or a timm backbone for the generic model as `timm:NAME`.
-        pretrained: start from the tag's weights (downloaded once by timm) instead of random ones.
+        pretrained: start from weights instead of random ones: those of `init`, or of the tag (downloaded once by timm).
+        init: start from a checkpoint: a run's folder, a Hub repository, or a timm classifier saved in timm's layout. Its backbone
+            must be the model's; its heads are taken where the classes are the same.
         backbone: more arguments of the timm backbone, e.g. `{patch_size: 8, depth: 6}` for a small ViT from scratch.
         branches, shared, fusion, threshold: see `L2R2`; `threshold` is that of the `robust` fusion.
         drop, drop_path: dropout before the heads; stochastic depth in the backbone (arXiv 1603.09382), where timm has it.
@@ -72,6 +74,7 @@ class Recipe:
 
     model: str
     pretrained: bool = True
+    init: str | None = None
     backbone: dict[str, Any] | None = None
     branches: tuple[str, ...] = ("full", "fg")
     shared: bool = True
@@ -141,6 +144,8 @@ class Recipe:
         if self.grad_accumulation > self.batch_size:
             raise L2R2Error(f"grad_accumulation {self.grad_accumulation} is more than the {self.batch_size} rows of a batch.")
         self._check_best()
+        if self.init is not None and not self.pretrained:
+            raise L2R2Error("init gives the weights to start from, so pretrained cannot be false; leave one of both out.")
         if self.box_head and (self.mixup or self.cutmix):
             raise L2R2Error("mixup and cutmix mix images, but not the boxes that a box head learns from; leave one of both out.")
         self.augment()
@@ -195,16 +200,22 @@ class Recipe:
     def read(cls, source: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
         """A built-in recipe by its name, or a YAML file such as the recipe.yaml of a run, with changes.
 
+        Without a model but with an `init`, the model and its views are those of that checkpoint, where no key says otherwise.
+
         Args:
             source: one of `builtin_recipes()`, or a file.
             changes: keys that override.
 
         Raises:
-            L2R2Error: no such recipe or file, an unknown key, a value of another kind, or no model.
+            L2R2Error: no such recipe or file, an unknown key, a value of another kind, no model, or an `init` without one.
         """
         values = {**read_keys(source), **(changes or {})}
+        if values.get("init") and not values.get("model"):
+            from .start import Start  # knows the models, which take seconds to import
+
+            values = {**Start.read(str(values["init"])).recipe_keys(), **{k: v for k, v in values.items() if k != "model"}}
         if not values.get("model"):
-            raise L2R2Error(f"{source}: names no model; give --model, see `l2r2 list`.")
+            raise L2R2Error(f"{source}: names no model; give --model, see `l2r2 list`, or --init.")
         return cls.from_dict(values)
 
     @classmethod

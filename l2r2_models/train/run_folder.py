@@ -37,6 +37,7 @@ def check_place(out: Path, data: Path, settings: dict[str, Any], overwrite: bool
         raise L2R2Error(f"{out / RUN}: is damaged; --overwrite the run.")
     changed = [k for k, v in settings["recipe"].items() if recipe.get(k) != v and k not in FREE]
     changed += ["data set"] if any(old_data.get(k) != v for k, v in settings["data"].items()) else []
+    changed += ["init"] if old.get("init") != settings.get("init") and "init" not in changed else []
     if changed:
         raise L2R2Error(f"{out}: holds a run with another {', '.join(changed)}; choose another -o, or --overwrite it.")
 
