@@ -8,10 +8,8 @@ the same finetune that users call; weights after the last epoch, nothing is chos
 al., ICCVW 2023) is that early masking beats late masking out of distribution. Interrupted, the same command continues. Writes
 benchmarks/results/masking.csv.
 
-iFAM is trained on the same images without boxes and masks. Its IoU is that of the patches it keeps with those that the true
-mask covers by half, over the images of a split; `everything` is the IoU of keeping all patches. An IoU near that can mean
-that it keeps all or few: `object_kept` and `background_kept` are the shares of the patches under the mask, and of the others,
-that it keeps. All in %.
+iFAM is trained on the same images without boxes and masks; what it keeps is compared with the true masks, see
+`FoundParts.agreement`. All in %.
 """
 
 from __future__ import annotations
@@ -21,27 +19,23 @@ from pathlib import Path
 
 import torch
 from background_shift import COMMON, about_run, write_table
-from torch import Tensor
 
-from l2r2_models import make_views
-from l2r2_models.data.dataset import sample_of
 from l2r2_models.data.spawrious import composites
-from l2r2_models.data.table import ImageTable, read_table
+from l2r2_models.data.table import read_table
 from l2r2_models.evaluate.logits import branch_logits
-from l2r2_models.hub import Checkpoint, load_checkpoint
-from l2r2_models.ifam import IFAM
-from l2r2_models.masking import coverage
+from l2r2_models.evaluate.parts import AGREEMENT, find_parts
+from l2r2_models.hub import load_checkpoint
 from l2r2_models.train.finetune import finetune
 from l2r2_models.train.recipes import Recipe
 
 SPLITS = ("test_id", "test_ood")
 SMALL_VIT = {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
 SMALL_CONVNEXT = {"patch_size": 2, "depths": [1, 1, 3, 1], "dims": [32, 64, 128, 256]}  # at 64 pixels its last map is 4 x 4
-BACKBONES = {
+BACKBONES: dict[str, dict] = {
     "convnext": {"model": "l2r2_convnext_tiny", "backbone": SMALL_CONVNEXT},
     "vit": {"model": "l2r2_vit_tiny_patch16_224", "backbone": SMALL_VIT},
 }
-KINDS = {
+KINDS: dict[str, dict] = {
     "full": {"branches": ("full",)},
     "crop": {"branches": ("fg",), "fg": "crop"},
     "masked_crop": {"branches": ("fg",), "fg": "masked_crop"},
@@ -51,7 +45,6 @@ KINDS = {
     "tokens": {"branches": ("fg",), "fg": "tokens"},
 }
 IFAM_RECIPE = {"model": "ifam_vit_tiny_patch16_224", "backbone": SMALL_VIT, "num_parts": 4}
-KEPT = ("iou", "iou_of_everything", "object_kept", "background_kept")
 RESULTS = Path(__file__).parent.parent / "results" / "masking.csv"
 
 
@@ -75,7 +68,7 @@ def measure(data: Path, work: Path, name: str, keys: dict, seed: int, size: int,
     checkpoint = load_checkpoint(run)
     splits = {split: read_table(data).of_split(split) for split in SPLITS}
     found = {split: branch_logits(checkpoint, table, run / "logits") for split, table in splits.items()}
-    parts = {split: kept_figures(checkpoint, table) for split, table in splits.items()} if name == "vit:ifam" else {}
+    parts = {split: find_parts(checkpoint, table).agreement() for split, table in splits.items()} if name == "vit:ifam" else {}
     rows = []
     for branch in found[SPLITS[0]].logits:
         row: dict = {"network": name, "answer": branch, "seed": seed}
@@ -85,32 +78,9 @@ def measure(data: Path, work: Path, name: str, keys: dict, seed: int, size: int,
                 answers = torch.where(said.has_fg[:, None], answers, said.logits["full"])
             row[split] = round(100 * (answers.argmax(1) == said.labels).float().mean().item(), 1)
             kept = parts.get(split, {}) if branch == "fg" else {}
-            row |= {f"{split}_{figure}": kept.get(figure) for figure in KEPT}
+            row |= {f"{split}_{figure}": round(100 * kept[figure], 1) if kept else None for figure in AGREEMENT}
         rows.append(row)
     return rows
-
-
-@torch.inference_mode()
-def kept_figures(checkpoint: Checkpoint, table: ImageTable) -> dict[str, float]:
-    """What iFAM keeps of the images of a table with true masks, by the names of `KEPT`: means over images, in %."""
-    model, spec = checkpoint.model, checkpoint.model.view_spec
-    assert isinstance(model, IFAM)
-    figures: list[Tensor] = []
-    for row in table.rows:
-        sample = sample_of(row, spec.fill)
-        assert sample.mask is not None
-        views = make_views([sample.pixels], sample.box[None], spec, branches=model.branches)
-        keep = model.find_parts(views.full).keep[0]  # type: ignore[arg-type]
-        true = coverage(sample.mask[None].float(), tuple(keep.shape))[0] >= 0.5  # type: ignore[arg-type]
-        figures.append(kept_of(keep, true))
-    means = (100 * torch.stack(figures).nanmean(0)).tolist()
-    return {figure: round(mean, 1) for figure, mean in zip(KEPT, means)}
-
-
-def kept_of(keep: Tensor, true: Tensor) -> Tensor:
-    """The figures `KEPT` of one image, 0 to 1, of bool `[h, w]` kept and true patches; NaN for a share of no patches."""
-    either = (keep | true).sum().clamp(min=1)
-    return torch.stack([(keep & true).sum() / either, true.float().mean(), keep[true].float().mean(), keep[~true].float().mean()])
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from .judge import OWN, Evaluation, Judged
 from .metrics import bootstrap_interval
 from .report import Cell, Picture, Section, gallery, percent, table, write_page
 from .report_figures import bars_by_group, confusion, reliability_diagram
+from .report_parts import parts_section
 
 SHOWN = 24  # disagreements
 ALIKE = 2  # of them with the same truth and answer: neighbouring frames fail alike
@@ -30,7 +31,7 @@ WORDS = {
 
 
 def write_evaluation(path: str | Path, judged: Judged, result: Evaluation) -> None:
-    """Write the page of an evaluation: figures with their 95 % intervals, calibration, groups, classes, disagreements.
+    """Write the page of an evaluation: figures with their 95 % intervals, calibration, groups, classes, parts, disagreements.
 
     Args:
         path: the HTML file.
@@ -40,7 +41,8 @@ def write_evaluation(path: str | Path, judged: Judged, result: Evaluation) -> No
         L2R2Error: not writable, or matplotlib is missing.
     """
     sections = [_accuracy(judged, result), *_groups(judged, result), _calibration(judged, result), _classes(judged, result)]
-    sections += [*_disagreements(judged), *_without_box(judged, result), *_left_out(result), _origin(judged, result)]
+    sections += [*parts_section(judged), *_disagreements(judged), *_without_box(judged, result), *_left_out(result)]
+    sections.append(_origin(judged, result))
     title = f"{Path(judged.checkpoint.name).name} on {result.split}"
     write_page(path, title, _lead(judged, result), sections, [*result.warnings, *result.notes])
 

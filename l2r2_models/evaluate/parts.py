@@ -1,0 +1,114 @@
+"""What an ifam model takes for the object: the part of each patch, what its second stage sees, and both against true masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..data.dataset import sample_of
+from ..data.table import ImageTable
+from ..errors import L2R2Error
+from ..hub import Checkpoint
+from ..ifam import IFAM
+from ..masking import coverage
+from ..views import make_views
+
+BATCH = 32
+AGREEMENT = ("iou", "iou_of_everything", "object_kept", "background_kept")
+
+
+@dataclass(frozen=True)
+class FoundParts:
+    """What stage 1 found in N images on a grid of h x w patches.
+
+    Attributes:
+        rows: numbers of the images in the table.
+        views: `[N, 3, S, S]` in 0..1, the whole images as the network sees them.
+        part: `[N, h, w]` int64, the part that each patch belongs to; K is the background.
+        keep: `[N, h, w]` bool, the patches that stage 2 sees (fewer than the parts have, under an intervention).
+        true: `[N, h, w]` bool, the patches that a true mask covers by half.
+        has_mask: `[N]` bool, whether there is a true mask.
+        num_parts: K.
+    """
+
+    rows: list[int]
+    views: Tensor
+    part: Tensor
+    keep: Tensor
+    true: Tensor
+    has_mask: Tensor
+    num_parts: int
+
+    def shares(self) -> list[float]:
+        """Part of all patches that belong to each part, the background last."""
+        return torch.bincount(self.part.flatten(), minlength=self.num_parts + 1).div(max(self.part.numel(), 1)).tolist()
+
+    def occurrence(self) -> list[float]:
+        """Part of the images that have a patch of each part, the background last."""
+        return [(self.part == k).any((1, 2)).float().mean().item() for k in range(self.num_parts + 1)]
+
+    def agreement(self) -> dict[str, float]:
+        """Means over the images with a true mask, 0 to 1; empty where there is none.
+
+        `iou` of the kept patches with those under the mask; `iou_of_everything`: of all patches with them, which keeping
+        everything would reach; `object_kept` and `background_kept`: how much of the patches under the mask, and of the others, is
+        kept.
+        """
+        if not self.has_mask.any():
+            return {}
+        keep, true = (x[self.has_mask].flatten(1) for x in (self.keep, self.true))
+
+        def share(of: Tensor, among: Tensor) -> Tensor:
+            """NaN for a share of no patches."""
+            return (of & among).sum(1) / among.sum(1)
+
+        figures = torch.stack([share(keep & true, keep | true), true.float().mean(1), share(keep, true), share(keep, ~true)])
+        return dict(zip(AGREEMENT, figures.nanmean(1).tolist()))
+
+
+@torch.inference_mode()
+def find_parts(checkpoint: Checkpoint, table: ImageTable, most: int | None = None) -> FoundParts:
+    """Run stage 1 on images, under the interventions that the model has.
+
+    Args:
+        checkpoint: of an ifam model.
+        table: images; those that cannot be read are left out.
+        most: at most so many images, evenly from all.
+
+    Raises:
+        L2R2Error: not an ifam model, or no image can be read.
+    """
+    model = checkpoint.model
+    if not isinstance(model, IFAM):
+        raise L2R2Error(f"{checkpoint.name}: finds no parts; that is what the ifam models do.")
+    spec = replace(model.view_spec, fg="tokens")  # whose views come with the mask that they are to be compared with
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (spec.mean, spec.std))
+    count = len(table) if most is None else min(most, len(table))
+    chosen = [i * len(table) // count for i in range(count)]
+    rows: list[int] = []
+    found: list[tuple[Tensor, ...]] = []
+    for start in range(0, count, BATCH):
+        samples = {}
+        for i in chosen[start : start + BATCH]:
+            try:
+                samples[i] = sample_of(table.rows[i], spec.fill, checkpoint.box_threshold)
+            except L2R2Error:
+                continue
+        if not samples:
+            continue
+        rows += samples
+        boxes = torch.stack([s.box for s in samples.values()])
+        masks = [s.mask for s in samples.values()]
+        views = make_views([s.pixels for s in samples.values()], boxes, spec, masks=masks)
+        assert views.full is not None and views.mask is not None
+        parts = model.forward_views(views.full).parts
+        assert parts is not None
+        true = coverage(views.mask.float(), (parts.keep.shape[1], parts.keep.shape[2])) >= 0.5
+        has_mask = torch.tensor([mask is not None for mask in masks])
+        found.append(((views.full * std + mean).clamp(0, 1), parts.logits.argmax(1), parts.keep, true, has_mask))
+    if not rows:
+        raise L2R2Error(f"{table.root}: none of its {count} images can be read.")
+    seen, part, keep, true, has_mask = (torch.cat(tensors) for tensors in zip(*found))
+    return FoundParts(rows, seen, part, keep, true, has_mask, model.parts.num_parts)
