@@ -52,7 +52,7 @@ class Report:
     @property
     def localizer_failures(self) -> list[str]:
         """The reasons of the answers that are the whole image's because the localizer failed, one an image."""
-        return [o["reason"] for o in self.objects if o["reason"].startswith(LOCALIZER_FAILED)]
+        return [image["objects"][0]["reason"] for image in self.images if not _was_looked_at(image)]
 
     @property
     def objects(self) -> list[dict[str, Any]]:
@@ -101,14 +101,15 @@ def predict_to_file(
     out: Path,
     progress: Callable[[Iterable[Prediction], int], Iterable[Prediction]] = lambda items, _: items,
 ) -> Report:
-    """Classify into a JSON file. Answers that the file holds already are kept; failures are tried again.
+    """Classify into a JSON file. Answers that the file holds already are kept; failures, also of the localizer, are tried again.
 
     Raises:
         L2R2Error: the file was made with another model, other boxes or settings, or cannot be written.
     """
     header = _header(predictor, inputs)
     finished = _finished(out, header)
-    todo = [path for path in inputs.paths if str(path) not in finished]
+    again = set() if predictor.localizer is None else {name for name, image in finished.items() if not _was_looked_at(image)}
+    todo = [path for path in inputs.paths if str(path) not in finished or str(path) in again]
     names = [str(path) for path in inputs.paths]
     _write(out, header, finished, names)  # a file that cannot be written shows before the work, not after it
     saved = time.monotonic()
@@ -121,6 +122,11 @@ def predict_to_file(
     finally:  # an interruption keeps what is done
         _write(out, header, finished, names)
     return Report([finished[name] for name in names], len(names) - len(todo))
+
+
+def _was_looked_at(image: Mapping[str, Any]) -> bool:
+    """Whether the answers for an image are not those of the whole image because the localizer failed."""
+    return not any(o["reason"].startswith(LOCALIZER_FAILED) for o in image.get("objects", ()))
 
 
 def accuracy_by_branch(images: Sequence[Mapping[str, Any]], truth: Mapping[str, str]) -> dict[str, float]:

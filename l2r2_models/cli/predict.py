@@ -63,5 +63,5 @@ def predict(
         f"{sources['full']} from the whole image{because}; {len(report.failures)} failed"
     )
     typer.echo(f"wrote {out}")
-    if report.failures:
+    if report.failures or (unlocalized and localizer is not None):  # the same command tries these again
         raise typer.Exit(1)

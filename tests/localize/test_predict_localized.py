@@ -14,7 +14,7 @@ from l2r2_models.images import load_image
 from l2r2_models.localize import create_localizer
 from l2r2_models.localize.cache import localize_to_file
 from l2r2_models.localize.topk import topk_prompts
-from l2r2_models.predictions import gather
+from l2r2_models.predictions import gather, predict_to_file
 from l2r2_models.views import make_views
 
 
@@ -98,6 +98,27 @@ def test_a_localizer_that_fails_is_named_and_the_others_go_on(run, paths, monkey
     assert "the localizer failed (out of memory)" in answers[3].reason
 
 
+def test_what_the_localizer_failed_on_is_tried_again(run, paths, tmp_path, monkeypatch):
+    predictor, inputs, out = Predictor.from_pretrained(run, device="cpu", localizer="full"), gather(paths), tmp_path / "out.json"
+    kind, find = type(predictor.localizer), type(predictor.localizer).find
+    seen, broken = [], [paths[3]]
+
+    def fails(self, images, names, prompts):
+        seen.extend(names)
+        if any(str(path) in names for path in broken):
+            raise RuntimeError("out of memory")
+        return find(self, images, names, prompts)
+
+    monkeypatch.setattr(kind, "find", fails)
+    first = predict_to_file(predictor, inputs, out)
+    assert len(first.localizer_failures) == 1 and not first.failures
+    seen.clear()
+    broken.clear()
+    second = predict_to_file(predictor, inputs, out)
+    assert seen == [str(paths[3])] and second.kept == len(paths) - 1
+    assert not second.localizer_failures and second.images[3]["objects"][0]["source"] == "fused"
+
+
 def test_a_localizer_that_cannot_look_is_said_on_the_command_line(l2r2, headed, dataset, tmp_path, tiny):  # noqa: F811
     base = ["predict", headed, dataset, "--split", "test", "-o"]
     forgotten = sentence(l2r2(*base, tmp_path / "none.json", "--localizer", f"owlv2:{tiny('owlv2')}"))
@@ -108,7 +129,7 @@ def test_a_localizer_that_cannot_look_is_said_on_the_command_line(l2r2, headed, 
     base[1] = tmp_path / "nan"
     failed = l2r2(*base, tmp_path / "failed.json", "--localizer", "head")
     assert failed.stderr.count("the localizer failed on 12 of 12 images") == 1 and "(the box head gives" in failed.stderr
-    assert "12 from the whole image (12 because the localizer failed)" in failed.stdout
+    assert "12 from the whole image (12 because the localizer failed)" in failed.stdout and failed.returncode == 1
     boxes = {"images": [{"file": "test_003.png", "failure": "out of memory"}], "info": {}, "detection_categories": {}}
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
     given = l2r2(*base, tmp_path / "given.json", "--boxes", tmp_path / "boxes.json")
