@@ -220,7 +220,7 @@ def _training(checkpoint: Checkpoint, facts: Facts) -> str:
     if facts.data:
         lines.append(f"Data: {facts.data}" + (f", licence: {facts.data_licence}." if facts.data_licence else "."))
     if "images" in data:
-        with_box = f", {data['with_box']} of them with a usable box" if "with_box" in data else ""
+        with_box = f", {data['with_box']} of them with a usable box or mask" if "with_box" in data else ""
         lines.append(f"{data['images']} training images{with_box}.")
     if training.get("derived_from"):
         lines.append("Not trained: backbone and heads are those of the source, whose fg head has never seen a crop.")

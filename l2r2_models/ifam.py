@@ -160,6 +160,9 @@ class IFAM(L2R2):
         Raises:
             L2R2Error: an unknown part, every part, a quantile outside of 0..1, or a checkpoint that has none.
         """
+        drop_parts = tuple(drop_parts)
+        if wrong := [k for k in drop_parts if isinstance(k, bool) or not isinstance(k, int)]:
+            raise L2R2Error(f"Parts are given by their numbers, got {wrong[0]!r}.")
         parts = tuple(sorted(set(drop_parts)))
         self.parts.check_intervention(parts, token_quantile)
         self.dropped_parts, self.token_quantile = parts, token_quantile

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from l2r2_kernels import run_masked, run_packed
+from timm.layers import PatchEmbed
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
@@ -36,11 +37,11 @@ def check_mask(mask: Tensor, batch: int) -> Tensor:
     """An object mask as float `[B, h, w]`.
 
     Raises:
-        L2R2Error: not `[B, h, w]` with B images, or values that are NaN or outside of 0..1.
+        L2R2Error: not `[B, h, w]` with B images, or values that are NaN or outside of 0..1 (an image file's 255 is).
     """
     if mask.ndim != 3 or mask.shape[0] != batch:
         raise L2R2Error(f"A mask must be [B, h, w] with B = {batch} images, got {list(mask.shape)}.")
-    if mask.is_floating_point() and not torch.compiler.is_compiling() and not bool(((mask >= 0) & (mask <= 1)).all()):
+    if mask.dtype != torch.bool and not torch.compiler.is_compiling() and not bool(((mask >= 0) & (mask <= 1)).all()):
         raise L2R2Error("A mask's values must lie between 0 and 1 (NaN does not); true or 1 is the object.")
     return mask if mask.is_floating_point() else mask.float()
 
@@ -78,6 +79,8 @@ def check_tokens_backbone(backbone: nn.Module, name: str) -> None:
         reason = f"its {type(backbone).__name__} does more than timm's plain ViT"
     elif backbone.global_pool not in ("token", "avg"):
         reason = f'its pooling "{backbone.global_pool}" is neither the class token nor the mean'
+    elif not isinstance(backbone.patch_embed, PatchEmbed):
+        reason = f"its patches come out of a {type(backbone.patch_embed).__name__}, which mixes them before they can be dropped"
     elif getattr(backbone.patch_drop, "prob", 0):
         reason = "it drops random patches (patch_drop_rate), so a mask would not find its patches"
     if reason:
@@ -122,15 +125,14 @@ def run_tokens(vit: Any, tokens: Tensor, keep: Tensor, *, packed: bool = True, w
     prefixes = vit.num_prefix_tokens
     bias = None if weights is None else nn.functional.pad(weights.log(), (prefixes, 0))
     mask = torch.cat([keep.new_ones(keep.shape[0], prefixes), keep], 1)
+    options = {"num_prefix": prefixes, "key_bias": bias, "checkpoint": bool(vit.grad_checkpointing)}
     try:
         if packed and not torch.compiler.is_compiling():
             capacity = None if mask.device.type == "cpu" else "sync"  # counting is one wait, and what makes packing pay
-            _, out = run_packed(
-                vit.blocks, tokens, mask, num_prefix=prefixes, capacity=capacity, unpacked=True, key_bias=bias
-            )
+            _, out = run_packed(vit.blocks, tokens, mask, capacity=capacity, unpacked=True, **options)
             assert out is not None
         else:
-            out = run_masked(vit.blocks, tokens, mask, num_prefix=prefixes, key_bias=bias)
+            out = run_masked(vit.blocks, tokens, mask, **options)
     except TypeError as error:
         raise L2R2Error(f"{type(vit).__name__} cannot drop tokens: {error}") from error
     out = vit.norm(out)
@@ -157,12 +159,12 @@ def token_features(vit: Any, x: Tensor, mask: Tensor, threshold: float, *, packe
     """What a ViT sees of images `[B, C, H, W]` in the patches that a mask `[B, h, w]` covers.
 
     Returns:
-        Features `[B, C]`, and `[B]` bool: whether any patch was kept. Where none was, the features are those of the prefix
-        tokens alone.
+        Features `[B, C]`, and `[B]` bool: whether any patch was kept. Where none was, the features are those of the whole image.
     """
     keep = kept_patches(mask, patch_grid(vit, *x.shape[-2:]), threshold)
-    tokens = run_tokens(vit, embed_tokens(vit, x), keep, packed=packed)
-    return pool_tokens(vit, tokens), keep.any(1)
+    seen = keep.any(1)
+    tokens = run_tokens(vit, embed_tokens(vit, x), keep | ~seen[:, None], packed=packed)
+    return pool_tokens(vit, tokens), seen
 
 
 # ---- late masking ----
@@ -187,7 +189,7 @@ def check_late_backbone(backbone: nn.Module, name: str, spec: ViewSpec) -> None:
         raise L2R2Error(f'{name} pools by {", ".join(sorted(kinds))}, of which there is no masked mean; choose late_pool "all".')
 
 
-def late_features(backbone: Any, x: Tensor, mask: Tensor, spec: ViewSpec) -> tuple[Tensor, Tensor]:
+def late_features(backbone: Any, x: Tensor, mask: Tensor, spec: ViewSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Pooled features of the whole image and of the object, in one pass (late masking; Masking, ICCVW 2023).
 
     Args:
@@ -197,23 +199,34 @@ def late_features(backbone: Any, x: Tensor, mask: Tensor, spec: ViewSpec) -> tup
         spec: `late_stage` and `late_pool` are used.
 
     Returns:
-        full `[B, C]` and fg `[B, C]`. Late masking does not remove the background that the features have already mixed in.
+        full `[B, C]`, fg `[B, C]`, and `[B]` bool: whether the mask has an object. Where it has none, fg is the whole image's.
+        Late masking does not remove the background that the features have already mixed in.
+
+    Raises:
+        L2R2Error: a backbone whose features are no grid of the image.
     """
+    seen = (mask > 0).flatten(1).any(1)
+    mask = torch.where(seen[:, None, None], mask, 1.0)
+    if mask.shape[1] * x.shape[3] != mask.shape[2] * x.shape[2]:  # the grid of a ViT is found by the mask's proportions
+        mask = coverage(mask, (x.shape[2], x.shape[3]))
     if spec.late_stage == "last":
         features = backbone.forward_features(x)
         full = backbone.forward_head(features, pre_logits=True)
-        return full, _pool_masked(backbone, _times(backbone, features, mask), mask, spec.late_pool)
+        return full, _pool_masked(backbone, _times(backbone, features, mask), mask, spec.late_pool), seen
     with _doubled_before_last_stage(backbone, mask) as done:
         features = backbone.forward_features(x)
-    if not done or (backbone.training and getattr(backbone, "grad_checkpointing", False)):  # the backward runs without the hook
-        raise L2R2Error("Late masking before the last stage does not run with this backbone's gradient checkpointing.")
+    name = type(backbone).__name__
+    if backbone.training and getattr(backbone, "grad_checkpointing", False):  # the backward runs without the hook
+        raise L2R2Error(f"{name} cannot be masked before its last stage with gradient checkpointing; leave one of both out.")
+    if not done:
+        raise L2R2Error(f'{name} cannot be masked before its last stage: it does not call it as a whole; use late_stage "last".')
     whole, masked = features.chunk(2)
     full = backbone.forward_head(whole, pre_logits=True)
     if spec.late_pool == "mask":
         masked = _times(backbone, masked, mask)
     if spec.late_pool == "token" or (spec.late_pool == "all" and masked.ndim == 4):
-        return full, backbone.forward_head(masked, pre_logits=True)
-    return full, _pool_masked(backbone, masked, mask, spec.late_pool)
+        return full, backbone.forward_head(masked, pre_logits=True), seen
+    return full, _pool_masked(backbone, masked, mask, spec.late_pool), seen
 
 
 @contextmanager
@@ -225,7 +238,12 @@ def _doubled_before_last_stage(backbone: Any, mask: Tensor) -> Iterator[list[boo
         done.append(True)
         return (torch.cat([inputs[0], _times(backbone, inputs[0], mask)]), *inputs[1:])
 
-    last = backbone.get_submodule(feature_info(backbone)[-1]["module"])
+    module = feature_info(backbone)[-1]["module"]
+    try:
+        last = backbone.get_submodule(module)
+    except AttributeError:
+        name = type(backbone).__name__
+        raise L2R2Error(f'{name} cannot be masked before its last stage: it has no {module}; use late_stage "last".') from None
     handle = last.register_forward_pre_hook(double)
     try:
         yield done
@@ -236,8 +254,10 @@ def _doubled_before_last_stage(backbone: Any, mask: Tensor) -> Iterator[list[boo
 def _times(backbone: Any, features: Tensor, mask: Tensor) -> Tensor:
     """Features times the resized mask; prefix tokens stay."""
     if features.ndim == 3:  # [B, P + N, C]
+        if not all(hasattr(backbone, name) for name in ("num_prefix_tokens", "fc_norm", "head_drop")):
+            raise L2R2Error(f"{type(backbone).__name__} cannot be masked late: it does not pool its tokens as timm's ViTs do.")
         prefixes = backbone.num_prefix_tokens
-        weights = coverage(mask, _grid_of(features.shape[1] - prefixes, mask)).flatten(1)
+        weights = coverage(mask, _grid_of(features.shape[1] - prefixes, mask, backbone)).flatten(1)
         weights = torch.cat([weights.new_ones(weights.shape[0], prefixes), weights], 1)
         return features * weights[..., None].to(features.dtype)
     if getattr(backbone, "output_fmt", "NCHW") == "NHWC":
@@ -249,7 +269,7 @@ def _pool_masked(backbone: Any, features: Tensor, mask: Tensor, pool: str) -> Te
     """Pool features that are 0 outside of the mask: over all positions, or divided by how much of them the mask covers."""
     if features.ndim == 3:
         patches = features[:, backbone.num_prefix_tokens :]
-        covered = coverage(mask, _grid_of(patches.shape[1], mask)).flatten(1).sum(1, keepdim=True)
+        covered = coverage(mask, _grid_of(patches.shape[1], mask, backbone)).flatten(1).sum(1, keepdim=True)
         count = covered.clamp_min(1e-6) if pool == "mask" else patches.shape[1]
         return backbone.head_drop(backbone.fc_norm(patches.sum(1) / count))
     if pool == "mask":
@@ -260,9 +280,10 @@ def _pool_masked(backbone: Any, features: Tensor, mask: Tensor, pool: str) -> Te
     return backbone.forward_head(features, pre_logits=True)
 
 
-def _grid_of(patches: int, mask: Tensor) -> tuple[int, int]:
+def _grid_of(patches: int, mask: Tensor, backbone: Any) -> tuple[int, int]:
     """Rows and columns of so many patches of an image with the mask's proportions."""
     rows = round(math.sqrt(patches * mask.shape[1] / mask.shape[2]))
     if rows < 1 or patches % rows:
-        raise L2R2Error(f"{patches} patches are no grid of the mask's proportions {mask.shape[1]} x {mask.shape[2]}.")
+        name, sides = type(backbone).__name__, f"{mask.shape[1]} x {mask.shape[2]}"
+        raise L2R2Error(f"{name} cannot be masked late: its {patches} tokens are no grid of an image of proportions {sides}.")
     return rows, patches // rows

@@ -258,9 +258,9 @@ class L2R2(nn.Module):
         if spec.fg == "tokens":
             masked, seen = token_features(backbone, image, mask, spec.coverage)
             return {"fg": masked}, seen
-        whole, masked = late_features(backbone, image, mask, spec)
+        whole, masked, seen = late_features(backbone, image, mask, spec)
         same = self.shared and "fg" not in given
-        return {"fg": masked, **({"full": whole} if same else {})}, (mask > 0).flatten(1).any(1)
+        return {"fg": masked, **({"full": whole} if same else {})}, seen
 
     @torch.jit.ignore
     def fuse(
@@ -273,7 +273,9 @@ class L2R2(nn.Module):
     @property
     def view_spec(self) -> ViewSpec:
         """How this model's views are cut; saved with the checkpoint."""
-        return self._view_spec or ViewSpec.from_pretrained_cfg(self.pretrained_cfg, fg=self._fg_kind)
+        side = self.backbone_kwargs.get("img_size")
+        own = {"size": side} if isinstance(side, int) else {}
+        return self._view_spec or ViewSpec.from_pretrained_cfg(self.pretrained_cfg, fg=self._fg_kind, **own)
 
     @view_spec.setter
     def view_spec(self, spec: ViewSpec) -> None:

@@ -298,6 +298,7 @@ def test_evaluate_under_interventions(run):
         return json.loads(result.stdout)
 
     plain, without = judged(), judged("--drop-parts", "0,1")
+    assert plain["notes"] == [] and "judged without its parts 0, 1." in without["notes"][0]
     assert without["with_object"] <= plain["with_object"] and plain["images"] == without["images"]
     assert judged("--token-quantile", "1.0")["with_object"] <= plain["with_object"]
     assert judged()["with_object"] == plain["with_object"]  # the stored logits are those of the untouched network
@@ -308,6 +309,15 @@ def test_evaluate_under_interventions(run):
     ):
         result = call(app, ["evaluate", str(folder), str(data), *options])
         assert result.exit_code == 1 and message in str(result.exception)
+
+
+def test_predict_says_that_boxes_are_not_used(run, tmp_path):
+    folder, data, _ = run
+    image = next((data / "images").glob("test*"))
+    (tmp_path / "boxes.json").write_text(json.dumps({image.name: [[0, 0, 9, 9]]}))
+    options = ["--boxes", str(tmp_path / "boxes.json"), "-o", str(tmp_path / "out.json")]
+    result = CliRunner().invoke(app, ["predict", str(folder), str(image), *options])
+    assert result.exit_code == 0 and "finds its object itself; boxes and masks are not used" in result.stderr
 
 
 def test_interventions_belong_to_ifam(dataset):

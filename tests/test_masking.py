@@ -120,6 +120,7 @@ def test_one_patch_is_enough():
         ("deit_tiny_distilled_patch16_224", {"img_size": 64}, "VisionTransformerDistilled"),
         ("vit_tiny_patch16_224", {**VIT, "global_pool": "max"}, "max"),
         ("vit_tiny_patch16_224", {**VIT, "patch_drop_rate": 0.5}, "patch_drop_rate"),
+        ("vit_tiny_r_s16_p8_224", {"img_size": 64, "depth": 1}, "HybridEmbed"),
     ],
 )
 def test_backbones_that_cannot_drop_tokens_are_refused_by_name(backbone, options, why):
@@ -223,6 +224,37 @@ def test_late_masking_of_a_vit(pool):
         assert torch.allclose(out.full, net.forward_branches(full=x)["full"], atol=1e-5)
 
 
+@pytest.mark.parametrize("stage", ["last", "before_last"])
+def test_a_mask_of_other_proportions_masks_the_same_patches(stage):
+    net = model("vit_tiny_patch16_224", fg_kind="late", **VIT)
+    net.view_spec = replace(net.view_spec, late_stage=stage)
+    x, half = torch.randn(1, 3, 64, 64), torch.zeros(1, 64, 64)
+    half[:, :, :32] = 1
+    left, right = (net.forward_views(x, mask=m).fg for m in (half, half.flip(2)))
+    for rows, columns in ((4, 16), (64, 2), (2, 32)):
+        small = torch.zeros(1, rows, columns)
+        small[:, :, : columns // 2] = 1
+        assert torch.allclose(net.forward_views(x, mask=small).fg, left, atol=1e-6)
+    assert not torch.allclose(left, right, atol=1e-3)
+    net.forward_views(x, mask=torch.rand(1, 100, 37))  # of any proportions
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options", "spec", "why"),
+    [
+        ("mixer_s32_224", {}, {}, "MlpMixer cannot be masked late: it does not pool its tokens"),
+        ("coat_lite_tiny", {}, {"late_stage": "before_last"}, "CoaT cannot be masked before its last stage"),
+        ("cait_xxs24_224", {"img_size": 64, "depth": 2}, {}, "Cait cannot be masked late"),
+    ],
+)
+def test_backbones_that_cannot_be_masked_late_are_refused_by_name(backbone, options, spec, why):
+    net = model(backbone, **options).eval()
+    size = 64 if options else 224
+    with pytest.raises(L2R2Error, match=why):
+        net.view_spec = replace(net.view_spec, fg="late", **spec)
+        net.forward_views(torch.randn(1, 3, size, size), mask=torch.ones(1, size, size))
+
+
 def test_pooling_that_a_backbone_lacks_is_refused_by_name():
     for backbone, pool, options in (("resnet10t", "token", {}), ("resnet10t", "mask", {"global_pool": "max"})):
         net = model(backbone, **options)
@@ -271,6 +303,17 @@ def test_without_a_full_branch_the_image_comes_as_fg(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_without_full_and_without_an_object_the_whole_image_answers(kind):
+    """Not one constant for all images."""
+    backbone, options = KINDS[kind]
+    net = model(backbone, fg_kind=kind, branches=("fg",), **options)
+    x = torch.randn(2, 3, 64, 64)
+    nothing, everything = (net.forward_views(fg=x, mask=torch.full((2, 64, 64), value)) for value in (0.0, 1.0))
+    assert not nothing.has_fg.any() and torch.allclose(nothing.fused, everything.fused, atol=1e-5)
+    assert torch.allclose(nothing.fused, net(x), atol=1e-5) and not torch.allclose(*nothing.fused, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_boxes_in_a_batch_become_masks(kind):
     backbone, options = KINDS[kind]
     net = model(backbone, fg_kind=kind, **options)
@@ -288,6 +331,7 @@ def test_masks_that_do_not_fit_are_refused():
         (bad.clone().index_put((torch.tensor(0), torch.tensor(3), torch.tensor(5)), torch.tensor(float("nan"))), "NaN"),
         (bad - 1, "between 0 and 1"),
         (bad * 255, "between 0 and 1"),
+        ((bad > 0.5).to(torch.uint8) * 255, "between 0 and 1"),
     ):
         with pytest.raises(L2R2Error, match=message):
             net.forward_views(x, mask=mask)
@@ -296,6 +340,12 @@ def test_masks_that_do_not_fit_are_refused():
     for other in (model(), model(branches="full", fg_kind="late")):
         with pytest.raises(L2R2Error, match="mask"):
             other.forward_views(x, mask=torch.ones(2, 64, 64))
+
+
+def test_the_views_are_of_the_size_that_the_network_was_made_for():
+    net = model("vit_tiny_patch16_224", fg_kind="tokens", **VIT)
+    views = make_views([torch.zeros(40, 60, 3, dtype=torch.uint8)], torch.tensor([[3.0, 3, 30, 30]]), net.view_spec)
+    assert net.forward_views(**views.inputs()).fused.shape == (1, 4)
 
 
 def test_parts_belong_to_ifam_models():

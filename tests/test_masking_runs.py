@@ -1,12 +1,10 @@
 """Views, data sets, predictions, runs and audits of models whose fg is masked inside the network."""
 
-import importlib
-from pathlib import Path
-from types import SimpleNamespace
-
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import l2r2_models
 from l2r2_models import L2R2Error, Predictor, ViewSpec, make_views
@@ -15,6 +13,7 @@ from l2r2_models.data.table import read_table
 from l2r2_models.evaluate.logits import branch_logits
 from l2r2_models.hub import load_checkpoint, save_checkpoint
 from l2r2_models.train.finetune import finetune
+from l2r2_models.train.models import create_model
 from l2r2_models.train.recipes import Recipe
 
 VIT = {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3}
@@ -59,8 +58,6 @@ def test_prediction_says_why_nothing_is_left(tmp_path):
     net.view_spec = ViewSpec.from_pretrained_cfg(net.pretrained_cfg, size=64, fg="tokens", coverage=1.0)
     save_checkpoint(net, tmp_path / "run", ["a", "b", "c"])
     predict = Predictor.from_pretrained(tmp_path / "run")
-    from PIL import Image
-
     image = Image.new("RGB", (64, 64))
     (found,) = predict(image, [[0, 0, 40, 40]]).objects
     assert found.source == "fused" and found.fg is not None
@@ -72,7 +69,7 @@ def test_prediction_says_why_nothing_is_left(tmp_path):
     ("name", "options"),
     [
         ("timm:resnet10t", {"fg": "late", "late_stage": "before_last", "late_pool": "all"}),
-        ("l2r2_masked_vit_small_patch16_224", {"coverage": 0.4, "backbone": {"depth": 2, "embed_dim": 48, "num_heads": 3}}),
+        ("l2r2_masked_vit_small_patch16_224", {"coverage": 0.1, "backbone": {"depth": 2, "embed_dim": 48, "num_heads": 3}}),
     ],
 )
 def test_finetune_round_trip(tmp_path, dataset, name, options):
@@ -127,29 +124,39 @@ def test_the_audit_and_a_known_full_answer_go_the_same_way(kind, tmp_path):
         expected = net.forward_views(**views.inputs())
         audited = Audited("run", net, (("a",), ("b",), ("c",)), net.view_spec, net.branches)(views)
         assert torch.equal(audited["fg"], expected.fg) and torch.equal(audited["fused"], expected.fused)
-        from PIL import Image
-
         item = _Item(None, Image.fromarray(image.numpy()), None, full=expected.full[0])
         seen, has_fg = predictor._look([item], [_Row(0, boxes[0], 1.0, "", None)])
     assert has_fg == [True] and torch.allclose(seen.fg, expected.fg, atol=1e-5) and torch.equal(seen.full, expected.full)
 
 
-def test_the_benchmark_tells_keeping_all_from_keeping_few(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks/robustness"))
-    masking = importlib.import_module("masking")
-    true = torch.tensor([[True, True, False, False], [True, True, False, False]])
-    keep = torch.tensor([[True, False, True, False], [False, False, False, False]])
-    assert masking.kept_of(keep, true).tolist() == pytest.approx([0.2, 0.5, 0.25, 0.25])
-    assert masking.kept_of(true, true).tolist() == [1, 0.5, 1, 0]
-    assert masking.kept_of(keep, torch.zeros_like(true))[2].isnan()
+@pytest.mark.parametrize(("kind", "side", "seen"), [("tokens", 1, 0), ("tokens", 12, 4), ("late", 0, 0), ("late", 1, 4)])
+def test_finetune_counts_the_images_whose_object_fg_can_see(tmp_path, kind, side, seen):
+    """A mask of one pixel is something to late masking, and keeps no patch."""
+    (tmp_path / "data").mkdir()
+    rows = ["file_name,label,x0,y0,x1,y1,mask_file"]
+    for i in range(4):
+        Image.fromarray(np.full((32, 32, 3), 60 * i, np.uint8)).save(tmp_path / "data" / f"{i}.png")
+        mask = np.zeros((32, 32), np.uint8)
+        mask[8 : 8 + side, 8 : 8 + side] = 255
+        Image.fromarray(mask).save(tmp_path / "data" / f"m{i}.png")
+        rows.append(f"{i}.png,{'ab'[i % 2]},8,8,20,20,m{i}.png")
+    (tmp_path / "data" / "metadata.csv").write_text("\n".join(rows))
+    recipe = Recipe.default("timm:test_vit", False, size=32, epochs=1, batch_size=2, fg=kind)
+    if seen:
+        assert finetune(tmp_path / "data", recipe, tmp_path / "run").with_box == seen
+    else:
+        with pytest.raises(L2R2Error, match=r"no training image has .* can be used \(inside the image, not empty"):
+            finetune(tmp_path / "data", recipe, tmp_path / "run")
 
-    net = timm.create_model("ifam_vit_tiny_patch16_224", num_classes=2, num_parts=2, **VIT).eval()
-    net.view_spec = ViewSpec.from_pretrained_cfg(net.pretrained_cfg, size=64, fg="parts")
-    with torch.no_grad():
-        net.parts.prototypes[2] = 100  # far away: nothing is background
-    mask = torch.zeros(64, 64, dtype=torch.bool)
-    mask[:32, :32] = True
-    sample = SimpleNamespace(pixels=torch.zeros(64, 64, 3, dtype=torch.uint8), mask=mask, box=torch.tensor([0.0, 0, 32, 32]))
-    monkeypatch.setattr(masking, "sample_of", lambda row, fill: sample)
-    figures = masking.kept_figures(SimpleNamespace(model=net), SimpleNamespace(rows=[0, 1]))
-    assert figures == {"iou": 25.0, "iou_of_everything": 25.0, "object_kept": 100.0, "background_kept": 100.0}
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"model": "timm:test_vit", "fg": "tokens", "backbone": {"attn_drop_rate": 0.1}}, "attn_drop_rate does not run"),
+        ({"model": "timm:test_vit", "fg": "late", "late_stage": "before_last", "grad_checkpointing": True}, "grad_checkpointing"),
+        ({"model": "timm:mixer_s32_224", "fg": "late", "size": 224}, "MlpMixer cannot be masked late"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before_the_images_are_read(keys, why):
+    with pytest.raises(L2R2Error, match=why):
+        create_model(Recipe.read("scratch", {"size": 32, **keys}), 3)

@@ -35,14 +35,18 @@ class Check:
 
 
 def check_images(
-    table: ImageTable, progress: Callable[[Iterable[None], int], Iterable[None]], box_threshold: float = 0.0
+    table: ImageTable,
+    progress: Callable[[Iterable[None], int], Iterable[None]],
+    box_threshold: float = 0.0,
+    usable: Callable[[Sample], bool] = lambda sample: bool(sample.box.isfinite().all()),
 ) -> Check:
-    """Decode every image once, look for its box and hash it.
+    """Decode every image once, look for its object and hash it.
 
     Args:
         table: what to check.
         progress: wraps an iterable of that many steps to show progress.
         box_threshold: see `sample_of`.
+        usable: whether an image's object can be used; by default, whether it has a box.
     """
     bad: dict[Path, str] = {}
     with_box: list[Path] = []
@@ -52,7 +56,7 @@ def check_images(
         try:
             sample = sample_of(row, (0, 0, 0), box_threshold)
             hashes[row.path] = perceptual_hash(Image.fromarray(sample.pixels.numpy()))
-            if sample.box.isfinite().all():
+            if usable(sample):
                 with_box.append(row.path)
         except L2R2Error as error:
             bad[row.path] = str(error)

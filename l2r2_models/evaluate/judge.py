@@ -153,7 +153,10 @@ def judge_run(
     runs = [load_checkpoint(source) for source in (run, *others)]
     if drop_parts or token_quantile:
         for checkpoint in runs:
-            checkpoint.model.intervene(drop_parts, token_quantile)
+            try:
+                checkpoint.model.intervene(drop_parts, token_quantile)
+            except L2R2Error as error:
+                raise L2R2Error(f"{checkpoint.name}: {error}") from None
     for other, source in zip(runs[1:], others):
         _check_labels(runs[0], other, source)
     table = read_table(data, metadata=metadata, boxes=boxes)
@@ -190,11 +193,20 @@ def judge_run(
     warnings = _warnings((run, *others), judged[0], split)
     if fit_split:
         warnings += _fitted_on_seen((run, *others), splits[fit_split], fit_split)
-    notes = tuple(note for part, name in zip((judged, held_out), (split, fit_split)) if part for note in _left_out(part[0], name))
+    said_of = [(part[0], name) for part, name in ((judged, split), (held_out, fit_split)) if part]
+    notes = _intervened(runs[0]) + tuple(note for part, name in said_of for note in _left_out(part, str(name)))
     return Judged(
         runs[0], split, fit_split, tuple(runs[0].labels), replace(judged[0], bad=bad), outputs, fusions, temperatures,
         group, tuple(rows.column(group)) if group else None, warnings, notes + _classes_seen(judged[0], runs[0].labels, split),
     )  # fmt: skip
+
+
+def _intervened(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What the network was kept from seeing, in words."""
+    done = checkpoint.model.interventions()
+    what = [f"without its parts {', '.join(map(str, done['drop_parts']))}"] if "drop_parts" in done else []
+    what += [f"without patches below the quantile {done['token_quantile']:g}"] if "token_quantile" in done else []
+    return (f"The network was changed for these figures: judged {' and '.join(what)}.",) if what else ()
 
 
 def evaluation_of(judged: Judged) -> Evaluation:

@@ -10,14 +10,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..data.dataset import Check, check_images
+from ..data.dataset import Check, Sample, check_images
 from ..data.leaks import HELD_OUT, find_leaks
 from ..data.splits import hold_out
 from ..data.table import ImageTable, read_table, rows_digest
 from ..errors import L2R2Error
 from ..files import write_json, write_text
 from ..hub import save_checkpoint
+from ..masking import kept_patches, patch_grid
 from ..model import L2R2
+from ..views import make_views
 from . import processes
 from .models import create_model
 from .optimizers import check_optimizer
@@ -37,7 +39,7 @@ class Result:
     Attributes:
         folder: the run's folder.
         metrics: accuracies on the validation split, empty without one.
-        images, with_box: training images, and how many of them have a usable box.
+        images, with_box: training images, and how many of them have an object that fg can see.
         skipped: images left out, with the reason.
         was_finished: nothing was done, the run had been finished before.
         notes: sentences about look-alikes across splits and about the choice of the weights.
@@ -227,7 +229,7 @@ def _check(
 ) -> Check:
     """Decode every image once; what is left without the bad ones must be enough to train on."""
     rows = train.rows + (val.rows if val else ())
-    check = check_images(replace(train, rows=rows), progress, recipe.box_threshold)
+    check = check_images(replace(train, rows=rows), progress, recipe.box_threshold, lambda sample: _shows(model, sample))
     if check.bad and not skip_bad:
         count = f"{len(check.bad)} of {len(rows)} images cannot be used"
         raise L2R2Error(f"{count}, e.g. {next(iter(check.bad.values()))} Mend them, or leave them out with --skip-bad.")
@@ -240,11 +242,24 @@ def _check(
     looks_at_objects = [b for b in recipe.branches if b != "full" and model.view_spec.fg != "parts"]
     if looks_at_objects and not any(row.path in check.with_box for row in train.rows):
         raise L2R2Error(
-            f"{train.root}: no training image has a box or mask that can be used (inside the image, score at least "
-            f"{recipe.box_threshold:g}), so {' and '.join(looks_at_objects)} would learn nothing; "
+            f"{train.root}: no training image has a box or mask that can be used (inside the image, not empty, score at "
+            f"least {recipe.box_threshold:g}), so {' and '.join(looks_at_objects)} would learn nothing; "
             "give --boxes FILE, or train a plain classifier with --branches full."
         )
     return check
+
+
+def _shows(model: L2R2, sample: Sample) -> bool:
+    """Whether the model's fg sees anything of a sample's object: of a small one, token masks may keep no patch."""
+    spec = model.view_spec
+    if "fg" not in model.branches or spec.fg in ("crop", "parts"):
+        return bool(sample.box.isfinite().all())
+    views = make_views([sample.pixels], sample.box[None], spec, branches=("fg",), masks=[sample.mask])
+    if spec.fg != "tokens":
+        return bool(views.has_fg)
+    assert views.mask is not None
+    grid = patch_grid(model.backbone_of("fg"), spec.size, spec.size)
+    return bool(views.has_fg & kept_patches(views.mask, grid, spec.coverage).any(1))
 
 
 def _other_rows(table: ImageTable, train: ImageTable, val: ImageTable | None) -> dict[str, ImageTable]:

@@ -63,8 +63,12 @@ def create_model(recipe: Recipe, num_classes: int, start: Start | None = None) -
     model.view_spec = ViewSpec.from_pretrained_cfg({**model.pretrained_cfg, **used_to}, **changes)
     if (recipe.mixup or recipe.cutmix) and model.view_spec.fg in IN_NETWORK:
         raise L2R2Error(f'mixup and cutmix mix images, but not the masks that fg "{model.view_spec.fg}" needs; leave them out.')
+    if model.view_spec.fg in ("tokens", "parts") and (recipe.backbone or {}).get("attn_drop_rate"):
+        raise L2R2Error(f'attn_drop_rate does not run with fg "{model.view_spec.fg}", which drops tokens; leave one of both out.')
     _try_out(model, recipe)
     if recipe.grad_checkpointing:
+        if model.view_spec.fg == "late" and recipe.late_stage == "before_last":
+            raise L2R2Error("grad_checkpointing does not run with late_stage before_last; leave one of both out.")
         try:
             model.set_grad_checkpointing(True)
         except AssertionError as error:

@@ -100,6 +100,31 @@ def test_training_with_drop_path_equals_masked_and_drops_whole_images(device):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("runner", [partial(run_packed, unpacked=True), run_masked])
+def test_checkpointing_keeps_less_and_changes_no_gradient(runner):
+    model, stored = vit(drop_path_rate=0.5).train(), []
+    mask, x = kept_mask(model), entered(model, torch.randn(3, 3, 56, 56)).detach()
+    bias = torch.randn(mask.shape, requires_grad=True)
+    weights = [bias, *(p for p in model.blocks.parameters())]
+
+    def step(checkpoint):
+        torch.manual_seed(5)
+        stored.append(0)
+
+        def keep(tensor):
+            stored[-1] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = runner(model.blocks, x, mask, num_prefix=1, key_bias=bias, checkpoint=checkpoint)
+        out = out[1] if isinstance(out, tuple) else out
+        return torch.autograd.grad(out[:, 0].square().mean(), weights)
+
+    for a, b in zip(step(True), step(False)):
+        assert torch.equal(a, b)
+    assert stored[0] < stored[1] / 4
+
+
 def test_drop_path_is_drawn_once_an_image():
     block = vit().blocks[0].train()
     block.drop_path1 = block.drop_path2 = DropPath(0.5)

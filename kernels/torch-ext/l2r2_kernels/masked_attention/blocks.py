@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint as recompute
 
 from .attention import masked_attention, varlen_attention
 from .op import MAX_HEAD_DIM, key_index, runs_triton, take_rows
@@ -29,7 +30,7 @@ Core = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 def run_packed(
     blocks: Iterable[nn.Module], x: Tensor, mask: Tensor, *, num_prefix: int = 0, capacity: int | str | None = None,
-    unpacked: bool = False, fill: float = 0.0, backend: str = "auto", key_bias: Tensor | None = None,
+    unpacked: bool = False, fill: float = 0.0, backend: str = "auto", key_bias: Tensor | None = None, checkpoint: bool = False,
 ) -> tuple[Packed, Tensor | None]:  # fmt: skip
     """Runs timm ViT blocks on the kept tokens only.
 
@@ -45,6 +46,7 @@ def run_packed(
         key_bias: ``[B, N]`` finite numbers, added in every block and head to the logits of a token where it is a key: the log of
             a factor of its attention weights, which are normalised after it. Differentiable; a dropped token gets a zero
             gradient. It takes 8 more channels a head: "auto" runs heads that are wider than 120 in PyTorch then.
+        checkpoint: keep the input of each block only, and compute its activations again in the backward pass.
 
     Returns:
         (packed tokens after the last block, unpacked tokens ``[B, N, C]`` or None). ``packed.prefix()`` has the prefix
@@ -75,14 +77,14 @@ def run_packed(
 
     tokens, attend = packed.tokens, _biased(core, key_bias, backend)
     for block in blocks:
-        tokens = _block(block, tokens, attend, drop_path)
+        tokens = _run(checkpoint, block, tokens, attend, drop_path)
     packed = packed._replace(tokens=tokens)
     return packed, unpack(packed, fill) if unpacked else None
 
 
 def run_masked(
     blocks: Iterable[nn.Module], x: Tensor, mask: Tensor, *, num_prefix: int = 0, backend: str = "auto",
-    key_bias: Tensor | None = None,
+    key_bias: Tensor | None = None, checkpoint: bool = False,
 ) -> Tensor:  # fmt: skip
     """Runs timm ViT blocks on all tokens, with the masked ones never as keys.
 
@@ -104,7 +106,7 @@ def run_masked(
 
     attend = _biased(core, key_bias, backend)
     for block in blocks:
-        x = _block(block, x, attend, lambda layer, branch: layer(branch))
+        x = _run(checkpoint, block, x, attend, lambda layer, branch: layer(branch))
     return x
 
 
@@ -133,6 +135,10 @@ def _check_bias(bias: Tensor, x: Tensor) -> None:
             f"key_bias must be a floating tensor [B, N] = {list(x.shape[:2])} on {x.device}; "
             f"got {bias.dtype} {list(bias.shape)} on {bias.device}."
         )
+
+
+def _run(checkpoint: bool, *block_and_inputs: Any) -> Tensor:
+    return recompute(_block, *block_and_inputs, use_reentrant=False) if checkpoint else _block(*block_and_inputs)
 
 
 def _block(block: Any, x: Tensor, core: Core, drop_path: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
