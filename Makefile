@@ -26,6 +26,7 @@ test: lint
 
 benchmark: $(INSTALLED)
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q benchmarks/speed -p no:xdist
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/speed/packed_vit.py
 
 # make benchmark-robustness DATA=folder that holds fod_a_shift, eth80 and scenes; hours on a CPU, continued by the same command
 benchmark-robustness: $(INSTALLED)
