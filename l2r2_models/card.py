@@ -179,7 +179,7 @@ def _details(checkpoint: Checkpoint, source: Source, facts: Facts) -> str:
     start = "random weights"
     if source.name:
         where = f" ([{source.hub_id}](https://huggingface.co/{source.hub_id}))" if source.hub_id else ""
-        whose = "" if source.name == source.hub_id else "timm's "
+        whose = "timm's " if source.hub_id and source.hub_id != source.name else ""
         start = f"{whose}`{source.name}`{where}, licence: {source.licence or 'not stated, see its page'}"
     rows = {
         "architecture": f"`{model.pretrained_cfg['architecture']}`, backbone `{model.backbone_name}`, "

@@ -157,7 +157,7 @@ def load_checkpoint(source: str | Path, *, any_fusion: bool = False) -> Checkpoi
     check_config(config, name)
     digest = file_sha256(folder / WEIGHTS)
     if folder != local_folder(name):
-        _check_hash(folder / WEIGHTS, digest, name)
+        check_hash(folder / WEIGHTS, digest, name)
     try:
         model = cast(L2R2, timm.create_model(f"local-dir:{folder}", pretrained=True))
     except L2R2Error as error:
@@ -202,8 +202,12 @@ def pickles_in(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICKLES and p.is_file())
 
 
-def _check_hash(weights: Path, digest: str, name: str) -> None:
-    """A file of the Hub's large storage is kept under its SHA-256 in the cache; one that differs came broken or was changed."""
+def check_hash(weights: Path, digest: str, name: str) -> None:
+    """A file of the Hub's large storage is kept under its SHA-256 in the cache; one that differs came broken or was changed.
+
+    Raises:
+        L2R2Error: it differs.
+    """
     stored = weights.resolve().name
     if len(stored) == 64 and stored != digest:
         repo = name.removeprefix("hf-hub:").partition("@")[0]
@@ -308,7 +312,7 @@ def _why_not(error: Exception, name: str, repo: str, revision: str) -> str:
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the Hub's {repo} has no revision {revision}"
     if isinstance(error, errors.EntryNotFoundError):
-        return f"the Hub's {repo} has no {CONFIG} with a {WEIGHTS}, so it is not a checkpoint of L2R2"
+        return f"the Hub's {repo} has no {CONFIG} with a {WEIGHTS}, so it is not a checkpoint that can be read here"
     if isinstance(error, errors.HfHubHTTPError):
         return f"the Hub does not serve it ({str(error).splitlines()[0]})"
     return f"the download stopped ({' '.join(str(error).split())[:200]}); the same call continues it"

@@ -110,8 +110,7 @@ class IFAM(L2R2):
             raise L2R2Error("An ifam model looks for the object itself: give the whole image as full, and nothing else.")
         grid = patch_grid(self.backbone, *full.shape[-2:])
         tokens, found = self._stage1(full, grid)
-        if self.dropped_parts or self.token_quantile:
-            found = self.parts.without(found, self.dropped_parts, self.token_quantile)
+        found = self._intervened(found)
         z_full = self.parts.answer(found.vectors, self.heads["full"], self.dropped_parts)
         if mask is not None:
             keep = kept_patches(check_mask(mask, full.shape[0]).to(full.device), grid, self.view_spec.coverage)
@@ -127,8 +126,13 @@ class IFAM(L2R2):
         return self.forward_views(mask=mask, **views).branches()
 
     def find_parts(self, x: Tensor) -> PartMaps:
-        """Stage 1 alone: the parts in images `[B, C, H, W]`."""
-        return self._stage1(x, patch_grid(self.backbone, *x.shape[-2:]))[1]
+        """Stage 1 alone: the parts in images `[B, C, H, W]`, under the interventions that are set."""
+        return self._intervened(self._stage1(x, patch_grid(self.backbone, *x.shape[-2:]))[1])
+
+    def _intervened(self, found: PartMaps) -> PartMaps:
+        if not self.dropped_parts and not self.token_quantile:
+            return found
+        return self.parts.without(found, self.dropped_parts, self.token_quantile)
 
     def _stage1(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, PartMaps]:
         """The tokens that enter the first block, and the parts."""

@@ -207,7 +207,8 @@ def late_features(backbone: Any, x: Tensor, mask: Tensor, spec: ViewSpec) -> tup
     """
     seen = (mask > 0).flatten(1).any(1)
     mask = torch.where(seen[:, None, None], mask, 1.0)
-    if mask.shape[1] * x.shape[3] != mask.shape[2] * x.shape[2]:  # the grid of a ViT is found by the mask's proportions
+    # the grid of a ViT is found by the mask's proportions
+    if hasattr(backbone, "num_prefix_tokens") and mask.shape[1] * x.shape[3] != mask.shape[2] * x.shape[2]:
         mask = coverage(mask, (x.shape[2], x.shape[3]))
     if spec.late_stage == "last":
         features = backbone.forward_features(x)

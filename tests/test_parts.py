@@ -1,6 +1,7 @@
 """What an ifam model keeps of images, as figures and as pictures on the page of `evaluate --report`."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ def found_parts(part, true, keep=None, has_mask=None):
     part, true = torch.tensor(part), torch.tensor(true, dtype=torch.bool)
     keep = part < 2 if keep is None else torch.tensor(keep, dtype=torch.bool)
     has_mask = torch.ones(len(part), dtype=torch.bool) if has_mask is None else torch.tensor(has_mask)
-    return FoundParts(list(range(len(part))), torch.full((len(part), 3, 16, 16), 0.5), part, keep, true, has_mask, 2)
+    views = torch.full((len(part), 3, 16, 16), 128, dtype=torch.uint8)
+    return FoundParts(list(range(len(part))), views, part, keep, true, has_mask, 2)
 
 
 def test_figures_by_hand():
@@ -87,11 +89,25 @@ def test_what_is_found_is_what_the_model_sees(ifam):
         covered = torch.from_numpy(canvas.reshape(GRID, 15, GRID, 15).mean((1, 3)))
         assert true[covered > 0.6].all() and not true[covered < 0.4].any()
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (checkpoint.model.view_spec.mean, checkpoint.model.view_spec.std))
-    assert torch.equal(checkpoint.model.find_parts((found.views - mean) / std).keep, found.keep)
+    near = checkpoint.model.find_parts((found.views / 255 - mean) / std).keep  # of pixels rounded to bytes
+    assert (near == found.keep).float().mean() > 0.95
     assert len(find_parts(checkpoint, test, most=5).rows) == 5
     with checkpoint.model.intervened(drop_parts=[0]):
         dropped = find_parts(checkpoint, test)
     assert torch.equal(dropped.keep, found.keep & (found.part != 0)) and torch.equal(dropped.part, found.part)
+
+
+def test_an_empty_mask_and_a_localizers_mask_are_no_true_masks(ifam, tmp_path):
+    run, data = ifam
+    checkpoint, test = hub.load_checkpoint(run), read_table(data).of_split("test")
+    assert not find_parts(checkpoint, replace(test, boxes_from={"localizer": "sam:x"})).agreement()
+    empty = tmp_path / "empty.png"
+    Image.new("L", (60, 40)).save(empty)
+    rows = [replace(row, mask_file=empty) if i else row for i, row in enumerate(test.rows)]
+    found = find_parts(checkpoint, replace(test, rows=tuple(rows)))
+    assert found.has_mask.tolist() == [True] + [False] * 11
+    rows = [replace(row, entry=replace(row.entry, scores=(0.01,))) for row in test.rows]  # no box is used, the mask is
+    assert torch.equal(find_parts(checkpoint, replace(test, rows=tuple(rows))).true, find_parts(checkpoint, test).true)
 
 
 def test_the_page_shows_the_parts_of_an_ifam_run_only(ifam, tmp_path):

@@ -61,7 +61,7 @@ def evaluate(
     if report:
         from ..evaluate.report_evaluation import write_evaluation
 
-        write_evaluation(report, judged, result)
+        write_evaluation(report, judged, result, lambda batches, total: track(batches, total, "parts"))
     if Path(run).is_dir() and not judged.checkpoint.model.interventions():  # kept for the model card
         store_evaluation(run, data, file_sha256(Path(run) / WEIGHTS), result.to_dict())
     if as_json:

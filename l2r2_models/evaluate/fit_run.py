@@ -127,7 +127,8 @@ def record_of(run: Path | str) -> dict[str, Any]:
     """What `finetune` wrote of a run; empty for a Hub id or a folder without it."""
     file = Path(run) / RUN
     record = read_json(file) if file.exists() else {}
-    lists = [record.get(k, []) for k in ("train_files", "val_files", "fit_files")] if isinstance(record, dict) else [None]
+    keys = ("train_files", "init_files", "val_files", "fit_files")
+    lists = [record.get(k, []) for k in keys] if isinstance(record, dict) else [None]
     if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists):
         raise L2R2Error(f"{file}: is damaged.")
     return record
@@ -146,8 +147,9 @@ def warnings_of(run: Path | str, table: ImageTable, split: str, consequence: str
 
 
 def trained_on(run: Path | str, table: ImageTable, split: str) -> str:
-    """How many images the run was trained on, as the beginning of a sentence; empty where it was on none."""
-    return _seen(table, split, record_of(run).get("train_files", []), "trained on")
+    """How many images the run, or the one it started from, was trained on, as the beginning of a sentence; empty for none."""
+    record = record_of(run)
+    return _seen(table, split, [*record.get("train_files", []), *record.get("init_files", [])], "trained on")
 
 
 def _seen(table: ImageTable, split: str, files: list[str], what: str) -> str:

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..data.dataset import sample_of
+from ..data.dataset import Sample, sample_of
 from ..data.table import ImageTable
 from ..errors import L2R2Error
 from ..hub import Checkpoint
 from ..ifam import IFAM
 from ..masking import coverage
 from ..views import make_views
+from .logits import Progress
 
 BATCH = 32
 AGREEMENT = ("iou", "iou_of_everything", "object_kept", "background_kept")
@@ -25,11 +26,11 @@ class FoundParts:
 
     Attributes:
         rows: numbers of the images in the table.
-        views: `[N, 3, S, S]` in 0..1, the whole images as the network sees them.
+        views: `[N, 3, S, S]` uint8, the whole images as the network sees them.
         part: `[N, h, w]` int64, the part that each patch belongs to; K is the background.
         keep: `[N, h, w]` bool, the patches that stage 2 sees (fewer than the parts have, under an intervention).
         true: `[N, h, w]` bool, the patches that a true mask covers by half.
-        has_mask: `[N]` bool, whether there is a true mask.
+        has_mask: `[N]` bool, whether there is a true mask with anything in it.
         num_parts: K.
     """
 
@@ -69,13 +70,19 @@ class FoundParts:
 
 
 @torch.inference_mode()
-def find_parts(checkpoint: Checkpoint, table: ImageTable, most: int | None = None) -> FoundParts:
+def find_parts(
+    checkpoint: Checkpoint,
+    table: ImageTable,
+    most: int | None = None,
+    progress: Progress = lambda batches, _: batches,
+) -> FoundParts:
     """Run stage 1 on images, under the interventions that the model has.
 
     Args:
         checkpoint: of an ifam model.
-        table: images; those that cannot be read are left out.
+        table: images; those that cannot be read are left out. Masks that a localizer made are not taken for true ones.
         most: at most so many images, evenly from all.
+        progress: wraps the batches.
 
     Raises:
         L2R2Error: not an ifam model, or no image can be read.
@@ -83,32 +90,40 @@ def find_parts(checkpoint: Checkpoint, table: ImageTable, most: int | None = Non
     model = checkpoint.model
     if not isinstance(model, IFAM):
         raise L2R2Error(f"{checkpoint.name}: finds no parts; that is what the ifam models do.")
-    spec = replace(model.view_spec, fg="tokens")  # whose views come with the mask that they are to be compared with
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (spec.mean, spec.std))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
     count = len(table) if most is None else min(most, len(table))
     chosen = [i * len(table) // count for i in range(count)]
     rows: list[int] = []
     found: list[tuple[Tensor, ...]] = []
-    for start in range(0, count, BATCH):
-        samples = {}
-        for i in chosen[start : start + BATCH]:
+    batches = [chosen[start : start + BATCH] for start in range(0, count, BATCH)]
+    for batch in progress(batches, len(batches)):
+        samples: dict[int, Sample] = {}
+        for i in batch:
             try:
-                samples[i] = sample_of(table.rows[i], spec.fill, checkpoint.box_threshold)
+                samples[i] = sample_of(table.rows[i], model.view_spec.fill, checkpoint.box_threshold)
             except L2R2Error:
                 continue
-        if not samples:
-            continue
-        rows += samples
-        boxes = torch.stack([s.box for s in samples.values()])
-        masks = [s.mask for s in samples.values()]
-        views = make_views([s.pixels for s in samples.values()], boxes, spec, masks=masks)
-        assert views.full is not None and views.mask is not None
-        parts = model.forward_views(views.full).parts
-        assert parts is not None
-        true = coverage(views.mask.float(), (parts.keep.shape[1], parts.keep.shape[2])) >= 0.5
-        has_mask = torch.tensor([mask is not None for mask in masks])
-        found.append(((views.full * std + mean).clamp(0, 1), parts.logits.argmax(1), parts.keep, true, has_mask))
+        if samples:
+            rows += samples
+            found.append(_of_batch(model, list(samples.values()), not table.boxes_from.get("localizer"), device))
+    model.cpu()
     if not rows:
         raise L2R2Error(f"{table.root}: none of its {count} images can be read.")
-    seen, part, keep, true, has_mask = (torch.cat(tensors) for tensors in zip(*found))
-    return FoundParts(rows, seen, part, keep, true, has_mask, model.parts.num_parts)
+    views, part, keep, true, has_mask = (torch.cat(tensors) for tensors in zip(*found))
+    return FoundParts(rows, views, part, keep, true, has_mask, model.parts.num_parts)
+
+
+def _of_batch(model: IFAM, samples: list[Sample], are_true: bool, device: torch.device) -> tuple[Tensor, ...]:
+    """The tensors of `FoundParts` for some images."""
+    spec = replace(model.view_spec, fg="tokens")  # whose views come with the mask that the parts are compared with
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (spec.mean, spec.std))
+    masks = [sample.mask if are_true else None for sample in samples]
+    whole = torch.tensor([[0.0, 0, sample.pixels.shape[1], sample.pixels.shape[0]] for sample in samples])
+    views = make_views([sample.pixels for sample in samples], whole, spec, masks=masks)
+    assert views.full is not None and views.mask is not None
+    parts = model.find_parts(views.full.to(device))
+    true = coverage(views.mask.float(), (parts.keep.shape[1], parts.keep.shape[2])) >= 0.5
+    has_mask = views.has_fg & torch.tensor([mask is not None for mask in masks])
+    seen = ((views.full * std + mean).clamp(0, 1) * 255).round().byte()
+    return seen, parts.logits.argmax(1).cpu(), parts.keep.cpu(), true, has_mask

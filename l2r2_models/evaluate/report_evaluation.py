@@ -14,6 +14,7 @@ from torch import Tensor
 from ..data.dataset import sample_of
 from ..errors import L2R2Error
 from .judge import OWN, Evaluation, Judged
+from .logits import Progress
 from .metrics import bootstrap_interval
 from .report import Cell, Picture, Section, gallery, percent, table, write_page
 from .report_figures import bars_by_group, confusion, reliability_diagram
@@ -30,18 +31,21 @@ WORDS = {
 }
 
 
-def write_evaluation(path: str | Path, judged: Judged, result: Evaluation) -> None:
+def write_evaluation(
+    path: str | Path, judged: Judged, result: Evaluation, progress: Progress = lambda batches, _: batches
+) -> None:
     """Write the page of an evaluation: figures with their 95 % intervals, calibration, groups, classes, parts, disagreements.
 
     Args:
         path: the HTML file.
         judged, result: from `judge_run`, and its `evaluation_of`.
+        progress: wraps the batches while the parts of an ifam model are looked for.
 
     Raises:
         L2R2Error: not writable, or matplotlib is missing.
     """
     sections = [_accuracy(judged, result), *_groups(judged, result), _calibration(judged, result), _classes(judged, result)]
-    sections += [*parts_section(judged), *_disagreements(judged), *_without_box(judged, result), *_left_out(result)]
+    sections += [*parts_section(judged, progress), *_disagreements(judged), *_without_box(judged, result), *_left_out(result)]
     sections.append(_origin(judged, result))
     title = f"{Path(judged.checkpoint.name).name} on {result.split}"
     write_page(path, title, _lead(judged, result), sections, [*result.warnings, *result.notes])

@@ -10,20 +10,21 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..ifam import IFAM
 from .judge import Judged
+from .logits import Progress
 from .parts import FoundParts, find_parts
 from .report import Cell, Picture, Section, gallery, percent, table
 
-MOST, SHOWN = 256, 12  # images that are looked at, and of them drawn
+MOST, SHOWN = 128, 12  # images that are looked at, and of them drawn
 SIDE = 256  # of a drawn image in pixels
 TINT, DARK = 0.5, 0.6  # how much of a part's colour lies over its patches, how much of black over dropped ones
 
 
-def parts_section(judged: Judged) -> list[Section]:
+def parts_section(judged: Judged, progress: Progress) -> list[Section]:
     """A section for an ifam model, none for others."""
     model = judged.checkpoint.model
     if not isinstance(model, IFAM):
         return []
-    found = find_parts(judged.checkpoint, judged.data.table, MOST)
+    found = find_parts(judged.checkpoint, judged.data.table, MOST, progress)
     kept = 100 * found.keep.float().mean().item()
     text = (
         f"Stage 1 finds {found.num_parts} parts without boxes or masks; stage 2 sees their patches only, here {kept:.0f} % of "
@@ -56,8 +57,8 @@ def _swatch(part: int, parts: int) -> Markup:
 
 
 def _pictures(judged: Judged, found: FoundParts) -> Iterator[Picture]:
-    names, step = judged.data.table.names(), max(1, len(found.rows) // SHOWN)
-    for n in range(0, len(found.rows), step):
+    names, count = judged.data.table.names(), min(SHOWN, len(found.rows))
+    for n in (k * len(found.rows) // count for k in range(count)):
         i = found.rows[n]
         truth = int(judged.data.labels[i])
         said = []
@@ -69,8 +70,7 @@ def _pictures(judged: Judged, found: FoundParts) -> Iterator[Picture]:
 
 def draw_parts(found: FoundParts, n: int) -> Image.Image:
     """The n-th image with its parts tinted and numbered, and what is dropped dark."""
-    pixels = (255 * found.views[n]).byte().permute(1, 2, 0).numpy()
-    image = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    image = Image.fromarray(found.views[n].permute(1, 2, 0).numpy()).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     part, keep = found.part[n], found.keep[n]
     rows, columns = part.shape
     over = Image.new("RGBA", (columns, rows))
@@ -78,7 +78,8 @@ def draw_parts(found: FoundParts, n: int) -> Image.Image:
         for x in range(columns):
             tint = (*_colour(int(part[y, x]), found.num_parts), round(255 * TINT))
             over.putpixel((x, y), tint if keep[y, x] else (0, 0, 0, round(255 * DARK)))
-    image.paste(over.convert("RGB").resize(image.size, Image.Resampling.NEAREST), mask=_alpha(over, image.size))
+    over = over.resize(image.size, Image.Resampling.NEAREST)
+    image.paste(over, mask=over)
     draw = ImageDraw.Draw(image)
     for k in range(found.num_parts):
         at = (keep & (part == k)).nonzero().float()
@@ -88,6 +89,3 @@ def draw_parts(found: FoundParts, n: int) -> Image.Image:
             draw.text(place, str(k), "white", ImageFont.load_default(18), "mm", stroke_width=2, stroke_fill="black")
     return image
 
-
-def _alpha(over: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return over.getchannel("A").resize(size, Image.Resampling.NEAREST)

@@ -93,9 +93,7 @@ def finetune(
     trainer = _trainer_module(tensorboard)
     table = processes.together(lambda: read_table(data, metadata=metadata, boxes=boxes))
     train, val, settings = processes.together(lambda: _plan(table, recipe, train_split, val_split))
-    start = processes.together(lambda: None if recipe.init is None else Start.read(recipe.init))
-    if start:
-        settings["init"] = start.about()
+    start = processes.together(lambda: _start(recipe, out, settings))
     if (done := processes.on_first(lambda: _finished(out, Path(data), settings, overwrite))) is not None:
         said = tuple(done.get("notes", []))
         return Result(out, done["metrics"], len(train), done["data"]["with_box"], {}, was_finished=True, notes=said)
@@ -103,6 +101,7 @@ def finetune(
     classes = train.classes()
     # before the slow check of the images: a wrong name shows at once
     model, notes = processes.together(lambda: _model(recipe, classes, start, trainer))
+    notes += _seen_before(start, val, classes)
     check = processes.on_first(lambda: _check(train, val, recipe, model, skip_bad, progress))
     train, val = _without(train, check.bad), _without(val, check.bad) if val else None
     leaks = processes.on_first(lambda: find_leaks(train, _other_rows(table, train, val), check.hashes, progress))
@@ -120,6 +119,7 @@ def finetune(
         "best": None if trained.best is None else {"metric": recipe.best_metric, **asdict(trained.best)},
         "val_used_for": [k for k in ("best_metric", "patience") if trained.best is not None and getattr(recipe, k)],
         "leaks": [leak.to_dict() for leak in leaks],
+        "init_files": start.files(classes) if start else [],
         "notes": [*notes, *(leak.sentence() for leak in leaks), *_notes(recipe, trained)],
         "train_files": train.names(),
         "val_files": val.names() if val else [],
@@ -169,6 +169,24 @@ def _model(recipe: Recipe, classes: Sequence[str], start: Start | None, trainer:
     return model, [start.give(model, classes)] if start else []
 
 
+def _start(recipe: Recipe, out: Path, settings: dict[str, Any]) -> Start | None:
+    """The checkpoint to start from; it makes the run this one, so the settings say which it is."""
+    if recipe.init is None:
+        return None
+    start = Start.read(recipe.init)
+    if start.folder.resolve().is_relative_to(out.resolve()):
+        raise L2R2Error(f"{out}: holds the checkpoint to start from; choose another -o.")
+    settings["init"] = start.about()
+    return start
+
+
+def _seen_before(start: Start | None, val: ImageTable | None, classes: Sequence[str]) -> list[str]:
+    seen = set(val.names()) & set(start.files(classes)) if start and val else set()
+    if not (start and val and seen):
+        return []
+    return [f"{len(seen)} of {len(val)} validation images were in the training of {start.name}: their figures are too good"]
+
+
 def _begin(out: Path, recipe: Recipe, settings: dict[str, Any], overwrite: bool) -> None:
     if overwrite:
         shutil.rmtree(out, ignore_errors=True)
@@ -185,6 +203,8 @@ def _localizer(recipe: Recipe, boxes_from: dict[str, Any]) -> dict[str, Any]:
 def _finish(
     out: Path, recipe: Recipe, model: L2R2, classes: Sequence[str], settings: dict[str, Any], record: dict[str, Any]
 ) -> None:
+    if recipe.init is not None:  # the config may be published: no folder of this machine
+        settings = {**settings, "recipe": {**settings["recipe"], "init": settings["init"]["name"]}}
     try:
         save_checkpoint(model, out, classes, settings, localizer=_localizer(recipe, settings["data"].get("boxes_from", {})))
     except OSError as error:

@@ -55,11 +55,13 @@ def create_model(recipe: Recipe, num_classes: int, start: Start | None = None) -
         raise
     except (OSError, RuntimeError, AssertionError, ValueError, TypeError) as error:  # hub, torch and timm errors
         what = " ".join(str(error).split())[:200]
-        hint = "; weights that cannot be downloaded are left out with --no-pretrained" if recipe.pretrained else ""
+        downloads = recipe.pretrained and start is None
+        hint = "; weights that cannot be downloaded are left out with --no-pretrained" if downloads else ""
         raise L2R2Error(f"{recipe.model} cannot be created ({what}){hint}.") from error
     changes = {name: getattr(recipe, name) for name in ("margin", "late_stage", "late_pool", "coverage")}
     changes.update(fg=recipe.fg or model.view_spec.fg, **({"size": recipe.size} if recipe.size else {}))
-    used_to = start.normalisation() if start else {}
+    used_to = start.views() if start else {}
+    changes = {**(used_to if start and start.is_ours else {}), **changes}
     model.view_spec = ViewSpec.from_pretrained_cfg({**model.pretrained_cfg, **used_to}, **changes)
     if (recipe.mixup or recipe.cutmix) and model.view_spec.fg in IN_NETWORK:
         raise L2R2Error(f'mixup and cutmix mix images, but not the masks that fg "{model.view_spec.fg}" needs; leave them out.')

@@ -34,7 +34,7 @@ class Recipe:
         model: registered architecture, with or without a tag; or a timm backbone for the generic model as `timm:NAME`.
         pretrained: start from weights instead of random ones: those of `init`, or of the tag (downloaded once by timm).
         init: start from a checkpoint: a run's folder, a Hub repository, or a timm classifier saved in timm's layout. Its backbone
-            must be the model's; its heads are taken where the classes are the same.
+            must be the model's; its heads are taken where the classes are the same. It must stay until the run is finished.
         backbone: more arguments of the timm backbone, e.g. `{patch_size: 8, depth: 6}` for a small ViT from scratch.
         branches, shared, fusion, threshold: see `L2R2`; `threshold` is that of the `robust` fusion.
         drop, drop_path: dropout before the heads; stochastic depth in the backbone (arXiv 1603.09382), where timm has it.

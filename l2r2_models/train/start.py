@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..card import Source, source_of_training
 from ..errors import L2R2Error
+from ..evaluate.fit_run import record_of
 from ..files import file_sha256
-from ..hub import WEIGHTS, check_config, local_folder, open_checkpoint
+from ..hub import WEIGHTS, check_config, check_hash, local_folder, open_checkpoint
+from ..ifam import IFAM
 from ..model import L2R2
-from ..zoo import PARTS, backbone_weights, classifier_name
+from ..views import ViewSpec
+from ..zoo import backbone_weights, classifier_name
+from .run_folder import RUN
 
-VIEW_KEYS = ("fg", "margin", "late_stage", "late_pool", "coverage", "size")
-NO_BACKBONE_KEYS = ("views", "fusion", "format_version", "in_chans", "img_size", "num_classes")
+OF_RECIPE = ("fg", "margin", "late_stage", "late_pool", "coverage", "size")  # what a recipe says of the views
+NOT_OF_BACKBONE = ("views", "fusion", "format_version", "in_chans", "img_size", "num_classes")
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,13 @@ class Start:
         folder, config = open_checkpoint(name)
         if "l2r2" in config:
             check_config(config, name)
+        wrong = [k for k in ("pretrained_cfg", "model_args") if not isinstance(config.get(k, {}), dict)]
+        labels = config.get("label_names") or []
+        wrong += [] if isinstance(labels, list) and all(isinstance(label, str) for label in labels) else ["label_names"]
+        if config["architecture"] == "l2r2" and not isinstance(config["model_args"].get("backbone"), str):
+            wrong.append("model_args (no backbone)")
+        if wrong:
+            raise L2R2Error(f"{name}: has an unusable {wrong[0]} in its config.json.")
         return cls(name, folder, config)
 
     @property
@@ -53,43 +66,86 @@ class Start:
     @property
     def labels(self) -> tuple[str, ...]:
         """Class names in the order of the logits, empty where the checkpoint does not say them."""
-        cfg = self.config.get("pretrained_cfg", {})
-        return tuple(self.config.get("label_names") or cfg.get("label_names") or ())
+        return tuple(self.config.get("label_names") or ())
+
+    @property
+    def _cfg(self) -> Mapping[str, Any]:
+        return self.config.get("pretrained_cfg", {})
+
+    # ---- its settings ----
 
     def recipe_keys(self) -> dict[str, Any]:
         """The keys of a `Recipe` that make a model like the checkpoint's."""
-        arguments, architecture = dict(self.config.get("model_args") or {}), self.config["architecture"]
-        if not self.is_ours:
-            backbone = {k: v for k, v in arguments.items() if k not in NO_BACKBONE_KEYS}
-            return {"model": f"timm:{architecture}", "backbone": backbone or None}
-        ours = {key: arguments.pop(key) for key in ("branches", "shared", "box_head", "num_parts") if key in arguments}
-        if architecture == "l2r2":
-            architecture = f"timm:{arguments.pop('backbone')}"
-        ours.update({key: self.config["l2r2"]["views"][key] for key in VIEW_KEYS if key in self.config["l2r2"]["views"]})
-        if architecture.startswith(PARTS):
-            del ours["fg"]
-        recipe = self.config["l2r2"].get("training", {}).get("recipe", {})
-        ours.update({key: recipe[key] for key in ("box_threshold",) if key in recipe})
-        backbone = {k: v for k, v in arguments.items() if k not in NO_BACKBONE_KEYS}
-        return {"model": architecture, "backbone": backbone or None, **ours}
+        arguments, architecture = dict(self.config.get("model_args", {})), self.config["architecture"]
+        keys: dict[str, Any] = {}
+        if self.is_ours:
+            keys = {key: arguments.pop(key) for key in ("branches", "shared", "box_head", "num_parts") if key in arguments}
+            views = self.config["l2r2"]["views"]
+            keys.update({key: views[key] for key in OF_RECIPE if key in views and (key, views[key]) != ("fg", "parts")})
+            keys.update({key: v for key, v in self._training().get("recipe", {}).items() if key == "box_threshold"})
+            if architecture == "l2r2":
+                architecture = f"timm:{arguments.pop('backbone')}"
+        else:
+            architecture = f"timm:{architecture}"
+            sides = arguments.get("img_size") or self._cfg.get("input_size") or []
+            keys.update({"size": sides[-1] if isinstance(sides, list) else sides} if sides else {})
+        keys.update({key: arguments.pop(f"{key}_rate") for key in ("drop", "drop_path") if f"{key}_rate" in arguments})
+        backbone = {k: v for k, v in arguments.items() if k not in NOT_OF_BACKBONE}
+        return {"model": architecture, "backbone": backbone or None, **keys}
 
-    def normalisation(self) -> dict[str, Any]:
-        """Mean, std and interpolation that the weights are used to, as in a timm pretrained cfg."""
-        cfg = self.config.get("pretrained_cfg", {})
-        return {key: cfg[key] for key in ("mean", "std", "interpolation") if key in cfg}
+    def views(self) -> dict[str, Any]:
+        """How the images look that the weights are used to, as far as no recipe says it: fields of a `ViewSpec`."""
+        if self.is_ours:
+            spec = ViewSpec.from_dict(self.config["l2r2"]["views"])
+            return {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in OF_RECIPE}
+        found = {key: self._cfg[key] for key in ("mean", "std", "interpolation") if key in self._cfg}
+        colours = [found[key] for key in ("mean", "std") if key in found]
+        if not all(isinstance(c, list) and len(c) == 3 and all(isinstance(x, (int, float)) for x in c) for c in colours):
+            raise L2R2Error(f"{self.name}: its config.json has no usable mean and std of three colours.")
+        return found
 
     def about(self) -> dict[str, Any]:
-        """What a run records of where it started."""
-        if self.is_ours:
-            source = source_of_training(self.config["l2r2"].get("training", {}))
-        else:
-            cfg = self.config.get("pretrained_cfg", {})
-            tag = f".{cfg['tag']}" if cfg.get("tag") else ""
-            source = Source(f"{self.config['architecture']}{tag}", cfg.get("hf_hub_id"), cfg.get("license"))
+        """What a run records of where it started. The fusion's numbers do not belong to it: they are never taken over.
+
+        Raises:
+            L2R2Error: damaged weights, or not those that the Hub announced.
+        """
+        digest = hashlib.sha256()
+        for key, value in sorted(self._weights().items()):
+            if not key.startswith("fusion."):
+                digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return {"name": self._short_name(), "digest": digest.hexdigest(), "source": asdict(self._source())}
+
+    def _short_name(self) -> str:
+        """Without folders of this machine."""
+        folder = local_folder(self.name)
+        return self.name.removeprefix("hf-hub:") if folder is None else folder.resolve().name
+
+    def _source(self) -> Source:
+        """For the model card: a run of this machine is what it started from itself; what was published has its own licence."""
+        upstream = source_of_training(self._training())
+        if self.is_ours and (self.folder / RUN).exists():
+            return upstream
+        licence = self._cfg.get("license") or upstream.licence
+        licence = licence if isinstance(licence, str) else None
         if local_folder(self.name) is None:
-            repo = self.name.removeprefix("hf-hub:").partition("@")[0]
-            source = Source(repo, repo, source.licence)
-        return {"name": self.name, "digest": file_sha256(self.folder / WEIGHTS), "source": asdict(source)}
+            repo = self._short_name().partition("@")[0]
+            return Source(repo, repo, licence)
+        return Source(upstream.name or self._short_name(), upstream.hub_id, licence)
+
+    def _training(self) -> Mapping[str, Any]:
+        return self.config["l2r2"].get("training", {}) if self.is_ours else {}
+
+    def files(self, classes: Sequence[str]) -> list[str]:
+        """Names of the images that the weights have learned from, where the checkpoint is a run of the same classes: such a run
+        is likely to be of the same data, in others a name like `1.jpg` means another image."""
+        if not (self.folder / RUN).exists() or self.labels != tuple(classes):
+            return []
+        record = record_of(self.folder)
+        return sorted({*record.get("train_files", []), *record.get("init_files", [])})
+
+    # ---- its weights ----
 
     def give(self, model: L2R2, classes: Sequence[str]) -> str:
         """Put the weights into a model: those of the backbones, those of its other modules that fit, and the heads where the
@@ -105,49 +161,83 @@ class Start:
         Raises:
             L2R2Error: another backbone, or damaged weights.
         """
-        try:
-            state = load_file(self.folder / WEIGHTS)
-        except (OSError, SafetensorError) as error:
-            raise L2R2Error(f"{self.name}: its weights cannot be read ({' '.join(str(error).split())[:200]}).") from None
-        own, same = model.state_dict(), self.labels == tuple(classes)
-        taken = self._backbones(state, model, own)
-        if same:
-            taken.update(self._heads(state, model))
+        state, own = self._weights(), model.state_dict()
+        taken: dict[str, Tensor] = {}
+        for prefix in model.backbone_prefixes():
+            taken.update(self._backbone(state, model, prefix, _inside(own, prefix)))
+        heads = self._heads(state, model, own) if self.labels == tuple(classes) else {}
+        for head in heads.values():
+            taken.update(head)
         for module in ("parts.", "box_head."):
             found = {k: v for k, v in state.items() if k.startswith(module)}
             if {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items() if k.startswith(module)}:
                 taken.update(found)
-        taken = {k: v for k, v in taken.items() if k in own and own[k].shape == v.shape}
         model.load_state_dict({**own, **taken})
-        heads = sum(k.startswith("heads.") for k in taken)
-        said = f"and heads of the same {len(classes)} classes" if heads else "the heads are new"
-        return f"started from {self.name}: its backbone{' ' if heads else '; '}{said}"
+        new = [branch for branch in model.branches if branch not in heads]
+        parts = ["its backbone", *([f"its heads ({', '.join(heads)})"] if heads else [])]
+        return f"started from {self.name}: {' and '.join(parts)}{'; new heads: ' + ', '.join(new) if new else ''}"
 
-    def _backbones(self, state: Mapping[str, Tensor], model: L2R2, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        taken = {}
-        for prefix in model.backbone_prefixes():
-            source = _inside(state, prefix) or _inside(state, "backbone.") if self.is_ours else dict(state)
-            wanted = _inside(own, prefix)
-            found = {k: v for k, v in backbone_weights(source, model).items() if k in wanted and v.shape == wanted[k].shape}
-            # a network without a classifier may have no norm before it
-            if lacking := [k for k in wanted if k not in found and "head.norm." not in k]:
-                other = self.config["architecture"]
-                raise L2R2Error(f"{self.name}: the weights of {other} do not fit {model.backbone_name} (e.g. {lacking[0]}).")
-            taken.update({prefix + k: v for k, v in found.items()})
-        return taken
+    def _weights(self) -> dict[str, Tensor]:
+        if local_folder(self.name) is None:
+            check_hash(self.folder / WEIGHTS, file_sha256(self.folder / WEIGHTS), self.name)
+        try:
+            return load_file(self.folder / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise L2R2Error(f"{self.name}: its weights cannot be read ({' '.join(str(error).split())[:200]}).") from None
 
-    def _heads(self, state: Mapping[str, Tensor], model: L2R2) -> dict[str, Tensor]:
-        """Each branch's head of the same branch, or that of the whole image; stage 1 of iFAM only from stage 1."""
-        if not self.is_ours:
-            state = {f"heads.full.{k}": v for k, v in _inside(state, f"{classifier_name(model)}.").items()}
-        taken = {}
+    def _prefix(self, state: Mapping[str, Tensor], branch: str) -> str:
+        """Where the checkpoint has the backbone of a branch."""
+        own = f"branch_backbones.{branch}."
+        return own if any(k.startswith(own) for k in state) else "backbone." if self.is_ours else ""
+
+    def _backbone(self, state: Mapping[str, Tensor], model: L2R2, prefix: str, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        source = _inside(state, self._prefix(state, _branch_of(prefix, model)))
+        misfit = f"{self.name}: the weights of {self.config['architecture']} do not fit {model.backbone_name}"
+        try:
+            converted = backbone_weights(source, model)
+        except Exception as error:  # timm's filters expect their own networks
+            raise L2R2Error(f"{misfit}.") from error
+        found = {k: v for k, v in converted.items() if k in wanted and v.shape == wanted[k].shape}
+        # a network without a classifier may have no norm before it
+        if lacking := [k for k in wanted if k not in found and "head.norm." not in k]:
+            raise L2R2Error(f"{misfit} (e.g. {lacking[0]}).")
+        return {prefix + k: v for k, v in found.items()}
+
+    def _heads(self, state: Mapping[str, Tensor], model: L2R2, own: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """By branch the head that belongs to the backbone which that branch got: its own one, or else that of another branch.
+
+        Stage 1 of iFAM has a head of another kind, for parts.
+        """
+        if self.is_ours:
+            of_parts = "full" if _has_parts(state) and not isinstance(model, IFAM) else None
+            sources = {b: _inside(state, f"heads.{b}.") for b in self.config["l2r2"]["branches"] if b != of_parts}
+        else:
+            try:
+                sources = {"full": _inside(state, f"{classifier_name(model)}.")}
+            except L2R2Error:  # several classifiers
+                return {}
+        heads = {}
         for branch in model.branches:
-            head = f"heads.{branch}."
-            if head.startswith(model.fresh) and not any(k.startswith("parts.") for k in state):
-                continue
-            found = _inside(state, head) or _inside(state, "heads.full.")
-            taken.update({head + k: v for k, v in found.items()})
-        return taken
+            prefix = self._prefix(state, branch if not model.shared else model.branches[0])
+            fitting = [b for b in sources if self._prefix(state, b) == prefix]
+            names = [n for n in own if n.startswith(f"heads.{branch}.")]
+            for b in [*(b for b in (branch, "full") if b in fitting), *fitting]:
+                if f"heads.{branch}.".startswith(model.fresh) and not _has_parts(state):
+                    break
+                found = {name: sources[b].get(name.split(".", 2)[2]) for name in names}
+                if names and all(v is not None and v.numel() == own[name].numel() for name, v in found.items()):
+                    heads[branch] = {name: v.reshape(own[name].shape) for name, v in found.items() if v is not None}
+                    break
+        return heads
+
+
+def _branch_of(prefix: str, model: L2R2) -> str:
+    """The branch whose backbone has this prefix; the first one where it is shared."""
+    return prefix.split(".")[1] if prefix.startswith("branch_backbones.") else model.branches[0]
+
+
+def _has_parts(state: Mapping[str, Tensor]) -> bool:
+    return any(k.startswith("parts.") for k in state)
 
 
 def _inside(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
