@@ -53,7 +53,7 @@ class Start:
         wrong = [k for k in ("pretrained_cfg", "model_args") if not isinstance(config.get(k, {}), dict)]
         labels = config.get("label_names") or []
         wrong += [] if isinstance(labels, list) and all(isinstance(label, str) for label in labels) else ["label_names"]
-        if config["architecture"] == "l2r2" and not isinstance(config["model_args"].get("backbone"), str):
+        if not wrong and config["architecture"] == "l2r2" and not isinstance(config.get("model_args", {}).get("backbone"), str):
             wrong.append("model_args (no backbone)")
         if wrong:
             raise L2R2Error(f"{name}: has an unusable {wrong[0]} in its config.json.")
