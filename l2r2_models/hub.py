@@ -190,7 +190,7 @@ def open_checkpoint(name: str) -> tuple[Path, dict[str, Any]]:
         raise L2R2Error(f"{folder}: holds {pickled[0]}; pickled weights are never loaded, only {WEIGHTS}. Remove it.")
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
-            raise L2R2Error(f"{folder}: is not a checkpoint, it has no {file}.")
+            raise L2R2Error(f"{folder}: is neither a run nor a checkpoint, it has no {file}.")
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise L2R2Error(f"{name}: is not a checkpoint in timm's layout, its {CONFIG} names no architecture.")
@@ -312,7 +312,7 @@ def _why_not(error: Exception, name: str, repo: str, revision: str) -> str:
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the Hub's {repo} has no revision {revision}"
     if isinstance(error, errors.EntryNotFoundError):
-        return f"the Hub's {repo} has no {CONFIG} with a {WEIGHTS}, so it is not a checkpoint that can be read here"
+        return f"the Hub's {repo} has no {CONFIG} with a {WEIGHTS}, so it holds no checkpoint"
     if isinstance(error, errors.HfHubHTTPError):
         return f"the Hub does not serve it ({str(error).splitlines()[0]})"
     return f"the download stopped ({' '.join(str(error).split())[:200]}); the same call continues it"
