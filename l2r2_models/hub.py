@@ -269,6 +269,8 @@ def check_config(config: dict[str, Any], name: str) -> None:
     for key in ("format_version", "views", "branches", "fusion"):
         if key not in ours:
             raise L2R2Error(f"{name}: {CONFIG} has no {key} under l2r2.")
+        if key not in arguments:
+            raise L2R2Error(f"{name}: {CONFIG} has no {key} under model_args; a development version saved it, train it again.")
         if arguments.get(key) != ours.get(key):
             raise L2R2Error(f"{name}: {CONFIG} says two things about {key}, under model_args and under l2r2.")
     ViewSpec.from_dict(ours["views"])

@@ -106,7 +106,7 @@ def test_refusals_name_the_file_and_say_why(tmp_path):
         "from 1, not True": lambda c: c["l2r2"].update(format_version=True),
         "from 1, not 0": lambda c: c["l2r2"].update(format_version=0),
         "from 1, not None": lambda c: c["l2r2"].pop("format_version"),
-        "says two things about format_version": lambda c: c["model_args"].pop("format_version"),
+        "has no format_version under model_args": lambda c: c["model_args"].pop("format_version"),
         "run: The backbone of l2r2_resnet18 is resnet18": lambda c: c.update(architecture="l2r2_resnet18"),
         "no l2r2 section": lambda c: c.pop("l2r2"),
         'Unknown fusion "magic"': lambda c: [c[part].update(fusion={"name": "magic"}) for part in ("l2r2", "model_args")],
