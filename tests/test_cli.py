@@ -88,7 +88,7 @@ def test_predict_refuses_what_it_cannot_use(l2r2, run, dataset, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no image in this folder" in sentence(l2r2("predict", run, tmp_path / "empty", *out))
     assert "no such file or folder" in sentence(l2r2("predict", run, tmp_path / "nowhere", *out))
-    assert "not a checkpoint" in sentence(l2r2("predict", dataset, dataset, *out))
+    assert "neither a run nor a checkpoint" in sentence(l2r2("predict", dataset, dataset, *out))
     assert "hf download nobody/nothing" in sentence(l2r2("predict", "nobody/nothing", dataset, *out))
     (tmp_path / "boxes.json").write_text('{"elsewhere.jpg": [[1, 2, 30, 40]]}')
     assert "none of its 1 entries" in sentence(l2r2("predict", run, dataset, "--boxes", tmp_path / "boxes.json", *out))
