@@ -22,8 +22,9 @@ from .errors import L2R2Error
 from .evaluate.stored import read_evaluations
 from .files import file_sha256, read_json, write_json, write_text
 from .hub import CONFIG, WEIGHTS, Checkpoint, load_checkpoint
+from .train.run_folder import RUN, record_of
 
-CARD, RUN = "README.md", "run.json"
+CARD = "README.md"
 SECRETS = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bAKIA[0-9A-Z]{16}\b|\bsk-[A-Za-z0-9_-]{20,}"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
@@ -223,7 +224,7 @@ def _without_paths(value: Any) -> Any:
 
 def _command(run: Path) -> str:
     """The command that made the run, its paths by their last part."""
-    record = read_json(run / RUN) if (run / RUN).exists() else {}
+    record = record_of(run)
     words = str(record.get("command") or "").split()
     return " ".join(_without_paths(words)) or "not recorded"
 
@@ -233,7 +234,7 @@ def _validation(run: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any], ...]
 
     Without the fused one where `l2r2 fuse` has replaced the fusion since.
     """
-    record = read_json(run / RUN) if (run / RUN).exists() else {}
+    record = record_of(run)
     metrics, files = record.get("metrics") or {}, record.get("val_files") or []
     named = {k.removesuffix("_accuracy"): v for k, v in metrics.items() if k.endswith("_accuracy")}
     if "fusion_fit" in checkpoint.training:

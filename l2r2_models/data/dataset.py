@@ -38,7 +38,7 @@ def check_images(
     table: ImageTable,
     progress: Callable[[Iterable[None], int], Iterable[None]],
     box_threshold: float = 0.0,
-    usable: Callable[[Sample], bool] = lambda sample: bool(sample.box.isfinite().all()),
+    usable: Callable[[Sample], bool] = lambda sample: sample.has_box,
 ) -> Check:
     """Decode every image once, look for its object and hash it.
 
@@ -76,6 +76,10 @@ class Sample:
     box: Tensor
     mask: Tensor | None
     score: float = 1.0
+
+    @property
+    def has_box(self) -> bool:
+        return bool(self.box.isfinite().all())
 
 
 def sample_of(row: Row, fill: Sequence[int], box_threshold: float = 0.0, draw: random.Random | None = None) -> Sample:

@@ -8,14 +8,15 @@ from typing import Any
 
 from ..data.table import ImageTable, read_table
 from ..errors import L2R2Error
-from ..files import read_json, write_json
+from ..files import write_json
 from ..fusion import FUSIONS
 from ..hub import load_checkpoint, save_checkpoint
+from ..train.run_folder import RUN, record_of
 from .backgrounds import logits_to_fit
 from .fuse import BEST, best, fit
 from .logits import Progress
 
-LOGITS, RUN = "logits", "run.json"
+LOGITS = "logits"
 
 
 @dataclass(frozen=True)
@@ -121,17 +122,6 @@ def rows_of(run: Path | str, table: ImageTable, split: str) -> ImageTable:
             raise L2R2Error(f"{table.root}: lacks {len(lacking)} of the {len(set(held_out))} images that {run} held out.")
         return rows
     return table.of_split(split)
-
-
-def record_of(run: Path | str) -> dict[str, Any]:
-    """What `finetune` wrote of a run; empty for a Hub id or a folder without it."""
-    file = Path(run) / RUN
-    record = read_json(file) if file.exists() else {}
-    keys = ("train_files", "init_files", "val_files", "fit_files")
-    lists = [record.get(k, []) for k in keys] if isinstance(record, dict) else [None]
-    if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists):
-        raise L2R2Error(f"{file}: is damaged.")
-    return record
 
 
 def warnings_of(run: Path | str, table: ImageTable, split: str, consequence: str) -> tuple[str, ...]:

@@ -16,7 +16,8 @@ from ..errors import L2R2Error
 from ..fusion import FUSIONS, Fusion, MetadataPrior, create_fusion
 from ..fusion.calibration import fit_temperature
 from ..hub import Checkpoint, load_checkpoint
-from .fit_run import LOGITS, record_of, rows_of, trained_on, warnings_of
+from ..train.run_folder import record_of
+from .fit_run import LOGITS, rows_of, trained_on, warnings_of
 from .fuse import fit, fuse
 from .logits import BranchLogits, Progress, branch_logits
 from .metrics import confusion_matrix, measure, oracle

@@ -229,7 +229,7 @@ def _pictures(judged: Judged, rows: Sequence[int]) -> Iterator[Picture]:
         box = None
         try:
             sample = sample_of(row, judged.checkpoint.model.view_spec.fill, judged.checkpoint.box_threshold)
-            image, box = Image.fromarray(sample.pixels.numpy()), sample.box.tolist() if sample.box.isfinite().all() else None
+            image, box = Image.fromarray(sample.pixels.numpy()), sample.box.tolist() if sample.has_box else None
         except L2R2Error:
             pass  # changed since it was judged: the card says what is wrong with the file
         yield Picture(image, judged.labels[truth], box, said, note)

@@ -273,7 +273,7 @@ def _shows(model: L2R2, sample: Sample) -> bool:
     """Whether the model's fg sees anything of a sample's object: of a small one, token masks may keep no patch."""
     spec = model.view_spec
     if "fg" not in model.branches or spec.fg in ("crop", "parts"):
-        return bool(sample.box.isfinite().all())
+        return sample.has_box
     views = make_views([sample.pixels], sample.box[None], spec, branches=("fg",), masks=[sample.mask])
     if spec.fg != "tokens":
         return bool(views.has_fg)

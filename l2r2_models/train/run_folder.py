@@ -42,6 +42,17 @@ def check_place(out: Path, data: Path, settings: dict[str, Any], overwrite: bool
         raise L2R2Error(f"{out}: holds a run with another {', '.join(changed)}; choose another -o, or --overwrite it.")
 
 
+def record_of(run: Path | str) -> dict[str, Any]:
+    """What `finetune` wrote of a run; empty for a Hub id or a folder without it."""
+    file = Path(run) / RUN
+    record = read_json(file) if file.exists() else {}
+    keys = ("train_files", "init_files", "val_files", "fit_files")
+    lists = [record.get(k, []) for k in keys] if isinstance(record, dict) else [None]
+    if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists):
+        raise L2R2Error(f"{file}: is damaged.")
+    return record
+
+
 def finished(out: Path) -> dict[str, Any] | None:
     """The record of a finished run: it is written after everything else."""
     if not all((out / name).is_file() for name in (RUN, CONFIG, WEIGHTS)):

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from ..card import Source, source_of_training
 from ..errors import L2R2Error
-from ..evaluate.fit_run import record_of
 from ..files import file_sha256
 from ..hub import WEIGHTS, check_config, check_hash, local_folder, open_checkpoint
 from ..ifam import IFAM
 from ..model import L2R2
 from ..views import ViewSpec
 from ..zoo import backbone_weights, classifier_name
-from .run_folder import RUN
+from .run_folder import RUN, record_of
 
 OF_RECIPE = ("fg", "margin", "late_stage", "late_pool", "coverage", "size")  # what a recipe says of the views
 NOT_OF_BACKBONE = ("views", "fusion", "format_version", "in_chans", "img_size", "num_classes")
