@@ -144,14 +144,15 @@ class IFAM(L2R2):
     def _stage2(self, tokens: Tensor, found: PartMaps, *, by_hand: bool) -> tuple[Tensor, Tensor]:
         """Stage 2's logits, and `[B]` bool whether it saw a patch.
 
-        In training a kept patch has the weight 1 as a key (and in a mean), whose gradient is that of the foreground map
-        (straight-through): so the loss of stage 2 tells stage 1 which patches it should have left out. The weight stands where
-        leaving a patch out acts; a factor of the token itself would be cancelled by the norm before the first attention.
+        In training every patch has a weight as a key (and in a mean), 1 if it is kept and 0 if not, whose gradient is that of
+        the foreground map (straight-through): the loss of stage 2 tells stage 1 which patches it should have left out, and
+        which it should have kept. The weight stands where leaving a patch out acts; a factor of the token itself would be
+        cancelled by the norm before the first attention.
         """
         vit, keep, weights = self.backbone_of("fg"), found.keep.flatten(1), None
         if self.training and not by_hand:
             soft = found.foreground().flatten(1)
-            weights = 1 + (soft - soft.detach())
+            weights = keep + (soft - soft.detach())
         seen = run_tokens(vit, tokens, keep, weights=weights)
         return self.heads["fg"](pool_tokens(vit, seen)), keep.any(1)
 

@@ -19,9 +19,9 @@ from .views import ViewSpec
 
 
 class Tokens(NamedTuple):
-    """A ViT's tokens after its last norm: prefix `[B, P, C]`, patches `[B, N, C]` (0 where dropped), keep `[B, N]` bool.
+    """A ViT's tokens after its last norm: prefix `[B, P, C]`, patches `[B, N, C]`, keep `[B, N]` bool.
 
-    weights: `[B, N]`, how much a kept patch counts in a mean; None counts all alike.
+    weights: `[B, N]`, how much a patch counts in a mean (see `run_tokens`); without, dropped patches are 0.
     """
 
     prefix: Tensor
@@ -116,27 +116,28 @@ def run_tokens(vit: Any, tokens: Tensor, keep: Tensor, *, packed: bool = True, w
         packed: drop the tokens before block 1; otherwise compute all of them with dropped ones never as keys. Both give the
             same prefix and kept patches, the first in less time. A compiled or exported model always takes the second,
             whose shapes do not depend on the mask.
-        weights: `[B, N]` above 0, how much a kept patch counts: a factor of its attention weights as a key, which are
-            normalised after it, and of its share of a mean. Prefix tokens count 1. Differentiable; None counts all alike.
+        weights: `[B, N]`, 1 for kept and 0 for dropped patches, a straight-through mask: how much each patch counts as a key
+            and in a mean. It changes no value, and its gradient reaches dropped patches too, so all tokens are computed.
 
     Raises:
         L2R2Error: a block that cannot run so.
     """
     prefixes = vit.num_prefix_tokens
-    bias = None if weights is None else nn.functional.pad(weights.log(), (prefixes, 0))
+    weight = None if weights is None else nn.functional.pad(weights, (prefixes, 0), value=1.0)
     mask = torch.cat([keep.new_ones(keep.shape[0], prefixes), keep], 1)
-    options = {"num_prefix": prefixes, "key_bias": bias, "checkpoint": bool(vit.grad_checkpointing)}
+    options = {"num_prefix": prefixes, "checkpoint": bool(vit.grad_checkpointing)}
     try:
-        if packed and not torch.compiler.is_compiling():
+        if packed and weights is None and not torch.compiler.is_compiling():
             capacity = None if mask.device.type == "cpu" else "sync"  # counting is one wait, and what makes packing pay
             _, out = run_packed(vit.blocks, tokens, mask, capacity=capacity, unpacked=True, **options)
             assert out is not None
         else:
-            out = run_masked(vit.blocks, tokens, mask, **options)
+            out = run_masked(vit.blocks, tokens, mask, key_weight=weight, **options)
     except TypeError as error:
         raise L2R2Error(f"{type(vit).__name__} cannot drop tokens: {error}") from error
     out = vit.norm(out)
-    return Tokens(out[:, :prefixes], torch.where(keep[:, :, None], out[:, prefixes:], 0), keep, weights)
+    patches = out[:, prefixes:]
+    return Tokens(out[:, :prefixes], patches if weights is not None else torch.where(keep[:, :, None], patches, 0), keep, weights)
 
 
 def pool_tokens(vit: Any, tokens: Tokens) -> Tensor:
@@ -146,7 +147,7 @@ def pool_tokens(vit: Any, tokens: Tokens) -> Tensor:
     else:
         patches, count = tokens.patches, tokens.keep.sum(1, keepdim=True)
         if tokens.weights is not None:
-            weights = (tokens.keep * tokens.weights).to(patches.dtype)
+            weights = tokens.weights.to(patches.dtype)
             patches, count = patches * weights[..., None], weights.sum(1, keepdim=True)
         pooled = patches.sum(1)
         if vit.pool_include_prefix:

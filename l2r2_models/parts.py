@@ -94,8 +94,8 @@ class PartDiscovery(nn.Module):
         if self.training and self.dropout:
             draws = weights * (torch.rand_like(weights) >= self.dropout)
             weights = torch.where(draws.sum(1, keepdim=True) > 0, draws, weights)  # never all of them
-        logits = head(self.norm(vectors))  # [B, K, classes]
-        return (logits * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp_min(1)
+        logits = head(self.norm(vectors.to(self.norm.weight.dtype)))  # [B, K, classes]
+        return ((logits * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp_min(1)).to(logits.dtype)
 
     def check_intervention(self, dropped: tuple[int, ...], quantile: float) -> None:
         """Whether `without` can do this.

@@ -17,6 +17,7 @@ VITS = {
     "qk norm": ("vit_tiny_patch16_224", {"qk_norm": True}),
     "average": ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}),
     "average beside a class token": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+    "average with the class token": ("vit_tiny_patch16_224", {"global_pool": "avg", "pool_include_prefix": True}),
 }
 SIDE = {"registers": 56}
 

@@ -104,8 +104,10 @@ def test_training_with_drop_path_equals_masked_and_drops_whole_images(device):
 def test_checkpointing_keeps_less_and_changes_no_gradient(runner):
     model, stored = vit(drop_path_rate=0.5).train(), []
     mask, x = kept_mask(model), entered(model, torch.randn(3, 3, 56, 56)).detach()
-    bias = torch.randn(mask.shape, requires_grad=True)
-    weights = [bias, *(p for p in model.blocks.parameters())]
+    mask[:, 0] = True
+    key_weight = mask.float().requires_grad_()
+    options = {"key_weight": key_weight} if runner is run_masked else {}
+    weights = [*options.values(), *model.blocks.parameters()]
 
     def step(checkpoint):
         torch.manual_seed(5)
@@ -116,7 +118,7 @@ def test_checkpointing_keeps_less_and_changes_no_gradient(runner):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out = runner(model.blocks, x, mask, num_prefix=1, key_bias=bias, checkpoint=checkpoint)
+            out = runner(model.blocks, x, mask, num_prefix=1, checkpoint=checkpoint, **options)
         out = out[1] if isinstance(out, tuple) else out
         return torch.autograd.grad(out[:, 0].square().mean(), weights)
 
@@ -174,97 +176,81 @@ def test_image_without_a_token_is_harmless():
     assert torch.isfinite(run_masked(model.blocks, x, mask)).all()
 
 
-def plain_softmax(blocks, x, bias):
-    """The blocks with softmax(qk * scale + bias), written out; bias [B, N] is -inf for dropped keys."""
+def plain_softmax(blocks, x, weight):
+    """The blocks with weighted softmax written out: weight ``[B, N]`` times exp(qk * scale), normalized after it."""
     for block in blocks:
         attn = block.attn
         q, k, v = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        weights = (attn.q_norm(q) @ attn.k_norm(k).mT * attn.scale + bias[:, None, None]).softmax(-1)
-        x = x + block.ls1(attn.proj((weights @ v).transpose(1, 2).flatten(2)))
+        weights = (attn.q_norm(q) @ attn.k_norm(k).mT * attn.scale).exp() * weight[:, None, None]
+        x = x + block.ls1(attn.proj((weights / weights.sum(-1, keepdim=True) @ v).transpose(1, 2).flatten(2)))
         x = x + block.ls2(block.mlp(block.norm2(x)))
     return x
 
 
-def biased_steps(model, mask, bias, backend="auto"):
-    """The kept tokens and the gradients of x, bias and weights: by plain softmax in float64, packed, with padding, and masked."""
-    device, prefix, rows = bias.device, model.num_prefix_tokens, mask.numel()
-    x = torch.randn(*mask.shape, 48, generator=torch.Generator().manual_seed(1)).to(device)
-    kept = mask | (torch.arange(mask.shape[1], device=device) < prefix)
-    exact = copy.deepcopy(model.blocks).double()
-
-    def step(blocks, dtype, runner):
-        leaves = [y.to(dtype).detach().requires_grad_() for y in (x, bias)]
-        out = runner(blocks, *leaves)[kept]
-        return [out, *torch.autograd.grad(out.square().mean(), [*leaves, *blocks.parameters()])]
-
-    options = {"num_prefix": prefix, "backend": backend}
-    truth = step(exact, torch.float64, lambda blocks, y, b: plain_softmax(blocks, y, b.masked_fill(~kept, float("-inf"))))
-    return truth, {
-        "packed": step(model.blocks, x.dtype, lambda blocks, y, b: run_packed(
-            blocks, y, mask.cpu(), unpacked=True, key_bias=b, **options)[1]),
-        "padded": step(model.blocks, x.dtype, lambda blocks, y, b: run_packed(
-            blocks, y, mask, unpacked=True, key_bias=b, capacity=rows + 64, **options)[1]),
-        "masked": step(model.blocks, x.dtype, lambda blocks, y, b: run_masked(blocks, y, mask, key_bias=b, **options)),
-    }  # fmt: skip
+def weighted_step(blocks, x, weight, runner):
+    """The result, and the gradients of x, the weights of the keys and the parameters."""
+    leaves = [y.detach().requires_grad_() for y in (x, weight)]
+    out = runner(blocks, *leaves)
+    return [out, *torch.autograd.grad(out.square().mean(), [*leaves, *blocks.parameters()])]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("variant", ["plain", "registers", "qk_norm", "avg_pool"])
-def test_key_bias_is_added_to_the_logits_of_each_key(variant, device):
+def test_the_gradient_of_key_weights_reaches_masked_tokens_too(variant, device):
     model = vit(**VARIANTS[variant]).to(device)
     mask = kept_mask(model).to(device)
-    bias = torch.randn(mask.shape, generator=torch.Generator().manual_seed(2)).to(device)
-    truth, steps = biased_steps(model, mask, bias)
-    dropped = ~mask & (torch.arange(mask.shape[1], device=device) >= model.num_prefix_tokens)
-    for name, results in steps.items():
-        for got, expected in zip(results, truth):
-            size = expected.abs().max().clamp_min(1e-2)  # the bias of k_norm has no effect: its gradient is rounding
-            torch.testing.assert_close(got.double() / size, expected / size, atol=2e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
-        assert torch.all(results[2][dropped] == 0) and torch.all(results[2][mask] != 0)
+    mask[:, : max(1, model.num_prefix_tokens)] = True
+    x = torch.randn(*mask.shape, 48, generator=torch.Generator().manual_seed(1)).to(device)
+    truth = weighted_step(copy.deepcopy(model.blocks).double(), x.double(), mask.double(), plain_softmax)
+    got = weighted_step(model.blocks, x, mask.float(), lambda blocks, y, w: run_masked(blocks, y, mask, key_weight=w))
+    for value, expected in zip(got, truth):
+        size = expected.abs().max().clamp_min(1e-2)  # the bias of k_norm has no effect: its gradient is rounding
+        torch.testing.assert_close(value.double() / size, expected / size, atol=2e-5, rtol=0)
+    assert torch.all(got[2] != 0)
 
 
-@pytest.mark.parametrize("runner", [run_packed, run_masked])
-def test_a_key_bias_of_zero_changes_nothing(runner):
+def test_key_weights_change_nothing_else_and_large_odds_stay_finite():
     model = vit(reg_tokens=2)
-    x, mask = torch.randn(3, 52, 48), kept_mask(model)[:, :52]
-    with_bias, without = (runner(model.blocks, x, mask, num_prefix=3, key_bias=b) for b in (torch.zeros(3, 52), None))
-    if runner is run_packed:
-        with_bias, without = with_bias[0].tokens, without[0].tokens
-    torch.testing.assert_close(with_bias / without.abs().max(), without / without.abs().max(), atol=1e-6, rtol=0)
+    mask = kept_mask(model)
+    mask[:, :3] = True
+    x = torch.randn(*mask.shape, 48)
+    options = {"num_prefix": 3, "checkpoint": True}
+    without = run_masked(model.blocks, x, mask, **options)
+    weight = mask.float().requires_grad_()
+    assert torch.equal(run_masked(model.blocks, x, mask, key_weight=weight, **options), without)
+    far = torch.where(mask[..., None], x, 1e4 * x)  # norms keep tokens in bounds; the projections do not
+    for block in model.blocks:
+        block.attn.qkv.weight.data.mul_(20)
+    run_masked(model.blocks, far, mask, key_weight=weight, **options).square().mean().backward()
+    assert weight.grad.isfinite().all()
 
 
-def test_key_bias_under_autocast_compiled_and_with_an_empty_image():
+def test_key_weights_under_autocast_compiled_and_with_an_empty_image():
     model = vit()
     mask = kept_mask(model)
-    mask[0] = False
-    x, bias = torch.randn(3, 50, 48), torch.zeros(3, 50)
+    mask[:, 0], mask[0] = True, False
+    x = torch.randn(3, 50, 48)
 
-    def gradient(x, bias, runner):
-        bias = bias.requires_grad_()
-        out = runner(model.blocks[:1], x, mask, num_prefix=1, key_bias=bias)
-        return torch.autograd.grad((out[1] if isinstance(out, tuple) else out)[:, 0].square().mean(), bias)[0]
+    def gradient(runner):
+        weight = mask.float().requires_grad_()
+        out = runner(model.blocks[:1], x, mask, key_weight=weight)
+        return torch.autograd.grad(out[:, 0].square().mean(), weight)[0]
 
-    packed = partial(run_packed, unpacked=True, capacity=96)
-    expected = gradient(x, bias, packed)
-    assert expected[mask].abs().min() > 0 and torch.all(expected[0, 1:] == 0)
-    for runner in (packed, run_masked):
-        with torch.autocast("cpu", torch.bfloat16):
-            half = gradient(x, bias, runner)
-        assert half.dtype == torch.float32
-        torch.testing.assert_close(half, expected, atol=0.1 * expected.abs().max().item(), rtol=0)
-        compiled = torch.compile(runner, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(gradient(x, bias, compiled), expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-3)
+    expected = gradient(run_masked)
+    assert torch.all(expected[0] == 0) and torch.all(expected[1:] != 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = gradient(run_masked)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, expected, atol=0.1 * expected.abs().max().item(), rtol=0)
+    compiled = torch.compile(run_masked, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradient(compiled), expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-3)
 
 
-def test_a_key_bias_that_does_not_fit_is_named():
+def test_key_weights_that_do_not_fit_are_named():
     x, mask = torch.zeros(1, 4, 128), torch.ones(1, 4, dtype=torch.bool)
-    for runner in (run_packed, run_masked):
-        for bias in (torch.zeros(1, 3), torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 1, 4)):
-            with pytest.raises(ValueError, match=r"key_bias must be a floating tensor \[B, N\] = \[1, 4\]"):
-                runner([Block(128, 4)], x, mask, key_bias=bias)
-        assert runner([Block(128, 1)], x, mask, key_bias=torch.zeros(1, 4)) is not None  # a head of the widest kind
-    with pytest.raises(ValueError, match="up to 120 wide with it; got 128"):
-        run_packed([Block(128, 1)], x, mask, key_bias=torch.zeros(1, 4), backend="triton")
+    for weight in (torch.zeros(1, 3), torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 1, 4)):
+        with pytest.raises(ValueError, match=r"key_weight must be a floating tensor \[B, N\] = \[1, 4\]"):
+            run_masked([Block(128, 4)], x, mask, key_weight=weight)
 
 
 def _hooked(block):

@@ -2,11 +2,10 @@
 test_kernels_interpreter.py in a process of their own)."""
 
 import os
-from functools import partial
 
 import pytest
 import torch
-from l2r2_kernels.masked_attention import key_index, masked_attention, run_masked, run_packed
+from l2r2_kernels.masked_attention import key_index, masked_attention, run_masked
 from l2r2_kernels.masked_attention import reference as ref
 from masked_attention_helpers import check_masked, check_masked_poison, check_varlen, masks, qkv, run
 from timm.models.vision_transformer import Block
@@ -82,22 +81,19 @@ def test_infinite_gradients_leave_masked_keys_at_zero(device):
 
 
 @on_devices
-def test_key_bias(device):
-    """Eight more channels of a head, in blocks: as PyTorch's own attention gives it."""
+def test_the_gradient_of_key_weights(device):
+    """Beside Triton's attention as beside PyTorch's own."""
     torch.manual_seed(0)
-    blocks = torch.nn.ModuleList([Block(96, 2), Block(96, 2)]).to(device)
-    x, bias, mask = torch.randn(2, 20, 96, device=device), torch.randn(2, 20, device=device), masks(2, 20)["some"]
+    blocks = torch.nn.ModuleList([Block(96, 2)]).to(device)
+    x, mask = torch.randn(2, 20, 96, device=device), masks(2, 20)["some"].to(device)
 
-    def step(runner, backend):
-        leaf = bias.clone().requires_grad_()
-        out = runner(blocks, x, mask, num_prefix=1, key_bias=leaf, backend=backend)
-        out = out[1] if isinstance(out, tuple) else out
-        return [out[:, 0], *torch.autograd.grad(out[:, 0].square().sum(), [leaf, *blocks.parameters()])]
+    def step(backend):
+        weight = mask.float().requires_grad_()
+        out = run_masked(blocks, x, mask, key_weight=weight, backend=backend)
+        return [out[:, 0], *torch.autograd.grad(out[:, 0].square().sum(), [weight, *blocks.parameters()])]
 
-    truth = step(run_masked, "torch")
-    for runner in (run_masked, partial(run_packed, unpacked=True)):
-        for got, expected in zip(step(runner, "triton"), truth):
-            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    for got, expected in zip(step("triton"), step("torch")):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
 @on_devices

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recompute
 
 from .attention import masked_attention, varlen_attention
-from .op import MAX_HEAD_DIM, key_index, runs_triton, take_rows
+from .key_gradient import with_key_gradient
+from .op import key_index, runs_triton
 from .packing import Packed, check_tokens, pack, unpack
 
 # What timm's vision_transformer.Block and layers.Attention hold. Anything else would be ignored here, so it is refused.
@@ -23,14 +23,13 @@ _BLOCK_CHILDREN = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", 
 _ATTENTION_NAMES = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
 _ATTENTION_NAMES |= {"num_heads", "head_dim", "attn_dim", "scale", "fused_attn"}
 _MLPS = {"Mlp", "GluMlp", "SwiGLU", "SwiGLUPacked"}  # one token at a time
-_BIAS_CHANNELS = 8  # of a head: one holds the bias, the others keep its rows aligned
 
 Core = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 def run_packed(
     blocks: Iterable[nn.Module], x: Tensor, mask: Tensor, *, num_prefix: int = 0, capacity: int | str | None = None,
-    unpacked: bool = False, fill: float = 0.0, backend: str = "auto", key_bias: Tensor | None = None, checkpoint: bool = False,
+    unpacked: bool = False, fill: float = 0.0, backend: str = "auto", checkpoint: bool = False,
 ) -> tuple[Packed, Tensor | None]:  # fmt: skip
     """Runs timm ViT blocks on the kept tokens only.
 
@@ -43,9 +42,6 @@ def run_packed(
         capacity: rows of the packed tokens, see ``pack``.
         unpacked: also return the tokens in their places, ``fill`` where they were dropped.
         backend: see ``masked_attention``.
-        key_bias: ``[B, N]`` finite numbers, added in every block and head to the logits of a token where it is a key: the log of
-            a factor of its attention weights, which are normalised after it. Differentiable; a dropped token gets a zero
-            gradient. It takes 8 more channels a head: "auto" runs heads that are wider than 120 in PyTorch then.
         checkpoint: keep the input of each block only, and compute its activations again in the backward pass.
 
     Returns:
@@ -60,9 +56,6 @@ def run_packed(
     """
     blocks = _checked(blocks)
     packed = pack(x, mask, num_prefix=num_prefix, capacity=capacity)
-    if key_bias is not None:
-        _check_bias(key_bias, x)
-        key_bias = take_rows(key_bias.reshape(-1, 1), packed.source, packed.inverse, 0.0)[:, 0]
 
     def core(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return varlen_attention(q, k, v, packed.cu_seqlens, packed.max_len, scale=scale, backend=backend)
@@ -75,26 +68,30 @@ def run_packed(
         factor = layer(branch.new_ones(packed.batch, 1))  # [B, 1]: one draw an image
         return branch * factor[image]
 
-    tokens, attend = packed.tokens, _biased(core, key_bias, backend)
+    tokens = packed.tokens
     for block in blocks:
-        tokens = _run(checkpoint, block, tokens, attend, drop_path)
+        tokens = _run(checkpoint, block, tokens, core, drop_path)
     packed = packed._replace(tokens=tokens)
     return packed, unpack(packed, fill) if unpacked else None
 
 
 def run_masked(
     blocks: Iterable[nn.Module], x: Tensor, mask: Tensor, *, num_prefix: int = 0, backend: str = "auto",
-    key_bias: Tensor | None = None, checkpoint: bool = False,
+    key_weight: Tensor | None = None, checkpoint: bool = False,
 ) -> Tensor:  # fmt: skip
     """Runs timm ViT blocks on all tokens, with the masked ones never as keys.
 
-    Arguments and errors as in ``run_packed``. Returns ``[B, N, C]``; masked tokens are computed too (they see the kept ones),
-    for models whose later layers need every token. Without a kept token or prefix, an image's attention gives zeros.
+    Arguments and errors as in ``run_packed``, and ``key_weight``, ``[B, N]``: 1 where ``mask`` is True and 0 elsewhere, a
+    straight-through mask. It changes no value; its gradient says how the result would change if a token counted more or less as
+    a key, in every block and head, masked tokens included (see ``with_key_gradient``; its memory does not grow with the blocks).
+
+    Returns ``[B, N, C]``; masked tokens are computed too (they see the kept ones), for models whose later layers need every
+    token. Without a kept token or prefix, an image's attention gives zeros.
     """
     blocks = _checked(blocks)
     check_tokens(x, mask, num_prefix)
-    if key_bias is not None:
-        _check_bias(key_bias, x)
+    if key_weight is not None:
+        _check_weight(key_weight, x)
     mask = mask.to(x.device, non_blocking=True)
     if num_prefix:
         mask = mask | (torch.arange(x.shape[1], device=x.device) < num_prefix)
@@ -102,38 +99,21 @@ def run_masked(
 
     def core(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:  # [B, N, H, D]
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        return masked_attention(q, k, v, mask, scale=scale, keys=keys, backend=backend).transpose(1, 2)
+        out = masked_attention(q, k, v, mask, scale=scale, keys=keys, backend=backend)
+        if key_weight is not None:
+            out = with_key_gradient(out, q, k, v, key_weight, mask, scale)
+        return out.transpose(1, 2)
 
-    attend = _biased(core, key_bias, backend)
     for block in blocks:
-        x = _run(checkpoint, block, x, attend, lambda layer, branch: layer(branch))
+        x = _run(checkpoint, block, x, core, lambda layer, branch: layer(branch))
     return x
 
 
-def _biased(core: Core, bias: Tensor | None, backend: str) -> Core:
-    """The attention core with ``bias``, ``[T]`` or ``[B, N]`` as its tokens are, added to the logits of each key."""
-    if bias is None:
-        return core
-
-    def with_bias(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:  # [..., H, D]
-        width = q.shape[-1]
-        if backend == "triton" and width + _BIAS_CHANNELS > MAX_HEAD_DIM:
-            raise ValueError(
-                f"key_bias takes {_BIAS_CHANNELS} channels of each head, so backend 'triton' takes heads up to "
-                f"{MAX_HEAD_DIM - _BIAS_CHANNELS} wide with it; got {width}."
-            )
-        one, more = torch.ones_like(q[..., :1]), (bias / scale).to(k.dtype)[..., None, None].expand_as(k[..., :1])
-        q, k = (F.pad(torch.cat([x, channel], -1), (0, _BIAS_CHANNELS - 1)) for x, channel in ((q, one), (k, more)))
-        return core(q, k, F.pad(v, (0, _BIAS_CHANNELS)), scale)[..., :width]
-
-    return with_bias
-
-
-def _check_bias(bias: Tensor, x: Tensor) -> None:
-    if bias.shape != x.shape[:2] or not bias.is_floating_point() or bias.device != x.device:
+def _check_weight(weight: Tensor, x: Tensor) -> None:
+    if weight.shape != x.shape[:2] or not weight.is_floating_point() or weight.device != x.device:
         raise ValueError(
-            f"key_bias must be a floating tensor [B, N] = {list(x.shape[:2])} on {x.device}; "
-            f"got {bias.dtype} {list(bias.shape)} on {bias.device}."
+            f"key_weight must be a floating tensor [B, N] = {list(x.shape[:2])} on {x.device}; "
+            f"got {weight.dtype} {list(weight.shape)} on {weight.device}."
         )
 
 
