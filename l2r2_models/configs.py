@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from .errors import L2R2Error
+from .files import parse_yaml, read_text
 
 FOLDER = "L2R2_HUB_CONFIGS"  # environment variable: a folder with more of them, e.g. an organisation's own
 METRIC = {"dataset": str, "split": str, "output": str, "metric": str, "value": (int, float)}
@@ -123,12 +124,7 @@ def load_hub_configs() -> tuple[HubConfig, ...]:
         L2R2Error: a file does not fit the schema, two say the same name, or the folder does not exist.
     """
     configs: dict[str, HubConfig] = {}
-    for name, text in _files():
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        try:
-            data = yaml.load(text, loader)
-        except yaml.YAMLError as error:
-            raise L2R2Error(f"{name}: is not YAML ({' '.join(str(error).split())[:200]}).") from error
+    for name, data in _files():
         config = parse_hub_config(data, name)
         if config.name in configs:
             raise L2R2Error(f"{name}: there is another hub config of {config.name}.")
@@ -136,13 +132,14 @@ def load_hub_configs() -> tuple[HubConfig, ...]:
     return tuple(configs[name] for name in sorted(configs))
 
 
-def _files() -> Iterator[tuple[str, str]]:
-    """Name and text of every hub config."""
+def _files() -> Iterator[tuple[str, Any]]:
+    """Name and content of every hub config."""
+    fast = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # our own files are read with every import of the package
     for entry in resources.files("l2r2_models.hub_configs").iterdir():
         if entry.name.endswith(".yaml"):
-            yield entry.name, entry.read_text(encoding="utf-8")
+            yield entry.name, yaml.load(entry.read_text(encoding="utf-8"), fast)
     if folder := os.environ.get(FOLDER):
         if not Path(folder).is_dir():
             raise L2R2Error(f"{folder}: no such folder; {FOLDER} names it.")
         for file in sorted(Path(folder).glob("*.yaml")):
-            yield str(file), file.read_text(encoding="utf-8")
+            yield str(file), parse_yaml(read_text(file), str(file))

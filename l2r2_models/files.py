@@ -1,16 +1,41 @@
-"""Writing files so that a killed process never leaves half of one."""
+"""Reading files that are files, and writing them so that a killed process never leaves half of one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .errors import L2R2Error
+
+MAX_BYTES = 512 * 1024 * 1024  # of a file that is read whole: an image, a box file, a configuration
+
+
+def check_readable(path: str | Path, *, most: int | None = MAX_BYTES) -> None:
+    """Refuse what is no regular file (a pipe would wait forever, a device never ends) and files that are too large.
+
+    Args:
+        path: links are followed.
+        most: bytes; None for no limit.
+
+    Raises:
+        L2R2Error: not a regular file, or larger; what does not exist passes, for whoever opens it knows better what is missing.
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise L2R2Error(f"{path}: is not a regular file (a pipe or a device?); give a file.")
+    if most is not None and stat.S_ISREG(found.st_mode) and found.st_size > most:
+        raise L2R2Error(f"{path}: has {found.st_size / 2**20:,.0f} MB, more than the limit of {most / 2**20:,.0f} MB.")
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -69,6 +94,7 @@ def read_json(path: str | Path) -> Any:
     Raises:
         L2R2Error: missing or not JSON; the message names the file.
     """
+    check_readable(path)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -77,12 +103,49 @@ def read_json(path: str | Path) -> Any:
         raise L2R2Error(f"{path}: is not readable JSON ({' '.join(str(error).split())}).") from error
 
 
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 text file, with or without a byte order mark.
+
+    Raises:
+        L2R2Error: missing, not a regular file, too large, or not UTF-8; the message names the file.
+    """
+    check_readable(path)
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise L2R2Error(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+
+
+class _NoAliases(yaml.SafeLoader):
+    """Plain YAML: an alias may stand for itself, or nine of them in nine lists for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read here; write the value out")
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Read YAML.
+
+    Raises:
+        L2R2Error: not YAML, or nested too deeply; the message begins with `name`.
+    """
+    try:
+        return yaml.load(text, _NoAliases)
+    except RecursionError:
+        raise L2R2Error(f"{name}: is nested too deeply.") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist, a number of 4,300 digits
+        raise L2R2Error(f"{name}: is not YAML ({' '.join(str(error).split())[:200]}).") from None
+
+
 def file_sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's content.
 
     Raises:
         L2R2Error: the file cannot be read.
     """
+    check_readable(path, most=None)
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)

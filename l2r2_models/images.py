@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -17,14 +18,19 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .errors import L2R2Error
+from .files import check_readable
 
 FILL = (124, 116, 104)  # ImageNet's mean colour, in levels of 255
 MAX_PIXELS = 100_000_000  # largest image that is decoded; 300 MB as RGB
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif")
 )
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of a TIFF
 # What Pillow may decode: the formats of the suffixes above. It knows others that run programs (EPS starts Ghostscript).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+
+
+ImageSource = str | Path | bytes | BinaryIO | Image.Image | np.ndarray | Tensor
 
 
 class ImageError(L2R2Error):
@@ -32,7 +38,7 @@ class ImageError(L2R2Error):
 
 
 def load_image(
-    source: str | Path | bytes | Image.Image,
+    source: ImageSource,
     *,
     fill: Sequence[int] = FILL,
     max_pixels: int = MAX_PIXELS,
@@ -44,21 +50,22 @@ def load_image(
     `fill`; of an animation the first frame is taken. The size is checked before anything is decoded.
 
     Args:
-        source: path, encoded bytes, or a PIL image.
+        source: path, encoded bytes, binary file object, PIL image, or pixels as a uint8 array or tensor `[H, W, 3]` or `[H, W]`.
         fill: RGB colour (0-255) under transparent pixels.
         max_pixels: width * height above which the image is refused; Pillow's own limit (179 million) holds beside it.
         name: what error messages call the image (default: the path).
 
     Raises:
         ImageError: missing, empty, truncated, too large, or not an image; the message names the file.
+        TypeError: none of these kinds of source.
     """
     name = name or (str(source) if isinstance(source, (str, Path)) else "image")
     try:
         with _Quiet():
-            image = _open(source, name)
+            image = _open(_read(source), name)
             _check_size(image, name, max_pixels)
-            return _to_rgb(_upright(image), tuple(fill), name)
-    except ImageError:
+            return _to_rgb(_upright(image), tuple(fill), name, _grey_scale(image))
+    except (ImageError, TypeError):
         raise
     except Image.DecompressionBombError:
         limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))  # Pillow refuses from twice its own number
@@ -139,12 +146,39 @@ class _Quiet:
                 _Quiet.filters.__exit__(None, None, None)
 
 
+def _read(source: ImageSource) -> str | Path | bytes | Image.Image:
+    """The source as one of the kinds that `_open` knows.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(source, (str, Path, bytes, Image.Image)):
+        return source
+    if isinstance(source, (bytearray, memoryview)):
+        return bytes(source)
+    if isinstance(source, (np.ndarray, Tensor)):
+        pixels = source.detach().cpu().numpy() if isinstance(source, Tensor) else source
+        if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] != 3):
+            kind = f"{pixels.dtype} {list(pixels.shape)}"
+            raise TypeError(f"Pixels of an image must be uint8 [H, W, 3] or [H, W], got {kind}.")
+        return Image.fromarray(np.ascontiguousarray(pixels))
+    if callable(getattr(source, "read", None)) and isinstance(data := source.read(), bytes):
+        return data
+    raise TypeError(
+        "An image must be a path, bytes, a binary file, a PIL image, or a uint8 array or tensor [H, W, 3], "
+        f"got {type(source).__name__}."
+    )
+
+
 def _open(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, (str, Path)):
         try:
+            check_readable(source)
             source = Path(source).read_bytes()
+        except L2R2Error as error:
+            raise ImageError(str(error)) from None
         except FileNotFoundError:
             raise ImageError(f"{name}: no such file.") from None
         except IsADirectoryError:
@@ -179,11 +213,18 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(image: Image.Image, fill: tuple[int, ...], name: str) -> Image.Image:
+def _grey_scale(image: Image.Image) -> tuple[int, bool]:
+    """The white level of an image of more than 8 bits, and whether 0 is white: Pillow keeps a TIFF's levels as stored."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
+    return (2**bits - 1 if 8 < bits < 16 else 65535), tags.get(PHOTOMETRIC) == 0
+
+
+def _to_rgb(image: Image.Image, fill: tuple[int, ...], name: str, scale: tuple[int, bool]) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.convert("RGB")  # decodes, and copies a caller's image
     if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
-        return Image.fromarray(_eight_bit(np.asarray(image), name)).convert("RGB")
+        return Image.fromarray(_eight_bit(np.asarray(image), name, *scale)).convert("RGB")
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         canvas = Image.new("RGBA", image.size, (*fill, 255))
@@ -191,15 +232,17 @@ def _to_rgb(image: Image.Image, fill: tuple[int, ...], name: str) -> Image.Image
     return image.convert("RGB")
 
 
-def _eight_bit(pixels: np.ndarray, name: str) -> np.ndarray:
-    """Rescale greyscale of more than 8 bits by its format's range, never by its content: equal grey stays equal."""
+def _eight_bit(pixels: np.ndarray, name: str, white: int, inverted: bool) -> np.ndarray:
+    """Rescale grayscale of more than 8 bits by its format's range, never by its content: equal gray stays equal."""
     if pixels.dtype.kind == "f":
         if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 1:
             raise ImageError(f"{name}: a floating-point image outside [0, 1]; save it as 8 or 16 bit.")
-        return np.rint(pixels * 255).astype(np.uint8)
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise ImageError(f"{name}: grey levels outside of 0 to 65535; save it as 8 or 16 bit.")
-    return ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+        levels = np.rint(pixels * 255).astype(np.uint8)
+    elif pixels.min() < 0 or pixels.max() > white:
+        raise ImageError(f"{name}: gray levels outside of 0 to {white}; save it as 8 or 16 bit.")
+    else:
+        levels = ((pixels.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
+    return 255 - levels if inverted else levels
 
 
 def _one_line(error: Exception) -> str:

@@ -258,3 +258,64 @@ def test_sizes_that_are_none(save, size):
     for data in (copy.deepcopy(MEGADETECTOR), copy.deepcopy(COCO)):
         data["images"][0].update(height=size[0], width=size[1])
         assert "size" in refused(save(data))
+
+
+# ---- columns ----
+
+HEADERS = {
+    "x0,y0,x1,y1": "4,6,20,30",
+    "x0, y0, x1, y1": "4, 6, 20, 30",
+    "X_min,Y_min,X_max,Y_max": "4,6,20,30",
+    "xmin,ymin,xmax,ymax": "4,6,20,30",
+    "bbox_x0,bbox_y0,bbox_x1,bbox_y1": "4,6,20,30",
+    "x1,y1,x2,y2": "4,6,20,30",
+    "Left,Top,Right,Bottom": "4,6,20,30",
+    "x,y,w,h": "4,6,16,24",
+    "bbox_x,bbox_y,bbox_width,bbox_height": "4,6,16,24",
+    "xmin,ymin,width,height": "4,6,16,24",
+    "left,top,width,height": "4,6,16,24",
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_usual_column_names_are_boxes(header, tmp_path):
+    file = tmp_path / "boxes.csv"
+    file.write_text(f"file_name,{header},score\na.jpg,{HEADERS[header]},0.5\nb.jpg,,,,,\n")
+    entries = read_boxes(file).entries
+    assert entries["a.jpg"].boxes == ((4, 6, 20, 30),) and entries["a.jpg"].scores == (0.5,)
+    assert entries["b.jpg"].boxes == ()
+
+
+@pytest.mark.parametrize(
+    ("header", "why"),
+    [
+        ("px,py,qx,qy", "no column is a box; name its columns x0,y0,x1,y1 or"),
+        ("label,split,a,b", "no column is a box"),
+        ("xmin,ymin,xmax,b", "the box is not complete, there is only xmin, ymin, xmax"),
+        ("x0,y0,x1,y_1,y1", "the columns y_1 and y1 could both be of the box"),
+        ("x0,y0,x1,y1,xmin,ymin,xmax,ymax", "both x0, y0, x1, y1 and xmin, ymin, xmax, ymax could be the box"),
+    ],
+)
+def test_a_file_whose_boxes_are_not_understood_is_refused(header, why, tmp_path):
+    file = tmp_path / "boxes.csv"
+    file.write_text(f"file_name,{header}\na.jpg,{','.join('4' for _ in header.split(','))}\n")
+    with pytest.raises(L2R2Error, match=why) as caught:
+        read_boxes(file)
+    assert str(caught.value).startswith(str(file))
+
+
+def test_a_line_that_is_written_twice_is_one_object(tmp_path):
+    file = tmp_path / "boxes.csv"
+    file.write_text("file_name,x0,y0,x1,y1,score\n" + "a.jpg,1,2,3,4,0.5\n" * 2 + "a.jpg,1,2,3,4,0.9\n")
+    assert read_boxes(file).entries["a.jpg"].scores == (0.5, 0.9)
+    (tmp_path / "boxes.json").write_text(json.dumps({"a.jpg": [[1, 2, 3, 4], [1, 2, 3, 4]]}))
+    assert len(read_boxes(tmp_path / "boxes.json").entries["a.jpg"].boxes) == 1
+
+
+def test_a_pipe_is_no_box_file(tmp_path):
+    import os
+
+    for name in ("boxes.csv", "boxes.jsonl", "boxes.json", "boxes.parquet"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(L2R2Error, match="is not a regular file"):
+            read_boxes(tmp_path / name)

@@ -224,3 +224,29 @@ def test_agrees_with_what_make_views_cuts(box, square, margin):
     assert back.tolist() == pytest.approx([left, top, left + 4, top + 5], abs=0.51)
     saliency = ViewMap(window, (256, 256), square).map_to_image(view, (height, width))
     assert torch.equal(saliency > 0.5, image[..., 0] > 0)
+
+
+DEGENERATE = {
+    "a point between pixels": [5.2, 5.2, 5.2, 5.2],
+    "a point on a corner": [5, 5, 5, 5],
+    "inverted inside one pixel": [10.6, 10.2, 10.4, 10.9],
+    "inverted": [20, 5, 10, 9],
+    "no width": [5.2, 3, 5.2, 9],
+    "no height": [3, 5.2, 9, 5.2],
+    "left of the image": [-9, 3, -0.5, 9],
+    "not a number": [NAN, 3, 9, 9],
+}
+
+
+@pytest.mark.parametrize("box", DEGENERATE.values(), ids=DEGENERATE)
+def test_a_box_without_area_is_no_object_anywhere(box):
+    """In detections, views, batches and graphs, whatever rounding would make of it."""
+    from l2r2_models.cut_graph import cut_in_graph
+    from l2r2_models.views import cut_batch
+
+    boxes, spec = torch.tensor([box, [4.0, 4, 12, 12]]), ViewSpec(size=8, margin=0.3)
+    image = torch.randint(0, 256, (24, 32, 3), dtype=torch.uint8)
+    assert len(Detections.from_lists([box], (24, 32)).usable()) == 0
+    assert make_views([image], boxes, spec, image_index=torch.tensor([0, 0])).has_fg.tolist() == [False, True]
+    assert cut_batch(torch.randn(2, 3, 24, 32), boxes, spec, "fg")[1].tolist() == [False, True]
+    assert cut_in_graph(image, boxes, spec, ("fg",))[1].tolist() == [False, True]

@@ -1,11 +1,14 @@
 """Images in folders, masks beside them, and pixels as tensors."""
 
+import os
+import struct
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from l2r2_models.images import ImageError, image_tensor, is_image_path, list_images, load_mask
+from l2r2_models.images import ImageError, image_tensor, is_image_path, list_images, load_image, load_mask
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 14, 3), dtype=np.uint8)
 
@@ -95,3 +98,67 @@ def test_image_tensor_is_a_copy_of_the_pixels():
     assert tensor.dtype == torch.uint8 and np.array_equal(tensor.numpy(), PIXELS)
     tensor.zero_()
     assert np.array_equal(np.asarray(image), PIXELS)
+
+
+def deep_tiff(levels, bits, photometric=1):
+    """A little-endian grayscale TIFF of 16 bits a sample, or of 12, packed most significant bit first (TIFF 6.0)."""
+    height, width = levels.shape
+    if bits == 12:
+        data = b"".join(int("".join(f"{v:012b}" for v in row), 2).to_bytes(width * 12 // 8, "big") for row in levels.tolist())
+    else:
+        data = levels.astype("<u2").tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory
+
+
+@pytest.mark.parametrize(("bits", "photometric"), [(12, 1), (16, 1), (16, 0)])
+def test_deep_tiffs_are_scaled_by_their_own_range(bits, photometric):
+    white = 2**bits - 1
+    levels = np.linspace(0, white, 12 * 8).round().astype(np.int64).reshape(8, 12)
+    loaded = np.asarray(load_image(deep_tiff(levels, bits, photometric)))
+    expected = np.rint(255 * (levels if photometric else white - levels) / white)
+    assert np.abs(loaded[..., 0] - expected).max() <= 1
+
+
+# ---- what is opened ----
+
+
+def photo_file(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(PIXELS).save(path)
+    return path
+
+
+def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
+    path = photo_file(tmp_path)
+    data = path.read_bytes()
+    with open(path, "rb") as file:
+        sources = [str(path), path, data, bytearray(data), memoryview(data), file, Image.open(path), PIXELS, torch.from_numpy(PIXELS)]
+        for source in sources:
+            assert np.array_equal(np.asarray(load_image(source)), PIXELS), type(source)
+    assert np.array_equal(np.asarray(load_image(PIXELS[..., 0]))[..., 2], PIXELS[..., 0])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [None, 5, ["a.jpg"], {"path": "a.jpg"}, PIXELS.astype(np.float32), PIXELS.transpose(2, 0, 1), torch.zeros(3, 8, 8), object()],
+    ids=lambda source: type(source).__name__,
+)
+def test_what_is_no_image_is_a_type_error_and_no_damaged_file(source):
+    with pytest.raises(TypeError, match=r"must be (a path, bytes|uint8 \[H, W, 3\])"):
+        load_image(source)
+
+
+def test_a_pipe_a_device_and_a_huge_file_are_refused_at_once(tmp_path):
+    """Where they were opened, the pipe would wait forever and the device never end."""
+    pipe, huge = tmp_path / "pipe.jpg", tmp_path / "huge.jpg"
+    os.mkfifo(pipe)
+    with open(huge, "wb") as file:
+        file.truncate(3 << 30)  # sparse
+    (tmp_path / "link.jpg").symlink_to("/dev/zero")
+    for path, why in ((pipe, "is not a regular file"), (tmp_path / "link.jpg", "is not a regular file"), (huge, "3,072 MB")):
+        with pytest.raises(ImageError, match=why) as caught:
+            load_image(path)
+        assert str(caught.value).startswith(str(path))

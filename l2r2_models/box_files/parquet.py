@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import L2R2Error
-from ..files import write_atomic
+from ..files import check_readable, write_atomic
 from .table import BoxTable
 
 KEY = b"l2r2"
@@ -42,6 +42,7 @@ def read_parquet(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         L2R2Error: not Parquet, other columns, or pyarrow is missing.
     """
     pa, parquet = _pyarrow()
+    check_readable(path, most=None)
     try:
         table = parquet.read_table(path)
     except (OSError, pa.ArrowException) as error:

@@ -6,17 +6,23 @@ import csv
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import L2R2Error
-from ..files import read_json
+from ..files import check_readable, read_json
 from .parquet import read_parquet
 from .rle import Rle
 from .table import BoxEntry, BoxTable
 
 RELATIVE = "all coordinates lie in [0, 1], but this format is in pixels; write pixels or use MegaDetector's format."
+CORNERS = tuple(names.split() for names in ("x0 y0 x1 y1", "xmin ymin xmax ymax", "x1 y1 x2 y2", "left top right bottom"))
+SIDES = tuple(f"{start} {sides}".split() for start in ("x y", "left top", "xmin ymin") for sides in ("w h", "width height"))
+COLUMNS = "name its columns x0,y0,x1,y1 or xmin,ymin,xmax,ymax or left,top,right,bottom or x,y,width,height, in pixels"
+_KNOWN = {name for columns in (*CORNERS, *SIDES) for name in columns}
+_OF_A_BOX = _KNOWN - {"x", "y", "w", "h", "width", "height", "left", "top", "right", "bottom"}  # these may mean anything
 logger = logging.getLogger(__name__)
 
 
@@ -36,6 +42,8 @@ def read_boxes(path: str | Path) -> BoxTable:
         raise L2R2Error(f"{path}: no such box file.")
     if path.suffix.lower() in (".csv", ".jsonl"):
         rows = read_rows(path)
+        if box_columns(rows, str(path)) is None and not any("objects" in row or "boxes" in row for row in rows):
+            raise L2R2Error(f"{path}: no column is a box; {COLUMNS}.")
         kind, entries = "metadata", entries_of_rows(rows, str(path))
     elif path.suffix.lower() == ".parquet":
         records, info = read_parquet(path)
@@ -73,10 +81,11 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         L2R2Error: unreadable, empty, or without the column file_name; the message names file and line.
     """
     path = Path(path)
+    check_readable(path)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             if path.suffix.lower() == ".csv":
-                rows: list[dict[str, Any]] = list(csv.DictReader(file))
+                rows: list[dict[str, Any]] = [_stripped(row) for row in csv.DictReader(file, skipinitialspace=True)]
             else:
                 rows = [_json_line(line, path, i) for i, line in enumerate(file, 1) if line.strip()]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -90,15 +99,17 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def entries_of_rows(rows: Iterable[Mapping[str, Any]], source: str) -> dict[str, BoxEntry]:
-    """Boxes in metadata rows: columns x0, y0, x1, y1 (and score) in pixels, several rows an image for several boxes;
+    """Boxes in metadata rows: four columns (see `box_columns`) and score, several rows per image for several boxes;
     `boxes` = list of xyxy; or `objects: {bbox: [[x, y, w, h]], score: [...], label: [...]}` as Hugging Face's imagefolder has it.
     """
+    rows = list(rows)
+    columns = box_columns(rows, source)
     entries: dict[str, BoxEntry] = {}
     for row in rows:
         name = str(row["file_name"])
         old = entries.get(name, BoxEntry())
         try:
-            boxes, scores, labels = _row_boxes(row)
+            boxes, scores, labels = _row_boxes(row, columns)
             entries[name] = _entry([*old.boxes, *boxes], [*old.scores, *scores], [*old.labels, *labels], name)
         except L2R2Error as error:
             raise L2R2Error(f"{source}: {error}") from None
@@ -199,7 +210,44 @@ _READERS: dict[str, Callable[[Any], Iterable[tuple[str, BoxEntry]]]] = {
 }  # fmt: skip
 
 
-def _row_boxes(row: Mapping[str, Any]) -> tuple[list[Any], list[float], list[str]]:
+class BoxColumns(NamedTuple):
+    """The columns of rows that are a box: two of its first corner, then two of its second, or of its width and height."""
+
+    names: tuple[str, ...]
+    has_sides: bool
+
+
+def box_columns(rows: Iterable[Mapping[str, Any]], source: str) -> BoxColumns | None:
+    """The four columns of the rows that are a box, by their usual names; None where there are none.
+
+    Case, spaces, underscores and the prefixes `bbox` and `box` do not matter.
+
+    Raises:
+        L2R2Error: a box is incomplete, or two columns or two sets of columns could be meant.
+    """
+    names: dict[str, str] = {}
+    for name in dict.fromkeys(name for row in rows for name in row if isinstance(name, str)):
+        plain = re.sub(r"[\s_-]", "", name.lower())
+        plain = re.sub(r"^b?box(?=.)", "", plain)
+        if plain in _KNOWN and names.setdefault(plain, name) != name:
+            raise L2R2Error(f"{source}: the columns {names[plain]} and {name} could both be of the box; remove one of them.")
+    whole = [columns for columns in CORNERS if set(columns) <= set(names)]
+    whole = whole or [columns for columns in SIDES if set(columns) <= set(names)]
+    if len(whole) > 1:
+        raise L2R2Error(f"{source}: both {', '.join(whole[0])} and {', '.join(whole[1])} could be the box; remove one of them.")
+    if whole:
+        return BoxColumns(tuple(names[column] for column in whole[0]), whole[0] in SIDES)
+    if partial := [names[column] for column in names if column in _OF_A_BOX]:
+        raise L2R2Error(f"{source}: the box is not complete, there is only {', '.join(partial)}; {COLUMNS}.")
+    return None
+
+
+def _stripped(row: Mapping[str | None, Any]) -> dict[str, Any]:
+    """A CSV's row without the spaces around names and values."""
+    return {k.strip(): v.strip() if isinstance(v, str) else v for k, v in row.items() if k is not None}
+
+
+def _row_boxes(row: Mapping[str, Any], columns: BoxColumns | None) -> tuple[list[Any], list[float], list[str]]:
     """Boxes xyxy, scores, and labels."""
     if (objects := row.get("objects")) is not None:
         boxes = [(x, y, x + w, y + h) for x, y, w, h in objects["bbox"]]
@@ -208,11 +256,14 @@ def _row_boxes(row: Mapping[str, Any]) -> tuple[list[Any], list[float], list[str
         return boxes, scores, [""] * len(boxes) if labels is None else list(labels)
     if (listed := row.get("boxes")) is not None:
         return list(listed), [1.0] * len(listed), [""] * len(listed)
-    ends = [row.get(k) for k in ("x0", "y0", "x1", "y1")]
-    if all(end in (None, "") for end in ends):
+    given = [] if columns is None else [row.get(name) for name in columns.names]
+    if columns is None or all(value in (None, "") for value in given):
         return [], [], []
+    x, y, right, bottom = (float(value) for value in given)  # type: ignore[arg-type]
+    if columns.has_sides:
+        right, bottom = x + right, y + bottom
     score = row.get("score")
-    return [tuple(float(end) for end in ends)], [1.0 if score in (None, "") else float(score)], [""]  # type: ignore[arg-type]
+    return [(x, y, right, bottom)], [1.0 if score in (None, "") else float(score)], [""]  # type: ignore[arg-type]
 
 
 def _entry(
@@ -225,7 +276,7 @@ def _entry(
     failure: str | None = None,
     masks: Iterable[Any] = (),
 ) -> BoxEntry:
-    boxes, scores, labels = [tuple(box) for box in boxes], list(scores), list(labels)
+    boxes, scores, labels, masks = [tuple(box) for box in boxes], list(scores), list(labels), list(masks)
     for box in boxes:
         if len(box) != 4 or not all(map(_is_number, box)):
             raise L2R2Error(f"the box {list(box)} of {file} is not four finite numbers.")
@@ -236,13 +287,15 @@ def _entry(
             raise L2R2Error(f"the score {score!r} of {file} does not lie between 0 and 1.")
     if not all(isinstance(text, str) for text in (*labels, failure or "")):
         raise L2R2Error(f"a label or the failure of {file} is not text.")
-    pixels = tuple(tuple(map(float, box)) for box in boxes)
+    objects: list[Any] = list(zip(boxes, scores, labels, masks or [None] * len(boxes)))
+    objects = list({repr(one): one for one in objects}.values())  # one that is listed twice is one
+    pixels = tuple(tuple(map(float, box)) for box, *_ in objects)
     try:
-        runs = tuple(None if mask is None else Rle.from_coco(mask) for mask in masks)
+        runs = tuple(None if mask is None else Rle.from_coco(mask) for *_, mask in objects)
     except L2R2Error as error:
         raise L2R2Error(f"{file}: {error}") from None
-    found = tuple(map(float, scores)), tuple(labels), normalised, image_size, failure, runs if any(runs) else ()
-    return BoxEntry(pixels, *found)  # type: ignore[arg-type]
+    of_each = tuple(float(one[1]) for one in objects), tuple(one[2] for one in objects)
+    return BoxEntry(pixels, *of_each, normalised, image_size, failure, runs if any(runs) else ())  # type: ignore[arg-type]
 
 
 def _image_size(image: Mapping[str, Any], file: str) -> tuple[int, int] | None:

@@ -20,15 +20,13 @@ def derive(
     """Make an L2R2 run out of a timm classifier, without training."""
     from ..derive import derive as run
     from ..errors import L2R2Error
+    from ..files import read_text
 
     if not source.startswith("timm:"):
         raise L2R2Error(f'"{source}": give timm:NAME, e.g. timm:convnextv2_tiny.')
     listed = None
     if labels:
-        try:
-            listed = [line.strip() for line in labels.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise L2R2Error(f"{labels}: cannot be read ({error}).") from error
+        listed = [line.strip() for line in read_text(labels).splitlines() if line.strip()]
     _, named = run(
         source.removeprefix("timm:"), out, labels=listed, branches=names(branches) or ("full", "fg"), fusion=fusion
     )

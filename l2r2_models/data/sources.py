@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from ..errors import L2R2Error
-from ..files import write_bytes, write_text
+from ..files import check_readable, write_bytes, write_text
 from ..images import FORMATS, IMAGE_SUFFIXES
 
 PREFIX = "hf:"
@@ -160,7 +160,10 @@ def _bytes(stored: Mapping[str, Any] | None) -> bytes:
     """An image's file; nothing where a row has none, which the check of the images then reports by name."""
     if stored is None:
         return b""
-    return stored["bytes"] if stored.get("bytes") is not None else Path(stored["path"]).read_bytes()
+    if stored.get("bytes") is not None:
+        return stored["bytes"]
+    check_readable(stored["path"])
+    return Path(stored["path"]).read_bytes()
 
 
 def _suffix_of(content: bytes) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import L2R2Error
-from ..files import read_json
+from ..files import read_json, read_text
 from ..hub import load_checkpoint, local_folder, open_checkpoint
 from ..model import L2R2
 from ..views import Views, ViewSpec
@@ -132,7 +132,7 @@ def _names_in(file: Path) -> tuple[tuple[str, ...], ...]:
         if not isinstance(listed, list) or not all(isinstance(n, str) for n in listed):
             raise L2R2Error(f"{file}: must be a list of class names.")
         return tuple((n,) for n in listed)
-    return tuple((line.strip(),) for line in _read(file).splitlines() if line.strip())
+    return tuple((line.strip(),) for line in read_text(file).splitlines() if line.strip())
 
 
 def _names_of(cfg: Mapping[str, Any], classes: int) -> tuple[tuple[str, ...], ...] | None:
@@ -208,19 +208,12 @@ def _plain_name(name: str) -> str:
 
 def _read_map(file: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for row in csv.DictReader(_read(file).splitlines()):
+    for row in csv.DictReader(read_text(file).splitlines()):
         own, other = (row.get(column) for column in MAP_COLUMNS)
         if not own or not other:
             raise L2R2Error(f"{file}: every row needs {' and '.join(MAP_COLUMNS)}; the first line is {','.join(MAP_COLUMNS)}.")
         found.setdefault(own.strip(), []).append(other.strip())
     return found
-
-
-def _read(file: Path) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise L2R2Error(f"{file}: cannot be read ({error}).") from error
 
 
 def _few(names: Any) -> str:

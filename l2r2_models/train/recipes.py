@@ -15,6 +15,7 @@ import yaml
 from ..data.augment import Augment
 from ..data.splits import VAL_FROM
 from ..errors import L2R2Error
+from ..files import parse_yaml, read_text
 from ..fusion import FUSIONS
 from ..model import BRANCHES
 from ..parts import PartWeights
@@ -267,14 +268,11 @@ def read_keys(source: str | Path) -> dict[str, Any]:
         text = (_builtin_folder() / f"{name}.yaml").read_text(encoding="utf-8")
     else:
         try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            built_in = ", ".join(builtin_recipes())
-            raise L2R2Error(f"{name}: is no recipe that can be read; give a YAML file or one of {built_in}.") from None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise L2R2Error(f"{name}: is not YAML ({' '.join(str(error).split())[:200]}).") from None
+            text = read_text(file)
+        except L2R2Error as error:
+            why = str(error).removeprefix(f"{name}: ").rstrip(".")
+            raise L2R2Error(f"{name}: {why}; give a YAML file or one of {', '.join(builtin_recipes())}.") from None
+    values = parse_yaml(text, name)
     if not isinstance(values, dict):
         raise L2R2Error(f"{name}: a recipe is a YAML mapping of keys to values.")
     return values
@@ -293,10 +291,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
             raise L2R2Error(f'--set takes key=value, got "{setting}".')
         if key in values:
             raise L2R2Error(f"--set gives {key} twice.")
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise L2R2Error(f"--set {setting}: the value is not YAML.") from None
+        values[key] = parse_yaml(text, f"--set {setting}")
     return values
 
 

@@ -61,7 +61,9 @@ def test_slips_are_sentences(changes, message):
         ("- a list", "a recipe is a YAML mapping"),
         ("a: [", "is not YAML"),
         ("lr: !!python/object/apply:os.getcwd []", "is not YAML"),  # nothing in a recipe is ever run
-        (b"\xff\xfe\x00", "is no recipe that can be read"),
+        (b"\xff\xfe\x00", "cannot be read .*; give a YAML file or one of"),
+        ("a: &x [1, 2]\nb: *x", "aliases .* are not read"),
+        ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
     ],
 )
 def test_files_that_are_no_recipe_are_sentences(tmp_path, text, message):

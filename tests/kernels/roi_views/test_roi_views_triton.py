@@ -66,6 +66,7 @@ def test_boxes_at_every_border_and_of_one_pixel(device, square):
         [
             [0, 0, 44, 30], [0, 0, 20, 15], [20, 15, 44, 30], [-5, 9, 12, 40], [15, -2, 50, 15], [43, 29, 44, 30],
             [0, 0, 0.5, 0.5], [60, 0, 70, 9], [0, 5, 44, 6], [7, 0, 8, 30], [-3e38, 0, 3e38, 9], [20, 5, 10, 9],
+            [5.2, 5.2, 5.2, 5.2], [10.6, 10.2, 10.4, 10.9],
         ],
         device=device,
     )  # fmt: skip
@@ -190,20 +191,21 @@ def test_backward_is_the_reference_and_repeats_bitwise(device, interpolation, an
     grad = torch.randn(5, 3, 18, 13, generator=g)
     results = []
     for backend, where in (("triton", device), ("triton", device), ("reference", "cpu")):
-        x = batch.to(where).requires_grad_()
+        x = batch.detach().to(where, copy=True).requires_grad_()  # a leaf of its own each time
         views, _ = roi_views(
             x, boxes.to(where), index, masks=[None, mask.to(where), None, None, None], size=(18, 13), square=square, fill=0.4,
             interpolation=interpolation, antialias=antialias, std=0.5, backend=backend,
         )  # fmt: skip
         views.backward(grad.to(where))
-        results.append(x.grad.cpu())
+        results.append(x.grad.cpu().clone())
     assert torch.equal(results[0], results[1])
     torch.testing.assert_close(results[0], results[2], rtol=1e-4, atol=2e-5)
 
 
 @on_devices
 def test_backward_of_an_expanded_gradient_in_half_precision(device):
-    batch = torch.rand(1, 3, 20, 20, generator=torch.Generator().manual_seed(5)).to(device, torch.float16).requires_grad_()
+    batch = torch.rand(1, 3, 20, 20, generator=torch.Generator().manual_seed(5))
+    batch = batch.to(device, torch.float16).detach().requires_grad_()
     boxes = torch.tensor([[0.0, 0, 20, 20]], device=device)
     triton_views(batch, boxes, size=10)[0].sum().backward()  # the gradient of sum has strides 0
     plain = batch.detach().cpu().float().requires_grad_()

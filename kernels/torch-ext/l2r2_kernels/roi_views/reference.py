@@ -36,14 +36,17 @@ class Geometry(NamedTuple):
 
 
 def integer_boxes(boxes: Tensor, heights: Tensor, widths: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """Boxes [V, 4] xyxy and the size of each view's image [V] -> (int64 [V, 4] after margin and clip, valid bool [V])."""
+    """Boxes [V, 4] xyxy and the size of each view's image [V] -> (int64 [V, 4] after margin and clip, valid bool [V]).
+
+    A box is valid if it is finite, its ends are in order and apart before any rounding, and it covers a pixel of the image.
+    """
     boxes = boxes.detach().float()
     low, high = boxes.nan_to_num(0.0).clamp(-BOX_LIMIT, BOX_LIMIT).split(2, dim=1)
     grow = margin * (high - low)
     size = torch.stack([widths, heights], 1).to(boxes)
     ends = torch.cat([(low - grow).floor(), (high + grow).ceil()], 1).clamp(min=0)
     ints = torch.minimum(ends, torch.cat([size, size], 1)).long()
-    return ints, boxes.isfinite().all(1) & (ints[:, 2:] > ints[:, :2]).all(1)
+    return ints, boxes.isfinite().all(1) & (high > low).all(1) & (ints[:, 2:] > ints[:, :2]).all(1)
 
 
 def geometry_of(box: Sequence[int], square: bool) -> Geometry:

@@ -92,7 +92,7 @@ def place(boxes, index, table, n_images, batch_h, batch_w, margin, v, RAGGED: tl
     y0 = tl.minimum(tl.maximum(tl.floor(by0 - grow_y), 0.0), image_h).to(tl.int32)
     w = tl.minimum(tl.maximum(tl.ceil(bx1 + grow_x), 0.0), image_w).to(tl.int32) - x0
     h = tl.minimum(tl.maximum(tl.ceil(by1 + grow_y), 0.0), image_h).to(tl.int32) - y0
-    valid = usable & (w > 0) & (h > 0)
+    valid = usable & (bx1 > bx0) & (by1 > by0) & (w > 0) & (h > 0)
     # An invalid view is an empty crop on a canvas of one pixel: the loops do not run and fill is stored.
     w = tl.where(valid, w, 0)
     h = tl.where(valid, h, 0)
