@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
     except OSError as error:
         raise L2R2Error(f"{path}: cannot be written ({error.strerror or error}).") from error
@@ -59,6 +60,17 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
         raise L2R2Error(f"{path}: cannot be written ({error.strerror or error}).") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def remove_stale(path: Path) -> None:
+    """Remove what a killed `write_atomic` left of `path`; only for its one writer, see `locks`."""
+    if len(path.name) > 40:  # a longer name shares its temporary names with others
+        return
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.tmp")
+    with os.scandir(path.parent) as found:
+        for entry in found:
+            if ours.fullmatch(entry.name):
+                Path(entry.path).unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -1,11 +1,12 @@
-"""A file of predictions: made in batches, written atomically as it grows, and continued by the same call."""
+"""A file of predictions: made in batches, each kept in a journal at once, and continued by the same call."""
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,50 +14,64 @@ from .box_files import BoxEntry, read_boxes
 from .data.sources import is_source
 from .data.table import METADATA, read_table
 from .errors import L2R2Error
-from .files import file_sha256, read_json, write_json
 from .images import list_images
+from .journal import Journal, digest_of, state_of
+from .locks import only_writer
+from .prediction_files import Place, check_ending, holds_all, read_predictions, records_at, write_predictions
 from .predictor import LOCALIZER_FAILED, Prediction, Predictor
 
-SAVE_EVERY = 30.0  # seconds
 FORMAT_VERSION = "1.0"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What to classify: files, the box entries, masks and labels that some of them have, the files that boxes are from, and
-    whether the boxes were found with the true labels as prompts (`oracle`)."""
+    """What to classify: files, the box entries, masks and labels that some of them have, and whether the boxes were found with
+    the true labels as prompts (`oracle`)."""
 
     paths: tuple[Path, ...]
     entries: dict[str, BoxEntry]
     masks: dict[str, Path]
-    box_files: tuple[Path, ...]
     labels: dict[str, str]
     oracle: bool = False
 
     def without_boxes(self) -> Inputs:
         """The images alone, for a localizer."""
-        return replace(self, entries={}, masks={}, box_files=(), oracle=False)
+        return replace(self, entries={}, masks={}, oracle=False)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a call left in the file: the images asked for, in order, and how many of them were there before."""
+    """What a call left in the file.
 
-    images: list[dict[str, Any]]
+    Attributes:
+        total: images asked for.
+        kept: how many of them were there before.
+        failures: those without an answer.
+        localizer_failures: the reasons of the answers that are the whole image's because the localizer failed, one an image.
+        sources: how many objects have which `source`.
+    """
+
+    total: int
     kept: int
+    read: Callable[[], Iterator[dict[str, Any]]] = field(repr=False)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    localizer_failures: list[str] = field(default_factory=list)
+    sources: Counter[str] = field(default_factory=Counter)
 
     @property
-    def failures(self) -> list[dict[str, Any]]:
-        return [image for image in self.images if "failure" in image]
+    def images(self) -> list[dict[str, Any]]:
+        """The images asked for, in order, as they stand in the file; read from it."""
+        return list(self.read())
 
-    @property
-    def localizer_failures(self) -> list[str]:
-        """The reasons of the answers that are the whole image's because the localizer failed, one an image."""
-        return [image["objects"][0]["reason"] for image in self.images if not _was_looked_at(image)]
-
-    @property
-    def objects(self) -> list[dict[str, Any]]:
-        return [o for image in self.images for o in image.get("objects", ())]
+    def count(self, image: dict[str, Any]) -> dict[str, Any]:
+        """Take an image into the account, and give it back."""
+        objects = image.get("objects", ())
+        self.sources.update(o["source"] for o in objects)
+        if "failure" in image:
+            self.failures.append(image)
+        elif not _was_looked_at(image):
+            self.localizer_failures.append(objects[0]["reason"])
+        return image
 
 
 def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None = None) -> Inputs:
@@ -70,29 +85,35 @@ def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None
     Raises:
         L2R2Error: nothing there, or the boxes belong to no image.
     """
-    paths: dict[Path, None] = {}
+    found: dict[str, Path] = {}  # by where they lead
     entries: dict[str, BoxEntry] = {}
     masks: dict[str, Path] = {}
-    box_files: list[Path] = []
     labels: dict[str, str] = {}
     for source in sources:
         if is_source(source) or (source.is_dir() and any((source / name).exists() for name in METADATA)):
             table = read_table(source, missing_ok=True)  # a missing image is one failure among the answers
-            box_files += [table.root / name for name in METADATA if (table.root / name).exists()]
             table = table.of_split(split) if split else table
-            paths.update((row.path, None) for row in table.rows)
-            entries.update(table.entries())
-            masks.update((str(row.path), row.mask_file) for row in table.rows if row.mask_file is not None)
-            labels.update((str(row.path), row.label) for row in table.rows if row.label)
+            boxed = table.entries()
+            for row in table.rows:
+                name = str(_named(row.path, found))
+                entries.update({name: boxed[str(row.path)]} if str(row.path) in boxed else {})
+                masks.update({name: row.mask_file} if row.mask_file is not None else {})
+                labels.update({name: row.label} if row.label else {})
         elif split:
             raise L2R2Error(f"{source}: --split needs a folder with {' or '.join(METADATA)}.")
         else:
-            paths.update((path, None) for path in list_images([source]))
+            for path in list_images([source]):
+                _named(path, found)
     oracle = False
     if boxes is not None:
-        found = read_boxes(boxes)
-        entries, box_files, oracle = found.join(paths), [boxes], bool(found.info.get("oracle"))
-    return Inputs(tuple(paths), entries, masks, tuple(box_files), labels, oracle)
+        table_of_boxes = read_boxes(boxes)
+        entries, oracle = table_of_boxes.join(found.values()), bool(table_of_boxes.info.get("oracle"))
+    return Inputs(tuple(found.values()), entries, masks, labels, oracle)
+
+
+def _named(path: Path, found: dict[str, Path]) -> Path:
+    """The path by which the image is known already, or this one from now on."""
+    return found.setdefault(os.path.abspath(path), path)
 
 
 def predict_to_file(
@@ -101,27 +122,75 @@ def predict_to_file(
     out: Path,
     progress: Callable[[Iterable[Prediction], int], Iterable[Prediction]] = lambda items, _: items,
 ) -> Report:
-    """Classify into a JSON file. Answers that the file holds already are kept; failures, also of the localizer, are tried again.
+    """Classify into a file, JSON, JSONL, CSV or Parquet by its ending.
+
+    Answers that are there already are kept as long as the image, its boxes and its mask are the same; failures, also of the
+    localizer, are tried again. What is done so far lies in a journal beside the file (see `journal`), so that an interruption at
+    any moment loses the images of one batch.
 
     Raises:
-        L2R2Error: the file was made with another model, other boxes or settings, or cannot be written.
+        L2R2Error: the file was made with another model or other settings, is written by another process, or cannot be written.
     """
-    header = _header(predictor, inputs)
-    finished = _finished(out, header)
-    again = set() if predictor.localizer is None else {name for name, image in finished.items() if not _was_looked_at(image)}
-    todo = [path for path in inputs.paths if str(path) not in finished or str(path) in again]
-    names = [str(path) for path in inputs.paths]
-    _write(out, header, finished, names)  # a file that cannot be written shows before the work, not after it
-    saved = time.monotonic()
-    try:
-        for prediction in progress(predictor.predict_files(todo, inputs.entries, inputs.masks), len(todo)):
-            finished[str(prediction.file)] = prediction.to_dict()
-            if time.monotonic() - saved >= SAVE_EVERY:
-                _write(out, header, finished, names)
-                saved = time.monotonic()
-    finally:  # an interruption keeps what is done
-        _write(out, header, finished, names)
-    return Report([finished[name] for name in names], len(names) - len(todo))
+    check_ending(out)
+    header, asked = _header(predictor, inputs), _by_place(inputs.paths)
+    digests = {key: _digest(predictor, inputs, str(path)) for key, path in asked.items()}
+    with only_writer(out):
+        journal = Journal(out)
+        places, finished = _known(read_predictions(out, journal, header), digests, retry=predictor.localizer is not None)
+        todo = [path for key, path in asked.items() if key not in finished]
+        journal.start(header)
+        try:
+            for prediction in progress(predictor.predict_files(todo, inputs.entries, inputs.masks), len(todo)):
+                key = os.path.abspath(str(prediction.file))
+                places[key] = journal.add({**prediction.to_dict(), "digest": digests[key]})
+        finally:
+            journal.close()
+        listed = [(str(path), places.pop(key)) for key, path in asked.items()]
+        report = Report(len(listed), len(listed) - len(todo), lambda: _first_of(out, journal, header, listed))
+        others = ((key, place) for key, place in places.items())  # earlier answers for other images stay, behind
+        write_predictions(out, header, chain(map(report.count, records_at(listed)), records_at(others)))
+        if holds_all(out):
+            journal.remove()
+    return report
+
+
+def _by_place(paths: Iterable[Path]) -> dict[str, Path]:
+    """Paths by where they lead: one image, whichever way it is named."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        _named(path, found)
+    return found
+
+
+def _known(
+    found: Iterable[tuple[Place, dict[str, Any]]], digests: Mapping[str, str], retry: bool
+) -> tuple[dict[str, Place], set[str]]:
+    """Where the newest record of each image is, and the images with an answer that still holds.
+
+    Args:
+        found: records, the newest last.
+        digests: of the images asked for, as they are now.
+        retry: whether answers without the localizer are tried again.
+    """
+    places: dict[str, Place] = {}
+    finished: set[str] = set()
+    for place, image in found:
+        key = os.path.abspath(image["file"])
+        holds = "failure" not in image and image.get("digest") == digests.get(key) and (not retry or _was_looked_at(image))
+        if holds or key not in finished:
+            places[key] = place
+        if holds:
+            finished.add(key)
+    return places, finished
+
+
+def _first_of(
+    out: Path, journal: Journal, header: Mapping[str, Any], listed: Sequence[tuple[str, Place]]
+) -> Iterator[dict[str, Any]]:
+    """The images asked for, from the file, or from the journal where the file does not hold all."""
+    if not holds_all(out):
+        return records_at(listed)
+    return islice((image for _, image in read_predictions(out, journal, header)), len(listed))
 
 
 def _was_looked_at(image: Mapping[str, Any]) -> bool:
@@ -156,8 +225,6 @@ def _header(predictor: Predictor, inputs: Inputs) -> dict[str, Any]:
         "fusion": predictor.model.fusion.config(),
         "views": predictor.model.view_spec.to_dict(),
         "localizer": origin,
-        "masks": _digest(inputs.masks),
-        "boxes_sha256": [file_sha256(file) for file in inputs.box_files],
         **({"oracle": True} if inputs.oracle or (origin or {}).get("oracle") else {}),  # boxes of true labels as prompts
         "settings": {
             "box_threshold": predictor.box_threshold,
@@ -168,27 +235,7 @@ def _header(predictor: Predictor, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def _digest(masks: Mapping[str, Path]) -> str | None:
-    """Of the masks' names, sizes and times; None without masks."""
-    if not masks:
-        return None
-    states = [(name, *((s := mask.stat()).st_size, s.st_mtime_ns)) if mask.exists() else (name,) for name, mask in masks.items()]
-    return hashlib.sha256(repr(sorted(states)).encode()).hexdigest()
-
-
-def _finished(out: Path, header: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    if not out.exists():
-        return {}
-    old = read_json(out)
-    images = old.get("images") if isinstance(old, dict) else None
-    if not isinstance(images, list) or not all(isinstance(image, dict) and "file" in image for image in images):
-        raise L2R2Error(f"{out}: exists and is not a file of predictions; choose another -o.")
-    if changed := [key for key in header if key != "model" and old.get(key) != header[key]]:
-        raise L2R2Error(f"{out}: was made with another {', '.join(changed)}; remove it or choose another -o.")
-    return {image["file"]: image for image in images if "failure" not in image}
-
-
-def _write(out: Path, header: dict[str, Any], finished: dict[str, dict[str, Any]], names: list[str]) -> None:
-    asked = set(names)
-    order = [*names, *(name for name in finished if name not in asked)]  # earlier answers for other images stay
-    write_json(out, {**header, "images": [finished[name] for name in order if name in finished]})
+def _digest(predictor: Predictor, inputs: Inputs, name: str) -> str:
+    """Of all that the answers for one image depend on beside the header: the file, its boxes, its mask."""
+    about = None if predictor.localizer is None else predictor.localizer.about(name)
+    return digest_of(name, inputs.entries.get(name), state_of(inputs.masks.get(name)), about)

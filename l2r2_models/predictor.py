@@ -14,6 +14,7 @@ from torch import Tensor
 from .box_files import BoxEntry
 from .boxes import Detections
 from .errors import L2R2Error
+from .finite import checked
 from .fusion import ObjectnessMaxConfidence
 from .hub import Checkpoint, load_checkpoint
 from .images import load_image, load_mask
@@ -227,16 +228,14 @@ class Predictor:
         if self.localizer is not None:
             lacking = [i for i, item in enumerate(items) if item.boxes is None and item.localizer_failure is None]
             if self.topk_prompts is not None and len(lacking) == len(items):
-                return self._ask(items)
-            found = dict(zip(lacking, self._localize([items[i] for i in lacking])))
+                return checked(self._ask(items))
+            found = dict(zip(lacking, self._localize([items[i] for i in lacking]))) if lacking else {}
             items = [found.get(i, item) for i, item in enumerate(items)]
-        return self._classify(items)
+        return checked(self._classify(items))
 
     def _localize(self, items: Sequence[_Item]) -> list[_Item]:
         """The items with what the localizer found; where it fails on a batch, each image is tried alone."""
         assert self.localizer is not None
-        if not items:
-            return []
         images, names = [item.image for item in items], [item.name or "" for item in items]
         try:
             if isinstance(self.localizer, Head) and self.localizer.model is self.model:
@@ -256,9 +255,13 @@ class Predictor:
         from .localize.topk import check_promptable, topk_prompts
 
         assert self.localizer is not None and self.topk_prompts is not None
-        images = [item.image for item in items]
-        localizer = check_promptable(self.localizer, self.model)
-        found = topk_prompts(self.model, self.labels, localizer, images, self.topk_prompts, self.box_threshold)
+        localizer, images = check_promptable(self.localizer, self.model), [item.image for item in items]
+        try:
+            found = topk_prompts(self.model, self.labels, localizer, images, self.topk_prompts, self.box_threshold)
+        except (L2R2Error, RuntimeError) as error:
+            if len(items) == 1:
+                return self._classify([replace(items[0], localizer_failure=" ".join(str(error).split())[:300])])
+            return [prediction for item in items for prediction in self._ask([item])]
         predictions = []
         for i, item in enumerate(items):
             if not bool(found.boxes[i].isfinite().any()):

@@ -135,8 +135,8 @@ def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
     path = photo_file(tmp_path)
     data = path.read_bytes()
     with open(path, "rb") as file:
-        sources = [str(path), path, data, bytearray(data), memoryview(data), file, Image.open(path), PIXELS, torch.from_numpy(PIXELS)]
-        for source in sources:
+        of_file = [str(path), path, data, bytearray(data), memoryview(data), file]
+        for source in [*of_file, Image.open(path), PIXELS, torch.from_numpy(PIXELS)]:
             assert np.array_equal(np.asarray(load_image(source)), PIXELS), type(source)
     assert np.array_equal(np.asarray(load_image(PIXELS[..., 0]))[..., 2], PIXELS[..., 0])
 

@@ -38,6 +38,7 @@ def read_boxes(path: str | Path) -> BoxTable:
     """
     path = Path(path)
     info: dict[str, Any] = {}
+    stamps: dict[str, str] = {}
     if not path.exists():
         raise L2R2Error(f"{path}: no such box file.")
     if path.suffix.lower() in (".csv", ".jsonl"):
@@ -47,15 +48,16 @@ def read_boxes(path: str | Path) -> BoxTable:
         kind, entries = "metadata", entries_of_rows(rows, str(path))
     elif path.suffix.lower() == ".parquet":
         records, info = read_parquet(path)
-        kind, entries = "Parquet", _checked("Parquet", _read_parquet, records, path)
+        kind, entries, stamps = "Parquet", _checked("Parquet", _read_parquet, records, path), _stamps(records)
     else:
         data = read_json(path)
         kind = _sniff(data, str(path))
         entries, info = _checked(kind, _READERS[kind], data, path), _info(data)
+        stamps = _stamps(data.get("images", ())) if info else {}
     logger.info("%s: %s format, %d images", path, kind, len(entries))
     if info.get("oracle"):
         logger.warning("%s: the boxes were found with each image's true label as prompt (oracle): for analysis only", path)
-    return BoxTable(entries, str(path), kind, info)
+    return BoxTable(entries, str(path), kind, info, stamps)
 
 
 def _checked(kind: str, read: Callable[[Any], Iterable[tuple[str, BoxEntry]]], data: Any, path: Path) -> dict[str, BoxEntry]:
@@ -72,6 +74,10 @@ def _info(data: dict[str, Any]) -> dict[str, Any]:
     info = data.get("info")
     ours = info.get("l2r2") if isinstance(info, dict) else None
     return ours if isinstance(ours, dict) else {}
+
+
+def _stamps(images: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    return {i.get("file") or i["file_name"]: i["stamp"] for i in images if isinstance(i.get("stamp"), str)}
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -201,8 +207,17 @@ def _read_xyxy(data: dict[str, Any]) -> Iterable[tuple[str, BoxEntry]]:
 
 def _read_parquet(records: list[dict[str, Any]]) -> Iterable[tuple[str, BoxEntry]]:
     for row in records:
-        file, about = row["file"], (row["normalised"], _image_size(row, row["file"]), row["failure"], row["masks"])
-        yield file, _entry(row["boxes"], row["scores"], row["labels"], file, *about)
+        yield row["file"], entry_of(row)
+
+
+def entry_of(record: Mapping[str, Any]) -> BoxEntry:
+    """The entry that `parquet.record_of` made a record of.
+
+    Raises:
+        L2R2Error, KeyError, TypeError, ValueError: not such a record.
+    """
+    about = (record["normalised"], _image_size(record, record["file"]), record["failure"], record["masks"])
+    return _entry(record["boxes"], record["scores"], record["labels"], record["file"], *about)
 
 
 _READERS: dict[str, Callable[[Any], Iterable[tuple[str, BoxEntry]]]] = {

@@ -89,12 +89,14 @@ class BoxTable:
         source, format: for messages.
         info: what made the boxes, where `l2r2 localize` did: `localizer` (its spec), `weights` (a digest of its network, or
             None), `oracle` (whether each image's true label was its prompt).
+        stamps: by path, a digest of what `l2r2 localize` made the entry from: the image file and what belongs to it.
     """
 
     entries: dict[str, BoxEntry]
     source: str = ""
     format: str = ""
     info: dict[str, Any] = field(default_factory=dict)
+    stamps: dict[str, str] = field(default_factory=dict, repr=False)
     _by_name: dict[str, list[tuple[tuple[str, ...], str]]] = field(default_factory=dict, repr=False)  # parts of a path, the path
 
     def __post_init__(self) -> None:

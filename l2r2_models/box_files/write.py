@@ -35,7 +35,7 @@ def _to_megadetector(table: BoxTable) -> dict[str, Any]:
     images: list[dict[str, Any]] = []
     for file, entry in table.entries.items():
         if entry.failure is not None:
-            images.append({"file": file, "failure": entry.failure})
+            images.append({"file": file, "failure": entry.failure, **_stamp(table, file)})
             continue
         height, width = (1, 1) if entry.normalised else _size(entry, file, "megadetector")
         found = [
@@ -48,7 +48,7 @@ def _to_megadetector(table: BoxTable) -> dict[str, Any]:
             for (x0, y0, x1, y1), score, label, mask in zip(entry.boxes, entry.scores, entry.labels, _masks(entry))
         ]
         sizes = {} if entry.image_size is None else {"width": entry.image_size[1], "height": entry.image_size[0]}
-        images.append({"file": file, **sizes, "detections": found})
+        images.append({"file": file, **sizes, "detections": found, **_stamp(table, file)})
     categories = {i: name for name, i in ids.items()}
     info = {"format_version": "1.6", "detector": table.info.get("localizer", "l2r2-models"), **_info(table)}
     return {"info": info, "detection_categories": categories, "images": images}
@@ -60,7 +60,7 @@ def _to_coco(table: BoxTable) -> dict[str, Any]:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, (file, entry) in enumerate(table.entries.items(), 1):
-        image: dict[str, Any] = {"id": number, "file_name": file}
+        image: dict[str, Any] = {"id": number, "file_name": file, **_stamp(table, file)}
         if entry.failure is not None:  # an image that could not be read has no size
             images.append({**image, "failure": entry.failure})
             continue
@@ -86,6 +86,10 @@ FORMATS = (*_WRITERS, "parquet")
 
 def _info(table: BoxTable) -> dict[str, Any]:
     return {"l2r2": table.info} if table.info else {}
+
+
+def _stamp(table: BoxTable, file: str) -> dict[str, str]:
+    return {"stamp": table.stamps[file]} if file in table.stamps else {}
 
 
 def _masks(entry: BoxEntry) -> tuple[Rle | None, ...]:

@@ -26,7 +26,6 @@ def localize(
     split: Annotated[Optional[str], typer.Option(help="Only this split of the data sets.")] = None,
     format: Annotated[str, typer.Option(help="Of a .json: megadetector or coco.")] = "megadetector",
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one pass.")] = 8,
-    save_every: Annotated[int, typer.Option(min=1, help="Images after which the work is saved.")] = 100,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, ...", show_default="cuda where there is one")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
@@ -46,7 +45,7 @@ def localize(
         raise L2R2Error(f"--oracle-prompts needs a label of every image in the metadata; {lacking[0]} has none.")
     first = os.environ.get("RANK", "0") == "0"
     report = localize_to_file(
-        create_localizer(spec, device=device), inputs.paths, out, format=format, batch_size=batch_size, save_every=save_every,
+        create_localizer(spec, device=device), inputs.paths, out, format=format, batch_size=batch_size,
         prompts=inputs.labels if oracle_prompts else None,
         progress=lambda steps, total: track(steps, total, "localizing") if first else steps,
     )  # fmt: skip

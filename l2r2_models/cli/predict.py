@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -16,7 +15,7 @@ METADATA_BOXES = "the boxes in a folder's metadata.csv/.jsonl"
 def predict(
     model: Annotated[str, typer.Argument(help="A run's folder, or a Hub id (org/name).")],
     images: Annotated[list[Path], typer.Argument(help="Images, folders of images, or a data set.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file; the same command continues it.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A .json, .jsonl, .csv or .parquet; the same command continues it.")],
     boxes: Annotated[Optional[Path], typer.Option(help="Box file.", show_default=METADATA_BOXES)] = None,
     localizer: Annotated[
         Optional[str], typer.Option(help="Find the boxes so, see `l2r2 localize`; `head` is the model's own box head.")
@@ -55,13 +54,13 @@ def predict(
     for image in report.failures[:10]:
         errors.print(f"failed: {image['failure']}", highlight=False, markup=False, soft_wrap=True)
     if unlocalized := report.localizer_failures:
-        why = f"the localizer failed on {len(unlocalized)} of {len(report.images)} images; the first: {unlocalized[0]}"
+        why = f"the localizer failed on {len(unlocalized)} of {report.total} images; the first: {unlocalized[0]}"
         errors.print(why, highlight=False, markup=False, soft_wrap=True)
-    sources = Counter(o["source"] for o in report.objects)
+    sources = report.sources
     again = f", {report.kept} of them from before" if report.kept else ""
     because = f" ({len(unlocalized)} because the localizer failed)" if unlocalized else ""
     typer.echo(
-        f"{len(report.images)} images{again}: {len(report.objects)} answers, {sources['fused']} with an object found, "
+        f"{report.total} images{again}: {sources.total()} answers, {sources['fused']} with an object found, "
         f"{sources['full']} from the whole image{because}; {len(report.failures)} failed"
     )
     typer.echo(f"wrote {out}")

@@ -194,6 +194,10 @@ class Localizer(ABC):
         """A digest of what the boxes depend on beside the spec; None where there is nothing."""
         return None
 
+    def about(self, name: str) -> str | None:
+        """What the boxes of one image depend on beside the image, the spec and the weights; None where there is nothing."""
+        return None
+
     @property
     def info(self) -> dict[str, Any]:
         """What a box file says of its origin."""

@@ -1,8 +1,8 @@
 """Boxes of many images into one box file: in batches, resumable at any moment, on one process or several.
 
-While the work goes on, finished images lie in parts beside the file (`boxes.json.parts/`), each written in one step; at the end
-the parts and what the file held before become the new file, in the order of the images. So a killed run loses at most the
-images since the last part, and the file is the same as that of a run that was never interrupted.
+While the work goes on, finished images lie in a journal beside the file (`boxes.json.parts/`, see `journal`); at the end the
+journal and what the file held before become the new file, in the order of the images. So a killed run loses at most one batch,
+and the file is the same as that of a run that was never interrupted.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,13 @@ from typing import Any
 from PIL import Image
 
 from ..box_files import FORMATS, BoxEntry, BoxTable, read_boxes, write_boxes
+from ..box_files.parquet import check_names, record_of
+from ..box_files.read import entry_of
+from ..boxes import Detections
 from ..errors import L2R2Error
-from ..files import write_text
 from ..images import load_image
+from ..journal import Journal, digest_of
+from ..locks import only_writer
 from .base import Localizer
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
@@ -59,7 +61,6 @@ def localize_to_file(
     *,
     format: str = "megadetector",
     batch_size: int = 8,
-    save_every: int = 100,
     prompts: Mapping[str, str] | None = None,
     progress: Progress = lambda steps, _: steps,
 ) -> CacheReport:
@@ -73,7 +74,6 @@ def localize_to_file(
         out: the file, `.json` or `.parquet`.
         format: of a JSON file, `megadetector` or `coco`.
         batch_size: images in one call of the localizer.
-        save_every: images after which a part is written.
         prompts: one prompt for each path instead of the spec's (oracle); the file says so.
         progress: wraps the batches.
 
@@ -85,34 +85,60 @@ def localize_to_file(
     out = Path(out)
     format = _format_of(out, format)
     names = [str(path) for path in paths]
+    if format == "parquet":
+        check_names(out, names)
     info = {**localizer.info, **({"oracle": True} if prompts is not None else {})}
-    parts = out.with_name(out.name + ".parts")
-    before = {n: e for n, e in _known(out, parts, info, names).items() if e.failure is None}
-    kept = sum(name in before for name in names)
+    stamps = {name: digest_of(name, localizer.about(name), (prompts or {}).get(name)) for name in names}
     rank, world = _process()
-    todo = [name for name in names[rank::world] if name not in before]
-    write_text(parts / f"writable-{rank}", "")  # a place that cannot be written to shows before the work, not after it
-    done: dict[str, BoxEntry] = {}
-    try:
-        for found in _localize(localizer, todo, batch_size, prompts, progress):
-            done.update(found)
-            if len(done) >= save_every:
-                _write_part(done, info, parts)
-    finally:  # an interruption keeps what is done
-        if done:
-            _write_part(done, info, parts)
-    if world > 1:
-        _wait_for_all()
-    if rank == 0:
-        entries = _known(out, parts, info, names)
-        order = {**dict.fromkeys(names), **entries}  # earlier answers for other images stay, behind
-        write_boxes(BoxTable({name: entries[name] for name in order}, info=info), out, format)
-        shutil.rmtree(parts, ignore_errors=True)
-    if world > 1:
-        _wait_for_all()
-    with _quiet():
-        final = read_boxes(out).entries
-    return CacheReport({name: final[name] for name in names}, kept)
+    with _one_run(out, rank, world):
+        journal = Journal(out, rank)
+        before = _known(out, journal, info, stamps)
+        kept = {name for name in names if _holds(before, name, stamps)}
+        todo = [name for name in names[rank::world] if name not in kept]
+        if world > 1:
+            _wait_for_all()  # until all have read what there was
+        journal.start({"info": info})
+        try:
+            for found in _localize(localizer, todo, batch_size, prompts, progress):
+                for name, entry in found.items():
+                    journal.add({**record_of(name, entry), "stamp": stamps[name]})
+        finally:
+            journal.close()
+        if world > 1:
+            _wait_for_all()
+        if rank == 0:
+            table = _known(out, journal, info, stamps)
+            order = {**dict.fromkeys(names), **table.entries}  # earlier answers for other images stay, behind
+            table.entries = {name: table.entries[name] for name in order}
+            write_boxes(table, out, format)
+            journal.remove()
+        if world > 1:
+            _wait_for_all()
+        with _quiet():
+            final = read_boxes(out).entries
+    return CacheReport({name: final[name] for name in names}, len(kept))
+
+
+@contextmanager
+def _one_run(out: Path, rank: int, world: int) -> Iterator[None]:
+    """The first process has the lock of the file for all; where it cannot have it, the others end too."""
+    refused: L2R2Error | None = None
+    with ExitStack() as held:
+        try:
+            if rank == 0:
+                held.enter_context(only_writer(out))
+        except L2R2Error as error:
+            refused = error
+        said = [refused is not None]
+        if world > 1:
+            import torch.distributed as dist
+
+            dist.broadcast_object_list(said, 0)
+        if refused is not None:
+            raise refused
+        if said[0]:
+            raise SystemExit(1)
+        yield
 
 
 def _format_of(out: Path, format: str) -> str:
@@ -131,25 +157,51 @@ def _format_of(out: Path, format: str) -> str:
     return "parquet" if suffix == ".parquet" else format
 
 
-def _known(out: Path, parts: Path, info: dict[str, Any], names: Sequence[str]) -> dict[str, BoxEntry]:
-    """What the file and its parts say, the newest last; an answer is never replaced by a failure. An image that is asked for by
-    another path than before (`data/a.png`, `/home/me/data/a.png`) has the name that it is asked for by.
+def _known(out: Path, journal: Journal, info: dict[str, Any], stamps: Mapping[str, str]) -> BoxTable:
+    """What the file and its journal say, the newest last; an answer that still holds is never replaced. An image that is asked
+    for by another path than before (`data/a.png`, `/home/me/data/a.png`) has the name that it is asked for by.
+
+    Args:
+        stamps: of the images asked for, as they are now.
 
     Raises:
         L2R2Error: one of them was made with another localizer, or not by this function.
     """
-    entries: dict[str, BoxEntry] = {}
-    asked, by_place = set(names), {os.path.abspath(name): name for name in names}
-    for file in [*([out] if out.exists() else []), *sorted(parts.glob("part-*.json"), key=lambda p: (p.stat().st_mtime_ns, p))]:
+    by_place = {os.path.abspath(name): name for name in stamps}
+    table = BoxTable({}, info=info)
+    for known, entry, stamp in _records(out, journal, info):
+        name = known if known in stamps else by_place.get(os.path.abspath(known), known)
+        if not _holds(table, name, stamps):
+            table.entries[name] = entry
+            table.stamps.pop(name, None)
+            table.stamps.update({name: stamp} if stamp else {})
+    return table
+
+
+def _holds(table: BoxTable, name: str, stamps: Mapping[str, str]) -> bool:
+    """Whether the table has an answer for an image as it is now."""
+    entry = table.entries.get(name)
+    return entry is not None and entry.failure is None and name in stamps and table.stamps.get(name) == stamps[name]
+
+
+def _records(out: Path, journal: Journal, info: dict[str, Any]) -> Iterator[tuple[str, BoxEntry, str | None]]:
+    """Name, entry and stamp of all that is there."""
+    if out.exists():
         with _quiet():
-            table = read_boxes(file)
+            table = read_boxes(out)
         if table.info != info:
-            raise L2R2Error(_other(file if file == out else parts, table.info, info))
-        for known, entry in table.entries.items():
-            name = known if known in asked else by_place.get(os.path.abspath(known), known)
-            if entry.failure is None or name not in entries or entries[name].failure is not None:
-                entries[name] = entry
-    return entries
+            raise L2R2Error(_other(out, table.info, info))
+        for name, entry in table.entries.items():
+            yield name, entry, table.stamps.get(name)
+    for part in journal.parts():
+        made_with = part.header.get("info") if isinstance(part.header, dict) else None
+        if made_with != info:
+            raise L2R2Error(_other(journal.folder, made_with if isinstance(made_with, dict) else {}, info))
+        for _, record in part.records():
+            try:
+                yield record["file"], entry_of(record), record.get("stamp")
+            except (L2R2Error, KeyError, TypeError, ValueError):  # damaged: done again
+                continue
 
 
 def _other(place: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -197,16 +249,17 @@ def _entries(
     asked = None if prompts is None else [prompts[name] for name in images]
     try:
         found = localizer(list(images.values()), names=list(images), prompts=asked)
-        return {name: BoxEntry.from_detections(detections) for name, detections in zip(images, found)}
+        return {name: _entry_of(detections) for name, detections in zip(images, found)}
     except (L2R2Error, RuntimeError, MemoryError) as error:  # RuntimeError: torch, among them a full GPU
         if len(images) == 1:
             return {name: BoxEntry(failure=" ".join(str(error).split())[:300]) for name in images}
     return {k: v for name, image in images.items() for k, v in _entries(localizer, {name: image}, prompts).items()}
 
 
-def _write_part(done: dict[str, BoxEntry], info: dict[str, Any], parts: Path) -> None:
-    write_boxes(BoxTable(dict(done), info=info), parts / f"part-{uuid.uuid4().hex}.json")
-    done.clear()
+def _entry_of(found: Detections) -> BoxEntry:
+    if not (found.boxes.isfinite().all() and found.scores.isfinite().all()):
+        return BoxEntry(failure="the localizer gives boxes that are not finite; run it with dtype=float32.")
+    return BoxEntry.from_detections(found)
 
 
 def _process() -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +11,6 @@ from PIL.Image import Image
 from ..box_files import BoxEntry, read_boxes
 from ..boxes import Detections
 from ..errors import L2R2Error
-from ..files import file_sha256
 from .base import Context, Localizer, Option, Spec, number, size_of
 
 
@@ -53,9 +51,12 @@ class Boxes(Localizer):
             raise L2R2Error('The localizer boxes needs a box file: "boxes:FILE".')
         self.table = read_boxes(spec.source)
 
-    @cached_property
-    def weights(self) -> str | None:  # type: ignore[override]
-        return file_sha256(self.spec.source)
+    def about(self, name: str) -> str | None:
+        """The image's entry: a file that grows changes nothing for the others."""
+        try:
+            return repr(self.table.find(name))
+        except L2R2Error as error:
+            return str(error)
 
     @property
     def info(self) -> dict[str, Any]:

@@ -72,6 +72,9 @@ class Masked(Localizer):
     def weights(self) -> str | None:
         return "+".join(str(digest) for digest in (self.inner.weights, self.segmenter.network.digest))
 
+    def about(self, name: str) -> str | None:
+        return self.inner.about(name)
+
     @property
     def info(self) -> dict[str, Any]:
         return {**self.inner.info, **super().info}

@@ -6,6 +6,7 @@ import importlib
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..data.table import ImageTable, read_table, rows_digest
 from ..errors import L2R2Error
 from ..files import write_json, write_text
 from ..hub import save_checkpoint
+from ..locks import only_writer
 from ..masking import kept_patches, patch_grid
 from ..model import L2R2
 from ..views import make_views
@@ -87,46 +89,47 @@ def finetune(
         progress: wraps the steps while images are checked.
 
     Raises:
-        L2R2Error: unusable data, an unknown model, or a folder that holds another run.
+        L2R2Error: unusable data, an unknown model, or a folder that holds another run or is written by another process.
     """
     out, began = Path(out), time.monotonic()
     trainer = _trainer_module(tensorboard)
     table = processes.together(lambda: read_table(data, metadata=metadata, boxes=boxes))
     train, val, settings = processes.together(lambda: _plan(table, recipe, train_split, val_split))
     start = processes.together(lambda: _start(recipe, out, settings))
-    if (done := processes.on_first(lambda: _finished(out, Path(data), settings, overwrite))) is not None:
-        said = tuple(done.get("notes", []))
-        return Result(out, done["metrics"], len(train), done["data"]["with_box"], {}, was_finished=True, notes=said)
+    with ExitStack() as held:
+        if (done := processes.on_first(lambda: _claim(out, Path(data), settings, overwrite, held))) is not None:
+            said = tuple(done.get("notes", []))
+            return Result(out, done["metrics"], len(train), done["data"]["with_box"], {}, was_finished=True, notes=said)
 
-    classes = train.classes()
-    # before the slow check of the images: a wrong name shows at once
-    model, notes = processes.together(lambda: _model(recipe, classes, start, trainer))
-    notes += _seen_before(start, val, classes)
-    check = processes.on_first(lambda: _check(train, val, recipe, model, skip_bad, progress))
-    train, val = _without(train, check.bad), _without(val, check.bad) if val else None
-    leaks = processes.on_first(lambda: find_leaks(train, _other_rows(table, train, val), check.hashes, progress))
-    processes.on_first(lambda: _begin(out, recipe, settings, overwrite))
-    trained = trainer.train(model, recipe, train, val, classes, out, tensorboard=tensorboard)
-    if not all(value.isfinite().all() for value in model.state_dict().values()):
-        raise L2R2Error(f"{out}: the training has diverged, its weights are not finite; --overwrite it with a lower --lr.")
-    with_box = sum(row.path in check.with_box for row in train.rows)
-    settings["data"]["with_box"] = with_box
-    record = {
-        **settings,
-        **surroundings(),
-        "seconds": round(time.monotonic() - began, 1),
-        "epochs": {"trained": trained.epochs, "before_this_call": trained.continued},
-        "best": None if trained.best is None else {"metric": recipe.best_metric, **asdict(trained.best)},
-        "val_used_for": [k for k in ("best_metric", "patience") if trained.best is not None and getattr(recipe, k)],
-        "leaks": [leak.to_dict() for leak in leaks],
-        "init_files": start.files(classes) if start else [],
-        "notes": [*notes, *(leak.sentence() for leak in leaks), *_notes(recipe, trained)],
-        "train_files": train.names(),
-        "val_files": val.names() if val else [],
-        "metrics": trained.metrics,
-    }
-    processes.on_first(lambda: _finish(out, recipe, model, classes, settings, record))
-    return Result(out, trained.metrics, len(train), with_box, check.bad, notes=tuple(record["notes"]))
+        classes = train.classes()
+        # before the slow check of the images: a wrong name shows at once
+        model, notes = processes.together(lambda: _model(recipe, classes, start, trainer))
+        notes += _seen_before(start, val, classes)
+        check = processes.on_first(lambda: _check(train, val, recipe, model, skip_bad, progress))
+        train, val = _without(train, check.bad), _without(val, check.bad) if val else None
+        leaks = processes.on_first(lambda: find_leaks(train, _other_rows(table, train, val), check.hashes, progress))
+        processes.on_first(lambda: _begin(out, recipe, settings, overwrite))
+        trained = trainer.train(model, recipe, train, val, classes, out, tensorboard=tensorboard)
+        if not all(value.isfinite().all() for value in model.state_dict().values()):
+            raise L2R2Error(f"{out}: the training has diverged, its weights are not finite; --overwrite it with a lower --lr.")
+        with_box = sum(row.path in check.with_box for row in train.rows)
+        settings["data"]["with_box"] = with_box
+        record = {
+            **settings,
+            **surroundings(),
+            "seconds": round(time.monotonic() - began, 1),
+            "epochs": {"trained": trained.epochs, "before_this_call": trained.continued},
+            "best": None if trained.best is None else {"metric": recipe.best_metric, **asdict(trained.best)},
+            "val_used_for": [k for k in ("best_metric", "patience") if trained.best is not None and getattr(recipe, k)],
+            "leaks": [leak.to_dict() for leak in leaks],
+            "init_files": start.files(classes) if start else [],
+            "notes": [*notes, *(leak.sentence() for leak in leaks), *_notes(recipe, trained)],
+            "train_files": train.names(),
+            "val_files": val.names() if val else [],
+            "metrics": trained.metrics,
+        }
+        processes.on_first(lambda: _finish(out, recipe, model, classes, settings, record))
+        return Result(out, trained.metrics, len(train), with_box, check.bad, notes=tuple(record["notes"]))
 
 
 def _trainer_module(tensorboard: bool) -> Any:
@@ -154,6 +157,14 @@ def _plan(
             )
         about["val"] = rows_digest(val)
     return train, val, {"recipe": recipe.to_dict(), "data": about}
+
+
+def _claim(out: Path, data: Path, settings: dict[str, Any], overwrite: bool, held: ExitStack) -> dict[str, Any] | None:
+    """The record of the run if it is finished; otherwise its folder is ours until `held` ends."""
+    if (done := _finished(out, data, settings, overwrite)) is None:
+        held.enter_context(only_writer(out))
+        done = _finished(out, data, settings, overwrite)  # another process may have finished it meanwhile
+    return done
 
 
 def _finished(out: Path, data: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:

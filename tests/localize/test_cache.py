@@ -6,9 +6,11 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from conftest import write_run
+from PIL import Image
 from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
 
 from l2r2_models.box_files import read_boxes
@@ -93,14 +95,47 @@ def test_one_image_under_two_paths_is_looked_at_once(tmp_path, dataset, monkeypa
     assert list(both.entries) == list(map(str, [*absolute[:2], *relative[:2]])) and len(entries(out)) == 38
 
 
-def test_boxes_of_a_changed_file_are_not_mixed(tmp_path, dataset):
+def test_of_a_changed_box_file_only_what_changed_is_done_again(tmp_path, dataset):
     source, out, paths = tmp_path / "given.json", tmp_path / "boxes.json", list_images([dataset / "images"])
     source.write_text(json.dumps({p.name: [[1, 2, 30, 40]] for p in paths[:-1]}))
     report = localize_to_file(create_localizer(f"boxes:{source}"), paths, out)
     assert report.with_box == 35 and not report.failures
-    source.write_text(json.dumps({p.name: [[1, 2, 30, 41]] for p in paths}))
-    with pytest.raises(L2R2Error, match="made with other weights"):
-        localize_to_file(create_localizer(f"boxes:{source}"), paths, out)
+    source.write_text(json.dumps({p.name: [[1, 2, 30, 40 if i else 39]] for i, p in enumerate(paths)}))
+    report = localize_to_file(create_localizer(f"boxes:{source}"), paths, out)
+    assert report.kept == 34 and report.with_box == 36  # one box moved, one is new
+    assert entries(out)[str(paths[0])].boxes[0][3] == pytest.approx(39 / 40)
+
+
+@pytest.mark.parametrize("name", ["boxes.json", "boxes.parquet", "coco.json"])
+def test_a_changed_photo_is_looked_at_again(tmp_path, dataset, name):
+    paths, out, how = list_images([dataset / "images"]), tmp_path / name, {"format": "coco"} if name[0] == "c" else {}
+    localize_to_file(create_localizer("full"), paths, out, **how)
+    Image.new("RGB", (30, 20)).save(paths[5])
+    report = localize_to_file(create_localizer("full"), paths, out, **how)
+    assert report.kept == 35 and report.entries[str(paths[5])].image_size == (20, 30)
+
+
+def test_boxes_that_are_not_finite_are_the_failure_of_their_image(tmp_path, dataset, monkeypatch):
+    paths, localizer = list_images([dataset / "images"]), create_localizer("full")
+    find, bad = type(localizer).find, str(paths[4])
+
+    def broken(self, images, names, prompts):
+        found = zip(names, find(self, images, names, prompts))
+        return [replace(d, boxes=d.boxes * float("nan")) if name == bad else d for name, d in found]
+
+    monkeypatch.setattr(type(localizer), "find", broken)
+    report = localize_to_file(localizer, paths, tmp_path / "boxes.json")
+    assert list(report.failures) == [bad] and "not finite" in report.failures[bad] and report.with_box == 35
+
+
+def test_a_name_that_parquet_cannot_hold_is_refused_before_the_work(tmp_path, dataset):
+    odd = dataset / "images" / os.fsdecode(b"caf\xe9.png")
+    (dataset / "images" / "train_000.png").rename(odd)
+    paths = list_images([dataset / "images"])
+    with pytest.raises(L2R2Error, match=r"not UTF-8; rename it, or write \.json"):
+        localize_to_file(create_localizer("full"), paths, tmp_path / "boxes.parquet", progress=None)
+    kept = [localize_to_file(create_localizer("full"), paths, tmp_path / "boxes.json").kept for _ in range(2)]
+    assert kept == [0, 36] and str(odd) in entries(tmp_path / "boxes.json")
 
 
 def test_a_batch_that_fails_is_tried_one_by_one(tmp_path, dataset, monkeypatch):
@@ -135,19 +170,21 @@ def test_an_interruption_keeps_what_is_done(tmp_path, dataset):
 
 def test_killed_at_a_random_moment_the_same_command_gives_the_same_file(tmp_path, dataset):
     paths, localizer = list_images([dataset / "images"]), create_localizer("center?share=0.7")
-    how = dict(batch_size=1, save_every=2)
-    localize_to_file(localizer, paths, tmp_path / "whole.json", **how)
-    out, parts, wanted = tmp_path / "killed.json", tmp_path / "killed.json.parts", random.randrange(1, 17)
-    command = ["localize", dataset / "images", "--localizer", "center?share=0.7", "--batch-size", 1, "--save-every", 2, "-o", out]
+    localize_to_file(localizer, paths, tmp_path / "whole.json")
+    out, parts, wanted = tmp_path / "killed.json", tmp_path / "killed.json.parts", random.randrange(1, 34)
+    command = ["localize", dataset / "images", "--localizer", "center?share=0.7", "--batch-size", 1, "-o", out]
     process = subprocess.Popen([sys.executable, "-m", "l2r2_models.cli", *map(str, command)], stdout=subprocess.DEVNULL)
-    while process.poll() is None and len(list(parts.glob("part-*.json"))) < wanted:
+    while process.poll() is None and sum(len(part.read_bytes().splitlines()) for part in parts.glob("part-*")) <= wanted:
         time.sleep(0.001)
     process.kill()
     process.wait()
     if not parts.exists():
-        pytest.skip(f"the process was through before it had {wanted} parts")  # fast machines only
-    assert localize_to_file(localizer, paths, out, **how).kept >= 2 * wanted
-    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes() and not parts.exists()
+        pytest.skip(f"the process was through before it was seen to have {wanted} images")  # fast machines only
+    (part,) = parts.glob("part-*")
+    part.write_bytes(part.read_bytes() + b'{"file": "half')  # as a kill in the middle of a line leaves it
+    assert localize_to_file(localizer, paths, out).kept >= wanted
+    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert [file for file in tmp_path.iterdir() if file.name.startswith(("killed", ".killed"))] == [out]
 
 
 def test_two_processes_share_the_work_and_give_the_file_of_one(tmp_path, dataset):

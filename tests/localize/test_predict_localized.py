@@ -167,6 +167,22 @@ def test_top_k_prompts_are_scored_as_the_paper_says(tiny, paths, tmp_path, branc
             assert prediction.objects[0].source == "full" and "no object was found" in prediction.objects[0].reason
 
 
+def test_top_k_prompts_go_on_where_the_localizer_fails_on_one_image(run, paths, tiny, monkeypatch):
+    predictor = Predictor.from_pretrained(run, device="cpu", localizer=f"owlv2:{tiny('owlv2')}?threshold=0", topk_prompts=2)
+    kind, calls = type(predictor.localizer), []
+    by_prompt = kind.by_prompt
+
+    def fails(self, images, prompts):
+        calls.append(len(images))
+        if len(images) > 1 or len(calls) == 4:
+            raise L2R2Error("the localizer gives nothing but NaN")
+        return by_prompt(self, images, prompts)
+
+    monkeypatch.setattr(kind, "by_prompt", fails)
+    said = [prediction.objects[0].reason for prediction in predictor.predict_files(paths[:4])]
+    assert ["the localizer failed (the localizer gives nothing" in reason for reason in said] == [False, False, True, False]
+
+
 def test_top_k_prompts_need_what_they_need(run, tiny, tmp_path):
     with pytest.raises(L2R2Error, match="told what to look for"):
         Predictor.from_pretrained(run, localizer="center", topk_prompts=2)

@@ -1,0 +1,31 @@
+"""An output that is not finite is the failure of its image, not the end of the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .predictor import ObjectPrediction, Prediction
+
+
+def checked(predictions: Iterable[Prediction]) -> list[Prediction]:
+    """The predictions; one with a probability or a box score that is NaN or infinite becomes a failure that says where."""
+    return [_checked(prediction) for prediction in predictions]
+
+
+def _checked(prediction: Prediction) -> Prediction:
+    wrong = dict.fromkeys(name for o in prediction.objects for name, score in _scores(o) if not math.isfinite(score))
+    if not wrong:
+        return prediction
+    why = "the weights are damaged, its training has diverged, or it needs float32"
+    name = prediction.file or "image"
+    return replace(prediction, objects=(), failure=f"{name}: the model's output is not finite ({', '.join(wrong)}); {why}.")
+
+
+def _scores(answer: ObjectPrediction) -> list[tuple[str, float]]:
+    branches = [(name, said.score) for name in ("full", "fg", "bg") if (said := getattr(answer, name)) is not None]
+    boxes = [] if answer.box_score is None else [("box score", answer.box_score)]
+    return [*branches, ("fused", answer.score), *boxes]

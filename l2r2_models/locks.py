@@ -1,0 +1,89 @@
+"""One writer for each output that is continued: a second process is told who writes it.
+
+The lock is an flock on a file beside the output. The kernel releases it when its process ends, by SIGKILL too, so no lock is ever
+stale; on NFS the server keeps it, so that it holds between hosts. What the file says is for people only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from .errors import L2R2Error
+from .files import remove_stale
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl: Any = None  # type: ignore[no-redef]
+
+logger = logging.getLogger(__name__)
+_held: set[int] = set()
+
+
+@contextlib.contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Hold the lock of an output, a file or a folder; temporary files that a killed writer left beside it are removed.
+
+    Raises:
+        L2R2Error: another process writes the output, or its folder cannot be written to.
+    """
+    lock = out.with_name(f"{out.name}.lock")
+    handle = _take(out, lock)
+    _held.add(handle)
+    try:
+        os.ftruncate(handle, 0)
+        since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+        os.write(handle, f"process {os.getpid()} on host {socket.gethostname()} since {since}".encode())
+        remove_stale(out)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock.unlink()
+        _held.discard(handle)
+        os.close(handle)
+
+
+def _take(out: Path, lock: Path) -> int:
+    while True:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise L2R2Error(f"{out}: cannot be written ({error.strerror or error}).") from error
+        try:
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(handle, 1000).decode(errors="replace") or "another process"
+            os.close(handle)
+            raise L2R2Error(_taken(out, lock, holder)) from None
+        except OSError as error:
+            logger.warning("%s: cannot be locked (%s); see to it that no other process writes it", out, error.strerror)
+            return handle
+        with contextlib.suppress(FileNotFoundError):  # the writer before removed it after we had opened it: try again
+            if os.path.samestat(os.fstat(handle), os.stat(lock)):
+                return handle
+        os.close(handle)
+
+
+def _taken(out: Path, lock: Path, holder: str) -> str:
+    elsewhere = "" if f" on host {socket.gethostname()} " in holder else f" If that host is gone for good, remove {lock}."
+    return f"{out} is being written by {holder}; wait for it or choose another --out.{elsewhere}"
+
+
+def _let_go() -> None:
+    """A forked child (a process that loads images) would hold the lock beyond the end of its parent."""
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
