@@ -40,7 +40,8 @@ class ViewSpec:
             replaced, not cut); or masked inside the network, which gets the whole image with the object's mask: `late`
             (features outside of the object are zeroed), `tokens` (patches outside are left out of a ViT) or `parts` (the
             network finds the object itself, see `IFAM`). Where no mask is given, the box is the mask.
-        bg: `shape` (object pixels replaced; without a mask the same as `box`) or `box` (its box replaced).
+        bg: `shape` (object pixels replaced; without a mask the same as `box`) or `box` (its box replaced, which a mask that
+            sticks out of it makes larger).
         margin: how far the fg box grows at each end, relative to its side.
         square: pad to a square before the resize; False stretches. Holds for the full view too.
         fill: RGB levels (0-255) of padding and of replaced pixels.
@@ -330,9 +331,12 @@ class _Objects(NamedTuple):
         ]
 
     def erased(self, boxes_only: bool) -> list[Tensor]:
-        """`[H, W]` bool of each row, False on the object; True everywhere where nothing was found."""
-        found = self.has_fg.tolist()
-        return [~keep if has else torch.ones_like(keep) for keep, has in zip(self.kept(boxes_only), found)]
+        """`[H, W]` bool of each row, False on the object, or with `boxes_only` on one rectangle that holds box and mask; True
+        everywhere where nothing was found."""
+        kept, found = self.kept(boxes_only), self.has_fg.tolist()
+        if boxes_only and self.masks is not None:  # nothing of an object may stick out of the box that hides it
+            kept = [keep if mask is None else _tight(keep | mask) for keep, mask in zip(kept, self.masks)]
+        return [~keep if has else torch.ones_like(keep) for keep, has in zip(kept, found)]
 
 
 def _pixels(image: Image | Tensor) -> Tensor:
@@ -375,6 +379,13 @@ def _not_empty(masks: Sequence[Tensor | None], windows: Tensor | None, device: t
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _tight(mask: Tensor) -> Tensor:
+    """The smallest rectangle that holds a mask `[H, W]`, as a mask."""
+    rows, columns = (mask.any(axis).long() for axis in (1, 0))
+    inside = [ends.cumsum(0).bool() & ends.flip(0).cumsum(0).flip(0).bool() for ends in (rows, columns)]
+    return inside[0][:, None] & inside[1][None]
 
 
 def _rectangles(windows: Tensor, height: int, width: int) -> Tensor:

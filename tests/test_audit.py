@@ -47,12 +47,12 @@ def test_a_model_of_the_object_and_one_of_the_background_get_opposite_verdicts(t
     m, c = middle.answers["full"], corner.answers["full"]
     assert m["accuracy"].value == c["accuracy"].value == 1
     assert m["bg_gap"].value == 0 and c["bg_gap"].low > 0.4 and c["bg_gap"].value == pytest.approx(2 / 3, abs=0.15)
-    assert m["challenge"].value == 1 and c["challenge"].value < 0.2 and c["mixed_next"].value == 0
+    assert m["challenge_upper_bound"].value == 1 and c["challenge_upper_bound"].value < 0.2 and c["mixed_next"].value == 0
     assert m["fg_only"].value == 1 and c["fg_only"].value == pytest.approx(1 / 3)
     assert m["bg_only_box"].value == pytest.approx(1 / 3) and c["bg_only_box"].value == 1
     assert m["drop_tiled"].value == 1 and c["drop_tiled"].value == 0
     assert m["rfs"].value == pytest.approx(1) and c["rfs"].value == pytest.approx(-1)
-    assert m["irfs"].value > 0.3 and c["irfs"].value < -0.3
+    assert m["irfs"].value > 0.1 and c["irfs"].value < -0.1
     assert ("bg_only_mask" in m) == masks
     assert any("not masks" in w for w in middle.warnings) != masks
 
@@ -268,3 +268,26 @@ def test_the_command_refuses_what_it_cannot_use(l2r2, tmp_path, data):  # noqa: 
     assert "2 class names for 3 classes" in sentence(l2r2("audit", model, data, "--labels", tmp_path / "names.txt"))
     assert l2r2("audit", model, data, "--limit", 0).returncode == 2
     assert l2r2("audit", model, data, "--seed", 2**64).returncode == 2
+
+
+def test_the_challenge_tries_every_background_and_a_sample_is_an_upper_bound(tmp_path):
+    data, model = write_data(tmp_path / "data", 9), write_model(tmp_path / "corner", "corner")
+    shown = []
+    seen = audit_module._logits
+
+    def count(audited, images, *more):
+        shown.append(len(images))
+        return seen(audited, images, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(audit_module, "_logits", count)
+        plain = audit(model, data, backgrounds=1)
+        before = sum(shown)
+        full = audit(model, data, backgrounds=1, challenge=True, batch_size=1)
+    assert "challenge" not in plain.answers["full"]
+    figures = full.answers["full"]
+    assert figures["challenge"].value == 0 <= figures["challenge_upper_bound"].value  # some background fools each object
+    assert figures["challenge_upper_bound"].value == plain.answers["full"]["challenge_upper_bound"].value
+    assert 9 <= sum(shown) - 2 * before < 9 * 8  # it stops with the first that does
+    middle = audit(write_model(tmp_path / "middle", "middle"), data, backgrounds=1, challenge=True)
+    assert middle.answers["full"]["challenge"].value == 1

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from l2r2_models.data.composite import background_of, cover, object_alpha, paste_object
 from l2r2_models.errors import L2R2Error
@@ -135,3 +136,20 @@ def test_a_background_of_any_size_covers_the_image_without_bars_or_distortion(si
     if size[1] % 2 == 0:  # cut evenly: the middle stays in the middle
         covered = cover(left_half, (48, 64)).float().mean((0, 2))
         assert covered[:20].mean() > 150 and covered[-20:].mean() < 50
+
+
+@pytest.mark.parametrize("shape", [(4, 65_500), (65_500, 4), (1, 30_000)])
+def test_a_very_long_background_is_cut_before_it_is_resized(shape, monkeypatch):
+    """Resized as a whole, 4 x 65,500 pixels would take 77 GB for an image of 1,000 x 700."""
+    resize, largest = F.interpolate, []
+
+    def watched(x, size, **options):
+        largest.append(size[0] * size[1])
+        return resize(x, size, **options)
+
+    monkeypatch.setattr(F, "interpolate", watched)
+    background = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8)
+    covered = cover(background, (700, 1000))
+    assert covered.shape == (700, 1000, 3) and max(largest) < 4 * 700_000
+    middle = background[shape[0] // 2 - 1 : shape[0] // 2 + 1, shape[1] // 2 - 1 : shape[1] // 2 + 1].float().mean((0, 1))
+    assert (covered[345:355, 495:505].float().mean((0, 1)) - middle).abs().max() < 100

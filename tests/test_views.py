@@ -43,8 +43,11 @@ def canvas_of(image, branch, spec, box, mask):
     inside = np.zeros(size, bool)
     inside[y0:y1, x0:x1] = True
     thing = inside if mask is None else mask.numpy()
-    if branch == "bg":
-        image[inside if spec.bg == "box" else thing] = fill
+    if branch == "bg" and spec.bg == "box":
+        rows, columns = np.nonzero(inside | thing)  # nothing of an object sticks out of what hides it
+        image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = fill
+    elif branch == "bg":
+        image[thing] = fill
     if branch == "fg" and spec.fg != "crop":
         image[~thing] = fill
     if branch == "fg" and spec.fg != "masked":

@@ -5,6 +5,8 @@ Pixels are uint8 `[H, W, 3]`, a box is `[4]` xyxy in pixels, a mask is `[H, W]` 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,6 +15,7 @@ from ..boxes import Detections
 from ..errors import L2R2Error
 from ..images import FILL
 
+MOST_COVERED = 4  # times the image: how large a background is resized as a whole
 FEATHER, MASK_FEATHER = 0.08, 0.02  # of the shorter side of an object: what the soft edge of its box, or of its mask, takes
 MARGIN = 0.1  # of a box's sides: what is removed around it, because shadows and loose edges show the object too
 
@@ -112,6 +115,11 @@ def cover(background: Tensor, size: tuple[int, ...]) -> Tensor:
         return background
     scale = max(height / background.shape[0], width / background.shape[1])
     new = [max(want, round(scale * have)) for want, have in zip((height, width), background.shape[:2])]
+    if new[0] * new[1] > MOST_COVERED * height * width:  # of a very long background only the part that can be seen is resized
+        have = [min(side, math.ceil(want / scale) + 2) for side, want in zip(background.shape[:2], (height, width))]
+        y, x = ((side - part) // 2 for side, part in zip(background.shape[:2], have))
+        background = background[y : y + have[0], x : x + have[1]]
+        new = [max(want, round(scale * side)) for want, side in zip((height, width), have)]
     resized = F.interpolate(background.permute(2, 0, 1)[None].float(), new, mode="bilinear", antialias=True)[0]
     top, left = (new[0] - height) // 2, (new[1] - width) // 2
     return resized[:, top : top + height, left : left + width].round().to(torch.uint8).permute(1, 2, 0).contiguous()

@@ -24,7 +24,7 @@ from ..views import make_views
 from .audit_images import Progress, Subjects, find_subjects
 from .audit_model import Audited, load_audited, match_classes
 from .fit_run import rows_of, warnings_of
-from .interventions import Donors, number_of, plan
+from .interventions import Donors, Subject, number_of, plan
 from .robustness import Figure, measures
 from .verdict import verdict_of
 
@@ -99,6 +99,7 @@ def audit(
     classes: Path | None = None,
     limit: int | None = None,
     backgrounds: int = 5,
+    challenge: bool = False,
     seed: int = 0,
     skip_bad: bool = False,
     work: Path | None = None,
@@ -119,7 +120,9 @@ def audit(
         group: a metadata column; adds the accuracy by its values and the worst of them.
         classes: see `match_classes`.
         limit: at most so many images, drawn with the seed.
-        backgrounds: random backgrounds an image, for `mixed_rand` and `challenge`.
+        backgrounds: random backgrounds per image, for `mixed_rand` and `challenge_upper_bound`.
+        challenge: also try the background of every other image until each answer is fooled, for `challenge` as IN-9 defines it.
+            The cost grows with the square of the number of images that are not fooled.
         seed: of images, noise, backgrounds and intervals. Same seed, same figures, whatever the order of the rows.
         skip_bad: leave unreadable images out instead of stopping.
         work: folder for what is done so far; by default `audit` in a run's folder, else the user's cache folder.
@@ -138,16 +141,17 @@ def audit(
     subjects = find_subjects(
         table, audited.spec.fill, audited.box_threshold, limit=limit, seed=seed, skip_bad=skip_bad, progress=progress
     )
-    store = Store(work or _work_folder(audited), audited, subjects, matched, backgrounds, seed)
-    answers = _ask(audited, subjects, matched, backgrounds, seed, store, batch_size, progress)
+    store = Store(work or _work_folder(audited), audited, subjects, matched, plan(backgrounds, challenge), seed)
+    donors = Donors(subjects.keys, subjects.labels, backgrounds, seed, subjects.images.tolist())
+    answers = _ask(audited, subjects, matched, donors, challenge, store, batch_size, progress)
     groups = subjects.table.column(group) if group else None
-    found = {name: measures(*answers.of(name), subjects.images, groups, seed=seed) for name in audited.answers}
+    found = {name: measures(*answers.of(name), subjects.images, groups, subjects.labels, seed=seed) for name in audited.answers}
     split_name = split or ("test" if table.splits else "all")
     count = len(set(subjects.labels))
     result = Audit(
         audited.name, split_name, len(subjects), count, subjects.left_out, found,
         {name: verdict_of(_who(audited, name), found[name], len(subjects), count) for name in audited.answers}, group,
-        {"seed": seed, "backgrounds": backgrounds, "limit": limit},
+        {"seed": seed, "backgrounds": backgrounds, "challenge": challenge, "limit": limit},
         _warnings(audited, subjects, split_name),
     )  # fmt: skip
     if report is not None:
@@ -192,17 +196,16 @@ def _ask(
     model: Audited,
     subjects: Subjects,
     matched: Mapping[str, Sequence[int]],
-    backgrounds: int,
-    seed: int,
+    donors: Donors,
+    challenge: bool,
     store: Store,
     batch_size: int,
     progress: Progress,
 ) -> Answers:
     """Show the model every changed image of every subject, but for those that the store has."""
-    names, made = model.answers, tuple(plan(backgrounds))
+    names, made = model.answers, tuple(plan(donors.backgrounds, challenge))
     values = store.read((len(subjects), len(names), len(made), 2))
     todo = [i for i in range(len(subjects)) if not values[i].isfinite().any()]
-    donors = Donors(subjects.keys, subjects.labels, backgrounds, seed, subjects.images.tolist())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.network.to(device)
     try:
@@ -211,12 +214,14 @@ def _ask(
             own = list(matched[subjects.labels[i]])
             subject = subjects[i]
             size = min(batch_size, max(1, BATCH_PIXELS // subject.inside.numel()))
-            changed = iter(subjects.changed(i, subject, donors, model.spec.size, seed))
+            changed = iter(subjects.changed(i, subject, donors, model.spec.size, donors.seed))
             while part := list(islice(changed, size)):
                 places, images = zip(*part)
                 logits = _logits(model, images, subject.boxes[0], subject.view_mask, device)
                 for a, name in enumerate(names):
                     row[a, list(places)] = _judged(logits[name], own)
+            if challenge:
+                row[:, -1] = _challenged(model, subjects.challenges(i, subject, donors), subject, own, size, device)
             if not row[:, 0].isfinite().all():
                 raise L2R2Error(f"{model.name}: gives logits that are not finite; its training has diverged.")
             values[i] = row
@@ -226,6 +231,17 @@ def _ask(
         model.network.cpu()
         store.write(values)
     return Answers(values, names, made)
+
+
+def _challenged(
+    model: Audited, changed: Iterable[Tensor], subject: Subject, own: list[int], size: int, device: torch.device
+) -> Tensor:
+    """`[answers, 2]`: whether every image was right, and the lowest probability of the true class; stops once all are fooled."""
+    worst, images = torch.ones(len(model.answers), 2), iter(changed)
+    while (part := list(islice(images, size))) and worst[:, 0].any():
+        logits = _logits(model, part, subject.boxes[0], subject.view_mask, device)
+        worst = torch.minimum(worst, torch.stack([_judged(logits[name], own).amin(0) for name in model.answers]))
+    return worst
 
 
 @torch.inference_mode()
@@ -250,10 +266,16 @@ class Store:
     """What an audit has so far, one file for a model, its classes, the images, the seed and the number of backgrounds."""
 
     def __init__(
-        self, folder: Path, model: Audited, subjects: Subjects, matched: Mapping[str, Sequence[int]], backgrounds: int, seed: int
+        self,
+        folder: Path,
+        model: Audited,
+        subjects: Subjects,
+        matched: Mapping[str, Sequence[int]],
+        made: Sequence[str],
+        seed: int,
     ) -> None:
         data = rows_digest(subjects.table, times=True)
-        facts = [version("l2r2-models"), model.digest(), matched, data, plan(backgrounds), seed]
+        facts = [version("l2r2-models"), model.digest(), matched, data, list(made), seed]
         if subjects.shared:  # their backgrounds hang on rows that may not be among the subjects
             facts.append(rows_digest(ImageTable(subjects.table.root, tuple(subjects.shared.values()))))
         self.key = json.dumps(facts, sort_keys=True)

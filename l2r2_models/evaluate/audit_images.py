@@ -83,6 +83,10 @@ class Subjects:
             if pixels is not None:
                 yield place, pixels
 
+    def challenges(self, i: int, subject: Subject, donors: Donors) -> Iterable[Tensor]:
+        """Subject i on the background of every other image, one after another."""
+        return (swap(subject, self._background(other)) for other in donors.others(i))
+
     def _background(self, i: int) -> Tensor:
         if i not in self.backgrounds:
             if sum(kept.numel() for kept in self.backgrounds.values()) > KEPT_BYTES:

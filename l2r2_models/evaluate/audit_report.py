@@ -29,6 +29,7 @@ MEASURES = {
     "mixed_next": "Mixed-Next",
     "bg_gap": "BG-Gap",
     "challenge": "challenge",
+    "challenge_upper_bound": "challenge, sampled",
     "fg_only": "fg only",
     "bg_only_mask": "bg only (mask)",
     "bg_only_box": "bg only (box)",
@@ -51,7 +52,7 @@ EXAMPLES = 3  # images whose changes are shown
 WHAT_THEY_ARE = (
     "Mixed-Same, Mixed-Rand, Mixed-Next: the object on the object-free background of another image of its own class, of a random "
     "class, of the next class. BG-Gap = Mixed-Same - Mixed-Rand: what hangs on the class of the background. Challenge: right on "
-    "every random background that was given to the object.",
+    "the background of every other image; sampled: on every random background that was drawn for the object, an upper bound.",
     "fg only: the background is painted over with the mean colour. bg only: the object's mask, or its box, is painted over. "
     "Tiled: the object's box is filled from its surroundings. Who is right without an object answers by the background.",
     "RFS and iRFS: noise on the object against noise on the background, from -1 (only the background matters) to 1 (only the "

@@ -17,8 +17,9 @@ from torch import Tensor
 from ..data.composite import background_of, object_windows, paste_object
 
 STD_LEVELS = (30, 60, 90, 120, 150, 180, 210)  # of 255 (METHOD.md 9)
-L2_LEVELS = (10, 20, 30, 40)  # of 255, as a root mean square over the whole image
+L2_LEVELS = (19, 37, 56, 75, 94, 112, 131)  # of 255, as a root mean square over the whole image; RIVAL10 goes up to 131
 SWAPS = ("mixed_same", "mixed_next")
+CHALLENGE = "challenge"
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,12 @@ class Subject:
 
     @cached_property
     def in_boxes(self) -> Tensor:
-        """`[H, W]` bool, True in a box."""
+        """`[H, W]` bool, True in a box; no part of a mask is left out, that of a single object lies in one rectangle."""
+        mask = self.mask if len(self.boxes) == 1 else None
         inside = torch.zeros(self.pixels.shape[:2], dtype=torch.bool)
-        for x0, y0, x1, y1 in object_windows(self.pixels.shape[:2], self.boxes):
+        for x0, y0, x1, y1 in object_windows(self.pixels.shape[:2], self.boxes, mask):
             inside[y0:y1, x0:x1] = True
-        return inside
+        return inside if self.mask is None else inside | self.mask
 
     @cached_property
     def background(self) -> Tensor:
@@ -58,7 +60,7 @@ class Subject:
         return background_of(self.pixels, self.boxes, self.mask)
 
 
-def plan(backgrounds: int) -> list[str]:
+def plan(backgrounds: int, challenge: bool = False) -> list[str]:
     """Names of all interventions.
 
     - `original`;
@@ -69,11 +71,13 @@ def plan(backgrounds: int) -> list[str]:
       clamped (RIVAL10); `noise_l2_fg_10`, ...: the noise has the same L2 norm on the object as on the rest, level * sqrt(3 H W)
       before clamping, so that a small object gets as much of it as a large background [R];
     - `mixed_same`, `mixed_next`, `mixed_rand_0`, ...: the object on the object-free background of another image of its class, of
-      the next class, of a random class (IN-9, Xiao et al. 2020).
+      the next class, of a random class (IN-9, Xiao et al. 2020);
+    - `challenge`, where asked for: the object on the background of every other image, right only if all of them are.
     """
     noise = [f"noise_{w}_{level}" for level in STD_LEVELS for w in ("fg", "bg")]
     l2 = [f"noise_l2_{w}_{level}" for level in L2_LEVELS for w in ("fg", "bg")]
     swaps = [*SWAPS, *(f"mixed_rand_{i}" for i in range(backgrounds))]
+    swaps += [CHALLENGE] if challenge else []
     return ["original", "fg_only", "bg_only_mask", "bg_only_box", "tiled", *noise, *l2, *swaps]
 
 
@@ -175,6 +179,13 @@ class Donors:
                 seen.add(self.images[other])
                 drawn.append(other)
         return {**found, **{f"mixed_rand_{i}": other for i, other in enumerate(drawn)}}
+
+    def others(self, row: int) -> list[int]:
+        """A row of every other image, in an order of its own: those of all test backgrounds."""
+        first = {image: i for i, image in reversed(list(enumerate(self.images)))}
+        rows = sorted(i for image, i in first.items() if image != self.images[row])
+        random.Random(number_of(self.seed, self.keys[row], CHALLENGE)).shuffle(rows)
+        return rows
 
 
 def number_of(seed: int, *parts: str) -> int:

@@ -44,12 +44,27 @@ class Means:
         columns: `[N]` each, NaN where an image does not count.
         images: `[N]` integers; rows of one image are drawn together.
         seed, draws: of the bootstrap.
+        labels: `[N]`, for means over classes of the means within a class (one that was not drawn does not count).
     """
 
-    def __init__(self, columns: Mapping[str, Tensor], images: Tensor, seed: int = 0, draws: int = 1000) -> None:
+    def __init__(
+        self,
+        columns: Mapping[str, Tensor],
+        images: Tensor,
+        seed: int = 0,
+        draws: int = 1000,
+        labels: Sequence[str] | None = None,
+    ) -> None:
         values = torch.stack([column.double() for column in columns.values()], 1)  # [N, C]
-        counts = values.isfinite().double()
-        means = [weights @ values.nan_to_num() / (weights @ counts) for weights in _weights(images, seed, draws)]
+        counts, values = values.isfinite().double(), values.nan_to_num()
+        classes = [range(len(values))] if labels is None else [
+            [i for i, label in enumerate(labels) if label == name] for name in sorted(set(labels))
+        ]  # fmt: skip
+        rows = [torch.tensor(list(of_class)) for of_class in classes]
+        means = [
+            torch.stack([w[:, i] @ values[i] / (w[:, i] @ counts[i]) for i in rows]).nanmean(0)  # [D, C]
+            for w in _weights(images, seed, draws)
+        ]
         self.means = dict(zip(columns, torch.cat(means).unbind(1)))  # [1 + draws] each, the images themselves first
 
     def __contains__(self, name: str) -> bool:
@@ -85,6 +100,7 @@ def measures(
     truth: Mapping[str, Tensor],
     images: Tensor,
     groups: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
     *,
     seed: int = 0,
     draws: int = 1000,
@@ -96,15 +112,17 @@ def measures(
         truth: the same with the probability of the true class.
         images: `[N]` integers; rows of one image are drawn together.
         groups: `[N]` names; adds `group: NAME` and `worst_group`.
+        labels: `[N]` names of the classes, over which the accuracies of RFS are averaged; None counts every row alike.
         seed, draws: of the bootstrap.
 
     Returns:
         Figures by name, those only that exist. Shares of 1: `accuracy`; `fg_only`, `bg_only_mask`, `bg_only_box`, `tiled` with
         `drop_bg_only_mask`, `drop_bg_only_box`, `drop_tiled` (the part of the accuracy that is lost, on the images of that
-        intervention); `mixed_same`, `mixed_rand` (mean over the backgrounds), `mixed_next`, `challenge` (right on every
-        background of mixed_rand), `bg_gap` = mixed_same - mixed_rand, `swap_loss` = accuracy - mixed_rand. In [-1, 1]: `rfs`
-        and `irfs` of noise with one standard deviation (levels averaged first), `rfs_l2` and `irfs_l2` of noise with one L2
-        norm. By level: `noise_fg_30`, `noise_bg_30`, `rfs_30`, ... and the same with `l2_`.
+        intervention); `mixed_same`, `mixed_rand` (mean over the backgrounds), `mixed_next`, `challenge` (right on the background
+        of every other image), `challenge_upper_bound` (right on those of mixed_rand), `bg_gap` = mixed_same - mixed_rand,
+        `swap_loss` = accuracy - mixed_rand. In [-1, 1], as RIVAL10 has them: `rfs` of noise with one standard deviation
+        (accuracies averaged over classes and levels first), `irfs` (of each image and level, then averaged), `rfs_l2` and
+        `irfs_l2` of noise with one L2 norm. By level: `noise_fg_30`, `noise_bg_30`, `rfs_30`, ... and the same with `l2_`.
     """
     columns = _columns(right, truth)
     names = sorted(set(groups)) if groups is not None else []
@@ -112,6 +130,8 @@ def measures(
         inside = torch.tensor([g == name for g in groups or ()])
         columns[f"group: {name}"] = right["original"].double().where(inside, torch.nan)
     m = Means(columns, images, seed, draws)
+    noise = {name: values for name, values in columns.items() if name.startswith("noise_")}
+    by_class = m if labels is None or not noise else Means(noise, images, seed, draws, labels)
     found: dict[str, Tensor] = {name: m[name] for name in columns if not name.startswith("at ")}
     found["accuracy"] = found.pop("original")
     for name in ("bg_only_mask", "bg_only_box", "tiled"):
@@ -124,9 +144,9 @@ def measures(
     for kind in ("", "l2_"):
         levels = _levels(right, kind)
         for level in levels:
-            found[f"rfs_{kind}{level}"] = foreground_sensitivity(m[f"noise_{kind}fg_{level}"], m[f"noise_{kind}bg_{level}"])
+            found[f"rfs_{kind}{level}"] = foreground_sensitivity(*(by_class[f"noise_{kind}{w}_{level}"] for w in ("fg", "bg")))
         if levels:
-            fg, bg = (torch.stack([m[f"noise_{kind}{w}_{level}"] for level in levels]).mean(0) for w in ("fg", "bg"))
+            fg, bg = (torch.stack([by_class[f"noise_{kind}{w}_{level}"] for level in levels]).mean(0) for w in ("fg", "bg"))
             found[f"rfs{'_l2' if kind else ''}"] = foreground_sensitivity(fg, bg)
     if names:
         by_group = torch.stack([m[f"group: {name}"] for name in names])
@@ -141,7 +161,7 @@ def _columns(right: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[s
     if random := [values.double() for name, values in right.items() if name.startswith("mixed_rand_")]:
         drawn = torch.stack(random)  # [k, N]; few images have fewer backgrounds than k
         columns["mixed_rand"] = drawn.nanmean(0)
-        columns["challenge"] = drawn.nan_to_num(nan=1.0).amin(0).where(drawn.isfinite().any(0), torch.nan)
+        columns["challenge_upper_bound"] = drawn.nan_to_num(nan=1.0).amin(0).where(drawn.isfinite().any(0), torch.nan)
     if "mixed_same" in columns and "mixed_rand" in columns:
         columns["bg_gap"] = columns["mixed_same"] - columns["mixed_rand"]
     for name in ("bg_only_mask", "bg_only_box", "tiled", "mixed_rand"):
@@ -149,8 +169,8 @@ def _columns(right: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[s
             columns[f"at {name}"] = columns["original"].where(columns[name].isfinite(), torch.nan)
     for kind in ("", "l2_"):
         if levels := _levels(right, kind):
-            fg, bg = (torch.stack([truth[f"noise_{kind}{w}_{level}"] for level in levels]).mean(0) for w in ("fg", "bg"))
-            columns[f"irfs{'_l2' if kind else ''}"] = foreground_sensitivity(fg, bg)
+            fg, bg = (torch.stack([truth[f"noise_{kind}{w}_{level}"] for level in levels]) for w in ("fg", "bg"))  # [L, N]
+            columns[f"irfs{'_l2' if kind else ''}"] = foreground_sensitivity(fg, bg).mean(0)
     return columns
 
 
