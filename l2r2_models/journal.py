@@ -44,6 +44,7 @@ class Journal:
     def __init__(self, out: Path, process: int = 0) -> None:
         self.folder = out.with_name(f"{out.name}.parts")
         self.process = process
+        self._file = self.folder
         self._stream: TextIO | None = None
         self._end = 0
 
@@ -63,8 +64,8 @@ class Journal:
         number = 1 + max((int(file.name.split("-")[1]) for file in self._files()), default=0)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = self.folder / f"part-{number:06d}-{self.process}.jsonl"
-            self._stream = open(file, "x", buffering=1, encoding="ascii")  # noqa: SIM115 (open until `close`)
+            self._file = self.folder / f"part-{number:06d}-{self.process}.jsonl"
+            self._stream = open(self._file, "x", buffering=1, encoding="ascii")  # noqa: SIM115 (open until `close`)
         except OSError as error:
             raise self._unwritable(error) from error
         self._end = 0
@@ -83,7 +84,7 @@ class Journal:
         except OSError as error:
             raise self._unwritable(error) from error
         self._end += len(line)
-        return Path(self._stream.name), offset
+        return self._file, offset
 
     def close(self) -> None:
         if self._stream is not None:

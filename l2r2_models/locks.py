@@ -23,6 +23,7 @@ try:
 except ImportError:  # Windows
     fcntl: Any = None  # type: ignore[no-redef]
 
+NO_LOCK = "%s: cannot be locked (%s); see to it that no other process writes it"
 logger = logging.getLogger(__name__)
 _held: set[int] = set()
 
@@ -34,14 +35,19 @@ def only_writer(out: Path) -> Iterator[None]:
     Raises:
         L2R2Error: another process writes the output, or its folder cannot be written to.
     """
-    lock = out.with_name(f"{out.name}.lock")
+    place = Path(os.path.abspath(out))  # a folder may be "."
+    lock = place.with_name(f"{place.name}.lock")
     handle = _take(out, lock)
+    if handle is None:
+        yield
+        return
     _held.add(handle)
     try:
-        os.ftruncate(handle, 0)
         since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
-        os.write(handle, f"process {os.getpid()} on host {socket.gethostname()} since {since}".encode())
-        remove_stale(out)
+        with contextlib.suppress(OSError):  # a full disk shows where it matters
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on host {socket.gethostname()} since {since}".encode())
+            remove_stale(place)
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -50,12 +56,16 @@ def only_writer(out: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _take(out: Path, lock: Path) -> int:
+def _take(out: Path, lock: Path) -> int | None:
+    """The open and locked file; None where a folder can be written to, but nothing beside it (a mounted volume)."""
     while True:
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
+            lock.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
+            if out.is_dir() and os.access(out, os.W_OK):
+                logger.warning(NO_LOCK, out, error.strerror)
+                return None
             raise L2R2Error(f"{out}: cannot be written ({error.strerror or error}).") from error
         try:
             if fcntl is not None:
@@ -65,7 +75,7 @@ def _take(out: Path, lock: Path) -> int:
             os.close(handle)
             raise L2R2Error(_taken(out, lock, holder)) from None
         except OSError as error:
-            logger.warning("%s: cannot be locked (%s); see to it that no other process writes it", out, error.strerror)
+            logger.warning(NO_LOCK, out, error.strerror)
             return handle
         with contextlib.suppress(FileNotFoundError):  # the writer before removed it after we had opened it: try again
             if os.path.samestat(os.fstat(handle), os.stat(lock)):

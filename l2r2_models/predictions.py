@@ -138,7 +138,8 @@ def predict_to_file(
         journal = Journal(out)
         places, finished = _known(read_predictions(out, journal, header), digests, retry=predictor.localizer is not None)
         todo = [path for key, path in asked.items() if key not in finished]
-        journal.start(header)
+        if todo:
+            journal.start(header)
         try:
             for prediction in progress(predictor.predict_files(todo, inputs.entries, inputs.masks), len(todo)):
                 key = os.path.abspath(str(prediction.file))

@@ -282,3 +282,17 @@ def test_groups_and_oracle():
     labels, answers = torch.tensor([0, 1, 2, 0]), torch.tensor([0, 1, 0, 1])
     assert by_group(answers, labels, ["a", "a", "b", "b"]) == {"a": 1.0, "b": 0.0}
     assert oracle([torch.eye(3)[answers], torch.eye(3)[torch.tensor([2, 2, 2, 2])]], labels) == 0.75
+
+
+def test_logits_that_are_not_finite_name_an_image(dataset, tmp_path, monkeypatch):
+    checkpoint = hub.load_checkpoint(write_run(tmp_path / "run"))
+    forward = checkpoint.model.forward_views
+
+    def broken(**views):
+        out = forward(**views)
+        out.fg[3] = float("nan")
+        return out
+
+    monkeypatch.setattr(checkpoint.model, "forward_views", broken)
+    with pytest.raises(L2R2Error, match=r"not finite for 1 of 12 images, e\.g\. .*test_003\.png"):
+        branch_logits(checkpoint, read_table(dataset).of_split("test"))

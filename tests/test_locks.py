@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
@@ -91,3 +92,23 @@ def test_the_commands_leave_an_output_alone_that_another_writes(l2r2, tmp_path, 
         said = sentence(l2r2(command, *arguments[command]))
     assert f"{out} is being written by process {os.getpid()} on host" in said
     assert not out.exists()
+
+
+def test_a_folder_beside_which_nothing_can_be_written_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(path, *rest):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr("l2r2_models.locks.os.open", refuse)
+    with only_writer(tmp_path / "volume"):
+        assert "volume: cannot be locked (Permission denied); see to it that no other process writes it" in caplog.text
+    refused = pytest.raises(L2R2Error, match=r"boxes\.json: cannot be written \(Permission denied\)")
+    with refused, only_writer(tmp_path / "boxes.json"):
+        pass
+
+
+def test_the_current_folder_can_be_locked(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    with only_writer(Path(".")):
+        assert (tmp_path / "run.lock").exists()

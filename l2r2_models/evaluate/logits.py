@@ -94,8 +94,10 @@ def branch_logits(
     faults = {} if stored is None else _faults(items, stored)
     if stored is None or not all(faults.values()):  # one that could not be read then, and can be now
         stored = _compute(model, items, batch_size, skip_bad, progress)
-        if not all(stored[b].isfinite().all() for b in model.branches):
-            raise L2R2Error(f"{checkpoint.name}: gives logits that are not finite; its training has diverged.")
+        finite = torch.stack([stored[b].isfinite().all(1) for b in model.branches]).all(0)
+        if wrong := [table.rows[i].path for i in stored["used"][~finite].tolist()]:
+            where = f"for {len(wrong)} of {len(finite)} images, e.g. {wrong[0]}"
+            raise L2R2Error(f"{checkpoint.name}: gives logits that are not finite {where}; its training has diverged.")
         if file is not None:
             _write(file, key, stored)
         faults = _faults(items, stored)

@@ -97,7 +97,8 @@ def localize_to_file(
         todo = [name for name in names[rank::world] if name not in kept]
         if world > 1:
             _wait_for_all()  # until all have read what there was
-        journal.start({"info": info})
+        if todo:
+            journal.start({"info": info})
         try:
             for found in _localize(localizer, todo, batch_size, prompts, progress):
                 for name, entry in found.items():
