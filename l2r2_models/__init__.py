@@ -12,7 +12,8 @@ from .model import L2R2, L2R2Output
 from .views import Views, ViewSpec, make_views
 
 if TYPE_CHECKING:
-    from .predictor import Prediction, Predictor
+    from .prediction import Prediction
+    from .predictor import Predictor
 
 __version__ = "0.1.0"
 __all__ = [

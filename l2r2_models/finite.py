@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .predictor import ObjectPrediction, Prediction
+    from .prediction import ObjectPrediction, Prediction
 
 
 def checked(predictions: Iterable[Prediction]) -> list[Prediction]:

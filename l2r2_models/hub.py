@@ -17,6 +17,7 @@ from timm.models import save_for_hf
 
 from .errors import L2R2Error
 from .files import file_sha256, read_json, write_json
+from .fusion import INPUTS
 from .model import L2R2
 from .views import ViewSpec
 
@@ -137,7 +138,7 @@ def _temperatures(model: L2R2) -> dict[str, Any]:
     if fitted is None:
         return {}
     rows = [[round(t, 6) for t in row] for row in fitted.tolist()]
-    order = ["fg", *(b for b in ("full", "bg") if b in model.branches)]
+    order = [b for b in INPUTS if b in (model.fusion.over or model.branches)]
     return {"temperatures": {b: row[0] if len(row) == 1 else row for b, row in zip(order, rows)}}
 
 

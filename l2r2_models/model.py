@@ -119,7 +119,7 @@ class L2R2(nn.Module):
         if hasattr(self.backbone, "output_fmt"):
             self.output_fmt = self.backbone.output_fmt
         self.heads = nn.ModuleDict({b: self._new_head(b) for b in self.branches})
-        self.fusion: Fusion = create_fusion(fusion, len(self.branches), num_classes)
+        self.fusion: Fusion = create_fusion(fusion, self.branches, num_classes)
         self.box_head = BoxHead(map_channels(self.backbone)) if box_head else None
         self._check_views(self.view_spec)
 
@@ -347,7 +347,7 @@ class L2R2(nn.Module):
             backbone.reset_classifier(0, *pool)
         reference = next(self.parameters())
         self.heads = nn.ModuleDict({b: self._new_head(b).to(reference.device, reference.dtype) for b in self.branches})
-        fresh = create_fusion(self.fusion.config(), len(self.branches), num_classes)  # numbers fitted for other classes are gone
+        fresh = create_fusion(self.fusion.config(), self.branches, num_classes)  # numbers fitted for other classes are gone
         self.fusion = fresh.to(reference.device)
 
     @torch.jit.ignore

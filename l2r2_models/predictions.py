@@ -17,8 +17,9 @@ from .errors import L2R2Error
 from .images import list_images
 from .journal import Journal, digest_of, state_of
 from .locks import only_writer
+from .prediction import Prediction
 from .prediction_files import Place, check_ending, holds_all, read_predictions, records_at, write_predictions
-from .predictor import LOCALIZER_FAILED, Prediction, Predictor
+from .predictor import LOCALIZER_FAILED, Predictor
 
 FORMAT_VERSION = "1.0"
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from PIL import Image
@@ -17,77 +17,16 @@ from .errors import L2R2Error
 from .finite import checked
 from .fusion import ObjectnessMaxConfidence
 from .hub import Checkpoint, load_checkpoint
-from .images import load_image, load_mask
+from .images import ImageSource, load_image, load_mask
 from .localize import Localizer, create_localizer
 from .localize.head import Head, detections_of
 from .model import L2R2Output
+from .prediction import Answer, ObjectPrediction, Prediction, product, why_full, why_fused
 from .views import make_views
 
 BATCH_PIXELS = 50_000_000  # decoded originals that are held at once
 LOCALIZER_FAILED = "the localizer failed"  # how the reason of such an answer begins
-Source = str | Path | Image.Image
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A class and its softmax probability."""
-
-    label: str
-    score: float
-
-
-@dataclass(frozen=True)
-class ObjectPrediction:
-    """What one object is.
-
-    Attributes:
-        label, score: the fused answer and its softmax probability.
-        source: `fused`, or `full` where no object was found and the whole image answers.
-        reason: one sentence.
-        full, fg, bg: what each branch says; None for a branch that the model lacks, or that had nothing to look at.
-        box: xyxy pixels of the upright image, None without one; `box_score` is the localizer's.
-        top: the most probable classes of the fused answer, best first.
-    """
-
-    label: str
-    score: float
-    source: Literal["fused", "full"]
-    reason: str
-    full: Answer | None
-    fg: Answer | None
-    bg: Answer | None
-    box: tuple[float, float, float, float] | None
-    box_score: float | None
-    top: tuple[Answer, ...]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What an image shows: one entry an object, best box first (with the fusion `objectness_max_confidence` the one with the
-    highest product of score and confidence); exactly one where there is no box. `failure` says why there is none."""
-
-    file: str | None
-    objects: tuple[ObjectPrediction, ...]
-    failure: str | None = None
-
-    @property
-    def label(self) -> str:
-        """Label of the first object.
-
-        Raises:
-            L2R2Error: the image could not be read.
-        """
-        if self.failure is not None:
-            raise L2R2Error(self.failure)
-        return self.objects[0].label
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without empty fields."""
-        data = asdict(self)
-        data["objects"] = [{k: v for k, v in o.items() if v is not None} for o in data["objects"]]
-        if self.failure is not None:
-            return {"file": self.file, "failure": self.failure}
-        return {"file": self.file, "objects": data["objects"]}
+Boxes = Detections | Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -171,17 +110,38 @@ class Predictor:
         """From a run's folder or a Hub id (`org/name`, `hf-hub:org/name@revision`); options as for `Predictor`."""
         return cls(load_checkpoint(source), **options)
 
-    def __call__(self, image: Source, boxes: Detections | Sequence[Sequence[float]] | None = None) -> Prediction:
-        """Classify one image.
+    @overload  # bytes are a sequence too, but not of images
+    def __call__(self, image: ImageSource, boxes: Boxes | None = None) -> Prediction: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(self, image: Sequence[ImageSource], boxes: Sequence[Boxes | None] | None = None) -> list[Prediction]: ...
+
+    def __call__(self, image: Any, boxes: Any = None) -> Prediction | list[Prediction]:
+        """Classify one image, or several.
 
         Args:
-            image: path or PIL image.
-            boxes: what a localizer found, or xyxy boxes in pixels of the upright image; None: the predictor's own localizer
-                finds them, and without one the full branch answers.
+            image: path, encoded bytes, binary file object, PIL image, or a uint8 array or tensor `[H, W, 3]` or `[H, W]`; or a
+                list of any of them, which gives a list of predictions.
+            boxes: what a localizer found, or xyxy boxes in pixels of the upright image (for several images one such for each, or
+                None); None: the predictor's own localizer finds them, and without one the full branch answers.
 
         Raises:
-            ImageError: the image cannot be read.
+            ImageError: an image cannot be read.
+            TypeError: none of these kinds of image.
+            L2R2Error: not one entry of boxes for each image, or boxes of another image size.
+
+        >>> predict = Predictor.from_pretrained("runs/fungi")  # doctest: +SKIP
+        >>> predict("photo.jpg", boxes=[[130, 42, 410, 380]]).label  # doctest: +SKIP
+        'chanterelle'
         """
+        if not isinstance(image, (list, tuple)):
+            return self._predict([self._given(image, boxes)])[0]
+        if boxes is not None and len(boxes) != len(image):
+            raise L2R2Error(f"{len(boxes)} entries of boxes for {len(image)} images; give one for each, None for no boxes.")
+        items = [self._given(one, of_one) for one, of_one in zip(image, boxes or [None] * len(image))]
+        parts = [items[i : i + self.batch_size] for i in range(0, len(items), self.batch_size)]
+        return [prediction for part in parts for prediction in self._predict(part)]
+
+    def _given(self, image: ImageSource, boxes: Boxes | None) -> _Item:
         name = str(image) if isinstance(image, (str, Path)) else None
         loaded = load_image(image, fill=self.model.view_spec.fill)
         size = (loaded.height, loaded.width)
@@ -189,7 +149,7 @@ class Predictor:
             boxes = Detections.from_lists(boxes, size)
         if boxes is not None and boxes.image_size != size:
             raise L2R2Error(f"{name or 'image'}: boxes of a {boxes.image_size} image (height, width), this one is {size}.")
-        return self._predict([_Item(name, loaded, boxes)])[0]
+        return _Item(name, loaded, boxes)
 
     def predict_files(
         self, paths: Iterable[Path], boxes: Mapping[str, BoxEntry] | None = None, masks: Mapping[str, Path] | None = None
@@ -301,7 +261,7 @@ class Predictor:
             for row, answer in zip(part, self._answers(output, part, has_fg)):
                 answers[row.item].append(answer)
         if isinstance(self.model.fusion, ObjectnessMaxConfidence):  # the box that answers for the image comes first
-            answers = [sorted(objects, key=_product, reverse=True) for objects in answers]
+            answers = [sorted(objects, key=product, reverse=True) for objects in answers]
         return [Prediction(item.name, tuple(objects)) for item, objects in zip(items, answers)]
 
     def _look(self, items: Sequence[_Item], rows: Sequence[_Row]) -> tuple[L2R2Output, list[bool]]:
@@ -360,7 +320,7 @@ class Predictor:
                 label=said["fused"][0].label,
                 score=said["fused"][0].score,
                 source="fused" if found else "full",
-                reason=_why_fused(said) if found else _why_full(said, why or "nothing of the object is left under its mask"),
+                reason=why_fused(said, self.model.fusion.over) if found else why_full(said, why or "the object's mask is empty"),
                 full=said["full"][0] if "full" in said else None,
                 fg=said["fg"][0] if found else None,
                 bg=said["bg"][0] if has_fg[i] and "bg" in said else None,
@@ -368,30 +328,6 @@ class Predictor:
                 box_score=None if box_score is None else round(box_score, 4),
                 top=tuple(said["fused"]),
             )
-
-
-def _product(answer: ObjectPrediction) -> float:
-    return 0.0 if answer.fg is None else answer.fg.score * (1.0 if answer.box_score is None else answer.box_score)
-
-
-def _why_fused(said: dict[str, list[Answer]]) -> str:
-    fg, fused = said["fg"][0], said["fused"][0]
-    if "full" not in said or said["full"][0].label == fg.label:
-        if fused.label == fg.label:
-            return "the object and the whole image agree" if "full" in said else "the object decides"
-        return "the background decides" if "bg" in said else "the fitted fusion overrules both"
-    full = said["full"][0]
-    if fused.label == fg.label:
-        return f"the object ({fg.score:.2f}) overrules the whole image, which says {full.label} ({full.score:.2f})"
-    if fused.label == full.label:
-        return f"the whole image ({full.score:.2f}) overrules the object, which says {fg.label} ({fg.score:.2f})"
-    return f"a compromise between the object ({fg.label}) and the whole image ({full.label})"
-
-
-def _why_full(said: dict[str, list[Answer]], why: str) -> str:
-    if "fg" not in said:
-        return "the model has no fg branch"
-    return f"{why}; the whole image answers"
 
 
 def _merge(done: Sequence[Prediction | None], predicted: Sequence[Prediction]) -> Iterator[Prediction]:

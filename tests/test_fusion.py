@@ -217,3 +217,23 @@ def test_three_branches(name):
     both = torch.cat([context, context.flip(-1)])
     fusion.fit(fg, both, labels)
     assert fusion(fg, both).shape == (100, 5) and fusion(fg, both).isfinite().all()
+
+
+def test_a_confidence_at_the_threshold_is_not_above_it():
+    fg, context = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[[0.0, 3.0, 0.0]]])
+    fusion = create_fusion("robust")
+    fusion.threshold.copy_(fg.softmax(-1).amax())
+    assert torch.equal(fusion(fg, context), context[0])
+    fusion.threshold.copy_(torch.nextafter(fg.softmax(-1).amax(), torch.tensor(0.0)))
+    assert torch.equal(fusion(fg, context), fg)
+
+
+def test_the_threshold_does_not_part_rows_of_equal_confidence():
+    """Five rows of one confidence: the full branch is right in two of them, fg in the other three. No threshold gets all five."""
+    labels = torch.zeros(5, dtype=torch.long)
+    right, wrong = torch.tensor([2.0, 0.0, 0.0]), torch.tensor([0.0, 2.0, 0.0])
+    fg = torch.stack([wrong, wrong, right, right, right])
+    context = 2 * torch.stack([right, right, wrong, wrong, wrong])[None]
+    fusion = create_fusion("robust")
+    fusion.fit(fg, context, labels)
+    assert (fusion(fg, context).argmax(-1) == labels).sum() == 3

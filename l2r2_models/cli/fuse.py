@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .common import errors, track
+from .common import errors, names, track
 
 
 def fuse(
@@ -23,6 +23,10 @@ def fuse(
     group: Annotated[
         Optional[str], typer.Option(help="Metadata column (site, physical object): what is alike is not fitted and judged on.")
     ] = None,
+    inputs: Annotated[
+        Optional[str], typer.Option(help="Branches that are fused, e.g. fg,bg.", show_default="as now, at first all")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="accuracy or macro_accuracy: what is fitted and chosen by.")] = "accuracy",
     metadata: Annotated[Optional[Path], typer.Option(help="Another metadata file for the images of DATA.")] = None,
     boxes: Annotated[Optional[Path], typer.Option(help="Box file.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave images out that cannot be used.")] = False,
@@ -33,7 +37,8 @@ def fuse(
     from ..evaluate.fit_run import fit_run
 
     report = fit_run(
-        run, data, split, method=method, class_wise=class_wise, backgrounds=val_backgrounds, group=group, metadata=metadata,
+        run, data, split, method=method, class_wise=class_wise, backgrounds=val_backgrounds, group=group, inputs=names(inputs),
+        metric=metric, metadata=metadata,
         boxes=boxes, skip_bad=skip_bad, save=not dry_run, progress=lambda batches, total: track(batches, total, "branch logits"),
     )  # fmt: skip
     for warning in report.warnings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class FuseReport:
 
     Attributes:
         chosen, config: the fusion that the run has now, and its settings.
-        table: accuracy and ECE on unseen rows of the split (see `Fitted`), and count of fitted numbers, by fusion.
+        table: the metric and the ECE on unseen rows of the split (see `Fitted`), and count of fitted numbers, by fusion.
         rows, with_object: rows fitted on (an object on three backgrounds is three), and how many of them count for the fit.
         warnings: sentences.
         left_out: images that could not be used, with the reason.
@@ -52,6 +53,8 @@ def fit_run(
     class_wise: bool = False,
     backgrounds: str = "plain",
     group: str | None = None,
+    inputs: Sequence[str] | None = None,
+    metric: str = "accuracy",
     metadata: Path | None = None,
     boxes: Path | None = None,
     skip_bad: bool = False,
@@ -65,7 +68,8 @@ def fit_run(
         data, metadata, boxes: see `read_table`.
         split: the rows to fit on, see `rows_of`.
         method: one fusion, or `best_on_val` (default): the best of all on the split.
-        class_wise, group: see `fit`.
+        class_wise, group, metric: see `fit`.
+        inputs: the branches that are fused; by default those that the run's fusion fuses now.
         backgrounds: `plain`, `swapped` or `both`, see `logits_to_fit`; the images the run was trained on give backgrounds.
         skip_bad: leave unreadable images out instead of stopping.
         save: write the checkpoint.
@@ -85,7 +89,8 @@ def fit_run(
     donors = everything.of_names(record_of(run).get("train_files", []))
     store = Path(run) / LOGITS
     logits = logits_to_fit(checkpoint, table, donors, backgrounds, store, skip_bad=skip_bad, progress=progress)
-    fitted = fit(logits, None if method == BEST else [method], class_wise, group)
+    inputs = checkpoint.model.fusion.over if inputs is None else inputs
+    fitted = fit(logits, None if method == BEST else [method], class_wise, group, inputs=inputs, metric=metric)
     chosen = best(fitted) if method == BEST else method
     checkpoint.model.fusion = fitted[chosen].fusion
     seen = trained_on(run, table, split)
@@ -100,7 +105,7 @@ def fit_run(
     )
     if save:
         fit_record = {"split": split, "backgrounds": backgrounds, "group": group, "rows": len(logits),
-                      "method": method, "accuracy": fitted[chosen].accuracy}  # fmt: skip
+                      "method": method, metric: fitted[chosen].accuracy}  # fmt: skip
         used = table.names() if method == BEST or fitted[chosen].fusion.count() else []
         if record := record_of(run):  # first: a warning too many is better than one too few
             write_json(Path(run) / RUN, {**record, "fit_files": used})

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import L2R2Error
-from ..fusion import FUSIONS, Fusion, create_fusion, fuse_branches
+from ..fusion import FUSIONS, Fusion, create_fusion, fuse_branches, fused_logits
 from ..fusion.calibration import expected_calibration_error
 from .logits import BranchLogits
+from .metrics import row_weights
 
 BEST = "best_on_val"
 FOLDS = 5
@@ -23,10 +25,11 @@ class Fitted:
     """A fusion with its numbers, fitted on all rows, and what such a fit reaches on rows it has not seen.
 
     Attributes:
-        fusion: ready to use.
+        fusion: ready to use. With the metric `macro_accuracy`, `accuracy` holds that.
         accuracy, ece: of each row fused by numbers that were fitted on the other folds (five of the images or groups, seed 0), so
             that a fusion with many numbers gains nothing by learning the rows by heart.
-        right: `[images]` or `[groups]` part of each image's or group's rows that are right, likewise.
+        right: `[images]` or `[groups]` part of each image's or group's rows that are right, likewise; with `macro_accuracy` rows
+            of rare classes count for more.
     """
 
     fusion: Fusion
@@ -41,23 +44,31 @@ def fuse(fusion: Fusion, data: BranchLogits) -> Tensor:
 
 
 def fit(
-    data: BranchLogits, methods: Sequence[str] | None = None, class_wise: bool = False, group: str | None = None
+    data: BranchLogits,
+    methods: Sequence[str] | None = None,
+    class_wise: bool = False,
+    group: str | None = None,
+    *,
+    inputs: Sequence[str] | None = None,
+    metric: str = "accuracy",
 ) -> dict[str, Fitted]:
     """Fit fusions on the rows in which an object was found.
 
     Args:
-        data: logits of held-out rows of a model with an fg and a full or bg branch.
+        data: logits of held-out rows of a model with two branches or more.
         methods: names; by default `affordable` ones.
         class_wise: one temperature a class, for the fusions that scale.
         group: a metadata column (site, physical object): its rows stay in one fold and count as one, for they are not
             independent. Rows with an empty value are groups of their own.
+        inputs: the branches that are fused; all by default.
+        metric: `accuracy` or `macro_accuracy`, by which thresholds and weights are fitted and fusions compared.
 
     Raises:
         L2R2Error: an unknown method or column, a model of one branch, fewer than ten images with an object or fewer than five
             groups, or rows of one class.
     """
-    if "fg" not in data.logits or len(data.logits) < 2:
-        raise L2R2Error(f"Only a model with fg and another branch can be fused; this one has {', '.join(data.logits)}.")
+    if len(data.logits) < 2:
+        raise L2R2Error(f"Only a model with several branches can be fused; this one has {', '.join(data.logits)}.")
     rows = data.select(data.has_fg)
     images = len({row.path for row in rows.table.rows})
     if images < 2 * FOLDS:
@@ -67,36 +78,42 @@ def fit(
         raise L2R2Error(f"The {images} images with an object show one class only; a fusion needs more to be fitted.")
     if group is not None and (count := len(set(_unit_numbers(rows, group).tolist()))) < FOLDS:
         raise L2R2Error(f'The column "{group}" tells {count} groups of images with an object apart; a fit needs {FOLDS}.')
-    return {name: _fit_one(name, data, rows, class_wise, group) for name in methods or affordable(data)}
+    chosen = methods or affordable(data, inputs)
+    return {name: _fit_one({"name": name, "inputs": inputs}, data, rows, class_wise, group, metric) for name in chosen}
 
 
-def affordable(data: BranchLogits) -> list[str]:
+def affordable(data: BranchLogits, inputs: Sequence[str] | None = None) -> list[str]:
     """The fusions that may be chosen: those with at most one number to fit for ten images in which an object was found."""
     images = len({row.path for row, found in zip(data.table.rows, data.has_fg.tolist()) if found})
-    sizes = len(data.logits), data.logits["fg"].shape[1]
-    return [name for name in sorted(FUSIONS) if IMAGES_A_NUMBER * create_fusion(name, *sizes).count() <= images]
+    sizes = tuple(data.logits), data.classes
+    made = [create_fusion({"name": name, "inputs": inputs}, *sizes) for name in sorted(FUSIONS)]
+    return [fusion.name for fusion in made if IMAGES_A_NUMBER * fusion.count() <= images]
 
 
-def _fit_one(name: str, data: BranchLogits, rows: BranchLogits, class_wise: bool, group: str | None) -> Fitted:
+def _fit_one(
+    config: Mapping[str, Any], data: BranchLogits, rows: BranchLogits, class_wise: bool, group: str | None, metric: str
+) -> Fitted:
     def fitted(part: BranchLogits) -> Fusion:
-        sizes = len(rows.logits), rows.logits["fg"].shape[1]
-        fusion = create_fusion(name, *sizes)
+        sizes = tuple(rows.logits), rows.classes
+        fusion = create_fusion(config, *sizes)
         if class_wise and "class_wise" in fusion.config():
-            fusion = create_fusion({"name": name, "class_wise": True}, *sizes)
+            fusion = create_fusion({**config, "class_wise": True}, *sizes)
+        found = fused_logits(fusion, part.logits)
+        assert found is not None  # `create_fusion` has seen to it
         with torch.no_grad():
-            fusion.fit(part.logits["fg"], part.context, part.labels)
+            fusion.fit(*found[1:], part.labels, row_weights(part.labels, metric) if metric != "accuracy" else None)
         return fusion
 
     final = fitted(rows)
     unit = _unit_numbers(rows, group)  # an image that occurs several times, on several backgrounds, stays in one fold
     fold = (torch.randperm(int(unit.max()) + 1, generator=torch.Generator().manual_seed(0)) % FOLDS)[unit]
-    unseen = torch.empty_like(rows.logits["fg"])
+    unseen = torch.empty(len(rows), rows.classes)
     for k in range(FOLDS if final.count() else 0):
         unseen[fold == k] = fuse(fitted(rows.select(fold != k)), rows.select(fold == k))
     fused = fuse(final, data)
     if final.count():
         fused[data.has_fg] = unseen
-    right = (fused.argmax(-1) == data.labels).double()
+    right = (fused.argmax(-1) == data.labels).double() * row_weights(data.labels, metric)
     unit = _unit_numbers(data, group)
     by_unit = torch.zeros(int(unit.max()) + 1, dtype=right.dtype).index_add(0, unit, right) / unit.bincount()
     return Fitted(final, float(right.mean()), expected_calibration_error(fused, data.labels), by_unit)

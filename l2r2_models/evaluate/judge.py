@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..data.table import ImageTable, read_table
 from ..errors import L2R2Error
-from ..fusion import FUSIONS, Fusion, MetadataPrior, create_fusion
+from ..fusion import FUSIONS, INPUTS, Fusion, MetadataPrior, create_fusion
 from ..fusion.calibration import fit_temperature
 from ..hub import Checkpoint, load_checkpoint
 from ..train.run_folder import record_of
@@ -170,7 +171,7 @@ def judge_run(
         rows.column(str(prior))
     correct = _prior(run, table, runs[0].labels, prior) if prior else None
     branches = runs[0].model.branches
-    if fit_split and not ("fg" in branches and len(branches) > 1):
+    if fit_split and len(branches) < 2:
         raise L2R2Error(f"{run}: has only the branch {', '.join(branches)}, so there is no fusion to fit on {fit_split}.")
 
     def said(name: str) -> list[BranchLogits]:
@@ -240,18 +241,30 @@ def evaluation_of(judged: Judged) -> Evaluation:
 
 
 def can_fuse(data: BranchLogits) -> bool:
-    """Whether there are two branches to fuse, one of them fg."""
-    return "fg" in data.logits and len(data.logits) > 1
+    """Whether there are two branches to fuse."""
+    return len(data.logits) > 1
+
+
+def _inputs(data: BranchLogits) -> dict[str, tuple[str, ...] | None]:
+    """What can be fused, by what is added to the name of a fusion: all branches, and of three every pair."""
+    pairs = list(combinations([b for b in INPUTS if b in data.logits], 2)) if len(data.logits) > 2 else []
+    return {"": None, **{f" ({' + '.join(pair)})": pair for pair in pairs}}
 
 
 def _fusions(checkpoint: Checkpoint, judged: BranchLogits, held_out: BranchLogits | None) -> dict[str, Fusion]:
     """All fusions fitted on the held-out rows, or those that need no fitting."""
     if held_out is not None:
-        return {name: fitted.fusion for name, fitted in sorted(fit(held_out, list(FUSIONS)).items())}
+        every = {more: fit(held_out, sorted(FUSIONS), inputs=inputs) for more, inputs in _inputs(held_out).items()}
+        return {name + more: found.fusion for more, fitted in every.items() for name, found in fitted.items()}
     if not can_fuse(judged):
         return {}
-    made = [create_fusion(name, len(judged.logits), len(checkpoint.labels)) for name in sorted(FUSIONS)]
-    return {fusion.name: fusion for fusion in made if fusion.count() == 0}
+    sizes = tuple(judged.logits), len(checkpoint.labels)
+    made = {
+        name + more: create_fusion({"name": name, "inputs": inputs}, *sizes)
+        for more, inputs in _inputs(judged).items()
+        for name in sorted(FUSIONS)
+    }
+    return {name: fusion for name, fusion in made.items() if fusion.count() == 0}
 
 
 def _outputs(
@@ -289,7 +302,7 @@ def _answers(checkpoint: Checkpoint, data: BranchLogits) -> dict[str, Tensor]:
     """What a run says: its branches, and its fusion where it has one."""
     outputs = dict(data.logits)
     if can_fuse(data):
-        if "full" in data.logits:  # where no object was found the full branch answers, as in a Prediction
+        if {"full", "fg"} <= set(data.logits):  # where no object was found the full branch answers, as in a Prediction
             outputs["fg"] = data.logits["fg"].where(data.has_fg[:, None], data.logits["full"])
         outputs[f"{OWN}{checkpoint.model.fusion.name}"] = fuse(checkpoint.model.fusion, data)
     return outputs

@@ -49,9 +49,8 @@ class BranchLogits:
         return len(self.labels)
 
     @property
-    def context(self) -> Tensor:
-        """`[K, N, classes]` of the branches other than fg, full first."""
-        return torch.stack([self.logits[b] for b in ("full", "bg") if b in self.logits])
+    def classes(self) -> int:
+        return next(iter(self.logits.values())).shape[1]
 
     def select(self, keep: Tensor) -> BranchLogits:
         """The rows where `keep` (`[N]` bool) is True."""

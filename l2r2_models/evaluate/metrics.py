@@ -12,6 +12,7 @@ from ..errors import L2R2Error
 from ..fusion.calibration import expected_calibration_error
 
 Interval = tuple[float, float]
+METRICS = ("accuracy", "macro_accuracy")  # what can be chosen by
 CHUNK = 64  # bootstrap draws that are worked on at once: 64 * 50,000 rows are 26 MB
 
 
@@ -24,6 +25,20 @@ def macro_accuracy(answers: Tensor, labels: Tensor) -> float:
     """Mean recall over the classes that occur in `labels`; a class that is only answered does not count."""
     right = (answers == labels).double()
     return float(torch.stack([right[labels == k].mean() for k in labels.unique()]).mean())
+
+
+def row_weights(labels: Tensor, metric: str) -> Tensor:
+    """How much each row counts, `[N]` with sum N: the sum over the rows that are right, by N, is `accuracy` or `macro_accuracy`.
+
+    Raises:
+        L2R2Error: another metric.
+    """
+    if metric not in METRICS:
+        raise L2R2Error(f'Unknown metric "{metric}"; choose from {", ".join(METRICS)}.')
+    if metric == "accuracy":
+        return torch.ones(len(labels), dtype=torch.double)
+    _, number, count = labels.unique(return_inverse=True, return_counts=True)
+    return len(labels) / (len(count) * count.double())[number]
 
 
 def by_group(answers: Tensor, labels: Tensor, groups: Sequence[str]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Fusion heads: one set of logits from the branches' logits."""
 
-from .base import FUSIONS, Fusion, create_fusion, fuse_branches, register_fusion
+from .base import FUSIONS, INPUTS, Fusion, create_fusion, fuse_branches, fused_logits, register_fusion
 from .confidence import Average, MaxConfidence, Robust
 from .learned import ConcatMLP, WeightedLogits
 from .objectness import ObjectnessMaxConfidence
@@ -8,7 +8,7 @@ from .prior import MetadataPrior
 from .scaled import MaxScaledConfidence, ScaledAverage, ScaledWeightedAverage
 
 __all__ = [
-    "FUSIONS", "Average", "ConcatMLP", "Fusion", "MaxConfidence", "MaxScaledConfidence", "MetadataPrior",
+    "FUSIONS", "INPUTS", "Average", "ConcatMLP", "Fusion", "MaxConfidence", "MaxScaledConfidence", "MetadataPrior",
     "ObjectnessMaxConfidence", "Robust", "ScaledAverage", "ScaledWeightedAverage", "WeightedLogits", "create_fusion",
-    "fuse_branches", "register_fusion",
+    "fuse_branches", "fused_logits", "register_fusion",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import L2R2Error
 
 FUSIONS: dict[str, type[Fusion]] = {}
+INPUTS = ("fg", "full", "bg")  # in the order in which a fusion takes them
 
 
 class Fusion(nn.Module):
@@ -22,8 +23,11 @@ class Fusion(nn.Module):
     the first context branch's logits exactly (L2R2 3.1, METHOD.md 2).
 
     Args:
-        inputs: number of branches, fg among them.
+        inputs: number of branches that are fused.
         classes: number of classes.
+
+    Attributes:
+        over: names of the branches that are fused; None for all that a model has. See `create_fusion`.
     """
 
     name: str = ""
@@ -32,6 +36,7 @@ class Fusion(nn.Module):
     def __init__(self, inputs: int = 2, classes: int = 0) -> None:
         super().__init__()
         self.inputs, self.classes = inputs, classes
+        self.over: tuple[str, ...] | None = None
 
     def combine(self, fg: Tensor, context: Tensor) -> Tensor:
         """Fuse rows that have a box.
@@ -57,11 +62,12 @@ class Fusion(nn.Module):
         return torch.where(has_fg[:, None], fused, context[0])
 
     @torch.jit.ignore
-    def fit(self, fg: Tensor, context: Tensor, labels: Tensor) -> None:
+    def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
         """Fit the numbers on held-out logits of rows that have a box; nothing to do where there are none.
 
         Args:
             fg: `[N, classes]`, context: `[K, N, classes]`, labels: `[N]` int64.
+            weights: `[N]`, how much each row counts where a number is chosen by accuracy; None counts all alike.
         """
 
     @torch.jit.ignore
@@ -72,7 +78,19 @@ class Fusion(nn.Module):
     @torch.jit.ignore
     def config(self) -> dict[str, Any]:
         """The name and the settings, enough for `create_fusion` to build it again; fitted numbers are in the state dict."""
-        return {"name": self.name}
+        return {"name": self.name, **self.settings(), **({} if self.over is None else {"inputs": list(self.over)})}
+
+    @torch.jit.ignore
+    def settings(self) -> dict[str, Any]:
+        """The arguments that a subclass was made with."""
+        return {}
+
+
+def fused_logits(fusion: Fusion, logits: Mapping[str, Tensor]) -> tuple[str, Tensor, Tensor] | None:
+    """The name and the logits `[B, classes]` of the branch that a fusion takes first, fg where it is one of them, and those of
+    the others `[K, B, classes]`; None where fewer than two of its branches are there."""
+    used = [b for b in INPUTS if b in logits and (fusion.over is None or b in fusion.over)]
+    return (used[0], logits[used[0]], torch.stack([logits[b] for b in used[1:]])) if len(used) > 1 else None
 
 
 def fuse_branches(
@@ -80,17 +98,17 @@ def fuse_branches(
 ) -> Tensor:
     """Fuse the logits `[B, classes]` of whatever branches there are; THE rule of which branch answers where.
 
-    Rows without an object are the full branch's; without a full branch they are fg's, which saw the whole image there. With
-    fg or the context missing, nothing is fused: the branch that there is answers.
-    `objectness` (`[B]`, the boxes' scores) is for fusions that weigh it; without it every box counts as sure.
+    Rows without an object are the full branch's, also where it is not one of the branches that are fused; without a full branch
+    they are fg's, which saw the whole image there. With fewer than two of the branches to fuse, nothing is fused: the first of
+    full, bg and fg answers. `objectness` (`[B]`, the boxes' scores) is for fusions that weigh it; without it every box counts as
+    sure.
     """
-    context = [logits[b] for b in ("full", "bg") if b in logits]
-    if "fg" not in logits or not context:
-        return context[0] if context else logits["fg"]
-    if "full" in logits:
-        return fusion(logits["fg"], torch.stack(context), has_fg, objectness)
-    fused = fusion(logits["fg"], torch.stack(context), None, objectness)
-    return fused if has_fg is None else torch.where(has_fg[:, None], fused, logits["fg"])
+    found = fused_logits(fusion, logits)
+    if found is None:
+        return next(logits[b] for b in ("full", "bg", "fg") if b in logits)
+    lead, first, others = found
+    fused = fusion(first, others, None, objectness if lead == "fg" else None)
+    return fused if has_fg is None else torch.where(has_fg[:, None], fused, logits.get("full", first))
 
 
 F = TypeVar("F", bound=type[Fusion])
@@ -102,18 +120,33 @@ def register_fusion(cls: F) -> F:
     return cls
 
 
-def create_fusion(config: str | Mapping[str, Any], inputs: int = 2, classes: int = 0) -> Fusion:
-    """Build a fusion from its name, or from `{"name": ..., <its arguments>}`, for so many branches and classes.
+def create_fusion(config: str | Mapping[str, Any], branches: int | Sequence[str] = 2, classes: int = 0) -> Fusion:
+    """Build a fusion from its name, or from `{"name": ..., "inputs": ..., <its arguments>}`.
+
+    Args:
+        config: `inputs` are the branches that are fused, by default all; the paper's other standard is `["fg", "bg"]` of a model
+            with three branches, whose full branch then answers only where no object is found (L2R2 3.3).
+        branches: those of the model, or how many it has.
+        classes: number of classes.
 
     Raises:
-        L2R2Error: an unknown name, an argument that the fusion does not take, or a value out of range.
+        L2R2Error: an unknown name, an argument that the fusion does not take, a value out of range, or inputs that are not two
+            or more branches of the model.
     """
     arguments = {"name": config} if isinstance(config, str) else dict(config)
-    name = arguments.pop("name", None)
+    name, inputs = arguments.pop("name", None), arguments.pop("inputs", None)
+    count = branches if isinstance(branches, int) else len(branches)
+    if inputs is not None:
+        has = INPUTS if isinstance(branches, int) else tuple(branches)
+        if not isinstance(inputs, (list, tuple)) or len(inputs) < 2 or len({*inputs}) < len(inputs) or not {*inputs} <= {*has}:
+            raise L2R2Error(f"The inputs of a fusion are two or more of the branches {', '.join(has)}, got {inputs!r}.")
+        count = len(inputs)
     if name not in FUSIONS:
         raise L2R2Error(f'Unknown fusion "{name}"; choose from {", ".join(sorted(FUSIONS))}.')
     known = [p for p in inspect.signature(FUSIONS[name].__init__).parameters if p not in ("self", "inputs", "classes")]
     if unknown := set(arguments) - set(known):
         takes = ", ".join(known) if known else "no arguments"
         raise L2R2Error(f'Fusion "{name}" does not take {", ".join(sorted(unknown))}; it takes {takes}.')
-    return FUSIONS[name](inputs=inputs, classes=classes, **arguments)
+    fusion = FUSIONS[name](inputs=count, classes=classes, **arguments)
+    fusion.over = None if inputs is None else tuple(b for b in INPUTS if b in inputs)
+    return fusion

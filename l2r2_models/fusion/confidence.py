@@ -70,12 +70,14 @@ class Robust(Fusion):
         return torch.where(sure[:, None], fg, most_confident(torch.cat([fg[None], context])))
 
     @torch.jit.ignore
-    def fit(self, fg: Tensor, context: Tensor, labels: Tensor) -> None:
+    def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
         surest = most_confident(torch.cat([fg[None], context]))
         order = confidence(fg).argsort()
         sorted_confidence = confidence(fg)[order]
-        by_fg = (fg.argmax(-1) == labels)[order].long()
-        by_surest = (surest.argmax(-1) == labels)[order].long()
+        # as whole numbers sums are exact, so that equals are equal
+        count = torch.ones_like(labels) if weights is None else (weights.double() / weights.sum() * 2**40).round().long()
+        by_fg = ((fg.argmax(-1) == labels) * count)[order]
+        by_surest = ((surest.argmax(-1) == labels) * count)[order]
         # right[i]: correct rows if the i least confident rows are left to the surest branch
         zero = torch.zeros(1, dtype=torch.long)
         right = torch.cat([zero, by_surest.cumsum(0)]) + by_fg.sum() - torch.cat([zero, by_fg.cumsum(0)])
@@ -91,5 +93,5 @@ class Robust(Fusion):
         return 1
 
     @torch.jit.ignore
-    def config(self) -> dict[str, Any]:
-        return {"name": self.name, "threshold": round(self.threshold.item(), 6)}
+    def settings(self) -> dict[str, Any]:
+        return {"threshold": round(self.threshold.item(), 6)}

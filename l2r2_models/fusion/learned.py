@@ -33,21 +33,21 @@ class WeightedLogits(Fusion):
         return (torch.cat([fg[None], context]) * self.weights[:, None].to(fg)).sum(0)
 
     @torch.jit.ignore
-    def fit(self, fg: Tensor, context: Tensor, labels: Tensor) -> None:
+    def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
         z = torch.cat([fg[None], context]).double()
         with torch.enable_grad(), torch.inference_mode(False):
             z, labels = z.clone(), labels.clone()
-            weights = torch.ones(self.weights.shape, dtype=torch.float64, requires_grad=True)
-            solver = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+            fitted = torch.ones(self.weights.shape, dtype=torch.float64, requires_grad=True)
+            solver = torch.optim.LBFGS([fitted], max_iter=200, line_search_fn="strong_wolfe")
 
             def loss() -> Tensor:
                 solver.zero_grad()
-                value = functional.cross_entropy((z * weights[:, None]).sum(0), labels) + SHRINK * (weights - 1).square().sum()
+                value = functional.cross_entropy((z * fitted[:, None]).sum(0), labels) + SHRINK * (fitted - 1).square().sum()
                 value.backward()
                 return value
 
             solver.step(loss)  # type: ignore[arg-type]
-        self.weights.copy_(weights.detach())
+        self.weights.copy_(fitted.detach())
 
     @torch.jit.ignore
     def count(self) -> int:
@@ -89,7 +89,7 @@ class ConcatMLP(Fusion):
         return functional.linear(hidden, self.weight2.to(z), self.bias2.to(z))
 
     @torch.jit.ignore
-    def fit(self, fg: Tensor, context: Tensor, labels: Tensor) -> None:
+    def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
         z = torch.cat([fg[None], context]).transpose(0, 1).flatten(1).float()
         with torch.enable_grad(), torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             z, labels = z.clone(), labels.clone()
@@ -110,5 +110,5 @@ class ConcatMLP(Fusion):
         return sum(buffer.numel() for buffer in self.buffers())
 
     @torch.jit.ignore
-    def config(self) -> dict[str, Any]:
-        return {"name": self.name, "hidden": self.hidden}
+    def settings(self) -> dict[str, Any]:
+        return {"hidden": self.hidden}

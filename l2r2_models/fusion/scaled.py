@@ -30,7 +30,7 @@ class Scaled(Fusion):
         return torch.cat([fg[None], context]) / self.temperatures[:, None].to(fg)
 
     @torch.jit.ignore
-    def fit(self, fg: Tensor, context: Tensor, labels: Tensor) -> None:
+    def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
         fit = fit_class_temperatures if self.class_wise else fit_temperature
         for row, logits in zip(self.temperatures, torch.cat([fg[None], context])):
             row.copy_(torch.as_tensor(fit(logits, labels)))
@@ -40,8 +40,8 @@ class Scaled(Fusion):
         return self.temperatures.numel()
 
     @torch.jit.ignore
-    def config(self) -> dict[str, Any]:
-        return {"name": self.name, "class_wise": self.class_wise}
+    def settings(self) -> dict[str, Any]:
+        return {"class_wise": self.class_wise}
 
 
 @register_fusion
@@ -83,12 +83,13 @@ class ScaledWeightedAverage(Scaled):
         return self.weight.to(z) * z[0] + (1 - self.weight.to(z)) * z[1:].mean(0)
 
     @torch.jit.ignore
-    def fit(self, fg: Tensor, context: Tensor, labels: Tensor) -> None:
+    def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
         super().fit(fg, context, labels)
         z = self.scaled(fg, context)
-        weights = torch.linspace(1, 0, 101)
-        right = [int(((w * z[0] + (1 - w) * z[1:].mean(0)).argmax(-1) == labels).sum()) for w in weights]
-        self.weight.copy_(weights[right.index(max(right))])
+        count = torch.ones(len(labels), dtype=torch.double) if weights is None else weights.double()
+        grid = torch.linspace(1, 0, 101)
+        right = [round(float((((a * z[0] + (1 - a) * z[1:].mean(0)).argmax(-1) == labels) * count).sum()), 9) for a in grid]
+        self.weight.copy_(grid[right.index(max(right))])
 
     @torch.jit.ignore
     def count(self) -> int:

@@ -59,7 +59,8 @@ def create_model(recipe: Recipe, num_classes: int, start: Start | None = None) -
         hint = "; weights that cannot be downloaded are left out with --no-pretrained" if downloads else ""
         raise L2R2Error(f"{recipe.model} cannot be created ({what}){hint}.") from error
     changes = {name: getattr(recipe, name) for name in ("margin", "late_stage", "late_pool", "coverage")}
-    changes.update(fg=recipe.fg or model.view_spec.fg, **({"size": recipe.size} if recipe.size else {}))
+    given = {name: getattr(recipe, name) for name in ("bg", "square", "fill", "interpolation", "mode", "size")}
+    changes.update(fg=recipe.fg or model.view_spec.fg, **{name: value for name, value in given.items() if value is not None})
     used_to = start.views() if start else {}
     changes = {**(used_to if start and start.is_ours else {}), **changes}
     model.view_spec = ViewSpec.from_pretrained_cfg({**model.pretrained_cfg, **used_to}, **changes)

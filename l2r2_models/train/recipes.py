@@ -23,7 +23,7 @@ from ..parts import PartWeights
 TRAINABLE = ("all", "head")
 PRECISIONS = ("fp32", "bf16", "fp16")
 NO_METRIC = "none"
-METRICS = (NO_METRIC, *(f"{name}_accuracy" for name in ("fused", *BRANCHES)))
+METRICS = (NO_METRIC, *(f"{name}_{kind}accuracy" for kind in ("", "macro_") for name in ("fused", *BRANCHES)))
 FREE = ("workers",)  # no part of the result: a run may continue with others
 
 
@@ -42,7 +42,8 @@ class Recipe:
         box_head: also train a head that finds the object's box, from the boxes of the rows; rows in which none was found are its
             negatives, those where nobody looked (a localizer failed, a box file does not name the image) teach it nothing.
         grad_checkpointing: compute activations again in the backward pass instead of keeping them; less memory.
-        fg, margin, late_stage, late_pool, coverage, size: see `ViewSpec`; fg None is the model's own kind, size None its own
+        fg, bg, square, fill, interpolation, mode: see `ViewSpec`; None is the model's own.
+        margin, late_stage, late_pool, coverage, size: see `ViewSpec`; fg None is the model's own kind, size None its own
             input size.
         box_threshold: boxes with a lower score count as not found.
         val_fraction, val_group, val_from: hold so many training rows out for validation, see `hold_out` (`take` is val_from); 0
@@ -80,6 +81,7 @@ class Recipe:
     branches: tuple[str, ...] = ("full", "fg")
     shared: bool = True
     fusion: str = "robust"
+    fusion_inputs: tuple[str, ...] | None = None
     threshold: float | None = None
     drop: float = 0.0
     drop_path: float = 0.0
@@ -87,6 +89,11 @@ class Recipe:
     grad_checkpointing: bool = False
     # views and rows
     fg: str | None = None
+    bg: str | None = None
+    square: bool | None = None
+    fill: tuple[int, ...] | None = None
+    interpolation: str | None = None
+    mode: str | None = None
     margin: float = 0.0
     late_stage: str = "last"
     late_pool: str = "mask"
@@ -184,7 +191,7 @@ class Recipe:
                 raise L2R2Error(f'Unknown {name} "{getattr(self, name)}"; choose from {", ".join(choices)}.')
 
     def _check_best(self) -> None:
-        branch = self.best_metric.removesuffix("_accuracy")
+        branch = self.best_metric.removesuffix("_accuracy").removesuffix("_macro")
         if branch in BRANCHES and branch not in self.branches:
             has = ", ".join(self.branches)
             raise L2R2Error(f"best_metric {self.best_metric} needs the branch {branch}; this model has {has}.")
@@ -249,7 +256,8 @@ class Recipe:
         return PartWeights(**{f.name: getattr(self, f"part_{f.name}") for f in fields(PartWeights)})
 
     def fusion_config(self) -> dict[str, Any]:
-        return {"name": self.fusion, **({} if self.threshold is None else {"threshold": self.threshold})}
+        given = {"threshold": self.threshold, "inputs": None if self.fusion_inputs is None else list(self.fusion_inputs)}
+        return {"name": self.fusion, **{key: value for key, value in given.items() if value is not None}}
 
 
 def builtin_recipes() -> tuple[str, ...]:
@@ -307,6 +315,10 @@ def _as_kind(name: str, value: Any, kind: Any) -> Any:
         if isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names):
             return tuple(names)
         raise L2R2Error(f"{name} must be a list of names, got {value!r}.")
+    if kind == tuple[int, ...]:
+        if isinstance(value, (list, tuple)) and all(isinstance(n, int) and not isinstance(n, bool) for n in value):
+            return tuple(value)
+        raise L2R2Error(f"{name} must be a list of whole numbers, got {value!r}.")
     if type(None) in options:
         return None if value is None else _as_kind(name, value, options[0])
     if get_origin(kind) is dict:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -276,6 +277,12 @@ def _arguments(recipe: Recipe, batches: EpochBatches, out: Path, *, validate: bo
 
 
 def accuracies(names: Sequence[str], prediction: Any) -> dict[str, float]:
-    """Accuracy by the name of each output of `BranchLoss`, for the Trainer."""
-    named = zip(names, prediction.predictions)
-    return {f"{name}_accuracy": float((z.argmax(-1) == prediction.label_ids).mean()) for name, z in named}
+    """Accuracy and macro accuracy by the name of each output of `BranchLoss`, for the Trainer."""
+    from sklearn.metrics import recall_score
+
+    labels, found = prediction.label_ids, {}
+    for name, z in zip(names, prediction.predictions):
+        answers = z.argmax(-1)
+        found[f"{name}_accuracy"] = float((answers == labels).mean())
+        found[f"{name}_macro_accuracy"] = float(recall_score(labels, answers, labels=np.unique(labels), average="macro"))
+    return found
