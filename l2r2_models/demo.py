@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from .predictions import accuracy_by_branch, gather, predict_to_file
 from .predictor import Predictor
 from .train.finetune import finetune
 from .train.recipes import Recipe
+from .versions import version_of
 
 SPLITS = ("test_usual", "test_swapped")
 BACKBONE = "timm:resnet10t"
@@ -44,7 +44,7 @@ def run_demo(folder: Path, *, epochs: int = 8, seed: int = 0, say: Callable[[str
         say: told what happens.
     """
     _require("matplotlib", "transformers", "sklearn", "skimage")
-    _start_over_if_changed(folder, {"epochs": epochs, "seed": seed, "version": version("l2r2-models")})
+    _start_over_if_changed(folder, {"epochs": epochs, "seed": seed, "version": version_of("l2r2-models")})
     say("1/4  making the data: digits on photographs; in training the photograph nearly always gives the digit away")
     data = folder / "data"
     if not (data / "metadata.csv").exists():

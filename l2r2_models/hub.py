@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
 import shutil
 import tempfile
@@ -13,7 +15,7 @@ from typing import Any, cast
 import timm
 import torch
 from safetensors import safe_open
-from timm.models import save_for_hf
+from timm.models import build_model_with_cfg, save_for_hf
 
 from .errors import L2R2Error
 from .files import file_sha256, read_json, write_json
@@ -21,6 +23,7 @@ from .fusion import INPUTS
 from .model import L2R2
 from .views import ViewSpec
 
+logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 OURS = ("l2r2", "ifam")  # how the names of our architectures start
@@ -35,6 +38,13 @@ SECTION: dict[str, type] = {
     "localizer": dict,
     "calibration": dict,
 }
+# what timm's own functions would take out of model_args: where weights come from, and what becomes of the network
+OF_THE_FACTORY = {
+    name
+    for function in (timm.create_model, build_model_with_cfg)
+    for name in inspect.signature(function).parameters
+    if name != "kwargs"
+} | {"features_only", "out_indices"}
 # what would make timm look for weights elsewhere than beside the config
 ELSEWHERE = ("url", "file", "state_dict", "custom_load", "hf_hub_id", "hf_hub_filename")
 
@@ -180,13 +190,29 @@ def local_folder(name: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def hub_id_of(name: str) -> str:
+    """The Hub repository that a name stands for which is no folder here; it is logged where it might be a mistyped path.
+
+    Raises:
+        L2R2Error: it is a path that does not exist.
+    """
+    if name.startswith("hf-hub:"):
+        return name
+    path = Path(name.removeprefix("local-dir:"))
+    is_path = name.startswith(("local-dir:", "/", ".", "~")) or len(path.parts) != 2 or path.parent.exists()
+    if is_path:
+        raise L2R2Error(f"{name}: no such folder; a repository on the Hub is hf-hub:org/name.")
+    logger.info("%s: no such folder here, asking the Hub for %s", name, name.partition("@")[0])
+    return name
+
+
 def open_checkpoint(name: str) -> tuple[Path, dict[str, Any]]:
     """Folder and config.json of a checkpoint in timm's layout, downloaded where it is not a folder.
 
     Raises:
         L2R2Error: no checkpoint, with pickled weights, or not reachable.
     """
-    folder = local_folder(name) or download(name)
+    folder = local_folder(name) or download(hub_id_of(name))
     if pickled := pickles_in(folder):
         raise L2R2Error(f"{folder}: holds {pickled[0]}; pickled weights are never loaded, only {WEIGHTS}. Remove it.")
     for file in (CONFIG, WEIGHTS):
@@ -267,6 +293,8 @@ def check_config(config: dict[str, Any], name: str) -> None:
         raise L2R2Error(f"{name}: {CONFIG} names weights elsewhere under pretrained_cfg; only {WEIGHTS} beside it is loaded.")
     _check_training(ours.get("training", {}), name)
     arguments = config["model_args"]
+    if wrong := sorted({*arguments} & OF_THE_FACTORY):  # the rest goes to the network, which has its own list
+        raise L2R2Error(f"{name}: {CONFIG} has an unusable model_args: a checkpoint takes no {wrong[0]}; remove it.")
     for key in ("format_version", "views", "branches", "fusion"):
         if key not in ours:
             raise L2R2Error(f"{name}: {CONFIG} has no {key} under l2r2.")

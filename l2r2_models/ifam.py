@@ -57,13 +57,12 @@ class IFAM(L2R2):
     ) -> None:
         if tuple(branches) != ("full", "fg"):
             raise L2R2Error(f"The branches of an ifam model are full (stage 1) and fg (stage 2), not {branches}.")
-        config: dict[str, Any] = {"name": fusion} if isinstance(fusion, str) else dict(fusion)
-        if config.get("name") == "robust":
-            config.setdefault("threshold", 0.0)
+        config = with_threshold({"name": fusion} if isinstance(fusion, str) else fusion)
         if options.get("views") is None:
             options.setdefault("fg_kind", "parts")
         super().__init__(backbone, num_classes, in_chans, fusion=config, **options)
         self.parts = PartDiscovery(self.num_features, num_parts, part_dropout)
+        self.parts.to(device=options.get("device"), dtype=options.get("dtype"))
         self.part_dropout = part_dropout
         self.dropped_parts: tuple[int, ...] = ()
         self.token_quantile = 0.0
@@ -205,6 +204,15 @@ class IFAM(L2R2):
     def arguments(self) -> dict[str, Any]:
         return {**super().arguments(), "num_parts": self.parts.num_parts, "part_dropout": self.part_dropout}
 
+    @torch.jit.ignore
+    def prune_intermediate_layers(self, indices: Any = 1, prune_norm: bool = False, prune_head: bool = True) -> Any:
+        if prune_head:
+            self.parts = None  # type: ignore[assignment]
+        return super().prune_intermediate_layers(indices, prune_norm, prune_head)
+
+    def _unfitted(self) -> dict[str, Any]:
+        return with_threshold(super()._unfitted())
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Stage 1's answer from the backbone's tokens; with `pre_logits` its pooled features."""
         if pre_logits:
@@ -217,3 +225,8 @@ class IFAM(L2R2):
         if branch == "full" and isinstance(head, nn.Linear):
             head.register_parameter("bias", None)  # it would be the same for every part
         return head
+
+
+def with_threshold(fusion: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a fusion; a `robust` without a threshold gets 0, with which stage 2 answers wherever it sees anything."""
+    return {**({"threshold": 0.0} if fusion.get("name") == "robust" else {}), **fusion}

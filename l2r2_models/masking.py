@@ -127,7 +127,7 @@ def run_tokens(vit: Any, tokens: Tensor, keep: Tensor, *, packed: bool = True, w
     mask = torch.cat([keep.new_ones(keep.shape[0], prefixes), keep], 1)
     options = {"num_prefix": prefixes, "checkpoint": bool(vit.grad_checkpointing)}
     try:
-        if packed and weights is None and not torch.compiler.is_compiling():
+        if packed and weights is None and not tokens.is_meta and not torch.compiler.is_compiling():
             capacity = None if mask.device.type == "cpu" else "sync"  # counting is one wait, and what makes packing pay
             _, out = run_packed(vit.blocks, tokens, mask, capacity=capacity, unpacked=True, **options)
             assert out is not None

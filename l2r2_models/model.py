@@ -2,21 +2,22 @@
 
 # no `from __future__ import annotations`: FX and jit need forward's annotations as types, not as strings
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 import timm
 import torch
-from timm.layers import trunc_normal_
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from .backbones import feature_info, unknown_backbone
+from .backbones import check_backbone_arguments, check_view_size, feature_info, unknown_backbone
 from .box_head import BoxHead, FoundBoxes, features_and_maps, map_channels
 from .errors import L2R2Error
 from .fusion import Fusion, create_fusion, fuse_branches
 from .masking import check_late_backbone, check_mask, check_tokens_backbone, late_features, token_features
 from .parts import PartMaps
+from .timm_contract import TimmContract
 from .views import IN_NETWORK, ViewSpec, batch_masks, cut_batch
 
 BRANCHES = ("full", "fg", "bg")
@@ -43,7 +44,8 @@ class L2R2Output(NamedTuple):
         return {b: z for b, z in (("full", self.full), ("fg", self.fg), ("bg", self.bg)) if z is not None}
 
 
-@register_notrace_function
+@torch.fx.wrap  # for plain FX
+@register_notrace_function  # for timm's
 def whole_image_only(x: Tensor, boxes: Optional[Tensor], localize: Optional[str] = None) -> Tensor:  # noqa: UP045  (for jit)
     """An FX graph has no box path: boxes given to it, or asked for, are refused instead of ignored."""
     if boxes is not None or localize is not None:
@@ -51,7 +53,7 @@ def whole_image_only(x: Tensor, boxes: Optional[Tensor], localize: Optional[str]
     return x
 
 
-class L2R2(nn.Module):
+class L2R2(TimmContract):
     """Localize to Recognize Robustly: a classifier that looks at the whole image and at the object cut out of it.
 
     `model(x)` is an ordinary timm classifier (the full head). `forward_views` is the real entrance. Views of one batch go
@@ -70,6 +72,7 @@ class L2R2(nn.Module):
         fg_kind: what the fg branch sees, the `fg` of `ViewSpec`; replaces that of `views`.
         box_head: a trained head finds the object's box in the full view, see `BoxHead`.
         drop_rate: dropout before the heads.
+        device, dtype: of every parameter and buffer.
         **backbone_kwargs: passed on to the timm backbone (`drop_path_rate`, `img_size`, `global_pool`, ...).
 
     Raises:
@@ -92,6 +95,8 @@ class L2R2(nn.Module):
         fg_kind: str | None = None,
         box_head: bool = False,
         drop_rate: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
         **backbone_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -99,6 +104,7 @@ class L2R2(nn.Module):
         self.branches = check_branches(branches)
         if not timm.is_model(backbone.split(".")[0]):
             raise L2R2Error(unknown_backbone(backbone))
+        check_backbone_arguments(backbone, backbone_kwargs)
         self.backbone_name = backbone
         self.backbone_kwargs = {**backbone_kwargs, **({"drop_rate": drop_rate} if drop_rate else {})}
         self.shared = shared
@@ -111,8 +117,9 @@ class L2R2(nn.Module):
         def build() -> Any:  # a timm model has more methods than nn.Module knows
             return timm.create_model(backbone, num_classes=0, in_chans=in_chans, drop_rate=drop_rate, **backbone_kwargs)
 
-        self.backbone: Any = build()
-        self.branch_backbones = nn.ModuleDict({b: build() for b in self.branches[1:] if not shared})
+        with contextlib.nullcontext() if device is None else torch.device(device):
+            self.backbone: Any = build()
+            self.branch_backbones = nn.ModuleDict({b: build() for b in self.branches[1:] if not shared})
         self.num_features = int(self.backbone.num_features)
         self.head_hidden_size = int(self.backbone.head_hidden_size)
         self.feature_info = [{**i, "module": f"backbone.{i['module']}"} for i in feature_info(self.backbone)]
@@ -121,7 +128,10 @@ class L2R2(nn.Module):
         self.heads = nn.ModuleDict({b: self._new_head(b) for b in self.branches})
         self.fusion: Fusion = create_fusion(fusion, self.branches, num_classes)
         self.box_head = BoxHead(map_channels(self.backbone)) if box_head else None
+        if hasattr(self.backbone, "set_input_size"):  # timm asks by the name whether a model can do it
+            self.set_input_size = self._set_input_size
         self._check_views(self.view_spec)
+        self.to(device=device, dtype=dtype)
 
     # ---- inference and training ----
 
@@ -283,7 +293,8 @@ class L2R2(nn.Module):
         self._view_spec = spec
 
     def _check_views(self, spec: ViewSpec) -> None:
-        """Whether the backbone can be masked as the spec says."""
+        """Whether the backbone takes views of this size, and can be masked as the spec says."""
+        check_view_size(self.backbone, self.backbone_name, spec.size)
         if self.box_head is not None and ("full" not in self.branches or spec.fg in IN_NETWORK):
             raise L2R2Error(f'A box head needs a full branch and an fg that is cut out, not fg "{spec.fg}" of {self.branches}.')
         if spec.fg == "parts":
@@ -314,74 +325,6 @@ class L2R2(nn.Module):
     def backbone_prefixes(self) -> list[str]:
         """Prefixes of the backbones' keys in the state dict."""
         return ["backbone.", *(f"branch_backbones.{b}." for b in self.branch_backbones)]
-
-    # ---- the contract of a timm model ----
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.backbone.forward_features(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        features = self.backbone.forward_head(x, pre_logits=pre_logits)
-        return features if pre_logits else self.heads[self.branches[0]](features)
-
-    @torch.jit.ignore
-    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.backbone.forward_intermediates(x, *args, **kwargs)
-
-    @torch.jit.ignore
-    def prune_intermediate_layers(self, indices: Any = 1, prune_norm: bool = False, prune_head: bool = True) -> Any:
-        if prune_head:
-            self.heads = nn.ModuleDict({b: nn.Identity() for b in self.branches})
-            self.branch_backbones, self.box_head = nn.ModuleDict(), None
-        return self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.ModuleDict:
-        return self.heads
-
-    @torch.jit.ignore
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        pool = () if global_pool is None else (global_pool,)  # older timm takes None for "no pooling"
-        for backbone in self._backbones():
-            backbone.reset_classifier(0, *pool)
-        reference = next(self.parameters())
-        self.heads = nn.ModuleDict({b: self._new_head(b).to(reference.device, reference.dtype) for b in self.branches})
-        fresh = create_fusion(self.fusion.config(), self.branches, num_classes)  # numbers fitted for other classes are gone
-        self.fusion = fresh.to(reference.device)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for backbone in self._backbones():
-            backbone.set_grad_checkpointing(enable)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else set()
-        return {prefix + name for prefix in self.backbone_prefixes() for name in names}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        prefix = r"^(?:backbone|branch_backbones\.\w+)\.(?:"
-
-        def wrap(pattern: Any) -> Any:
-            if isinstance(pattern, str):
-                return prefix + pattern.replace("^", "") + ")"
-            return [(wrap(p), *rest) for p, *rest in pattern]
-
-        return {name: wrap(pattern) for name, pattern in self.backbone.group_matcher(coarse=coarse).items()}
-
-    def _backbones(self) -> Iterator[Any]:
-        yield self.backbone
-        yield from self.branch_backbones.values()
-
-    def _new_head(self, branch: str) -> nn.Module:
-        if not self.num_classes:
-            return nn.Identity()
-        head = nn.Linear(self.head_hidden_size, self.num_classes)
-        trunc_normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
-        return head
 
 
 def check_branches(branches: str | Sequence[str]) -> tuple[str, ...]:

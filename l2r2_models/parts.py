@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -70,7 +71,8 @@ class PartDiscovery(nn.Module):
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> PartMaps:
         """Patches `[B, N, C]` of a grid `(rows, columns)` -> part maps. Without noise in evaluation: the same every time."""
         x, prototypes = patches.float(), self.prototypes.float()
-        with torch.autocast(x.device.type, enabled=False):  # differences of large squares
+        has_autocast = torch.amp.is_autocast_available(x.device.type)  # the meta device has none
+        with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():  # differences of large squares
             distances = x.square().sum(2, keepdim=True) - 2 * x @ prototypes.T + prototypes.square().sum(1)
             logits = -distances.transpose(1, 2)  # [B, K + 1, N]
             drawn = logits - torch.empty_like(logits).exponential_().clamp_min(1e-10).log() if self.training else logits

@@ -202,7 +202,7 @@ def test_damaged_or_missing_files_are_refused(tmp_path):
 
 
 def test_names_that_lead_nowhere_say_what_to_do():
-    with pytest.raises(L2R2Error, match="not a Hub id of the form org/name"):
+    with pytest.raises(L2R2Error, match="no such folder; a repository on the Hub is hf-hub:org/name"):
         hub.load_checkpoint("no/such/folder/here")
     with pytest.raises(L2R2Error, match="hf download nobody/nothing"):
         Predictor.from_pretrained("nobody/nothing")  # offline in tests

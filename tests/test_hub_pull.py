@@ -200,3 +200,29 @@ def test_predict_from_the_hub_is_predict_from_the_folder(hub_of, runs):
     boxes = [[4.0, 4, 40, 40]]
     answers = [Predictor.from_pretrained(source, device="cpu")(photo, boxes).to_dict() for source in ("org/name@v1", runs[0])]
     assert answers[0] == answers[1] and answers[0]["objects"][0]["label"] in COLOURS
+
+
+@pytest.mark.parametrize("name", ["runs/typo", "./typo", "/no/such/run", "~/typo", "a/b/c", "typo", "local-dir:runs/none"])
+def test_a_path_that_does_not_exist_never_asks_the_hub(name, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("l2r2_models.hub.download", lambda name: pytest.fail(f"asked the Hub for {name}"))
+    with pytest.raises(L2R2Error, match=r"no such folder; a repository on the Hub is hf-hub:org/name"):
+        hub.load_checkpoint(name)
+
+
+@pytest.mark.parametrize("name", ["org/fungi", "org/fungi@main", "hf-hub:runs/typo"])
+def test_what_may_be_a_hub_id_says_so_before_the_hub_is_asked(name, tmp_path, monkeypatch, caplog):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def download(name):
+        asked.append((name, [record.message for record in caplog.records]))
+        raise L2R2Error("stop")
+
+    monkeypatch.setattr("l2r2_models.hub.download", download)
+    with caplog.at_level("INFO"), pytest.raises(L2R2Error, match="stop"):
+        hub.load_checkpoint(name)
+    sentence = f"{name}: no such folder here, asking the Hub for org/fungi"
+    assert asked == [(name, [] if name.startswith("hf-hub:") else [sentence])]

@@ -48,6 +48,7 @@ def main() -> None:
     """Entry point: a mistake of the input is one sentence and exit status 1, an interruption 130, a closed pipe nothing."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("l2r2_models").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: every line would stand there twice
     try:
         app()
     except L2R2Error as error:

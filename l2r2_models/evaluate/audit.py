@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 from ..data.table import ImageTable, read_table, rows_digest
 from ..errors import L2R2Error
 from ..files import write_atomic
+from ..versions import version_of
 from ..views import make_views
 from .audit_images import Progress, Subjects, find_subjects
 from .audit_model import Audited, load_audited, match_classes
@@ -275,7 +275,7 @@ class Store:
         seed: int,
     ) -> None:
         data = rows_digest(subjects.table, times=True)
-        facts = [version("l2r2-models"), model.digest(), matched, data, list(made), seed]
+        facts = [version_of("l2r2-models"), model.digest(), matched, data, list(made), seed]
         if subjects.shared:  # their backgrounds hang on rows that may not be among the subjects
             facts.append(rows_digest(ImageTable(subjects.table.root, tuple(subjects.shared.values()))))
         self.key = json.dumps(facts, sort_keys=True)

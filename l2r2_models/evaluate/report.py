@@ -10,7 +10,6 @@ import base64
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -22,6 +21,7 @@ from PIL import Image, ImageDraw
 from ..errors import L2R2Error
 from ..files import write_text
 from ..images import load_image
+from ..versions import version_of
 
 THUMBNAIL = 256  # longer side in pixels; some 10 kB as JPEG
 Cell = str | Markup | None
@@ -69,7 +69,7 @@ def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Secti
     """
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
-    footer = f"Made by l2r2-models {version('l2r2-models')}."
+    footer = f"Made by l2r2-models {version_of('l2r2-models')}."
     write_text(path, template.render(title=title, lead=lead, sections=sections, notes=notes, footer=footer))
 
 

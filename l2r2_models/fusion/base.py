@@ -82,8 +82,18 @@ class Fusion(nn.Module):
 
     @torch.jit.ignore
     def settings(self) -> dict[str, Any]:
-        """The arguments that a subclass was made with."""
+        """The arguments that build a subclass again, with those numbers that `fit` chooses."""
+        return self.chosen()
+
+    @torch.jit.ignore
+    def chosen(self) -> dict[str, Any]:
+        """Those arguments that no `fit` changes."""
         return {}
+
+    @torch.jit.ignore
+    def unfitted(self) -> dict[str, Any]:
+        """The config without anything that was fitted: what other classes start from."""
+        return {"name": self.name, **self.chosen(), **({} if self.over is None else {"inputs": list(self.over)})}
 
 
 def fused_logits(fusion: Fusion, logits: Mapping[str, Tensor]) -> tuple[str, Tensor, Tensor] | None:

@@ -110,5 +110,5 @@ class ConcatMLP(Fusion):
         return sum(buffer.numel() for buffer in self.buffers())
 
     @torch.jit.ignore
-    def settings(self) -> dict[str, Any]:
+    def chosen(self) -> dict[str, Any]:
         return {"hidden": self.hidden}

@@ -40,7 +40,7 @@ class Scaled(Fusion):
         return self.temperatures.numel()
 
     @torch.jit.ignore
-    def settings(self) -> dict[str, Any]:
+    def chosen(self) -> dict[str, Any]:
         return {"class_wise": self.class_wise}
 
 

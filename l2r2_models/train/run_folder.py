@@ -7,7 +7,6 @@ import platform
 import shlex
 import shutil
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import L2R2Error
 from ..files import read_json
 from ..hub import CONFIG, WEIGHTS
+from ..versions import version_of
 from . import processes
 from .recipes import FREE
 
@@ -78,7 +78,7 @@ def last_checkpoint(folder: Path) -> str | None:
 def surroundings() -> dict[str, Any]:
     """What a run was made with: command line, versions, device, processes."""
     names = ("l2r2-models", "torch", "torchvision", "timm", "transformers")
-    found = {"python": platform.python_version(), **{name: version(name) for name in names}}
+    found = {"python": platform.python_version(), **{name: version_of(name) for name in names}}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     return {
         "command": shlex.join(sys.argv),

@@ -8,6 +8,7 @@ import torch
 from timm.models import get_notrace_functions, get_notrace_modules
 from torchvision.models.feature_extraction import NodePathTracer
 
+from l2r2_models import L2R2Error
 from l2r2_models.configs import load_hub_configs
 from l2r2_models.zoo import ARCHITECTURES
 
@@ -204,3 +205,84 @@ def test_headless_weights_load_into_the_backbone(name, tmp_path):
     derived = timm.create_model(name, pretrained=True, num_classes=6, pretrained_cfg_overlay=overlay, **options).eval()
     assert all(torch.equal(v, derived.state_dict()[f"backbone.{k}"]) for k, v in weights.items())
     assert derived(images(name)).shape == (2, 6)
+
+
+def test_device_and_dtype_reach_every_module(name):
+    half = build(name, dtype=torch.bfloat16).eval()
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half(images(name).bfloat16()).dtype == torch.bfloat16
+    meta = build(name, device="meta")
+    meta.reset_classifier(7)
+    assert all(t.is_meta for t in (*meta.parameters(), *meta.buffers()))
+    assert not {"device", "dtype"} & set(half.arguments())
+
+
+def test_new_heads_take_over_the_mode_and_forget_what_was_fitted(name):
+    net = build(name).eval()
+    net.fusion.threshold.fill_(0.93)
+    net.reset_classifier(4)
+    assert not any(module.training for module in net.modules())
+    fresh = build(name, num_classes=4)
+    assert net.fusion.config() == fresh.fusion.config()
+    net.train()
+    net.reset_classifier(4)
+    assert net.heads["fg"].training and net.fusion.training
+
+
+def test_plain_fx_and_torchvisions_feature_extractor():
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    net, x = build("l2r2_resnet18").eval(), images("l2r2_resnet18")
+    assert torch.equal(torch.fx.symbolic_trace(net)(x), net(x))
+    found = create_feature_extractor(net, ["backbone.layer3"])(x)
+    assert found["backbone.layer3"].shape[1] == 256
+
+
+@pytest.mark.parametrize("name", ["l2r2_vit_tiny_patch16_224", "l2r2_swin_tiny_patch4_window7_224", "ifam_vit_tiny_patch16_224"])
+def test_another_input_size_reaches_backbone_and_views(name):
+    net = build(name).eval()
+    net.set_input_size(img_size=32)
+    assert net.view_spec.size == 32 and net.arguments()["img_size"] == 32
+    assert net(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+    again = timm.create_model(name, num_classes=5, **net.arguments()).eval()
+    assert again(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+    assert not hasattr(build("l2r2_resnet18"), "set_input_size")
+
+
+def test_views_of_another_size_than_the_backbone_was_built_for_are_refused_when_it_is_built():
+    with pytest.raises(L2R2Error, match=r"was built for 64 x 64 pixels, the views have 96 x 96; give img_size=96"):
+        build("l2r2_vit_tiny_patch16_224", views={"size": 96})
+    assert build("l2r2_vit_tiny_patch16_224", views={"size": 96}, dynamic_img_size=True).view_spec.size == 96
+
+
+class Harmful:
+    """Unpickled, it would leave a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+REACHING = ["checkpoint_path", "pretrained", "pretrained_cfg_overlay", "cache_dir", "features_only", "depht"]
+
+
+@pytest.mark.parametrize("key", REACHING)
+def test_a_config_reaches_nothing_but_the_shape_of_the_network(key, tmp_path):
+    """`checkpoint_path` in the config of a downloaded model used to unpickle any file."""
+    import json
+
+    from l2r2_models.hub import load_checkpoint, save_checkpoint
+
+    torch.save(Harmful(tmp_path / "harmed"), tmp_path / "evil.pth")
+    save_checkpoint(build("l2r2_resnet18"), tmp_path / "run", list("abcde"))
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["model_args"][key] = str(tmp_path / "evil.pth")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(L2R2Error, match=f"{tmp_path / 'run'}: .*takes no {key}"):
+        load_checkpoint(tmp_path / "run")
+    if key == "checkpoint_path":  # without our own loader
+        with pytest.raises(TypeError, match="takes no checkpoint_path"):
+            timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    assert not (tmp_path / "harmed").exists()

@@ -18,12 +18,12 @@ def _ours(patterns):
     if not patterns:
         return patterns
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    return patterns + [f"l2r2_{p}" for p in patterns if not p.startswith("*")]
+    return patterns + [prefix + p for p in patterns if not p.startswith("*") for prefix in ("l2r2_", "l2r2_masked_", "ifam_")]
 
 
 def list_models(filter="", module="", pretrained=False, exclude_filters="", **kwargs):
     names = _list_models(_ours(filter), "zoo", pretrained, _ours(exclude_filters), **kwargs)
-    wanted = os.environ.get("L2R2_TIMM_MODELS", "l2r2_*").split(",")
+    wanted = os.environ.get("L2R2_TIMM_MODELS", "l2r2_*,ifam_*").split(",")
     return [n for n in names if any(fnmatch.fnmatch(n.split(".")[0], w) for w in wanted)]
 
 

@@ -122,7 +122,7 @@ def _check_backend(backend: str, q: Tensor) -> None:
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [x.to(dtype) if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x for x in tensors]
