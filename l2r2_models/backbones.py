@@ -38,8 +38,10 @@ def check_backbone_arguments(name: str, arguments: Mapping[str, Any]) -> None:
         UnknownArgument: one that is not allowed; the message names it.
     """
     module = sys.modules[timm.model_entrypoint(name.split(".")[0]).__module__]
-    classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
-    parameters = [inspect.signature(c.__init__).parameters for c in classes if issubclass(c, nn.Module)]
+    networks = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, nn.Module)]
+    classes = {base for c in networks for base in inspect.getmro(c)}  # a subclass may pass **kwargs on
+    makers = [vars(c)["__init__"] for c in classes if "__init__" in vars(c) and c is not object]
+    parameters = [inspect.signature(maker).parameters for maker in makers]
     allowed = {name for found in parameters if "num_classes" in found for name in found} | BATCH_NORM
     if wrong := sorted(set(arguments) - (allowed - {"self", "kwargs", "device", "dtype"})):
         close = get_close_matches(wrong[0], allowed, 3)

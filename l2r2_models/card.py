@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
+from urllib.parse import quote
 
 from timm.models import get_pretrained_cfg
 
@@ -13,6 +14,7 @@ from .configs import LOCALIZER, HubConfig, load_hub_configs
 from .errors import L2R2Error
 from .evaluate.fuse import BEST
 from .hub import Checkpoint
+from .markdown import code, plain
 
 BRANCH_WORDS = {"full": "the whole image", "fg": "the object, cut out of it", "bg": "the image without the object"}
 FG_WORDS = {"masked": "the object, the rest painted over", "late": "the object, the rest masked in the network",
@@ -84,7 +86,7 @@ def model_card(checkpoint: Checkpoint, repo: str, facts: Facts, evaluations: Seq
 
     source = source_of_training(checkpoint.training)
     data = ModelCardData(
-        library_name="timm",
+        library_name="l2r2_models",
         pipeline_tag="image-classification",
         license=facts.licence,
         base_model=source.hub_id,
@@ -178,18 +180,19 @@ def _details(checkpoint: Checkpoint, source: Source, facts: Facts) -> str:
     numbers = ", ".join(f"{k} {v}" for k, v in fusion.items() if k != "name")
     start = "random weights"
     if source.name:
-        where = f" ([{source.hub_id}](https://huggingface.co/{source.hub_id}))" if source.hub_id else ""
+        address = f"https://huggingface.co/{quote(source.hub_id or '')}"
+        where = f" ([{plain(source.hub_id)}]({address}))" if source.hub_id else ""
         whose = "timm's " if source.hub_id and source.hub_id != source.name else ""
-        start = f"{whose}`{source.name}`{where}, licence: {source.licence or 'not stated, see its page'}"
+        start = f"{whose}{code(source.name)}{where}, licence: {plain(source.licence or 'not stated, see its page')}"
     rows = {
-        "architecture": f"`{model.pretrained_cfg['architecture']}`, backbone `{model.backbone_name}`, "
+        "architecture": f"{code(model.pretrained_cfg['architecture'])}, backbone {code(model.backbone_name)}, "
         + ("shared by the branches" if model.shared else "one for each branch"),
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
         "views": f"{spec.size} x {spec.size} pixels{_fg_views(checkpoint)}",
         "branches": ", ".join(model.branches),
         "fusion": f"`{fusion['name']}`" + (f" ({numbers})" if numbers else ""),
         "started from": start,
-        "licence of these weights": facts.licence or "not stated",
+        "licence of these weights": plain(facts.licence or "not stated"),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""## Details
@@ -203,7 +206,7 @@ Classes: {_label_list(checkpoint.labels)}
 
 
 def _label_list(labels: Sequence[str]) -> str:
-    shown = ", ".join(f"`{label}`" for label in labels[:30])
+    shown = ", ".join(code(label) for label in labels[:30])
     return shown if len(labels) <= 30 else f"{shown}, ... ({len(labels)} in all, see `label_names` in config.json)"
 
 
@@ -218,16 +221,16 @@ def _training(checkpoint: Checkpoint, facts: Facts) -> str:
     recipe, data = training.get("recipe", {}), training.get("data", {})
     lines = []
     if facts.data:
-        lines.append(f"Data: {facts.data}" + (f", licence: {facts.data_licence}." if facts.data_licence else "."))
+        lines.append(f"Data: {plain(facts.data)}" + (f", licence: {plain(facts.data_licence)}." if facts.data_licence else "."))
     if "images" in data:
-        with_box = f", {data['with_box']} of them with a usable box or mask" if "with_box" in data else ""
-        lines.append(f"{data['images']} training images{with_box}.")
+        with_box = f", {plain(data['with_box'])} of them with a usable box or mask" if "with_box" in data else ""
+        lines.append(f"{plain(data['images'])} training images{with_box}.")
     if training.get("derived_from"):
         lines.append("Not trained: backbone and heads are those of the source, whose fg head has never seen a crop.")
     if fit := training.get("fusion_fit"):
         lines.append(_fit_sentence(fit, checkpoint.model.fusion.count()))
     keys = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing", "box_jitter", "seed", "box_threshold")
-    settings = "\n".join(f"| {k} | {recipe[k]} |" for k in keys if k in recipe)
+    settings = "\n".join(f"| {k} | {plain(recipe[k])} |" for k in keys if k in recipe)
     table = f"\n\n| setting | value |\n|---|---|\n{settings}" if settings else ""
     return "## Training\n\n" + ("\n".join(lines) or "Not recorded.") + table + "\n"
 
@@ -238,9 +241,10 @@ def _fit_sentence(fit: Mapping[str, Any], numbers: int) -> str:
     if not chosen and not numbers:
         return "The fusion was set by hand; nothing of it is fitted."
     done = " and ".join(word for word, holds in (("chosen", chosen), ("fitted", numbers > 0)) if holds)
-    together = f", those of one {fit['group']} kept together" if chosen and fit.get("group") else ""
+    together = f", those of one {plain(fit['group'])} kept together" if chosen and fit.get("group") else ""
     backgrounds = FIT_WORDS.get(str(fit.get("backgrounds", "plain")), "")
-    return f"The fusion was {done} on {fit.get('rows')} views of the split {fit.get('split')}{backgrounds}{together}."
+    rows = f"{plain(fit.get('rows'))} views of the split {plain(fit.get('split'))}"
+    return f"The fusion was {done} on {rows}{backgrounds}{together}."
 
 
 def _figures(evaluations: Sequence[Mapping[str, Any]], facts: Facts) -> str:
@@ -252,16 +256,17 @@ def _figures(evaluations: Sequence[Mapping[str, Any]], facts: Facts) -> str:
 def _figures_of(evaluation: Mapping[str, Any], facts: Facts) -> str:
     rows = evaluation["rows"]
     shown = [c for c in COLUMNS if any(row.get(c) is not None for row in rows.values())]
-    title = f"{evaluation.get('data') or facts.data or 'data'}, split {evaluation['split']}: {evaluation['images']} images"
+    data = plain(evaluation.get("data") or facts.data or "data")
+    title = f"{data}, split {plain(evaluation['split'])}: {evaluation['images']} images"
     if evaluation.get("with_object") is not None:
         title += f", {evaluation['with_object']} with an object found"
     title += "; in %, with 95 % confidence intervals where there are any"
     lines = [f"**{title}**", "", "| | " + " | ".join(COLUMNS[c] for c in shown) + " |", "|---|" + "---:|" * len(shown)]
     for name, row in rows.items():
         cells = ["" if row.get(c) is None else f"{100 * row[c]:.1f}{_interval(row, c)}" for c in shown]
-        lines.append(f"| {_cell(name)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {plain(name)} | " + " | ".join(cells) + " |")
     lines += _by_group({name: row for name, row in rows.items() if _is_own(name)})
-    lines += [f"\nNote: {warning}" for warning in evaluation.get("warnings", ())]
+    lines += [f"\nNote: {plain(warning)}" for warning in evaluation.get("warnings", ())]
     return "\n".join(lines) + "\n"
 
 
@@ -271,20 +276,15 @@ def _interval(row: Mapping[str, Any], column: str) -> str:
     return f" ({100 * ends[0]:.1f} to {100 * ends[1]:.1f})" if isinstance(ends, (list, tuple)) and len(ends) == 2 else ""
 
 
-def _cell(text: str) -> str:
-    """Text of a data set inside a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
 def _by_group(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Accuracy by the values of the column that the evaluation was grouped by: how much the background decides."""
     with_groups = {name: row["by_group"] for name, row in rows.items() if row.get("by_group")}
     if not with_groups:
         return []
-    lines = ["", "| accuracy by group | " + " | ".join(with_groups) + " |", "|---|" + "---:|" * len(with_groups)]
+    lines = ["", "| accuracy by group | " + " | ".join(map(plain, with_groups)) + " |", "|---|" + "---:|" * len(with_groups)]
     for value in next(iter(with_groups.values())):
         reached = " | ".join(f"{100 * groups[value]:.1f}" for groups in with_groups.values())
-        lines.append(f"| {_cell(value) or '(empty)'} | {reached} |")
+        lines.append(f"| {plain(value) or '(empty)'} | {reached} |")
     return lines
 
 
@@ -299,7 +299,7 @@ def _limits(checkpoint: Checkpoint, facts: Facts) -> str:
         without = "answers" if "full" in checkpoint.model.branches else "counts as the object"
         lines.append(f"The object's view is as good as its box; without a box the whole image {without}, background included.")
     if facts.limits:
-        lines.append(facts.limits)
+        lines.append(plain(facts.limits))
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
 
 

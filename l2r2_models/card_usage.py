@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import L2R2Error
 from .hub import Checkpoint
 from .localize.base import Spec
+from .markdown import code, literal, plain
 from .model import L2R2
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def _predictor_usage(model: L2R2, repo: str, localizer: str | None) -> str:
         without = "the whole image answers" if "full" in model.branches else "the whole image counts as the object"
         boxes, comment = ", boxes=[[130, 42, 410, 380]]", f"  # xyxy pixels of the object; without boxes {without}"
         if localizer:
-            other = f'# finds the boxes itself: Predictor.from_pretrained("{repo}", localizer="{localizer}")\n'
+            other = f'# finds the boxes itself: Predictor.from_pretrained("{repo}", localizer={literal(localizer)})\n'
     return f"""
 ```python
 from PIL import Image
@@ -100,6 +101,6 @@ def localizer_part(checkpoint: Checkpoint, facts: Facts) -> str:
     known = localizer_facts(checkpoint, facts)
     if not known.get("spec"):
         return "## Localizer\n\nThe model takes boxes and brings no localizer: what finds the objects is yours to choose.\n"
-    asked = f' with the prompt "{known["prompt"]}"' if known.get("prompt") else ""
-    licence = known.get("licence") or "not stated"
-    return f"## Localizer\n\nMeant for boxes of `{known['spec']}`{asked}; licence of the localizer: {licence}.\n"
+    asked = f" with the prompt {code(known['prompt'])}" if known.get("prompt") else ""
+    licence = plain(known.get("licence") or "not stated")
+    return f"## Localizer\n\nMeant for boxes of {code(known['spec'])}{asked}; licence of the localizer: {licence}.\n"

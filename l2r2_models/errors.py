@@ -1,8 +1,22 @@
-"""The one exception for mistakes of the input."""
+"""Invalid user input: the one exception class, and text that a terminal may be shown."""
+
+from __future__ import annotations
+
+
+def printable(text: str) -> str:
+    """Text with control characters written out: a file name may hold escape codes that a terminal obeys.
+
+    >>> printable("a\x1b[2Jb")
+    'a\\\\x1b[2Jb'
+    """
+    return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text)
 
 
 class L2R2Error(ValueError):
-    """Something given to the library cannot be used; the message is one sentence that says what to do.
+    """Invalid user input. The message is one sentence that says what to do.
 
     Commands print it without a traceback and exit with status 1.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())

@@ -16,6 +16,9 @@ import yaml
 
 from .errors import L2R2Error
 
+_umask = os.umask(0)
+os.umask(_umask)
+MODE = 0o666 & ~_umask  # of a new file
 MAX_BYTES = 512 * 1024 * 1024  # of a file that is read whole: an image, a box file, a configuration
 
 
@@ -47,6 +50,7 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
     """
     path = Path(path)
     try:
+        check_readable(path, most=None)  # /dev/null would be replaced by a file
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
@@ -54,7 +58,7 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
         raise L2R2Error(f"{path}: cannot be written ({error.strerror or error}).") from error
     try:
         write(Path(temporary))
-        os.chmod(temporary, 0o644)  # mkstemp makes private files; results are meant to be read
+        os.chmod(temporary, MODE)  # mkstemp makes private files
         os.replace(temporary, path)
     except OSError as error:
         raise L2R2Error(f"{path}: cannot be written ({error.strerror or error}).") from error

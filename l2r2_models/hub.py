@@ -18,7 +18,7 @@ from safetensors import safe_open
 from timm.models import build_model_with_cfg, save_for_hf
 
 from .errors import L2R2Error
-from .files import file_sha256, read_json, write_json
+from .files import MODE, file_sha256, read_json, write_json
 from .fusion import INPUTS
 from .model import L2R2
 from .views import ViewSpec
@@ -26,6 +26,7 @@ from .views import ViewSpec
 logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+RUN = "run.json"  # what a run says of itself
 OURS = ("l2r2", "ifam")  # how the names of our architectures start
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 # keys under `l2r2` and what they hold; any other key is a newer version's, or a mistake
@@ -127,7 +128,7 @@ def save_checkpoint(
         for stale in ("test_input_size", "test_crop_pct", "test_pool_size"):
             config["pretrained_cfg"].pop(stale, None)
         config["pretrained_cfg"]["pool_size"] = None  # holds for the source's input size only
-        os.chmod(Path(temporary) / WEIGHTS, 0o644)
+        os.chmod(Path(temporary) / WEIGHTS, MODE)
         os.replace(Path(temporary) / WEIGHTS, folder / WEIGHTS)
         write_json(folder / CONFIG, config)
 
@@ -169,6 +170,8 @@ def load_checkpoint(source: str | Path, *, any_fusion: bool = False) -> Checkpoi
     digest = file_sha256(folder / WEIGHTS)
     if folder != local_folder(name):
         check_hash(folder / WEIGHTS, digest, name)
+    elif changed_weights(folder, digest):
+        logger.warning("%s: %s is not what the run wrote (its SHA-256 differs from run.json)", name, WEIGHTS)
     try:
         model = cast(L2R2, timm.create_model(f"local-dir:{folder}", pretrained=True))
     except L2R2Error as error:
@@ -182,6 +185,12 @@ def load_checkpoint(source: str | Path, *, any_fusion: bool = False) -> Checkpoi
         raise L2R2Error(f"{name}: {len(labels)} label_names for {model.num_classes} classes in {CONFIG}.")
     ours = config["l2r2"]
     return Checkpoint(model.eval(), labels, ours.get("training", {}), name, digest, ours.get("localizer", {}))
+
+
+def changed_weights(folder: Path, digest: str) -> bool:
+    """Whether the weights of a run, whose SHA-256 is `digest`, are others than those that it recorded."""
+    record = read_json(folder / RUN) if (folder / RUN).is_file() else {}
+    return isinstance(record, dict) and record.get("weights_sha256", digest) != digest
 
 
 def local_folder(name: str) -> Path | None:

@@ -21,7 +21,7 @@ from .configs import HubConfig
 from .errors import L2R2Error
 from .evaluate.stored import read_evaluations
 from .files import file_sha256, read_json, write_json, write_text
-from .hub import CONFIG, WEIGHTS, Checkpoint, load_checkpoint
+from .hub import CONFIG, WEIGHTS, Checkpoint, changed_weights, load_checkpoint
 from .train.run_folder import RUN, record_of
 
 CARD = "README.md"
@@ -236,10 +236,14 @@ def _validation(run: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any], ...]
     """
     record = record_of(run)
     metrics, files = record.get("metrics") or {}, record.get("val_files") or []
-    named = {k.removesuffix("_accuracy"): v for k, v in metrics.items() if k.endswith("_accuracy")}
+    found: dict[str, dict[str, float]] = {}
+    for key, value in metrics.items():  # fg_accuracy, fg_macro_accuracy
+        output, _, metric = key.partition("_")
+        found.setdefault(output, {})[metric] = value
+    named = {output: row for output, row in found.items() if "accuracy" in row}
     if "fusion_fit" in checkpoint.training:
         named.pop("fused", None)
-    rows = {f"fused: {_fusion_name(record)}" if k == "fused" else k: {"accuracy": v} for k, v in named.items()}
+    rows = {f"fused: {_fusion_name(record)}" if k == "fused" else k: row for k, row in named.items()}
     return ({"split": "validation (of the training)", "images": len(files), "rows": rows},) if rows and files else ()
 
 
@@ -267,8 +271,10 @@ def _record_problems(run: Path, checkpoint: Checkpoint) -> list[str]:
         problems.append(f"{run / CONFIG} has no label_names.")
     elif list(checkpoint.labels) == [str(i) for i in range(len(checkpoint.labels))] and len(checkpoint.labels) > 1:
         problems.append("The labels are 0, 1, ..., as where a list of names is missing: whoever uses the model needs names.")
-    if (run / RUN).exists() and not isinstance(read_json(run / RUN).get("metrics"), dict):
+    if (run / RUN).exists() and not isinstance(record_of(run).get("metrics"), dict):
         problems.append(f"{run}: the training has not finished; the same `l2r2 finetune` continues it.")
+    if changed_weights(run, checkpoint.digest):
+        problems.append(f"{run / WEIGHTS} is not what the run wrote: its SHA-256 differs from {RUN}. Train or fuse it again.")
     if not all(value.isfinite().all() for value in checkpoint.model.state_dict().values()):
         problems.append(f"{run / WEIGHTS} holds values that are not finite.")
     return problems

@@ -25,6 +25,7 @@ CHOICES = {
     "late_stage": ("last", "before_last"),
     "late_pool": ("mask", "all", "token"),
 }
+MOST_SIZE = 4096
 IN_NETWORK = ("late", "tokens", "parts")  # kinds of fg that look at the whole image and are masked by the network
 
 
@@ -72,8 +73,8 @@ class ViewSpec:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise L2R2Error(f'Unknown {name} "{getattr(self, name)}" of a view; choose from {", ".join(choices)}.')
-        if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1:
-            raise L2R2Error(f"A view's size must be a positive number of pixels, got {self.size!r}.")
+        if not isinstance(self.size, int) or isinstance(self.size, bool) or not 1 <= self.size <= MOST_SIZE:
+            raise L2R2Error(f"A view's size must lie between 1 and {MOST_SIZE} pixels, got {self.size!r}.")
         if not _is_number(self.margin) or not 0 <= self.margin <= 10:
             raise L2R2Error(f"A view's margin must lie between 0 and 10 box sides, got {self.margin!r}.")
         if not _is_number(self.coverage) or not 0 <= self.coverage <= 1:

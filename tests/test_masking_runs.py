@@ -62,7 +62,7 @@ def test_prediction_says_why_nothing_is_left(tmp_path):
     (found,) = predict(image, [[0, 0, 40, 40]]).objects
     assert found.source == "fused" and found.fg is not None
     (lost,) = predict(image, [[3, 3, 12, 12]]).objects  # covers no patch as a whole
-    assert lost.source == "full" and "under its mask" in lost.reason and lost.label == lost.full.label and lost.fg is None
+    assert lost.source == "full" and "mask is empty" in lost.reason and lost.label == lost.full.label and lost.fg is None
 
 
 @pytest.mark.parametrize(

@@ -42,10 +42,10 @@ def installed(wheel):
     return place
 
 
-def test_the_wheel_holds_our_two_packages_and_none_called_kernels(wheel):
+def test_the_wheel_holds_our_packages_and_none_called_kernels(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
-    assert tops == {"l2r2_models", "l2r2_kernels"}
+    assert tops == {"l2r2_models", "l2r2_kernels", "l2r2_cli"}
     assert sum(name.endswith(".yaml") for name in names) > 100
     assert {"l2r2_models/py.typed", "l2r2_models/evaluate/report.html"} <= set(names)
     for source in (ROOT / "l2r2_models").rglob("*.py"):

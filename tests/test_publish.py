@@ -118,7 +118,7 @@ def test_the_card_says_what_was_measured_and_its_metadata_can_be_read_back(finis
     assert figures["accuracy (fused)"] == ("Coloured squares", "test_ood", 0.9375)
     assert not any("average" in name for name in figures)  # a fusion tried for comparison is not the model's
     for said in ("| full | 25.0 (19.0 to 32.5) |", "| snow\\|ice | 10.0 | 50.0 | 50.0 |", "3 of the 160 images",
-                 "Not for triangles.", "cc0-1.0", "`owlv2` with the prompt \"square\"; licence of the localizer: apache-2.0",
+                 "Not for triangles.", "cc0-1.0", "`owlv2` with the prompt `square`; licence of the localizer: apache-2.0",
                  "`robust` (threshold 0.5)", "random weights", "arXiv:2411.15933", *COLOURS):  # fmt: skip
         assert said in text, said
 

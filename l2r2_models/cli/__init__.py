@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from ..errors import L2R2Error
+from ..errors import L2R2Error, printable
 from . import (
     audit,
     composite,
@@ -45,8 +45,10 @@ app.command("demo")(demo.demo)
 
 
 def main() -> None:
-    """Entry point: a mistake of the input is one sentence and exit status 1, an interruption 130, a closed pipe nothing."""
+    """Run the command: invalid input is one sentence and exit status 1. An interruption is left to `l2r2_cli`."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_printable)
     logging.getLogger("l2r2_models").setLevel(logging.INFO)
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: every line would stand there twice
     try:
@@ -54,9 +56,17 @@ def main() -> None:
     except L2R2Error as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command (without --overwrite) continues", err=True)
-        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:  # a name of 300 characters, a full disk: whatever no one has a better sentence for
+        if error.filename is None:
+            raise
+        typer.echo(f"error: {printable(str(error.filename))}: {error.strerror}.", err=True)
+        sys.exit(1)
+
+
+def _is_printable(record: logging.LogRecord) -> bool:
+    """A message, which may name a file, with nothing in it that a terminal obeys."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True

@@ -1,5 +1,5 @@
 """`python -m l2r2_models.cli`, which torchrun can start."""
 
-from . import main
+from l2r2_cli import main
 
 main()

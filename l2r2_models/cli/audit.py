@@ -53,13 +53,13 @@ def audit(
         backgrounds=backgrounds, challenge=challenge, seed=seed, skip_bad=skip_bad, work=work, report=report, progress=track,
     )  # fmt: skip
     for warning in result.warnings:
-        errors.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+        errors.print(f"warning: {warning}")
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
     else:
         _print(result)
     if report is not None:
-        errors.print(f"wrote {report}", highlight=False, markup=False, soft_wrap=True)
+        errors.print(f"wrote {report}")
 
 
 def _print(result: Audit) -> None:

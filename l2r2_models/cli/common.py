@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..errors import printable
+
 T = TypeVar("T")
-errors = Console(stderr=True)
+class _Errors(Console):
+    """The console of messages: nothing in them is markup, a link, or a code that the terminal obeys."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        options = {"highlight": False, "markup": False, "soft_wrap": True, **options}
+        super().print(*(printable(o) if isinstance(o, str) else o for o in objects), **options)
+
+
+errors = _Errors(stderr=True)
 
 
 def track(items: Iterable[T], total: int, text: str) -> Iterator[T]:

@@ -43,6 +43,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Judge every branch and every fusion of a run: accuracy, macro accuracy, calibration, groups, confusion."""
+    from ..errors import L2R2Error
     from ..evaluate.judge import evaluation_of, judge_run
     from ..evaluate.stored import store_evaluation
     from ..files import file_sha256
@@ -57,13 +58,16 @@ def evaluate(
     problems = [f"warning: {warning}" for warning in result.warnings]
     problems += [f"left out: {reason}" for reason in result.left_out.values()]
     for problem in problems:
-        errors.print(problem, highlight=False, markup=False, soft_wrap=True)
+        errors.print(problem)
     if report:
         from ..evaluate.report_evaluation import write_evaluation
 
         write_evaluation(report, judged, result, lambda batches, total: track(batches, total, "parts"))
     if Path(run).is_dir() and not judged.checkpoint.model.interventions():  # kept for the model card
-        store_evaluation(run, data, file_sha256(Path(run) / WEIGHTS), result.to_dict())
+        try:
+            store_evaluation(run, data, file_sha256(Path(run) / WEIGHTS), result.to_dict())
+        except L2R2Error as error:
+            errors.print(f"warning: {error} The model card of this run will lack these metrics.")
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
     else:

@@ -29,7 +29,7 @@ def evaluate_boxes(
         progress=lambda steps, total: track(steps, total, "comparing boxes"),
     )  # fmt: skip
     for why in report.unreadable.values():
-        errors.print(f"left out: {why}", highlight=False, markup=False, soft_wrap=True)
+        errors.print(f"left out: {why}")
     if pictures is not None:
         draw_worst(report, pictures)
     if as_json:

@@ -124,9 +124,9 @@ def finetune(
 
 def _say(result: Result, as_json: bool) -> None:
     for reason in result.skipped.values():
-        errors.print(f"left out: {reason}", highlight=False, markup=False, soft_wrap=True)
+        errors.print(f"left out: {reason}")
     for note in result.notes:
-        errors.print(note, highlight=False, markup=False, soft_wrap=True)
+        errors.print(note)
     if as_json:
         figures = {"images": result.images, "with_box": result.with_box, "left_out": len(result.skipped)}
         typer.echo(json.dumps({"run": str(result.folder), "metrics": result.metrics, **figures}))

@@ -42,9 +42,9 @@ def fuse(
         boxes=boxes, skip_bad=skip_bad, save=not dry_run, progress=lambda batches, total: track(batches, total, "branch logits"),
     )  # fmt: skip
     for warning in report.warnings:
-        errors.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+        errors.print(f"warning: {warning}")
     for reason in report.left_out.values():
-        errors.print(f"left out: {reason}", highlight=False, markup=False, soft_wrap=True)
+        errors.print(f"left out: {reason}")
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
         return

@@ -52,7 +52,7 @@ def localize(
     if not first:
         return
     for why in report.failures.values():
-        errors.print(f"failed: {why}", highlight=False, markup=False, soft_wrap=True)
+        errors.print(f"failed: {why}")
     total, failed = len(report.entries), len(report.failures)
     if as_json:
         figures = {"images": total, "with_box": report.with_box, "failed": failed, "from_before": report.kept}

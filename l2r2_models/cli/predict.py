@@ -45,17 +45,17 @@ def predict(
         topk_prompts=topk_prompts,
     )  # fmt: skip
     if predictor.model.view_spec.fg == "parts" and (inputs.entries or inputs.masks):
-        errors.print("this model finds its object itself; boxes and masks are not used", highlight=False, soft_wrap=True)
+        errors.print("this model finds its object itself; boxes and masks are not used")
     meant_for = predictor.checkpoint.localizer.get("spec")
     if meant_for and not inputs.entries and localizer is None:
         hint = f"no boxes are given, the whole image answers; this model is meant for those of --localizer {meant_for}"
-        errors.print(hint, highlight=False, markup=False, soft_wrap=True)
+        errors.print(hint)
     report = predict_to_file(predictor, inputs, out, lambda items, total: track(items, total, "predicting"))
     for image in report.failures[:10]:
-        errors.print(f"failed: {image['failure']}", highlight=False, markup=False, soft_wrap=True)
+        errors.print(f"failed: {image['failure']}")
     if unlocalized := report.localizer_failures:
         why = f"the localizer failed on {len(unlocalized)} of {report.total} images; the first: {unlocalized[0]}"
-        errors.print(why, highlight=False, markup=False, soft_wrap=True)
+        errors.print(why)
     sources = report.sources
     again = f", {report.kept} of them from before" if report.kept else ""
     because = f" ({len(unlocalized)} because the localizer failed)" if unlocalized else ""

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..data.table import ImageTable, read_table
 from ..errors import L2R2Error
-from ..files import write_json
+from ..files import file_sha256, write_json
 from ..fusion import FUSIONS
-from ..hub import load_checkpoint, save_checkpoint
+from ..hub import WEIGHTS, load_checkpoint, save_checkpoint
 from ..train.run_folder import RUN, record_of
 from .backgrounds import logits_to_fit
 from .fuse import BEST, best, fit
@@ -111,6 +111,9 @@ def fit_run(
             write_json(Path(run) / RUN, {**record, "fit_files": used})
         training = {**checkpoint.training, "fusion_fit": fit_record}
         save_checkpoint(checkpoint.model, run, checkpoint.labels, training, localizer=checkpoint.localizer)
+        if record:
+            record = {**record, "fit_files": used, "weights_sha256": file_sha256(Path(run) / WEIGHTS)}
+            write_json(Path(run) / RUN, record)
     return report
 
 

@@ -16,8 +16,8 @@ from ..data.leaks import HELD_OUT, find_leaks
 from ..data.splits import hold_out
 from ..data.table import ImageTable, read_table, rows_digest
 from ..errors import L2R2Error
-from ..files import write_json, write_text
-from ..hub import save_checkpoint
+from ..files import file_sha256, write_json, write_text
+from ..hub import WEIGHTS, save_checkpoint
 from ..locks import only_writer
 from ..masking import kept_patches, patch_grid
 from ..model import L2R2
@@ -220,6 +220,7 @@ def _finish(
         save_checkpoint(model, out, classes, settings, localizer=_localizer(recipe, settings["data"].get("boxes_from", {})))
     except OSError as error:
         raise L2R2Error(f"{out}: cannot be written ({error.strerror or error}); the same call again finishes the run.") from error
+    record = {**record, "weights_sha256": file_sha256(out / WEIGHTS)}
     write_json(out / RUN, record)  # last: it says that the run is finished
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 

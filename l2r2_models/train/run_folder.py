@@ -14,17 +14,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import L2R2Error
-from ..files import read_json
-from ..hub import CONFIG, WEIGHTS
+from ..files import read_json, remove_stale
+from ..hub import CONFIG, RUN, WEIGHTS
 from ..versions import version_of
 from . import processes
 from .recipes import FREE
 
-RUN, RECIPE, CHECKPOINTS, LOGS = "run.json", "recipe.yaml", "checkpoints", "logs"
+RECIPE, CHECKPOINTS, LOGS = "recipe.yaml", "checkpoints", "logs"
 
 
 def check_place(out: Path, data: Path, settings: dict[str, Any], overwrite: bool) -> None:
     """`out` must be new, empty, or this very run; to be overwritten it must at least be a run."""
+    if out.is_dir():
+        remove_stale(out / RUN)  # of a process that was killed while it wrote the first file of the run
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / RUN).is_file() or data.resolve().is_relative_to(out.resolve()):
@@ -57,8 +59,9 @@ def finished(out: Path) -> dict[str, Any] | None:
     """The record of a finished run: it is written after everything else."""
     if not all((out / name).is_file() for name in (RUN, CONFIG, WEIGHTS)):
         return None
-    record = read_json(out / RUN)
-    whole = isinstance(record.get("metrics"), dict) and isinstance(record["data"].get("with_box"), int)
+    record = record_of(out)
+    data = record.get("data")
+    whole = isinstance(record.get("metrics"), dict) and isinstance(data, dict) and isinstance(data.get("with_box"), int)
     return record if whole else None
 
 

@@ -53,7 +53,9 @@ def assert_close(results, truth, dtype):
 
 def assert_no_worse_than_sdpa(results, sdpa_results, truth):
     for name, ours, theirs in zip(("out", "dq", "dk", "dv"), errors(results, truth), errors(sdpa_results, truth)):
-        assert ours <= 1.5 * theirs + 1e-6, f"{name}: {ours:.2e} off, SDPA {theirs:.2e}"
+        # The bound of either is n * eps * sum |products|, far above both. Two orders of summation of the same float32 products
+        # differed by a factor of 2 in their largest error (dv on a GPU: 6.9e-6 and 3.4e-6).
+        assert ours <= 3 * theirs + 1e-6, f"{name}: {ours:.2e} off, SDPA {theirs:.2e}"
 
 
 def check_masked(shape, dtype, mask, device="cpu", backend="auto"):

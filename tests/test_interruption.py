@@ -1,0 +1,47 @@
+"""Ctrl-C: one line and exit status 130, whatever the command is doing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+LINE = "interrupted; the same command (without --overwrite) continues"
+
+
+def interrupted(command, when, **options):
+    """Start a command, send it SIGINT once `when(process)` returns, and give its exit status and its standard error."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "l2r2_cli", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, **options,
+    )  # fmt: skip
+    when(process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    _, error = process.communicate(timeout=120)
+    return process.returncode, [line for line in error.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("delay", [0.3, 0.6, 1.0, 1.5, 2.5])
+def test_at_start_up(delay, tmp_path):
+    """While torch is imported too, where a KeyboardInterrupt is a traceback of a hundred lines."""
+    code, lines = interrupted(["predict", tmp_path / "none", tmp_path, "-o", tmp_path / "o.json"], lambda _: time.sleep(delay))
+    assert (code, lines) == (130, [LINE]) or (code == 1 and lines[0].startswith("error:"))  # it may have been done already
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_in_a_training_with_its_workers(workers, dataset, tmp_path):
+    out = tmp_path / "run"
+
+    def training(process):
+        deadline = time.monotonic() + 100
+        while not (out / "run.json").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1)
+
+    settings = ["--set", f"workers={workers}", "--set", "epochs=2000", "--set", "size=32"]
+    command = ["finetune", dataset, "--model", "timm:resnet10t", "--no-pretrained", "-o", out, *settings]
+    code, lines = interrupted(command, training)
+    assert code == 130 and lines[-1] == LINE and not any("Traceback" in line for line in lines), lines[-5:]
+    assert not list(tmp_path.glob("*.lock"))
