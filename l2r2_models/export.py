@@ -91,6 +91,38 @@ class ImageIn(ViewsIn):
         return (*self.answers(logits, has_fg), has_fg)
 
 
+class MaskIn(ViewsIn):
+    """The whole image's view `[B, 3, S, S]` and the object's mask in it `[B, h, w]` in 0..1, for an fg that is masked inside the
+    network. Gives `has_fg` `[B]` bool too: False where the mask keeps nothing."""
+
+    def __init__(self, model: L2R2, half: bool = False) -> None:
+        super().__init__(model, half)
+        self.inputs = ("full_view", "mask")
+        self.outputs = ("fused", *model.branches, "has_fg")
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        view, mask = given
+        view = view.half() if self.half_precision else view
+        whole = "full" if "full" in self.model.branches else "fg"
+        out = self.model.forward_views(**{whole: view}, mask=mask)
+        logits = {branch: z.float() for branch, z in out.branches().items()}
+        assert out.has_fg is not None
+        return (*self.answers(logits, out.has_fg), out.has_fg)
+
+
+class PartsIn(MaskIn):
+    """The whole image's view `[B, 3, S, S]`, for a model that finds the object itself."""
+
+    def __init__(self, model: L2R2, half: bool = False) -> None:
+        super().__init__(model, half)
+        self.inputs = ("full_view",)
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        out = self.model.forward_views(given[0].half() if self.half_precision else given[0])
+        assert out.has_fg is not None
+        return (*self.answers({branch: z.float() for branch, z in out.branches().items()}, out.has_fg), out.has_fg)
+
+
 def export_run(run: str | Path, out: str | Path, *, format: str = "onnx", takes: str = "views", fp16: bool = False) -> Exported:
     """Export a checkpoint and compare what the written file answers with PyTorch.
 
@@ -113,7 +145,7 @@ def export_run(run: str | Path, out: str | Path, *, format: str = "onnx", takes:
             raise L2R2Error(f'Unknown {what} "{value}" of an export; choose from {", ".join(choices)}.')
     checkpoint = load_checkpoint(run)
     _check_kind(checkpoint, takes)
-    kind = ImageIn if takes == "image" else ViewsIn
+    kind = _kind_of(checkpoint.model, takes)
     trials = [_trial(checkpoint.model, takes, count) for count in (2, 3)]  # 1 would be taken for a constant
     with torch.inference_mode():
         exact = kind(checkpoint.model)
@@ -139,12 +171,20 @@ def export_run(run: str | Path, out: str | Path, *, format: str = "onnx", takes:
 
 def _check_kind(checkpoint: Checkpoint, takes: str) -> None:
     spec = checkpoint.model.view_spec
-    if "fg" in checkpoint.model.branches and spec.fg in IN_NETWORK:
-        raise L2R2Error(f"{checkpoint.name}: fg {spec.fg} is masked inside the network, which cannot be exported.")
+    if takes == "image" and "fg" in checkpoint.model.branches and spec.fg in IN_NETWORK:
+        what = "finds its object itself" if spec.fg == "parts" else "takes the object's mask"
+        raise L2R2Error(f"{checkpoint.name}: {what} inside the network; export it with --input views.")
     if takes == "image" and spec.mode == "pil":
         raise L2R2Error(f"{checkpoint.name}: cuts in the mode pil, which has no graph; export it with --input views.")
     if takes == "image" and checkpoint.model.in_chans != 3:
         raise L2R2Error(f"{checkpoint.name}: takes {checkpoint.model.in_chans} channels; export it with --input views.")
+
+
+def _kind_of(model: L2R2, takes: str) -> type[ViewsIn]:
+    if takes == "image":
+        return ImageIn
+    fg = model.view_spec.fg if "fg" in model.branches else "crop"
+    return {"parts": PartsIn, "late": MaskIn, "tokens": MaskIn}.get(fg, ViewsIn)
 
 
 def _metadata(checkpoint: Checkpoint, takes: str) -> dict[str, str]:
@@ -169,9 +209,14 @@ def _trial(model: L2R2, takes: str, count: int) -> tuple[Tensor, ...]:
         return image, boxes
     of_one = torch.zeros(count, dtype=torch.int64)
     views = make_views([image], boxes, model.view_spec, branches=model.branches, image_index=of_one)
-    given = [v for b, v in views._asdict().items() if b in model.branches]
+    given = [v for b, v in views._asdict().items() if b in model.branches and v is not None]
     if model.in_chans != 3:
         given = [v[:, :1].expand(-1, model.in_chans, -1, -1).contiguous() for v in given]
+    if (kind := _kind_of(model, takes)) is MaskIn:
+        assert views.mask is not None
+        return given[0], views.mask
+    if kind is PartsIn:
+        return (given[0],)
     return (*given, views.has_fg) if len(given) > 1 else tuple(given)
 
 

@@ -122,6 +122,8 @@ def run_tokens(vit: Any, tokens: Tensor, keep: Tensor, *, packed: bool = True, w
     Raises:
         L2R2Error: a block that cannot run so.
     """
+    if torch.jit.is_tracing():  # it would keep this mask, and answer another one with NaN
+        raise L2R2Error("A network that drops tokens cannot be traced by torch.jit; use torch.export or `l2r2 export`.")
     prefixes = vit.num_prefix_tokens
     weight = None if weights is None else nn.functional.pad(weights, (prefixes, 0), value=1.0)
     mask = torch.cat([keep.new_ones(keep.shape[0], prefixes), keep], 1)

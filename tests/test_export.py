@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import COLOURS, write_run
 from hypothesis import given, settings
@@ -136,14 +137,6 @@ def test_a_network_for_the_whole_image_can_be_exported_whatever_its_fg_would_be(
     assert export.export_run(run, tmp_path / "model.pt2", format="torch-export").difference <= 1e-4
 
 
-def test_what_is_masked_in_the_network_is_not_exported(tmp_path):
-    checkpoint = hub.load_checkpoint(write_run(tmp_path / "run"))
-    checkpoint.model.view_spec = ViewSpec(size=32, fg="late")
-    hub.save_checkpoint(checkpoint.model, tmp_path / "run", checkpoint.labels)
-    with pytest.raises(L2R2Error, match="fg late is masked inside the network"):
-        export.export_run(tmp_path / "run", tmp_path / "model.pt2", format="torch-export")
-
-
 def test_what_cannot_be_exported_is_refused(tmp_path, run):
     with pytest.raises(L2R2Error, match='Unknown format "tflite"'):
         export.export_run(run, tmp_path / "x", format="tflite")
@@ -197,3 +190,49 @@ def test_the_example_without_torch(tmp_path, run, of_image):
     name, label, score = lines[0].split()
     assert (name, label) == ("fused", answer.label) and abs(float(score) - answer.score) < 1e-3
     assert [line.split()[0] for line in lines] == ["fused", "full", "fg"]
+
+
+MASKED = {
+    "tokens": ("l2r2_masked_vit_small_patch16_224", {"branches": ("full", "fg")}),
+    "tokens alone": ("l2r2_masked_vit_small_patch16_224", {"branches": ("fg",)}),
+    "ifam": ("ifam_vit_tiny_patch16_224", {"num_parts": 3}),
+}
+
+
+def masked_run(folder, kind):
+    torch.manual_seed(0)
+    name, options = MASKED[kind]
+    model = timm.create_model(name, num_classes=3, img_size=32, depth=2, embed_dim=48, num_heads=3, patch_size=8, **options)
+    hub.save_checkpoint(model, folder, sorted(COLOURS))
+    return folder
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+@pytest.mark.parametrize("kind", MASKED)
+def test_models_that_drop_tokens_answer_the_same_at_any_batch_size_and_mask(tmp_path, kind, format):
+    run = masked_run(tmp_path / "run", kind)
+    result = export.export_run(run, tmp_path / "model", format=format)
+    assert result.difference <= 1e-4 and result.inputs == (("full_view",) if kind == "ifam" else ("full_view", "mask"))
+    model = hub.load_checkpoint(run).model
+    view, mask = torch.randn(5, 3, 32, 32), (torch.rand(5, 32, 32) > 0.7).float()
+    mask[0] = 0
+    given = (view,) if kind == "ifam" else (view, mask)
+    if format == "onnx":
+        session, _ = session_of(result.file)
+        got = session.run(None, {name: value.numpy() for name, value in zip(result.inputs, given)})
+    else:
+        with torch.no_grad():
+            got = torch.export.load(result.file).module()(*given)
+    with torch.inference_mode():
+        whole = "full" if "full" in model.branches else "fg"
+        wanted = model.forward_views(**{whole: view}, **({} if kind == "ifam" else {"mask": mask}))
+    assert np.array_equal(np.asarray(got[-1]), wanted.has_fg.numpy()) and (kind == "ifam" or not got[-1][0])
+    assert np.allclose(np.asarray(got[0]), wanted.fused.numpy(), atol=1e-4)
+
+
+def test_what_would_keep_one_mask_is_refused(tmp_path):
+    run = masked_run(tmp_path / "run", "ifam")
+    with pytest.raises(L2R2Error, match=r"cannot be traced by torch\.jit; use torch.export"):
+        torch.jit.trace(hub.load_checkpoint(run).model, torch.randn(1, 3, 32, 32))
+    with pytest.raises(L2R2Error, match="finds its object itself inside the network; export it with --input views"):
+        export.export_run(run, tmp_path / "model.onnx", takes="image")
