@@ -81,7 +81,7 @@ def load_packaged(source: str) -> dict[str, Tensor] | None:
         is_pickle = found.file.suffix != ".safetensors"
         tensors = torch.load(found.file, map_location="cpu", weights_only=True) if is_pickle else load_file(found.file)
     except UnpicklingError:
-        raise L2R2Error(f"{found.file}: holds more than tensors and is not loaded; tell the authors of {found.package}.") from None
+        raise L2R2Error(f"{found.file}: holds more than tensors and is not loaded; report it to {found.package}.") from None
     wanted = timm.create_model(_with_tag(source), device="meta").state_dict()
     named = dict(zip(wanted, tensors.values())) if found.in_order else tensors
     if len(tensors) != len(wanted) or any(k not in named or named[k].shape != v.shape for k, v in wanted.items()):
