@@ -26,6 +26,7 @@ from .hub import FORMAT_VERSION, check_format, crop_mode
 from .ifam import IFAM
 from .model import L2R2, check_branches
 from .views import ViewSpec
+from .weights import forget, overlay
 
 __all__: list[str] = []
 
@@ -45,6 +46,7 @@ ARCHITECTURES: dict[str, str] = {
         "efficientnet_b0",
     )
 }
+ARCHITECTURES |= {f"l2r2_efficientnet_lite{n}": f"tf_efficientnet_lite{n}" for n in range(3)}
 _VITS = [*(f"vit_{s}_patch16_224" for s in ("small", "base")), *(f"vit_{s}_patch14_reg4_dinov2" for s in ("small", "base"))]
 ARCHITECTURES |= {f"{MASKED}{vit}": vit for vit in _VITS}
 ARCHITECTURES |= {f"{PARTS}{vit}": vit for vit in ("vit_tiny_patch16_224", *_VITS[2:])}
@@ -155,9 +157,19 @@ TRAINED = {config.name: dict(config.model_args or {}) for config in load_hub_con
 
 
 def _create(
-    architecture: str, pretrained: bool = False, *, backbone: str, format_version: int = FORMAT_VERSION, **kwargs: Any
+    architecture: str,
+    pretrained: bool = False,
+    *,
+    backbone: str,
+    source: str | None = None,
+    format_version: int = FORMAT_VERSION,
+    **kwargs: Any,
 ) -> L2R2:
+    """Build a model; `source` is the timm model with tag that `pretrained` starts from, by default that of the tag."""
     check_format(format_version)
+    if source is None and isinstance(tag := kwargs.get("pretrained_cfg"), (str, type(None))):
+        cfg = get_pretrained_cfg(architecture)
+        source = f"{backbone}.{tag or (cfg.tag if cfg else '')}"
     if isinstance(tag := kwargs.get("pretrained_cfg"), str):  # a trained checkpoint's own branches, fusion and views
         kwargs = {**TRAINED.get(f"{architecture}.{tag}", {}), **kwargs}
     branches = check_branches(kwargs.get("branches") or ("full", "fg"))
@@ -166,10 +178,11 @@ def _create(
         first_conv=_first_convs(get_pretrained_cfg(backbone.split(".")[0]), prefixes),
         classifier=tuple(f"heads.{branch}" for branch in branches),
     )
-    kwargs["pretrained_cfg_overlay"] = {**names, **(kwargs.get("pretrained_cfg_overlay") or {})}
+    installed = overlay(source) if pretrained and source else {}
+    kwargs["pretrained_cfg_overlay"] = {**names, **installed, **(kwargs.get("pretrained_cfg_overlay") or {})}
     if architecture.startswith(MASKED) and kwargs.get("views") is None:
         kwargs.setdefault("fg_kind", "tokens")
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         IFAM if architecture.startswith(PARTS) else L2R2,
         architecture,
         pretrained,
@@ -178,11 +191,13 @@ def _create(
         backbone=backbone,
         **kwargs,
     )
+    forget(model)
+    return model
 
 
 def _feature_indices(backbone: str) -> tuple[int, ...]:
     """features_only's default levels: all stages of a hierarchical network, timm's usual three of a ViT."""
-    if backbone.startswith(("resnet", "efficientnet")):
+    if backbone.startswith(("resnet", "efficientnet", "tf_efficientnet")):
         return (0, 1, 2, 3, 4)
     return (-3, -2, -1) if backbone.startswith("vit_") else (0, 1, 2, 3)
 
@@ -213,6 +228,8 @@ def l2r2(pretrained: bool = False, backbone: str = "resnet18", **kwargs: Any) ->
         raise L2R2Error(unknown_backbone(backbone))
     if isinstance(kwargs.get("pretrained_cfg"), str):
         raise L2R2Error(f'The generic model l2r2 has no tag "{kwargs["pretrained_cfg"]}"; give one with backbone="name.tag".')
+    source = None
     if kwargs.get("pretrained_cfg") is None:
+        source = backbone
         kwargs["pretrained_cfg"] = derive_cfg(get_pretrained_cfg(backbone) or PretrainedCfg()).to_dict()
-    return _create("l2r2", pretrained, backbone=backbone, **kwargs)
+    return _create("l2r2", pretrained, backbone=backbone, source=source, **kwargs)

@@ -9,11 +9,13 @@ correlation. The last 15 % of each class's rows of `train` (rows are frames in o
 composites: OBJECTS cut out by their masks on SCENES, made anew for each seed (`l2r2 composite`: 97 % and 87 % correlation in two
 environments); `val` holds other physical objects on other scene photographs, correlated as in training.
 
-Every network is trained by the same recipe (`scratch`, ResNet-18, batch 16, bf16; fod_a_shift: 96 pixels, 20 epochs; composites:
-64 pixels, 4 epochs), the weights are those after the last epoch. Fusions are fitted and chosen on `val` as it is, on `val` laid
-on other training images' backgrounds (swapped), and on both; on composites what one physical object teaches is judged on others
-(`l2r2 fuse --group object`). No row of a test split is fitted on or chosen by. Interrupted, the same command continues. Writes
-benchmarks/results/background_shift_NAME.csv.
+Every network is trained by the same recipe (batch 16, bf16), and the weights are those after the last epoch. With `--start
+pretrained`, the default: EfficientNet-Lite0 from the installed ImageNet weights, recipe `finetune`, 128 pixels, 10 epochs
+(composites: 4). With `--start scratch`: ResNet-18, recipe `scratch`, 96 pixels, 20 epochs (composites: 64 pixels, 4 epochs).
+
+Fusions are fitted and chosen on `val` as it is, on `val` laid on other training images' backgrounds (swapped), and on both; on
+composites what one physical object teaches is judged on others (`l2r2 fuse --group object`). No row of a test split is fitted on
+or chosen by. Interrupted, the same command continues. Writes benchmarks/results/background_shift_NAME_START.csv.
 """
 
 from __future__ import annotations
@@ -48,7 +50,15 @@ from l2r2_models.train.recipes import Recipe
 MINORITY, HELD_OUT = 38, 0.15
 SPLITS = ("test_id", "test_ood")
 COMMON = {"batch_size": 16, "precision": "bf16", "channels_last": True}
-PIXELS, EPOCHS = {"fod_a_shift": 96, "composites": 64}, {"fod_a_shift": 20, "composites": 4}
+NETWORKS = {"pretrained": "l2r2_efficientnet_lite0", "scratch": "l2r2_resnet18"}
+PIXELS = {
+    "pretrained": {"fod_a_shift": 128, "composites": 128},
+    "scratch": {"fod_a_shift": 96, "composites": 64},
+}
+EPOCHS = {
+    "pretrained": {"fod_a_shift": 10, "composites": 4},
+    "scratch": {"fod_a_shift": 20, "composites": 4},
+}
 SIDE = {"fod_a_shift": 300, "composites": 128}  # of the images
 GROUP = {"fod_a_shift": None, "composites": "object"}  # rows that are alike: photos of one physical object
 RESULTS = Path(__file__).parent.parent / "results"
@@ -142,7 +152,7 @@ def answers(
 def run_one(data: Path, rows: Path, name: str, seed: int, work: Path, options: argparse.Namespace) -> list[dict]:
     """Train one model with one seed and measure every answer that it gives."""
     changes = {**COMMON, "size": options.size, "epochs": options.epochs, **MODELS[name].changes}
-    recipe = Recipe.default("l2r2_resnet18", False, seed=seed, **changes)
+    recipe = Recipe.default(NETWORKS[options.start], options.start == "pretrained", seed=seed, **changes)
     run = work / f"{name.replace(' ', '_').replace(',', '')}_s{seed}"
     print(f"{name}, seed {seed}", flush=True)
     finetune(data, recipe, run, metadata=rows, val_split="val")
@@ -201,14 +211,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(SIDE))
     parser.add_argument("data", type=Path, nargs="+")
+    parser.add_argument("--start", choices=list(NETWORKS), default="pretrained")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--epochs", type=int, help="for a quick try; the default is the figure's")
     parser.add_argument("--work", type=Path, default=Path("runs"))
     options = parser.parse_args()
-    options.size, options.epochs = PIXELS[options.name], options.epochs or EPOCHS[options.name]
-    work = options.work / options.name
-    about = about_run(backbone="resnet18 from scratch", pixels=options.size, epochs=options.epochs)
+    options.size = PIXELS[options.start][options.name]
+    options.epochs = options.epochs or EPOCHS[options.start][options.name]
+    work = options.work / f"{options.name}_{options.start}"
+    about = about_run(backbone=NETWORKS[options.start], start=options.start, pixels=options.size, epochs=options.epochs)
     table: list[dict] = []
     for seed in options.seeds:
         data, rows = data_of(options, seed, work)
@@ -219,7 +231,7 @@ def main() -> None:
             file = write_rows(rows, control, work / f"rows_{control or 'given'}_s{seed}.csv", SIDE[options.name])
             table += run_one(data, file, name, seed, work, options)
             RESULTS.mkdir(parents=True, exist_ok=True)
-            write_table(table, RESULTS / f"background_shift_{options.name}.csv", about)
+            write_table(table, RESULTS / f"background_shift_{options.name}_{options.start}.csv", about)
     print_means(table)
 
 

@@ -13,7 +13,7 @@ boxes of its training rows, and then looks at the test images through the boxes 
 
 `robust` is at its default threshold; nothing is fitted on any row. `gain` is the part of what given boxes give fg over full on
 test_ood that is left: (fg - full) / (fg with given boxes - full). Interrupted, the same command continues. Writes
-benchmarks/results/localizers_NAME.csv.
+benchmarks/results/localizers_NAME_START.csv.
 """
 
 from __future__ import annotations
@@ -23,7 +23,19 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from background_shift import COMMON, EPOCHS, PIXELS, RESULTS, SIDE, SPLITS, about_run, data_of, write_rows, write_table
+from background_shift import (
+    COMMON,
+    EPOCHS,
+    NETWORKS,
+    PIXELS,
+    RESULTS,
+    SIDE,
+    SPLITS,
+    about_run,
+    data_of,
+    write_rows,
+    write_table,
+)
 
 from l2r2_models.data.table import read_table
 from l2r2_models.evaluate.boxes import evaluate_boxes
@@ -84,19 +96,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(SIDE))
     parser.add_argument("data", type=Path, nargs="+")
+    parser.add_argument("--start", choices=list(NETWORKS), default="pretrained")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="for a quick try; the default is the figure's")
     parser.add_argument("--work", type=Path, default=Path("runs"))
-    parser.add_argument("--out", type=Path, help="the table; default benchmarks/results/localizers_NAME.csv")
+    parser.add_argument("--out", type=Path, help="the table; default benchmarks/results/localizers_NAME_START.csv")
     options = parser.parse_args()
-    size, epochs = PIXELS[options.name], options.epochs or EPOCHS[options.name]
-    work, out = options.work / options.name, options.out or RESULTS / f"localizers_{options.name}.csv"
-    about = about_run(backbone="resnet18 from scratch", pixels=size, epochs=epochs)
+    size, epochs = PIXELS[options.start][options.name], options.epochs or EPOCHS[options.start][options.name]
+    name = f"{options.name}_{options.start}"
+    work, out = options.work / name, options.out or RESULTS / f"localizers_{name}.csv"
+    about = about_run(backbone=NETWORKS[options.start], start=options.start, pixels=size, epochs=epochs)
     table: list[dict] = []
     for seed in options.seeds:
         data, rows = data_of(options, seed, work)
         file, run = write_rows(rows, "", work / f"rows_given_s{seed}.csv", SIDE[options.name]), work / f"box_head_s{seed}"
-        recipe = Recipe.default("l2r2_resnet18", False, seed=seed, box_head=True, size=size, epochs=epochs, **COMMON)
+        settings = {**COMMON, "seed": seed, "box_head": True, "size": size, "epochs": epochs}
+        recipe = Recipe.default(NETWORKS[options.start], options.start == "pretrained", **settings)
         print(f"seed {seed}", flush=True)
         finetune(data, recipe, run, metadata=file, val_split="val")
         table += [{"localizer": n, "seed": seed, **measure(data, file, run, n, size)} for n in ("given", *LOCALIZERS)]

@@ -11,7 +11,7 @@ import typer
 
 def list_models(
     pattern: Annotated[str, typer.Argument(help="Only names that match, e.g. '*convnext*'.")] = "*",
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Every tag, with source, licence and top-1.")] = False,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Every tag, and where its weights come from.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the models: parameters, input size, default tag; with --pretrained every tag."""
@@ -20,15 +20,18 @@ def list_models(
 
     from ..configs import load_hub_configs
     from ..errors import L2R2Error
+    from ..weights import whereabouts
 
     configs = [c for c in load_hub_configs() if pretrained or c.default]
     configs = [c for c in configs if fnmatch.fnmatch(c.name, pattern) or fnmatch.fnmatch(c.architecture, pattern)]
     if not configs:
         raise L2R2Error(f'No model matches "{pattern}"; `l2r2 list` shows all.')
+    places = [("hub", False) if c.trained else whereabouts(c.source, c.hub_id) for c in configs]
     rows = [
         {"model": c.architecture, "tag": c.tag, "parameters": c.parameters, "input_size": c.input_size, "labels": c.labels,
-         "source_top1": c.top1, "licence": c.licence, "hub_id": c.hub_id, "made_by": c.made_by, "metrics": c.metrics}
-        for c in configs
+         "source_top1": c.top1, "licence": c.licence, "hub_id": c.hub_id, "made_by": c.made_by, "metrics": c.metrics,
+         "weights_from": place, "on_this_machine": here}
+        for c, (place, here) in zip(configs, places)
     ]  # fmt: skip
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
@@ -37,9 +40,12 @@ def list_models(
     for title in ("params (M)", "input", "source's top-1"):
         table.add_column(title, justify="right")
     table.add_column("licence of the weights")
-    for c in sorted(configs, key=lambda c: (c.parameters, not c.default)):
+    table.add_column("weights from")
+    for c, (place, here) in sorted(zip(configs, places), key=lambda row: (row[0].parameters, not row[0].default)):
         top1 = "" if c.top1 is None else f"{c.top1:.1f}"
-        table.add_row(c.architecture, c.tag, f"{c.parameters / 1e6:.1f}", str(c.input_size), top1, c.licence or "see its page")
+        place += " (on this machine)" if here else ""
+        size, parameters = str(c.input_size), f"{c.parameters / 1e6:.1f}"
+        table.add_row(c.architecture, c.tag, parameters, size, top1, c.licence or "see its page", place)
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # a pipe has no width to wrap at

@@ -21,6 +21,7 @@ from ..files import read_json, read_text
 from ..hub import load_checkpoint, local_folder, open_checkpoint
 from ..model import L2R2
 from ..views import Views, ViewSpec
+from ..weights import create_pretrained
 
 MAP_COLUMNS = ("class", "model_class")
 
@@ -105,7 +106,7 @@ def _create(name: str, model: str) -> Any:
     if not model.startswith("local-dir:") and not timm.is_model(model.split(".")[0]):
         raise L2R2Error(f'{name}: timm has no model "{model}"; `timm.list_models(pretrained=True)` shows what it has.')
     try:
-        return timm.create_model(model, pretrained=True)
+        return create_pretrained(model)
     except Exception as error:  # timm, huggingface_hub and safetensors each have their own
         why = " ".join(str(error).split())[:200]
         raise L2R2Error(f"{name}: its pretrained weights cannot be loaded ({why}).") from error

@@ -21,6 +21,7 @@ from ..boxes import Detections, ViewMap
 from ..errors import L2R2Error
 from ..ifam import IFAM
 from ..views import ViewSpec
+from ..weights import create_pretrained
 from .base import Context, Localizer, Option, Spec, number, whole
 from .looking import Looking, one_box
 
@@ -63,7 +64,7 @@ class NormalisedCut(Looking):
         Localizer.__init__(self, spec, context)
         name = spec.source.removeprefix("timm:")
         try:
-            backbone: Any = timm.create_model(name, pretrained=True, num_classes=0)
+            backbone: Any = create_pretrained(name, num_classes=0)
         except Exception as error:  # timm, the hub and torch each have their own
             raise L2R2Error(f"{name}: timm cannot load it ({' '.join(str(error).split())[:200]}).") from error
         views = ViewSpec.from_pretrained_cfg(backbone.pretrained_cfg)
