@@ -21,7 +21,7 @@ from .train.recipes import Recipe
 from .versions import version_of
 
 SPLITS = ("test_usual", "test_swapped")
-MODEL = "l2r2_efficientnet_lite0"
+BACKBONE = "timm:resnet10t"
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class DemoResult:
     picture: Path
 
 
-def run_demo(folder: Path, *, epochs: int = 4, seed: int = 0, say: Callable[[str], None] = print) -> DemoResult:
+def run_demo(folder: Path, *, epochs: int = 8, seed: int = 0, say: Callable[[str], None] = print) -> DemoResult:
     """Make the data, train a plain classifier and an L2R2 model the same way, predict both test splits, draw six images.
 
     Interrupted, the same call continues: finished trainings and predictions are kept.
@@ -49,12 +49,12 @@ def run_demo(folder: Path, *, epochs: int = 4, seed: int = 0, say: Callable[[str
     data = folder / "data"
     if not (data / "metadata.csv").exists():
         make_demo_data(data, seed=seed)
-    common = dict(size=96, epochs=epochs, seed=seed, flip=0.0, batch_size=16, channels_last=True, precision="bf16")
+    common = dict(size=64, epochs=epochs, seed=seed, flip=0.0, fusion="robust", lr=2e-3, label_smoothing=0.0)
     runs = {}
     for number, (name, branches) in enumerate({"plain": ("full",), "l2r2": ("full", "fg")}.items(), 2):
         what = "a plain classifier on whole images" if name == "plain" else "L2R2: whole image and object, one shared backbone"
         say(f"{number}/4  training {what}")
-        recipe = Recipe.default(MODEL, True, branches=branches, **common)
+        recipe = Recipe.default(BACKBONE, False, branches=branches, **common)
         runs[name] = finetune(data, recipe, folder / name).folder
 
     say("4/4  predicting the test images")

@@ -11,7 +11,7 @@ import typer
 
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything; the same call continues it.")] = Path("demo"),
-    epochs: Annotated[int, typer.Option(min=1, help="Of both trainings.")] = 8,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of both trainings.")] = 8,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of data, weights and order.")] = 0,
 ) -> None:
     """See the problem and the remedy: train a plain classifier and L2R2 on made data, and swap the backgrounds."""
