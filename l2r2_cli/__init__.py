@@ -3,7 +3,6 @@
 A package of its own, because `import l2r2_models` registers the models with timm, which takes seconds.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -34,6 +33,8 @@ def main() -> None:
     except Interrupted:
         sys.stdout.flush()
         print(file=sys.stderr)  # a progress bar may stand on the line
+        import multiprocessing  # not before the handler is set
+
         for worker in multiprocessing.active_children():
             worker.kill()
         _leave()  # all is unwound; threads and workers of libraries would be waited for

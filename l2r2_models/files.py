@@ -70,11 +70,15 @@ def remove_stale(path: Path) -> None:
     """Remove what a killed `write_atomic` left of `path`; only for its one writer, see `locks`."""
     if len(path.name) > 40:  # a longer name shares its temporary names with others
         return
-    ours = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.tmp")
     with os.scandir(path.parent) as found:
         for entry in found:
-            if ours.fullmatch(entry.name):
+            if is_temporary(Path(entry.path), path.name):
                 Path(entry.path).unlink(missing_ok=True)
+
+
+def is_temporary(path: Path, name: str) -> bool:
+    """Whether a file is what `write_atomic` writes before it is `name`."""
+    return re.fullmatch(rf"\.{re.escape(name)}\.[a-z0-9_]{{8}}\.tmp", path.name) is not None
 
 
 def write_text(path: str | Path, text: str) -> None:

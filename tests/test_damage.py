@@ -65,6 +65,20 @@ def test_a_damaged_record_of_a_run(command, damage, run, capsys, monkeypatch):
     assert "run.json" in sentence or "is not a run" in sentence
 
 
+FIELDS = {"recipe": [3, "x", []], "metrics": [3, [], {"fg_accuracy": "x"}, {"fg_accuracy": None}], "notes": [3, [3], {}]}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in FIELDS.items() for value in values])
+def test_a_field_of_another_type_in_the_record_of_a_run(field, value, run, capsys, monkeypatch):
+    folder, data = run
+    (folder / "run.json").write_text(json.dumps({**read_json(folder / "run.json"), field: value}))
+    assert "run.json" in said(capsys, monkeypatch, "publish", folder, "org/name", "--licence", "mit")
+    settings = ["--set", "size=32", "--epochs", "1", "--val-split", "val"]
+    assert "run.json" in said(
+        capsys, monkeypatch, "finetune", data, "--model", "timm:resnet10t", "--no-pretrained", "-o", folder, *settings
+    )
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_evaluation_of_a_run(damage, run, capsys, monkeypatch):
     folder, _ = run
@@ -126,3 +140,13 @@ def test_a_run_knows_its_weights(run, tmp_path, caplog):
     assert [r.message for r in caplog.records if "SHA-256" in r.message] == [
         f"{folder}: model.safetensors is not what the run wrote (its SHA-256 differs from run.json)"
     ]
+
+
+def test_a_run_that_cannot_be_written_to_is_judged_all_the_same(run):
+    """As on a read-only disk: the metrics are printed, and one sentence says that they are not kept."""
+    folder, data = run
+    for name in ("evaluations", "logits"):
+        (folder / name).write_text("a file where a folder should be")
+    result = CliRunner().invoke(app, ["evaluate", str(folder), str(data), "--split", "test"])
+    assert result.exit_code == 0 and "fused: robust" in result.stdout
+    assert "The model card of this run will lack these metrics." in " ".join(result.stderr.split())

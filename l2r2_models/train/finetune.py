@@ -16,8 +16,8 @@ from ..data.leaks import HELD_OUT, find_leaks
 from ..data.splits import hold_out
 from ..data.table import ImageTable, read_table, rows_digest
 from ..errors import L2R2Error
-from ..files import file_sha256, write_json, write_text
-from ..hub import WEIGHTS, save_checkpoint
+from ..files import file_sha256, remove_stale, write_json, write_text
+from ..hub import CONFIG, WEIGHTS, save_checkpoint
 from ..locks import only_writer
 from ..masking import kept_patches, patch_grid
 from ..model import L2R2
@@ -163,6 +163,9 @@ def _claim(out: Path, data: Path, settings: dict[str, Any], overwrite: bool, hel
     """The record of the run if it is finished; otherwise its folder is ours until `held` ends."""
     if (done := _finished(out, data, settings, overwrite)) is None:
         held.enter_context(only_writer(out))
+        if out.is_dir():
+            for name in (RUN, RECIPE, CONFIG):
+                remove_stale(out / name)
         done = _finished(out, data, settings, overwrite)  # another process may have finished it meanwhile
     return done
 

@@ -14,21 +14,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import L2R2Error
-from ..files import read_json, remove_stale
+from ..files import is_temporary, read_json
 from ..hub import CONFIG, RUN, WEIGHTS
 from ..versions import version_of
 from . import processes
 from .recipes import FREE
 
 RECIPE, CHECKPOINTS, LOGS = "recipe.yaml", "checkpoints", "logs"
+KINDS = {  # of the fields of a record that others read
+    **dict.fromkeys(("train_files", "init_files", "val_files", "fit_files", "notes"), "names"),
+    "metrics": "numbers",
+    "recipe": "mapping",
+}
 
 
 def check_place(out: Path, data: Path, settings: dict[str, Any], overwrite: bool) -> None:
     """`out` must be new, empty, or this very run; to be overwritten it must at least be a run."""
-    if out.is_dir():
-        remove_stale(out / RUN)  # of a process that was killed while it wrote the first file of the run
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
+    if not out.exists() or (out.is_dir() and all(is_temporary(path, RUN) for path in out.iterdir())):
+        return  # new, empty, or of a process that was killed while it wrote the first file of its run
     if not (out / RUN).is_file() or data.resolve().is_relative_to(out.resolve()):
         raise L2R2Error(f"{out}: exists and is not a run of finetune; choose another -o.")
     if overwrite:
@@ -48,11 +51,17 @@ def record_of(run: Path | str) -> dict[str, Any]:
     """What `finetune` wrote of a run; empty for a Hub id or a folder without it."""
     file = Path(run) / RUN
     record = read_json(file) if file.exists() else {}
-    keys = ("train_files", "init_files", "val_files", "fit_files")
-    lists = [record.get(k, []) for k in keys] if isinstance(record, dict) else [None]
-    if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists):
+    if not isinstance(record, dict) or not all(_fits(record[key], kind) for key, kind in KINDS.items() if key in record):
         raise L2R2Error(f"{file}: is damaged.")
     return record
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a field of a record holds names, numbers by name, or anything by name."""
+    if kind == "names":
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
+    numbers = kind != "numbers" or (isinstance(value, dict) and all(type(number) in (int, float) for number in value.values()))
+    return isinstance(value, dict) and numbers
 
 
 def finished(out: Path) -> dict[str, Any] | None:
