@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .errors import L2R2Error
-from .files import check_readable
+from .files import MAX_BYTES, check_readable
 
 FILL = (124, 116, 104)  # ImageNet's mean colour, in levels of 255
 MAX_PIXELS = 100_000_000  # largest image that is decoded; 300 MB as RGB
@@ -162,7 +162,9 @@ def _read(source: ImageSource) -> str | Path | bytes | Image.Image:
             kind = f"{pixels.dtype} {list(pixels.shape)}"
             raise TypeError(f"Pixels of an image must be uint8 [H, W, 3] or [H, W], got {kind}.")
         return Image.fromarray(np.ascontiguousarray(pixels))
-    if callable(getattr(source, "read", None)) and isinstance(data := source.read(), bytes):
+    if callable(getattr(source, "read", None)) and isinstance(data := source.read(MAX_BYTES + 1), bytes):
+        if len(data) > MAX_BYTES:
+            raise ImageError(f"image: has more than the limit of {MAX_BYTES / 2**20:,.0f} MB.")
         return data
     raise TypeError(
         "An image must be a path, bytes, a binary file, a PIL image, or a uint8 array or tensor [H, W, 3], "

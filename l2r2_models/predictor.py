@@ -137,9 +137,14 @@ class Predictor:
             return self._predict([self._given(image, boxes)])[0]
         if boxes is not None and len(boxes) != len(image):
             raise L2R2Error(f"{len(boxes)} entries of boxes for {len(image)} images; give one for each, None for no boxes.")
-        items = [self._given(one, of_one) for one, of_one in zip(image, boxes or [None] * len(image))]
-        parts = [items[i : i + self.batch_size] for i in range(0, len(items), self.batch_size)]
-        return [prediction for part in parts for prediction in self._predict(part)]
+        found: list[Prediction] = []
+        batch: list[_Item] = []
+        for one, of_one in zip(image, boxes or [None] * len(image)):
+            batch.append(self._given(one, of_one))
+            if _is_full(batch, self.batch_size):
+                found += self._predict(batch)
+                batch = []
+        return found + (self._predict(batch) if batch else [])
 
     def _given(self, image: ImageSource, boxes: Boxes | None) -> _Item:
         name = str(image) if isinstance(image, (str, Path)) else None
@@ -169,8 +174,7 @@ class Predictor:
                 done.append(None)
             except L2R2Error as error:
                 done.append(Prediction(str(path), (), str(error)))
-            pixels = sum(item.image.width * item.image.height for item in batch)
-            if len(batch) >= self.batch_size or pixels > BATCH_PIXELS:
+            if _is_full(batch, self.batch_size):
                 yield from _merge(done, self._predict(batch))
                 batch, done = [], []
         yield from _merge(done, self._predict(batch) if batch else [])
@@ -328,6 +332,11 @@ class Predictor:
                 box_score=None if box_score is None else round(box_score, 4),
                 top=tuple(said["fused"]),
             )
+
+
+def _is_full(batch: Sequence[_Item], size: int) -> bool:
+    """Whether decoded originals are to be predicted before the next one is decoded."""
+    return len(batch) >= size or sum(item.image.width * item.image.height for item in batch) > BATCH_PIXELS
 
 
 def _merge(done: Sequence[Prediction | None], predicted: Sequence[Prediction]) -> Iterator[Prediction]:

@@ -291,6 +291,9 @@ def test_usual_column_names_are_boxes(header, tmp_path):
     [
         ("px,py,qx,qy", "no column is a box; name its columns x0,y0,x1,y1 or"),
         ("label,split,a,b", "no column is a box"),
+        ("bbox", "bbox looks like a box in a form that is not read; name its columns"),
+        ("cx,cy,w,h", "cx, cy looks like a box"),
+        ("xtl,ytl,xbr,ybr", "xtl, ytl, xbr, ybr looks like a box"),
         ("xmin,ymin,xmax,b", "the box is not complete, there is only xmin, ymin, xmax"),
         ("x0,y0,x1,y_1,y1", "the columns y_1 and y1 could both be of the box"),
         ("x0,y0,x1,y1,xmin,ymin,xmax,ymax", "both x0, y0, x1, y1 and xmin, ymin, xmax, ymax could be the box"),
@@ -308,7 +311,7 @@ def test_a_line_that_is_written_twice_is_one_object(tmp_path):
     file = tmp_path / "boxes.csv"
     file.write_text("file_name,x0,y0,x1,y1,score\n" + "a.jpg,1,2,3,4,0.5\n" * 2 + "a.jpg,1,2,3,4,0.9\n")
     assert read_boxes(file).entries["a.jpg"].scores == (0.5, 0.9)
-    (tmp_path / "boxes.json").write_text(json.dumps({"a.jpg": [[1, 2, 3, 4], [1, 2, 3, 4]]}))
+    (tmp_path / "boxes.json").write_text(json.dumps({"a.jpg": [[1, 2, 3, 4], [1.0, 2, 3, 4]]}))
     assert len(read_boxes(tmp_path / "boxes.json").entries["a.jpg"].boxes) == 1
 
 
@@ -319,3 +322,13 @@ def test_a_pipe_is_no_box_file(tmp_path):
         os.mkfifo(tmp_path / name)
         with pytest.raises(L2R2Error, match="is not a regular file"):
             read_boxes(tmp_path / name)
+
+
+def test_metadata_whose_boxes_are_not_understood_is_refused_too(tmp_path):
+    """Silently without boxes, the whole image would answer."""
+    from l2r2_models.data.table import read_table
+
+    (tmp_path / "a.jpg").touch()
+    (tmp_path / "metadata.csv").write_text("file_name,label,bbox\na.jpg,x,4 6 20 30\n")
+    with pytest.raises(L2R2Error, match="bbox looks like a box"):
+        read_table(tmp_path)

@@ -23,6 +23,11 @@ SIDES = tuple(f"{start} {sides}".split() for start in ("x y", "left top", "xmin 
 COLUMNS = "name its columns x0,y0,x1,y1 or xmin,ymin,xmax,ymax or left,top,right,bottom or x,y,width,height, in pixels"
 _KNOWN = {name for columns in (*CORNERS, *SIDES) for name in columns}
 _OF_A_BOX = _KNOWN - {"x", "y", "w", "h", "width", "height", "left", "top", "right", "bottom"}  # these may mean anything
+# boxes in forms that are not read: as one column, by their center, or by names that are rare
+_LIKE_A_BOX = {
+    "bbox", "box", "bboxes", "boxes", "boundingbox", "cx", "cy", "xc", "yc", "xcenter", "ycenter", "centerx",
+    "centery", "xtl", "ytl", "xbr", "ybr", "xleft", "ytop", "xright", "ybottom", "minx", "miny", "maxx", "maxy",
+}  # fmt: skip
 logger = logging.getLogger(__name__)
 
 
@@ -241,7 +246,8 @@ def box_columns(rows: Iterable[Mapping[str, Any]], source: str) -> BoxColumns | 
         L2R2Error: a box is incomplete, or two columns or two sets of columns could be meant.
     """
     names: dict[str, str] = {}
-    for name in dict.fromkeys(name for row in rows for name in row if isinstance(name, str)):
+    seen = dict.fromkeys(name for row in rows for name in row if isinstance(name, str) and name != "boxes")
+    for name in seen:
         plain = re.sub(r"[\s_-]", "", name.lower())
         plain = re.sub(r"^b?box(?=.)", "", plain)
         if plain in _KNOWN and names.setdefault(plain, name) != name:
@@ -252,6 +258,8 @@ def box_columns(rows: Iterable[Mapping[str, Any]], source: str) -> BoxColumns | 
         raise L2R2Error(f"{source}: both {', '.join(whole[0])} and {', '.join(whole[1])} could be the box; remove one of them.")
     if whole:
         return BoxColumns(tuple(names[column] for column in whole[0]), whole[0] in SIDES)
+    if strange := [name for name in seen if re.sub(r"[\s_-]", "", name.lower()) in _LIKE_A_BOX]:
+        raise L2R2Error(f"{source}: {', '.join(strange)} looks like a box in a form that is not read; {COLUMNS}.")
     if partial := [names[column] for column in names if column in _OF_A_BOX]:
         raise L2R2Error(f"{source}: the box is not complete, there is only {', '.join(partial)}; {COLUMNS}.")
     return None
@@ -302,14 +310,15 @@ def _entry(
             raise L2R2Error(f"the score {score!r} of {file} does not lie between 0 and 1.")
     if not all(isinstance(text, str) for text in (*labels, failure or "")):
         raise L2R2Error(f"a label or the failure of {file} is not text.")
-    objects: list[Any] = list(zip(boxes, scores, labels, masks or [None] * len(boxes)))
+    numbers = [tuple(map(float, box)) for box in boxes], [float(score) for score in scores]
+    objects: list[Any] = list(zip(*numbers, labels, masks or [None] * len(boxes)))
     objects = list({repr(one): one for one in objects}.values())  # one that is listed twice is one
-    pixels = tuple(tuple(map(float, box)) for box, *_ in objects)
+    pixels = tuple(box for box, *_ in objects)
     try:
         runs = tuple(None if mask is None else Rle.from_coco(mask) for *_, mask in objects)
     except L2R2Error as error:
         raise L2R2Error(f"{file}: {error}") from None
-    of_each = tuple(float(one[1]) for one in objects), tuple(one[2] for one in objects)
+    of_each = tuple(one[1] for one in objects), tuple(one[2] for one in objects)
     return BoxEntry(pixels, *of_each, normalised, image_size, failure, runs if any(runs) else ())  # type: ignore[arg-type]
 
 
