@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import re
 
 from .errors import printable
@@ -26,4 +25,4 @@ def code(text: object) -> str:
 
 def literal(text: str) -> str:
     """A Python string in double quotes, on one line, for a snippet."""
-    return json.dumps(text)
+    return '"' + text.encode("unicode_escape").decode().replace('"', '\\"') + '"'

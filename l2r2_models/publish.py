@@ -274,7 +274,7 @@ def _record_problems(run: Path, checkpoint: Checkpoint) -> list[str]:
     if (run / RUN).exists() and not isinstance(record_of(run).get("metrics"), dict):
         problems.append(f"{run}: the training has not finished; the same `l2r2 finetune` continues it.")
     if changed_weights(run, checkpoint.digest):
-        problems.append(f"{run / WEIGHTS} is not what the run wrote: its SHA-256 differs from {RUN}. Train or fuse it again.")
+        problems.append(f"{run / WEIGHTS} is not what the run wrote: its SHA-256 differs from {RUN}. Train it again.")
     if not all(value.isfinite().all() for value in checkpoint.model.state_dict().values()):
         problems.append(f"{run / WEIGHTS} holds values that are not finite.")
     return problems

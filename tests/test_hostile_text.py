@@ -24,6 +24,7 @@ HOSTILE = [
     "---\nlicense: mit\n---",
     "[click](javascript:alert(1))",
     "\x1b[2J\x07name",
+    "mushroom \U0001f344",
 ]
 
 
