@@ -11,6 +11,7 @@ from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from .errors import L2R2Error
+from .ifam_script import ScriptedIFAM
 from .masking import check_mask, check_tokens_backbone, embed_tokens, kept_patches, patch_grid, pool_tokens, run_tokens
 from .model import L2R2, L2R2Output
 from .parts import PartDiscovery, PartMaps
@@ -26,7 +27,7 @@ class IFAM(L2R2):
     the fusion of both, by default stage 2 wherever it sees anything (`robust` with threshold 0). In evaluation there is no
     noise: the same image gives the same answer.
 
-    A compiled or exported model runs stage 2 on all tokens with masked keys. It cannot be scripted, nor traced by FX.
+    A traced, compiled, exported or scripted model runs stage 2 on all tokens with masked keys.
 
     Args:
         backbone: a plain timm ViT.
@@ -75,7 +76,7 @@ class IFAM(L2R2):
         With `boxes` (`[B, 4]` xyxy in pixels of x; a NaN row has none) stage 2 sees what is inside of the box instead.
         """
         if isinstance(x, torch.fx.Proxy):
-            raise L2R2Error("An ifam model cannot be traced by FX; export it with torch.export instead.")
+            x, boxes, localize = self._traced(x, boxes, localize), None, None
         if localize is not None:
             raise L2R2Error("An ifam model finds its object itself; leave localize out.")
         mask, has_fg = (None, None) if boxes is None else batch_masks(x, boxes)
@@ -107,7 +108,7 @@ class IFAM(L2R2):
         """
         if full is None or fg is not None or bg is not None:
             raise L2R2Error("An ifam model looks for the object itself: give the whole image as full, and nothing else.")
-        grid = patch_grid(self.backbone, *full.shape[-2:])
+        grid = patch_grid(self.backbone, full.shape[-2], full.shape[-1])
         tokens, found = self._stage1(full, grid)
         found = self._intervened(found)
         z_full = self.parts.answer(found.vectors, self.heads["full"], self.dropped_parts)
@@ -126,7 +127,7 @@ class IFAM(L2R2):
 
     def find_parts(self, x: Tensor) -> PartMaps:
         """Stage 1 alone: the parts in images `[B, C, H, W]`, under the interventions that are set."""
-        return self._intervened(self._stage1(x, patch_grid(self.backbone, *x.shape[-2:]))[1])
+        return self._intervened(self._stage1(x, patch_grid(self.backbone, x.shape[-2], x.shape[-1]))[1])
 
     def _intervened(self, found: PartMaps) -> PartMaps:
         if not self.dropped_parts and not self.token_quantile:
@@ -154,6 +155,17 @@ class IFAM(L2R2):
             weights = keep + (soft - soft.detach())
         seen = run_tokens(vit, tokens, keep, weights=weights)
         return self.heads["fg"](pool_tokens(vit, seen)), keep.any(1)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` compiles instead of this module.
+
+        Raises:
+            L2R2Error: an intervention is set.
+        """
+        if self.interventions():
+            raise L2R2Error("Parts are left out by `intervene`, which a scripted model does not know; call intervene() first.")
+        first, second = self.backbone_of("full"), self.backbone_of("fg")
+        return ScriptedIFAM(first, second, self.parts, self.heads["full"], self.heads["fg"], self.fusion)
 
     # ---- interventions ----
 

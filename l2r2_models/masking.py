@@ -1,6 +1,6 @@
 """fg from inside the network: late masking of features, and token masks that take patches out of a ViT's attention."""
 
-from __future__ import annotations
+# no `from __future__ import annotations`: see model.py
 
 import math
 from collections.abc import Iterator
@@ -93,7 +93,13 @@ def patch_grid(vit: Any, height: int, width: int) -> tuple[int, int]:
     Raises:
         L2R2Error: a side is not a multiple of the patch size.
     """
-    rows, columns = vit.patch_embed.patch_size
+    return _grid(vit.patch_embed.patch_size, height, width)
+
+
+@torch.fx.wrap
+@torch.jit.ignore
+def _grid(patch_size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+    rows, columns = patch_size
     for side, patch in ((height, rows), (width, columns)):
         if side % patch:
             near = (side // patch + 1) * patch
@@ -114,7 +120,7 @@ def run_tokens(vit: Any, tokens: Tensor, keep: Tensor, *, packed: bool = True, w
         tokens: `[B, P + N, C]` of `embed_tokens`.
         keep: `[B, N]` bool. Prefix tokens (class, registers) are always kept.
         packed: drop the tokens before block 1; otherwise compute all of them with dropped ones never as keys. Both give the
-            same prefix and kept patches, the first in less time. A compiled or exported model always takes the second,
+            same prefix and kept patches, the first in less time. A traced, compiled or exported model always takes the second,
             whose shapes do not depend on the mask.
         weights: `[B, N]`, 1 for kept and 0 for dropped patches, a straight-through mask: how much each patch counts as a key
             and in a mean. It changes no value, and its gradient reaches dropped patches too, so all tokens are computed.
@@ -129,7 +135,7 @@ def run_tokens(vit: Any, tokens: Tensor, keep: Tensor, *, packed: bool = True, w
     mask = torch.cat([keep.new_ones(keep.shape[0], prefixes), keep], 1)
     options = {"num_prefix": prefixes, "checkpoint": bool(vit.grad_checkpointing)}
     try:
-        if packed and weights is None and not tokens.is_meta and not torch.compiler.is_compiling():
+        if packed and weights is None and not _is_traced(tokens):
             capacity = None if mask.device.type == "cpu" else "sync"  # counting is one wait, and what makes packing pay
             _, out = run_packed(vit.blocks, tokens, mask, capacity=capacity, unpacked=True, **options)
             assert out is not None
@@ -140,6 +146,11 @@ def run_tokens(vit: Any, tokens: Tensor, keep: Tensor, *, packed: bool = True, w
     out = vit.norm(out)
     patches = out[:, prefixes:]
     return Tokens(out[:, :prefixes], patches if weights is not None else torch.where(keep[:, :, None], patches, 0), keep, weights)
+
+
+def _is_traced(tokens: Tensor) -> bool:
+    """Whether shapes must not depend on the mask: in a graph by FX, torch.compile or torch.export, and on the meta device."""
+    return isinstance(tokens, torch.fx.Proxy) or tokens.is_meta or torch.compiler.is_compiling()
 
 
 def pool_tokens(vit: Any, tokens: Tokens) -> Tensor:

@@ -149,7 +149,7 @@ class L2R2(TimmContract):
             else:
                 if not isinstance(boxes, torch.fx.Proxy) and not isinstance(localize, torch.fx.Proxy):
                     return self.forward_boxes(x, boxes, localize)
-                x = whole_image_only(x, boxes, localize)
+                x = self._traced(x, boxes, localize)
         features = self.backbone(x)
         logits = []
         for i, head in enumerate(self.heads.values()):
@@ -163,6 +163,10 @@ class L2R2(TimmContract):
                 if j == i + 1:
                     logits[j] = head(own)
         return torch.stack(logits).mean(0)
+
+    @torch.jit.ignore
+    def _traced(self, x: Tensor, boxes: Tensor | None, localize: str | None) -> Tensor:
+        return whole_image_only(x, boxes, localize)
 
     @torch.jit.ignore
     def forward_boxes(self, x: Tensor, boxes: Tensor | None, localize: str | None = None) -> Tensor:

@@ -4,7 +4,7 @@ Source: iFAM (METHOD.md 8), from its description; the formulas of presence, back
 reconstructed [R].
 """
 
-from __future__ import annotations
+# no `from __future__ import annotations`: see model.py
 
 import math
 from collections.abc import Callable, Iterable
@@ -70,16 +70,7 @@ class PartDiscovery(nn.Module):
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> PartMaps:
         """Patches `[B, N, C]` of a grid `(rows, columns)` -> part maps. Without noise in evaluation: the same every time."""
-        x, prototypes = patches.float(), self.prototypes.float()
-        has_autocast = torch.amp.is_autocast_available(x.device.type)  # the meta device has none
-        with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():  # differences of large squares
-            distances = x.square().sum(2, keepdim=True) - 2 * x @ prototypes.T + prototypes.square().sum(1)
-            logits = -distances.transpose(1, 2)  # [B, K + 1, N]
-            drawn = logits - torch.empty_like(logits).exponential_().clamp_min(1e-10).log() if self.training else logits
-            maps = drawn.softmax(1)
-            weights = maps[:, :-1] / maps[:, :-1].sum(2, keepdim=True).clamp_min(1e-6)
-            vectors = weights @ x
-        keep = drawn.argmax(1) < self.num_parts
+        logits, maps, vectors, keep = assign_parts(patches, self.prototypes, self.training)
         return PartMaps(logits.unflatten(2, grid), maps.unflatten(2, grid), vectors, keep.unflatten(1, grid))
 
     def answer(self, vectors: Tensor, head: nn.Module, dropped: tuple[int, ...] = ()) -> Tensor:
@@ -90,14 +81,8 @@ class PartDiscovery(nn.Module):
             head: the layer that all parts share.
             dropped: numbers of parts that have no say.
         """
-        kept = torch.ones(self.num_parts, device=vectors.device)
-        kept[list(dropped)] = 0
-        weights = kept.expand(vectors.shape[0], -1)  # shape, not len(): export keeps the batch dynamic
-        if self.training and self.dropout:
-            draws = weights * (torch.rand_like(weights) >= self.dropout)
-            weights = torch.where(draws.sum(1, keepdim=True) > 0, draws, weights)  # never all of them
         logits = head(self.norm(vectors.to(self.norm.weight.dtype)))  # [B, K, classes]
-        return ((logits * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp_min(1)).to(logits.dtype)
+        return mean_over_parts(logits, list(dropped), self.dropout if self.training else 0.0)
 
     def check_intervention(self, dropped: tuple[int, ...], quantile: float) -> None:
         """Whether `without` can do this.
@@ -141,6 +126,41 @@ class PartDiscovery(nn.Module):
         for k, logits in enumerate(map(torch.cat, won)):
             few = logits[:: max(1, -(-len(logits) // MAX_LOGITS))]
             self.quantiles[k] = torch.quantile(few, levels).to(self.quantiles) if len(few) else 0.0
+
+
+# one node each of an FX graph, and left as Python where such a graph is scripted
+
+
+@torch.fx.wrap
+@torch.jit.ignore
+def assign_parts(patches: Tensor, prototypes: Tensor, noise: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Patches `[B, N, C]`, prototypes `[K + 1, C]` -> logits and maps `[B, K + 1, N]`, vectors `[B, K, C]`, keep `[B, N]`.
+
+    See `PartMaps`. `noise` draws the parts by Gumbel noise, as in training.
+    """
+    kind = patches.device.type
+    on = torch.is_autocast_enabled(kind) if kind != "meta" else False  # differences of large squares need float32
+    with torch.autocast(kind if kind != "meta" else "cpu", enabled=False) if on else nullcontext():
+        x, prototypes = patches.float(), prototypes.float()
+        distances = x.square().sum(2, keepdim=True) - 2 * x @ prototypes.T + prototypes.square().sum(1)
+        logits = -distances.transpose(1, 2)  # [B, K + 1, N]
+        drawn = logits - torch.empty_like(logits).exponential_().clamp_min(1e-10).log() if noise else logits
+        maps = drawn.softmax(1)
+        weights = maps[:, :-1] / maps[:, :-1].sum(2, keepdim=True).clamp_min(1e-6)
+        vectors = weights @ x
+    return logits, maps, vectors, drawn.argmax(1) < len(prototypes) - 1
+
+
+@torch.fx.wrap
+@torch.jit.ignore
+def mean_over_parts(logits: Tensor, dropped: list[int], dropout: float) -> Tensor:
+    """Logits of each part `[B, K, classes]` -> their mean over the parts that have a say, `[B, classes]`."""
+    weights = torch.ones_like(logits[:, :, 0], dtype=torch.float32)  # of each row: export keeps the batch dynamic
+    weights[:, dropped] = 0.0
+    if dropout > 0:
+        draws = weights * (torch.rand_like(weights) >= dropout)
+        weights = torch.where(draws.sum(1, keepdim=True) > 0, draws, weights)  # never all of them
+    return ((logits * weights[:, :, None]).sum(1) / weights.sum(1, keepdim=True).clamp_min(1)).to(logits.dtype)
 
 
 @dataclass(frozen=True)

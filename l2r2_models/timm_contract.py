@@ -10,6 +10,7 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from .errors import L2R2Error
 from .fusion import create_fusion
 
 
@@ -60,7 +61,8 @@ class TimmContract(nn.Module):
         reference = next(self.parameters())
         with torch.device(reference.device):
             self.heads = nn.ModuleDict({b: self._new_head(b) for b in self.branches}).to(reference.dtype)
-            self.fusion = create_fusion(self._unfitted(), self.branches, num_classes)  # numbers fitted for other classes are gone
+            # numbers fitted for other classes are gone
+            self.fusion = create_fusion(self._unfitted(), self.branches, num_classes).to(reference.dtype)
         for module in (self.heads, self.fusion):
             module.train(self.training)
 
@@ -70,13 +72,16 @@ class TimmContract(nn.Module):
 
     @torch.jit.ignore
     def _set_input_size(self, img_size: Any = None, **kwargs: Any) -> None:
+        sides = {img_size} if img_size is None or isinstance(img_size, int) else set(img_size)
+        if len(sides) != 1:
+            raise L2R2Error(f"Views are square: give set_input_size one side in pixels, not {img_size}.")
+        side = sides.pop()
         for backbone in self._backbones():
             backbone.set_input_size(img_size=img_size, **kwargs)
-        if img_size is not None:
-            side = img_size if isinstance(img_size, int) else max(img_size)
-            self.backbone_kwargs["img_size"] = img_size
-            if self._view_spec is not None:
-                self._view_spec = replace(self._view_spec, size=side)
+        changed = {name: value for name, value in {"img_size": side, **kwargs}.items() if value is not None}
+        self.backbone_kwargs.update(changed)  # what builds the model again when a checkpoint is loaded
+        if side is not None and self._view_spec is not None:
+            self._view_spec = replace(self._view_spec, size=side)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -175,8 +175,12 @@ def test_misuse_is_named():
         ifam(branches=("full",))
     with pytest.raises(L2R2Error, match="crop"):
         ifam(views=ViewSpec(size=64))
-    with pytest.raises(L2R2Error, match="FX"):
-        torch.fx.symbolic_trace(net)
+    with pytest.raises(L2R2Error, match="left out by `intervene`"), net.intervened(drop_parts=[0]):
+        torch.jit.script(net)
+    with pytest.raises(L2R2Error, match="cannot be traced by torch.jit"):
+        torch.jit.trace(net.eval(), images())
+    with pytest.raises(ValueError, match="whole images only"):
+        torch.fx.symbolic_trace(net)(images(), torch.tensor([[0.0, 0, 9, 9]] * 2))
 
 
 def test_one_part():
@@ -369,3 +373,29 @@ def test_branch_logits_of_an_intervened_model_have_their_own_store(run, tmp_path
     after = branch_logits(checkpoint, test, tmp_path)
     assert not torch.equal(before.logits["full"], inside.logits["full"])
     assert torch.equal(before.logits["full"], after.logits["full"])
+
+
+@pytest.mark.parametrize("options", [{}, {"shared": False}, {"global_pool": "avg"}, {"global_pool": "avg", "class_token": False}])
+def test_a_scripted_and_saved_model_and_an_fx_graph_predict_the_same(options, tmp_path):
+    net, x = ifam(**options).eval(), images()
+    with torch.no_grad():
+        net.parts.prototypes.normal_()  # so that some patches are dropped, and some kept
+        torch.jit.save(torch.jit.script(net), tmp_path / "ifam.pt")
+        scripted = torch.jit.load(tmp_path / "ifam.pt")
+        kept = net.find_parts(x).keep.float().mean()
+        assert 0 < kept < 1
+        assert torch.allclose(scripted(x), net(x), atol=1e-4)
+        assert torch.allclose(torch.fx.symbolic_trace(net)(x), net(x), atol=1e-4)
+    with pytest.raises(Exception, match="a scripted ifam model only predicts"):
+        scripted.train()(x)
+
+
+def test_the_gradient_of_a_training_graph_is_the_models():
+    net, x = ifam(part_dropout=0.0).train(), images()
+    grads = []
+    for model in (net, torch.fx.symbolic_trace(net)):
+        torch.manual_seed(0)
+        net.zero_grad()
+        model(x).square().sum().backward()
+        grads.append(net.parts.prototypes.grad.clone())
+    assert torch.allclose(*grads, rtol=1e-3, atol=1e-5) and grads[0].abs().sum() > 0

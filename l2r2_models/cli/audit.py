@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .common import errors, track
+from .common import cell, errors, say, show, track
 
 if TYPE_CHECKING:
     from ..evaluate.audit import Audit
@@ -63,8 +63,6 @@ def audit(
 
 
 def _print(result: Audit) -> None:
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     rows = {
@@ -79,17 +77,14 @@ def _print(result: Audit) -> None:
         "drop_tiled": "relative drop, tiled over", "rfs": "RFS", "irfs": "iRFS", "rfs_l2": "RFS, noise of one L2 norm",
         "irfs_l2": "iRFS, noise of one L2 norm", "worst_group": f"worst {result.groups}",
     }  # fmt: skip
-    table = Table(f"in % (95 % interval), {result.images} images of {escape(result.split)}", box=None, header_style="bold")
+    table = Table(f"in % (95 % interval), {result.images} images of {cell(result.split)}", box=None, header_style="bold")
     for name in result.answers:
         table.add_column(name, justify="right")
     for name, words in rows.items():
         if any(name in figures for figures in result.answers.values()):
-            table.add_row(escape(words), *(_cell(figures.get(name), "rfs" in name) for figures in result.answers.values()))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(table)
-    typer.echo(result.verdict)
+            table.add_row(cell(words), *(_cell(figures.get(name), "rfs" in name) for figures in result.answers.values()))
+    show(table)
+    say(result.verdict)
 
 
 def _cell(figure: Figure | None, plain: bool) -> str:

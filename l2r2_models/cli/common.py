@@ -8,11 +8,14 @@ from typing import Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import printable
 
 T = TypeVar("T")
+
+
 class _Errors(Console):
     """The console of messages: nothing in them is markup, a link, or a code that the terminal obeys."""
 
@@ -22,6 +25,22 @@ class _Errors(Console):
 
 
 errors = _Errors(stderr=True)
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a line of a result, whatever names are in it."""
+    typer.echo(printable(text), err=err)
+
+
+def show(table: Any) -> None:
+    """Print a table; a pipe has no width to wrap at."""
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table)
+
+
+def cell(text: str) -> str:
+    """Text of users in a table."""
+    return escape(printable(text))
 
 
 def track(items: Iterable[T], total: int, text: str) -> Iterator[T]:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import L2R2Error
-from .common import names, track
+from .common import names, say, track
 
 
 def composite(
@@ -38,4 +38,4 @@ def composite(
         seed=seed, progress=lambda items, total: track(items, total, "composing"),
     )  # fmt: skip
     counts = Counter(row.split for row in read_table(out).rows)
-    typer.echo(f"wrote {out}: " + ", ".join(f"{split} {count}" for split, count in counts.items()))
+    say(f"wrote {out}: " + ", ".join(f"{split} {count}" for split, count in counts.items()))

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .common import say, show
+
 
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything; the same call continues it.")] = Path("demo"),
@@ -15,15 +17,14 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of data, weights and order.")] = 0,
 ) -> None:
     """See the problem and the remedy: train a plain classifier and L2R2 on made data, and swap the backgrounds."""
-    from rich.console import Console
     from rich.table import Table
 
     from ..demo import SPLITS, run_demo
 
     start = time.monotonic()
-    result = run_demo(out, epochs=epochs, seed=seed, say=typer.echo)
+    result = run_demo(out, epochs=epochs, seed=seed, say=say)
     table = Table("accuracy", "usual backgrounds", "swapped backgrounds", title="Handwritten digits on photographs")
     for name, row in result.accuracy.items():
         table.add_row(name, *(f"{100 * row[split]:.1f} %" for split in SPLITS))
-    Console().print(table)
-    typer.echo(f"answers: {result.predictions}   picture: {result.picture}   ({time.monotonic() - start:.0f} s)")
+    show(table)
+    say(f"answers: {result.predictions}   picture: {result.picture}   ({time.monotonic() - start:.0f} s)")

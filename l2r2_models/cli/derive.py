@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .common import names
+from .common import names, say
 
 
 def derive(
@@ -30,7 +30,7 @@ def derive(
     _, named = run(
         source.removeprefix("timm:"), out, labels=listed, branches=names(branches) or ("full", "fg"), fusion=fusion
     )
-    typer.echo(f"wrote {out}: {len(named)} classes, not trained; its fg head has never seen a crop")
+    say(f"wrote {out}: {len(named)} classes, not trained; its fg head has never seen a crop")
 
 
 def convert(
@@ -51,7 +51,7 @@ def convert(
         raise typer.BadParameter("give a RUN to take apart, or two or three of --full, --fg and --bg to put together")
     if run:
         for branch, folder in split(run, out).items():
-            typer.echo(f"wrote {folder}: {branch} alone")
+            say(f"wrote {folder}: {branch} alone")
         return
     join(parts, out, fusion=fusion)
-    typer.echo(f"wrote {out}: {' and '.join(parts)}, independent networks, fusion {fusion}; fit it with `l2r2 fuse`")
+    say(f"wrote {out}: {' and '.join(parts)}, independent networks, fusion {fusion}; fit it with `l2r2 fuse`")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .common import errors, numbers, track
+from .common import cell, errors, numbers, say, show, track
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,32 +73,27 @@ def evaluate(
     else:
         _print(judged, result)
     if report:
-        typer.echo(f"wrote {report}", err=as_json)
+        say(f"wrote {report}", err=as_json)
 
 
 def _print(judged: Judged, result: Evaluation) -> None:
-    from rich.console import Console
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(_table(result))
+    show(_table(result))
     if result.group:
-        console.print(_groups(judged, result))
+        show(_groups(judged, result))
     fitted = f"; fusions and temperatures fitted on {result.fitted_on}" if result.fitted_on else ""
     how = " (the true labels were the prompts)" if judged.data.table.boxes_from.get("oracle") else ""
-    typer.echo(
+    say(
         f"{result.images} images of {result.split}, {result.with_object} with an object found{how}; "
         f"either branch right (oracle): {100 * result.oracle:.1f}{fitted}"
     )
     if pairs := _confused(judged, result):
-        typer.echo(f"most confused by {judged.answer} (truth -> answer): {pairs}")
+        say(f"most confused by {judged.answer} (truth -> answer): {pairs}")
     for note in result.notes:
-        typer.echo(f"note: {note}")
+        say(f"note: {note}")
 
 
 def _table(result: Evaluation) -> Table:
-    from rich.markup import escape
     from rich.table import Table
 
     columns = {"accuracy": "accuracy", "macro_accuracy": "macro", "ece": "ECE", "with_box": "with box", "without_box": "without"}
@@ -106,7 +101,7 @@ def _table(result: Evaluation) -> Table:
         columns = {"accuracy": "accuracy", "macro_accuracy": "macro", "ece": "ECE", "ece_scaled": "ECE scaled",
                    "with_box": "with box", "without_box": "without"}  # fmt: skip
     if result.group:
-        columns["worst_group"] = f"worst {escape(result.group)}"
+        columns["worst_group"] = f"worst {cell(result.group)}"
     table = Table("in %", box=None, header_style="bold", pad_edge=False)
     for title in columns.values():
         table.add_column(title, justify="right")
@@ -115,19 +110,18 @@ def _table(result: Evaluation) -> Table:
     for name, figures in result.rows.items():
         cells = ["" if figures[k] is None else f"{100 * figures[k]:.1f}" for k in columns]
         low, high = figures["intervals"]["accuracy"]
-        table.add_row(escape(name), cells[0], f"{100 * low:.1f}-{100 * high:.1f}", *cells[1:])
+        table.add_row(cell(name), cells[0], f"{100 * low:.1f}-{100 * high:.1f}", *cells[1:])
     return table
 
 
 def _groups(judged: Judged, result: Evaluation) -> Table:
-    from rich.markup import escape
     from rich.table import Table
 
-    titles = escape(f"accuracy by {result.group}"), "images", *map(escape, judged.own)
+    titles = cell(f"accuracy by {result.group}"), "images", *map(cell, judged.own)
     table = Table(*titles, box=None, header_style="bold", pad_edge=False)
     for value, count in result.groups.items():
         reached = [result.rows[name]["by_group"][value] for name in judged.own]
-        table.add_row(escape(value) or "(empty)", str(count), *(f"{100 * v:.1f}" for v in reached))
+        table.add_row(cell(value) or "(empty)", str(count), *(f"{100 * v:.1f}" for v in reached))
     return table
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .common import errors, track
+from .common import errors, say, track
 
 
 def evaluate_boxes(
@@ -37,15 +37,15 @@ def evaluate_boxes(
         return
     low, high = report.corloc_interval
     name = f"{report.localizer or boxes}{' with the true labels as prompts (oracle)' if report.oracle else ''}"
-    typer.echo(f"{name}: {report.images} images with a true box")
-    typer.echo(f"  CorLoc@0.5        {100 * report.corloc:5.1f} %   ({100 * low:.1f} to {100 * high:.1f})")
-    typer.echo(f"  mean IoU          {100 * report.mean_iou:5.1f} %   median {100 * report.quantiles['0.5']:.1f}")
-    typer.echo(f"  object inside box {100 * report.area_recall:5.1f} %")
-    typer.echo(f"  nothing found in  {report.missed:5d}     ({report.failed} failed, {report.unlisted} not in the file)")
+    say(f"{name}: {report.images} images with a true box")
+    say(f"  CorLoc@0.5        {100 * report.corloc:5.1f} %   ({100 * low:.1f} to {100 * high:.1f})")
+    say(f"  mean IoU          {100 * report.mean_iou:5.1f} %   median {100 * report.quantiles['0.5']:.1f}")
+    say(f"  object inside box {100 * report.area_recall:5.1f} %")
+    say(f"  nothing found in  {report.missed:5d}     ({report.failed} failed, {report.unlisted} not in the file)")
     if report.empty:
-        typer.echo(f"  {report.false_boxes} of {report.empty} images without a true box got one")
+        say(f"  {report.false_boxes} of {report.empty} images without a true box got one")
     longest = max(report.histogram)
     for i, count in enumerate(report.histogram):
-        typer.echo(f"  IoU {i / 10:.1f} to {(i + 1) / 10:.1f}  {count:6d}  {'#' * round(40 * count / longest)}")
+        say(f"  IoU {i / 10:.1f} to {(i + 1) / 10:.1f}  {count:6d}  {'#' * round(40 * count / longest)}")
     if pictures is not None:
-        typer.echo(f"wrote {pictures}")
+        say(f"wrote {pictures}")

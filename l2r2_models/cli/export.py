@@ -8,6 +8,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from .common import say
+
 
 def export(
     run: Annotated[str, typer.Argument(help="A run's folder, or a Hub id (org/name).")],
@@ -32,6 +34,6 @@ def export(
     if as_json:
         typer.echo(json.dumps({**vars(result), "file": str(result.file)}))
         return
-    typer.echo(f"in: {', '.join(result.inputs)}; out: {', '.join(result.outputs)}")
+    say(f"in: {', '.join(result.inputs)}; out: {', '.join(result.outputs)}")
     size = result.file.stat().st_size / 1e6
-    typer.echo(f"wrote {result.file} ({size:.1f} MB); its logits differ from PyTorch's by at most {result.difference:.1e}")
+    say(f"wrote {result.file} ({size:.1f} MB); its logits differ from PyTorch's by at most {result.difference:.1e}")

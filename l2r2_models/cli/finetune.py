@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from ..errors import L2R2Error
-from .common import errors, names, track
+from .common import errors, names, say, track
 
 if TYPE_CHECKING:
     from ..train.finetune import Result
@@ -131,7 +131,7 @@ def _say(result: Result, as_json: bool) -> None:
         figures = {"images": result.images, "with_box": result.with_box, "left_out": len(result.skipped)}
         typer.echo(json.dumps({"run": str(result.folder), "metrics": result.metrics, **figures}))
         return
-    typer.echo(f"{result.with_box} of {result.images} training images have a usable box or mask")
+    say(f"{result.with_box} of {result.images} training images have a usable box or mask")
     for name, value in result.metrics.items():
-        typer.echo(f"{name.replace('_', ' ')} on the validation split: {100 * value:.1f} %")
-    typer.echo(f"{'already finished: ' if result.was_finished else 'wrote '}{result.folder}")
+        say(f"{name.replace('_', ' ')} on the validation split: {100 * value:.1f} %")
+    say(f"{'already finished: ' if result.was_finished else 'wrote '}{result.folder}")

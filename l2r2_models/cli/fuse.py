@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .common import errors, names, track
+from .common import errors, names, say, track
 
 
 def fuse(
@@ -50,9 +50,9 @@ def fuse(
         return
     what = {"plain": "images", "swapped": "images on other backgrounds", "both": "images as they are and on other backgrounds"}
     rows = f"{report.rows} {what[val_backgrounds]} of {split}, {report.with_object} with an object"
-    typer.echo(f"fitted on {rows}; on unseen fifths of them, in %:")
-    typer.echo(f"  {'fusion':26} {'right':>5}  {'ECE':>5}")
+    say(f"fitted on {rows}; on unseen fifths of them, in %:")
+    say(f"  {'fusion':26} {'right':>5}  {'ECE':>5}")
     for name, (accuracy, ece, numbers) in report.table.items():
         mark = "  <- chosen" if name == report.chosen else ""
-        typer.echo(f"  {name:26} {100 * accuracy:5.1f}  {100 * ece:5.1f}  {numbers:>6} numbers{mark}")
-    typer.echo(f"{'would change' if dry_run else 'saved into'} {run}: {json.dumps(report.config)}")
+        say(f"  {name:26} {100 * accuracy:5.1f}  {100 * ece:5.1f}  {numbers:>6} numbers{mark}")
+    say(f"{'would change' if dry_run else 'saved into'} {run}: {json.dumps(report.config)}")

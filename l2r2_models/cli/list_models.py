@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .common import say, show
+
 
 def list_models(
     pattern: Annotated[str, typer.Argument(help="Only names that match, e.g. '*convnext*'.")] = "*",
@@ -15,7 +17,6 @@ def list_models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the models: parameters, input size, default tag; with --pretrained every tag."""
-    from rich.console import Console
     from rich.table import Table
 
     from ..configs import load_hub_configs
@@ -46,8 +47,5 @@ def list_models(
         place += " (on this machine)" if here else ""
         size, parameters = str(c.input_size), f"{c.parameters / 1e6:.1f}"
         table.add_row(c.architecture, c.tag, parameters, size, top1, c.licence or "see its page", place)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # a pipe has no width to wrap at
-    console.print(table)
-    console.print(f"{len(configs)} shown. top-1: ImageNet-1k figure of timm's weights that the heads start from, not of L2R2.")
+    show(table)
+    say(f"{len(configs)} shown. top-1: ImageNet-1k figure of timm's weights that the heads start from, not of L2R2.")

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .common import errors, track
+from .common import errors, say, track
 
 
 def localize(
@@ -60,7 +60,7 @@ def localize(
     else:
         before = f", {report.kept} of them from before" if report.kept else ""
         without = total - report.with_box - failed
-        typer.echo(f"{total} images{before}: {report.with_box} with a box, {without} without; {failed} failed")
-        typer.echo(f"wrote {out}")
+        say(f"{total} images{before}: {report.with_box} with a box, {without} without; {failed} failed")
+        say(f"wrote {out}")
     if failed:
         raise typer.Exit(1)

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .common import errors, track
+from .common import errors, say, track
 
 METADATA_BOXES = "the boxes in a folder's metadata.csv/.jsonl"
 
@@ -59,10 +59,10 @@ def predict(
     sources = report.sources
     again = f", {report.kept} of them from before" if report.kept else ""
     because = f" ({len(unlocalized)} because the localizer failed)" if unlocalized else ""
-    typer.echo(
+    say(
         f"{report.total} images{again}: {sources.total()} answers, {sources['fused']} with an object found, "
         f"{sources['full']} from the whole image{because}; {len(report.failures)} failed"
     )
-    typer.echo(f"wrote {out}")
+    say(f"wrote {out}")
     if report.failures or (unlocalized and localizer is not None):  # the same command tries these again
         raise typer.Exit(1)

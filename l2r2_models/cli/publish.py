@@ -9,6 +9,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from .common import say
+
 
 def publish(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
@@ -66,12 +68,12 @@ def publish(
         typer.echo(json.dumps(result))
     else:
         for name, size in sizes.items():
-            typer.echo(f"{size:>13,} bytes  {name}  sha256 {package.files[name][:12]}")
+            say(f"{size:>13,} bytes  {name}  sha256 {package.files[name][:12]}")
         for problem in package.problems:
-            typer.echo(f"problem: {problem}")
+            say(f"problem: {problem}")
         if pushed:
-            typer.echo(f"pushed to {pushed.pull_request or pushed.url} (commit {pushed.commit[:12]}), hashes compared")
+            say(f"pushed to {pushed.pull_request or pushed.url} (commit {pushed.commit[:12]}), hashes compared")
         elif not package.problems:
-            typer.echo(f"nothing was sent; --push sends it to {repo}")
+            say(f"nothing was sent; --push sends it to {repo}")
     if package.problems:
         raise typer.Exit(1)

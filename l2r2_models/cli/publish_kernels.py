@@ -8,6 +8,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from .common import say
+
 
 def publish_kernels(
     source: Annotated[Path, typer.Argument(help="Folder with build.toml, CARD.md and torch-ext/.")] = Path("kernels"),
@@ -21,13 +23,13 @@ def publish_kernels(
     with tempfile.TemporaryDirectory(prefix="l2r2-publish-") as folder:
         card, builds, branch = prepare_kernels(source, Path(folder), repo)
         for name in (*card.files, *builds.files):
-            typer.echo(f"{(builds.folder / name).stat().st_size:>9,} bytes  {name}")
+            say(f"{(builds.folder / name).stat().st_size:>9,} bytes  {name}")
         for problem in builds.problems:
-            typer.echo(f"problem: {problem}")
+            say(f"problem: {problem}")
         if push:
             pushed = push_kernels(card, builds, branch, private=private)
-            typer.echo(f"pushed to {pushed.url}, branch {branch} (commit {pushed.commit[:12]}), hashes compared")
+            say(f"pushed to {pushed.url}, branch {branch} (commit {pushed.commit[:12]}), hashes compared")
         elif not builds.problems:
-            typer.echo(f"nothing was sent; --push sends it to {builds.repo}, branch {branch}")
+            say(f"nothing was sent; --push sends it to {builds.repo}, branch {branch}")
     if builds.problems:
         raise typer.Exit(1)

@@ -24,11 +24,9 @@ def test_timms_own_tests_pass_unchanged():
     environment = {**os.environ, "L2R2_TIMM_MODELS": models, "PYTHONPATH": str(Path(__file__).parent)}
     environment.pop("PYTEST_XDIST_WORKER", None)
     without = ["test_model_load_pretrained", "test_model_features_pretrained"]
-    # which patches stage 2 of iFAM sees depends on values: it cannot be scripted or traced by FX, and says so
-    chosen = "(l2r2 or ifam) and not (ifam and (torchscript or fx))"
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "timm_plugin", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore",
-        "-k", chosen, *(f"--deselect=tests/test_models.py::{name}" for name in without), "tests/test_models.py",
+        "-k", "l2r2 or ifam", *(f"--deselect=tests/test_models.py::{name}" for name in without), "tests/test_models.py",
     ]  # fmt: skip
     result = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]

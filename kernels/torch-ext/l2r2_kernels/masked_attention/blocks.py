@@ -6,7 +6,7 @@ nothing else can see it.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -89,24 +89,47 @@ def run_masked(
     token. Without a kept token or prefix, an image's attention gives zeros.
     """
     blocks = _checked(blocks)
+    mask, index, count = _keys(x, mask, key_weight, num_prefix, backend)
+
+    def core(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:  # [B, N, H, D]
+        return _core(q, k, v, mask, index, count, key_weight, scale, backend)
+
+    for block in blocks:
+        x = _run(checkpoint, block, x, core, lambda layer, branch: layer(branch))
+    return x
+
+
+# What depends on values, or asks for shapes, is one node of an FX graph (and stays Python where such a graph is scripted).
+
+
+@torch.fx.wrap
+@torch.jit.ignore
+def _keys(
+    x: Tensor, mask: Tensor, key_weight: Optional[Tensor], num_prefix: int, backend: str  # noqa: UP045  (jit)
+) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:  # noqa: UP045
+    """The checked mask with the prefix in it, and its ``key_index`` where the Triton kernels run."""
     check_tokens(x, mask, num_prefix)
     if key_weight is not None:
         _check_weight(key_weight, x)
     mask = mask.to(x.device, non_blocking=True)
     if num_prefix:
         mask = mask | (torch.arange(x.shape[1], device=x.device) < num_prefix)
-    keys = key_index(mask, backend) if runs_triton(x, 0, backend) else None
+    return (mask, *key_index(mask, backend)) if runs_triton(x, 0, backend) else (mask, None, None)
 
-    def core(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:  # [B, N, H, D]
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        out = masked_attention(q, k, v, mask, scale=scale, keys=keys, backend=backend)
-        if key_weight is not None:
-            out = with_key_gradient(out, q, k, v, key_weight, mask, scale)
-        return out.transpose(1, 2)
 
-    for block in blocks:
-        x = _run(checkpoint, block, x, core, lambda layer, branch: layer(branch))
-    return x
+@torch.fx.wrap
+@torch.jit.ignore
+def _core(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, index: Optional[Tensor], count: Optional[Tensor],  # noqa: UP045
+    key_weight: Optional[Tensor], scale: float, backend: str,  # noqa: UP045
+) -> Tensor:  # fmt: skip
+    """Masked attention of q, k, v ``[B, N, H, D]``, with the gradient of the keys' weights where they are given."""
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    keys = None if index is None or count is None else (index, count)
+    out = masked_attention(q, k, v, mask, scale=scale, keys=keys, backend=backend)
+    if key_weight is not None:
+        out = with_key_gradient(out, q, k, v, key_weight, mask, scale)
+    return out.transpose(1, 2)
 
 
 def _check_weight(weight: Tensor, x: Tensor) -> None:
