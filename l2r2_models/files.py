@@ -58,7 +58,7 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
         raise L2R2Error(f"{path}: cannot be written ({error.strerror or error}).") from error
     try:
         write(Path(temporary))
-        os.chmod(temporary, MODE)  # mkstemp makes private files
+        os.chmod(temporary, stat.S_IMODE(path.stat().st_mode) if path.exists() else MODE)  # mkstemp makes private files
         os.replace(temporary, path)
     except OSError as error:
         raise L2R2Error(f"{path}: cannot be written ({error.strerror or error}).") from error

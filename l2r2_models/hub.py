@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -83,7 +83,8 @@ def save_checkpoint(
     training: dict[str, Any] | None = None,
     *,
     localizer: dict[str, Any] | None = None,
-) -> None:
+    before: Callable[[str], None] = lambda digest: None,
+) -> str:
     """Write a checkpoint that timm, transformers and `load_checkpoint` read.
 
     Each file is replaced in one step, the weights first: a folder with `config.json` never lacks its weights.
@@ -94,6 +95,10 @@ def save_checkpoint(
         labels: one name a class.
         training: the configuration it was trained with.
         localizer: the localizer that the model is meant for: its spec, default prompt, licence.
+        before: called with the SHA-256 of the new weights before they replace the old ones.
+
+    Returns:
+        The SHA-256 of the weights.
 
     Raises:
         L2R2Error: the number of labels differs from the model's classes, or the model was not made by timm.
@@ -129,8 +134,11 @@ def save_checkpoint(
             config["pretrained_cfg"].pop(stale, None)
         config["pretrained_cfg"]["pool_size"] = None  # holds for the source's input size only
         os.chmod(Path(temporary) / WEIGHTS, MODE)
+        digest = file_sha256(Path(temporary) / WEIGHTS)
+        before(digest)
         os.replace(Path(temporary) / WEIGHTS, folder / WEIGHTS)
         write_json(folder / CONFIG, config)
+    return digest
 
 
 def crop_mode(square: bool) -> str:
@@ -190,7 +198,8 @@ def load_checkpoint(source: str | Path, *, any_fusion: bool = False) -> Checkpoi
 def changed_weights(folder: Path, digest: str) -> bool:
     """Whether the weights of a run, whose SHA-256 is `digest`, are others than those that it recorded."""
     record = read_json(folder / RUN) if (folder / RUN).is_file() else {}
-    return isinstance(record, dict) and record.get("weights_sha256", digest) != digest
+    known = record.get("weights_sha256", digest) if isinstance(record, dict) else digest
+    return digest not in (known if isinstance(known, list) else [known])
 
 
 def local_folder(name: str) -> Path | None:

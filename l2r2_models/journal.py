@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .errors import L2R2Error
+from .files import check_readable
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def whole_lines(file: Path) -> Iterator[tuple[int, bytes]]:
     Raises:
         L2R2Error: the file cannot be read.
     """
+    check_readable(file, most=None)
     try:
         with open(file, "rb") as stream:
             offset = 0

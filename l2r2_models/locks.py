@@ -85,7 +85,7 @@ def _take(out: Path, lock: Path) -> int | None:
 
 def _taken(out: Path, lock: Path, holder: str) -> str:
     elsewhere = "" if f" on host {socket.gethostname()} " in holder else f" If that host is gone for good, remove {lock}."
-    return f"{out} is being written by {holder}; wait for it or choose another --out.{elsewhere}"
+    return f"{out} is being written by {holder}; wait for it, or write elsewhere.{elsewhere}"
 
 
 def _let_go() -> None:

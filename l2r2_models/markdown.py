@@ -15,11 +15,14 @@ def plain(text: object) -> str:
     'a\\\\|b &lt;i&gt;'
     """
     escaped = html.escape(" ".join(printable(str(text)).split()), quote=False)
-    return re.sub(r"([\\`*\[\]|#!~])", r"\\\1", escaped)
+    escaped = re.sub(r"([\\`*_\[\]|#!~])", r"\\\1", escaped)
+    return re.sub(r"(?i)(https?|ftp|mailto|www)([:.])", r"\1<!-- -->\2", escaped)  # a bare address would become a link
 
 
 def code(text: object) -> str:
     """Text as code in a sentence or a table cell; it has no backtick, which would end it."""
+    if not str(text).strip():
+        return "(empty)"
     return "`" + " ".join(printable(str(text)).split()).replace("`", "'").replace("|", "\\|") + "`"
 
 

@@ -291,6 +291,7 @@ def text_problems(texts: Mapping[str, str]) -> list[str]:
     """Sentences about secrets and about paths of this machine in texts that are to be published; secrets are not repeated."""
     problems = []
     for name, text in texts.items():
+        text = re.sub(r"\\([\W_])", r"\1", text)  # as it is read: Markdown's escapes stand inside of names
         if SECRETS.search(text):
             problems.append(f"{name} holds what looks like an access token or a private key; remove it.")
         if found := PATHS.search(text):

@@ -332,3 +332,24 @@ def test_metadata_whose_boxes_are_not_understood_is_refused_too(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,label,bbox\na.jpg,x,4 6 20 30\n")
     with pytest.raises(L2R2Error, match="bbox looks like a box"):
         read_table(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("file_name;xmin;ymin;xmax;ymax\na.jpg;1;2;3;4\n", "separated by ';'"),
+        ("filename,xmin,ymin,xmax,ymax\na.jpg,1,2,3,4\n", "no column file_name; rename filename"),
+        ("Image Path,x0,y0,x1,y1\na.jpg,1,2,3,4\n", "rename Image Path"),
+        ("file_name,x0,y0,x1,y1,x0\na.jpg,1,2,3,4,5\n", "two columns called x0"),
+        ("file_name,x0,y0,x1,y1\na.jpg,1,2,3,4,0.9\n", "line 2 has more values"),
+    ],
+)
+def test_a_csv_that_could_be_misread_is_refused(save, text, sentence):
+    with pytest.raises(L2R2Error, match=sentence):
+        read_boxes(save(text, "boxes.csv"))
+
+
+@pytest.mark.parametrize("name", ["score", "Score", "confidence", "CONF"])
+def test_scores_are_known_by_their_usual_names(save, name):
+    table = read_boxes(save(f"file_name,x0,y0,x1,y1,{name}\na.jpg,1,2,3,4,0.25\n", "boxes.csv"))
+    assert table.entries["a.jpg"].scores == (0.25,)

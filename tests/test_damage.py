@@ -1,13 +1,19 @@
 """Damaged and odd files, command by command: one sentence that names the file, exit status 1, and nothing lost."""
 
 import json
+import os
 import shutil
+import stat
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from l2r2_models.cli import app, main
-from l2r2_models.files import file_sha256, read_json
+from l2r2_models.errors import L2R2Error
+from l2r2_models.evaluate.fit_run import fit_run
+from l2r2_models.files import file_sha256, read_json, write_json
 from l2r2_models.hub import load_checkpoint
 from l2r2_models.train.finetune import finetune
 from l2r2_models.train.recipes import Recipe
@@ -150,3 +156,55 @@ def test_a_run_that_cannot_be_written_to_is_judged_all_the_same(run):
     result = CliRunner().invoke(app, ["evaluate", str(folder), str(data), "--split", "test"])
     assert result.exit_code == 0 and "fused: robust" in result.stdout
     assert "The model card of this run will lack these metrics." in " ".join(result.stderr.split())
+
+
+def test_weights_that_the_run_did_not_write_are_neither_fitted_nor_published(run, tmp_path, capsys, monkeypatch):
+    folder, data = run
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "heads.fg.bias": weights["heads.fg.bias"] + 1}, folder / "model.safetensors", {"format": "pt"})
+    before = file_sha256(folder / "model.safetensors")
+    assert "not what the run wrote" in said(capsys, monkeypatch, "fuse", folder, data, "--method", "average")
+    CliRunner().invoke(app, ["evaluate", str(folder), str(data)])
+    publish = ["publish", str(folder), "org/name", "--licence", "mit", "--without-metrics"]
+    result = CliRunner().invoke(app, publish)
+    assert result.exit_code == 1 and "is not what the run wrote: its SHA-256 differs" in result.output
+    assert file_sha256(folder / "model.safetensors") == before
+
+
+@pytest.mark.parametrize("last", ["before the weights", "after the weights"])
+def test_a_fusion_that_was_killed_while_it_was_saved_leaves_a_run_that_knows_its_weights(run, monkeypatch, caplog, last):
+    folder, data = run
+    written = []
+    real = os.replace
+
+    def replace(source, target):
+        if Path(target).name == "model.safetensors" and last == "before the weights":
+            raise KeyboardInterrupt
+        real(source, target)
+        written.append(Path(target).name)
+        if Path(target).name == "model.safetensors":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        fit_run(folder, data, "val", method="average")
+    monkeypatch.undo()
+    assert written[1] == "run.json"  # after the stored logits, before the weights
+    load_checkpoint(folder, any_fusion=True)
+    assert not [r for r in caplog.records if "SHA-256" in r.message]
+    fit_run(folder, data, "val", method="average")
+    assert read_json(folder / "run.json")["weights_sha256"] == file_sha256(folder / "model.safetensors")
+
+
+def test_a_private_file_stays_private(tmp_path):
+    file = tmp_path / "boxes.json"
+    file.write_text("old")
+    file.chmod(0o600)
+    write_json(file, {})
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("key, value", [("epochs", 10**24), ("workers", 300), ("batch_size", 10**12)])
+def test_recipes_that_no_machine_could_run_are_refused(key, value):
+    with pytest.raises(L2R2Error, match=key):
+        Recipe.read("scratch", {"model": "timm:resnet10t", key: value})

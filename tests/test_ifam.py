@@ -177,7 +177,7 @@ def test_misuse_is_named():
         ifam(views=ViewSpec(size=64))
     with pytest.raises(L2R2Error, match="left out by `intervene`"), net.intervened(drop_parts=[0]):
         torch.jit.script(net)
-    with pytest.raises(L2R2Error, match="cannot be traced by torch.jit"):
+    with pytest.raises(L2R2Error, match="cannot be traced by torch"):
         torch.jit.trace(net.eval(), images())
     with pytest.raises(ValueError, match="whole images only"):
         torch.fx.symbolic_trace(net)(images(), torch.tensor([[0.0, 0, 9, 9]] * 2))

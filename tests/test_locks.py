@@ -37,7 +37,7 @@ def test_a_second_writer_is_told_who_the_first_is(tmp_path):
     out = tmp_path / "new" / "predictions.json"
     process = hold(out)
     said = f"predictions.json is being written by process {process.pid} on host {socket.gethostname()} since 20"
-    with pytest.raises(L2R2Error, match=re.escape(said) + r"[-: 0-9]+; wait for it or choose another --out\.$"), only_writer(out):
+    with pytest.raises(L2R2Error, match=re.escape(said) + r"[-: 0-9]+; wait for it, or write elsewhere\.$"), only_writer(out):
         pass
     with only_writer(tmp_path / "new" / "other.json"):  # another output is another lock
         pass

@@ -28,6 +28,8 @@ _LIKE_A_BOX = {
     "bbox", "box", "bboxes", "boxes", "boundingbox", "cx", "cy", "xc", "yc", "xcenter", "ycenter", "centerx",
     "centery", "xtl", "ytl", "xbr", "ybr", "xleft", "ytop", "xright", "ybottom", "minx", "miny", "maxx", "maxy",
 }  # fmt: skip
+_FILES = {"filename", "file", "image", "imagename", "imagepath", "filepath", "path", "img"}
+SCORES = ("score", "confidence", "conf")
 logger = logging.getLogger(__name__)
 
 
@@ -96,7 +98,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             if path.suffix.lower() == ".csv":
-                rows: list[dict[str, Any]] = [_stripped(row) for row in csv.DictReader(file, skipinitialspace=True)]
+                rows: list[dict[str, Any]] = _csv_rows(file, path)
             else:
                 rows = [_json_line(line, path, i) for i, line in enumerate(file, 1) if line.strip()]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -265,9 +267,26 @@ def box_columns(rows: Iterable[Mapping[str, Any]], source: str) -> BoxColumns | 
     return None
 
 
-def _stripped(row: Mapping[str | None, Any]) -> dict[str, Any]:
-    """A CSV's row without the spaces around names and values."""
-    return {k.strip(): v.strip() if isinstance(v, str) else v for k, v in row.items() if k is not None}
+def _csv_rows(file: Iterable[str], path: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV without the spaces around names and values.
+
+    Raises:
+        L2R2Error: a header that repeats a name or is separated otherwise, or a row of more values than names.
+    """
+    reader = csv.DictReader(file, skipinitialspace=True)
+    header = [name.strip() for name in reader.fieldnames or ()]
+    if repeated := [name for name in header if name and header.count(name) > 1]:
+        raise L2R2Error(f"{path}: has two columns called {repeated[0]}; rename or remove one.")
+    if len(header) == 1 and (separator := next((c for c in ";\t|" if c in header[0]), None)):
+        raise L2R2Error(f"{path}: its columns are separated by {separator!r}; write it with commas.")
+    if "file_name" not in header and (usual := [name for name in header if re.sub(r"[\s_-]", "", name.lower()) in _FILES]):
+        raise L2R2Error(f"{path}: has no column file_name; rename {usual[0]}.")
+    rows = []
+    for row in reader:
+        if None in row:
+            raise L2R2Error(f"{path}: line {reader.line_num} has more values than the header has names.")
+        rows.append({name.strip(): value.strip() if isinstance(value, str) else value for name, value in row.items()})
+    return rows
 
 
 def _row_boxes(row: Mapping[str, Any], columns: BoxColumns | None) -> tuple[list[Any], list[float], list[str]]:
@@ -285,7 +304,7 @@ def _row_boxes(row: Mapping[str, Any], columns: BoxColumns | None) -> tuple[list
     x, y, right, bottom = (float(value) for value in given)  # type: ignore[arg-type]
     if columns.has_sides:
         right, bottom = x + right, y + bottom
-    score = row.get("score")
+    score = next((row[name] for name in row if isinstance(name, str) and name.lower() in SCORES), None)
     return [(x, y, right, bottom)], [1.0 if score in (None, "") else float(score)], [""]  # type: ignore[arg-type]
 
 

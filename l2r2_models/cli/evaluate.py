@@ -46,8 +46,6 @@ def evaluate(
     from ..errors import L2R2Error
     from ..evaluate.judge import evaluation_of, judge_run
     from ..evaluate.stored import store_evaluation
-    from ..files import file_sha256
-    from ..hub import WEIGHTS
 
     judged = judge_run(
         run, data, split, group=group, fit_split=fit_split, prior=prior, others=others or (), metadata=metadata, boxes=boxes,
@@ -65,7 +63,7 @@ def evaluate(
         write_evaluation(report, judged, result, lambda batches, total: track(batches, total, "parts"))
     if Path(run).is_dir() and not judged.checkpoint.model.interventions():  # kept for the model card
         try:
-            store_evaluation(run, data, file_sha256(Path(run) / WEIGHTS), result.to_dict())
+            store_evaluation(run, data, judged.checkpoint.digest, result.to_dict())
         except L2R2Error as error:
             errors.print(f"warning: {error} The model card of this run will lack these metrics.")
     if as_json:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..data.table import ImageTable, read_table, rows_digest
 from ..errors import L2R2Error
-from ..files import write_atomic
+from ..files import check_readable, write_atomic
 from ..versions import version_of
 from ..views import make_views
 from .audit_images import Progress, Subjects, find_subjects
@@ -285,10 +285,11 @@ class Store:
     def read(self, shape: tuple[int, ...]) -> Tensor:
         """Values of `shape`, NaN where nothing is stored, or where there is any doubt."""
         try:
+            check_readable(self.file, most=None)
             with safe_open(self.file, "pt") as stored:
                 if (stored.metadata() or {}).get("key") == self.key and (values := stored.get_tensor("values")).shape == shape:
                     return values.clone()
-        except (SafetensorError, OSError):
+        except (SafetensorError, OSError, L2R2Error):
             pass
         return torch.full(shape, torch.nan)
 

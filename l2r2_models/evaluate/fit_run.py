@@ -11,7 +11,8 @@ from ..data.table import ImageTable, read_table
 from ..errors import L2R2Error
 from ..files import file_sha256, write_json
 from ..fusion import FUSIONS
-from ..hub import WEIGHTS, load_checkpoint, save_checkpoint
+from ..hub import WEIGHTS, Checkpoint, changed_weights, load_checkpoint, save_checkpoint
+from ..locks import only_writer
 from ..train.run_folder import RUN, record_of
 from .backgrounds import logits_to_fit
 from .fuse import BEST, best, fit
@@ -84,6 +85,8 @@ def fit_run(
     if not Path(run).is_dir():
         raise L2R2Error(f"{run}: no such run; a fusion is fitted into a folder.")
     checkpoint = load_checkpoint(run, any_fusion=True)
+    if save and changed_weights(run, checkpoint.digest):
+        raise L2R2Error(f"{run}: its weights are not what the run wrote, and new ones would hide it. Train it again.")
     everything = read_table(data, metadata=metadata, boxes=boxes)
     table = rows_of(run, everything, split)
     donors = everything.of_names(record_of(run).get("train_files", []))
@@ -107,14 +110,26 @@ def fit_run(
         fit_record = {"split": split, "backgrounds": backgrounds, "group": group, "rows": len(logits),
                       "method": method, metric: fitted[chosen].accuracy}  # fmt: skip
         used = table.names() if method == BEST or fitted[chosen].fusion.count() else []
-        if record := record_of(run):  # first: a warning too many is better than one too few
-            write_json(Path(run) / RUN, {**record, "fit_files": used})
-        training = {**checkpoint.training, "fusion_fit": fit_record}
-        save_checkpoint(checkpoint.model, run, checkpoint.labels, training, localizer=checkpoint.localizer)
-        if record:
-            record = {**record, "fit_files": used, "weights_sha256": file_sha256(Path(run) / WEIGHTS)}
-            write_json(Path(run) / RUN, record)
+        _save(Path(run), checkpoint, {**checkpoint.training, "fusion_fit": fit_record}, used)
     return report
+
+
+def _save(run: Path, checkpoint: Checkpoint, training: dict[str, Any], used: Sequence[str]) -> None:
+    """Write the fitted fusion; whenever it is killed, run.json knows the SHA-256 of the weights that are there."""
+    with only_writer(run):
+        if file_sha256(run / WEIGHTS) != checkpoint.digest:
+            raise L2R2Error(f"{run}: its weights were changed while the fusion was fitted; fit it again.")
+        record = record_of(run)
+
+        def write_record(known: Any) -> None:
+            if record:  # the fitted rows first: a warning too many is better than one too few
+                write_json(run / RUN, {**record, "fit_files": list(used), "weights_sha256": known})
+
+        def before(digest: str) -> None:
+            write_record([checkpoint.digest, digest])
+
+        localizer, labels = checkpoint.localizer, checkpoint.labels
+        write_record(save_checkpoint(checkpoint.model, run, labels, training, localizer=localizer, before=before))
 
 
 def rows_of(run: Path | str, table: ImageTable, split: str) -> ImageTable:

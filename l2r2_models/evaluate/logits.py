@@ -17,7 +17,7 @@ from torch import Tensor
 from ..data.dataset import ViewDataset
 from ..data.table import ImageTable, rows_digest
 from ..errors import L2R2Error
-from ..files import write_atomic
+from ..files import check_readable, write_atomic
 from ..hub import Checkpoint
 from ..model import L2R2
 
@@ -169,11 +169,12 @@ def _write(file: Path, key: str, stored: dict[str, Tensor]) -> None:
 def _read(file: Path, key: str, rows: int, model: L2R2) -> dict[str, Tensor] | None:
     """What the store has for a key; nothing where there is any doubt, so that it is computed anew."""
     try:
+        check_readable(file, most=None)
         with safe_open(file, "pt") as stored:
             if (stored.metadata() or {}).get("key") != key:
                 return None
             tensors = {name: stored.get_tensor(name) for name in (*model.branches, "has_fg", "objectness", "used")}
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError, L2R2Error):
         return None
     used = tensors["used"]
     fits = used.ndim == 1 and bool((used.diff() > 0).all()) and len(used) > 0 and bool(used[0] >= 0) and bool(used[-1] < rows)

@@ -16,8 +16,8 @@ from ..data.leaks import HELD_OUT, find_leaks
 from ..data.splits import hold_out
 from ..data.table import ImageTable, read_table, rows_digest
 from ..errors import L2R2Error
-from ..files import file_sha256, remove_stale, write_json, write_text
-from ..hub import CONFIG, WEIGHTS, save_checkpoint
+from ..files import remove_stale, write_json, write_text
+from ..hub import CONFIG, save_checkpoint
 from ..locks import only_writer
 from ..masking import kept_patches, patch_grid
 from ..model import L2R2
@@ -220,11 +220,11 @@ def _finish(
     if recipe.init is not None:  # the config may be published: no folder of this machine
         settings = {**settings, "recipe": {**settings["recipe"], "init": settings["init"]["name"]}}
     try:
-        save_checkpoint(model, out, classes, settings, localizer=_localizer(recipe, settings["data"].get("boxes_from", {})))
+        localizer = _localizer(recipe, settings["data"].get("boxes_from", {}))
+        digest = save_checkpoint(model, out, classes, settings, localizer=localizer)
     except OSError as error:
         raise L2R2Error(f"{out}: cannot be written ({error.strerror or error}); the same call again finishes the run.") from error
-    record = {**record, "weights_sha256": file_sha256(out / WEIGHTS)}
-    write_json(out / RUN, record)  # last: it says that the run is finished
+    write_json(out / RUN, {**record, "weights_sha256": digest})  # last: it says that the run is finished
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
 

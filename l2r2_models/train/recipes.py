@@ -164,9 +164,11 @@ class Recipe:
             raise L2R2Error(f'threshold belongs to the fusion "robust", not to "{self.fusion}".')
 
     def _check_ranges(self) -> None:
-        for name in ("epochs", "batch_size", "grad_accumulation"):
-            if getattr(self, name) < 1:
-                raise L2R2Error(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name, most in {"epochs": 100_000, "batch_size": 1_000_000, "grad_accumulation": 1_000_000}.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise L2R2Error(f"{name} must lie between 1 and {most:,}, got {getattr(self, name)}.")
+        if self.workers > 256:
+            raise L2R2Error(f"workers are processes of this machine, at most 256, got {self.workers}.")
         for name in ("box_threshold", "warmup", "label_smoothing", "mix_probability", "layer_decay", "background_swap"):
             if not 0 <= getattr(self, name) <= 1:
                 raise L2R2Error(f"{name} must lie between 0 and 1, got {getattr(self, name)}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import shutil
@@ -14,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import L2R2Error
-from ..files import is_temporary, read_json
+from ..files import check_readable, is_temporary, read_json
 from ..hub import CONFIG, RUN, WEIGHTS
 from ..versions import version_of
 from . import processes
@@ -79,7 +78,8 @@ def last_checkpoint(folder: Path) -> str | None:
     numbered = {int(p.name.split("-")[1]): p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit()}
     for _, checkpoint in sorted(numbered.items(), reverse=True):
         try:
-            json.loads((checkpoint / "trainer_state.json").read_text())  # written last
+            read_json(checkpoint / "trainer_state.json")  # written last
+            check_readable(checkpoint / WEIGHTS, most=None)
             with safe_open(checkpoint / WEIGHTS, "pt"):
                 return str(checkpoint)
         except (OSError, ValueError, SafetensorError):

@@ -10,6 +10,7 @@ from torchvision.models.feature_extraction import NodePathTracer
 
 from l2r2_models import L2R2Error
 from l2r2_models.configs import load_hub_configs
+from l2r2_models.hub import load_checkpoint, save_checkpoint
 from l2r2_models.zoo import ARCHITECTURES
 
 FAMILIES = {
@@ -227,6 +228,9 @@ def test_new_heads_take_over_the_mode_and_forget_what_was_fitted(name):
     net.train()
     net.reset_classifier(4)
     assert net.heads["fg"].training and net.fusion.training
+    half = build(name).to(torch.bfloat16)
+    half.reset_classifier(4)
+    assert {v.dtype for v in half.state_dict().values() if v.is_floating_point()} == {torch.bfloat16}
 
 
 def test_plain_fx_and_torchvisions_feature_extractor():
@@ -246,7 +250,17 @@ def test_another_input_size_reaches_backbone_and_views(name):
     assert net(torch.randn(1, 3, 32, 32)).shape == (1, 5)
     again = timm.create_model(name, num_classes=5, **net.arguments()).eval()
     assert again(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+    with pytest.raises(L2R2Error, match="Views are square"):
+        net.set_input_size(img_size=(32, 64))
     assert not hasattr(build("l2r2_resnet18"), "set_input_size")
+
+
+def test_another_patch_size_is_loaded_again(tmp_path):
+    net = build("l2r2_vit_tiny_patch16_224").eval()
+    net.set_input_size(img_size=(32, 32), patch_size=8)
+    save_checkpoint(net, tmp_path, list("abcde"))
+    again, x = load_checkpoint(tmp_path).model, torch.randn(1, 3, 32, 32)
+    assert again.backbone.patch_embed.patch_size == (8, 8) and torch.equal(again(x), net(x))
 
 
 def test_views_of_another_size_than_the_backbone_was_built_for_are_refused_when_it_is_built():
