@@ -13,6 +13,13 @@ from torch import Tensor, nn
 from .errors import L2R2Error
 from .fusion import create_fusion
 
+try:  # newer timm records what a model was built with, and refuses to save another
+    from timm.models._input import update_model_input_size
+except ImportError:
+
+    def update_model_input_size(model: nn.Module, img_size: Any, **model_args: Any) -> None:  # type: ignore[misc]
+        pass
+
 
 class TimmContract(nn.Module):
     """The methods of a timm model that `L2R2` does not change; it has the attributes that they use."""
@@ -80,6 +87,7 @@ class TimmContract(nn.Module):
             backbone.set_input_size(img_size=img_size, **kwargs)
         changed = {name: value for name, value in {"img_size": side, **kwargs}.items() if value is not None}
         self.backbone_kwargs.update(changed)  # what builds the model again when a checkpoint is loaded
+        update_model_input_size(self, self.backbone_kwargs.get("img_size"), **kwargs)
         if side is not None and self._view_spec is not None:
             self._view_spec = replace(self._view_spec, size=side)
 
