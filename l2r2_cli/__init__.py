@@ -29,7 +29,10 @@ def main() -> None:
 
     try:
         signal.signal(signal.SIGINT, stop)
-        run()
+        try:
+            run()
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done, and Python's shutdown would be killed without a word
     except Interrupted:
         sys.stdout.flush()
         print(file=sys.stderr)  # a progress bar may stand on the line

@@ -48,3 +48,11 @@ def test_in_a_training_with_its_workers(workers, dataset, tmp_path):
     code, lines = interrupted(command, training)
     assert code == 130 and lines[-1] == LINE and not any("Traceback" in line for line in lines), lines[-5:]
     assert not list(tmp_path.glob("*.lock"))
+
+
+def test_when_all_is_done():
+    """While Python shuts down: the result stands, and nothing is said about it."""
+    start = "import atexit, os, signal, sys, l2r2_cli; atexit.register(os.kill, os.getpid(), signal.SIGINT)"
+    program = f"{start}; sys.argv[:] = ['l2r2', '--help']; l2r2_cli.main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and "finetune" in done.stdout and done.stderr == ""
