@@ -12,12 +12,7 @@ from l2r2_models.cli import app
 from l2r2_models.data.table import read_table
 from l2r2_models.evaluate.logits import branch_logits
 from l2r2_models.hub import load_checkpoint, save_checkpoint
-from l2r2_models.parts import (
-    PartDiscovery,
-    PartWeights,
-    entropy_loss,
-    part_losses,
-)
+from l2r2_models.parts import PartDiscovery, PartWeights, entropy_loss, part_losses
 from l2r2_models.train.finetune import finetune
 from l2r2_models.train.losses import BranchLoss
 from l2r2_models.train.recipes import Recipe
