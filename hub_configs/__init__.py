@@ -1,1 +1,1 @@
-"""One YAML a checkpoint of the zoo; read by l2r2_models.configs."""
+"""One YAML a checkpoint of the zoo; read by l2r2_models.models.hub_configs."""

@@ -18,7 +18,7 @@ import timm
 import torch
 import yaml
 
-from l2r2_models.zoo import ARCHITECTURES, PARTS, timm_cfgs
+from l2r2_models.models.registry import ARCHITECTURES, PARTS, timm_cfgs
 
 DERIVED = "derived: the backbone and both heads start from the source's weights; no training"
 HEADLESS = "derived: the backbone starts from the source's weights, which have no classifier; heads are random"

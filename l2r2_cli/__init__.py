@@ -17,7 +17,7 @@ class Interrupted(BaseException):
 def main() -> None:
     """Entry point of `l2r2`: an interruption is one line and exit status 130."""
     signal.signal(signal.SIGINT, _leave)
-    from l2r2_models.cli import main as run
+    from .commands import main as run
 
     own = os.getpid()
 

@@ -3,17 +3,17 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import zoo  # registers the models
-from .boxes import Detections
+from .boxes.detections import Detections
 from .errors import L2R2Error
-from .ifam import IFAM
 from .images import ImageError, load_image
-from .model import L2R2, L2R2Output
-from .views import Views, ViewSpec, make_views
+from .models import registry as zoo  # registers the models
+from .models.ifam import IFAM
+from .models.l2r2 import L2R2, L2R2Output
+from .views.cut import Views, ViewSpec, make_views
 
 if TYPE_CHECKING:
-    from .prediction import Prediction
-    from .predictor import Predictor
+    from .predict.prediction import Prediction
+    from .predict.predictor import Predictor
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "load_image", "make_views", "zoo",
 ]  # fmt: skip
 
-_LAZY = {"Predictor": ".predictor", "Prediction": ".predictor"}
+_LAZY = {"Predictor": ".predict.predictor", "Prediction": ".predict.prediction"}
 
 
 def __getattr__(name: str) -> Any:

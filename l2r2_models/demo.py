@@ -12,12 +12,12 @@ from typing import Any
 from .data.demo import make_demo_data
 from .data.table import read_table
 from .errors import L2R2Error
-from .files import read_json, write_atomic, write_json
 from .images import load_image
-from .predictions import accuracy_by_branch, gather, predict_to_file
-from .predictor import Predictor
+from .io import read_json, write_atomic, write_json
+from .predict.predict_files import accuracy_by_branch, gather, predict_to_file
+from .predict.predictor import Predictor
 from .train.finetune import finetune
-from .train.recipes import Recipe
+from .train.recipe import Recipe
 from .versions import version_of
 
 SPLITS = ("test_usual", "test_swapped")

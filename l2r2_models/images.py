@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .errors import L2R2Error
-from .files import MAX_BYTES, check_readable
+from .io import MAX_BYTES, check_readable
 
 FILL = (124, 116, 104)  # ImageNet's mean colour, in levels of 255
 MAX_PIXELS = 100_000_000  # largest image that is decoded; 300 MB as RGB

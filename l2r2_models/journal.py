@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .errors import L2R2Error
-from .files import check_readable
+from .io import check_readable
 
 
 @dataclass(frozen=True)

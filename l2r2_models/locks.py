@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import L2R2Error
-from .files import remove_stale
+from .io import remove_stale
 
 try:
     import fcntl

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from l2r2_models.box_files import read_boxes
+from l2r2_models.boxes import read_boxes
 from l2r2_models.errors import L2R2Error
 
 MEGADETECTOR = {

@@ -14,11 +14,11 @@ from PIL import Image
 from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
 
 from l2r2_models import L2R2Error
+from l2r2_models.audit import audit as audit_module
+from l2r2_models.audit import samples as audit_images
+from l2r2_models.audit.audit import audit
 from l2r2_models.data.table import read_table
-from l2r2_models.evaluate import audit as audit_module
-from l2r2_models.evaluate import audit_images
-from l2r2_models.evaluate.audit import audit
-from l2r2_models.evaluate.judge import evaluate_run
+from l2r2_models.evaluate.evaluator import evaluate_run
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from conftest import write_run
 from timm.models import save_for_hf
 
 from l2r2_models import L2R2Error
-from l2r2_models.evaluate.audit_model import load_audited, match_classes
+from l2r2_models.audit.classifier import load_audited, match_classes
 
 
 @pytest.fixture(scope="module")

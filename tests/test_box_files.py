@@ -7,7 +7,7 @@ import pytest
 import torch
 from box_file_cases import COCO, CSV, MEGADETECTOR, PLAIN, ROWS, SPECIESNET, refused, write_content
 
-from l2r2_models.box_files import BoxEntry, BoxTable, read_boxes, read_rows, write_boxes
+from l2r2_models.boxes import BoxEntry, BoxTable, read_boxes, read_rows, write_boxes
 from l2r2_models.errors import L2R2Error
 
 

@@ -6,7 +6,7 @@ import random
 import pytest
 from box_file_cases import COCO, CSV, MEGADETECTOR, PLAIN, ROWS, SPECIESNET, refused, write_content
 
-from l2r2_models.box_files import BoxEntry, read_boxes, write_boxes
+from l2r2_models.boxes import BoxEntry, read_boxes, write_boxes
 from l2r2_models.errors import L2R2Error
 
 

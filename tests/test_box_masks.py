@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l2r2_models.box_files import BoxEntry, BoxTable, Rle, read_boxes, write_boxes
-from l2r2_models.boxes import Detections
+from l2r2_models.boxes import BoxEntry, BoxTable, Rle, read_boxes, write_boxes
+from l2r2_models.boxes.detections import Detections
 from l2r2_models.data.dataset import sample_of
 from l2r2_models.data.table import read_table
 from l2r2_models.errors import L2R2Error

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import write_run
 
-from l2r2_models.cli import main
+from l2r2_cli.commands import main
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_misuse_exits_2_and_shows_the_usage(l2r2, tmp_path):
 
 
 def test_the_installed_command_ends_without_a_traceback(tmp_path):
-    command = [sys.executable, "-c", "from l2r2_models.cli import main; main()", "predict", tmp_path, "x.jpg", "-o", "out.json"]
+    command = [sys.executable, "-c", "from l2r2_cli.commands import main; main()", "predict", tmp_path, "x.jpg", "-o", "out.json"]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert "no such file or folder" in sentence(result)
 

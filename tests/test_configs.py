@@ -10,9 +10,9 @@ import pytest
 import yaml
 from timm.models import get_pretrained_cfg
 
-from l2r2_models.configs import HubConfig, load_hub_configs, parse_hub_config
 from l2r2_models.errors import L2R2Error
-from l2r2_models.files import file_sha256, read_json, write_atomic, write_json, write_text
+from l2r2_models.io import file_sha256, read_json, write_atomic, write_json, write_text
+from l2r2_models.models.hub_configs import HubConfig, load_hub_configs, parse_hub_config
 
 GOOD = {
     "architecture": "l2r2_convnext_base", "tag": "in1k", "default": True, "source": "convnext_base.in1k",

@@ -10,13 +10,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from l2r2_models.cli import app, main
+from l2r2_cli.commands import app, main
+from l2r2_models.checkpoints.checkpoint import load_checkpoint
 from l2r2_models.errors import L2R2Error
 from l2r2_models.evaluate.fit_run import fit_run
-from l2r2_models.files import file_sha256, read_json, write_json
-from l2r2_models.hub import load_checkpoint
+from l2r2_models.io import file_sha256, read_json, write_json
 from l2r2_models.train.finetune import finetune
-from l2r2_models.train.recipes import Recipe
+from l2r2_models.train.recipe import Recipe
 
 LONG = "n" * 300
 

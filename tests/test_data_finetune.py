@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 from conftest import write_dataset
 
+from l2r2_cli.commands import main
 from l2r2_models import L2R2Error
-from l2r2_models.cli import main
 from l2r2_models.train.finetune import finetune
-from l2r2_models.train.recipes import Recipe
+from l2r2_models.train.recipe import Recipe
 
 RECIPE = Recipe("timm:resnet10t", pretrained=False, size=32, epochs=1, batch_size=8)
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 
 from l2r2_models import L2R2Error
 from l2r2_models.data.dataset import check_images
-from l2r2_models.data.leaks import ALIKE, HELD_OUT, LOOKED_AT, find_leaks, perceptual_hash
+from l2r2_models.data.near_duplicates import ALIKE, HELD_OUT, LOOKED_AT, find_leaks, perceptual_hash
 from l2r2_models.data.splits import hold_out
 from l2r2_models.data.table import ImageTable, Row, read_table
 

@@ -9,11 +9,11 @@ import pytest
 from conftest import write_dataset
 from PIL import Image
 
+from l2r2_cli.commands import main
 from l2r2_models import L2R2Error
-from l2r2_models.cli import main
 from l2r2_models.data.dataset import sample_of
 from l2r2_models.data.table import read_table
-from l2r2_models.predictions import gather
+from l2r2_models.predict.predict_files import gather
 
 datasets = pytest.importorskip("datasets")
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from l2r2_cli.commands import main
 from l2r2_models import L2R2Error
-from l2r2_models.cli import main
 from l2r2_models.data.dataset import sample_of
 from l2r2_models.data.spawrious import composites
 from l2r2_models.data.table import read_table

@@ -7,7 +7,8 @@ import torch
 from conftest import COLOURS, write_dataset
 from PIL import Image
 
-from l2r2_models import L2R2Error, ViewSpec, hub
+from l2r2_models import L2R2Error, ViewSpec
+from l2r2_models.checkpoints import checkpoint as hub
 from l2r2_models.data.dataset import ViewDataset, sample_of
 from l2r2_models.data.swap import swapped
 from l2r2_models.data.table import read_table, rows_digest

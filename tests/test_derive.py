@@ -11,8 +11,10 @@ from hub_double import HubDouble
 from safetensors.torch import save
 from timm.models import save_for_hf
 
-from l2r2_models import L2R2Error, Predictor, ViewSpec, derive, hub
-from l2r2_models.cli import main
+from l2r2_cli.commands import main
+from l2r2_models import L2R2Error, Predictor, ViewSpec
+from l2r2_models.checkpoints import checkpoint as hub
+from l2r2_models.checkpoints import convert as derive
 
 
 @pytest.fixture

@@ -8,17 +8,18 @@ import torch
 from conftest import write_dataset, write_run
 from sklearn.metrics import balanced_accuracy_score
 
-from l2r2_models import L2R2Error, Predictor, hub
+from l2r2_models import L2R2Error, Predictor
+from l2r2_models.checkpoints import checkpoint as hub
 from l2r2_models.data.table import ImageTable, Row, read_table
+from l2r2_models.evaluate.evaluator import evaluate_run
 from l2r2_models.evaluate.fit_run import fit_run, rows_of
 from l2r2_models.evaluate.fuse import best, fit
-from l2r2_models.evaluate.judge import evaluate_run
 from l2r2_models.evaluate.logits import BranchLogits, branch_logits
 from l2r2_models.evaluate.metrics import by_group, macro_accuracy, oracle
 from l2r2_models.fusion import FUSIONS, create_fusion
-from l2r2_models.predictions import accuracy_by_branch, gather, predict_to_file
+from l2r2_models.predict.predict_files import accuracy_by_branch, gather, predict_to_file
 from l2r2_models.train.finetune import finetune
-from l2r2_models.train.recipes import Recipe
+from l2r2_models.train.recipe import Recipe
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from sklearn.metrics import recall_score
 from test_cli import l2r2, sentence  # noqa: F401
 
 from l2r2_models import L2R2Error
+from l2r2_models.evaluate.evaluator import evaluate_run, evaluation_of, judge_run
 from l2r2_models.evaluate.fit_run import fit_run
-from l2r2_models.evaluate.judge import evaluate_run, evaluation_of, judge_run
 from l2r2_models.evaluate.metrics import bootstrap_interval, most_confused, recalls, reliability_bins
 from l2r2_models.fusion.calibration import expected_calibration_error
 
@@ -270,7 +270,7 @@ def test_the_command_says_and_writes_it_all(l2r2, own_run, dataset, tmp_path):  
 
 
 def test_a_plain_classifier_has_a_report_too(dataset, tmp_path):
-    from l2r2_models.evaluate.report_evaluation import write_evaluation
+    from l2r2_models.report.evaluation import write_evaluation
 
     judged = judge_run(write_run(tmp_path / "plain", branches=("full",)), dataset, "test")
     write_evaluation(tmp_path / "r.html", judged, evaluation_of(judged))

@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from l2r2_models import L2R2Error, Predictor, ViewSpec, export, hub
-from l2r2_models.cut_graph import cut_in_graph
-from l2r2_models.views import make_views
+from l2r2_models import L2R2Error, Predictor, ViewSpec
+from l2r2_models.checkpoints import checkpoint as hub
+from l2r2_models.checkpoints import export
+from l2r2_models.views.cut import make_views
+from l2r2_models.views.traceable import cut_in_graph
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "run_onnx.py"
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -151,7 +153,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, run):
 
 
 def test_the_command(tmp_path, run, monkeypatch, capsys):
-    from l2r2_models.cli import main
+    from l2r2_cli.commands import main
 
     monkeypatch.setattr(sys, "argv", ["l2r2", "export", str(run), "-o", str(tmp_path / "model.pt2")])
     with pytest.raises(SystemExit) as end:

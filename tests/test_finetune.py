@@ -17,7 +17,7 @@ from l2r2_models.data.table import read_table
 from l2r2_models.train.finetune import finetune
 from l2r2_models.train.losses import BranchLoss
 from l2r2_models.train.models import create_model
-from l2r2_models.train.recipes import Recipe
+from l2r2_models.train.recipe import Recipe
 
 
 def recipe(**changes):
@@ -112,7 +112,7 @@ def test_boxes_that_cannot_be_used_never_train_an_fg_branch_silently(tmp_path, c
 def test_a_killed_run_continues_to_the_very_same_weights(dataset, tmp_path):
     """SIGKILL after the first epoch, the same command again: bitwise equal to a run that nobody disturbed."""
     command = [
-        sys.executable, "-c", "from l2r2_models.cli import main; main()", "finetune", str(dataset), "--model", "timm:resnet10t",
+        sys.executable, "-c", "from l2r2_cli.commands import main; main()", "finetune", str(dataset), "--model", "timm:resnet10t",
         "--no-pretrained", "--size", "32", "--epochs", "4", "--batch-size", "6", "-o",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import write_dataset, write_run
 
-from l2r2_models import L2R2Error, hub
+from l2r2_models import L2R2Error
+from l2r2_models.checkpoints import checkpoint as hub
 from l2r2_models.data.table import ImageTable, Row, read_table
 from l2r2_models.evaluate.backgrounds import COPIES, logits_to_fit
 from l2r2_models.evaluate.fit_run import fit_run

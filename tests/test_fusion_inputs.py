@@ -10,16 +10,16 @@ from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 from typer.testing import CliRunner
 
+from l2r2_cli.commands import app
 from l2r2_models import L2R2Error, Predictor
-from l2r2_models.cli import app
+from l2r2_models.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from l2r2_models.evaluate.evaluator import evaluate_run
 from l2r2_models.evaluate.fit_run import fit_run
-from l2r2_models.evaluate.judge import evaluate_run
 from l2r2_models.evaluate.metrics import macro_accuracy, row_weights
 from l2r2_models.fusion import create_fusion, fuse_branches
-from l2r2_models.hub import load_checkpoint, save_checkpoint
 from l2r2_models.train.finetune import finetune
-from l2r2_models.train.recipes import Recipe
-from l2r2_models.views import ViewSpec
+from l2r2_models.train.recipe import Recipe
+from l2r2_models.views.cut import ViewSpec
 
 THREE = ("full", "fg", "bg")
 

@@ -8,12 +8,12 @@ import timm
 import torch
 import yaml
 
-from l2r2_models.card import Facts, model_card
-from l2r2_models.cli.common import errors
+from l2r2_cli.common import errors
+from l2r2_models.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from l2r2_models.errors import L2R2Error, printable
-from l2r2_models.files import write_text
-from l2r2_models.hub import load_checkpoint, save_checkpoint
-from l2r2_models.markdown import code, literal, plain
+from l2r2_models.hub.card import Facts, model_card
+from l2r2_models.hub.markdown import code, literal, plain
+from l2r2_models.io import write_text
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -72,6 +72,6 @@ def test_a_device_is_not_replaced_and_files_follow_the_umask(tmp_path):
     with pytest.raises(L2R2Error, match="/dev/null: is not a regular file"):
         write_text("/dev/null", "x")
     assert not os.path.isfile("/dev/null")
-    program = f"import os; os.umask(0o027); from l2r2_models.files import write_text; write_text({str(tmp_path / 'a')!r}, 'x')"
+    program = f"import os; os.umask(0o027); from l2r2_models.io import write_text; write_text({str(tmp_path / 'a')!r}, 'x')"
     subprocess.run([sys.executable, "-c", program], check=True)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640

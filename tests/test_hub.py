@@ -12,7 +12,8 @@ from conftest import COLOURS, write_run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from l2r2_models import L2R2, L2R2Error, Predictor, ViewSpec, hub, make_views
+from l2r2_models import L2R2, L2R2Error, Predictor, ViewSpec, make_views
+from l2r2_models.checkpoints import checkpoint as hub
 
 
 def edit_config(run, change):

@@ -11,7 +11,8 @@ from conftest import COLOURS, write_run
 from hub_double import TOKEN, HubDouble
 from PIL import Image
 
-from l2r2_models import L2R2Error, Predictor, hub
+from l2r2_models import L2R2Error, Predictor
+from l2r2_models.checkpoints import checkpoint as hub
 
 
 def files_of(run):
@@ -206,7 +207,7 @@ def test_predict_from_the_hub_is_predict_from_the_folder(hub_of, runs):
 def test_a_path_that_does_not_exist_never_asks_the_hub(name, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("l2r2_models.hub.download", lambda name: pytest.fail(f"asked the Hub for {name}"))
+    monkeypatch.setattr("l2r2_models.checkpoints.checkpoint.download", lambda name: pytest.fail(f"asked the Hub for {name}"))
     with pytest.raises(L2R2Error, match=r"no such folder; a repository on the Hub is hf-hub:org/name"):
         hub.load_checkpoint(name)
 
@@ -221,7 +222,7 @@ def test_what_may_be_a_hub_id_says_so_before_the_hub_is_asked(name, tmp_path, mo
         asked.append((name, [record.message for record in caplog.records]))
         raise L2R2Error("stop")
 
-    monkeypatch.setattr("l2r2_models.hub.download", download)
+    monkeypatch.setattr("l2r2_models.checkpoints.checkpoint.download", download)
     with caplog.at_level("INFO"), pytest.raises(L2R2Error, match="stop"):
         hub.load_checkpoint(name)
     sentence = f"{name}: no such folder here, asking the Hub for org/fungi"

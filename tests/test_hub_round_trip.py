@@ -13,9 +13,9 @@ from conftest import write_dataset
 from hub_double import TOKEN, HubDouble
 from test_hub_pull import pull
 
-from l2r2_models import hub
-from l2r2_models.cli import main
-from l2r2_models.configs import load_hub_configs, parse_hub_config
+from l2r2_cli.commands import main
+from l2r2_models.checkpoints import checkpoint as hub
+from l2r2_models.models.hub_configs import load_hub_configs, parse_hub_config
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_train_publish_pull(tmp_path, monkeypatch, l2r2):
             expected = [model(x).tolist(), model(x, boxes).tolist()]
         ways = ("timm=l2r2_resnet18.squares", "timm=hf-hub:org/squares", "predictor=org/squares", "transformers=org/squares")
         pulls = [pull(double, tmp_path / "user", way, L2R2_HUB_CONFIGS=str(config.parent)) for way in ways]
-        predict = [sys.executable, "-m", "l2r2_models.cli", "predict", "org/squares", str(data), "--split", "test", "-o"]
+        predict = [sys.executable, "-m", "l2r2_models", "predict", "org/squares", str(data), "--split", "test", "-o"]
         there = double.environment(tmp_path / "user", OMP_NUM_THREADS="1")
         predicting = subprocess.Popen([*predict, str(tmp_path / "hub.json")], env=there, stderr=subprocess.PIPE, text=True)
         answers = [process.communicate() for process in pulls]

@@ -7,16 +7,16 @@ import timm
 import torch
 from typer.testing import CliRunner
 
+from l2r2_cli.commands import app
 from l2r2_models import IFAM, L2R2Error, Predictor
-from l2r2_models.cli import app
+from l2r2_models.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from l2r2_models.data.table import read_table
 from l2r2_models.evaluate.logits import branch_logits
-from l2r2_models.hub import load_checkpoint, save_checkpoint
-from l2r2_models.parts import PartDiscovery, PartWeights, entropy_loss, part_losses
+from l2r2_models.models.parts import PartDiscovery, PartWeights, entropy_loss, part_losses
 from l2r2_models.train.finetune import finetune
 from l2r2_models.train.losses import BranchLoss
-from l2r2_models.train.recipes import Recipe
-from l2r2_models.views import ViewSpec
+from l2r2_models.train.recipe import Recipe
+from l2r2_models.views.cut import ViewSpec
 
 SMALL = {"img_size": 64, "patch_size": 8, "depth": 3, "embed_dim": 48, "num_heads": 3}
 

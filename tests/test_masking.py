@@ -7,7 +7,7 @@ import timm
 import torch
 
 from l2r2_models import L2R2Error, make_views
-from l2r2_models.masking import coverage, embed_tokens, kept_patches, patch_grid, run_tokens, token_features
+from l2r2_models.models.masking import coverage, embed_tokens, kept_patches, patch_grid, run_tokens, token_features
 
 VIT = {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3}
 VITS = {

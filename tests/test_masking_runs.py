@@ -8,13 +8,13 @@ from PIL import Image
 
 import l2r2_models
 from l2r2_models import L2R2Error, Predictor, ViewSpec, make_views
+from l2r2_models.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from l2r2_models.data.dataset import ViewDataset
 from l2r2_models.data.table import read_table
 from l2r2_models.evaluate.logits import branch_logits
-from l2r2_models.hub import load_checkpoint, save_checkpoint
 from l2r2_models.train.finetune import finetune
 from l2r2_models.train.models import create_model
-from l2r2_models.train.recipes import Recipe
+from l2r2_models.train.recipe import Recipe
 
 VIT = {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3}
 KINDS = {"late": ("resnet10t", {}), "tokens": ("vit_tiny_patch16_224", VIT)}
@@ -102,7 +102,7 @@ def test_mixing_images_under_a_mask_is_refused(tmp_path, dataset):
 
 def test_the_masked_vits_are_registered_with_tokens():
     net = timm.create_model("l2r2_masked_vit_small_patch16_224", num_classes=2, **VIT)
-    assert net.view_spec.fg == "tokens" and l2r2_models.zoo.ARCHITECTURES["l2r2_masked_vit_base_patch14_reg4_dinov2"]
+    assert net.view_spec.fg == "tokens" and l2r2_models.models.registry.ARCHITECTURES["l2r2_masked_vit_base_patch14_reg4_dinov2"]
     crop = timm.create_model("l2r2_masked_vit_small_patch16_224", num_classes=2, views=ViewSpec(size=64), **VIT)
     assert crop.view_spec.fg == "crop"  # a checkpoint that was trained otherwise stays as it was
 
@@ -110,8 +110,8 @@ def test_the_masked_vits_are_registered_with_tokens():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_audit_and_a_known_full_answer_go_the_same_way(kind, tmp_path):
     """What looks at an L2R2 from outside passes the mask on: the audit, and the predictor after its box head's pass."""
-    from l2r2_models.evaluate.audit_model import Audited
-    from l2r2_models.predictor import _Item, _Row
+    from l2r2_models.audit.classifier import Audited
+    from l2r2_models.predict.predictor import _Item, _Row
 
     backbone, options = KINDS[kind]
     net = timm.create_model("l2r2", backbone=backbone, num_classes=3, fg_kind=kind, **options).eval()

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import write_run
 
-from l2r2_models import Predictor, hub
-from l2r2_models.boxes import Detections
+from l2r2_models import Predictor
+from l2r2_models.boxes.detections import Detections
+from l2r2_models.checkpoints import checkpoint as hub
 from l2r2_models.data.table import read_table
 from l2r2_models.evaluate.fuse import fuse
 from l2r2_models.evaluate.logits import branch_logits

@@ -47,7 +47,7 @@ def test_the_wheel_holds_our_packages_and_none_called_kernels(wheel):
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"l2r2_models", "l2r2_kernels", "l2r2_cli"}
     assert sum(name.endswith(".yaml") for name in names) > 100
-    assert {"l2r2_models/py.typed", "l2r2_models/evaluate/report.html"} <= set(names)
+    assert {"l2r2_models/py.typed", "l2r2_models/report/report.html"} <= set(names)
     for source in (ROOT / "l2r2_models").rglob("*.py"):
         assert source.relative_to(ROOT).as_posix() in names
     for source in (ROOT / "kernels" / "torch-ext").rglob("*.py"):
@@ -57,7 +57,7 @@ def test_the_wheel_holds_our_packages_and_none_called_kernels(wheel):
 def test_the_installed_wheel_imports_lists_and_reads_its_hub_configs(installed):
     code = """
 import timm, l2r2_models, l2r2_kernels
-from l2r2_models.configs import load_hub_configs
+from l2r2_models.models.hub_configs import load_hub_configs
 print(l2r2_models.__file__); print(l2r2_kernels.__file__)
 print(len(timm.list_models("l2r2*")), len(load_hub_configs()))
 print(type(timm.create_model("l2r2_convnextv2_atto")).__name__)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from l2r2_models.parts import (
+from l2r2_models.models.parts import (
     PartMaps,
     background_loss,
     draw_moves,

@@ -12,12 +12,12 @@ from PIL import Image
 from test_report import Page
 from typer.testing import CliRunner
 
-from l2r2_models import hub
-from l2r2_models.cli import app
+from l2r2_cli.commands import app
+from l2r2_models.checkpoints import checkpoint as hub
 from l2r2_models.data.table import read_table
 from l2r2_models.errors import L2R2Error
 from l2r2_models.evaluate.parts import FoundParts, find_parts
-from l2r2_models.evaluate.report_parts import draw_parts
+from l2r2_models.report.parts import draw_parts
 
 PATCH, GRID = 8, 4
 

@@ -14,9 +14,10 @@ from conftest import write_run
 from PIL import Image
 from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
 
-from l2r2_models import L2R2Error, Predictor, hub
+from l2r2_models import L2R2Error, Predictor
+from l2r2_models.checkpoints import checkpoint as hub
 from l2r2_models.images import list_images
-from l2r2_models.predictions import gather, predict_to_file
+from l2r2_models.predict.predict_files import gather, predict_to_file
 
 FORMATS = ["json", "jsonl", "csv", "parquet"]
 
@@ -126,7 +127,7 @@ def test_earlier_answers_for_other_images_stay(predictor, dataset, tmp_path):
 
 def test_killed_at_a_random_moment_the_same_command_gives_the_same_file(run, dataset, tmp_path):
     out, parts, wanted = tmp_path / "killed.json", tmp_path / "killed.json.parts", random.randrange(1, 34)
-    command = [sys.executable, "-m", "l2r2_models.cli", "predict", run, dataset, "--batch-size", "1", "-o", out]
+    command = [sys.executable, "-m", "l2r2_models", "predict", run, dataset, "--batch-size", "1", "-o", out]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while process.poll() is None and sum(len(part.read_bytes().splitlines()) for part in parts.glob("part-*")) <= wanted:
         time.sleep(0.001)

@@ -8,13 +8,13 @@ from conftest import write_run
 from PIL import Image
 
 from l2r2_models import Detections, ImageError, L2R2Error, Predictor
-from l2r2_models.box_files import BoxEntry
+from l2r2_models.boxes import BoxEntry
+from l2r2_models.checkpoints.checkpoint import save_checkpoint
 from l2r2_models.data.dataset import ViewDataset
 from l2r2_models.data.table import read_table
-from l2r2_models.hub import save_checkpoint
 from l2r2_models.images import load_image
-from l2r2_models.predictions import gather, predict_to_file
-from l2r2_models.views import ViewSpec, make_views
+from l2r2_models.predict.predict_files import gather, predict_to_file
+from l2r2_models.views.cut import ViewSpec, make_views
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_an_image_that_is_gone_is_one_failure(predictor, dataset, tmp_path):
 
 
 def test_large_images_are_not_all_held_at_once(predictor, dataset, monkeypatch):
-    monkeypatch.setattr("l2r2_models.predictor.BATCH_PIXELS", 3 * 60 * 40)
+    monkeypatch.setattr("l2r2_models.predict.predictor.BATCH_PIXELS", 3 * 60 * 40)
     passes = []
     original = predictor._predict
     monkeypatch.setattr(predictor, "_predict", lambda items: passes.append(len(items)) or original(items))

@@ -10,11 +10,12 @@ import torch
 from conftest import COLOURS, write_run
 from hub_double import TOKEN, HubDouble
 
-from l2r2_models import L2R2Error, Predictor, ViewSpec, hub
-from l2r2_models.card import Facts, model_card
-from l2r2_models.cli import main
-from l2r2_models.evaluate.stored import read_evaluations, store_evaluation
-from l2r2_models.publish import prepare, push, text_problems
+from l2r2_cli.commands import main
+from l2r2_models import L2R2Error, Predictor, ViewSpec
+from l2r2_models.checkpoints import checkpoint as hub
+from l2r2_models.evaluations import read_evaluations, store_evaluation
+from l2r2_models.hub.card import Facts, model_card
+from l2r2_models.hub.publish import prepare, push, text_problems
 
 FACTS = Facts(licence="apache-2.0", data="Coloured squares", data_licence="cc0-1.0", localizer="owlv2", prompt="square",
               localizer_licence="apache-2.0", limits="Not for triangles.")  # fmt: skip

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hub_double import TOKEN, HubDouble
 
+from l2r2_cli.commands import main
 from l2r2_models import L2R2Error
-from l2r2_models.cli import main
-from l2r2_models.publish_kernels import prepare_kernels, push_kernels
+from l2r2_models.hub.publish_kernels import prepare_kernels, push_kernels
 
 pytest.importorskip("tomllib")
 KERNELS = Path(__file__).parent.parent / "kernels"

@@ -10,8 +10,8 @@ from PIL import Image
 
 from l2r2_models import L2R2Error
 from l2r2_models.evaluate.metrics import confusion_matrix
-from l2r2_models.evaluate.report import Picture, Section, gallery, percent, table, write_page
-from l2r2_models.evaluate.report_figures import bars_by_group, confusion, reliability_diagram
+from l2r2_models.report.figures import bars_by_group, confusion, reliability_diagram
+from l2r2_models.report.html import Picture, Section, gallery, percent, table, write_page
 
 EVIL = '<script>alert("1")</script> & $x_$ "é"'
 VOID = {"meta", "img", "br", "hr", "link", "input"}

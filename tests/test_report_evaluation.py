@@ -8,8 +8,8 @@ import torch
 from conftest import write_dataset, write_run
 from test_report import EVIL, Page
 
-from l2r2_models.evaluate.judge import evaluation_of, judge_run
-from l2r2_models.evaluate.report_evaluation import write_evaluation
+from l2r2_models.evaluate.evaluator import evaluation_of, judge_run
+from l2r2_models.report.evaluation import write_evaluation
 
 
 @pytest.fixture(scope="module")

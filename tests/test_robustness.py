@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from l2r2_models.evaluate.interventions import (
+from l2r2_models.audit.metrics import Figure, foreground_sensitivity, measures
+from l2r2_models.audit.perturbations import (
     L2_LEVELS,
     STD_LEVELS,
     Donors,
@@ -15,10 +16,9 @@ from l2r2_models.evaluate.interventions import (
     plan,
     swap,
 )
+from l2r2_models.audit.verdict import verdict_of
 from l2r2_models.evaluate.metrics import bootstrap_interval
-from l2r2_models.evaluate.robustness import Figure, foreground_sensitivity, measures
-from l2r2_models.evaluate.verdict import verdict_of
-from l2r2_models.views import ViewSpec, make_views
+from l2r2_models.views.cut import ViewSpec, make_views
 
 NAN = float("nan")
 

@@ -1,4 +1,4 @@
-"""`python -m l2r2_models.run`: timm's own scripts on our models. L2R2_TIMM_CHECKOUT names a checkout of timm's repository."""
+"""`python -m l2r2_models.timm_script`: timm's own scripts on our models. L2R2_TIMM_CHECKOUT names a checkout of timm."""
 
 import json
 import os
@@ -26,7 +26,7 @@ sys.exit(3)
 
 def run_script(*arguments, **options):
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "l2r2_models.run", *map(str, arguments)]
+    command = [sys.executable, "-m", "l2r2_models.timm_script", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=env, **options)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from l2r2_models.cli import app, main
-from l2r2_models.configs import load_hub_configs
+from l2r2_cli.commands import app, main
+from l2r2_models.models.hub_configs import load_hub_configs
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"transformers", "triton", "datasets", "accelerate", "sklearn", "skimage", "matplotlib", "gradio", "captum", "typer"}
@@ -30,23 +30,6 @@ def test_importing_the_package_loads_nothing_heavy():
     code = "import sys, timm; old = set(sys.modules); import l2r2_models; print(*(set(sys.modules) - old))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert HEAVY.isdisjoint(result.stdout.split())
-
-
-@pytest.mark.parametrize(
-    ("below", "above"),
-    [
-        ("model", ("PIL", "transformers", "l2r2_models.images", "l2r2_models.predictor", "l2r2_models.data")),
-        ("views", ("PIL.", "transformers", "l2r2_models.model", "l2r2_models.boxes")),
-        ("images", ("l2r2_models.model", "l2r2_models.views", "l2r2_models.boxes", "timm")),
-        ("boxes", ("l2r2_models.model", "l2r2_models.views", "timm", "PIL")),
-        ("hub", ("l2r2_models.predictor", "l2r2_models.train", "l2r2_models.data", "l2r2_models.cli")),
-        ("predictor", ("l2r2_models.train", "l2r2_models.cli", "transformers")),
-    ],
-)
-def test_a_floor_never_imports_one_above_it(below, above):
-    found = [name for name in imports_of(ROOT / "l2r2_models" / f"{below}.py") if name.startswith(above)]
-    type_checking_only = {"PIL.Image"} if below == "views" else set()
-    assert set(found) <= type_checking_only
 
 
 def test_the_kernels_know_nothing_of_the_models():
@@ -97,7 +80,7 @@ def test_the_readmes_commands_and_options_exist(capsys, monkeypatch):
         with pytest.raises(SystemExit):
             main()
         known += capsys.readouterr().out
-    others = r"python benchmarks/|torch.distributed.run|l2r2_models.run"  # lines with options of other programs
+    others = r"python benchmarks/|torch.distributed.run|l2r2_models.timm_script"  # lines with options of other programs
     lines = [line for line in (ROOT / "README.md").read_text().splitlines() if not re.search(others, line)]
     for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(lines))):
         assert option in known, option

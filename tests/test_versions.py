@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError
 
 import l2r2_models.versions
-from l2r2_models.train.run_folder import surroundings
+from l2r2_models.runs import surroundings
 
 
 def test_a_package_without_metadata_is_of_unknown_version(monkeypatch):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from l2r2_models.errors import L2R2Error
-from l2r2_models.views import ViewSpec
+from l2r2_models.views.cut import ViewSpec
 
 NAN = float("nan")
 

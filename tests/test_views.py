@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from l2r2_models.errors import L2R2Error
-from l2r2_models.views import ViewSpec, cut_batch, make_views
+from l2r2_models.views.cut import ViewSpec, cut_batch, make_views
 
 NAN = float("nan")
 NONE = [NAN] * 4

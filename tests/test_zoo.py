@@ -8,8 +8,8 @@ import torch
 from timm.models._registry import get_arch_pretrained_cfgs
 
 from l2r2_models import L2R2Error
-from l2r2_models.configs import load_hub_configs
-from l2r2_models.zoo import ARCHITECTURES, _trained_cfg, default_cfgs
+from l2r2_models.models.hub_configs import load_hub_configs
+from l2r2_models.models.registry import ARCHITECTURES, _trained_cfg, default_cfgs
 
 # the configs were made from timm 1.0.31; older versions know fewer tags and licences
 OLD_TIMM = tuple(int(part) for part in timm.__version__.split(".")[:3]) < (1, 0, 31)

@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 
+from l2r2_models.checkpoints.checkpoint import load_checkpoint
 from l2r2_models.data.spawrious import composites
 from l2r2_models.data.table import ImageTable, read_table
 from l2r2_models.evaluate.backgrounds import BACKGROUNDS, logits_to_fit
@@ -43,9 +44,8 @@ from l2r2_models.evaluate.logits import BranchLogits, branch_logits
 from l2r2_models.evaluate.metrics import accuracy, by_group, oracle
 from l2r2_models.fusion import FUSIONS, create_fusion
 from l2r2_models.fusion.calibration import expected_calibration_error
-from l2r2_models.hub import load_checkpoint
 from l2r2_models.train.finetune import finetune
-from l2r2_models.train.recipes import Recipe
+from l2r2_models.train.recipe import Recipe
 
 MINORITY, HELD_OUT = 38, 0.15
 SPLITS = ("test_id", "test_ood")

@@ -37,16 +37,16 @@ from background_shift import (
     write_table,
 )
 
+from l2r2_models.checkpoints.checkpoint import load_checkpoint
 from l2r2_models.data.table import read_table
-from l2r2_models.evaluate.boxes import evaluate_boxes
 from l2r2_models.evaluate.fuse import fuse
+from l2r2_models.evaluate.localization import evaluate_boxes
 from l2r2_models.evaluate.logits import branch_logits
 from l2r2_models.evaluate.metrics import accuracy
-from l2r2_models.hub import load_checkpoint
 from l2r2_models.localize import create_localizer
-from l2r2_models.localize.cache import localize_to_file
+from l2r2_models.localize.localize_files import localize_to_file
 from l2r2_models.train.finetune import finetune
-from l2r2_models.train.recipes import Recipe
+from l2r2_models.train.recipe import Recipe
 
 LOCALIZERS = {"head": "head:{run}", "ncut": "ncut:{run}?size={size}", "cam": "cam:{run}", "center": "center", "full": "full"}
 FIGURES = ("corloc", "mean_iou", "full", "fg", "robust", "gain")

@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from background_shift import COMMON, about_run, write_table
 
+from l2r2_models.checkpoints.checkpoint import load_checkpoint
 from l2r2_models.data.spawrious import composites
 from l2r2_models.data.table import read_table
 from l2r2_models.evaluate.logits import branch_logits
 from l2r2_models.evaluate.parts import AGREEMENT, find_parts
-from l2r2_models.hub import load_checkpoint
 from l2r2_models.train.finetune import finetune
-from l2r2_models.train.recipes import Recipe
+from l2r2_models.train.recipe import Recipe
 
 SPLITS = ("test_id", "test_ood")
 SMALL_VIT = {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}

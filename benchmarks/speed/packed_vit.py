@@ -24,7 +24,7 @@ import torch
 from l2r2_kernels.masked_attention import run_packed
 from torch import Tensor
 
-from l2r2_models.masking import embed_tokens
+from l2r2_models.models.masking import embed_tokens
 
 SIDES = (14, 28, 37)  # 196, 784 and 1369 patches
 KEPT = (0.2, 0.3, 0.5)

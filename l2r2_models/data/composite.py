@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..boxes import Detections
+from ..boxes.detections import Detections
 from ..errors import L2R2Error
 from ..images import FILL
 

@@ -15,13 +15,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..boxes import Detections, ViewMap
+from ..boxes.detections import Detections, ViewMap
 from ..errors import L2R2Error
 from ..images import image_tensor, load_image, load_mask
-from ..views import ViewSpec, make_views
+from ..views.cut import ViewSpec, make_views
 from .augment import Augment
 from .composite import background_of, paste_object
-from .leaks import perceptual_hash
+from .near_duplicates import perceptual_hash
 from .table import ImageTable, Row
 
 

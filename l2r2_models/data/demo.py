@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import L2R2Error
-from ..files import write_text
+from ..io import write_text
 
 PHOTOGRAPHS = ("coffee", "grass", "brick", "gravel", "rocket", "retina", "china", "flower", "immunohistochemistry", "chelsea")
 SIDE = 96  # pixels of an image

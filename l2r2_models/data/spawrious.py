@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..boxes import Detections
+from ..boxes.detections import Detections
 from ..errors import L2R2Error
-from ..files import read_json, write_atomic, write_json, write_text
 from ..images import FILL, image_tensor, load_image
+from ..io import read_json, write_atomic, write_json, write_text
 from .composite import cover, object_alpha
 from .dataset import sample_of
 from .table import ImageTable, Row, read_table, rows_digest

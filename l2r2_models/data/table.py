@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..box_files import BoxEntry, entries_of_rows, read_boxes, read_rows
+from ..boxes import BoxEntry, entries_of_rows, read_boxes, read_rows
 from ..errors import L2R2Error
 from ..images import is_image_path
-from .sources import PREFIX, as_folder, is_source
+from .hf_datasets import PREFIX, as_folder, is_source
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..data.swap import swapped
 from ..data.table import ImageTable
 from ..errors import L2R2Error
-from ..hub import Checkpoint
 from .logits import BranchLogits, Progress, branch_logits
 
 BACKGROUNDS = ("plain", "swapped", "both")

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.checkpoint import WEIGHTS, Checkpoint, changed_weights, load_checkpoint, save_checkpoint
 from ..data.table import ImageTable, read_table
 from ..errors import L2R2Error
-from ..files import file_sha256, write_json
 from ..fusion import FUSIONS
-from ..hub import WEIGHTS, Checkpoint, changed_weights, load_checkpoint, save_checkpoint
+from ..io import file_sha256, write_json
 from ..locks import only_writer
-from ..train.run_folder import RUN, record_of
+from ..runs import RUN, record_of
 from .backgrounds import logits_to_fit
 from .fuse import BEST, best, fit
 from .logits import Progress

@@ -14,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..data.dataset import ViewDataset
 from ..data.table import ImageTable, rows_digest
 from ..errors import L2R2Error
-from ..files import check_readable, write_atomic
-from ..hub import Checkpoint
-from ..model import L2R2
+from ..io import check_readable, write_atomic
+from ..models.l2r2 import L2R2
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[Iterable[list[int]], int], Iterable[list[int]]]

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..data.dataset import Sample, sample_of
 from ..data.table import ImageTable
 from ..errors import L2R2Error
-from ..hub import Checkpoint
-from ..ifam import IFAM
-from ..masking import coverage
-from ..views import make_views
+from ..models.ifam import IFAM
+from ..models.masking import coverage
+from ..views.cut import make_views
 from .logits import Progress
 
 BATCH = 32

@@ -13,7 +13,7 @@ from .base import Context, Localizer, Spec
 if TYPE_CHECKING:
     import torch
 
-    from ..hub import Checkpoint
+    from ..checkpoints.checkpoint import Checkpoint
 
 __all__ = ["LOCALIZERS", "Localizer", "Spec", "create_localizer"]
 
@@ -23,9 +23,9 @@ LOCALIZERS = {
     "grounding-dino": ("prompted", "GroundingDino"),
     "boxes": ("controls", "Boxes"),
     "head": ("head", "Head"),
-    "ncut": ("backbone", "NormalisedCut"),
-    "cam": ("backbone", "ActivationMap"),
-    "parts": ("backbone", "Parts"),
+    "ncut": ("unsupervised", "NormalisedCut"),
+    "cam": ("unsupervised", "ActivationMap"),
+    "parts": ("unsupervised", "Parts"),
     "center": ("controls", "Center"),
     "full": ("controls", "Full"),
 }

@@ -25,11 +25,11 @@ from PIL.Image import Image
 from torch import Tensor
 from torchvision.ops import nms
 
-from ..boxes import Detections
+from ..boxes.detections import Detections
 from ..errors import L2R2Error
 
 if TYPE_CHECKING:
-    from ..hub import Checkpoint
+    from ..checkpoints.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

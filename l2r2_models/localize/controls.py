@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from PIL.Image import Image
 
-from ..box_files import BoxEntry, read_boxes
-from ..boxes import Detections
+from ..boxes import BoxEntry, read_boxes
+from ..boxes.detections import Detections
 from ..errors import L2R2Error
 from .base import Context, Localizer, Option, Spec, number, size_of
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from ..box_head import FoundBoxes
-from ..boxes import Detections
+from ..boxes.detections import Detections
 from ..errors import L2R2Error
-from ..views import ViewSpec
+from ..models.box_head import FoundBoxes
+from ..views.cut import ViewSpec
 from .base import Context, Spec
-from .looking import Looking, full_view_map, one_box
+from .model_based import Looking, full_view_map, one_box
 
 
 class Head(Looking):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import L2R2Error
-from ..files import file_sha256
+from ..io import file_sha256
 
 DTYPES = ("float32", "float16", "bfloat16")
 

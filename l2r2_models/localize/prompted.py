@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torchvision.ops import box_convert
 
-from ..boxes import Detections
+from ..boxes.detections import Detections
 from ..errors import L2R2Error
 from .base import Context, Localizer, Option, Spec, number, one_of, size_of, tidy, whole
 from .pretrained import DTYPES, load_pretrained

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from ..boxes import Detections
+from ..boxes.detections import Detections
 from ..errors import L2R2Error
 from .base import Context, Localizer, Spec
 from .pretrained import load_pretrained

@@ -10,10 +10,10 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from ..boxes import Detections
+from ..boxes.detections import Detections
 from ..errors import L2R2Error
-from ..model import L2R2
-from ..views import make_views
+from ..models.l2r2 import L2R2
+from ..views.cut import make_views
 from .base import Localizer
 from .prompted import Prompted
 from .segment import Masked

@@ -11,23 +11,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .. import distributed as processes
+from ..checkpoints.checkpoint import CONFIG, save_checkpoint
 from ..data.dataset import Check, Sample, check_images
-from ..data.leaks import HELD_OUT, find_leaks
+from ..data.near_duplicates import HELD_OUT, find_leaks
 from ..data.splits import hold_out
 from ..data.table import ImageTable, read_table, rows_digest
 from ..errors import L2R2Error
-from ..files import remove_stale, write_json, write_text
-from ..hub import CONFIG, save_checkpoint
+from ..io import remove_stale, write_json, write_text
 from ..locks import only_writer
-from ..masking import kept_patches, patch_grid
-from ..model import L2R2
-from ..views import make_views
-from . import processes
+from ..models.l2r2 import L2R2
+from ..models.masking import kept_patches, patch_grid
+from ..runs import CHECKPOINTS, RECIPE, RUN, check_place, finished, surroundings
+from ..views.cut import make_views
+from .init import Start
 from .models import create_model
 from .optimizers import check_optimizer
-from .recipes import NO_METRIC, Recipe
-from .run_folder import CHECKPOINTS, RECIPE, RUN, check_place, finished, surroundings
-from .start import Start
+from .recipe import NO_METRIC, Recipe
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "validation", "valid", "dev")

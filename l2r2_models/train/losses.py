@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..box_head import box_losses
-from ..ifam import IFAM
-from ..model import BRANCHES, L2R2
-from ..parts import PartWeights, part_losses
-from .mixing import Mix
+from ..models.box_head import box_losses
+from ..models.ifam import IFAM
+from ..models.l2r2 import BRANCHES, L2R2
+from ..models.parts import PartWeights, part_losses
+from .mixup import Mix
 
 
 class BranchLoss(nn.Module):

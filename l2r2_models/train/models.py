@@ -8,11 +8,11 @@ import timm
 import torch
 
 from ..errors import L2R2Error
-from ..model import L2R2
-from ..views import IN_NETWORK, ViewSpec
-from ..zoo import PARTS
-from .recipes import Recipe
-from .start import Start
+from ..models.l2r2 import L2R2
+from ..models.registry import PARTS
+from ..views.cut import IN_NETWORK, ViewSpec
+from .init import Start
+from .recipe import Recipe
 
 
 def create_model(recipe: Recipe, num_classes: int, start: Start | None = None) -> L2R2:

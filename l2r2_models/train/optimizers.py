@@ -8,8 +8,8 @@ import timm.optim
 import torch
 
 from ..errors import L2R2Error
-from ..model import L2R2
-from .recipes import Recipe
+from ..models.l2r2 import L2R2
+from .recipe import Recipe
 
 
 def check_optimizer(name: str) -> None:

@@ -20,21 +20,21 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from .. import distributed as processes
 from ..data.dataset import ViewDataset
 from ..data.table import ImageTable
 from ..errors import L2R2Error
-from ..files import write_atomic
-from ..ifam import IFAM
-from ..model import BRANCHES, L2R2
-from . import processes
-from .average import Average, tensors_of
+from ..io import write_atomic
+from ..models.ifam import IFAM
+from ..models.l2r2 import BRANCHES, L2R2
+from ..runs import CHECKPOINTS, LOGS, last_checkpoint
 from .batches import EpochBatches
 from .best import Best, best_of
+from .ema import Average, tensors_of
 from .losses import BranchLoss
-from .mixing import Mix
+from .mixup import Mix
 from .optimizers import create_optimizer
-from .recipes import NO_METRIC, Recipe
-from .run_folder import CHECKPOINTS, LOGS, last_checkpoint
+from .recipe import NO_METRIC, Recipe
 
 AVERAGE, BEST = "average.safetensors", "best.safetensors"
 

@@ -9,9 +9,9 @@ from timm.models import get_notrace_functions, get_notrace_modules
 from torchvision.models.feature_extraction import NodePathTracer
 
 from l2r2_models import L2R2Error
-from l2r2_models.configs import load_hub_configs
-from l2r2_models.hub import load_checkpoint, save_checkpoint
-from l2r2_models.zoo import ARCHITECTURES
+from l2r2_models.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from l2r2_models.models.hub_configs import load_hub_configs
+from l2r2_models.models.registry import ARCHITECTURES
 
 FAMILIES = {
     "l2r2_convnextv2_atto": {},
@@ -287,7 +287,7 @@ def test_a_config_reaches_nothing_but_the_shape_of_the_network(key, tmp_path):
     """`checkpoint_path` in the config of a downloaded model used to unpickle any file."""
     import json
 
-    from l2r2_models.hub import load_checkpoint, save_checkpoint
+    from l2r2_models.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 
     torch.save(Harmful(tmp_path / "harmed"), tmp_path / "evil.pth")
     save_checkpoint(build("l2r2_resnet18"), tmp_path / "run", list("abcde"))

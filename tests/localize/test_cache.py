@@ -13,11 +13,11 @@ from conftest import write_run
 from PIL import Image
 from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
 
-from l2r2_models.box_files import read_boxes
+from l2r2_models.boxes import read_boxes
 from l2r2_models.errors import L2R2Error
 from l2r2_models.images import list_images
 from l2r2_models.localize import create_localizer
-from l2r2_models.localize.cache import localize_to_file
+from l2r2_models.localize.localize_files import localize_to_file
 
 
 def entries(path):
@@ -173,7 +173,7 @@ def test_killed_at_a_random_moment_the_same_command_gives_the_same_file(tmp_path
     localize_to_file(localizer, paths, tmp_path / "whole.json")
     out, parts, wanted = tmp_path / "killed.json", tmp_path / "killed.json.parts", random.randrange(1, 34)
     command = ["localize", dataset / "images", "--localizer", "center?share=0.7", "--batch-size", 1, "-o", out]
-    process = subprocess.Popen([sys.executable, "-m", "l2r2_models.cli", *map(str, command)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "l2r2_models", *map(str, command)], stdout=subprocess.DEVNULL)
     while process.poll() is None and sum(len(part.read_bytes().splitlines()) for part in parts.glob("part-*")) <= wanted:
         time.sleep(0.001)
     process.kill()
@@ -191,7 +191,7 @@ def test_two_processes_share_the_work_and_give_the_file_of_one(tmp_path, dataset
     arguments = ["localize", dataset / "images", "--localizer", "center?share=0.7", "--batch-size", "4", "-o"]
     paths = list_images([dataset / "images"])
     localize_to_file(create_localizer("center?share=0.7"), paths, tmp_path / "one.json", batch_size=4)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "l2r2_models.cli"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "l2r2_models"]
     (dataset / "images" / "zz.png").write_text("bad")
     result = subprocess.run(
         [sys.executable, *torchrun, *arguments, tmp_path / "two.json"],

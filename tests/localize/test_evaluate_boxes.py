@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
 
-from l2r2_models.box_files import BoxEntry, BoxTable, write_boxes
+from l2r2_models.boxes import BoxEntry, BoxTable, write_boxes
 from l2r2_models.data.table import read_table
-from l2r2_models.evaluate.boxes import draw_worst, evaluate_boxes
+from l2r2_models.evaluate.localization import draw_worst, evaluate_boxes
 from l2r2_models.localize import create_localizer
-from l2r2_models.localize.cache import localize_to_file
+from l2r2_models.localize.localize_files import localize_to_file
 
 
 def overlap(a, b):

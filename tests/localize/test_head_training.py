@@ -8,15 +8,16 @@ import torch
 from conftest import write_dataset
 from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
 
-from l2r2_models import L2R2Error, ViewSpec, hub
-from l2r2_models.box_files import BoxEntry, BoxTable, write_boxes
-from l2r2_models.box_head import BoxHead, box_losses
-from l2r2_models.boxes import ViewMap
+from l2r2_models import L2R2Error, ViewSpec
+from l2r2_models.boxes import BoxEntry, BoxTable, write_boxes
+from l2r2_models.boxes.detections import ViewMap
+from l2r2_models.checkpoints import checkpoint as hub
 from l2r2_models.data.augment import Augment
 from l2r2_models.data.dataset import ViewDataset
 from l2r2_models.data.table import read_table
+from l2r2_models.models.box_head import BoxHead, box_losses
 from l2r2_models.train.losses import BranchLoss
-from l2r2_models.train.recipes import Recipe
+from l2r2_models.train.recipe import Recipe
 
 CLASSES = ("blue", "green", "red")
 

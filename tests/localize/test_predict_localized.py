@@ -7,15 +7,16 @@ import torch
 from conftest import write_run
 from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
 
-from l2r2_models import L2R2Error, Predictor, ViewSpec, hub
-from l2r2_models.boxes import ViewMap
+from l2r2_models import L2R2Error, Predictor, ViewSpec
+from l2r2_models.boxes.detections import ViewMap
+from l2r2_models.checkpoints import checkpoint as hub
 from l2r2_models.data.table import read_table
 from l2r2_models.images import load_image
 from l2r2_models.localize import create_localizer
-from l2r2_models.localize.cache import localize_to_file
+from l2r2_models.localize.localize_files import localize_to_file
 from l2r2_models.localize.topk import topk_prompts
-from l2r2_models.predictions import gather, predict_to_file
-from l2r2_models.views import make_views
+from l2r2_models.predict.predict_files import gather, predict_to_file
+from l2r2_models.views.cut import make_views
 
 
 @pytest.fixture(scope="module")

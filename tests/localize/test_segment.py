@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from l2r2_models import Detections, ViewSpec, make_views
-from l2r2_models.box_files import read_boxes
+from l2r2_models.boxes import read_boxes
 from l2r2_models.errors import L2R2Error
 from l2r2_models.localize import create_localizer
-from l2r2_models.localize.cache import localize_to_file
+from l2r2_models.localize.localize_files import localize_to_file
 from l2r2_models.localize.segment import Segmenter
 
 

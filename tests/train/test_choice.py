@@ -8,13 +8,13 @@ from conftest import write_dataset
 from safetensors.torch import load_file
 
 from l2r2_models import L2R2Error
+from l2r2_models.checkpoints.checkpoint import load_checkpoint
 from l2r2_models.data.table import read_table
 from l2r2_models.evaluate.logits import branch_logits
-from l2r2_models.hub import load_checkpoint
-from l2r2_models.train.average import Average
 from l2r2_models.train.best import best_of
+from l2r2_models.train.ema import Average
 from l2r2_models.train.finetune import finetune
-from l2r2_models.train.recipes import Recipe
+from l2r2_models.train.recipe import Recipe
 
 
 def recipe(**changes):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from l2r2_models.cli import main
+from l2r2_cli.commands import main
 
 
 def call(monkeypatch, capsys, *arguments):

@@ -5,10 +5,10 @@ import torch
 
 from l2r2_models import L2R2Error
 from l2r2_models.train.losses import BranchLoss
-from l2r2_models.train.mixing import Mix
+from l2r2_models.train.mixup import Mix
 from l2r2_models.train.models import create_model
 from l2r2_models.train.optimizers import create_optimizer
-from l2r2_models.train.recipes import Recipe
+from l2r2_models.train.recipe import Recipe
 
 CLASSES = 5
 

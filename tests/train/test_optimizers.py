@@ -6,7 +6,7 @@ import torch
 from l2r2_models import L2R2Error
 from l2r2_models.train.models import create_model
 from l2r2_models.train.optimizers import create_optimizer
-from l2r2_models.train.recipes import Recipe
+from l2r2_models.train.recipe import Recipe
 
 
 def made(backbone="test_vit", **changes):

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from l2r2_models.train.finetune import finetune
-from l2r2_models.train.recipes import Recipe
+from l2r2_models.train.recipe import Recipe
 
-COMMAND = ["-m", "l2r2_models.cli", "finetune"]
+COMMAND = ["-m", "l2r2_models", "finetune"]
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from l2r2_models import L2R2Error
-from l2r2_models.train.recipes import Recipe, builtin_recipes, parse_settings
+from l2r2_models.train.recipe import Recipe, builtin_recipes, parse_settings
 
 
 def test_every_built_in_recipe_is_complete_but_for_the_model():

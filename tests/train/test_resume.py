@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from l2r2_models import L2R2Error
 from l2r2_models.train.finetune import finetune
-from l2r2_models.train.recipes import Recipe
+from l2r2_models.train.recipe import Recipe
 
 CASES = [
     {"ema": 0.9, "balanced": True},
@@ -34,7 +34,7 @@ def recipe(**changes):
 TRAIN = """
 import json, sys, torch
 from l2r2_models.train.finetune import finetune
-from l2r2_models.train.recipes import Recipe
+from l2r2_models.train.recipe import Recipe
 torch.set_num_threads(1)
 finetune(sys.argv[1], Recipe.from_dict(json.loads(sys.argv[2])), sys.argv[3])
 """

@@ -12,16 +12,16 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 from typer.testing import CliRunner
 
-from l2r2_models import hub
-from l2r2_models.card import source_of_training
-from l2r2_models.cli import app
+from l2r2_cli.commands import app
+from l2r2_models.checkpoints import checkpoint as hub
 from l2r2_models.errors import L2R2Error
-from l2r2_models.evaluate.judge import evaluate_run
+from l2r2_models.evaluate.evaluator import evaluate_run
 from l2r2_models.fusion import create_fusion
+from l2r2_models.hub.card import source_of_training
 from l2r2_models.train.finetune import finetune
+from l2r2_models.train.init import Start
 from l2r2_models.train.models import create_model
-from l2r2_models.train.recipes import Recipe
-from l2r2_models.train.start import Start
+from l2r2_models.train.recipe import Recipe
 
 CLASSES = tuple(sorted(COLOURS))
 

@@ -1,0 +1,57 @@
+"""`l2r2 derive` and `l2r2 convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from .common import names, say
+
+
+def derive(
+    source: Annotated[str, typer.Argument(help="timm:NAME, any timm classifier, with or without a tag.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")],
+    labels: Annotated[Optional[Path], typer.Option(help="Class names, one a line.", show_default="ImageNet's")] = None,
+    branches: Annotated[Optional[str], typer.Option(help="Of full,fg,bg.", show_default="full,fg")] = None,
+    fusion: Annotated[str, typer.Option(help="average, max_confidence or robust.")] = "robust",
+) -> None:
+    """Make an L2R2 run out of a timm classifier, without training."""
+    from l2r2_models.checkpoints.convert import derive as run
+    from l2r2_models.errors import L2R2Error
+    from l2r2_models.io import read_text
+
+    if not source.startswith("timm:"):
+        raise L2R2Error(f'"{source}": give timm:NAME, e.g. timm:convnextv2_tiny.')
+    listed = None
+    if labels:
+        listed = [line.strip() for line in read_text(labels).splitlines() if line.strip()]
+    _, named = run(
+        source.removeprefix("timm:"), out, labels=listed, branches=names(branches) or ("full", "fg"), fusion=fusion
+    )
+    say(f"wrote {out}: {len(named)} classes, not trained; its fg head has never seen a crop")
+
+
+def convert(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run, or of one run a branch.")],
+    run: Annotated[
+        Optional[str], typer.Argument(help="A run of independent networks (finetune --no-shared), to take apart.")
+    ] = None,
+    full: Annotated[Optional[str], typer.Option(help="The network for the whole image: a run or a timm checkpoint.")] = None,
+    fg: Annotated[Optional[str], typer.Option(help="The network for the object.")] = None,
+    bg: Annotated[Optional[str], typer.Option(help="The network for the background.")] = None,
+    fusion: Annotated[str, typer.Option(help="average, max_confidence or robust.")] = "robust",
+) -> None:
+    """Put independently trained networks together into one run (--full A --fg B), or take such a run apart (RUN)."""
+    from l2r2_models.checkpoints.convert import join, split
+
+    parts: dict[str, str | Path] = {b: s for b, s in (("full", full), ("fg", fg), ("bg", bg)) if s}
+    if bool(run) == bool(parts) or len(parts) == 1:
+        raise typer.BadParameter("give a RUN to take apart, or two or three of --full, --fg and --bg to put together")
+    if run:
+        for branch, folder in split(run, out).items():
+            say(f"wrote {folder}: {branch} alone")
+        return
+    join(parts, out, fusion=fusion)
+    say(f"wrote {out}: {' and '.join(parts)}, independent networks, fusion {fusion}; fit it with `l2r2 fuse`")

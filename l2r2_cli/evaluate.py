@@ -1,0 +1,134 @@
+"""`l2r2 evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from .common import cell, errors, numbers, say, show, track
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from l2r2_models.evaluate.evaluator import Evaluation, Judged
+
+
+def evaluate(
+    run: Annotated[str, typer.Argument(help="A run's folder, or a Hub id (org/name).")],
+    data: Annotated[Path, typer.Argument(help="A data set, see `l2r2 finetune`.")],
+    split: Annotated[str, typer.Option(help="Rows to judge by.")] = "test",
+    group: Annotated[Optional[str], typer.Option(help="Metadata column: accuracy by its values, and the worst.")] = None,
+    fit_split: Annotated[
+        Optional[str], typer.Option(help="Held-out rows to fit every fusion and temperature on, for comparison.")
+    ] = None,
+    prior: Annotated[
+        Optional[str], typer.Option(help="Metadata column to correct the answers by, counted on the training rows.")
+    ] = None,
+    others: Annotated[
+        Optional[list[str]], typer.Option("--with", help="Another run of the same classes: adds ensembles. Repeatable.")
+    ] = None,
+    metadata: Annotated[Optional[Path], typer.Option(help="Another metadata file for the images of DATA.")] = None,
+    boxes: Annotated[Optional[Path], typer.Option(help="Box file.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave images out that cannot be used.")] = False,
+    drop_parts: Annotated[
+        Optional[str], typer.Option(help="ifam models: judge without these parts, e.g. 0,3.", show_default="none")
+    ] = None,
+    token_quantile: Annotated[
+        float, typer.Option(help="ifam models: without patches below this quantile of their part's training logits.")
+    ] = 0.0,
+    report: Annotated[Optional[Path], typer.Option(help="Write an HTML page: tables, figures, disagreements.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Judge every branch and every fusion of a run: accuracy, macro accuracy, calibration, groups, confusion."""
+    from l2r2_models.errors import L2R2Error
+    from l2r2_models.evaluate.evaluator import evaluation_of, judge_run
+    from l2r2_models.evaluations import store_evaluation
+
+    judged = judge_run(
+        run, data, split, group=group, fit_split=fit_split, prior=prior, others=others or (), metadata=metadata, boxes=boxes,
+        skip_bad=skip_bad, drop_parts=numbers("--drop-parts", drop_parts), token_quantile=token_quantile,
+        progress=lambda batches, total: track(batches, total, "branch logits"),
+    )  # fmt: skip
+    result = evaluation_of(judged)
+    problems = [f"warning: {warning}" for warning in result.warnings]
+    problems += [f"left out: {reason}" for reason in result.left_out.values()]
+    for problem in problems:
+        errors.print(problem)
+    if report:
+        from l2r2_models.report.evaluation import write_evaluation
+
+        write_evaluation(report, judged, result, lambda batches, total: track(batches, total, "parts"))
+    if Path(run).is_dir() and not judged.checkpoint.model.interventions():  # kept for the model card
+        try:
+            store_evaluation(run, data, judged.checkpoint.digest, result.to_dict())
+        except L2R2Error as error:
+            errors.print(f"warning: {error} The model card of this run will lack these metrics.")
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+    else:
+        _print(judged, result)
+    if report:
+        say(f"wrote {report}", err=as_json)
+
+
+def _print(judged: Judged, result: Evaluation) -> None:
+
+    show(_table(result))
+    if result.group:
+        show(_groups(judged, result))
+    fitted = f"; fusions and temperatures fitted on {result.fitted_on}" if result.fitted_on else ""
+    how = " (the true labels were the prompts)" if judged.data.table.boxes_from.get("oracle") else ""
+    say(
+        f"{result.images} images of {result.split}, {result.with_object} with an object found{how}; "
+        f"either branch right (oracle): {100 * result.oracle:.1f}{fitted}"
+    )
+    if pairs := _confused(judged, result):
+        say(f"most confused by {judged.answer} (truth -> answer): {pairs}")
+    for note in result.notes:
+        say(f"note: {note}")
+
+
+def _table(result: Evaluation) -> Table:
+    from rich.table import Table
+
+    columns = {"accuracy": "accuracy", "macro_accuracy": "macro", "ece": "ECE", "with_box": "with box", "without_box": "without"}
+    if result.temperatures:
+        columns = {"accuracy": "accuracy", "macro_accuracy": "macro", "ece": "ECE", "ece_scaled": "ECE scaled",
+                   "with_box": "with box", "without_box": "without"}  # fmt: skip
+    if result.group:
+        columns["worst_group"] = f"worst {cell(result.group)}"
+    table = Table("in %", box=None, header_style="bold", pad_edge=False)
+    for title in columns.values():
+        table.add_column(title, justify="right")
+        if title == "accuracy":
+            table.add_column("95 %", justify="right", style="dim")
+    for name, figures in result.rows.items():
+        cells = ["" if figures[k] is None else f"{100 * figures[k]:.1f}" for k in columns]
+        low, high = figures["intervals"]["accuracy"]
+        table.add_row(cell(name), cells[0], f"{100 * low:.1f}-{100 * high:.1f}", *cells[1:])
+    return table
+
+
+def _groups(judged: Judged, result: Evaluation) -> Table:
+    from rich.table import Table
+
+    titles = cell(f"accuracy by {result.group}"), "images", *map(cell, judged.own)
+    table = Table(*titles, box=None, header_style="bold", pad_edge=False)
+    for value, count in result.groups.items():
+        reached = [result.rows[name]["by_group"][value] for name in judged.own]
+        table.add_row(cell(value) or "(empty)", str(count), *(f"{100 * v:.1f}" for v in reached))
+    return table
+
+
+def _confused(judged: Judged, result: Evaluation) -> str:
+    import torch
+
+    from l2r2_models.evaluate.metrics import most_confused
+
+    matrix = torch.tensor(result.confusion[judged.answer])
+    of = matrix.sum(1).tolist()
+    named = ((result.labels[i], result.labels[j], count, of[i]) for i, j, count in most_confused(matrix))
+    return ", ".join(f"{truth} -> {answer} {count} of {total}" for truth, answer, count, total in named)

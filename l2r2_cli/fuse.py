@@ -1,0 +1,58 @@
+"""`l2r2 fuse`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from .common import errors, names, say, track
+
+
+def fuse(
+    run: Annotated[Path, typer.Argument(help="A run's folder; the fitted fusion is saved into it.")],
+    data: Annotated[Path, typer.Argument(help="A data set, see `l2r2 finetune`.")],
+    split: Annotated[str, typer.Option(help="Held-out rows to fit on, never the rows to be judged by.")] = "val",
+    method: Annotated[Optional[str], typer.Option(help="A fusion.", show_default="best_on_val, the best of all")] = None,
+    class_wise: Annotated[bool, typer.Option("--class-wise", help="One temperature a class, where a fusion scales.")] = False,
+    val_backgrounds: Annotated[
+        str, typer.Option(help="plain, swapped (objects on other images' backgrounds) or both: for where backgrounds change.")
+    ] = "plain",
+    group: Annotated[
+        Optional[str], typer.Option(help="Metadata column (site, physical object): what is alike is not fitted and judged on.")
+    ] = None,
+    inputs: Annotated[
+        Optional[str], typer.Option(help="Branches that are fused, e.g. fg,bg.", show_default="as now, at first all")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="accuracy or macro_accuracy: what is fitted and chosen by.")] = "accuracy",
+    metadata: Annotated[Optional[Path], typer.Option(help="Another metadata file for the images of DATA.")] = None,
+    boxes: Annotated[Optional[Path], typer.Option(help="Box file.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave images out that cannot be used.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show; leave the run as it is.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Fit the fusion of a run on held-out rows, from branch logits that are computed once and stored."""
+    from l2r2_models.evaluate.fit_run import fit_run
+
+    report = fit_run(
+        run, data, split, method=method, class_wise=class_wise, backgrounds=val_backgrounds, group=group, inputs=names(inputs),
+        metric=metric, metadata=metadata,
+        boxes=boxes, skip_bad=skip_bad, save=not dry_run, progress=lambda batches, total: track(batches, total, "branch logits"),
+    )  # fmt: skip
+    for warning in report.warnings:
+        errors.print(f"warning: {warning}")
+    for reason in report.left_out.values():
+        errors.print(f"left out: {reason}")
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+        return
+    what = {"plain": "images", "swapped": "images on other backgrounds", "both": "images as they are and on other backgrounds"}
+    rows = f"{report.rows} {what[val_backgrounds]} of {split}, {report.with_object} with an object"
+    say(f"fitted on {rows}; on unseen fifths of them, in %:")
+    say(f"  {'fusion':26} {'right':>5}  {'ECE':>5}")
+    for name, (accuracy, ece, numbers) in report.table.items():
+        mark = "  <- chosen" if name == report.chosen else ""
+        say(f"  {name:26} {100 * accuracy:5.1f}  {100 * ece:5.1f}  {numbers:>6} numbers{mark}")
+    say(f"{'would change' if dry_run else 'saved into'} {run}: {json.dumps(report.config)}")

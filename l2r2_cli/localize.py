@@ -1,0 +1,66 @@
+"""`l2r2 localize`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from .common import errors, say, track
+
+
+def localize(
+    images: Annotated[list[Path], typer.Argument(help="Images, folders of images, or data sets with metadata.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Box file, .json or .parquet; the same command continues it.")],
+    localizer: Annotated[
+        Optional[str], typer.Option(help="NAME[:SOURCE][?option=value&...]: owlv2, grounding-dino, boxes, head, ncut, cam, ...",
+                                    show_default="owlv2 with its base weights")
+    ] = None,
+    prompt: Annotated[Optional[list[str]], typer.Option(help="What to look for; may be repeated.")] = None,
+    oracle_prompts: Annotated[
+        bool, typer.Option("--oracle-prompts", help="Each image's true label is its prompt; the file says so. For analysis only.")
+    ] = False,
+    split: Annotated[Optional[str], typer.Option(help="Only this split of the data sets.")] = None,
+    format: Annotated[str, typer.Option(help="Of a .json: megadetector or coco.")] = "megadetector",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in one pass.")] = 8,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, ...", show_default="cuda where there is one")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
+) -> None:
+    """Find the objects of many images once, into a box file that finetune, evaluate and predict read.
+
+    Under torchrun (`torchrun --standalone --nproc_per_node 8 -m l2r2_models.cli localize ...`) each process takes its share.
+    """
+    from l2r2_models.errors import L2R2Error
+    from l2r2_models.localize import DEFAULT, Spec, create_localizer
+    from l2r2_models.localize.localize_files import localize_to_file
+    from l2r2_models.predict.predict_files import gather
+
+    spec = Spec.parse(localizer or DEFAULT)
+    spec = spec.with_option("prompt", *prompt) if prompt else spec
+    inputs = gather(images, split=split)
+    if oracle_prompts and (lacking := [path for path in inputs.paths if str(path) not in inputs.labels]):
+        raise L2R2Error(f"--oracle-prompts needs a label of every image in the metadata; {lacking[0]} has none.")
+    first = os.environ.get("RANK", "0") == "0"
+    report = localize_to_file(
+        create_localizer(spec, device=device), inputs.paths, out, format=format, batch_size=batch_size,
+        prompts=inputs.labels if oracle_prompts else None,
+        progress=lambda steps, total: track(steps, total, "localizing") if first else steps,
+    )  # fmt: skip
+    if not first:
+        return
+    for why in report.failures.values():
+        errors.print(f"failed: {why}")
+    total, failed = len(report.entries), len(report.failures)
+    if as_json:
+        figures = {"images": total, "with_box": report.with_box, "failed": failed, "from_before": report.kept}
+        typer.echo(json.dumps({"boxes": str(out), **figures}))
+    else:
+        before = f", {report.kept} of them from before" if report.kept else ""
+        without = total - report.with_box - failed
+        say(f"{total} images{before}: {report.with_box} with a box, {without} without; {failed} failed")
+        say(f"wrote {out}")
+    if failed:
+        raise typer.Exit(1)

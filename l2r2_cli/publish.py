@@ -1,0 +1,79 @@
+"""`l2r2 publish`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from .common import say
+
+
+def publish(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    repo: Annotated[str, typer.Argument(help="Hub id: ORG/NAME.")],
+    push: Annotated[bool, typer.Option("--push", help="Send it; without it nothing leaves this machine.")] = False,
+    licence: Annotated[Optional[str], typer.Option(help="Of the weights, as the Hub writes it: apache-2.0, ...")] = None,
+    data: Annotated[Optional[str], typer.Option(help="Name of the data set.")] = None,
+    data_licence: Annotated[Optional[str], typer.Option(help="Licence of the data set.")] = None,
+    localizer: Annotated[Optional[str], typer.Option(help="What finds the boxes.", show_default="the checkpoint's")] = None,
+    prompt: Annotated[Optional[str], typer.Option(help="Its prompt.", show_default="the checkpoint's")] = None,
+    localizer_licence: Annotated[Optional[str], typer.Option(help="Its licence.")] = None,
+    limits: Annotated[Optional[str], typer.Option(help="A sentence on what the model is not for.")] = None,
+    metrics: Annotated[
+        Optional[list[Path]], typer.Option(help="What `l2r2 evaluate --json` printed; beside what the run keeps.")
+    ] = None,
+    without_metrics: Annotated[bool, typer.Option("--without-metrics", help="Publish without any figure.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[Optional[str], typer.Option(help="Branch to push to.", show_default="main")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload with l2r2-models",
+    card: Annotated[Optional[Path], typer.Option(help="Write the model card here, to read it first.")] = None,
+    hub_config: Annotated[
+        Optional[Path], typer.Option(help="Write ARCHITECTURE.TAG.yaml, which makes it a tag of `l2r2 list --pretrained`.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a run and show what would go to the Hugging Face Hub; with --push send it, in one commit."""
+    from l2r2_models.errors import L2R2Error
+    from l2r2_models.hub.card import Facts
+    from l2r2_models.hub.publish import CARD, prepare
+    from l2r2_models.hub.publish import push as send
+    from l2r2_models.io import write_text
+
+    tag = None
+    if hub_config:
+        architecture, _, tag = hub_config.name.removesuffix(".yaml").partition(".")
+        if not tag or hub_config.suffix != ".yaml":
+            raise L2R2Error(f"{hub_config}: name it ARCHITECTURE.TAG.yaml.")
+    facts = Facts(licence, data, data_licence, localizer, prompt, localizer_licence, limits)
+    with tempfile.TemporaryDirectory(prefix="l2r2-publish-") as folder:
+        package = prepare(run, repo, Path(folder), facts, metrics=metrics or (), without_metrics=without_metrics, tag=tag)
+        sizes = {name: (package.folder / name).stat().st_size for name in package.files}
+        if card:
+            write_text(card, (package.folder / CARD).read_text(encoding="utf-8"))
+        if hub_config and package.hub_config:
+            if package.hub_config.architecture != architecture:
+                raise L2R2Error(f"{hub_config}: the architecture is {package.hub_config.architecture}, name it so.")
+            write_text(hub_config, package.hub_config.to_yaml())
+        pushed = None
+        if push:
+            pushed = send(package, private=private, revision=revision, create_pr=create_pr, message=message)
+    if as_json:
+        files = {name: {"sha256": digest, "bytes": sizes[name]} for name, digest in package.files.items()}
+        result = {"repo": repo, "files": files, "problems": list(package.problems), "pushed": pushed and vars(pushed)}
+        typer.echo(json.dumps(result))
+    else:
+        for name, size in sizes.items():
+            say(f"{size:>13,} bytes  {name}  sha256 {package.files[name][:12]}")
+        for problem in package.problems:
+            say(f"problem: {problem}")
+        if pushed:
+            say(f"pushed to {pushed.pull_request or pushed.url} (commit {pushed.commit[:12]}), hashes compared")
+        elif not package.problems:
+            say(f"nothing was sent; --push sends it to {repo}")
+    if package.problems:
+        raise typer.Exit(1)

@@ -1,0 +1,35 @@
+"""`l2r2 publish-kernels`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from .common import say
+
+
+def publish_kernels(
+    source: Annotated[Path, typer.Argument(help="Folder with build.toml, CARD.md and torch-ext/.")] = Path("kernels"),
+    repo: Annotated[Optional[str], typer.Argument(help="Hub id: ORG/NAME.", show_default="that of build.toml")] = None,
+    push: Annotated[bool, typer.Option("--push", help="Send it; without it nothing leaves this machine.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+) -> None:
+    """Check the kernels and show what would go to the Kernel Hub; with --push send it."""
+    from l2r2_models.hub.publish_kernels import prepare_kernels, push_kernels
+
+    with tempfile.TemporaryDirectory(prefix="l2r2-publish-") as folder:
+        card, builds, branch = prepare_kernels(source, Path(folder), repo)
+        for name in (*card.files, *builds.files):
+            say(f"{(builds.folder / name).stat().st_size:>9,} bytes  {name}")
+        for problem in builds.problems:
+            say(f"problem: {problem}")
+        if push:
+            pushed = push_kernels(card, builds, branch, private=private)
+            say(f"pushed to {pushed.url}, branch {branch} (commit {pushed.commit[:12]}), hashes compared")
+        elif not builds.problems:
+            say(f"nothing was sent; --push sends it to {builds.repo}, branch {branch}")
+    if builds.problems:
+        raise typer.Exit(1)

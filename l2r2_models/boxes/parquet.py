@@ -1,0 +1,87 @@
+"""A table of boxes as one Parquet file: one row an image, for data sets whose JSON would be gigabytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import L2R2Error
+from ..io import check_readable, write_atomic
+from .table import BoxEntry, BoxTable
+
+KEY = b"l2r2"
+INSTALL = 'Parquet needs pyarrow: pip install "l2r2-models[detect]".'
+
+
+def write_parquet(table: BoxTable, path: Path) -> None:
+    """Columns file, width, height, normalised, failure, stamp, boxes (xyxy), scores, labels, masks (COCO RLE); `info` in the
+    schema.
+
+    Raises:
+        L2R2Error: not writable, a name that is not UTF-8, or pyarrow is missing.
+    """
+    pa, parquet = pyarrow()
+    mask = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
+    lists = {"boxes": pa.list_(pa.list_(pa.float64())), "scores": pa.list_(pa.float64()), "labels": pa.list_(pa.string()),
+             "masks": pa.list_(mask)}  # fmt: skip
+    fields = {"file": pa.string(), "width": pa.int32(), "height": pa.int32(), "normalised": pa.bool_(), "failure": pa.string(),
+              "stamp": pa.string()}  # fmt: skip
+    schema = pa.schema([*fields.items(), *lists.items()], metadata={KEY: json.dumps(table.info).encode()})
+    check_names(path, table.entries)
+    records = [{**record_of(file, entry), "stamp": table.stamps.get(file)} for file, entry in table.entries.items()]
+    write_atomic(path, lambda temporary: parquet.write_table(pa.Table.from_pylist(records, schema), temporary))
+
+
+def record_of(file: str, entry: BoxEntry) -> dict[str, Any]:
+    """An entry as plain values; `read.entry_of` reads it back."""
+    height, width = entry.image_size or (None, None)
+    masks = [None if m is None else m.to_coco() for m in entry.masks]
+    return {"file": file, "width": width, "height": height, "normalised": entry.normalised, "failure": entry.failure,
+            "boxes": entry.boxes, "scores": entry.scores, "labels": entry.labels, "masks": masks}  # fmt: skip
+
+
+def check_names(path: Path, names: Iterable[str]) -> None:
+    """Parquet holds text, and a file name may be any bytes.
+
+    Raises:
+        L2R2Error: a name is not UTF-8.
+    """
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise L2R2Error(f"{path}: Parquet cannot hold {name!r}, which is not UTF-8; rename it, or write .json.") from None
+
+
+def read_parquet(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows and `info` of a file of `write_parquet`.
+
+    Raises:
+        L2R2Error: not Parquet, other columns, or pyarrow is missing.
+    """
+    pa, parquet = pyarrow()
+    check_readable(path, most=None)
+    try:
+        table = parquet.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise L2R2Error(f"{path}: is not readable Parquet ({' '.join(str(error).split())[:200]}).") from error
+    ours = (table.schema.metadata or {}).get(KEY)
+    if ours is None:
+        raise L2R2Error(f"{path}: is not a box file of `l2r2 localize`; Parquet of others is not known here.")
+    return table.to_pylist(), json.loads(ours)
+
+
+def pyarrow() -> tuple[Any, Any]:
+    """pyarrow and its parquet.
+
+    Raises:
+        L2R2Error: it is missing.
+    """
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError as error:
+        raise L2R2Error(INSTALL) from error
+    return pa, parquet

@@ -1,0 +1,362 @@
+"""The formats of box files in the wild, read into one table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import L2R2Error
+from ..io import check_readable, read_json
+from .parquet import read_parquet
+from .rle import Rle
+from .table import BoxEntry, BoxTable
+
+RELATIVE = "all coordinates lie in [0, 1], but this format is in pixels; write pixels or use MegaDetector's format."
+CORNERS = tuple(names.split() for names in ("x0 y0 x1 y1", "xmin ymin xmax ymax", "x1 y1 x2 y2", "left top right bottom"))
+SIDES = tuple(f"{start} {sides}".split() for start in ("x y", "left top", "xmin ymin") for sides in ("w h", "width height"))
+COLUMNS = "name its columns x0,y0,x1,y1 or xmin,ymin,xmax,ymax or left,top,right,bottom or x,y,width,height, in pixels"
+_KNOWN = {name for columns in (*CORNERS, *SIDES) for name in columns}
+_OF_A_BOX = _KNOWN - {"x", "y", "w", "h", "width", "height", "left", "top", "right", "bottom"}  # these may mean anything
+# boxes in forms that are not read: as one column, by their center, or by names that are rare
+_LIKE_A_BOX = {
+    "bbox", "box", "bboxes", "boxes", "boundingbox", "cx", "cy", "xc", "yc", "xcenter", "ycenter", "centerx",
+    "centery", "xtl", "ytl", "xbr", "ybr", "xleft", "ytop", "xright", "ybottom", "minx", "miny", "maxx", "maxy",
+}  # fmt: skip
+_FILES = {"filename", "file", "image", "imagename", "imagepath", "filepath", "path", "img"}
+SCORES = ("score", "confidence", "conf")
+logger = logging.getLogger(__name__)
+
+
+def read_boxes(path: str | Path) -> BoxTable:
+    """Read a box file; its format is recognised by its content and logged.
+
+    Known: metadata CSV and JSONL, COCO (`annotations`), MegaDetector (`detection_categories` or `info`), SpeciesNet
+    (`predictions`), plain JSON: `{"a.jpg": [[x0, y0, x1, y1], ...]}` in pixels, and the Parquet of `write_boxes`. Masks are
+    read where they are COCO RLE; polygons are passed over.
+
+    Raises:
+        L2R2Error: unreadable, unknown or ambiguous; the message names the file and the entry.
+    """
+    path = Path(path)
+    info: dict[str, Any] = {}
+    stamps: dict[str, str] = {}
+    if not path.exists():
+        raise L2R2Error(f"{path}: no such box file.")
+    if path.suffix.lower() in (".csv", ".jsonl"):
+        rows = read_rows(path)
+        if box_columns(rows, str(path)) is None and not any("objects" in row or "boxes" in row for row in rows):
+            raise L2R2Error(f"{path}: no column is a box; {COLUMNS}.")
+        kind, entries = "metadata", entries_of_rows(rows, str(path))
+    elif path.suffix.lower() == ".parquet":
+        records, info = read_parquet(path)
+        kind, entries, stamps = "Parquet", _checked("Parquet", _read_parquet, records, path), _stamps(records)
+    else:
+        data = read_json(path)
+        kind = _sniff(data, str(path))
+        entries, info = _checked(kind, _READERS[kind], data, path), _info(data)
+        stamps = _stamps(data.get("images", ())) if info else {}
+    logger.info("%s: %s format, %d images", path, kind, len(entries))
+    if info.get("oracle"):
+        logger.warning("%s: the boxes were found with each image's true label as prompt (oracle): for analysis only", path)
+    return BoxTable(entries, str(path), kind, info, stamps)
+
+
+def _checked(kind: str, read: Callable[[Any], Iterable[tuple[str, BoxEntry]]], data: Any, path: Path) -> dict[str, BoxEntry]:
+    try:
+        return _table(read(data))
+    except L2R2Error as error:
+        raise L2R2Error(f"{path}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise L2R2Error(f"{path}: looks like {kind}, but is not well formed ({type(error).__name__}: {error}).") from error
+
+
+def _info(data: dict[str, Any]) -> dict[str, Any]:
+    """What `l2r2 localize` writes of itself; empty for other files."""
+    info = data.get("info")
+    ours = info.get("l2r2") if isinstance(info, dict) else None
+    return ours if isinstance(ours, dict) else {}
+
+
+def _stamps(images: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    return {i.get("file") or i["file_name"]: i["stamp"] for i in images if isinstance(i.get("stamp"), str)}
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a metadata .csv or .jsonl as dicts.
+
+    Raises:
+        L2R2Error: unreadable, empty, or without the column file_name; the message names file and line.
+    """
+    path = Path(path)
+    check_readable(path)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            if path.suffix.lower() == ".csv":
+                rows: list[dict[str, Any]] = _csv_rows(file, path)
+            else:
+                rows = [_json_line(line, path, i) for i, line in enumerate(file, 1) if line.strip()]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise L2R2Error(f"{path}: cannot be read as {path.suffix[1:]} ({error}).") from error
+    if not rows:
+        raise L2R2Error(f"{path}: has no rows.")
+    for i, row in enumerate(rows, 2 if path.suffix.lower() == ".csv" else 1):  # a CSV's first line is its header
+        if not isinstance(row, dict) or not row.get("file_name"):
+            raise L2R2Error(f"{path}: row {i} has no file_name; each row needs one.")
+    return rows
+
+
+def entries_of_rows(rows: Iterable[Mapping[str, Any]], source: str) -> dict[str, BoxEntry]:
+    """Boxes in metadata rows: four columns (see `box_columns`) and score, several rows per image for several boxes;
+    `boxes` = list of xyxy; or `objects: {bbox: [[x, y, w, h]], score: [...], label: [...]}` as Hugging Face's imagefolder has it.
+    """
+    rows = list(rows)
+    columns = box_columns(rows, source)
+    entries: dict[str, BoxEntry] = {}
+    for row in rows:
+        name = str(row["file_name"])
+        old = entries.get(name, BoxEntry())
+        try:
+            boxes, scores, labels = _row_boxes(row, columns)
+            entries[name] = _entry([*old.boxes, *boxes], [*old.scores, *scores], [*old.labels, *labels], name)
+        except L2R2Error as error:
+            raise L2R2Error(f"{source}: {error}") from None
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
+            raise L2R2Error(f"{source}: the box of {name} is not four numbers.") from None
+    if _all_relative(entries):
+        raise L2R2Error(f"{source}: {RELATIVE}")
+    return entries
+
+
+def _sniff(data: Any, source: str) -> str:
+    if isinstance(data, dict):
+        if "annotations" in data and "images" in data:
+            return "COCO"
+        if "predictions" in data:
+            return "SpeciesNet"
+        if "images" in data and ("detection_categories" in data or "info" in data):
+            return "MegaDetector"
+        if data and all(isinstance(v, list) for v in data.values()):
+            return "plain xyxy"
+    raise L2R2Error(
+        f"{source}: no box format that is known here; use MegaDetector, SpeciesNet or COCO JSON, metadata CSV or JSONL, "
+        'or {"image.jpg": [[x0, y0, x1, y1]]}.'
+    )
+
+
+def _table(found: Iterable[tuple[str, BoxEntry]]) -> dict[str, BoxEntry]:
+    entries: dict[str, BoxEntry] = {}
+    for file, entry in found:
+        if not isinstance(file, str) or not file:
+            raise L2R2Error(f"the image name {file!r} is not a path.")
+        if file in entries:
+            raise L2R2Error(f"there are two entries for {file}; merge them.")
+        entries[file] = entry
+    if _all_relative(entries):
+        raise L2R2Error(RELATIVE)
+    return entries
+
+
+def _all_relative(entries: Mapping[str, BoxEntry]) -> bool:
+    """Whether boxes that should be in pixels all lie in [0, 1]."""
+    boxes = [box for entry in entries.values() if not entry.normalised for box in entry.boxes]
+    return bool(boxes) and all(0 <= v <= 1 for box in boxes for v in box)
+
+
+def _read_megadetector(data: dict[str, Any]) -> Iterable[tuple[str, BoxEntry]]:
+    names = data.get("detection_categories", {})
+    for image in data["images"]:
+        yield image["file"], _relative_entry(image, names, image.get("failure"), image["file"])
+
+
+def _read_speciesnet(data: dict[str, Any]) -> Iterable[tuple[str, BoxEntry]]:
+    for image in data["predictions"]:
+        failures = None if image.get("detections") else image.get("failures")  # the classifier may fail where boxes are found
+        failure = ", ".join(failures) if isinstance(failures, list) else failures
+        yield image["filepath"], _relative_entry(image, {}, failure, image["filepath"])
+
+
+def _relative_entry(image: dict[str, Any], names: dict[str, str], failure: str | None, file: str) -> BoxEntry:
+    found = image.get("detections") or []
+    boxes = [(x, y, x + w, y + h) for x, y, w, h in (d["bbox"] for d in found)]
+    labels = [d.get("label") or names.get(str(d.get("category", "")), "") for d in found]
+    if any(abs(v) > 10 for box in boxes for v in box):  # a little outside is usual, this is not
+        raise L2R2Error(f"the boxes of {file} are in pixels, where this format has fractions of the image's width and height.")
+    masks = [d.get("mask") for d in found]
+    return _entry(boxes, [d.get("conf", 1.0) for d in found], labels, file, True, _image_size(image, file), failure, masks)
+
+
+def _read_coco(data: dict[str, Any]) -> Iterable[tuple[str, BoxEntry]]:
+    names = {c["id"]: c["name"] for c in data.get("categories", [])}
+    by_image: dict[Any, list[dict[str, Any]]] = {}
+    for annotation in data["annotations"]:
+        by_image.setdefault(annotation["image_id"], []).append(annotation)
+    if by_image and not any(image["id"] in by_image for image in data["images"]):
+        raise L2R2Error("no annotation's image_id is the id of one of its images.")
+    for image in data["images"]:
+        found = by_image.get(image["id"], [])
+        boxes = [(x, y, x + w, y + h) for x, y, w, h in (a["bbox"] for a in found)]
+        labels = [names.get(a.get("category_id"), "") for a in found]
+        file, scores = image["file_name"], [a.get("score", 1.0) for a in found]
+        masks = [s if isinstance(s := a.get("segmentation"), dict) else None for a in found]
+        yield file, _entry(boxes, scores, labels, file, False, _image_size(image, file), image.get("failure"), masks)
+
+
+def _read_xyxy(data: dict[str, Any]) -> Iterable[tuple[str, BoxEntry]]:
+    for file, boxes in data.items():
+        yield file, _entry(boxes, [1.0] * len(boxes), [""] * len(boxes), file)
+
+
+def _read_parquet(records: list[dict[str, Any]]) -> Iterable[tuple[str, BoxEntry]]:
+    for row in records:
+        yield row["file"], entry_of(row)
+
+
+def entry_of(record: Mapping[str, Any]) -> BoxEntry:
+    """The entry that `parquet.record_of` made a record of.
+
+    Raises:
+        L2R2Error, KeyError, TypeError, ValueError: not such a record.
+    """
+    about = (record["normalised"], _image_size(record, record["file"]), record["failure"], record["masks"])
+    return _entry(record["boxes"], record["scores"], record["labels"], record["file"], *about)
+
+
+_READERS: dict[str, Callable[[Any], Iterable[tuple[str, BoxEntry]]]] = {
+    "MegaDetector": _read_megadetector, "SpeciesNet": _read_speciesnet, "COCO": _read_coco, "plain xyxy": _read_xyxy,
+}  # fmt: skip
+
+
+class BoxColumns(NamedTuple):
+    """The columns of rows that are a box: two of its first corner, then two of its second, or of its width and height."""
+
+    names: tuple[str, ...]
+    has_sides: bool
+
+
+def box_columns(rows: Iterable[Mapping[str, Any]], source: str) -> BoxColumns | None:
+    """The four columns of the rows that are a box, by their usual names; None where there are none.
+
+    Case, spaces, underscores and the prefixes `bbox` and `box` do not matter.
+
+    Raises:
+        L2R2Error: a box is incomplete, or two columns or two sets of columns could be meant.
+    """
+    names: dict[str, str] = {}
+    seen = dict.fromkeys(name for row in rows for name in row if isinstance(name, str) and name != "boxes")
+    for name in seen:
+        plain = re.sub(r"[\s_-]", "", name.lower())
+        plain = re.sub(r"^b?box(?=.)", "", plain)
+        if plain in _KNOWN and names.setdefault(plain, name) != name:
+            raise L2R2Error(f"{source}: the columns {names[plain]} and {name} could both be of the box; remove one of them.")
+    whole = [columns for columns in CORNERS if set(columns) <= set(names)]
+    whole = whole or [columns for columns in SIDES if set(columns) <= set(names)]
+    if len(whole) > 1:
+        raise L2R2Error(f"{source}: both {', '.join(whole[0])} and {', '.join(whole[1])} could be the box; remove one of them.")
+    if whole:
+        return BoxColumns(tuple(names[column] for column in whole[0]), whole[0] in SIDES)
+    if strange := [name for name in seen if re.sub(r"[\s_-]", "", name.lower()) in _LIKE_A_BOX]:
+        raise L2R2Error(f"{source}: {', '.join(strange)} looks like a box in a form that is not read; {COLUMNS}.")
+    if partial := [names[column] for column in names if column in _OF_A_BOX]:
+        raise L2R2Error(f"{source}: the box is not complete, there is only {', '.join(partial)}; {COLUMNS}.")
+    return None
+
+
+def _csv_rows(file: Iterable[str], path: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV without the spaces around names and values.
+
+    Raises:
+        L2R2Error: a header that repeats a name or is separated otherwise, or a row of more values than names.
+    """
+    reader = csv.DictReader(file, skipinitialspace=True)
+    header = [name.strip() for name in reader.fieldnames or ()]
+    if repeated := [name for name in header if name and header.count(name) > 1]:
+        raise L2R2Error(f"{path}: has two columns called {repeated[0]}; rename or remove one.")
+    if len(header) == 1 and (separator := next((c for c in ";\t|" if c in header[0]), None)):
+        raise L2R2Error(f"{path}: its columns are separated by {separator!r}; write it with commas.")
+    if "file_name" not in header and (usual := [name for name in header if re.sub(r"[\s_-]", "", name.lower()) in _FILES]):
+        raise L2R2Error(f"{path}: has no column file_name; rename {usual[0]}.")
+    rows = []
+    for row in reader:
+        if None in row:
+            raise L2R2Error(f"{path}: line {reader.line_num} has more values than the header has names.")
+        rows.append({name.strip(): value.strip() if isinstance(value, str) else value for name, value in row.items()})
+    return rows
+
+
+def _row_boxes(row: Mapping[str, Any], columns: BoxColumns | None) -> tuple[list[Any], list[float], list[str]]:
+    """Boxes xyxy, scores, and labels."""
+    if (objects := row.get("objects")) is not None:
+        boxes = [(x, y, x + w, y + h) for x, y, w, h in objects["bbox"]]
+        scores, labels = objects.get("score"), objects.get("label")
+        scores = [1.0] * len(boxes) if scores is None else list(scores)
+        return boxes, scores, [""] * len(boxes) if labels is None else list(labels)
+    if (listed := row.get("boxes")) is not None:
+        return list(listed), [1.0] * len(listed), [""] * len(listed)
+    given = [] if columns is None else [row.get(name) for name in columns.names]
+    if columns is None or all(value in (None, "") for value in given):
+        return [], [], []
+    x, y, right, bottom = (float(value) for value in given)  # type: ignore[arg-type]
+    if columns.has_sides:
+        right, bottom = x + right, y + bottom
+    score = next((row[name] for name in row if isinstance(name, str) and name.lower() in SCORES), None)
+    return [(x, y, right, bottom)], [1.0 if score in (None, "") else float(score)], [""]  # type: ignore[arg-type]
+
+
+def _entry(
+    boxes: Iterable[Any],
+    scores: Iterable[float],
+    labels: Iterable[str],
+    file: str,
+    normalised: bool = False,
+    image_size: tuple[int, int] | None = None,
+    failure: str | None = None,
+    masks: Iterable[Any] = (),
+) -> BoxEntry:
+    boxes, scores, labels, masks = [tuple(box) for box in boxes], list(scores), list(labels), list(masks)
+    for box in boxes:
+        if len(box) != 4 or not all(map(_is_number, box)):
+            raise L2R2Error(f"the box {list(box)} of {file} is not four finite numbers.")
+    if not len(boxes) == len(scores) == len(labels):
+        raise L2R2Error(f"{file} has {len(boxes)} boxes and {len(scores)} scores.")
+    for score in scores:
+        if not _is_number(score) or not 0 <= score <= 1.001:  # rounding may carry a little beyond 1
+            raise L2R2Error(f"the score {score!r} of {file} does not lie between 0 and 1.")
+    if not all(isinstance(text, str) for text in (*labels, failure or "")):
+        raise L2R2Error(f"a label or the failure of {file} is not text.")
+    numbers = [tuple(map(float, box)) for box in boxes], [float(score) for score in scores]
+    objects: list[Any] = list(zip(*numbers, labels, masks or [None] * len(boxes)))
+    objects = list({repr(one): one for one in objects}.values())  # one that is listed twice is one
+    pixels = tuple(box for box, *_ in objects)
+    try:
+        runs = tuple(None if mask is None else Rle.from_coco(mask) for *_, mask in objects)
+    except L2R2Error as error:
+        raise L2R2Error(f"{file}: {error}") from None
+    of_each = tuple(one[1] for one in objects), tuple(one[2] for one in objects)
+    return BoxEntry(pixels, *of_each, normalised, image_size, failure, runs if any(runs) else ())  # type: ignore[arg-type]
+
+
+def _image_size(image: Mapping[str, Any], file: str) -> tuple[int, int] | None:
+    """`(height, width)` where both are given."""
+    height, width = image.get("height"), image.get("width")
+    if height is None or width is None:
+        return None
+    if not all(_is_number(side) and side >= 1 and side == int(side) for side in (height, width)):
+        raise L2R2Error(f"the size of {file}, {width!r}x{height!r}, is not in whole pixels.")
+    return int(height), int(width)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _json_line(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise L2R2Error(f"{path}: line {number} is not JSON ({error}).") from None

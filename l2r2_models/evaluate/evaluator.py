@@ -1,0 +1,378 @@
+"""`l2r2 evaluate` without its printing: every branch and every fusion of a run on one split."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.checkpoint import Checkpoint, load_checkpoint
+from ..data.table import ImageTable, read_table
+from ..errors import L2R2Error
+from ..fusion import FUSIONS, INPUTS, Fusion, MetadataPrior, create_fusion
+from ..fusion.calibration import fit_temperature
+from ..runs import record_of
+from .fit_run import LOGITS, rows_of, trained_on, warnings_of
+from .fuse import fit, fuse
+from .logits import BranchLogits, Progress, branch_logits
+from .metrics import confusion_matrix, measure, oracle
+
+OWN = "fused: "  # before the name of the fusion that the run holds
+Correct = Callable[[Tensor, ImageTable], Tensor]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What was said of every image of a split.
+
+    Attributes:
+        checkpoint: what was judged. split: by which rows.
+        fitted_on: the split that temperatures and the other fusions were fitted on, or None.
+        labels: the classes' names.
+        data: what the branches say, the truth, the images, and those that could not be used.
+        outputs: logits `[N, classes]` of each branch (`full`, `fg`, `bg`; where no object was found what the full branch says, as
+            in a Prediction), of the run's own fusion (`fused: NAME`), of the other fusions, of the answers corrected by a prior,
+            and of ensembles (`full x full`).
+        fusions: the other fusions, with their fitted numbers.
+        temperatures: by output, fitted on `fitted_on`; empty without it.
+        group: the metadata column that rows are grouped by, and groups: its value of each row.
+        warnings: what makes the figures too good, or empty. notes: what else one must know to read them.
+    """
+
+    checkpoint: Checkpoint
+    split: str
+    fitted_on: str | None
+    labels: tuple[str, ...]
+    data: BranchLogits
+    outputs: dict[str, Tensor]
+    fusions: dict[str, Fusion]
+    temperatures: dict[str, float]
+    group: str | None
+    groups: tuple[str, ...] | None
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def own(self) -> list[str]:
+        """Outputs of the run as it is: its branches, and its fusion last."""
+        return [name for name in self.outputs if name in self.data.logits or (name.startswith(OWN) and " + " not in name)]
+
+    @property
+    def answer(self) -> str:
+        """The output that `predict` would give: the run's fusion, or its only branch."""
+        return self.own[-1]
+
+    @property
+    def clusters(self) -> Tensor | None:
+        """`[N]` numbers that rows of one image share, for `bootstrap_interval`; None where each row has its own image."""
+        rows = self.data.table.rows
+        numbers = {path: i for i, path in enumerate(dict.fromkeys(row.path for row in rows))}
+        return torch.tensor([numbers[row.path] for row in rows]) if len(numbers) < len(rows) else None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one split; everything that `--json` prints.
+
+    Attributes:
+        split, images, with_object: what was judged.
+        rows: figures (see `measure`) by output, see `Judged.outputs`.
+        oracle: accuracy if one could always pick a branch that is right.
+        fitted_on, temperatures: see `Judged`.
+        labels: the classes' names, in the order of `confusion`.
+        confusion: images by truth (rows) and answer (columns), for the run's branches and its fusion.
+        group, groups: the column, and the images of each of its values.
+        left_out: images that could not be used, with the reason.
+        warnings, notes: sentences.
+    """
+
+    split: str
+    images: int
+    with_object: int
+    rows: dict[str, dict[str, Any]]
+    oracle: float
+    fitted_on: str | None
+    temperatures: dict[str, float]
+    labels: tuple[str, ...]
+    confusion: dict[str, list[list[int]]]
+    group: str | None
+    groups: dict[str, int]
+    left_out: dict[str, str]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate_run(run: Path | str, data: Path, split: str, **options: Any) -> Evaluation:
+    """The figures of a run on one split; arguments and errors as `judge_run` has them."""
+    return evaluation_of(judge_run(run, data, split, **options))
+
+
+def judge_run(
+    run: Path | str,
+    data: Path,
+    split: str,
+    *,
+    group: str | None = None,
+    fit_split: str | None = None,
+    prior: str | None = None,
+    others: Sequence[Path | str] = (),
+    metadata: Path | None = None,
+    boxes: Path | None = None,
+    skip_bad: bool = False,
+    drop_parts: Sequence[int] = (),
+    token_quantile: float = 0.0,
+    progress: Progress = lambda batches, _: batches,
+) -> Judged:
+    """Let a run answer for every image of a split, with each of its branches and with every fusion.
+
+    Args:
+        run: a run's folder (the branch logits are stored in it) or a Hub id.
+        data, metadata, boxes: see `read_table`.
+        split: the rows to judge by. Nothing is fitted on them.
+        group: a metadata column; adds the accuracy by its values and the worst of them.
+        fit_split: held-out rows to fit every fusion and the temperature of every output on; never `split` itself.
+        prior: a metadata column; adds each branch and the run's fusion corrected by `MetadataPrior` with the run's training rows.
+        others: more runs with the same labels (e.g. other seeds); adds ensembles: the mean of the probabilities of the runs'
+            full branches, fg branches and fusions.
+        skip_bad: leave images out that cannot be used instead of stopping.
+        drop_parts, token_quantile: see `IFAM.intervene`.
+        progress: wraps the batches while logits are computed.
+
+    Raises:
+        L2R2Error: unusable data, an unknown column, other runs with other labels, or `fit_split` that is the split to judge by.
+    """
+    if fit_split == split:
+        raise L2R2Error(f"The split {split} cannot be both fitted on and judged by.")
+    runs = [load_checkpoint(source) for source in (run, *others)]
+    if drop_parts or token_quantile:
+        for checkpoint in runs:
+            try:
+                checkpoint.model.intervene(drop_parts, token_quantile)
+            except L2R2Error as error:
+                raise L2R2Error(f"{checkpoint.name}: {error}") from None
+    for other, source in zip(runs[1:], others):
+        _check_labels(runs[0], other, source)
+    table = read_table(data, metadata=metadata, boxes=boxes)
+    splits = {name: rows_of(run, table, name) for name in (split, fit_split) if name}
+    for name, rows in splits.items():  # all that can be wrong is said before the network runs
+        _check_classes(runs[0], rows, name)
+    if group:
+        splits[split].column(group)
+    for rows in splits.values() if prior else ():
+        rows.column(str(prior))
+    correct = _prior(run, table, runs[0].labels, prior) if prior else None
+    branches = runs[0].model.branches
+    if fit_split and len(branches) < 2:
+        raise L2R2Error(f"{run}: has only the branch {', '.join(branches)}, so there is no fusion to fit on {fit_split}.")
+
+    def said(name: str) -> list[BranchLogits]:
+        """What each run says of a split; all of them of the images that the first one could use."""
+        parts: list[BranchLogits] = []
+        for checkpoint, source in zip(runs, (run, *others)):
+            store = Path(source) / LOGITS if Path(source).is_dir() else None
+            usable = parts[0].table if parts else splits[name]
+            parts.append(branch_logits(checkpoint, usable, store, skip_bad=skip_bad, progress=progress))
+        return parts
+
+    judged, held_out = said(split), said(fit_split) if fit_split else None
+    fusions = _fusions(runs[0], judged[0], held_out[0] if held_out else None)
+    outputs = _outputs(runs, judged, fusions, correct, prior)
+    temperatures = {}
+    if held_out:
+        fitting = _outputs(runs, held_out, fusions, correct, prior)
+        temperatures = {name: fit_temperature(z, held_out[0].labels) for name, z in fitting.items()}
+    rows = judged[0].table
+    bad = {**judged[0].bad, **(held_out[0].bad if held_out else {})}
+    warnings = _warnings((run, *others), judged[0], split)
+    if fit_split:
+        warnings += _fitted_on_seen((run, *others), splits[fit_split], fit_split)
+    said_of = [(part[0], name) for part, name in ((judged, split), (held_out, fit_split)) if part]
+    notes = _intervened(runs[0]) + tuple(note for part, name in said_of for note in _left_out(part, str(name)))
+    return Judged(
+        runs[0], split, fit_split, tuple(runs[0].labels), replace(judged[0], bad=bad), outputs, fusions, temperatures,
+        group, tuple(rows.column(group)) if group else None, warnings, notes + _classes_seen(judged[0], runs[0].labels, split),
+    )  # fmt: skip
+
+
+def _intervened(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What the network was kept from seeing, in words."""
+    done = checkpoint.model.interventions()
+    what = [f"without its parts {', '.join(map(str, done['drop_parts']))}"] if "drop_parts" in done else []
+    what += [f"without patches below the quantile {done['token_quantile']:g}"] if "token_quantile" in done else []
+    return (f"The network was changed for these figures: judged {' and '.join(what)}.",) if what else ()
+
+
+def evaluation_of(judged: Judged) -> Evaluation:
+    """The figures of what was said."""
+    data = judged.data
+    full = judged.outputs.get("full")
+    common: dict[str, Any] = dict(groups=judged.groups, classes=judged.labels, clusters=judged.clusters)
+    figures = {}
+    for name, z in judged.outputs.items():
+        temperature, than = judged.temperatures.get(name), None if name == "full" else full
+        figures[name] = measure(z, data.labels, data.has_fg, **common, temperature=temperature, than=than)
+    matrix = {n: confusion_matrix(judged.outputs[n].argmax(-1), data.labels, len(judged.labels)).tolist() for n in judged.own}
+    branches = [judged.outputs[b] for b in data.logits]
+    return Evaluation(
+        split=judged.split,
+        images=len(data),
+        with_object=int(data.has_fg.sum()),
+        rows=figures,
+        oracle=oracle(branches, data.labels),
+        fitted_on=judged.fitted_on,
+        temperatures=judged.temperatures,
+        labels=judged.labels,
+        confusion=matrix,
+        group=judged.group,
+        groups=dict(sorted(Counter(judged.groups or ()).items())),
+        left_out={str(path): reason for path, reason in data.bad.items()},
+        warnings=judged.warnings,
+        notes=judged.notes,
+    )
+
+
+def can_fuse(data: BranchLogits) -> bool:
+    """Whether there are two branches to fuse."""
+    return len(data.logits) > 1
+
+
+def _inputs(data: BranchLogits) -> dict[str, tuple[str, ...] | None]:
+    """What can be fused, by what is added to the name of a fusion: all branches, and of three every pair."""
+    pairs = list(combinations([b for b in INPUTS if b in data.logits], 2)) if len(data.logits) > 2 else []
+    return {"": None, **{f" ({' + '.join(pair)})": pair for pair in pairs}}
+
+
+def _fusions(checkpoint: Checkpoint, judged: BranchLogits, held_out: BranchLogits | None) -> dict[str, Fusion]:
+    """All fusions fitted on the held-out rows, or those that need no fitting."""
+    if held_out is not None:
+        every = {more: fit(held_out, sorted(FUSIONS), inputs=inputs) for more, inputs in _inputs(held_out).items()}
+        return {name + more: found.fusion for more, fitted in every.items() for name, found in fitted.items()}
+    if not can_fuse(judged):
+        return {}
+    sizes = tuple(judged.logits), len(checkpoint.labels)
+    made = {
+        name + more: create_fusion({"name": name, "inputs": inputs}, *sizes)
+        for more, inputs in _inputs(judged).items()
+        for name in sorted(FUSIONS)
+    }
+    return {name: fusion for name, fusion in made.items() if fusion.count() == 0}
+
+
+def _outputs(
+    runs: Sequence[Checkpoint],
+    parts: Sequence[BranchLogits],
+    fusions: dict[str, Fusion],
+    correct: Correct | None,
+    prior: str | None,
+) -> dict[str, Tensor]:
+    """See `Judged.outputs`; parts are what each of the runs says of the same images."""
+    answers = [_answers(checkpoint, part) for checkpoint, part in zip(runs, parts)]
+    outputs = dict(answers[0])
+    if can_fuse(parts[0]):
+        outputs.update((name, fuse(fusion, parts[0])) for name, fusion in fusions.items())
+    if correct:
+        outputs.update({f"{name} + {prior}": correct(z, parts[0].table) for name, z in answers[0].items()})
+    if len(runs) > 1:
+        outputs.update(_ensembles(answers, [checkpoint.labels for checkpoint in runs]))
+    return outputs
+
+
+def _ensembles(answers: Sequence[dict[str, Tensor]], labels: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+    """Log of the mean probabilities of what all of the runs have: `full x full`, `fg x fg`, `fused x fused` (METHOD.md 4)."""
+    said = [{"fused" if name.startswith(OWN) else name: z.double() for name, z in one.items()} for one in answers]
+    order = [[list(names).index(label) for label in labels[0]] for names in labels]
+    found = {}
+    for name in said[0]:
+        if all(name in one for one in said):
+            mean = torch.stack([one[name].softmax(-1)[:, columns] for one, columns in zip(said, order)]).mean(0)
+            found[" x ".join([name] * len(said))] = mean.clamp(min=torch.finfo(mean.dtype).tiny).log().float()
+    return found
+
+
+def _answers(checkpoint: Checkpoint, data: BranchLogits) -> dict[str, Tensor]:
+    """What a run says: its branches, and its fusion where it has one."""
+    outputs = dict(data.logits)
+    if can_fuse(data):
+        if {"full", "fg"} <= set(data.logits):  # where no object was found the full branch answers, as in a Prediction
+            outputs["fg"] = data.logits["fg"].where(data.has_fg[:, None], data.logits["full"])
+        outputs[f"{OWN}{checkpoint.model.fusion.name}"] = fuse(checkpoint.model.fusion, data)
+    return outputs
+
+
+def _check_labels(first: Checkpoint, other: Checkpoint, source: Path | str) -> None:
+    if differing := sorted(set(first.labels) ^ set(other.labels)):
+        raise L2R2Error(
+            f"{source}: has other classes than {first.name} ({', '.join(differing[:5])} only in one of them); "
+            "an ensemble needs runs of the same classes."
+        )
+
+
+def _check_classes(checkpoint: Checkpoint, rows: ImageTable, split: str) -> None:
+    unknown = Counter(str(row.label) for row in rows.rows if row.label and row.label not in checkpoint.labels)
+    if unknown:
+        names = ", ".join(f"{name} ({count})" for name, count in unknown.most_common(5))
+        raise L2R2Error(
+            f"{rows.root}: {sum(unknown.values())} of the {len(rows)} images of {split} show what {checkpoint.name} was not "
+            f"trained on: {names}; take them out of the split, or train with these classes."
+        )
+
+
+def _warnings(sources: Sequence[Path | str], judged: BranchLogits, split: str) -> tuple[str, ...]:
+    """Rows judged by that a run was trained or fitted on, boxes that nobody found, and boxes that the true labels found."""
+    found = list(warnings_of(sources[0], judged.table, split, "say nothing about new images"))
+    for other in sources[1:]:
+        found += [f"{other}: {w}" for w in warnings_of(other, judged.table, split, "say nothing about new images")]
+    if judged.table.boxes_from.get("oracle"):
+        found.append("the boxes were found with each image's true label as prompt, which new images lack: for analysis only.")
+    if not judged.has_fg.any() and "fg" in judged.logits:
+        found.append(f"no object was found in any image of {split}; give --boxes if the boxes are in a file.")
+    return tuple(found)
+
+
+def _fitted_on_seen(sources: Sequence[Path | str], rows: ImageTable, split: str) -> tuple[str, ...]:
+    """Rows to fit on that a run was trained on: with `--val-fraction`, another seed holds other rows out."""
+    found = []
+    for source in sources:
+        if seen := trained_on(source, rows, split):
+            found.append(f"{source}: {seen}; what is fitted on them will trust this run too much.")
+    return tuple(found)
+
+
+def _left_out(data: BranchLogits, split: str | None) -> tuple[str, ...]:
+    if not data.bad:
+        return ()
+    names = ", ".join(path.name for path in list(data.bad)[:3])
+    return (f"{len(data.bad)} of {len(data) + len(data.bad)} images of {split} cannot be used and are left out, e.g. {names}.",)
+
+
+def _classes_seen(data: BranchLogits, labels: Sequence[str], split: str) -> tuple[str, ...]:
+    occurring = set(data.labels.tolist())
+    absent = [label for i, label in enumerate(labels) if i not in occurring]
+    if len(occurring) == 1:
+        only = labels[occurring.pop()]
+        return (f"All images of {split} show {only}: the accuracy is how often this class is found, and no more.",)
+    if not absent:
+        return ()
+    names = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
+    return (f"{len(absent)} of {len(labels)} classes do not occur in {split} ({names}); the macro accuracy is over the others.",)
+
+
+def _prior(run: Path | str, table: ImageTable, labels: Sequence[str], column: str) -> Correct:
+    rows = table.of_names(record_of(run).get("train_files", []))
+    if not len(rows):
+        raise L2R2Error(f"{table.root}: holds none of the images that {run} was trained on, so a prior cannot be counted.")
+    index = {label: i for i, label in enumerate(labels)}
+    if other := next((row for row in rows.rows if row.label not in index), None):
+        raise L2R2Error(f"{other.path}: was trained on by {run}, which knows no class {other.label}; are these its data?")
+    known = torch.tensor([index[str(row.label)] for row in rows.rows])
+    prior = MetadataPrior(known, rows.column(column), len(labels))
+    return lambda logits, judged: prior(logits, judged.column(column))

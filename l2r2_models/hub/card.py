@@ -1,0 +1,322 @@
+"""The model card of a published checkpoint: what it is, how to use it, what was measured, and what it cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+from urllib.parse import quote
+
+from timm.models import get_pretrained_cfg
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..errors import L2R2Error
+from ..evaluate.fuse import BEST
+from ..models.hub_configs import LOCALIZER, HubConfig, load_hub_configs
+from .card_usage import localizer_facts, localizer_part, takes_boxes, usage
+from .markdown import code, plain
+
+BRANCH_WORDS = {"full": "the whole image", "fg": "the object, cut out of it", "bg": "the image without the object"}
+FG_WORDS = {"masked": "the object, the rest painted over", "late": "the object, the rest masked in the network",
+            "tokens": "the object alone, by its tokens", "parts": "the object's parts, which it finds itself"}  # fmt: skip
+FIT_WORDS = {"plain": "", "swapped": ", each object on the backgrounds of three other images",
+             "both": ", half of them the images as they are, half each object on the backgrounds of three others"}  # fmt: skip
+COLUMNS = {"accuracy": "accuracy", "macro_accuracy": "macro accuracy", "worst_group": "worst group", "ece": "ECE",
+           "with_box": "with an object found", "without_box": "without"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run does not know about itself, for its card.
+
+    Attributes:
+        licence: of the published weights, as the Hub writes it (`apache-2.0`, `cc-by-nc-4.0`, ...).
+        data, data_licence: name and licence of the data set.
+        localizer, prompt, localizer_licence: what finds the boxes that the model is meant for.
+        limits: one sentence of the author's about what the model is not for.
+    """
+
+    licence: str | None = None
+    data: str | None = None
+    data_licence: str | None = None
+    localizer: str | None = None
+    prompt: str | None = None
+    localizer_licence: str | None = None
+    limits: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """The public weights that a training started from; all None for one from scratch."""
+
+    name: str | None = None
+    hub_id: str | None = None
+    licence: str | None = None
+
+
+def source_of_training(training: Mapping[str, Any]) -> Source:
+    """Which public weights a checkpoint started from, by what its config says of its training: by the checkpoint that it was
+    to start from, by its recipe, or by how it was derived."""
+    if isinstance(started := training.get("init"), dict) and isinstance(found := started.get("source"), dict):
+        return Source(**{f.name: found[f.name] for f in fields(Source) if isinstance(found.get(f.name), str)})
+    recipe = training.get("recipe", {})
+    name = recipe.get("model") if recipe.get("pretrained") else training.get("derived_from")
+    if not isinstance(name, str):
+        return Source()
+    for config in load_hub_configs():
+        if name == config.name or (name == config.architecture and config.default):
+            return Source(config.source, config.hub_id, config.licence)
+    try:
+        cfg = get_pretrained_cfg(name.removeprefix("timm:"))
+    except RuntimeError:
+        cfg = None
+    return Source(name.removeprefix("timm:"), cfg.hf_hub_id if cfg else None, (cfg.license or None) if cfg else None)
+
+
+def model_card(checkpoint: Checkpoint, repo: str, facts: Facts, evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """The README of a Hub repository: metadata with the model-index, and the text.
+
+    Args:
+        checkpoint: what is published.
+        repo: `org/name`.
+        facts: see `Facts`.
+        evaluations: see `read_evaluations`.
+    """
+    from huggingface_hub import ModelCardData
+
+    source = source_of_training(checkpoint.training)
+    data = ModelCardData(
+        library_name="l2r2_models",
+        pipeline_tag="image-classification",
+        license=facts.licence,
+        base_model=source.hub_id,
+        tags=["image-classification", "timm", "l2r2", "robustness"],
+        model_name=repo.split("/")[-1],
+        eval_results=[result for e in evaluations for result in _eval_results(e, facts)] or None,
+    )
+    parts = [_head(checkpoint, repo), _details(checkpoint, source, facts), usage(checkpoint, repo, facts),
+             localizer_part(checkpoint, facts), _training(checkpoint, facts), _figures(evaluations, facts),
+             _limits(checkpoint, facts), CITATION]  # fmt: skip
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(parts)
+
+
+def hub_config(
+    checkpoint: Checkpoint, repo: str, tag: str, facts: Facts, evaluations: Sequence[Mapping[str, Any]], made_by: str
+) -> HubConfig:
+    """What makes a published checkpoint a tag of its architecture: `timm.create_model("ARCHITECTURE.TAG", pretrained=True)`.
+
+    Args:
+        checkpoint, repo, facts, evaluations: see `model_card`.
+        tag: its name within the architecture.
+        made_by: the command that made it.
+
+    Raises:
+        L2R2Error: the generic architecture `l2r2`, which has no tags.
+    """
+    model = checkpoint.model
+    architecture = model.pretrained_cfg["architecture"]
+    if architecture == "l2r2":
+        raise L2R2Error(f"{checkpoint.name}: the generic model has no tags; only one of `l2r2 list` can get one.")
+    localizer = localizer_facts(checkpoint, facts)
+    figures = [
+        {"dataset": r.dataset_name, "split": r.dataset_split, "output": r.metric_name.partition("(")[2].rstrip(")"),
+         "metric": r.metric_type, "value": r.metric_value}
+        for evaluation in evaluations
+        for r in _eval_results(evaluation, facts)
+    ]  # fmt: skip
+    return HubConfig(
+        architecture=architecture, tag=tag, default=False, hub_id=repo, licence=facts.licence,
+        source=source_of_training(checkpoint.training).name or "random weights",
+        labels=facts.data, parameters=sum(p.numel() for p in model.parameters()),
+        input_size=model.view_spec.size, top1=None, made_by=made_by, label_names=list(checkpoint.labels),
+        model_args=model.arguments(), localizer={k: str(v) for k, v in localizer.items() if k in LOCALIZER} or None,
+        metrics=figures or None,
+    )  # fmt: skip
+
+
+def _eval_results(evaluation: Mapping[str, Any], facts: Facts) -> list[Any]:
+    from huggingface_hub import EvalResult
+
+    name = facts.data or evaluation.get("data") or "unnamed"
+    rows = {row: figures for row, figures in evaluation["rows"].items() if _is_own(row)}
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=name.lower().replace(" ", "-"),
+            dataset_name=name,
+            dataset_split=evaluation["split"],
+            metric_type=metric,
+            metric_name=f"{COLUMNS[metric]} ({row.partition(':')[0]})",
+            metric_value=round(figures[metric], 4),
+        )
+        for row, figures in rows.items()
+        for metric in ("accuracy", "macro_accuracy")
+        if figures.get(metric) is not None
+    ]
+
+
+def _is_own(row: str) -> bool:
+    """Whether a row of an evaluation is one of the model's own answers, and not a fusion tried for comparison."""
+    return row in BRANCH_WORDS or row.startswith("fused: ")
+
+
+def _head(checkpoint: Checkpoint, repo: str) -> str:
+    model = checkpoint.model
+    words = {**BRANCH_WORDS, "fg": FG_WORDS.get(model.view_spec.fg, BRANCH_WORDS["fg"])}
+    looks = " and ".join(f"**{b}** ({words[b]})" for b in model.branches)
+    if len(model.branches) > 1 and "fg" in model.branches:
+        looks += " and combines the answers, so that a misleading background decides less; with no object the whole image answers"
+    return f"""# {repo.split("/")[-1]}
+
+An image classifier for {len(checkpoint.labels)} classes. It looks at {looks}. Made with
+[timm](https://github.com/huggingface/pytorch-image-models) and l2r2-models after *Bringing the Context Back into Object
+Recognition, Robustly* ([arXiv 2411.15933](https://arxiv.org/abs/2411.15933)).
+"""
+
+
+def _details(checkpoint: Checkpoint, source: Source, facts: Facts) -> str:
+    model, spec = checkpoint.model, checkpoint.model.view_spec
+    fusion = model.fusion.config()
+    numbers = ", ".join(f"{k} {v}" for k, v in fusion.items() if k != "name")
+    start = "random weights"
+    if source.name:
+        address = f"https://huggingface.co/{quote(source.hub_id or '')}"
+        where = f" ([{plain(source.hub_id)}]({address}))" if source.hub_id else ""
+        whose = "timm's " if source.hub_id and source.hub_id != source.name else ""
+        start = f"{whose}{code(source.name)}{where}, licence: {plain(source.licence or 'not stated, see its page')}"
+    rows = {
+        "architecture": f"{code(model.pretrained_cfg['architecture'])}, backbone {code(model.backbone_name)}, "
+        + ("shared by the branches" if model.shared else "one for each branch"),
+        "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
+        "views": f"{spec.size} x {spec.size} pixels{_fg_views(checkpoint)}",
+        "branches": ", ".join(model.branches),
+        "fusion": f"`{fusion['name']}`" + (f" ({numbers})" if numbers else ""),
+        "started from": start,
+        "licence of these weights": plain(facts.licence or "not stated"),
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"""## Details
+
+| | |
+|---|---|
+{table}
+
+Classes: {_label_list(checkpoint.labels)}
+"""
+
+
+def _label_list(labels: Sequence[str]) -> str:
+    shown = ", ".join(code(label) for label in labels[:30])
+    return shown if len(labels) <= 30 else f"{shown}, ... ({len(labels)} in all, see `label_names` in config.json)"
+
+
+def _fg_views(checkpoint: Checkpoint) -> str:
+    spec = checkpoint.model.view_spec
+    margin = f", margin {spec.margin:g}" if spec.fg in ("crop", "masked_crop") else ""
+    return f"; fg: {spec.fg}{margin}" if "fg" in checkpoint.model.branches else ""
+
+
+def _training(checkpoint: Checkpoint, facts: Facts) -> str:
+    training = checkpoint.training
+    recipe, data = training.get("recipe", {}), training.get("data", {})
+    lines = []
+    if facts.data:
+        lines.append(f"Data: {plain(facts.data)}" + (f", licence: {plain(facts.data_licence)}." if facts.data_licence else "."))
+    if "images" in data:
+        with_box = f", {plain(data['with_box'])} of them with a usable box or mask" if "with_box" in data else ""
+        lines.append(f"{plain(data['images'])} training images{with_box}.")
+    if training.get("derived_from"):
+        lines.append("Not trained: backbone and heads are those of the source, whose fg head has never seen a crop.")
+    if fit := training.get("fusion_fit"):
+        lines.append(_fit_sentence(fit, checkpoint.model.fusion.count()))
+    keys = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing", "box_jitter", "seed", "box_threshold")
+    settings = "\n".join(f"| {k} | {plain(recipe[k])} |" for k in keys if k in recipe)
+    table = f"\n\n| setting | value |\n|---|---|\n{settings}" if settings else ""
+    return "## Training\n\n" + ("\n".join(lines) or "Not recorded.") + table + "\n"
+
+
+def _fit_sentence(fit: Mapping[str, Any], numbers: int) -> str:
+    """What the fusion was chosen and fitted on; the rows of a fit are views, not images."""
+    chosen = fit.get("method") == BEST
+    if not chosen and not numbers:
+        return "The fusion was set by hand; nothing of it is fitted."
+    done = " and ".join(word for word, holds in (("chosen", chosen), ("fitted", numbers > 0)) if holds)
+    together = f", those of one {plain(fit['group'])} kept together" if chosen and fit.get("group") else ""
+    backgrounds = FIT_WORDS.get(str(fit.get("backgrounds", "plain")), "")
+    rows = f"{plain(fit.get('rows'))} views of the split {plain(fit.get('split'))}"
+    return f"The fusion was {done} on {rows}{backgrounds}{together}."
+
+
+def _figures(evaluations: Sequence[Mapping[str, Any]], facts: Facts) -> str:
+    if not evaluations:
+        return "## Evaluation\n\nNothing was measured.\n"
+    return "## Evaluation\n\n" + "\n".join(_figures_of(e, facts) for e in evaluations)
+
+
+def _figures_of(evaluation: Mapping[str, Any], facts: Facts) -> str:
+    rows = evaluation["rows"]
+    shown = [c for c in COLUMNS if any(row.get(c) is not None for row in rows.values())]
+    data = plain(evaluation.get("data") or facts.data or "data")
+    title = f"{data}, split {plain(evaluation['split'])}: {evaluation['images']} images"
+    if evaluation.get("with_object") is not None:
+        title += f", {evaluation['with_object']} with an object found"
+    title += "; in %, with 95 % confidence intervals where there are any"
+    lines = [f"**{title}**", "", "| | " + " | ".join(COLUMNS[c] for c in shown) + " |", "|---|" + "---:|" * len(shown)]
+    for name, row in rows.items():
+        cells = ["" if row.get(c) is None else f"{100 * row[c]:.1f}{_interval(row, c)}" for c in shown]
+        lines.append(f"| {plain(name)} | " + " | ".join(cells) + " |")
+    lines += _by_group({name: row for name, row in rows.items() if _is_own(name)})
+    lines += [f"\nNote: {plain(warning)}" for warning in evaluation.get("warnings", ())]
+    return "\n".join(lines) + "\n"
+
+
+def _interval(row: Mapping[str, Any], column: str) -> str:
+    """The 95 % confidence interval of a figure, where the evaluation has one."""
+    ends = (row.get("intervals") or {}).get(column)
+    return f" ({100 * ends[0]:.1f} to {100 * ends[1]:.1f})" if isinstance(ends, (list, tuple)) and len(ends) == 2 else ""
+
+
+def _by_group(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Accuracy by the values of the column that the evaluation was grouped by: how much the background decides."""
+    with_groups = {name: row["by_group"] for name, row in rows.items() if row.get("by_group")}
+    if not with_groups:
+        return []
+    lines = ["", "| accuracy by group | " + " | ".join(map(plain, with_groups)) + " |", "|---|" + "---:|" * len(with_groups)]
+    for value in next(iter(with_groups.values())):
+        reached = " | ".join(f"{100 * groups[value]:.1f}" for groups in with_groups.values())
+        lines.append(f"| {plain(value) or '(empty)'} | {reached} |")
+    return lines
+
+
+def _limits(checkpoint: Checkpoint, facts: Facts) -> str:
+    lines = [
+        "It knows the classes above and no other: whatever it is shown, it names one of them.",
+        "Figures are those of the data above; on other cameras, places and seasons they will differ. Measure on your own images.",
+    ]
+    if checkpoint.model.view_spec.fg == "parts":
+        lines.append("The object is what the network takes for it; where that is nothing, the whole image answers.")
+    elif takes_boxes(checkpoint.model):
+        without = "answers" if "full" in checkpoint.model.branches else "counts as the object"
+        lines.append(f"The object's view is as good as its box; without a box the whole image {without}, background included.")
+    if facts.limits:
+        lines.append(plain(facts.limits))
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+CITATION = """## Citation
+
+```bibtex
+@article{janouskova2024bringing,
+  title = {Bringing the Context Back into Object Recognition, Robustly},
+  author = {Janouskova, Klara and Gavrus, Cristian and Matas, Jiri},
+  journal = {arXiv:2411.15933},
+  year = {2024}
+}
+@misc{rw2019timm,
+  title = {PyTorch Image Models},
+  author = {Wightman, Ross},
+  year = {2019},
+  howpublished = {https://github.com/huggingface/pytorch-image-models}
+}
+```
+"""

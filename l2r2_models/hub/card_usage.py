@@ -1,0 +1,106 @@
+"""The part of a model card on how the model is used, and what finds the boxes for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..errors import L2R2Error
+from ..localize.base import Spec
+from ..models.l2r2 import L2R2
+from .markdown import code, literal, plain
+
+if TYPE_CHECKING:
+    from .card import Facts
+
+
+def takes_boxes(model: L2R2) -> bool:
+    """Whether boxes change what the model sees."""
+    return model.branches != ("full",) and model.view_spec.fg != "parts"
+
+
+def usage(checkpoint: Checkpoint, repo: str, facts: Facts) -> str:
+    """How to call the model: snippets that run as pasted."""
+    model = checkpoint.model
+    with_boxes = _predictor_usage(model, repo, _localizer_spec(checkpoint, facts)) if model.in_chans == 3 else ""
+    alone = "is the whole-image head alone" if model.branches[0] == "full" else f"is the {model.branches[0]} head alone"
+    if model.view_spec.fg == "parts":
+        alone = "gives the fused answer, and needs no boxes: it finds the object itself"
+    elif model.branches == ("full",):
+        alone = "gives the same answer"
+    too = ", and so transformers' `pipeline` uses it" if model.in_chans == 3 else ""
+    channels = "" if model.in_chans == 3 else f" (in_chans={model.in_chans})"
+    return f"""## Use
+
+Needs the Python package l2r2-models.
+{with_boxes}
+As a plain timm model{channels} it {alone}{too}:
+
+```python
+import timm
+import l2r2_models  # registers the architecture
+
+model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
+```
+"""
+
+
+def _predictor_usage(model: L2R2, repo: str, localizer: str | None) -> str:
+    """The answer with a box: given by hand, or of the model's own box head."""
+    options = boxes = comment = other = ""
+    if localizer == "head":
+        options, comment = ', localizer="head"', "  # its own box head finds the object"
+    elif takes_boxes(model):
+        without = "the whole image answers" if "full" in model.branches else "the whole image counts as the object"
+        boxes, comment = ", boxes=[[130, 42, 410, 380]]", f"  # xyxy pixels of the object; without boxes {without}"
+        if localizer:
+            other = f'# finds the boxes itself: Predictor.from_pretrained("{repo}", localizer={literal(localizer)})\n'
+    return f"""
+```python
+from PIL import Image
+from l2r2_models import Predictor
+
+predict = Predictor.from_pretrained("{repo}"{options})
+{other}photo = Image.new("RGB", (640, 480), "gray")  # or the path of an image file
+answer = predict(photo{boxes}).objects[0]{comment}
+print(answer.label, answer.score, answer.reason)
+```
+"""
+
+
+def localizer_facts(checkpoint: Checkpoint, facts: Facts) -> dict[str, Any]:
+    """The localizer that the model is meant for: what is told now goes before what the checkpoint keeps."""
+    told = {"spec": facts.localizer, "prompt": facts.prompt, "licence": facts.localizer_licence}
+    return {**checkpoint.localizer, **{k: v for k, v in told.items() if v}}
+
+
+def _localizer_spec(checkpoint: Checkpoint, facts: Facts) -> str | None:
+    """The localizer as `Predictor` takes it; None where there is none that others can have, such as a file of boxes."""
+    known = localizer_facts(checkpoint, facts)
+    try:
+        spec = Spec.parse(str(known.get("spec", "")))
+    except L2R2Error:
+        return None
+    if known.get("prompt"):
+        spec = spec.with_option("prompt", str(known["prompt"]))
+    if spec.name in ("owlv2", "grounding-dino"):
+        usable = bool(spec.source) and ("prompt" in spec.options or "objectness" in spec.options.get("score", ()))
+    elif spec.name == "head":
+        usable = not spec.source and checkpoint.model.box_head is not None
+    else:
+        usable = not spec.source and spec.name in ("ncut", "cam")
+    return str(spec) if usable and takes_boxes(checkpoint.model) else None
+
+
+def localizer_part(checkpoint: Checkpoint, facts: Facts) -> str:
+    """What finds the boxes; nothing for a model that takes none."""
+    if not takes_boxes(checkpoint.model):
+        return ""
+    if _localizer_spec(checkpoint, facts) == "head":
+        return "## Localizer\n\nMeant for the boxes of its own box head, which is part of the model.\n"
+    known = localizer_facts(checkpoint, facts)
+    if not known.get("spec"):
+        return "## Localizer\n\nThe model takes boxes and brings no localizer: what finds the objects is yours to choose.\n"
+    asked = f" with the prompt {code(known['prompt'])}" if known.get("prompt") else ""
+    licence = plain(known.get("licence") or "not stated")
+    return f"## Localizer\n\nMeant for boxes of {code(known['spec'])}{asked}; licence of the localizer: {licence}.\n"

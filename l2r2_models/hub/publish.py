@@ -1,0 +1,310 @@
+"""`l2r2 publish` without its printing: check a checkpoint, show what would go up, push it in one commit and read it back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from ..checkpoints.checkpoint import CONFIG, WEIGHTS, Checkpoint, changed_weights, load_checkpoint
+from ..errors import L2R2Error
+from ..evaluations import read_evaluations
+from ..io import file_sha256, read_json, write_json, write_text
+from ..models.hub_configs import HubConfig
+from ..runs import RUN, record_of
+from .card import Facts, Source, hub_config, model_card, source_of_training
+from .card_usage import localizer_facts
+
+CARD = "README.md"
+SECRETS = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bAKIA[0-9A-Z]{16}\b|\bsk-[A-Za-z0-9_-]{20,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
+HOMES = "home|Users|root|mnt|data|tmp|work|var|opt|scratch|srv|media|Volumes|private|workspace|content|kaggle"
+PATHS = re.compile(rf"(?<![\w.~-])/(?:{HOMES})/[^\s\"'`|)]+|(?<!\w)[A-Za-z]:\\[^\s\"'`|)]+|(?<!\w)~/[^\s\"'`|)]+")
+
+
+@dataclass(frozen=True)
+class Package:
+    """What goes up, and what stands against it.
+
+    Attributes:
+        repo: `org/name`.
+        folder: where the files lie; it holds nothing else.
+        files: SHA-256 of each file by its path in the repository.
+        problems: sentences; a package with problems is not pushed.
+        hub_config: of a checkpoint that is to be a tag of its architecture.
+    """
+
+    repo: str
+    folder: Path
+    files: dict[str, str]
+    problems: tuple[str, ...]
+    hub_config: HubConfig | None = None
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where it went: the repository's page, the commit, and the pull request where one was opened."""
+
+    url: str
+    commit: str
+    pull_request: str | None = None
+
+
+def prepare(
+    run: str | Path,
+    repo: str,
+    folder: Path,
+    facts: Facts,
+    *,
+    metrics: Iterable[str | Path] = (),
+    without_metrics: bool = False,
+    tag: str | None = None,
+) -> Package:
+    """Write what would go up into `folder` and check it: loads it, compares its logits with the run's, looks for secrets.
+
+    Args:
+        run: a run's folder.
+        repo: Hub id to publish under.
+        folder: an empty folder; it gets weights (linked where that is possible), config and card.
+        facts: see `Facts`.
+        metrics: evaluations beside those that the run keeps, see `read_evaluations`.
+        without_metrics: no evaluation is fine; the card then says that nothing was measured.
+        tag: makes the hub config of a tag of the architecture.
+
+    Raises:
+        L2R2Error: the run is no checkpoint that can be loaded, or `repo` is not of the form org/name. What the author can
+            mend is not raised but listed in `problems`.
+    """
+    run = Path(run)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise L2R2Error(f'"{repo}" is not a Hub id of the form org/name.')
+    if not run.is_dir():
+        raise L2R2Error(f"{run}: no such run.")
+    checkpoint = load_checkpoint(run)
+    evaluations = _without_paths(read_evaluations(run, metrics, checkpoint.digest)) or _validation(run, checkpoint)
+    _link(run / WEIGHTS, folder / WEIGHTS)
+    write_json(folder / CONFIG, _clean_config(read_json(run / CONFIG), checkpoint, facts))
+    write_text(folder / CARD, model_card(checkpoint, repo, facts, evaluations))
+    problems = [
+        *_license_problems(facts, source_of_training(checkpoint.training)),
+        *_record_problems(run, checkpoint),
+        *_content_problems(folder),
+        *_logit_problems(checkpoint, load_checkpoint(folder)),
+    ]
+    if not evaluations and not without_metrics:
+        problems.append("There are no figures: run `l2r2 evaluate`, give --metrics FILE, or --without-metrics.")
+    files = {name: file_sha256(folder / name) for name in (CONFIG, CARD, WEIGHTS)}
+    config = hub_config(checkpoint, repo, tag, facts, evaluations, _command(run)) if tag else None
+    return Package(repo, folder, files, tuple(problems), config)
+
+
+def push(
+    package: Package,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    repo_type: str = "model",
+    message: str = "Upload with l2r2-models",
+    replaces: str | None = None,
+) -> Pushed:
+    """Push in one commit, then compare the Hub's hashes with ours. What was uploaded before a failure is not sent again.
+
+    Args:
+        package: without problems.
+        private: make a repository that does not exist yet private; one that is public already is refused.
+        revision: branch, made where it does not exist; default main.
+        create_pr: open a pull request against main instead of committing to it.
+        repo_type: of the Hub, `model` or `kernel`.
+        message: of the commit.
+        replaces: a folder there, e.g. `build/`; what it holds and the package does not is deleted in the same commit.
+
+    Raises:
+        L2R2Error: problems, no login, no right to write, a broken connection, or other hashes there than here.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+
+    if package.problems:
+        raise L2R2Error(f"{package.repo}: not pushed. {' '.join(package.problems)}")
+    if create_pr and revision not in (None, "main"):
+        raise L2R2Error("A pull request goes to main; leave --revision out.")
+    if get_token() is None:
+        raise L2R2Error("The Hub needs to know who publishes: log in with `hf auth login`.")
+    api = HfApi()
+    try:
+        api.create_repo(package.repo, repo_type=repo_type, private=private or None, exist_ok=True)
+        if private and not api.repo_info(package.repo, repo_type=repo_type).private:
+            raise L2R2Error(f"{package.repo}: exists and is public; make it private on its page first.")
+        if revision not in (None, "main"):
+            api.create_branch(package.repo, branch=str(revision), repo_type=repo_type, exist_ok=True)
+        operations: list[Any] = [CommitOperationAdd(path, package.folder / path) for path in package.files]
+        if replaces:
+            stale = set(_files_there(api, package.repo, revision, repo_type)) - set(package.files)
+            operations += [CommitOperationDelete(path) for path in sorted(stale) if path.startswith(replaces)]
+        commit = api.create_commit(
+            package.repo, operations, commit_message=message, revision=revision, create_pr=create_pr, repo_type=repo_type
+        )
+        there = _files_there(api, package.repo, commit.oid, repo_type)
+    except L2R2Error:
+        raise
+    except Exception as error:  # those of huggingface_hub and of the HTTP client under it have no common base
+        raise L2R2Error(f"{package.repo}: not pushed ({_reason(error)}); the same command tries again.") from error
+    for path, digest in package.files.items():
+        if path not in there or not _is_same(package.folder / path, digest, there[path]):
+            raise L2R2Error(f"{package.repo}: the Hub's {path} differs from the one that was sent; push it again.")
+    return Pushed(str(commit.repo_url), commit.oid, commit.pr_url)
+
+
+def _files_there(api: Any, repo: str, revision: str | None, repo_type: str) -> dict[str, Any]:
+    tree = api.list_repo_tree(repo, recursive=True, revision=revision, repo_type=repo_type)
+    return {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    if status in (401, 403):
+        return "the login may not write there; `hf auth login` with a token that may"
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _is_same(file: Path, digest: str, entry: Any) -> bool:
+    """A large file is known there by its SHA-256, any other by the SHA-1 that git gives it."""
+    if entry.lfs is not None:
+        return entry.lfs.sha256 == digest
+    content = file.read_bytes()
+    return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another disk
+        shutil.copyfile(source, target)
+
+
+# ---- what is written ----
+
+
+def _clean_config(config: dict[str, Any], checkpoint: Checkpoint, facts: Facts) -> dict[str, Any]:
+    """The config without paths of this machine, with the localizer and the licence as published."""
+    ours = {**config["l2r2"], "training": _without_paths(config["l2r2"].get("training", {}))}
+    ours["localizer"] = localizer_facts(replace(checkpoint, localizer=_without_paths(checkpoint.localizer)), facts)
+    source = {k: v for k, v in config.get("pretrained_cfg", {}).items() if k != "license"}
+    return {**config, "pretrained_cfg": {**source, **({"license": facts.licence} if facts.licence else {})}, "l2r2": ours}
+
+
+def _without_paths(value: Any) -> Any:
+    """Strings that are paths of this machine become their last part."""
+    if isinstance(value, Mapping):
+        return {k: _without_paths(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_paths(v) for v in value]
+    if not isinstance(value, str):
+        return value
+    if PurePosixPath(value).is_absolute():
+        return PurePosixPath(value).name
+    if PureWindowsPath(value).is_absolute():
+        return PureWindowsPath(value).name
+    return PATHS.sub(lambda match: re.split(r"[/\\]", match[0])[-1], value)
+
+
+def _command(run: Path) -> str:
+    """The command that made the run, its paths by their last part."""
+    record = record_of(run)
+    words = str(record.get("command") or "").split()
+    return " ".join(_without_paths(words)) or "not recorded"
+
+
+def _validation(run: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any], ...]:
+    """The figures that `finetune` took on its validation rows, as an evaluation; nothing where there were none.
+
+    Without the fused one where `l2r2 fuse` has replaced the fusion since.
+    """
+    record = record_of(run)
+    metrics, files = record.get("metrics") or {}, record.get("val_files") or []
+    found: dict[str, dict[str, float]] = {}
+    for key, value in metrics.items():  # fg_accuracy, fg_macro_accuracy
+        output, _, metric = key.partition("_")
+        found.setdefault(output, {})[metric] = value
+    named = {output: row for output, row in found.items() if "accuracy" in row}
+    if "fusion_fit" in checkpoint.training:
+        named.pop("fused", None)
+    rows = {f"fused: {_fusion_name(record)}" if k == "fused" else k: row for k, row in named.items()}
+    return ({"split": "validation (of the training)", "images": len(files), "rows": rows},) if rows and files else ()
+
+
+def _fusion_name(record: Mapping[str, Any]) -> str:
+    return str(record.get("recipe", {}).get("fusion", "robust"))
+
+
+# ---- the checks ----
+
+
+def _license_problems(facts: Facts, source: Source) -> list[str]:
+    if not facts.licence:
+        suggestion = f" The weights it started from are under {source.licence}." if source.licence else ""
+        return [f"There is no licence: give --licence, e.g. apache-2.0.{suggestion}"]
+    if not re.fullmatch(r"[a-z0-9.-]+", facts.licence):
+        return [f'"{facts.licence}" is not a licence as the Hub writes it, in small letters without spaces, e.g. apache-2.0.']
+    if source.licence and "-nc" in source.licence.lower() and "-nc" not in facts.licence.lower():
+        return [f"It started from weights under {source.licence}, which {facts.licence} would open to commercial use."]
+    return []
+
+
+def _record_problems(run: Path, checkpoint: Checkpoint) -> list[str]:
+    problems = []
+    if not read_json(run / CONFIG).get("label_names"):
+        problems.append(f"{run / CONFIG} has no label_names.")
+    elif list(checkpoint.labels) == [str(i) for i in range(len(checkpoint.labels))] and len(checkpoint.labels) > 1:
+        problems.append("The labels are 0, 1, ..., as where a list of names is missing: whoever uses the model needs names.")
+    if (run / RUN).exists() and not isinstance(record_of(run).get("metrics"), dict):
+        problems.append(f"{run}: the training has not finished; the same `l2r2 finetune` continues it.")
+    if changed_weights(run, checkpoint.digest):
+        problems.append(f"{run / WEIGHTS} is not what the run wrote: its SHA-256 differs from {RUN}. Train it again.")
+    if not all(value.isfinite().all() for value in checkpoint.model.state_dict().values()):
+        problems.append(f"{run / WEIGHTS} holds values that are not finite.")
+    return problems
+
+
+def _content_problems(folder: Path) -> list[str]:
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        texts = {WEIGHTS: json.dumps(file.metadata() or {})}
+    texts |= {name: (folder / name).read_text(encoding="utf-8") for name in (CONFIG, CARD)}
+    return text_problems(texts)
+
+
+def text_problems(texts: Mapping[str, str]) -> list[str]:
+    """Sentences about secrets and about paths of this machine in texts that are to be published; secrets are not repeated."""
+    problems = []
+    for name, text in texts.items():
+        text = re.sub(r"\\([\W_])", r"\1", text)  # as it is read: Markdown's escapes stand inside of names
+        if SECRETS.search(text):
+            problems.append(f"{name} holds what looks like an access token or a private key; remove it.")
+        if found := PATHS.search(text):
+            problems.append(f"{name} holds a path of this machine ({found[0][:60]}); remove it.")
+    return problems
+
+
+@torch.inference_mode()
+def _logit_problems(run: Checkpoint, sent: Checkpoint) -> list[str]:
+    """The checkpoint that would be sent answers as the run does, on noise: whole, with a box and without one."""
+    size = run.model.view_spec.size
+    images = torch.rand(2, run.model.in_chans, size, size, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[0.1 * size, 0.1 * size, 0.9 * size, 0.9 * size], [torch.nan] * 4])
+    outputs = [torch.cat([model(images), model(images, boxes)]) for model in (run.model, sent.model)]
+    same = run.labels == sent.labels and torch.equal(*outputs) and run.model.view_spec == sent.model.view_spec
+    return [] if same else ["The checkpoint that would be sent does not answer as the run does."]

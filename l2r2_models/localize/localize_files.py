@@ -1,0 +1,292 @@
+"""Boxes of many images into one box file: in batches, resumable at any moment, on one process or several.
+
+While the work goes on, finished images lie in a journal beside the file (`boxes.json.parts/`, see `journal`); at the end the
+journal and what the file held before become the new file, in the order of the images. So a killed run loses at most one batch,
+and the file is the same as that of a run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..boxes import FORMATS, BoxEntry, BoxTable, read_boxes, write_boxes
+from ..boxes.detections import Detections
+from ..boxes.parquet import check_names, record_of
+from ..boxes.read import entry_of
+from ..errors import L2R2Error
+from ..images import load_image
+from ..journal import Journal, digest_of
+from ..locks import only_writer
+from .base import Localizer
+
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+LOADERS = 4  # threads that decode the next batch
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What a file of boxes holds after a call.
+
+    Attributes:
+        entries: of the images asked for, in order.
+        kept: how many of them were there before.
+    """
+
+    entries: dict[str, BoxEntry]
+    kept: int
+
+    @property
+    def failures(self) -> dict[str, str]:
+        return {name: entry.failure for name, entry in self.entries.items() if entry.failure is not None}
+
+    @property
+    def with_box(self) -> int:
+        return sum(bool(entry.boxes) for entry in self.entries.values())
+
+
+def localize_to_file(
+    localizer: Localizer,
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    format: str = "megadetector",
+    batch_size: int = 8,
+    prompts: Mapping[str, str] | None = None,
+    progress: Progress = lambda steps, _: steps,
+) -> CacheReport:
+    """Localize images into a box file; images that it holds are kept, failures are tried again.
+
+    Under torchrun each process takes every n-th image, and the first one writes the file when all are done.
+
+    Args:
+        localizer: see `create_localizer`.
+        paths: images.
+        out: the file, `.json` or `.parquet`.
+        format: of a JSON file, `megadetector` or `coco`.
+        batch_size: images in one call of the localizer.
+        prompts: one prompt for each path instead of the spec's (oracle); the file says so.
+        progress: wraps the batches.
+
+    Raises:
+        L2R2Error: the file was made otherwise, or cannot be written; an unknown format; no prompt says what to look for.
+    """
+    if prompts is None:
+        localizer.check_prompt()
+    out = Path(out)
+    format = _format_of(out, format)
+    names = [str(path) for path in paths]
+    if format == "parquet":
+        check_names(out, names)
+    info = {**localizer.info, **({"oracle": True} if prompts is not None else {})}
+    stamps = {name: digest_of(name, localizer.about(name), (prompts or {}).get(name)) for name in names}
+    rank, world = _process()
+    with _one_run(out, rank, world):
+        journal = Journal(out, rank)
+        before = _known(out, journal, info, stamps)
+        kept = {name for name in names if _holds(before, name, stamps)}
+        todo = [name for name in names[rank::world] if name not in kept]
+        if world > 1:
+            _wait_for_all()  # until all have read what there was
+        if todo:
+            journal.start({"info": info})
+        try:
+            for found in _localize(localizer, todo, batch_size, prompts, progress):
+                for name, entry in found.items():
+                    journal.add({**record_of(name, entry), "stamp": stamps[name]})
+        finally:
+            journal.close()
+        if world > 1:
+            _wait_for_all()
+        if rank == 0:
+            table = _known(out, journal, info, stamps)
+            order = {**dict.fromkeys(names), **table.entries}  # earlier answers for other images stay, behind
+            table.entries = {name: table.entries[name] for name in order}
+            write_boxes(table, out, format)
+            journal.remove()
+        if world > 1:
+            _wait_for_all()
+        with _quiet():
+            final = read_boxes(out).entries
+    return CacheReport({name: final[name] for name in names}, len(kept))
+
+
+@contextmanager
+def _one_run(out: Path, rank: int, world: int) -> Iterator[None]:
+    """The first process has the lock of the file for all; where it cannot have it, the others end too."""
+    refused: L2R2Error | None = None
+    with ExitStack() as held:
+        try:
+            if rank == 0:
+                held.enter_context(only_writer(out))
+        except L2R2Error as error:
+            refused = error
+        said = [refused is not None]
+        if world > 1:
+            import torch.distributed as dist
+
+            dist.broadcast_object_list(said, 0)
+        if refused is not None:
+            raise refused
+        if said[0]:
+            raise SystemExit(1)
+        yield
+
+
+def _format_of(out: Path, format: str) -> str:
+    """What the file is written as.
+
+    Raises:
+        L2R2Error: nothing that can be continued.
+    """
+    suffix = out.suffix.lower()
+    if suffix not in (".json", ".parquet"):
+        raise L2R2Error(f"{out}: is no name of a box file; it must end in .json or .parquet.")
+    if format == "xyxy":
+        raise L2R2Error("The format xyxy has no room for scores and failures; choose megadetector or coco.")
+    if format not in (known := [name for name in FORMATS if name not in ("xyxy", "parquet")]):
+        raise L2R2Error(f'Unknown box format "{format}" of a .json; choose from {", ".join(known)}.')
+    return "parquet" if suffix == ".parquet" else format
+
+
+def _known(out: Path, journal: Journal, info: dict[str, Any], stamps: Mapping[str, str]) -> BoxTable:
+    """What the file and its journal say, the newest last; an answer that still holds is never replaced. An image that is asked
+    for by another path than before (`data/a.png`, `/home/me/data/a.png`) has the name that it is asked for by.
+
+    Args:
+        stamps: of the images asked for, as they are now.
+
+    Raises:
+        L2R2Error: one of them was made with another localizer, or not by this function.
+    """
+    by_place = {os.path.abspath(name): name for name in stamps}
+    table = BoxTable({}, info=info)
+    for known, entry, stamp in _records(out, journal, info):
+        name = known if known in stamps else by_place.get(os.path.abspath(known), known)
+        if not _holds(table, name, stamps):
+            table.entries[name] = entry
+            table.stamps.pop(name, None)
+            table.stamps.update({name: stamp} if stamp else {})
+    return table
+
+
+def _holds(table: BoxTable, name: str, stamps: Mapping[str, str]) -> bool:
+    """Whether the table has an answer for an image as it is now."""
+    entry = table.entries.get(name)
+    return entry is not None and entry.failure is None and name in stamps and table.stamps.get(name) == stamps[name]
+
+
+def _records(out: Path, journal: Journal, info: dict[str, Any]) -> Iterator[tuple[str, BoxEntry, str | None]]:
+    """Name, entry and stamp of all that is there."""
+    if out.exists():
+        with _quiet():
+            table = read_boxes(out)
+        if table.info != info:
+            raise L2R2Error(_other(out, table.info, info))
+        for name, entry in table.entries.items():
+            yield name, entry, table.stamps.get(name)
+    for part in journal.parts():
+        made_with = part.header.get("info") if isinstance(part.header, dict) else None
+        if made_with != info:
+            raise L2R2Error(_other(journal.folder, made_with if isinstance(made_with, dict) else {}, info))
+        for _, record in part.records():
+            try:
+                yield record["file"], entry_of(record), record.get("stamp")
+            except (L2R2Error, KeyError, TypeError, ValueError):  # damaged: done again
+                continue
+
+
+def _other(place: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    what = "remove it or choose another -o."
+    if "localizer" not in old:
+        return f"{place}: exists and was not made by `l2r2 localize`; choose another -o."
+    if old["localizer"] != new["localizer"]:
+        return f"{place}: was made with another localizer, {old['localizer']}; {what}"
+    if bool(old.get("oracle")) != bool(new.get("oracle")):
+        return f"{place}: was made {'with' if old.get('oracle') else 'without'} the true labels as prompts; {what}"
+    return f"{place}: was made with other weights of {old['localizer']}; {what}"
+
+
+def _localize(
+    localizer: Localizer, names: Sequence[str], size: int, prompts: Mapping[str, str] | None, progress: Progress
+) -> Iterator[dict[str, BoxEntry]]:
+    """Entries of one batch after the other; the next batch is decoded while one is looked at."""
+    batches = [names[i : i + size] for i in range(0, len(names), size)]
+    with ThreadPoolExecutor(LOADERS) as pool:
+
+        def load(batch: Sequence[str]) -> list[Any]:
+            return [pool.submit(_load, name) for name in batch]
+
+        waiting = load(batches[0]) if batches else []
+        for i, batch in enumerate(progress(batches, len(batches))):
+            loaded = {name: future.result() for name, future in zip(batch, waiting)}
+            waiting = load(batches[i + 1]) if i + 1 < len(batches) else []
+            images = {name: image for name, image in loaded.items() if not isinstance(image, str)}
+            entries = {name: BoxEntry(failure=why) for name, why in loaded.items() if isinstance(why, str)}
+            yield {**entries, **_entries(localizer, images, prompts)}
+
+
+def _load(name: str) -> Image.Image | str:
+    """The image, or why there is none."""
+    try:
+        return load_image(name)
+    except L2R2Error as error:
+        return str(error)
+
+
+def _entries(
+    localizer: Localizer, images: Mapping[str, Image.Image], prompts: Mapping[str, str] | None
+) -> dict[str, BoxEntry]:
+    """Entries of a batch; where it fails as a whole, each image is tried alone."""
+    asked = None if prompts is None else [prompts[name] for name in images]
+    try:
+        found = localizer(list(images.values()), names=list(images), prompts=asked)
+        return {name: _entry_of(detections) for name, detections in zip(images, found)}
+    except (L2R2Error, RuntimeError, MemoryError) as error:  # RuntimeError: torch, among them a full GPU
+        if len(images) == 1:
+            return {name: BoxEntry(failure=" ".join(str(error).split())[:300]) for name in images}
+    return {k: v for name, image in images.items() for k, v in _entries(localizer, {name: image}, prompts).items()}
+
+
+def _entry_of(found: Detections) -> BoxEntry:
+    if not (found.boxes.isfinite().all() and found.scores.isfinite().all()):
+        return BoxEntry(failure="the localizer gives boxes that are not finite; run it with dtype=float32.")
+    return BoxEntry.from_detections(found)
+
+
+def _process() -> tuple[int, int]:
+    """Rank and number of processes, as torchrun says; with several, they can wait for one another afterwards."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # one shard may take days longer than another
+    return rank, world
+
+
+def _wait_for_all() -> None:
+    import torch.distributed as dist
+
+    dist.barrier()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No note of every part that is read."""
+    logger = logging.getLogger("l2r2_models.boxes.read")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,345 @@
+"""The two-branch classifier: one timm backbone, a head a branch, a fusion; and the contract of a timm model around it."""
+
+# no `from __future__ import annotations`: FX and jit need forward's annotations as types, not as strings
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Optional
+
+import timm
+import torch
+from timm.models import register_notrace_function
+from torch import Tensor, nn
+
+from ..errors import L2R2Error
+from ..fusion import Fusion, create_fusion, fuse_branches
+from ..views.cut import IN_NETWORK, ViewSpec, batch_masks, cut_batch
+from .backbones import check_backbone_arguments, check_view_size, feature_info, unknown_backbone
+from .box_head import BoxHead, FoundBoxes, features_and_maps, map_channels
+from .masking import check_late_backbone, check_mask, check_tokens_backbone, late_features, token_features
+from .parts import PartMaps
+from .timm_contract import TimmContract
+
+BRANCHES = ("full", "fg", "bg")
+BOX_THRESHOLD = 0.2  # objectness below which a box counts as not found, where nothing else is said
+
+
+class L2R2Output(NamedTuple):
+    """Logits `[B, classes]` of each branch and of their fusion; None for a branch that the model does not have.
+
+    `has_fg` `[B]` bool tells the rows where fg saw an object: what was given, without the rows whose mask keeps nothing inside
+    the network. None: all of them. `located` is what a box head found in the full view.
+    """
+
+    full: Tensor | None
+    fg: Tensor | None
+    fused: Tensor
+    bg: Tensor | None = None
+    has_fg: Tensor | None = None
+    parts: PartMaps | None = None
+    located: FoundBoxes | None = None
+
+    def branches(self) -> dict[str, Tensor]:
+        """The branches' logits by name."""
+        return {b: z for b, z in (("full", self.full), ("fg", self.fg), ("bg", self.bg)) if z is not None}
+
+
+@torch.fx.wrap  # for plain FX
+@register_notrace_function  # for timm's
+def whole_image_only(x: Tensor, boxes: Optional[Tensor], localize: Optional[str] = None) -> Tensor:  # noqa: UP045  (for jit)
+    """An FX graph has no box path: boxes given to it, or asked for, are refused instead of ignored."""
+    if boxes is not None or localize is not None:
+        raise ValueError("an FX-traced L2R2 sees whole images only; give boxes to the untraced model")
+    return x
+
+
+class L2R2(TimmContract):
+    """Localize to Recognize Robustly: a classifier that looks at the whole image and at the object cut out of it.
+
+    `model(x)` is an ordinary timm classifier (the full head). `forward_views` is the real entrance. Views of one batch go
+    through the shared backbone as one batch, so a backbone with batch norm sees the statistics of the mixture while it is
+    trained, and keeps those running statistics for either view in evaluation; `shared=False` separates them.
+    Source: L2R2 (arXiv 2411.15933) sections 3 and B; the shared backbone is this project's.
+
+    Args:
+        backbone: name of a timm model that can be built with `num_classes=0`.
+        num_classes: classes of every head; 0 returns pooled features.
+        in_chans: channels of the input.
+        branches: which of full, fg, bg the model has. The first one answers `model(x)`; `("full",)` is the plain classifier.
+        shared: one backbone for all branches; False gives each branch its own (the paper's independent networks).
+        fusion: name or config of a fusion (`l2r2_models.fusion`). The default threshold of `robust` is not fitted.
+        views: how views are cut, a `ViewSpec` or its dict; by default made from the pretrained cfg.
+        fg_kind: what the fg branch sees, the `fg` of `ViewSpec`; replaces that of `views`.
+        box_head: a trained head finds the object's box in the full view, see `BoxHead`.
+        drop_rate: dropout before the heads.
+        device, dtype: of every parameter and buffer.
+        **backbone_kwargs: passed on to the timm backbone (`drop_path_rate`, `img_size`, `global_pool`, ...).
+
+    Raises:
+        L2R2Error: an unknown backbone, branch, fusion or view field, or a backbone that cannot be masked as asked for.
+    """
+
+    __jit_unused_properties__ = ("view_spec",)
+    fresh: tuple[str, ...] = ("fusion.", "box_head.")  # what no checkpoint of timm has: these stay as the model was built
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        *,
+        branches: str | Sequence[str] = ("full", "fg"),
+        shared: bool = True,
+        fusion: str | Mapping[str, Any] = "robust",
+        views: ViewSpec | Mapping[str, Any] | None = None,
+        fg_kind: str | None = None,
+        box_head: bool = False,
+        drop_rate: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **backbone_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.pretrained_cfg: dict[str, Any] = {}  # timm sets it
+        self.branches = check_branches(branches)
+        if not timm.is_model(backbone.split(".")[0]):
+            raise L2R2Error(unknown_backbone(backbone))
+        check_backbone_arguments(backbone, backbone_kwargs)
+        self.backbone_name = backbone
+        self.backbone_kwargs = {**backbone_kwargs, **({"drop_rate": drop_rate} if drop_rate else {})}
+        self.shared = shared
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        spec = ViewSpec.from_dict(views) if isinstance(views, Mapping) else views
+        self._view_spec = ViewSpec.from_dict({**spec.to_dict(), "fg": fg_kind}) if spec is not None and fg_kind else spec
+        self._fg_kind = fg_kind or "crop"
+
+        def build() -> Any:  # a timm model has more methods than nn.Module knows
+            return timm.create_model(backbone, num_classes=0, in_chans=in_chans, drop_rate=drop_rate, **backbone_kwargs)
+
+        with contextlib.nullcontext() if device is None else torch.device(device):
+            self.backbone: Any = build()
+            self.branch_backbones = nn.ModuleDict({b: build() for b in self.branches[1:] if not shared})
+        self.num_features = int(self.backbone.num_features)
+        self.head_hidden_size = int(self.backbone.head_hidden_size)
+        self.feature_info = [{**i, "module": f"backbone.{i['module']}"} for i in feature_info(self.backbone)]
+        if hasattr(self.backbone, "output_fmt"):
+            self.output_fmt = self.backbone.output_fmt
+        self.heads = nn.ModuleDict({b: self._new_head(b) for b in self.branches})
+        self.fusion: Fusion = create_fusion(fusion, self.branches, num_classes)
+        self.box_head = BoxHead(map_channels(self.backbone)) if box_head else None
+        if hasattr(self.backbone, "set_input_size"):  # timm asks by the name whether a model can do it
+            self.set_input_size = self._set_input_size
+        self._check_views(self.view_spec)
+        self.to(device=device, dtype=dtype)
+
+    # ---- inference and training ----
+
+    def forward(self, x: Tensor, boxes: Optional[Tensor] = None, localize: Optional[str] = None) -> Tensor:  # noqa: UP045  (jit)
+        """Logits `[B, classes]` of normalised images `[B, C, H, W]`.
+
+        Without boxes: the first head (full) exactly; in training the mean of the heads on one pass, so that any timm
+        training script trains every parameter. With `boxes` (`[B, 4]` xyxy in pixels of x; a NaN row has none): the
+        fused logits, fg cut out of `x`. With `localize="head"`: the same with the boxes of the model's own box head. Prefer
+        `forward_views` with views cut from the original image: a 224-pixel tensor has thrown most of the object away.
+        """
+        if boxes is not None or localize is not None:
+            if torch.jit.is_scripting():
+                raise RuntimeError("a scripted L2R2 sees whole images only; give boxes to the unscripted model")
+            else:
+                if not isinstance(boxes, torch.fx.Proxy) and not isinstance(localize, torch.fx.Proxy):
+                    return self.forward_boxes(x, boxes, localize)
+                x = self._traced(x, boxes, localize)
+        features = self.backbone(x)
+        logits = []
+        for i, head in enumerate(self.heads.values()):
+            if i == 0 or self.training:
+                logits.append(head(features))
+        if not self.training:
+            return logits[0]
+        for i, backbone in enumerate(self.branch_backbones.values()):
+            own = backbone(x)
+            for j, head in enumerate(self.heads.values()):
+                if j == i + 1:
+                    logits[j] = head(own)
+        return torch.stack(logits).mean(0)
+
+    @torch.jit.ignore
+    def _traced(self, x: Tensor, boxes: Tensor | None, localize: str | None) -> Tensor:
+        return whole_image_only(x, boxes, localize)
+
+    @torch.jit.ignore
+    def forward_boxes(self, x: Tensor, boxes: Tensor | None, localize: str | None = None) -> Tensor:
+        """Fused logits with the views cut out of the normalised batch itself; see `forward`."""
+        if localize not in (None, "head") or (boxes is None) == (localize is None):
+            raise L2R2Error(f'Give boxes, or localize="head", and not both; got localize={localize!r}.')
+        if boxes is None:
+            boxes = self.locate(x).in_pixels(x.shape[2], x.shape[3], BOX_THRESHOLD)
+        views, has_fg, spec = {}, None, self.view_spec
+        for branch in self.branches:
+            if branch == "full":
+                views[branch] = x
+            elif branch == "fg" and spec.fg in IN_NETWORK:
+                views["mask"], has_fg = batch_masks(x, boxes)
+                views["fg" if "full" not in self.branches else "full"] = x
+            else:
+                views[branch], has_fg = cut_batch(x, boxes, spec, branch)
+        return self.forward_views(**views, has_fg=has_fg).fused
+
+    @torch.jit.ignore
+    def locate(self, full: Tensor) -> FoundBoxes:
+        """Where the box head sees the object in full views `[B, C, S, S]`."""
+        if self.box_head is None:
+            raise L2R2Error("This model has no box head; train one with `l2r2 finetune --box-head`, or give boxes.")
+        return self.box_head(features_and_maps(self.backbone_of("full"), full)[1])
+
+    @torch.jit.ignore
+    def forward_views(
+        self,
+        full: Tensor | None = None,
+        fg: Tensor | None = None,
+        has_fg: Tensor | None = None,
+        *,
+        bg: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> L2R2Output:
+        """Logits of the branches whose view is given, and their fusion.
+
+        Args:
+            full, fg, bg: normalised views `[B, C, S, S]`.
+            has_fg: `[B]` bool, False where no object was found; those rows are exactly the full branch's. None: all found.
+            mask: `[B, h, w]` of any size (see `masking.coverage`), bool or in 0..1, the object in the whole image, for an fg
+                that is masked inside the network (`late`, `tokens`). The image is `fg` if that is given too, else `full`. A
+                row whose mask keeps nothing counts as not found.
+
+        Returns:
+            L2R2Output of `[B, classes]` logits. With one view given, `fused` is that branch.
+
+        Raises:
+            L2R2Error: a branch that the model lacks, no view, or a mask that does not fit.
+        """
+        logits, seen, located = self._branch_logits({"full": full, "fg": fg, "bg": bg}, mask)
+        if seen is not None:
+            has_fg = seen if has_fg is None else has_fg & seen
+        fused = self.fuse(logits, has_fg)
+        return L2R2Output(logits.get("full"), logits.get("fg"), fused, logits.get("bg"), has_fg, None, located)
+
+    @torch.jit.ignore
+    def forward_branches(self, mask: Tensor | None = None, **views: Tensor | None) -> dict[str, Tensor]:
+        """Logits `[B, classes]` by branch, for views `[B, C, S, S]` given by branch name; see `forward_views`."""
+        return self._branch_logits(views, mask)[0]
+
+    @torch.jit.ignore
+    def _branch_logits(self, views: Mapping[str, Tensor | None], mask: Tensor | None) -> tuple[dict[str, Tensor], Any, Any]:
+        """Logits by branch; with a mask, `[B]` bool: whether it kept anything; with a box head and a full view, its boxes."""
+        given = {b: v for b, v in views.items() if v is not None}
+        if unknown := set(given) - set(self.branches):
+            raise L2R2Error(f"This model has the branches {', '.join(self.branches)}, not {', '.join(sorted(unknown))}.")
+        if not given:
+            raise L2R2Error(f"Give at least one view of {', '.join(self.branches)}.")
+        features, seen = ({}, None) if mask is None else self._masked_features(given, mask)
+        pooled, located = self._features({b: v for b, v in given.items() if b not in features})
+        features.update(pooled)
+        return {b: self.heads[b](features[b]) for b in self.branches if b in features}, seen, located
+
+    def _features(self, views: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], FoundBoxes | None]:
+        """Pooled features by branch, one `[nB, C, S, S]` pass where the backbone is shared; and the box head's boxes."""
+        groups = [list(views)] if self.shared else [[b] for b in views]
+        pooled: dict[str, Tensor] = {}
+        located = None
+        for names in groups if views else []:
+            backbone: Any = self.backbone_of(names[0])
+            x, sizes = torch.cat([views[b] for b in names]), [views[b].shape[0] for b in names]
+            if self.box_head is None or "full" not in names:
+                features = backbone(x)
+            else:
+                features, maps = features_and_maps(backbone, x)
+                features = backbone.forward_head(features)
+                located = self.box_head([m.split(sizes)[names.index("full")] for m in maps])
+            pooled.update(zip(names, features.split(sizes)))
+        return pooled, located
+
+    def _masked_features(self, given: Mapping[str, Tensor], mask: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """fg features of the object in the whole image; late masking has those of `full` from the same pass."""
+        spec = self.view_spec
+        if spec.fg not in ("late", "tokens") or "fg" not in self.branches:
+            raise L2R2Error(f'A mask belongs to an fg branch of kind "late" or "tokens"; this model has "{spec.fg}".')
+        image = given.get("fg", given.get("full"))
+        if image is None:
+            raise L2R2Error("A mask needs the whole image: give full, or fg.")
+        mask = check_mask(mask, image.shape[0]).to(image.device)
+        backbone = self.backbone_of("fg")
+        if spec.fg == "tokens":
+            masked, seen = token_features(backbone, image, mask, spec.coverage)
+            return {"fg": masked}, seen
+        whole, masked, seen = late_features(backbone, image, mask, spec)
+        same = self.shared and "fg" not in given
+        return {"fg": masked, **({"full": whole} if same else {})}, seen
+
+    @torch.jit.ignore
+    def fuse(
+        self, logits: Mapping[str, Tensor], has_fg: Tensor | None = None, objectness: Tensor | None = None
+    ) -> Tensor:
+        """Fuse branch logits `[B, classes]` that were computed before; what `forward_views` does after the network, but for the
+        boxes' scores `[B]`, see `fuse_branches`."""
+        return fuse_branches(self.fusion, logits, has_fg, objectness)
+
+    @property
+    def view_spec(self) -> ViewSpec:
+        """How this model's views are cut; saved with the checkpoint."""
+        side = self.backbone_kwargs.get("img_size")
+        own = {"size": side} if isinstance(side, int) else {}
+        return self._view_spec or ViewSpec.from_pretrained_cfg(self.pretrained_cfg, fg=self._fg_kind, **own)
+
+    @view_spec.setter
+    def view_spec(self, spec: ViewSpec) -> None:
+        self._check_views(spec)
+        self._view_spec = spec
+
+    def _check_views(self, spec: ViewSpec) -> None:
+        """Whether the backbone takes views of this size, and can be masked as the spec says."""
+        check_view_size(self.backbone, self.backbone_name, spec.size)
+        if self.box_head is not None and ("full" not in self.branches or spec.fg in IN_NETWORK):
+            raise L2R2Error(f'A box head needs a full branch and an fg that is cut out, not fg "{spec.fg}" of {self.branches}.')
+        if spec.fg == "parts":
+            raise L2R2Error('fg "parts" belongs to the ifam models, which find the parts of an object; choose another kind.')
+        if "fg" in self.branches and spec.fg == "tokens":
+            check_tokens_backbone(self.backbone_of("fg"), self.backbone_name)
+        if "fg" in self.branches and spec.fg == "late":
+            check_late_backbone(self.backbone_of("fg"), self.backbone_name, spec)
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments that build this model again, besides the classes: what a checkpoint's config keeps."""
+        views = self.view_spec.to_dict()
+        ours = {"branches": list(self.branches), "shared": self.shared, "fusion": self.fusion.config(), "views": views}
+        return {**self.backbone_kwargs, **ours, **({} if self.box_head is None else {"box_head": True})}
+
+    def intervene(self, drop_parts: Iterable[int] = (), token_quantile: float = 0.0) -> None:
+        """See `IFAM.intervene`."""
+        raise L2R2Error("Only the ifam models have parts and token quantiles to intervene on.")
+
+    def interventions(self) -> dict[str, Any]:
+        """What `intervene` set; empty where nothing is."""
+        return {}
+
+    def backbone_of(self, branch: str) -> nn.Module:
+        """The backbone that sees a branch's view."""
+        return self.branch_backbones[branch] if branch in self.branch_backbones else self.backbone  # noqa: SIM401  (no get)
+
+    def backbone_prefixes(self) -> list[str]:
+        """Prefixes of the backbones' keys in the state dict."""
+        return ["backbone.", *(f"branch_backbones.{b}." for b in self.branch_backbones)]
+
+
+def check_branches(branches: str | Sequence[str]) -> tuple[str, ...]:
+    """Branches as a tuple.
+
+    Raises:
+        L2R2Error: unknown, repeated or no branch.
+    """
+    branches = (branches,) if isinstance(branches, str) else tuple(branches)
+    if unknown := [b for b in branches if b not in BRANCHES]:
+        raise L2R2Error(f'Unknown branch "{unknown[0]}"; choose from {", ".join(BRANCHES)}.')
+    if not branches or len(set(branches)) != len(branches):
+        raise L2R2Error(f"Branches must be one or more different ones of {', '.join(BRANCHES)}, got {branches}.")
+    return branches

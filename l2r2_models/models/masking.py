@@ -1,0 +1,304 @@
+"""fg from inside the network: late masking of features, and token masks that take patches out of a ViT's attention."""
+
+# no `from __future__ import annotations`: see model.py
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from l2r2_kernels import run_masked, run_packed
+from timm.layers import PatchEmbed
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from ..errors import L2R2Error
+from ..views.cut import ViewSpec
+from .backbones import feature_info
+
+
+class Tokens(NamedTuple):
+    """A ViT's tokens after its last norm: prefix `[B, P, C]`, patches `[B, N, C]`, keep `[B, N]` bool.
+
+    weights: `[B, N]`, how much a patch counts in a mean (see `run_tokens`); without, dropped patches are 0.
+    """
+
+    prefix: Tensor
+    patches: Tensor
+    keep: Tensor
+    weights: Tensor | None = None
+
+
+# ---- masks on a grid ----
+
+
+def check_mask(mask: Tensor, batch: int) -> Tensor:
+    """An object mask as float `[B, h, w]`.
+
+    Raises:
+        L2R2Error: not `[B, h, w]` with B images, or values that are NaN or outside of 0..1 (an image file's 255 is).
+    """
+    if mask.ndim != 3 or mask.shape[0] != batch:
+        raise L2R2Error(f"A mask must be [B, h, w] with B = {batch} images, got {list(mask.shape)}.")
+    if mask.dtype != torch.bool and not torch.compiler.is_compiling() and not bool(((mask >= 0) & (mask <= 1)).all()):
+        raise L2R2Error("A mask's values must lie between 0 and 1 (NaN does not); true or 1 is the object.")
+    return mask if mask.is_floating_point() else mask.float()
+
+
+def coverage(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """How much of each cell of a grid `(rows, columns)` a mask `[B, h, w]` of any size covers: its mean over the cell.
+
+    THE rule by which a mask of another size is resized. A mask that is already on the grid stays as it is.
+
+    Returns:
+        `[B, rows, columns]` float in 0..1.
+    """
+    return mask if tuple(mask.shape[1:]) == grid else nn.functional.adaptive_avg_pool2d(mask[:, None], grid)[:, 0]
+
+
+def kept_patches(mask: Tensor, grid: tuple[int, int], threshold: float) -> Tensor:
+    """`[B, N]` bool: the patches that a mask `[B, h, w]` covers by at least `threshold` (and by more than nothing)."""
+    covered = coverage(mask, grid).flatten(1)
+    return (covered >= threshold) & (covered > 0)
+
+
+# ---- tokens ----
+
+
+def check_tokens_backbone(backbone: nn.Module, name: str) -> None:
+    """Whether token masks can run on a backbone.
+
+    Raises:
+        L2R2Error: it is not a plain ViT, or pools otherwise than by its class token or the mean; the message names it.
+    """
+    reason = ""
+    if not isinstance(backbone, VisionTransformer):
+        reason = "it is not one of timm's plain ViTs (RoPE, Eva and hierarchical backbones are not)"
+    elif any(getattr(type(backbone), m) is not getattr(VisionTransformer, m) for m in ("forward_features", "forward_head")):
+        reason = f"its {type(backbone).__name__} does more than timm's plain ViT"
+    elif backbone.global_pool not in ("token", "avg"):
+        reason = f'its pooling "{backbone.global_pool}" is neither the class token nor the mean'
+    elif not isinstance(backbone.patch_embed, PatchEmbed):
+        reason = f"its patches come out of a {type(backbone.patch_embed).__name__}, which mixes them before they can be dropped"
+    elif getattr(backbone.patch_drop, "prob", 0):
+        reason = "it drops random patches (patch_drop_rate), so a mask would not find its patches"
+    if reason:
+        raise L2R2Error(f'{name} cannot drop tokens: {reason}; choose fg "late", or "masked_crop".')
+
+
+def patch_grid(vit: Any, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of patches of an image.
+
+    Raises:
+        L2R2Error: a side is not a multiple of the patch size.
+    """
+    return _grid(vit.patch_embed.patch_size, height, width)
+
+
+@torch.fx.wrap
+@torch.jit.ignore
+def _grid(patch_size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+    rows, columns = patch_size
+    for side, patch in ((height, rows), (width, columns)):
+        if side % patch:
+            near = (side // patch + 1) * patch
+            raise L2R2Error(f"A side of {side} pixels does not divide into patches: give a multiple of {patch}, e.g. {near}.")
+    return height // rows, width // columns
+
+
+def embed_tokens(vit: Any, x: Tensor) -> Tensor:
+    """Images `[B, C, H, W]` -> tokens `[B, P + N, C]` as they enter the first block: positions added, prefix first."""
+    return vit.norm_pre(vit._pos_embed(vit.patch_embed(x)))
+
+
+def run_tokens(vit: Any, tokens: Tensor, keep: Tensor, *, packed: bool = True, weights: Tensor | None = None) -> Tokens:
+    """The blocks and the last norm of a ViT, with dropped patches as keys in no block (iFAM; Masking).
+
+    Args:
+        vit: see `check_tokens_backbone`.
+        tokens: `[B, P + N, C]` of `embed_tokens`.
+        keep: `[B, N]` bool. Prefix tokens (class, registers) are always kept.
+        packed: drop the tokens before block 1; otherwise compute all of them with dropped ones never as keys. Both give the
+            same prefix and kept patches, the first in less time. A traced, compiled or exported model always takes the second,
+            whose shapes do not depend on the mask.
+        weights: `[B, N]`, 1 for kept and 0 for dropped patches, a straight-through mask: how much each patch counts as a key
+            and in a mean. It changes no value, and its gradient reaches dropped patches too, so all tokens are computed.
+
+    Raises:
+        L2R2Error: a block that cannot run so.
+    """
+    if torch.jit.is_tracing():  # it would keep this mask, and answer another one with NaN
+        raise L2R2Error("A network that drops tokens cannot be traced by torch.jit; use torch.export or `l2r2 export`.")
+    prefixes = vit.num_prefix_tokens
+    weight = None if weights is None else nn.functional.pad(weights, (prefixes, 0), value=1.0)
+    mask = torch.cat([keep.new_ones(keep.shape[0], prefixes), keep], 1)
+    options = {"num_prefix": prefixes, "checkpoint": bool(vit.grad_checkpointing)}
+    try:
+        if packed and weights is None and not _is_traced(tokens):
+            capacity = None if mask.device.type == "cpu" else "sync"  # counting is one wait, and what makes packing pay
+            _, out = run_packed(vit.blocks, tokens, mask, capacity=capacity, unpacked=True, **options)
+            assert out is not None
+        else:
+            out = run_masked(vit.blocks, tokens, mask, key_weight=weight, **options)
+    except TypeError as error:
+        raise L2R2Error(f"{type(vit).__name__} cannot drop tokens: {error}") from error
+    out = vit.norm(out)
+    patches = out[:, prefixes:]
+    return Tokens(out[:, :prefixes], patches if weights is not None else torch.where(keep[:, :, None], patches, 0), keep, weights)
+
+
+def _is_traced(tokens: Tensor) -> bool:
+    """Whether shapes must not depend on the mask: in a graph by FX, torch.compile or torch.export, and on the meta device."""
+    return isinstance(tokens, torch.fx.Proxy) or tokens.is_meta or torch.compiler.is_compiling()
+
+
+def pool_tokens(vit: Any, tokens: Tokens) -> Tensor:
+    """Pooled features `[B, C]` after the head norm: the class token, or the (weighted) mean of kept patches, as the ViT pools."""
+    if vit.global_pool == "token":
+        pooled = tokens.prefix[:, 0]
+    else:
+        patches, count = tokens.patches, tokens.keep.sum(1, keepdim=True)
+        if tokens.weights is not None:
+            weights = tokens.weights.to(patches.dtype)
+            patches, count = patches * weights[..., None], weights.sum(1, keepdim=True)
+        pooled = patches.sum(1)
+        if vit.pool_include_prefix:
+            pooled, count = pooled + tokens.prefix.sum(1), count + tokens.prefix.shape[1]
+        pooled = pooled / count.clamp_min(1)
+    return vit.head_drop(vit.fc_norm(pooled))
+
+
+def token_features(vit: Any, x: Tensor, mask: Tensor, threshold: float, *, packed: bool = True) -> tuple[Tensor, Tensor]:
+    """What a ViT sees of images `[B, C, H, W]` in the patches that a mask `[B, h, w]` covers.
+
+    Returns:
+        Features `[B, C]`, and `[B]` bool: whether any patch was kept. Where none was, the features are those of the whole image.
+    """
+    keep = kept_patches(mask, patch_grid(vit, *x.shape[-2:]), threshold)
+    seen = keep.any(1)
+    tokens = run_tokens(vit, embed_tokens(vit, x), keep | ~seen[:, None], packed=packed)
+    return pool_tokens(vit, tokens), seen
+
+
+# ---- late masking ----
+
+
+def check_late_backbone(backbone: nn.Module, name: str, spec: ViewSpec) -> None:
+    """Whether a backbone can be masked late in the way of `spec`.
+
+    Raises:
+        L2R2Error: the pooling asked for does not exist there; the message names the backbone.
+    """
+    tokens = hasattr(backbone, "fc_norm") and hasattr(backbone, "num_prefix_tokens")
+    if not tokens and not hasattr(backbone, "forward_head"):
+        raise L2R2Error(f"{name} cannot be masked late: it has no features before its head.")
+    if spec.late_pool == "token":
+        if not tokens or not backbone.num_prefix_tokens:
+            raise L2R2Error(f'{name} has no class token; choose late_pool "mask" or "all".')
+        if spec.late_stage == "last":
+            raise L2R2Error('After the last stage a mask does not change the class token; choose late_stage "before_last".')
+    kinds = {str(m.pool_type) for m in backbone.modules() if isinstance(getattr(m, "pool_type", None), str)} - {""}
+    if spec.late_pool == "mask" and not tokens and not kinds <= {"avg", "fast"}:
+        raise L2R2Error(f'{name} pools by {", ".join(sorted(kinds))}, of which there is no masked mean; choose late_pool "all".')
+
+
+def late_features(backbone: Any, x: Tensor, mask: Tensor, spec: ViewSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Pooled features of the whole image and of the object, in one pass (late masking; Masking, ICCVW 2023).
+
+    Args:
+        backbone: any timm model with 4-D features or ViT tokens.
+        x: `[B, C, H, W]`.
+        mask: `[B, h, w]` in 0..1.
+        spec: `late_stage` and `late_pool` are used.
+
+    Returns:
+        full `[B, C]`, fg `[B, C]`, and `[B]` bool: whether the mask has an object. Where it has none, fg is the whole image's.
+        Late masking does not remove the background that the features have already mixed in.
+
+    Raises:
+        L2R2Error: a backbone whose features are no grid of the image.
+    """
+    seen = (mask > 0).flatten(1).any(1)
+    mask = torch.where(seen[:, None, None], mask, 1.0)
+    # the grid of a ViT is found by the mask's proportions
+    if hasattr(backbone, "num_prefix_tokens") and mask.shape[1] * x.shape[3] != mask.shape[2] * x.shape[2]:
+        mask = coverage(mask, (x.shape[2], x.shape[3]))
+    if spec.late_stage == "last":
+        features = backbone.forward_features(x)
+        full = backbone.forward_head(features, pre_logits=True)
+        return full, _pool_masked(backbone, _times(backbone, features, mask), mask, spec.late_pool), seen
+    with _doubled_before_last_stage(backbone, mask) as done:
+        features = backbone.forward_features(x)
+    name = type(backbone).__name__
+    if backbone.training and getattr(backbone, "grad_checkpointing", False):  # the backward runs without the hook
+        raise L2R2Error(f"{name} cannot be masked before its last stage with gradient checkpointing; leave one of both out.")
+    if not done:
+        raise L2R2Error(f'{name} cannot be masked before its last stage: it does not call it as a whole; use late_stage "last".')
+    whole, masked = features.chunk(2)
+    full = backbone.forward_head(whole, pre_logits=True)
+    if spec.late_pool == "mask":
+        masked = _times(backbone, masked, mask)
+    if spec.late_pool == "token" or (spec.late_pool == "all" and masked.ndim == 4):
+        return full, backbone.forward_head(masked, pre_logits=True), seen
+    return full, _pool_masked(backbone, masked, mask, spec.late_pool), seen
+
+
+@contextmanager
+def _doubled_before_last_stage(backbone: Any, mask: Tensor) -> Iterator[list[bool]]:
+    """The input of the last stage becomes the batch itself and, after it, the masked batch; the list tells that it did."""
+    done: list[bool] = []
+
+    def double(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        done.append(True)
+        return (torch.cat([inputs[0], _times(backbone, inputs[0], mask)]), *inputs[1:])
+
+    module = feature_info(backbone)[-1]["module"]
+    try:
+        last = backbone.get_submodule(module)
+    except AttributeError:
+        name = type(backbone).__name__
+        raise L2R2Error(f'{name} cannot be masked before its last stage: it has no {module}; use late_stage "last".') from None
+    handle = last.register_forward_pre_hook(double)
+    try:
+        yield done
+    finally:
+        handle.remove()
+
+
+def _times(backbone: Any, features: Tensor, mask: Tensor) -> Tensor:
+    """Features times the resized mask; prefix tokens stay."""
+    if features.ndim == 3:  # [B, P + N, C]
+        if not all(hasattr(backbone, name) for name in ("num_prefix_tokens", "fc_norm", "head_drop")):
+            raise L2R2Error(f"{type(backbone).__name__} cannot be masked late: it does not pool its tokens as timm's ViTs do.")
+        prefixes = backbone.num_prefix_tokens
+        weights = coverage(mask, _grid_of(features.shape[1] - prefixes, mask, backbone)).flatten(1)
+        weights = torch.cat([weights.new_ones(weights.shape[0], prefixes), weights], 1)
+        return features * weights[..., None].to(features.dtype)
+    if getattr(backbone, "output_fmt", "NCHW") == "NHWC":
+        return features * coverage(mask, (features.shape[1], features.shape[2]))[..., None].to(features.dtype)
+    return features * coverage(mask, (features.shape[2], features.shape[3]))[:, None].to(features.dtype)
+
+
+def _pool_masked(backbone: Any, features: Tensor, mask: Tensor, pool: str) -> Tensor:
+    """Pool features that are 0 outside of the mask: over all positions, or divided by how much of them the mask covers."""
+    if features.ndim == 3:
+        patches = features[:, backbone.num_prefix_tokens :]
+        covered = coverage(mask, _grid_of(patches.shape[1], mask, backbone)).flatten(1).sum(1, keepdim=True)
+        count = covered.clamp_min(1e-6) if pool == "mask" else patches.shape[1]
+        return backbone.head_drop(backbone.fc_norm(patches.sum(1) / count))
+    if pool == "mask":
+        channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
+        grid = features.shape[1:3] if channels_last else features.shape[2:]
+        mean = coverage(mask, (grid[0], grid[1])).mean((1, 2)).clamp_min(1e-6)
+        features = features / mean[:, None, None, None].to(features.dtype)  # the head's mean becomes the masked mean
+    return backbone.forward_head(features, pre_logits=True)
+
+
+def _grid_of(patches: int, mask: Tensor, backbone: Any) -> tuple[int, int]:
+    """Rows and columns of so many patches of an image with the mask's proportions."""
+    rows = round(math.sqrt(patches * mask.shape[1] / mask.shape[2]))
+    if rows < 1 or patches % rows:
+        name, sides = type(backbone).__name__, f"{mask.shape[1]} x {mask.shape[2]}"
+        raise L2R2Error(f"{name} cannot be masked late: its {patches} tokens are no grid of an image of proportions {sides}.")
+    return rows, patches // rows

@@ -1,0 +1,235 @@
+"""The registered architectures and their pretrained tags. Importing this module makes them known to timm."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    is_model,
+    model_entrypoint,
+    register_model,
+)
+from timm.models._pretrained import PretrainedCfg
+from timm.models._registry import get_arch_pretrained_cfgs  # private: pinned by tests/test_zoo.py
+from torch import Tensor
+
+from ..checkpoints.checkpoint import FORMAT_VERSION, check_format, crop_mode
+from ..errors import L2R2Error
+from ..views.cut import ViewSpec
+from .backbones import unknown_backbone
+from .hub_configs import HubConfig, load_hub_configs
+from .ifam import IFAM
+from .l2r2 import L2R2, check_branches
+from .weights import forget, overlay
+
+__all__: list[str] = []
+
+MASKED, PARTS = "l2r2_masked_", "ifam_"  # fg drops tokens of a ViT by a mask; finds the object's parts itself
+
+# architecture -> timm backbone; the table from which entrypoints, tags and hub_configs are made
+ARCHITECTURES: dict[str, str] = {
+    f"l2r2_{backbone}": backbone
+    for backbone in (
+        *(f"convnextv2_{size}" for size in ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")),
+        *(f"convnext_{size}" for size in ("tiny", "small", "base", "large")),
+        "resnet18",
+        "resnet50",
+        *(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")),
+        *(f"vit_{size}_patch14_reg4_dinov2" for size in ("small", "base", "large")),
+        "swin_tiny_patch4_window7_224",
+        "efficientnet_b0",
+    )
+}
+ARCHITECTURES |= {f"l2r2_efficientnet_lite{n}": f"tf_efficientnet_lite{n}" for n in range(3)}
+_VITS = [*(f"vit_{s}_patch16_224" for s in ("small", "base")), *(f"vit_{s}_patch14_reg4_dinov2" for s in ("small", "base"))]
+ARCHITECTURES |= {f"{MASKED}{vit}": vit for vit in _VITS}
+ARCHITECTURES |= {f"{PARTS}{vit}": vit for vit in ("vit_tiny_patch16_224", *_VITS[2:])}
+
+
+def timm_cfgs(backbone: str) -> dict[str, PretrainedCfg]:
+    """timm's weights of a backbone by name with tag, those only that the Hub serves."""
+    return {name: cfg for name, cfg in get_arch_pretrained_cfgs(backbone).items() if cfg.hf_hub_id and "." in name}
+
+
+def derive_cfg(source: PretrainedCfg) -> PretrainedCfg:
+    """An L2R2 pretrained cfg that loads a plain timm classifier's weights: backbone prefixed, classifier in each head.
+
+    Its names are those of the default model; `_create` extends them to other branches.
+    """
+    return dataclasses.replace(
+        source,
+        architecture=None,
+        tag=None,
+        url=None,  # the Hub copy is safetensors; timm's other urls may be pickles
+        custom_load=False,
+        first_conv=_first_convs(source, ("backbone.",)),  # type: ignore[arg-type]  # timm takes one name or several
+        classifier=("heads.full", "heads.fg"),  # type: ignore[arg-type]
+    )
+
+
+def _first_convs(source: PretrainedCfg | None, prefixes: Sequence[str]) -> str | tuple[str, ...] | None:
+    """The input convolutions of a model, which timm adapts to another number of channels."""
+    if source is None or not source.first_conv:
+        return None
+    names = (source.first_conv,) if isinstance(source.first_conv, str) else source.first_conv
+    found = tuple(prefix + name for prefix in prefixes for name in names)
+    return found[0] if len(found) == 1 else found
+
+
+def _default_cfgs() -> dict[str, dict[str, Any] | PretrainedCfg]:
+    """`architecture.tag` -> cfg for every hub config whose source the installed timm knows; `*` marks the default tag."""
+    cfgs: dict[str, dict[str, Any] | PretrainedCfg] = {}
+    known = {backbone: timm_cfgs(backbone) for backbone in ARCHITECTURES.values()}
+    for config in load_hub_configs():
+        if config.architecture not in ARCHITECTURES:
+            raise L2R2Error(f"The hub config of {config.name}: there is no such architecture.")
+        if config.trained:
+            cfgs[config.name] = _trained_cfg(config)
+            continue
+        source = known[ARCHITECTURES[config.architecture]].get(config.source)
+        if source is not None:
+            cfgs[config.name + ("*" if config.default else "")] = derive_cfg(source)
+    return cfgs
+
+
+def _trained_cfg(config: HubConfig) -> dict[str, Any]:
+    """The cfg of an L2R2 checkpoint on the Hub, from its hub config."""
+    views = ViewSpec.from_dict((config.model_args or {}).get("views", {}))
+    return dict(
+        hf_hub_id=config.hub_id, license=config.licence, num_classes=len(config.label_names or ()),
+        label_names=config.label_names, input_size=(3, views.size, views.size), mean=views.mean, std=views.std,
+        interpolation=views.interpolation, crop_pct=1.0, crop_mode=crop_mode(views.square),
+    )  # fmt: skip
+
+
+default_cfgs = generate_default_cfgs(_default_cfgs())
+
+
+def load_filter(state_dict: dict[str, Tensor], model: L2R2) -> dict[str, Tensor]:
+    """Turn a plain timm checkpoint into one of `model`; one of our own passes, but for the fusion's numbers.
+
+    The classifier is copied to every head, the rest goes to every backbone after the backbone's own timm filter. What a
+    headless checkpoint lacks (`head.norm`) and what no classifier has (`model.fresh`) stay as the model was built.
+    """
+    own = model.state_dict()
+    if any(key.startswith("backbone.") for key in state_dict):
+        # a fusion chosen at load time replaces the saved one together with its numbers
+        kept = {k: v for k, v in state_dict.items() if not k.startswith("fusion.") or (k in own and v.shape == own[k].shape)}
+        return {**{k: v for k, v in own.items() if k.startswith("fusion.")}, **kept}
+
+    source = backbone_weights(state_dict, model)
+    classifier = classifier_name(model)
+    out = {k: v for k, v in own.items() if k.startswith(model.fresh)}
+    for prefix in model.backbone_prefixes():
+        body = {k.removeprefix(prefix): v for k, v in own.items() if k.startswith(prefix) and ".head.norm." in k}
+        body.update((k, v) for k, v in source.items() if k not in (f"{classifier}.weight", f"{classifier}.bias"))
+        out.update((prefix + k, v) for k, v in body.items())
+    if model.num_classes:
+        for name in ("weight", "bias"):
+            if (value := source.get(f"{classifier}.{name}")) is not None:
+                heads = [f"heads.{branch}." for branch in model.branches]
+                out.update((head + name, value.clone()) for head in heads if not head.startswith(model.fresh))
+    return out
+
+
+def backbone_weights(state_dict: dict[str, Tensor], model: L2R2) -> dict[str, Tensor]:
+    """A timm checkpoint of the model's backbone as the backbone names and shapes it: after timm's own filter for it."""
+    module = sys.modules[model_entrypoint(model.backbone_name.split(".")[0]).__module__]
+    convert: Callable[..., dict[str, Tensor]] = getattr(module, "checkpoint_filter_fn", lambda sd, _: sd)
+    return convert(state_dict, model.backbone)
+
+
+def classifier_name(model: L2R2) -> str:
+    """Name of the classifier in the timm backbone's own checkpoints, e.g. `head.fc`."""
+    name = model.backbone.default_cfg.get("classifier")
+    if not isinstance(name, str):
+        raise L2R2Error(f"{model.backbone_name} has no single classifier, so the heads cannot start from its weights.")
+    return name
+
+
+TRAINED = {config.name: dict(config.model_args or {}) for config in load_hub_configs() if config.trained}
+
+
+def _create(
+    architecture: str,
+    pretrained: bool = False,
+    *,
+    backbone: str,
+    source: str | None = None,
+    format_version: int = FORMAT_VERSION,
+    **kwargs: Any,
+) -> L2R2:
+    """Build a model; `source` is the timm model with tag that `pretrained` starts from, by default that of the tag."""
+    check_format(format_version)
+    if source is None and isinstance(tag := kwargs.get("pretrained_cfg"), (str, type(None))):
+        cfg = get_pretrained_cfg(architecture)
+        source = f"{backbone}.{tag or (cfg.tag if cfg else '')}"
+    if isinstance(tag := kwargs.get("pretrained_cfg"), str):  # a trained checkpoint's own branches, fusion and views
+        kwargs = {**TRAINED.get(f"{architecture}.{tag}", {}), **kwargs}
+    branches = check_branches(kwargs.get("branches") or ("full", "fg"))
+    prefixes = ["backbone.", *(f"branch_backbones.{b}." for b in branches[1:] if not kwargs.get("shared", True))]
+    names = dict(
+        first_conv=_first_convs(get_pretrained_cfg(backbone.split(".")[0]), prefixes),
+        classifier=tuple(f"heads.{branch}" for branch in branches),
+    )
+    installed = overlay(source) if pretrained and source else {}
+    kwargs["pretrained_cfg_overlay"] = {**names, **installed, **(kwargs.get("pretrained_cfg_overlay") or {})}
+    if architecture.startswith(MASKED) and kwargs.get("views") is None:
+        kwargs.setdefault("fg_kind", "tokens")
+    model = build_model_with_cfg(
+        IFAM if architecture.startswith(PARTS) else L2R2,
+        architecture,
+        pretrained,
+        pretrained_filter_fn=load_filter,
+        feature_cfg=dict(feature_cls="getter", out_indices=_feature_indices(backbone)),
+        backbone=backbone,
+        **kwargs,
+    )
+    forget(model)
+    return model
+
+
+def _feature_indices(backbone: str) -> tuple[int, ...]:
+    """features_only's default levels: all stages of a hierarchical network, timm's usual three of a ViT."""
+    if backbone.startswith(("resnet", "efficientnet", "tf_efficientnet")):
+        return (0, 1, 2, 3, 4)
+    return (-3, -2, -1) if backbone.startswith("vit_") else (0, 1, 2, 3)
+
+
+def _entrypoint(architecture: str, backbone: str) -> Callable[..., L2R2]:
+    def create(pretrained: bool = False, **kwargs: Any) -> L2R2:
+        if "backbone" in kwargs:
+            raise L2R2Error(f"The backbone of {architecture} is {backbone}; only the generic model l2r2 takes another.")
+        return _create(architecture, pretrained, backbone=backbone, **kwargs)
+
+    create.__name__ = create.__qualname__ = architecture
+    kind = "IFAM" if architecture.startswith(PARTS) else "L2R2"
+    create.__doc__ = f"{kind} on timm's `{backbone}`; see `l2r2_models.{kind}` for the arguments."
+    return register_model(create)
+
+
+for _architecture, _backbone in ARCHITECTURES.items():
+    globals()[_architecture] = _entrypoint(_architecture, _backbone)
+
+
+@register_model
+def l2r2(pretrained: bool = False, backbone: str = "resnet18", **kwargs: Any) -> L2R2:
+    """L2R2 on any timm backbone: `timm.create_model("l2r2", backbone="convnext_nano.in12k_ft_in1k", pretrained=True)`.
+
+    With `pretrained=True` backbone and heads start from that timm tag (the default one where no tag is given).
+    """
+    if not is_model(backbone.split(".")[0]):
+        raise L2R2Error(unknown_backbone(backbone))
+    if isinstance(kwargs.get("pretrained_cfg"), str):
+        raise L2R2Error(f'The generic model l2r2 has no tag "{kwargs["pretrained_cfg"]}"; give one with backbone="name.tag".')
+    source = None
+    if kwargs.get("pretrained_cfg") is None:
+        source = backbone
+        kwargs["pretrained_cfg"] = derive_cfg(get_pretrained_cfg(backbone) or PretrainedCfg()).to_dict()
+    return _create("l2r2", pretrained, backbone=backbone, source=source, **kwargs)

@@ -1,0 +1,185 @@
+"""Files of predictions: `.json`, `.jsonl`, `.csv` and `.parquet`, written in one step, image by image, and read back.
+
+A `.json` holds all that the same command needs to continue it. The other formats have no room for that; the journal `OUT.parts`
+stays beside them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+from ..boxes.parquet import KEY, pyarrow
+from ..errors import L2R2Error
+from ..io import write_atomic
+from ..journal import Journal, parse, whole_lines
+
+NUMBERS = ("x0", "y0", "x1", "y1", "box_score", "score")
+COLUMNS = ("file", *NUMBERS[:5], "label", "score", "source", "reason", "failure")
+ROWS = 10_000  # of a Parquet file that are held at once
+Place = tuple[Path, int]  # a file, and where in it the line of an image begins
+
+
+def check_ending(out: Path) -> None:
+    """Whether predictions can be written so.
+
+    Raises:
+        L2R2Error: an unknown ending, or a package is missing.
+    """
+    if out.suffix.lower() not in _WRITERS:
+        raise L2R2Error(f"{out}: is no name of a file of predictions; it must end in {', '.join(_WRITERS)}.")
+    if out.suffix.lower() == ".parquet":
+        pyarrow()
+
+
+def holds_all(out: Path) -> bool:
+    """Whether the file itself can be continued, without its journal."""
+    return out.suffix.lower() == ".json"
+
+
+def read_predictions(out: Path, journal: Journal, header: Mapping[str, Any]) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """Every record of the file and its journal, with its place, the newest last.
+
+    Raises:
+        L2R2Error: something was made with another model or other settings, is damaged, or not ours.
+    """
+    parts = list(journal.parts())
+    if out.exists() and holds_all(out):
+        for offset, record in _images(out, header):
+            yield (out, offset), record
+    elif out.exists() and not parts:
+        raise L2R2Error(f"{out}: exists without {journal.folder}, from which it could be continued; choose another -o.")
+    for part in parts:
+        _check_header(journal.folder, part.header, header)
+        for offset, record in part.records():
+            if _is_whole(record):
+                yield (part.file, offset), record
+
+
+def records_at(places: Iterable[tuple[str, Place]]) -> Iterator[dict[str, Any]]:
+    """The records that lie at the places, each under the name that is given with it."""
+    for file, together in groupby(places, lambda item: item[1][0]):
+        with open(file, "rb") as stream:
+            for name, (_, offset) in together:
+                if stream.tell() != offset:
+                    stream.seek(offset)
+                yield {**json.loads(stream.readline().rstrip(b",\n")), "file": name}
+
+
+def write_predictions(out: Path, header: Mapping[str, Any], records: Iterable[dict[str, Any]]) -> None:
+    """Write records as the ending of `out` says, atomically.
+
+    Raises:
+        L2R2Error: not writable.
+    """
+    write_atomic(out, lambda temporary: _WRITERS[out.suffix.lower()](temporary, header, records))
+
+
+def _write_json(path: Path, header: Mapping[str, Any], records: Iterable[dict[str, Any]]) -> None:
+    """One image a line, so that each can be found and read alone."""
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:  # bytes that are not UTF-8 become escapes
+        file.write(_line({**header, "images": []})[:-2] + "\n")
+        before = ""
+        for record in records:
+            file.write(before + _line(record))
+            before = ",\n"
+        file.write("\n]}\n")
+
+
+def _write_jsonl(path: Path, header: Mapping[str, Any], records: Iterable[dict[str, Any]]) -> None:
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(_line(_public(record)) + "\n" for record in records)
+
+
+def _write_csv(path: Path, header: Mapping[str, Any], records: Iterable[dict[str, Any]]) -> None:
+    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for record in records:
+            writer.writerows(_rows(record))
+
+
+def _write_parquet(path: Path, header: Mapping[str, Any], records: Iterable[dict[str, Any]]) -> None:
+    pa, parquet = pyarrow()
+    fields = [(name, pa.float64() if name in NUMBERS else pa.string()) for name in COLUMNS]
+    schema = pa.schema(fields, metadata={KEY: json.dumps(header).encode()})
+    rows = ({**row, "file": _text(row["file"])} for record in records for row in _rows(record))
+    with parquet.ParquetWriter(path, schema) as writer:
+        while held := list(islice(rows, ROWS)):
+            writer.write_table(pa.Table.from_pylist(held, schema))
+
+
+_WRITERS: dict[str, Callable[[Path, Mapping[str, Any], Iterable[dict[str, Any]]], None]] = {
+    ".json": _write_json, ".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet,
+}  # fmt: skip
+
+
+def _rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for each object, or for the failure."""
+    if "failure" in record:
+        yield {"file": record["file"], "failure": _text(record["failure"])}
+    for o in record.get("objects", ()):
+        box = zip(NUMBERS, o.get("box", ()))
+        said = {key: o[key] for key in ("box_score", "label", "score", "source", "reason") if key in o}
+        yield {"file": record["file"], **dict(box), **said}
+
+
+def _text(text: str) -> str:
+    """A name whose bytes are not UTF-8, with escapes."""
+    return text.encode("utf-8", errors="backslashreplace").decode()
+
+
+def _public(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "digest"}
+
+
+def _line(data: Any) -> str:
+    return json.dumps(data, ensure_ascii=False, allow_nan=False)
+
+
+def _images(out: Path, header: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Offset and record of each image of a `.json`; the first line is the header, the last one closes the file."""
+    if not out.is_file():
+        raise L2R2Error(f"{out}: exists and is not a file of predictions; choose another -o.")
+    lines = whole_lines(out)
+    first = parse(next(lines, (0, b""))[1].rstrip() + b"]}")
+    if not isinstance(first, dict) or "model_sha256" not in first:
+        raise L2R2Error(f"{out}: exists and is not a file of predictions as `l2r2 predict` writes it; choose another -o.")
+    _check_header(out, {key: value for key, value in first.items() if key != "images"}, header)
+    closed = False
+    for number, (offset, line) in enumerate(lines, 2):
+        if closed := line == b"]}\n":
+            break
+        record = parse(line.rstrip(b",\n"))
+        if not _is_whole(record):
+            if line == b"\n":
+                continue
+            raise L2R2Error(f"{out}: is damaged (line {number}); remove it or choose another -o.")
+        yield offset, record
+    if not closed:
+        raise L2R2Error(f"{out}: is damaged (its end is missing); remove it or choose another -o.")
+
+
+def _check_header(place: Path, old: Any, new: Mapping[str, Any]) -> None:
+    if not isinstance(old, dict):
+        raise L2R2Error(f"{place}: is damaged; remove it or choose another -o.")
+    keys = [key for key in {**new, **old} if key != "model"]  # a run may be moved
+    if changed := [key for key in keys if old.get(key) != new.get(key)]:
+        raise L2R2Error(f"{place}: was made with another {', '.join(changed)}; remove it or choose another -o.")
+
+
+def _is_whole(record: Any) -> bool:
+    """Whether it is what `Prediction.to_dict` gives."""
+    if not isinstance(record, dict) or not isinstance(record.get("file"), str):
+        return False
+    if "failure" in record:
+        return isinstance(record["failure"], str)
+    objects = record.get("objects")
+    texts = ("label", "source", "reason")
+    return isinstance(objects, list) and bool(objects) and all(
+        isinstance(o, dict) and all(isinstance(o.get(key), str) for key in texts) for o in objects
+    )  # fmt: skip

@@ -1,0 +1,345 @@
+"""The whole way for one image or a folder: image, boxes, views, branches, fusion, and an answer that says why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..boxes import BoxEntry
+from ..boxes.detections import Detections
+from ..checkpoints.checkpoint import Checkpoint, load_checkpoint
+from ..errors import L2R2Error
+from ..fusion import ObjectnessMaxConfidence
+from ..images import ImageSource, load_image, load_mask
+from ..localize import Localizer, create_localizer
+from ..localize.head import Head, detections_of
+from ..models.l2r2 import L2R2Output
+from ..views.cut import make_views
+from .finite import checked
+from .prediction import Answer, ObjectPrediction, Prediction, product, why_full, why_fused
+
+BATCH_PIXELS = 50_000_000  # decoded originals that are held at once
+LOCALIZER_FAILED = "the localizer failed"  # how the reason of such an answer begins
+Boxes = Detections | Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One image on its way through the predictor."""
+
+    name: str | None
+    image: Image.Image
+    boxes: Detections | None
+    localizer_failure: str | None = None
+    mask: Tensor | None = None
+    full: Tensor | None = None  # logits of the full branch, where the pass that found the box gave them
+
+
+class _Row(NamedTuple):
+    """One box to classify, of image `item`; NaN where there is none, and why."""
+
+    item: int
+    box: Tensor
+    score: float | None
+    why: str
+    mask: Tensor | None
+
+
+class Predictor:
+    """Classifies images with a checkpoint; takes paths or PIL images in, gives `Prediction`s out.
+
+    Args:
+        checkpoint: see `load_checkpoint`.
+        box_threshold: boxes with a lower score count as not found. Boxes given without a score have 1.
+        max_objects: how many boxes of an image are classified, best first.
+        batch_size: objects in one pass.
+        top: classes listed in `ObjectPrediction.top`.
+        device: default cuda where there is one.
+        localizer: finds the boxes of images that come without any: a spec (see `localize.base`) or a Localizer. `head` is the
+            model's own box head: one pass over the whole image, then one over what it found.
+        topk_prompts: the full branch's so many best classes are what the localizer is asked for, see `localize.topk`.
+
+    Raises:
+        L2R2Error: a model that does not take RGB, a number out of range, or a localizer that cannot be had or does not suit.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        box_threshold: float | None = None,
+        max_objects: int = 10,
+        batch_size: int = 32,
+        top: int = 3,
+        device: str | torch.device | None = None,
+        localizer: str | Localizer | None = None,
+        topk_prompts: int | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = checkpoint.model.to(self.device).eval()
+        if self.model.in_chans != 3:
+            raise L2R2Error(f"{checkpoint.name}: takes {self.model.in_chans} channels, but Predictor reads RGB; use the model.")
+        self.labels = checkpoint.labels
+        for what, value in (("max_objects", max_objects), ("batch_size", batch_size), ("top", top)):
+            if value < 1:
+                raise L2R2Error(f"{what} must be at least 1, got {value}.")
+        self.box_threshold = checkpoint.box_threshold if box_threshold is None else box_threshold
+        self.max_objects, self.batch_size, self.top = max_objects, batch_size, min(top, len(self.labels))
+        if isinstance(localizer, str):
+            localizer = create_localizer(localizer, device=self.device, checkpoint=checkpoint)
+        self.localizer: Localizer | None = localizer
+        self.topk_prompts = topk_prompts
+        if topk_prompts is None and self.localizer is not None:
+            self.localizer.check_prompt()
+        if topk_prompts is not None:
+            from ..localize.topk import check_promptable
+
+            if topk_prompts < 1 or self.localizer is None:
+                raise L2R2Error("topk_prompts is a number of classes, at least 1, for a localizer that is given too.")
+            check_promptable(self.localizer, self.model)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> Predictor:
+        """From a run's folder or a Hub id (`org/name`, `hf-hub:org/name@revision`); options as for `Predictor`."""
+        return cls(load_checkpoint(source), **options)
+
+    @overload  # bytes are a sequence too, but not of images
+    def __call__(self, image: ImageSource, boxes: Boxes | None = None) -> Prediction: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(self, image: Sequence[ImageSource], boxes: Sequence[Boxes | None] | None = None) -> list[Prediction]: ...
+
+    def __call__(self, image: Any, boxes: Any = None) -> Prediction | list[Prediction]:
+        """Classify one image, or several.
+
+        Args:
+            image: path, encoded bytes, binary file object, PIL image, or a uint8 array or tensor `[H, W, 3]` or `[H, W]`; or a
+                list of any of them, which gives a list of predictions.
+            boxes: what a localizer found, or xyxy boxes in pixels of the upright image (for several images one such for each, or
+                None); None: the predictor's own localizer finds them, and without one the full branch answers.
+
+        Raises:
+            ImageError: an image cannot be read.
+            TypeError: none of these kinds of image.
+            L2R2Error: not one entry of boxes for each image, or boxes of another image size.
+
+        >>> predict = Predictor.from_pretrained("runs/fungi")  # doctest: +SKIP
+        >>> predict("photo.jpg", boxes=[[130, 42, 410, 380]]).label  # doctest: +SKIP
+        'chanterelle'
+        """
+        if not isinstance(image, (list, tuple)):
+            return self._predict([self._given(image, boxes)])[0]
+        if boxes is not None and len(boxes) != len(image):
+            raise L2R2Error(f"{len(boxes)} entries of boxes for {len(image)} images; give one for each, None for no boxes.")
+        found: list[Prediction] = []
+        batch: list[_Item] = []
+        for one, of_one in zip(image, boxes or [None] * len(image)):
+            batch.append(self._given(one, of_one))
+            if _is_full(batch, self.batch_size):
+                found += self._predict(batch)
+                batch = []
+        return found + (self._predict(batch) if batch else [])
+
+    def _given(self, image: ImageSource, boxes: Boxes | None) -> _Item:
+        name = str(image) if isinstance(image, (str, Path)) else None
+        loaded = load_image(image, fill=self.model.view_spec.fill)
+        size = (loaded.height, loaded.width)
+        if boxes is not None and not isinstance(boxes, Detections):
+            boxes = Detections.from_lists(boxes, size)
+        if boxes is not None and boxes.image_size != size:
+            raise L2R2Error(f"{name or 'image'}: boxes of a {boxes.image_size} image (height, width), this one is {size}.")
+        return _Item(name, loaded, boxes)
+
+    def predict_files(
+        self, paths: Iterable[Path], boxes: Mapping[str, BoxEntry] | None = None, masks: Mapping[str, Path] | None = None
+    ) -> Iterator[Prediction]:
+        """Classify files in batches; an unreadable one becomes a Prediction with `failure`, the others go on.
+
+        Args:
+            paths: image files.
+            boxes: entries by `str(path)`, see `BoxTable.join`.
+            masks: mask files by `str(path)`; without an entry in `boxes`, the mask's tight box is the box.
+        """
+        batch: list[_Item] = []
+        done: list[Prediction | None] = []
+        for path in paths:
+            try:
+                batch.append(self._load(path, (boxes or {}).get(str(path)), (masks or {}).get(str(path))))
+                done.append(None)
+            except L2R2Error as error:
+                done.append(Prediction(str(path), (), str(error)))
+            if _is_full(batch, self.batch_size):
+                yield from _merge(done, self._predict(batch))
+                batch, done = [], []
+        yield from _merge(done, self._predict(batch) if batch else [])
+
+    def _load(self, path: Path, entry: BoxEntry | None, mask_file: Path | None) -> _Item:
+        image = load_image(path, fill=self.model.view_spec.fill)
+        size = (image.height, image.width)
+        mask = load_mask(mask_file, size) if mask_file else None
+        if entry is not None:
+            return _Item(str(path), image, entry.detections(size, str(path)), entry.failure, mask)
+        return _Item(str(path), image, None if mask is None else Detections.from_mask(mask), None, mask)
+
+    @torch.inference_mode()
+    def _predict(self, items: Sequence[_Item]) -> list[Prediction]:
+        if self.localizer is not None:
+            lacking = [i for i, item in enumerate(items) if item.boxes is None and item.localizer_failure is None]
+            if self.topk_prompts is not None and len(lacking) == len(items):
+                return checked(self._ask(items))
+            found = dict(zip(lacking, self._localize([items[i] for i in lacking]))) if lacking else {}
+            items = [found.get(i, item) for i, item in enumerate(items)]
+        return checked(self._classify(items))
+
+    def _localize(self, items: Sequence[_Item]) -> list[_Item]:
+        """The items with what the localizer found; where it fails on a batch, each image is tried alone."""
+        assert self.localizer is not None
+        images, names = [item.image for item in items], [item.name or "" for item in items]
+        try:
+            if isinstance(self.localizer, Head) and self.localizer.model is self.model:
+                full = make_views(images, None, self.model.view_spec, branches=("full",), device=self.device).full
+                out = self.model.forward_views(full=full)
+                found = detections_of(out.located, images, self.model.view_spec)  # type: ignore[arg-type]
+                return [replace(item, boxes=d, full=z) for item, d, z in zip(items, found, out.full)]  # type: ignore[arg-type]
+            found = self.localizer(images, names=names if all(names) else None)
+            return [replace(item, boxes=detections) for item, detections in zip(items, found)]
+        except (L2R2Error, RuntimeError) as error:
+            if len(items) == 1:
+                return [replace(items[0], localizer_failure=" ".join(str(error).split())[:300])]
+        return [found for item in items for found in self._localize([item])]
+
+    def _ask(self, items: Sequence[_Item]) -> list[Prediction]:
+        """Predictions by `topk_prompts`; where none of an image's classes is found, the full branch answers."""
+        from ..localize.topk import check_promptable, topk_prompts
+
+        assert self.localizer is not None and self.topk_prompts is not None
+        localizer, images = check_promptable(self.localizer, self.model), [item.image for item in items]
+        try:
+            found = topk_prompts(self.model, self.labels, localizer, images, self.topk_prompts, self.box_threshold)
+        except (L2R2Error, RuntimeError) as error:
+            if len(items) == 1:
+                return self._classify([replace(items[0], localizer_failure=" ".join(str(error).split())[:300])])
+            return [prediction for item in items for prediction in self._ask([item])]
+        predictions = []
+        for i, item in enumerate(items):
+            if not bool(found.boxes[i].isfinite().any()):
+                predictions += self._classify([replace(item, boxes=Detections.from_lists([], item.image.size[::-1]))])
+                continue
+            parts, order = found.scores[i].softmax(0).tolist(), found.scores[i].argsort(descending=True).tolist()
+            top = tuple(Answer(self.labels[int(found.classes[i, j])], round(parts[j], 6)) for j in order[: self.top])
+            best, has_box = order[0], bool(found.boxes[i, order[0]].isfinite().all())
+            said = {b: self._answer(z[i] if b == "full" else z[i, best]) for b, z in found.branches.items()}
+            predictions.append(Prediction(item.name, (ObjectPrediction(
+                label=top[0].label, score=top[0].score, source="fused" if has_box else "full",
+                reason=f"the best of the {len(order)} classes that the whole image suggests"
+                       + ("" if has_box else "; it was not found, the whole image stands for it"),
+                full=said["full"], fg=said["fg"] if has_box else None, bg=said.get("bg") if has_box else None,
+                box=tuple(round(v, 2) for v in found.boxes[i, best].tolist()) if has_box else None,  # type: ignore[arg-type]
+                box_score=round(float(found.box_scores[i, best]), 4) if has_box else None, top=top,
+            ),)))  # fmt: skip
+        return predictions
+
+    def _answer(self, logits: Tensor) -> Answer:
+        score, index = logits.float().softmax(-1).max(-1)
+        return Answer(self.labels[int(index)], round(float(score), 6))
+
+    def _classify(self, items: Sequence[_Item]) -> list[Prediction]:
+        found = [self._usable(item) for item in items]
+        rows: list[_Row] = []
+        for i, (usable, why) in enumerate(found):
+            if usable is None:
+                rows.append(_Row(i, torch.full((4,), float("nan")), None, why, items[i].mask))
+            else:
+                masks = usable.masks if usable.masks is not None else [items[i].mask] * len(usable)
+                rows += [_Row(i, box, s, "", mask) for box, s, mask in zip(usable.boxes, usable.scores.tolist(), masks)]
+        answers: list[list[ObjectPrediction]] = [[] for _ in items]
+        for start in range(0, len(rows), self.batch_size):
+            part = rows[start : start + self.batch_size]
+            output, has_fg = self._look(items, part)
+            for row, answer in zip(part, self._answers(output, part, has_fg)):
+                answers[row.item].append(answer)
+        if isinstance(self.model.fusion, ObjectnessMaxConfidence):  # the box that answers for the image comes first
+            answers = [sorted(objects, key=product, reverse=True) for objects in answers]
+        return [Prediction(item.name, tuple(objects)) for item, objects in zip(items, answers)]
+
+    def _look(self, items: Sequence[_Item], rows: Sequence[_Row]) -> tuple[L2R2Output, list[bool]]:
+        """What the model says of the rows, and in which of them it saw an object."""
+        used = sorted({row.item for row in rows})
+        known = [items[row.item].full for row in rows]
+        scores = torch.tensor([1.0 if row.score is None else row.score for row in rows], device=self.device)
+        full = None if any(z is None for z in known) else torch.stack(known)  # type: ignore[arg-type]
+        views = make_views(
+            [items[i].image for i in used],
+            torch.stack([row.box for row in rows]),
+            self.model.view_spec,
+            branches=[b for b in self.model.branches if b != "full" or full is None],
+            image_index=torch.tensor([used.index(row.item) for row in rows]),
+            masks=[row.mask for row in rows],
+            device=self.device,
+        )
+        if full is None:
+            output = self.model.forward_views(**views.inputs())
+            seen = views.has_fg if output.has_fg is None else output.has_fg
+            return output._replace(fused=self.model.fuse(output.branches(), seen, scores)), seen.tolist()
+        logits, seen = {"full": full}, views.has_fg
+        if len(self.model.branches) > 1:
+            output = self.model.forward_views(**views.inputs())
+            logits.update(output.branches())
+            seen = seen if output.has_fg is None else output.has_fg
+        fused = self.model.fuse(logits, seen, scores)
+        return L2R2Output(full, logits.get("fg"), fused, logits.get("bg")), seen.tolist()
+
+    def _usable(self, item: _Item) -> tuple[Detections | None, str]:
+        """The boxes to classify, or None and why there are none (METHOD.md 2)."""
+        detections = item.boxes
+        if self.model.view_spec.fg == "parts":
+            return None, "the network found no part of an object"  # it looks for itself; boxes are not used
+        if item.localizer_failure is not None:
+            return None, f"{LOCALIZER_FAILED} ({item.localizer_failure})"
+        if detections is None or not len(detections):
+            return None, "no box was given" if detections is None else "no object was found"
+        sure = detections.above(self.box_threshold)
+        if not len(sure):
+            return None, f"no box reaches the score {self.box_threshold:g} (best {detections.scores.max():.2f})"
+        usable = sure.usable()
+        if not len(usable):
+            return None, "every box lies outside of the image or is empty"
+        return usable.sorted().select(torch.arange(min(len(usable), self.max_objects))), ""
+
+    def _answers(self, output: L2R2Output, rows: Sequence[_Row], has_fg: Sequence[bool]) -> Iterator[ObjectPrediction]:
+        given = {**output.branches(), "fused": output.fused}
+        best = {b: z.float().softmax(-1).topk(self.top if b == "fused" else 1) for b, z in given.items()}
+        probabilities = {b: t.values.tolist() for b, t in best.items()}
+        classes = {b: t.indices.tolist() for b, t in best.items()}
+        for i, (_, box, box_score, why, _) in enumerate(rows):
+            said = {b: [Answer(self.labels[c], round(p, 6)) for c, p in zip(classes[b][i], probabilities[b][i])] for b in best}
+            found = has_fg[i] and "fg" in said
+            yield ObjectPrediction(
+                label=said["fused"][0].label,
+                score=said["fused"][0].score,
+                source="fused" if found else "full",
+                reason=why_fused(said, self.model.fusion.over) if found else why_full(said, why or "the object's mask is empty"),
+                full=said["full"][0] if "full" in said else None,
+                fg=said["fg"][0] if found else None,
+                bg=said["bg"][0] if has_fg[i] and "bg" in said else None,
+                box=tuple(round(v, 2) for v in box.tolist()) if has_fg[i] and box.isfinite().all() else None,  # type: ignore[arg-type]
+                box_score=None if box_score is None else round(box_score, 4),
+                top=tuple(said["fused"]),
+            )
+
+
+def _is_full(batch: Sequence[_Item], size: int) -> bool:
+    """Whether decoded originals are to be predicted before the next one is decoded."""
+    return len(batch) >= size or sum(item.image.width * item.image.height for item in batch) > BATCH_PIXELS
+
+
+def _merge(done: Sequence[Prediction | None], predicted: Sequence[Prediction]) -> Iterator[Prediction]:
+    waiting = iter(predicted)
+    for prediction in done:
+        yield prediction if prediction is not None else next(waiting)

@@ -1,0 +1,166 @@
+"""The HTML page of an audit, from the building blocks of `report`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from markupsafe import Markup
+from PIL import Image
+from torch import Tensor
+
+from ..audit.metrics import Figure
+from ..audit.perturbations import L2_LEVELS, STD_LEVELS, Donors, plan
+from ..audit.samples import Subjects
+from .figures import bars_by_group
+from .html import Picture, Section, gallery, percent, table, write_page
+
+if TYPE_CHECKING:
+    from ..audit.audit import Answers, Audit
+
+# figure -> what it is called, in the order of the table
+MEASURES = {
+    "accuracy": "accuracy",
+    "mixed_same": "Mixed-Same",
+    "mixed_rand": "Mixed-Rand",
+    "mixed_next": "Mixed-Next",
+    "bg_gap": "BG-Gap",
+    "challenge": "challenge",
+    "challenge_upper_bound": "challenge, sampled",
+    "fg_only": "fg only",
+    "bg_only_mask": "bg only (mask)",
+    "bg_only_box": "bg only (box)",
+    "tiled": "tiled",
+    "rfs": "RFS",
+    "irfs": "iRFS",
+}
+BARS = ("accuracy", "mixed_same", "mixed_rand", "mixed_next", "fg_only", "bg_only_mask", "bg_only_box", "tiled")
+SHOWN = {
+    "original": "the image itself",
+    "mixed_same": "Mixed-Same",
+    "mixed_rand_0": "Mixed-Rand",
+    "fg_only": "fg only",
+    "bg_only_box": "bg only (box)",
+    "tiled": "tiled",
+    "noise_fg_90": "noise on the object (90)",
+    "noise_bg_90": "noise on the background (90)",
+}
+EXAMPLES = 3  # images whose changes are shown
+WHAT_THEY_ARE = (
+    "Mixed-Same, Mixed-Rand, Mixed-Next: the object on the object-free background of another image of its own class, of a random "
+    "class, of the next class. BG-Gap = Mixed-Same - Mixed-Rand: what hangs on the class of the background. Challenge: right on "
+    "the background of every other image; sampled: on every random background that was drawn for the object, an upper bound.",
+    "fg only: the background is painted over with the mean colour. bg only: the object's mask, or its box, is painted over. "
+    "Tiled: the object's box is filled from its surroundings. Who is right without an object answers by the background.",
+    "RFS and iRFS: noise on the object against noise on the background, from -1 (only the background matters) to 1 (only the "
+    "object does); iRFS by the probability of each image's true class.",
+    "In small print: 95 % confidence intervals over images. Every image keeps its box: what a localizer would find in the "
+    "changed image is not part of this audit.",
+)
+
+
+def write_report(path: Path, audit: Audit, subjects: Subjects, answers: Answers, grain: int) -> None:
+    """Write the page.
+
+    Args:
+        path: the file.
+        audit: what was found.
+        subjects, answers: what it was found on, for the examples.
+        grain: side of the model's view, for the noise of the examples.
+
+    Raises:
+        L2R2Error: not writable, or matplotlib is missing.
+    """
+    counts = f"{audit.images} images of {audit.split}, {audit.classes} classes, seed {audit.settings['seed']}."
+    others = list(audit.verdicts.values())[:-1]
+    sections = [
+        Section(
+            "Accuracy when the image is changed", "\n".join((counts, *others, *WHAT_THEY_ARE)), [_measures(audit), _bars(audit)]
+        ),
+        Section("Noise", "Accuracy in % with noise on the object and on the background, by level.", _noise(audit)),
+    ]
+    if audit.groups:
+        sections.append(Section(f"Accuracy by {audit.groups}", "", [_groups(audit)]))
+    pictures = _examples(audit, subjects, answers, grain)
+    text = "Images that were right and are wrong on another background come first. p: probability of the true class."
+    sections.append(Section("What the model was shown", text, [gallery(pictures, len(pictures))]))
+    write_page(path, f"Background audit of {audit.model}", audit.verdict, sections, audit.warnings)
+
+
+def cell(figure: Figure | None, name: str) -> Markup:
+    """A figure with its interval: in % where it is a share, else as it is."""
+    if figure is None:
+        return Markup("")
+    if name.startswith(("rfs", "irfs")):
+        return Markup("{:.2f}<small>{:.2f} to {:.2f}</small>").format(figure.value, figure.low, figure.high)
+    return percent(figure.value, (figure.low, figure.high))
+
+
+def _measures(audit: Audit) -> Markup:
+    names = [n for n in MEASURES if any(n in figures for figures in audit.answers.values())]
+    rows = [[answer, *(cell(figures.get(n), n) for n in names)] for answer, figures in audit.answers.items()]
+    return table(["in %, RFS from -1 to 1", *(MEASURES[n] for n in names)], rows, strong=[len(rows) - 1])
+
+
+def _bars(audit: Audit) -> Markup:
+    names = [n for n in BARS if all(n in figures for figures in audit.answers.values())]
+    values = {a: {MEASURES[n]: f[n].value for n in names} for a, f in audit.answers.items()}
+    spans = {a: {MEASURES[n]: (f[n].low, f[n].high) for n in names} for a, f in audit.answers.items()}
+    return bars_by_group(values, spans)
+
+
+def _noise(audit: Audit) -> list[Markup]:
+    blocks = []
+    kinds = (("", STD_LEVELS, "standard deviation of 255"), ("l2_", L2_LEVELS, "same L2 norm; root mean square of 255"))
+    for kind, levels, caption in kinds:
+        rows = []
+        for answer, figures in audit.answers.items():
+            for where, words in (("fg", "on the object"), ("bg", "on the background")):
+                names = [f"noise_{kind}{where}_{level}" for level in levels]
+                rows.append([f"{answer}: {words}", *(cell(figures.get(n), n) for n in names)])
+            names = [f"rfs_{kind}{level}" for level in levels]
+            rows.append([f"{answer}: RFS", *(cell(figures.get(n), n) for n in names)])
+        blocks.append(table([caption, *map(str, levels)], rows))
+    return blocks
+
+
+def _groups(audit: Audit) -> Markup:
+    def by_group(figures: Mapping[str, Figure]) -> dict[str, Figure]:
+        return {name.removeprefix("group: "): f for name, f in figures.items() if name.startswith("group: ")}
+
+    found = {answer: by_group(figures) for answer, figures in audit.answers.items()}
+    values = {answer: {g: f.value for g, f in groups.items()} for answer, groups in found.items()}
+    spans = {answer: {g: (f.low, f.high) for g, f in groups.items()} for answer, groups in found.items()}
+    return bars_by_group(values, spans)
+
+
+def _examples(audit: Audit, subjects: Subjects, answers: Answers, grain: int) -> list[Picture]:
+    """Changed images of a few subjects: those first that the model's own answer gets right and then wrong on Mixed-Rand."""
+    right, _ = answers.of(answers.names[-1])
+    fooled = right["original"] - right.get("mixed_rand_0", right["original"]).nan_to_num(nan=0.0)
+    order = torch.argsort(fooled, descending=True, stable=True).tolist()
+    of_class = {subjects.labels[i]: i for i in reversed(order)}  # the first of each class
+    first = sorted(of_class.values(), key=order.index)[:EXAMPLES]
+    seed, backgrounds = audit.settings["seed"], audit.settings["backgrounds"]
+    donors = Donors(subjects.keys, subjects.labels, backgrounds, seed, subjects.images.tolist())
+    names = plan(backgrounds)
+    pictures = []
+    for i in first:
+        subject = subjects[i]
+        changed = subjects.changed(i, subject, donors, grain, seed)
+        made = {names[place]: pixels for place, pixels in islice(changed, len(names)) if names[place] in SHOWN}
+        for name, words in SHOWN.items():
+            if name in made:
+                said = _said(answers, i, names.index(name))
+                box = subject.boxes[0].tolist() if name == "original" else None
+                title = f"{subjects.labels[i]}: {words}"
+                pictures.append(Picture(Image.fromarray(made[name].numpy()), title, box, said, subjects.keys[i]))
+    return pictures
+
+
+def _said(answers: Answers, row: int, place: int) -> list[tuple[str, str, bool | None]]:
+    values: Tensor = answers.values[row, :, place]
+    return [(name, f"p = {p:.2f}", bool(right)) for name, (right, p) in zip(answers.names, values.tolist())]

@@ -1,0 +1,272 @@
+"""The page of `l2r2 evaluate --report`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from markupsafe import Markup
+from PIL import Image
+from torch import Tensor
+
+from ..data.dataset import sample_of
+from ..errors import L2R2Error
+from ..evaluate.evaluator import OWN, Evaluation, Judged
+from ..evaluate.logits import Progress
+from ..evaluate.metrics import bootstrap_interval
+from .figures import bars_by_group, confusion, reliability_diagram
+from .html import Cell, Picture, Section, gallery, percent, table, write_page
+from .parts import parts_section
+
+SHOWN = 24  # disagreements
+ALIKE = 2  # of them with the same truth and answer: neighbouring frames fail alike
+WITHOUT_BOX, LEFT_OUT, MOST_CLASSES = 12, 20, 60
+WORDS = {
+    "full": "the whole image alone",
+    "fg": "the object alone",
+    "bg": "the background alone",
+    "fused": "the fused answer",
+}
+
+
+def write_evaluation(
+    path: str | Path, judged: Judged, result: Evaluation, progress: Progress = lambda batches, _: batches
+) -> None:
+    """Write the page of an evaluation: figures with their 95 % intervals, calibration, groups, classes, parts, disagreements.
+
+    Args:
+        path: the HTML file.
+        judged, result: from `judge_run`, and its `evaluation_of`.
+        progress: wraps the batches while the parts of an ifam model are looked for.
+
+    Raises:
+        L2R2Error: not writable, or matplotlib is missing.
+    """
+    sections = [_accuracy(judged, result), *_groups(judged, result), _calibration(judged, result), _classes(judged, result)]
+    sections += [*parts_section(judged, progress), *_disagreements(judged), *_without_box(judged, result), *_left_out(result)]
+    sections.append(_origin(judged, result))
+    title = f"{Path(judged.checkpoint.name).name} on {result.split}"
+    write_page(path, title, _lead(judged, result), sections, [*result.warnings, *result.notes])
+
+
+def _lead(judged: Judged, result: Evaluation) -> str:
+    answer, figures = judged.answer, result.rows[judged.answer]
+    low, high = figures["intervals"]["accuracy"]
+    rest = [f"{WORDS[b]} in {_percent(result.rows[b]['accuracy'])}" for b in judged.own[:-1]]
+    said = (
+        f"{_who(answer).capitalize()} is right in {_percent(figures['accuracy'])} of {result.images:,} images "
+        f"({100 * low:.1f} to {100 * high:.1f}){', ' if rest else ''}{', '.join(rest)}."
+    )
+    if "gain" in figures and "full" in result.rows:
+        low, high = figures["intervals"]["gain"]
+        said += f" That is {_points(figures['gain'])} points ({_points(low)} to {_points(high)}) against the whole image alone"
+        certain = low > 0 or high < 0
+        said += "." if certain else ": too close to tell from these images."
+    said += _better_branch(judged, result)
+    if result.group:
+        worst = min(figures["by_group"], key=lambda g: figures["by_group"][g])
+        reached, count = _percent(figures["by_group"][worst]), result.groups[worst]
+        said += f" Worst {result.group}: {worst or '(empty)'}, {reached} of {count:,} images."
+    return said
+
+
+def _better_branch(judged: Judged, result: Evaluation) -> str:
+    """A sentence, if a branch alone is certainly better than what the run answers: then the fusion is to be fitted anew."""
+    best = max(judged.own, key=lambda name: result.rows[name]["accuracy"])
+    answers = [judged.outputs[name].argmax(-1) == judged.data.labels for name in (best, judged.answer)]
+    low, high = bootstrap_interval(answers[0].double() - answers[1].double(), clusters=judged.clusters)
+    if best == judged.answer or low <= 0:
+        return ""
+    return f" {WORDS[best].capitalize()} would be right more often, by {_points(low)} to {_points(high)} points."
+
+
+def _accuracy(judged: Judged, result: Evaluation) -> Section:
+    others = [name for name in result.rows if name not in judged.own]
+    fitted = f"fitted on {result.fitted_on}" if result.fitted_on else "that need no fitting"
+    blocks = [_figures(result, judged.own, caption="in %, with 95 % confidence intervals", strong=[len(judged.own) - 1])]
+    if others:
+        blocks.append(_figures(result, others, caption=f"for comparison: other ways to fuse, {fitted}"))
+    branches = [name for name in judged.own if not name.startswith(OWN)]
+    text = "; ".join(f"{b}: {WORDS[b]}" for b in branches)
+    if len(branches) > 1:
+        text += f".\nAt least one branch is right in {_percent(result.oracle)}: what choosing perfectly between them would reach."
+    if result.with_object < result.images and "fg" in branches:
+        text += f"\nAn object was found in {result.with_object:,} of {result.images:,} images; elsewhere full answers for all."
+    return Section("Accuracy", text, blocks)
+
+
+def _figures(result: Evaluation, names: Sequence[str], caption: str, strong: Sequence[int] = ()) -> Markup:
+    columns = {"accuracy": "right", "macro_accuracy": "macro", "gain": "gain over full", "with_box": "with object"}
+    columns |= {"without_box": "without", "worst_group": f"worst {result.group}", "ece": "ECE", "ece_scaled": "ECE scaled"}
+    columns = {k: title for k, title in columns.items() if any(result.rows[name].get(k) is not None for name in names)}
+    rows = []
+    for name in names:
+        figures = result.rows[name]
+        cells = [percent(figures.get(k), figures["intervals"].get(k)) for k in columns]
+        rows.append([name, *cells])
+    return table(["", *columns.values()], rows, caption=caption, strong=strong)
+
+
+def _groups(judged: Judged, result: Evaluation) -> list[Section]:
+    if not result.group:
+        return []
+    values = {name: result.rows[name]["by_group"] for name in judged.own}
+    spans = {name: result.rows[name]["intervals"]["by_group"] for name in judged.own}
+    rows = [
+        [group or "(empty)", f"{count:,}", *(percent(values[name][group], spans[name][group]) for name in judged.own)]
+        for group, count in result.groups.items()
+    ]
+    blocks = [bars_by_group(values, spans, title="right in %"), table([result.group, "images", *judged.own], rows)]
+    text = "Lines are 95 % confidence intervals; without length where all answers of a group are right, or none, however few."
+    return [Section(f"By {result.group}", text, blocks)]
+
+
+def _calibration(judged: Judged, result: Evaluation) -> Section:
+    labels = judged.data.labels
+    text = (
+        "Of the answers given with 80 % confidence, 80 % should be right: the dashed line. Bars under it: surer than it should "
+        "be. ECE is the mean distance from the line in points."
+    )
+    before = {name: judged.outputs[name] for name in judged.own}
+    blocks = [reliability_diagram(before, labels)]
+    if result.temperatures:
+        after = {f"{name} / {result.temperatures[name]:.2f}": z / result.temperatures[name] for name, z in before.items()}
+        text += f"\nBelow: with logits divided by one temperature each, fitted on {result.fitted_on}. No answer changes by it."
+        if result.rows[judged.answer]["ece_scaled"] > result.rows[judged.answer]["ece"]:
+            text += f" They make {_who(judged.answer)} worse here: {result.split} is not like {result.fitted_on}."
+        blocks.append(reliability_diagram(after, labels))
+    else:
+        text += "\nWith --fit-split SPLIT the temperatures are fitted there, and what they mend is shown here."
+    return Section("Calibration", text, blocks)
+
+
+def _classes(judged: Judged, result: Evaluation) -> Section:
+    matrix = torch.tensor(result.confusion[judged.answer])
+    counts, found = matrix.sum(1).tolist(), result.rows[judged.answer]["recall"]
+    without = torch.bincount(judged.data.labels[~judged.data.has_fg], minlength=len(result.labels)).tolist()
+    occurring = sorted((k for k, n in enumerate(counts) if n), key=lambda k: (found[result.labels[k]], result.labels[k]))
+    rows: list[list[Cell]] = []
+    for k in occurring[:MOST_CLASSES]:
+        mistakes = matrix[k].clone()
+        mistakes[k] = 0
+        taken = mistakes.argsort(descending=True, stable=True)[:2].tolist()
+        wrong = ", ".join(f"{result.labels[j]} ({mistakes[j]})" for j in taken if mistakes[j])
+        recall = [percent(result.rows[name]["recall"][result.labels[k]]) for name in judged.own]
+        rows.append([result.labels[k], str(counts[k]), *recall, *([str(without[k] or "")] if any(without) else []), wrong])
+    head = ["class", "images", *judged.own, *(["no object found"] if any(without) else []), f"taken for, by {judged.answer}"]
+    text = "Part of each class's images that is answered right, in %; the worst first."
+    if len(occurring) > MOST_CLASSES:
+        text += f" The {MOST_CLASSES} worst of {len(occurring)}; all are in --json."
+    answers = confusion(judged.outputs[judged.answer], judged.data.labels, result.labels)
+    return Section("Classes", text, [table(head, rows, words=[len(head) - 1]), answers])
+
+
+def _disagreements(judged: Judged) -> list[Section]:
+    if len(judged.own) < 2:
+        return []
+    labels = judged.data.labels
+    answers = torch.stack([judged.outputs[name].argmax(-1) for name in judged.own])  # [outputs, N], the run's own answer last
+    right = answers == labels
+    lost = ~right[-1] & right[:-1].any(0)
+    won = right[-1] & ~right[:-1].all(0)
+    sure = torch.stack([judged.outputs[name].softmax(-1).amax(-1) for name in judged.own])
+    lost_rows = _worst(lost, sure[-1], answers[-1], labels)
+    wrong_sure, wrong_branch = sure[:-1].masked_fill(right[:-1], -1).max(0)
+    won_rows = _worst(won, wrong_sure, answers[:-1].gather(0, wrong_branch[None])[0], labels)
+    first = min(len(lost_rows), max(SHOWN - len(won_rows), SHOWN // 2))
+    who = _who(judged.answer)
+    sections = []
+    for title, rows, count, limit, text in (
+        ("Wrong, though a branch was right", lost_rows, lost, first, f"Where {who} is wrong and was surest of it."),
+        ("Right, though a branch was wrong", won_rows, won, SHOWN - first, "Where the wrong branch was surest."),
+    ):
+        number = int(count.sum())
+        if number:
+            shown = min(len(rows), limit)
+            text += f" {number:,} images, {shown} of them shown, at most {ALIKE} with the same truth and mistake."
+            sections.append(Section(title, text, [gallery(_pictures(judged, rows[:shown]))]))
+    return sections or [Section("Disagreements", f"No branch and {who} ever disagree where one of them is right.")]
+
+
+def _worst(rows: Tensor, sure: Tensor, mistakes: Tensor, labels: Tensor) -> list[int]:
+    """Numbers of the chosen rows, the surest mistake first, and at most a few of the same truth and mistake."""
+    seen: dict[tuple[int, int], int] = {}
+    found = []
+    for i in sure.masked_fill(~rows, -1).argsort(descending=True, stable=True)[: int(rows.sum())].tolist():
+        pair = int(labels[i]), int(mistakes[i])
+        seen[pair] = seen.get(pair, 0) + 1
+        if seen[pair] <= ALIKE:
+            found.append(i)
+    return found
+
+
+def _without_box(judged: Judged, result: Evaluation) -> list[Section]:
+    rows = (~judged.data.has_fg).nonzero()[:, 0].tolist()
+    if not rows or "fg" not in judged.data.logits:
+        return []
+    figures = result.rows[judged.answer]
+    text = f"In {len(rows):,} of {result.images:,} images; {_percent(figures['without_box'])} of them are answered right"
+    text += f", against {_percent(figures['with_box'])} of the others." if figures["with_box"] is not None else "."
+    order = sorted(rows, key=lambda i: -float(judged.outputs[judged.answer][i].softmax(-1).amax()))
+    wrong_first = sorted(order, key=lambda i: bool(judged.outputs[judged.answer][i].argmax() == judged.data.labels[i]))
+    text += f" The first {WITHOUT_BOX}, wrong and surest first." if len(rows) > WITHOUT_BOX else ""
+    return [Section("No object found", text, [gallery(_pictures(judged, wrong_first), WITHOUT_BOX)])]
+
+
+def _pictures(judged: Judged, rows: Sequence[int]) -> Iterator[Picture]:
+    """Cards of some rows; where no object was found there is one answer only."""
+    names = judged.data.table.names()
+    for i in rows:
+        row, truth = judged.data.table.rows[i], int(judged.data.labels[i])
+        said = []
+        for name in judged.own if judged.data.has_fg[i] else judged.own[-1:]:
+            sure, answer = judged.outputs[name][i].softmax(-1).max(-1)
+            said.append((name.split(":")[0], f"{judged.labels[int(answer)]} {100 * sure:.0f}\u00a0%", int(answer) == truth))
+        note = names[i] + (f" · {judged.groups[i]}" if judged.groups else "")
+        image: Path | Image.Image = row.path
+        box = None
+        try:
+            sample = sample_of(row, judged.checkpoint.model.view_spec.fill, judged.checkpoint.box_threshold)
+            image, box = Image.fromarray(sample.pixels.numpy()), sample.box.tolist() if sample.has_box else None
+        except L2R2Error:
+            pass  # changed since it was judged: the card says what is wrong with the file
+        yield Picture(image, judged.labels[truth], box, said, note)
+
+
+def _left_out(result: Evaluation) -> list[Section]:
+    if not result.left_out:
+        return []
+    rows = [[Path(path).name, reason.removeprefix(f"{path}: ")] for path, reason in list(result.left_out.items())[:LEFT_OUT]]
+    return [Section("Left out", f"{len(result.left_out):,} images cannot be used.", [table(["image", "why"], rows, words=[1])])]
+
+
+def _origin(judged: Judged, result: Evaluation) -> Section:
+    checkpoint, table_ = judged.checkpoint, judged.data.table
+    model = checkpoint.model
+    name = f"{model.pretrained_cfg.get('architecture', 'l2r2')} on {model.backbone_name}, views of {model.view_spec.size} pixels"
+    rows: list[list[Cell]] = [
+        ["run", checkpoint.name],
+        ["weights (SHA-256)", checkpoint.digest[:16]],
+        ["model", name],
+        ["fusion", json.dumps(model.fusion.config()) if len(model.branches) > 1 else "none"],
+        ["data", str(table_.root)],
+        ["judged by", f"{result.split}, {result.images:,} images, {len(result.labels)} classes"],
+        ["fitted on", result.fitted_on or "nothing"],
+        ["boxes", f"with a score of at least {checkpoint.box_threshold:g}"],
+    ]
+    text = "Intervals: bootstrap over images, 1,000 draws, seed 0. Macro: mean over classes of the part of each that is right."
+    return Section("How it was made", text, [table(["", ""], rows, words=[1])])
+
+
+def _who(name: str) -> str:
+    return WORDS["fused"] + f" ({name.removeprefix(OWN)})" if name.startswith(OWN) else WORDS[name]
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"

@@ -1,0 +1,168 @@
+"""The figures of a report, as SVG inside the page, in the page's own text colour."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+from torch import Tensor
+
+from ..errors import L2R2Error
+from ..evaluate.metrics import Interval, confusion_matrix, reliability_bins
+from ..fusion.calibration import expected_calibration_error
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK = "#0a0b0d"  # stands for the page's text colour, whatever that is
+COLOURS = ("#e69f00", "#0086c9", "#00a37a", "#d55e00", "#cc79a7", "#8c8c8c")  # for colour-blind eyes too, on white and black
+STYLE: Any = {
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    "svg.fonttype": "none",  # text stays text: it can be searched, and the browser has every script
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+MOST_GROUPS, MOST_CLASSES = 40, 40
+
+
+def bars_by_group(
+    values: Mapping[str, Mapping[str, float]],
+    intervals: Mapping[str, Mapping[str, Interval]] | None = None,
+    *,
+    title: str = "accuracy in %",
+) -> Markup:
+    """Horizontal bars: one block a group, one bar a series, with confidence intervals where they are given.
+
+    Args:
+        values: shares of 1 by series and group; every series has the same groups.
+        intervals: `(low, high)` by series and group.
+        title: what the axis shows.
+
+    More than 40 groups: the 40 in which the last series is worst.
+    """
+    last = list(values.values())[-1]
+    groups = sorted(last, key=lambda g: last[g])[:MOST_GROUPS]
+    groups = [g for g in last if g in groups]
+    height = 0.8 / len(values)
+    with _figure(7.5, 0.7 + len(groups) * (0.12 + 0.2 * len(values))) as figure:
+        axes = figure.subplots()
+        for i, (series, by_group) in enumerate(values.items()):
+            places = [row - 0.4 + (i + 0.5) * height for row in range(len(groups))]
+            lengths = [100 * by_group[g] for g in groups]
+            bars = axes.barh(places, lengths, height * 0.9, color=COLOURS[i % len(COLOURS)], label=_clean(series))
+            spans = [intervals[series][g] for g in groups] if intervals else []
+            if spans:
+                low, high = ([abs(100 * span[end] - v) for span, v in zip(spans, lengths)] for end in (0, 1))
+                axes.errorbar(lengths, places, xerr=[low, high], fmt="none", ecolor=INK, elinewidth=1, capsize=2)
+            ends = [max(100 * span[1], v) for span, v in zip(spans, lengths)] or lengths
+            for bar, end, value in zip(bars, ends, lengths):
+                axes.text(end + 1, bar.get_y() + bar.get_height() / 2, f"{value:.0f}", va="center", fontsize=8)
+        axes.set_yticks(range(len(groups)), [_clean(g) for g in groups])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 106)
+        axes.set_xlabel(_clean(title))
+        if len(values) > 1:
+            axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+        hidden = "" if len(groups) == len(last) else f"; the {len(groups)} worst of {len(last)}"
+        return _svg(figure, f"{title} by group{hidden}")
+
+
+def reliability_diagram(logits: Mapping[str, Tensor], labels: Tensor) -> Markup:
+    """One panel a set of logits `[N, classes]`: how often answers of a confidence are right, and how many answers have it.
+
+    Bars under the diagonal: surer than it should be. Bins as in `expected_calibration_error`.
+    """
+    with _figure(2.7 * len(logits) + 0.3, 3.2) as figure:
+        grid = figure.subplots(2, len(logits), squeeze=False, sharex=True, height_ratios=(4, 1))
+        for panel, (name, z) in enumerate(logits.items()):
+            rows, _, right = (values.tolist() for values in reliability_bins(z, labels))
+            bins = len(rows)
+            left, width = [100 * i / bins for i in range(bins)], 100 / bins
+            top, below = grid[0][panel], grid[1][panel]
+            top.bar(left, [100 * v for v in right], width * 0.92, align="edge", color=COLOURS[1])
+            top.plot((0, 100), (0, 100), color=INK, linewidth=1, linestyle=(0, (4, 3)))
+            top.set_ylim(0, 100)
+            top.set_title(f"{_clean(name)}\nECE {100 * expected_calibration_error(z, labels):.1f}", fontsize=10)
+            below.bar(left, [100 * n / max(len(labels), 1) for n in rows], width * 0.92, align="edge", color=COLOURS[-1])
+            below.set_xlim(0, 100)
+            below.set_xlabel("confidence in %")
+        grid[0][0].set_ylabel("right in %")
+        grid[1][0].set_ylabel("images\nin %")
+        figure.align_ylabels()
+        figure.tight_layout()
+        return _svg(figure, f"reliability of {', '.join(logits)}")
+
+
+def confusion(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> Markup:
+    """What was answered (columns) for what it was (rows), in images: a table up to 40 classes, above that a picture.
+
+    Args:
+        logits: `[N, classes]`, labels: `[N]`, classes: their names. Only classes that occur or are answered are shown.
+    """
+    counts = confusion_matrix(logits.argmax(-1), labels, len(classes))
+    shown = ((counts.sum(0) + counts.sum(1)) > 0).nonzero()[:, 0]
+    counts, names = counts[shown][:, shown], [classes[i] for i in shown.tolist()]
+    if len(names) > MOST_CLASSES:
+        return _confusion_picture(counts)
+    share = (counts / counts.sum(1, keepdim=True).clamp(min=1)).tolist()
+    lines = []
+    for i, (name, row) in enumerate(zip(names, counts.tolist())):
+        colours = ("230,126,34" if i != j else "0,150,110" for j in range(len(row)))
+        cells = Markup("").join(
+            Markup('<td style="background:rgba({},{:.2f})">{}</td>').format(colour, 0.75 * part, n or "")
+            for n, part, colour in zip(row, share[i], colours)
+        )
+        lines.append(Markup("<tr><th scope=row>{}</th>{}</tr>").format(name, cells))
+    head = Markup("").join(Markup("<th scope=col>{}</th>").format(name) for name in ("truth ↓ answer →", *names))
+    form = Markup('<div class="scroll"><table class="matrix"><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>')
+    return form.format(head, Markup("\n").join(lines))
+
+
+def _confusion_picture(counts: Tensor) -> Markup:
+    with _figure(6.5, 5.5) as figure:
+        axes = figure.subplots()
+        shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        picture = axes.imshow(100 * shares.numpy(), cmap="cividis", vmin=0, vmax=100, interpolation="nearest")
+        axes.set_xlabel("answer (class number)")
+        axes.set_ylabel("truth (class number)")
+        figure.colorbar(picture, label="% of the class's images")
+        return _svg(figure, f"confusion of {len(counts)} classes")
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Figure]:
+    """A figure in inches, outside of pyplot: nothing of the caller's own plots is touched but for the time of drawing."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise L2R2Error('A report needs more packages: pip install "l2r2-models[train]".') from error
+    with rc_context(STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # matplotlib's font lacks a glyph; the browser's does not
+        yield Figure(figsize=(width, height))
+
+
+def _svg(figure: Figure, alt: str) -> Markup:
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": alt}):  # names inside are the same every time, and others in another figure
+        figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # names that nothing refers to, the same in every figure of the page
+    return Markup('<figure role="img" aria-label="{}">{}</figure>').format(alt, Markup(svg))
+
+
+def _clean(name: str, longest: int = 40) -> str:
+    """A user's name as one line of text that an SVG can hold."""
+    text = "".join(c if c.isprintable() else " " for c in name.encode("utf-8", "backslashreplace").decode()).strip()
+    return (text if len(text) <= longest else f"{text[: longest - 1]}…") or "(empty)"

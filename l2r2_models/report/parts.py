@@ -1,0 +1,91 @@
+"""The parts of an ifam model on the page of `l2r2 evaluate --report`: how much of the images each has, and where it lies."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Iterator
+
+from markupsafe import Markup
+from PIL import Image, ImageDraw, ImageFont
+
+from ..evaluate.evaluator import Judged
+from ..evaluate.logits import Progress
+from ..evaluate.parts import FoundParts, find_parts
+from ..models.ifam import IFAM
+from .html import Cell, Picture, Section, gallery, percent, table
+
+MOST, SHOWN = 128, 12  # images that are looked at, and of them drawn
+SIDE = 256  # of a drawn image in pixels
+TINT, DARK = 0.5, 0.6  # how much of a part's colour lies over its patches, how much of black over dropped ones
+
+
+def parts_section(judged: Judged, progress: Progress) -> list[Section]:
+    """A section for an ifam model, none for others."""
+    model = judged.checkpoint.model
+    if not isinstance(model, IFAM):
+        return []
+    found = find_parts(judged.checkpoint, judged.data.table, MOST, progress)
+    kept = 100 * found.keep.float().mean().item()
+    text = (
+        f"Stage 1 finds {found.num_parts} parts without boxes or masks; stage 2 sees their patches only, here {kept:.0f} % of "
+        f"all (from {len(found.rows):,} images, evenly chosen). A part's number is what --drop-parts takes."
+    )
+    if empty := int((~found.keep.any((1, 2))).sum()):
+        text += f"\nIn {empty:,} of them nothing is kept; there stage 1 answers alone."
+    shares, occurrence = found.shares(), found.occurrence()
+    names: list[Cell] = [_swatch(k, found.num_parts) for k in range(found.num_parts)]
+    rows = [[name, percent(s), percent(o)] for name, s, o in zip([*names, "background"], shares, occurrence)]
+    blocks = [table(["part", "of the patches", "in images"], rows, caption="in %")]
+    if agreement := found.agreement():
+        titles = {"iou": "IoU", "iou_of_everything": "IoU of keeping all", "object_kept": "of the object kept"}
+        titles["background_kept"] = "of the rest kept"
+        values: list[Cell] = ["stage 2", *(percent(agreement[name]) for name in titles)]
+        caption = f"kept patches against the true masks of {int(found.has_mask.sum()):,} images, means in %"
+        blocks.append(table(["", *titles.values()], [values], caption=caption))
+    text += "\nPictures: what stage 2 does not see is dark."
+    return [Section("Parts", text, [*blocks, gallery(_pictures(judged, found), SHOWN)])]
+
+
+def _colour(part: int, parts: int) -> tuple[int, int, int]:
+    red, green, blue = colorsys.hsv_to_rgb(part / parts, 0.85, 1.0)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _swatch(part: int, parts: int) -> Markup:
+    form = Markup('<span style="background:rgb{};padding:0 .6em;margin-right:.4em"></span>{}')
+    return form.format(str(_colour(part, parts)), part)
+
+
+def _pictures(judged: Judged, found: FoundParts) -> Iterator[Picture]:
+    names, count = judged.data.table.names(), min(SHOWN, len(found.rows))
+    for n in (k * len(found.rows) // count for k in range(count)):
+        i = found.rows[n]
+        truth = int(judged.data.labels[i])
+        said = []
+        for output in judged.own if judged.data.has_fg[i] else judged.own[-1:]:
+            answer = int(judged.outputs[output][i].argmax())
+            said.append((output.split(":")[0], judged.labels[answer], answer == truth))
+        yield Picture(draw_parts(found, n), judged.labels[truth], None, said, names[i])
+
+
+def draw_parts(found: FoundParts, n: int) -> Image.Image:
+    """The n-th image with its parts tinted and numbered, and what is dropped dark."""
+    image = Image.fromarray(found.views[n].permute(1, 2, 0).numpy()).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    part, keep = found.part[n], found.keep[n]
+    rows, columns = part.shape
+    over = Image.new("RGBA", (columns, rows))
+    for y in range(rows):
+        for x in range(columns):
+            tint = (*_colour(int(part[y, x]), found.num_parts), round(255 * TINT))
+            over.putpixel((x, y), tint if keep[y, x] else (0, 0, 0, round(255 * DARK)))
+    over = over.resize(image.size, Image.Resampling.NEAREST)
+    image.paste(over, mask=over)
+    draw = ImageDraw.Draw(image)
+    for k in range(found.num_parts):
+        at = (keep & (part == k)).nonzero().float()
+        if len(at):
+            middle = at[(at - at.mean(0)).square().sum(1).argmin()]  # a patch of the part, also where it is a ring
+            place = (float(middle[1] + 0.5) * SIDE / columns, float(middle[0] + 0.5) * SIDE / rows)
+            draw.text(place, str(k), "white", ImageFont.load_default(18), "mm", stroke_width=2, stroke_fill="black")
+    return image
+

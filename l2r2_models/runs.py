@@ -1,0 +1,101 @@
+"""The folder of a run: whose it is, whether it is finished, and the checkpoint to go on from."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from . import distributed as processes
+from .checkpoints.checkpoint import CONFIG, RUN, WEIGHTS
+from .errors import L2R2Error
+from .io import check_readable, is_temporary, read_json
+from .train.recipe import FREE
+from .versions import version_of
+
+RECIPE, CHECKPOINTS, LOGS = "recipe.yaml", "checkpoints", "logs"
+KINDS = {  # of the fields of a record that others read
+    **dict.fromkeys(("train_files", "init_files", "val_files", "fit_files", "notes"), "names"),
+    "metrics": "numbers",
+    "recipe": "mapping",
+}
+
+
+def check_place(out: Path, data: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """`out` must be new, empty, or this very run; to be overwritten it must at least be a run."""
+    if not out.exists() or (out.is_dir() and all(is_temporary(path, RUN) for path in out.iterdir())):
+        return  # new, empty, or of a process that was killed while it wrote the first file of its run
+    if not (out / RUN).is_file() or data.resolve().is_relative_to(out.resolve()):
+        raise L2R2Error(f"{out}: exists and is not a run of finetune; choose another -o.")
+    if overwrite:
+        return
+    old = read_json(out / RUN)
+    recipe, old_data = (old.get(k) if isinstance(old, dict) else None for k in ("recipe", "data"))
+    if not isinstance(recipe, dict) or not isinstance(old_data, dict):
+        raise L2R2Error(f"{out / RUN}: is damaged; --overwrite the run.")
+    changed = [k for k, v in settings["recipe"].items() if recipe.get(k) != v and k not in FREE]
+    changed += ["data set"] if any(old_data.get(k) != v for k, v in settings["data"].items()) else []
+    changed += ["init"] if old.get("init") != settings.get("init") and "init" not in changed else []
+    if changed:
+        raise L2R2Error(f"{out}: holds a run with another {', '.join(changed)}; choose another -o, or --overwrite it.")
+
+
+def record_of(run: Path | str) -> dict[str, Any]:
+    """What `finetune` wrote of a run; empty for a Hub id or a folder without it."""
+    file = Path(run) / RUN
+    record = read_json(file) if file.exists() else {}
+    if not isinstance(record, dict) or not all(_fits(record[key], kind) for key, kind in KINDS.items() if key in record):
+        raise L2R2Error(f"{file}: is damaged.")
+    return record
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a field of a record holds names, numbers by name, or anything by name."""
+    if kind == "names":
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
+    numbers = kind != "numbers" or (isinstance(value, dict) and all(type(number) in (int, float) for number in value.values()))
+    return isinstance(value, dict) and numbers
+
+
+def finished(out: Path) -> dict[str, Any] | None:
+    """The record of a finished run: it is written after everything else."""
+    if not all((out / name).is_file() for name in (RUN, CONFIG, WEIGHTS)):
+        return None
+    record = record_of(out)
+    data = record.get("data")
+    whole = isinstance(record.get("metrics"), dict) and isinstance(data, dict) and isinstance(data.get("with_box"), int)
+    return record if whole else None
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint; those that a killed process left half-written are removed."""
+    numbered = {int(p.name.split("-")[1]): p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit()}
+    for _, checkpoint in sorted(numbered.items(), reverse=True):
+        try:
+            read_json(checkpoint / "trainer_state.json")  # written last
+            check_readable(checkpoint / WEIGHTS, most=None)
+            with safe_open(checkpoint / WEIGHTS, "pt"):
+                return str(checkpoint)
+        except (OSError, ValueError, SafetensorError):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    return None
+
+
+def surroundings() -> dict[str, Any]:
+    """What a run was made with: command line, versions, device, processes."""
+    names = ("l2r2-models", "torch", "torchvision", "timm", "transformers")
+    found = {"python": platform.python_version(), **{name: version_of(name) for name in names}}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return {
+        "command": shlex.join(sys.argv),
+        "versions": found,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "processes": processes.world(),
+    }

@@ -1,0 +1,243 @@
+"""Where a training starts: the weights, and without a named model also the settings, of a checkpoint (`init` of a recipe)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..checkpoints.checkpoint import WEIGHTS, check_config, check_hash, local_folder, open_checkpoint
+from ..errors import L2R2Error
+from ..hub.card import Source, source_of_training
+from ..io import file_sha256
+from ..models.ifam import IFAM
+from ..models.l2r2 import L2R2
+from ..models.registry import backbone_weights, classifier_name
+from ..runs import RUN, record_of
+from ..views.cut import ViewSpec
+
+OF_RECIPE = ("fg", "margin", "late_stage", "late_pool", "coverage", "size")  # what a recipe says of the views
+NOT_OF_BACKBONE = ("views", "fusion", "format_version", "in_chans", "img_size", "num_classes")
+
+
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint to start from: one of L2R2 (a run's folder, a Hub repository), or one of a timm classifier in timm's layout.
+
+    Attributes:
+        name: what it was asked for by.
+        folder: where its files are.
+        config: its config.json.
+    """
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, name: str) -> Start:
+        """Raises:
+        L2R2Error: no checkpoint, of a newer format, with pickled weights, or not reachable.
+        """
+        folder, config = open_checkpoint(name)
+        if "l2r2" in config:
+            check_config(config, name)
+        wrong = [k for k in ("pretrained_cfg", "model_args") if not isinstance(config.get(k, {}), dict)]
+        labels = config.get("label_names") or []
+        wrong += [] if isinstance(labels, list) and all(isinstance(label, str) for label in labels) else ["label_names"]
+        if not wrong and config["architecture"] == "l2r2" and not isinstance(config.get("model_args", {}).get("backbone"), str):
+            wrong.append("model_args (no backbone)")
+        if wrong:
+            raise L2R2Error(f"{name}: has an unusable {wrong[0]} in its config.json.")
+        return cls(name, folder, config)
+
+    @property
+    def is_ours(self) -> bool:
+        return "l2r2" in self.config
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names in the order of the logits, empty where the checkpoint does not say them."""
+        return tuple(self.config.get("label_names") or ())
+
+    @property
+    def _cfg(self) -> Mapping[str, Any]:
+        return self.config.get("pretrained_cfg", {})
+
+    # ---- its settings ----
+
+    def recipe_keys(self) -> dict[str, Any]:
+        """The keys of a `Recipe` that make a model like the checkpoint's."""
+        arguments, architecture = dict(self.config.get("model_args", {})), self.config["architecture"]
+        keys: dict[str, Any] = {}
+        if self.is_ours:
+            keys = {key: arguments.pop(key) for key in ("branches", "shared", "box_head", "num_parts") if key in arguments}
+            views = self.config["l2r2"]["views"]
+            keys.update({key: views[key] for key in OF_RECIPE if key in views and (key, views[key]) != ("fg", "parts")})
+            keys.update({key: v for key, v in self._training().get("recipe", {}).items() if key == "box_threshold"})
+            if architecture == "l2r2":
+                architecture = f"timm:{arguments.pop('backbone')}"
+        else:
+            architecture = f"timm:{architecture}"
+            sides = arguments.get("img_size") or self._cfg.get("input_size") or []
+            keys.update({"size": sides[-1] if isinstance(sides, list) else sides} if sides else {})
+        keys.update({key: arguments.pop(f"{key}_rate") for key in ("drop", "drop_path") if f"{key}_rate" in arguments})
+        backbone = {k: v for k, v in arguments.items() if k not in NOT_OF_BACKBONE}
+        return {"model": architecture, "backbone": backbone or None, **keys}
+
+    def views(self) -> dict[str, Any]:
+        """How the images look that the weights are used to, as far as no recipe says it: fields of a `ViewSpec`."""
+        if self.is_ours:
+            spec = ViewSpec.from_dict(self.config["l2r2"]["views"])
+            return {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in OF_RECIPE}
+        found = {key: self._cfg[key] for key in ("mean", "std", "interpolation") if key in self._cfg}
+        colours = [found[key] for key in ("mean", "std") if key in found]
+        if not all(isinstance(c, list) and len(c) == 3 and all(isinstance(x, (int, float)) for x in c) for c in colours):
+            raise L2R2Error(f"{self.name}: its config.json has no usable mean and std of three colours.")
+        return found
+
+    def about(self) -> dict[str, Any]:
+        """What a run records of where it started. The fusion's numbers do not belong to it: they are never taken over.
+
+        Raises:
+            L2R2Error: damaged weights, or not those that the Hub announced.
+        """
+        digest = hashlib.sha256()
+        for key, value in sorted(self._weights().items()):
+            if not key.startswith("fusion."):
+                digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return {"name": self._short_name(), "digest": digest.hexdigest(), "source": asdict(self._source())}
+
+    def _short_name(self) -> str:
+        """Without folders of this machine."""
+        folder = local_folder(self.name)
+        return self.name.removeprefix("hf-hub:") if folder is None else folder.resolve().name
+
+    def _source(self) -> Source:
+        """For the model card: a run of this machine is what it started from itself; what was published has its own licence."""
+        upstream = source_of_training(self._training())
+        if self.is_ours and (self.folder / RUN).exists():
+            return upstream
+        licence = self._cfg.get("license") or upstream.licence
+        licence = licence if isinstance(licence, str) else None
+        if local_folder(self.name) is None:
+            repo = self._short_name().partition("@")[0]
+            return Source(repo, repo, licence)
+        return Source(upstream.name or self._short_name(), upstream.hub_id, licence)
+
+    def _training(self) -> Mapping[str, Any]:
+        return self.config["l2r2"].get("training", {}) if self.is_ours else {}
+
+    def files(self, classes: Sequence[str]) -> list[str]:
+        """Names of the images that the weights have learned from, where the checkpoint is a run of the same classes: such a run
+        is likely to be of the same data, in others a name like `1.jpg` means another image."""
+        if not (self.folder / RUN).exists() or self.labels != tuple(classes):
+            return []
+        record = record_of(self.folder)
+        return sorted({*record.get("train_files", []), *record.get("init_files", [])})
+
+    # ---- its weights ----
+
+    def give(self, model: L2R2, classes: Sequence[str]) -> str:
+        """Put the weights into a model: those of the backbones, those of its other modules that fit, and the heads where the
+        classes are the same.
+
+        Args:
+            model: a new one.
+            classes: names of its classes.
+
+        Returns:
+            A sentence about what was taken.
+
+        Raises:
+            L2R2Error: another backbone, or damaged weights.
+        """
+        state, own = self._weights(), model.state_dict()
+        taken: dict[str, Tensor] = {}
+        for prefix in model.backbone_prefixes():
+            taken.update(self._backbone(state, model, prefix, _inside(own, prefix)))
+        heads = self._heads(state, model, own) if self.labels == tuple(classes) else {}
+        for head in heads.values():
+            taken.update(head)
+        for module in ("parts.", "box_head."):
+            found = {k: v for k, v in state.items() if k.startswith(module)}
+            if {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items() if k.startswith(module)}:
+                taken.update(found)
+        model.load_state_dict({**own, **taken})
+        new = [branch for branch in model.branches if branch not in heads]
+        parts = ["its backbone", *([f"its heads ({', '.join(heads)})"] if heads else [])]
+        return f"started from {self.name}: {' and '.join(parts)}{'; new heads: ' + ', '.join(new) if new else ''}"
+
+    def _weights(self) -> dict[str, Tensor]:
+        if local_folder(self.name) is None:
+            check_hash(self.folder / WEIGHTS, file_sha256(self.folder / WEIGHTS), self.name)
+        try:
+            return load_file(self.folder / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise L2R2Error(f"{self.name}: its weights cannot be read ({' '.join(str(error).split())[:200]}).") from None
+
+    def _prefix(self, state: Mapping[str, Tensor], branch: str) -> str:
+        """Where the checkpoint has the backbone of a branch."""
+        own = f"branch_backbones.{branch}."
+        return own if any(k.startswith(own) for k in state) else "backbone." if self.is_ours else ""
+
+    def _backbone(self, state: Mapping[str, Tensor], model: L2R2, prefix: str, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        source = _inside(state, self._prefix(state, _branch_of(prefix, model)))
+        misfit = f"{self.name}: the weights of {self.config['architecture']} do not fit {model.backbone_name}"
+        try:
+            converted = backbone_weights(source, model)
+        except Exception as error:  # timm's filters expect their own networks
+            raise L2R2Error(f"{misfit}.") from error
+        found = {k: v for k, v in converted.items() if k in wanted and v.shape == wanted[k].shape}
+        # a network without a classifier may have no norm before it
+        if lacking := [k for k in wanted if k not in found and "head.norm." not in k]:
+            raise L2R2Error(f"{misfit} (e.g. {lacking[0]}).")
+        return {prefix + k: v for k, v in found.items()}
+
+    def _heads(self, state: Mapping[str, Tensor], model: L2R2, own: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """By branch the head that belongs to the backbone which that branch got: its own one, or else that of another branch.
+
+        Stage 1 of iFAM has a head of another kind, for parts.
+        """
+        if self.is_ours:
+            of_parts = "full" if _has_parts(state) and not isinstance(model, IFAM) else None
+            sources = {b: _inside(state, f"heads.{b}.") for b in self.config["l2r2"]["branches"] if b != of_parts}
+        else:
+            try:
+                sources = {"full": _inside(state, f"{classifier_name(model)}.")}
+            except L2R2Error:  # several classifiers
+                return {}
+        heads = {}
+        for branch in model.branches:
+            prefix = self._prefix(state, branch if not model.shared else model.branches[0])
+            fitting = [b for b in sources if self._prefix(state, b) == prefix]
+            names = [n for n in own if n.startswith(f"heads.{branch}.")]
+            for b in [*(b for b in (branch, "full") if b in fitting), *fitting]:
+                if f"heads.{branch}.".startswith(model.fresh) and not _has_parts(state):
+                    break
+                found = {name: sources[b].get(name.split(".", 2)[2]) for name in names}
+                if names and all(v is not None and v.numel() == own[name].numel() for name, v in found.items()):
+                    heads[branch] = {name: v.reshape(own[name].shape) for name, v in found.items() if v is not None}
+                    break
+        return heads
+
+
+def _branch_of(prefix: str, model: L2R2) -> str:
+    """The branch whose backbone has this prefix; the first one where it is shared."""
+    return prefix.split(".")[1] if prefix.startswith("branch_backbones.") else model.branches[0]
+
+
+def _has_parts(state: Mapping[str, Tensor]) -> bool:
+    return any(k.startswith("parts.") for k in state)
+
+
+def _inside(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

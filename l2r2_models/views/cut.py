@@ -1,0 +1,397 @@
+"""THE place that cuts: from images and boxes to the views that the branches see, as one serialised `ViewSpec` says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from l2r2_kernels import roi_views
+from l2r2_kernels.roi_views.reference import integer_boxes
+from torch import Tensor
+
+from ..errors import L2R2Error
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CHOICES = {
+    "fg": ("crop", "masked_crop", "masked", "late", "tokens", "parts"),
+    "bg": ("shape", "box"),
+    "interpolation": ("bilinear", "bicubic"),
+    "mode": ("float", "pil"),
+    "late_stage": ("last", "before_last"),
+    "late_pool": ("mask", "all", "token"),
+}
+MOST_SIZE = 4096
+IN_NETWORK = ("late", "tokens", "parts")  # kinds of fg that look at the whole image and are masked by the network
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """How views are cut. Saved in the checkpoint; training, prediction, evaluation and export all cut by it.
+
+    The order is: mask, crop to the box, pad to a centred square with `fill`, resize, normalise (METHOD.md 1; L2R2 B.2).
+
+    Attributes:
+        size: side of the square view in pixels.
+        fg: `crop` (cut to the box), `masked_crop` (background replaced by `fill`, then cut) or `masked` (background
+            replaced, not cut); or masked inside the network, which gets the whole image with the object's mask: `late`
+            (features outside of the object are zeroed), `tokens` (patches outside are left out of a ViT) or `parts` (the
+            network finds the object itself, see `IFAM`). Where no mask is given, the box is the mask.
+        bg: `shape` (object pixels replaced; without a mask the same as `box`) or `box` (its box replaced, which a mask that
+            sticks out of it makes larger).
+        margin: how far the fg box grows at each end, relative to its side.
+        square: pad to a square before the resize; False stretches. Holds for the full view too.
+        fill: RGB levels (0-255) of padding and of replaced pixels.
+        interpolation: `bilinear` or `bicubic`, antialiased.
+        mode: `float`, or `pil`, which rounds as Pillow does, bit for bit (squares only).
+        mean, std: normalisation of pixels in [0, 1].
+        late_stage: `late` masks the output of the `last` stage, or of the one `before_last`, which then runs twice.
+        late_pool: `late` pools by the masked mean (`mask`), over all positions with zeros outside (`all`), or by a ViT's
+            class token (`token`, with before_last).
+        coverage: `tokens` keeps a patch that the object covers by at least so much of its area.
+    """
+
+    size: int = 224
+    fg: Literal["crop", "masked_crop", "masked", "late", "tokens", "parts"] = "crop"
+    bg: Literal["shape", "box"] = "shape"
+    margin: float = 0.0
+    square: bool = True
+    fill: tuple[int, int, int] = (124, 116, 104)
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    mode: Literal["float", "pil"] = "float"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    late_stage: Literal["last", "before_last"] = "last"
+    late_pool: Literal["mask", "all", "token"] = "mask"
+    coverage: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise L2R2Error(f'Unknown {name} "{getattr(self, name)}" of a view; choose from {", ".join(choices)}.')
+        if not isinstance(self.size, int) or isinstance(self.size, bool) or not 1 <= self.size <= MOST_SIZE:
+            raise L2R2Error(f"A view's size must lie between 1 and {MOST_SIZE} pixels, got {self.size!r}.")
+        if not _is_number(self.margin) or not 0 <= self.margin <= 10:
+            raise L2R2Error(f"A view's margin must lie between 0 and 10 box sides, got {self.margin!r}.")
+        if not _is_number(self.coverage) or not 0 <= self.coverage <= 1:
+            raise L2R2Error(f"A view's coverage must lie between 0 and 1, got {self.coverage!r}.")
+        if not isinstance(self.square, bool):
+            raise L2R2Error(f"A view's square must be true or false, got {self.square!r}.")
+        for name in ("fill", "mean", "std"):
+            values = getattr(self, name)
+            if not isinstance(values, (tuple, list)) or len(values) != 3 or not all(map(_is_number, values)):
+                raise L2R2Error(f"A view's {name} must be three numbers, got {values!r}.")
+            object.__setattr__(self, name, tuple(values))
+        if not all(v == int(v) and 0 <= v <= 255 for v in self.fill):
+            raise L2R2Error(f"A view's fill must be whole levels from 0 to 255, got {self.fill}.")
+        if not all(v > 0 for v in self.std):
+            raise L2R2Error(f"A view's std must be above 0, got {self.std}.")
+        if self.mode == "pil" and not self.square:
+            raise L2R2Error('Views of mode "pil" must be square.')
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ViewSpec:
+        """From a config; an unknown field is an error."""
+        names = [f.name for f in fields(cls)]
+        if unknown := sorted(map(str, set(data) - set(names))):
+            raise L2R2Error(f"Unknown view field {', '.join(unknown)}; choose from {', '.join(names)}.")
+        return cls(**data)
+
+    @classmethod
+    def from_pretrained_cfg(cls, cfg: Mapping[str, Any], **changes: Any) -> ViewSpec:
+        """The views that suit a timm model: its input size, interpolation, mean and std; `fill` is the mean colour."""
+        mean = tuple(cfg.get("mean", cls.mean))
+        std = tuple(cfg.get("std", cls.std))
+        interpolation = cfg.get("interpolation", "bicubic")
+        values: dict[str, Any] = {
+            "size": cfg.get("input_size", (3, 224, 224))[-1],
+            "interpolation": interpolation if interpolation in CHOICES["interpolation"] else "bicubic",
+            "mean": mean,
+            "std": std,
+            "fill": tuple(round(255 * m) for m in mean),
+        }
+        return cls(**{**values, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON or YAML."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+class Views(NamedTuple):
+    """Normalised views `[V, 3, S, S]` by branch (None where not asked for), `has_fg` `[V]` bool, and for an fg that is masked
+    inside the network the object's mask `[V, S, S]`, its part of each pixel of the whole image's view in 0..1.
+
+    Such an fg looks at `full`; `fg` then is the whole image only where `full` is not asked for. Where `has_fg` is False the
+    fg view shows the whole image, so that the batch holds real images only.
+    """
+
+    full: Tensor | None
+    fg: Tensor | None
+    bg: Tensor | None
+    has_fg: Tensor
+    mask: Tensor | None = None
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What there is, by the argument names of `L2R2.forward_views`."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+
+def make_views(
+    images: Sequence[Image | Tensor],
+    boxes: Tensor | None,
+    spec: ViewSpec,
+    *,
+    branches: Sequence[str] = ("full", "fg"),
+    image_index: Tensor | None = None,
+    masks: Sequence[Tensor | None] | None = None,
+    device: torch.device | str | None = None,
+) -> Views:
+    """Cut the views of every box, from the original images.
+
+    Args:
+        images: upright RGB images, PIL or uint8 tensors `[H, W, 3]`, of any sizes.
+        boxes: `[V, 4]` xyxy pixels of the original image; a NaN row has no box. None: no image has one.
+        spec: how to cut.
+        branches: which views to make.
+        image_index: `[V]` int64, the image of each box; by default box i belongs to image i.
+        masks: V masks `[H, W]` bool (True = object) or None.
+        device: where to cut (default: where the images are).
+
+    Returns:
+        Views of V rows. A row without a usable box, or whose mask is empty (for `masked_crop`: inside the crop), has
+        `has_fg` False (METHOD.md 2). With fg `parts` boxes and masks are not used, and every row has True.
+
+    Raises:
+        L2R2Error: boxes, index or masks do not fit the images.
+    """
+    pixels = [_pixels(image).to(device) for image in images]
+    place = pixels[0].device if pixels else torch.device("cpu")
+    if boxes is not None and (boxes.ndim != 2 or boxes.shape[1] != 4):
+        raise L2R2Error(f"boxes must be [V, 4], got {list(boxes.shape)}.")
+    index = torch.arange(len(pixels), device=place) if image_index is None else image_index.to(place)
+    rows = len(index) if boxes is None else len(boxes)
+    if image_index is None and rows != len(pixels):
+        raise L2R2Error(f"{rows} boxes for {len(pixels)} images; give image_index where they differ.")
+    if rows == 0:
+        raise L2R2Error("No image to cut views from.")
+    if image_index is not None:
+        _check_index(image_index, rows, len(pixels))
+    sizes = torch.tensor([p.shape[:2] for p in pixels], device=place)[index]  # [V, 2] height, width
+    boxes = torch.full((rows, 4), float("nan"), device=place) if boxes is None else boxes.to(place, torch.float32)
+    keep = _object_masks(masks, sizes)
+
+    in_network = "fg" in branches and spec.fg in IN_NETWORK
+    _, has_fg = integer_boxes(boxes, sizes[:, 0], sizes[:, 1], 0.0)
+    if keep is not None:
+        seen = integer_boxes(boxes, sizes[:, 0], sizes[:, 1], spec.margin)[0] if spec.fg == "masked_crop" else None
+        has_fg = has_fg & _not_empty(keep, seen, place)
+    whole = torch.cat([torch.zeros_like(sizes), sizes.flip(1)], 1).float()
+    boxes = torch.where(has_fg[:, None], boxes, whole)  # no box: the whole image
+    objects = _Objects(boxes, sizes, has_fg, keep)
+    parts: dict[str, _Part] = {}
+    if "full" in branches:
+        parts["full"] = _whole_images(pixels)  # once an image, however many boxes it has
+    if in_network and "full" not in branches:
+        parts["fg"] = _Part(whole, index)
+    if "fg" in branches and not in_network:
+        where = whole if spec.fg == "masked" else boxes
+        parts["fg"] = _Part(where, index, None if spec.fg == "crop" else objects.kept())
+    if "bg" in branches:
+        parts["bg"] = _Part(whole, index, objects.erased(boxes_only=spec.bg == "box"))
+    views = _cut(pixels, parts, spec)
+    if image_index is not None and "full" in views:
+        views["full"] = views["full"][index]
+    mask = None
+    if in_network and spec.fg == "parts":
+        has_fg = torch.ones_like(has_fg)  # the network looks for the object itself
+    elif in_network:
+        mask = _cut_masks(objects.kept(), whole, spec)
+    return Views(views.get("full"), views.get("fg"), views.get("bg"), has_fg, mask)
+
+
+def cut_batch(x: Tensor, boxes: Tensor, spec: ViewSpec, branch: str) -> tuple[Tensor, Tensor]:
+    """Cut fg or bg out of a normalised batch, at its own size; differentiable in `x`.
+
+    Args:
+        x: `[B, C, H, W]` normalised images; the fill colour is taken as 0, the mean.
+        boxes: `[B, 4]` xyxy in pixels of x; a NaN row has no box.
+        spec: margin, square and interpolation are used.
+        branch: `fg` or `bg` (without masks: the box is the object).
+
+    Returns:
+        Views `[B, C, H, W]` and `has_fg` `[B]` bool; a row without a box is the whole image.
+    """
+    window, has_fg = _windows(x, boxes)
+    batch, channels, height, width = x.shape
+    whole = boxes.new_tensor([0, 0, width, height]).expand(batch, 4)
+    if branch == "bg" or spec.fg != "crop":
+        inside = _rectangles(window, height, width)[:, None]
+        erased = inside if branch == "bg" else ~inside
+        x = torch.where(erased & has_fg[:, None, None, None], torch.zeros_like(x), x)
+    if branch == "bg" or spec.fg == "masked":
+        return x, has_fg
+    where = torch.where(has_fg[:, None], boxes.to(whole), whole)
+    three = channels == 3  # the kernel cuts three channels; any other number goes through it channel by channel
+    views, _ = roi_views(
+        x if three else x.flatten(0, 1)[:, None].expand(-1, 3, -1, -1),
+        where if three else where.repeat_interleave(channels, 0),
+        size=(height, width),
+        margin=spec.margin,
+        square=spec.square,
+        fill=(0.0, 0.0, 0.0),
+        interpolation=spec.interpolation,
+        dtype=x.dtype,
+    )
+    if not three:
+        views = views[:, 0].unflatten(0, (batch, channels))
+    return views, has_fg
+
+
+def batch_masks(x: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """The boxes of a batch as masks `[B, H, W]` bool, for an fg that is masked inside the network, and `has_fg` `[B]` bool.
+
+    Args and errors as for `cut_batch`; the mask of a row without a box is True everywhere.
+    """
+    window, has_fg = _windows(x, boxes)
+    return _rectangles(window, x.shape[2], x.shape[3]) | ~has_fg[:, None, None], has_fg
+
+
+def _windows(x: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Integer boxes `[B, 4]` in a batch, and which of them hold a pixel."""
+    batch, _, height, width = x.shape  # shape, not len(): export keeps the batch dynamic
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.shape[0] != batch:
+        raise L2R2Error(f"boxes must be [B, 4] = [{batch}, 4], got {list(boxes.shape)}.")
+    return integer_boxes(boxes, boxes.new_full((batch,), height), boxes.new_full((batch,), width), 0.0)
+
+
+class _Part(NamedTuple):
+    """The views of one branch: `[V, 4]` boxes, `[V]` images, V masks (True = pixel kept) or None."""
+
+    boxes: Tensor
+    images: Tensor
+    masks: list[Tensor] | None = None
+
+
+def _cut(pixels: list[Tensor], parts: Mapping[str, _Part], spec: ViewSpec) -> dict[str, Tensor]:
+    """All parts in one launch of the kernel; the margin leaves whole images as they are, because they are clipped."""
+    if not parts:
+        return {}
+    masks: list[Tensor | None] = []
+    for part in parts.values():
+        masks += part.masks or [None] * len(part.boxes)
+    views, _ = roi_views(
+        [p.permute(2, 0, 1) if len(p) == 3 else p for p in pixels],  # an image 3 pixels high is not [3, H, W]
+        torch.cat([part.boxes for part in parts.values()]),
+        torch.cat([part.images for part in parts.values()]),
+        masks=None if all(mask is None for mask in masks) else masks,
+        size=spec.size,
+        margin=spec.margin,
+        square=spec.square,
+        fill=spec.fill,
+        interpolation=spec.interpolation,
+        mode=spec.mode,
+        mean=spec.mean,
+        std=spec.std,
+    )
+    return dict(zip(parts, views.split([len(part.boxes) for part in parts.values()])))
+
+
+def _cut_masks(masks: list[Tensor], whole: Tensor, spec: ViewSpec) -> Tensor:
+    """Object masks `[H, W]` bool, cut as the whole image is: `[V, S, S]` in 0..1, 0 in the padding."""
+    plain = replace(spec, fill=(0, 0, 0), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), interpolation="bilinear")
+    pixels = [mask[..., None].to(torch.uint8).mul(255).expand(-1, -1, 3).contiguous() for mask in masks]
+    part = _Part(whole, torch.arange(len(pixels), device=whole.device))
+    return _cut(pixels, {"mask": part}, plain)["mask"][:, 0].clamp(0, 1)
+
+
+def _whole_images(pixels: list[Tensor]) -> _Part:
+    place = pixels[0].device
+    ends = torch.tensor([[0, 0, p.shape[1], p.shape[0]] for p in pixels], device=place)
+    return _Part(ends.float(), torch.arange(len(pixels), device=place))
+
+
+class _Objects(NamedTuple):
+    """Where the object of each row is: in its mask, or in its box; nowhere where nothing was found."""
+
+    boxes: Tensor
+    sizes: Tensor
+    has_fg: Tensor
+    masks: list[Tensor | None] | None
+
+    def kept(self, boxes_only: bool = False) -> list[Tensor]:
+        """`[H, W]` bool of each row, True on the object; True everywhere where nothing was found."""
+        windows, _ = integer_boxes(self.boxes, self.sizes[:, 0], self.sizes[:, 1], 0.0)
+        given = [None] * len(windows) if self.masks is None or boxes_only else self.masks
+        return [
+            mask if mask is not None and found else _rectangles(window[None], height, width)[0]
+            for mask, found, window, (height, width) in zip(given, self.has_fg.tolist(), windows, self.sizes.tolist())
+        ]
+
+    def erased(self, boxes_only: bool) -> list[Tensor]:
+        """`[H, W]` bool of each row, False on the object, or with `boxes_only` on one rectangle that holds box and mask; True
+        everywhere where nothing was found."""
+        kept, found = self.kept(boxes_only), self.has_fg.tolist()
+        if boxes_only and self.masks is not None:  # nothing of an object may stick out of the box that hides it
+            kept = [keep if mask is None else _tight(keep | mask) for keep, mask in zip(kept, self.masks)]
+        return [~keep if has else torch.ones_like(keep) for keep, has in zip(kept, found)]
+
+
+def _pixels(image: Image | Tensor) -> Tensor:
+    if not isinstance(image, Tensor):
+        if image.mode != "RGB":
+            raise L2R2Error(f"An image must be RGB, got {image.mode}; open it with load_image.")
+        from ..images import image_tensor
+
+        return image_tensor(image)
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise L2R2Error(f"An image tensor must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}.")
+    return image
+
+
+def _check_index(index: Tensor, rows: int, images: int) -> None:
+    if index.shape != (rows,) or index.is_floating_point() or index.dtype == torch.bool:
+        raise L2R2Error(f"image_index must be {rows} integers, one a box, got {index.dtype} {list(index.shape)}.")
+    if index.min() < 0 or index.max() >= images:
+        raise L2R2Error(f"image_index must lie in 0..{images - 1}, got {int(index.min())}..{int(index.max())}.")
+
+
+def _object_masks(masks: Sequence[Tensor | None] | None, sizes: Tensor) -> list[Tensor | None] | None:
+    if masks is None:
+        return None
+    if len(masks) != len(sizes):
+        raise L2R2Error(f"{len(masks)} masks for {len(sizes)} boxes.")
+    for row, (mask, size) in enumerate(zip(masks, sizes.tolist())):
+        if mask is not None and list(mask.shape) != size:
+            raise L2R2Error(f"Mask {row} is {list(mask.shape)}, its image {size}.")
+    return [None if m is None else m.to(sizes.device).bool() for m in masks]
+
+
+def _not_empty(masks: Sequence[Tensor | None], windows: Tensor | None, device: torch.device) -> Tensor:
+    """`[V]` bool: whether each mask holds a pixel, inside its window where there are windows; True without a mask."""
+    parts = list(masks)
+    if windows is not None:
+        parts = [None if m is None else m[y0:y1, x0:x1] for m, (x0, y0, x1, y1) in zip(masks, windows.tolist())]
+    return torch.stack([torch.ones((), dtype=torch.bool, device=device) if m is None else m.any() for m in parts])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _tight(mask: Tensor) -> Tensor:
+    """The smallest rectangle that holds a mask `[H, W]`, as a mask."""
+    rows, columns = (mask.any(axis).long() for axis in (1, 0))
+    inside = [ends.cumsum(0).bool() & ends.flip(0).cumsum(0).flip(0).bool() for ends in (rows, columns)]
+    return inside[0][:, None] & inside[1][None]
+
+
+def _rectangles(windows: Tensor, height: int, width: int) -> Tensor:
+    """`[V, H, W]` bool, True inside each integer box."""
+    rows = torch.arange(height, device=windows.device)[None, :, None]
+    columns = torch.arange(width, device=windows.device)[None, None, :]
+    x0, y0, x1, y1 = (end[:, None, None] for end in windows.unbind(1))
+    return (rows >= y0) & (rows < y1) & (columns >= x0) & (columns < x1)
