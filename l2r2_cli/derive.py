@@ -43,12 +43,12 @@ def convert(
     bg: Annotated[Optional[str], typer.Option(help="The network for the background.")] = None,
     fusion: Annotated[str, typer.Option(help="average, max_confidence or robust.")] = "robust",
 ) -> None:
-    """Put independently trained networks together into one run (--full A --fg B), or take such a run apart (RUN)."""
+    """Put independently trained networks together into one run (--full A --fg-mode B), or take such a run apart (RUN)."""
     from l2r2_models.checkpoints.convert import join, split
 
     parts: dict[str, str | Path] = {b: s for b, s in (("full", full), ("fg", fg), ("bg", bg)) if s}
     if bool(run) == bool(parts) or len(parts) == 1:
-        raise typer.BadParameter("give a RUN to take apart, or two or three of --full, --fg and --bg to put together")
+        raise typer.BadParameter("give a RUN to take apart, or two or three of --full, --fg-mode and --bg to put together")
     if run:
         for branch, folder in split(run, out).items():
             say(f"wrote {folder}: {branch} alone")

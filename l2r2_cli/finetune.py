@@ -59,7 +59,7 @@ def finetune(
     threshold: Annotated[
         Optional[float], typer.Option(help="Confidence above which robust trusts fg.", show_default="0.5")
     ] = None,
-    fg: Annotated[
+    fg_mode: Annotated[
         Optional[str], typer.Option(help="crop, masked_crop, masked, late or tokens.", show_default="the model's, mostly crop")
     ] = None,
     margin: Annotated[
@@ -102,10 +102,10 @@ def finetune(
 
     flags = dict(
         model=model, pretrained=pretrained, init=init, branches=names(branches), shared=shared, fusion=fusion,
-        threshold=threshold, fg=fg, margin=margin, size=size, box_threshold=box_threshold, epochs=epochs, batch_size=batch_size,
-        lr=lr, weight_decay=weight_decay, label_smoothing=label_smoothing, box_jitter=box_jitter, seed=seed, workers=workers,
-        val_fraction=val_fraction, val_group=val_group, val_from=val_from, background_swap=background_swap, occlusion=occlusion,
-        box_head=box_head,
+        threshold=threshold, fg_mode=fg_mode, margin=margin, size=size, box_threshold=box_threshold, epochs=epochs,
+        batch_size=batch_size, lr=lr, weight_decay=weight_decay, label_smoothing=label_smoothing, box_jitter=box_jitter,
+        seed=seed, workers=workers, val_fraction=val_fraction, val_group=val_group, val_from=val_from,
+        background_swap=background_swap, occlusion=occlusion, box_head=box_head,
     )  # fmt: skip
     changes = {key: value for key, value in flags.items() if value is not None}
     more = parse_settings(settings or [])

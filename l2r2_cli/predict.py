@@ -44,7 +44,7 @@ def predict(
         model, box_threshold=box_threshold, max_objects=max_objects, batch_size=batch_size, top=top, localizer=localizer,
         topk_prompts=topk_prompts,
     )  # fmt: skip
-    if predictor.model.view_spec.fg == "parts" and (inputs.entries or inputs.masks):
+    if predictor.model.finds_object and (inputs.entries or inputs.masks):
         errors.print("this model finds its object itself; boxes and masks are not used")
     meant_for = predictor.checkpoint.localizer.get("spec")
     if meant_for and not inputs.entries and localizer is None:

@@ -9,7 +9,7 @@ from .images import ImageError, load_image
 from .models import registry as zoo  # registers the models
 from .models.ifam import IFAM
 from .models.l2r2 import L2R2, L2R2Output
-from .views.cut import Views, ViewSpec, make_views
+from .views import Views, ViewSpec, make_views
 
 if TYPE_CHECKING:
     from .predict.prediction import Prediction

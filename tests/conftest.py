@@ -15,7 +15,7 @@ from PIL import Image
 
 import l2r2_models  # noqa: F401  (registers the models)
 from l2r2_models.checkpoints import checkpoint as hub
-from l2r2_models.views.cut import ViewSpec
+from l2r2_models.views import ViewSpec
 
 torch.set_num_threads(1)
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}

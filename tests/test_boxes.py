@@ -7,7 +7,7 @@ from hypothesis import given, settings
 
 from l2r2_models.boxes.detections import Detections, ViewMap
 from l2r2_models.errors import L2R2Error
-from l2r2_models.views.cut import ViewSpec, make_views
+from l2r2_models.views import ViewSpec, make_views
 
 NAN, INF = float("nan"), float("inf")
 SIZE = (30, 40)  # height, width
@@ -241,7 +241,7 @@ DEGENERATE = {
 @pytest.mark.parametrize("box", DEGENERATE.values(), ids=DEGENERATE)
 def test_a_box_without_area_is_no_object_anywhere(box):
     """In detections, views, batches and graphs, whatever rounding would make of it."""
-    from l2r2_models.views.cut import cut_batch
+    from l2r2_models.views import cut_batch
     from l2r2_models.views.traceable import cut_in_graph
 
     boxes, spec = torch.tensor([box, [4.0, 4, 12, 12]]), ViewSpec(size=8, margin=0.3)

@@ -76,7 +76,7 @@ def test_what_cannot_be_derived(there, tmp_path):
 def test_networks_are_put_together_and_taken_apart(tmp_path):
     alone = {b: write_run(tmp_path / b, seed=i, branches=(b,)) for i, b in enumerate(("full", "fg", "bg"))}
     checkpoint = hub.load_checkpoint(alone["fg"])
-    checkpoint.model.view_spec = ViewSpec(size=32, fg="masked_crop", margin=0.25)
+    checkpoint.model.view_spec = ViewSpec(size=32, fg_mode="masked_crop", margin=0.25)
     # the same classes in another order: the heads are told apart by name
     hub.save_checkpoint(checkpoint.model, alone["fg"], ("red", "green", "blue"))
     model = derive.join(alone, tmp_path / "joint", fusion="average")
@@ -88,7 +88,7 @@ def test_networks_are_put_together_and_taken_apart(tmp_path):
             single = hub.load_checkpoint(run).model.forward_branches(**{branch: views[branch]})[branch]
             wanted = single.flip(1) if branch == "fg" else single
             assert torch.equal(together[branch], wanted), branch
-    assert not loaded.shared and loaded.view_spec.fg == "masked_crop" and loaded.view_spec.margin == 0.25
+    assert not loaded.shared and loaded.view_spec.fg_mode == "masked_crop" and loaded.view_spec.margin == 0.25
     assert model.fusion.name == "average" and "red" in Predictor.from_pretrained(tmp_path / "joint").labels
 
     folders = derive.split(tmp_path / "joint", tmp_path / "parts")
@@ -112,7 +112,7 @@ def test_plain_timm_checkpoints_can_be_put_together(tmp_path):
 
 def test_each_network_brings_how_its_own_view_is_cut(tmp_path):
     alone = {b: write_run(tmp_path / b, seed=i, branches=(b,)) for i, b in enumerate(("full", "fg", "bg"))}
-    own = {"fg": "late", "late_stage": "before_last", "late_pool": "all", "coverage": 0.5, "margin": 0.1}
+    own = {"fg_mode": "late", "late_stage": "before_last", "late_pool": "all", "coverage": 0.5, "margin": 0.1}
     for branch, changes in (("fg", own), ("bg", {"bg": "box"})):
         checkpoint = hub.load_checkpoint(alone[branch])
         checkpoint.model.view_spec = replace(checkpoint.model.view_spec, **changes)

@@ -17,7 +17,7 @@ from PIL import Image
 from l2r2_models import L2R2Error, Predictor, ViewSpec
 from l2r2_models.checkpoints import checkpoint as hub
 from l2r2_models.checkpoints import export
-from l2r2_models.views.cut import make_views
+from l2r2_models.views import make_views
 from l2r2_models.views.traceable import cut_in_graph
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "run_onnx.py"
@@ -32,7 +32,7 @@ pytest.importorskip("onnxscript")
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
 def test_cutting_in_plain_operations_is_make_views(fg, bg, square, margin, interpolation, height, width, size, seed):
-    spec = ViewSpec(size=size, fg=fg, bg=bg, square=square, margin=margin, interpolation=interpolation)
+    spec = ViewSpec(size=size, fg_mode=fg, bg=bg, square=square, margin=margin, interpolation=interpolation)
     generator = torch.Generator().manual_seed(seed)
     image = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
     corner = torch.rand(6, 2, generator=generator) * 100 - 20
@@ -134,7 +134,7 @@ def test_a_network_for_the_whole_image_can_be_exported_whatever_its_fg_would_be(
     """One of a pair that was taken apart keeps the views of the pair."""
     run = write_run(tmp_path / "run", branches=("full",))
     checkpoint = hub.load_checkpoint(run)
-    checkpoint.model.view_spec = ViewSpec(size=32, fg="late")
+    checkpoint.model.view_spec = ViewSpec(size=32, fg_mode="late")
     hub.save_checkpoint(checkpoint.model, run, checkpoint.labels)
     assert export.export_run(run, tmp_path / "model.pt2", format="torch-export").difference <= 1e-4
 

@@ -164,7 +164,7 @@ def test_rows_without_a_box_train_the_full_branch_only():
     ("changes", "message"),
     [
         ({"fusion": "rubust"}, 'Unknown fusion "rubust"'),
-        ({"fg": "cropped"}, 'Unknown fg "cropped"'),
+        ({"fg_mode": "cropped"}, 'Unknown fg_mode "cropped"'),
         ({"branches": ("whole",)}, 'Unknown branch "whole"'),
         ({"epochs": 0}, "epochs must lie between 1 and 100,000, got 0"),
         ({"threshold": 0.5, "fusion": "average"}, 'threshold belongs to the fusion "robust"'),

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from l2r2_models.errors import L2R2Error
-from l2r2_models.fusion import FUSIONS, MetadataPrior, create_fusion
+from l2r2_models.fusion import FUSIONS, MetadataPrior, create_fusion, fuse_branches
 from l2r2_models.fusion.calibration import (
     LIMITS,
     expected_calibration_error,
@@ -45,7 +45,7 @@ def logits():
 def test_rows_without_a_box_are_the_full_logits_bit_for_bit(name, logits):
     fg, context = logits
     has_fg = torch.rand(200) < 0.5
-    fused = make(name)(fg, context, has_fg)
+    fused = fuse_branches(make(name), {"fg": fg, "full": context[0]}, has_fg)
     assert torch.equal(fused[~has_fg], context[0][~has_fg])
     assert torch.equal(fused[has_fg], make(name)(fg, context)[has_fg])
 
@@ -56,7 +56,7 @@ def test_not_a_number_in_an_unused_row_does_not_spread(name, logits):
     fg[0] = float("nan")
     has_fg = torch.ones(200, dtype=torch.bool)
     has_fg[0] = False
-    assert make(name)(fg, context, has_fg).isfinite().all()
+    assert fuse_branches(make(name), {"fg": fg, "full": context[0]}, has_fg).isfinite().all()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,7 +19,7 @@ from l2r2_models.evaluate.metrics import macro_accuracy, row_weights
 from l2r2_models.fusion import create_fusion, fuse_branches
 from l2r2_models.train.finetune import finetune
 from l2r2_models.train.recipe import Recipe
-from l2r2_models.views.cut import ViewSpec
+from l2r2_models.views import ViewSpec
 
 THREE = ("full", "fg", "bg")
 

@@ -16,7 +16,7 @@ from l2r2_models.models.parts import PartDiscovery, PartWeights, entropy_loss, p
 from l2r2_models.train.finetune import finetune
 from l2r2_models.train.losses import BranchLoss
 from l2r2_models.train.recipe import Recipe
-from l2r2_models.views.cut import ViewSpec
+from l2r2_models.views import ViewSpec
 
 SMALL = {"img_size": 64, "patch_size": 8, "depth": 3, "embed_dim": 48, "num_heads": 3}
 
@@ -251,7 +251,7 @@ def test_low_confidence_tokens_by_the_training_quantiles(tmp_path):
     for k in range(3):
         level = torch.quantile(best[part == k], 0.3)
         assert torch.equal(kept[part == k], best[part == k] >= level)
-    net.view_spec = ViewSpec.from_pretrained_cfg(net.pretrained_cfg, size=64, fg="parts")
+    net.view_spec = ViewSpec.from_pretrained_cfg(net.pretrained_cfg, size=64, fg_mode="parts")
     save_checkpoint(net, tmp_path, [str(i) for i in range(5)])
     loaded = load_checkpoint(tmp_path).model
     with net.intervened(token_quantile=0.5), loaded.intervened(token_quantile=0.5):

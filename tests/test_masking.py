@@ -108,7 +108,7 @@ def test_gradients_of_packed_and_masked_keys_agree_in_training():
 
 
 def test_one_patch_is_enough():
-    net = model("vit_tiny_patch16_224", fg_kind="tokens", **VIT)
+    net = model("vit_tiny_patch16_224", fg_mode="tokens", **VIT)
     out = net.forward_views(torch.randn(1, 3, 64, 64), mask=box_mask(box=(0, 0, 16, 16)))
     assert out.has_fg.all() and out.fg.isfinite().all()
 
@@ -126,21 +126,21 @@ def test_one_patch_is_enough():
 )
 def test_backbones_that_cannot_drop_tokens_are_refused_by_name(backbone, options, why):
     with pytest.raises(L2R2Error, match=rf"{backbone}.*{why}"):
-        model(backbone, fg_kind="tokens", **options)
+        model(backbone, fg_mode="tokens", **options)
     net = model(backbone, **{k: v for k, v in options.items() if k != "patch_drop_rate"})
     if why != "patch_drop_rate":
         with pytest.raises(L2R2Error, match=backbone):
-            net.view_spec = replace(net.view_spec, fg="tokens")
+            net.view_spec = replace(net.view_spec, fg_mode="tokens")
 
 
 def test_blocks_of_another_kind_are_refused():
-    net = model("vit_tiny_patch16_224", fg_kind="tokens", **VIT, block_fn=timm.models.vision_transformer.ParallelScalingBlock)
+    net = model("vit_tiny_patch16_224", fg_mode="tokens", **VIT, block_fn=timm.models.vision_transformer.ParallelScalingBlock)
     with pytest.raises(L2R2Error, match="ParallelScalingBlock"):
         net.forward_views(torch.randn(1, 3, 64, 64), mask=box_mask())
 
 
 def test_a_side_that_is_no_multiple_of_the_patch_is_named():
-    net = model("vit_tiny_patch16_224", fg_kind="tokens", **{**VIT, "dynamic_img_size": True})
+    net = model("vit_tiny_patch16_224", fg_mode="tokens", **{**VIT, "dynamic_img_size": True})
     with pytest.raises(L2R2Error, match=r"70 pixels .* multiple of 16, e.g. 80"):
         net.forward_views(torch.randn(1, 3, 70, 70), mask=box_mask(70))
     assert patch_grid(net.backbone, 96, 48) == (6, 3)
@@ -159,7 +159,7 @@ LATE = {
 @pytest.mark.parametrize("backbone", LATE)
 def test_late_masking_by_hand(backbone, stage):
     """Against the features of the stages, computed one after the other."""
-    net = model(backbone, fg_kind="late", **LATE[backbone])
+    net = model(backbone, fg_mode="late", **LATE[backbone])
     net.view_spec = replace(net.view_spec, late_stage=stage, late_pool="mask")
     x, mask = torch.randn(2, 3, 64, 64), box_mask().repeat(2, 1, 1)
     seen = []
@@ -186,7 +186,7 @@ def test_late_masking_by_hand(backbone, stage):
 
 @pytest.mark.parametrize("stage", ["last", "before_last"])
 def test_late_masking_is_one_pass_for_both_branches(stage):
-    net, rows = model(fg_kind="late"), []
+    net, rows = model(fg_mode="late"), []
     net.view_spec = replace(net.view_spec, late_stage=stage)
     stages = [net.backbone.conv1[0], net.backbone.layer3, net.backbone.layer4]
     handles = [m.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0]))) for m in stages]
@@ -197,7 +197,7 @@ def test_late_masking_is_one_pass_for_both_branches(stage):
 
 
 def test_late_pooling_over_all_positions_is_the_zeroed_mean():
-    net = model(fg_kind="late")
+    net = model(fg_mode="late")
     net.view_spec = replace(net.view_spec, late_pool="all")
     x, mask = torch.randn(2, 3, 64, 64), box_mask().repeat(2, 1, 1)
     with torch.inference_mode():
@@ -208,7 +208,7 @@ def test_late_pooling_over_all_positions_is_the_zeroed_mean():
 
 @pytest.mark.parametrize("pool", ["mask", "all", "token"])
 def test_late_masking_of_a_vit(pool):
-    net = model("vit_tiny_patch16_224", fg_kind="late", **VIT)
+    net = model("vit_tiny_patch16_224", fg_mode="late", **VIT)
     net.view_spec = replace(net.view_spec, late_stage="before_last", late_pool=pool)
     x, mask, backbone = torch.randn(2, 3, 64, 64), box_mask().repeat(2, 1, 1), net.backbone
     with torch.inference_mode():
@@ -227,7 +227,7 @@ def test_late_masking_of_a_vit(pool):
 
 @pytest.mark.parametrize("stage", ["last", "before_last"])
 def test_a_mask_of_other_proportions_masks_the_same_patches(stage):
-    net = model("vit_tiny_patch16_224", fg_kind="late", **VIT)
+    net = model("vit_tiny_patch16_224", fg_mode="late", **VIT)
     net.view_spec = replace(net.view_spec, late_stage=stage)
     x, half = torch.randn(1, 3, 64, 64), torch.zeros(1, 64, 64)
     half[:, :, :32] = 1
@@ -252,7 +252,7 @@ def test_backbones_that_cannot_be_masked_late_are_refused_by_name(backbone, opti
     net = model(backbone, **options).eval()
     size = 64 if options else 224
     with pytest.raises(L2R2Error, match=why):
-        net.view_spec = replace(net.view_spec, fg="late", **spec)
+        net.view_spec = replace(net.view_spec, fg_mode="late", **spec)
         net.forward_views(torch.randn(1, 3, size, size), mask=torch.ones(1, size, size))
 
 
@@ -260,14 +260,14 @@ def test_pooling_that_a_backbone_lacks_is_refused_by_name():
     for backbone, pool, options in (("resnet10t", "token", {}), ("resnet10t", "mask", {"global_pool": "max"})):
         net = model(backbone, **options)
         with pytest.raises(L2R2Error, match=backbone):
-            net.view_spec = replace(net.view_spec, fg="late", late_pool=pool)
+            net.view_spec = replace(net.view_spec, fg_mode="late", late_pool=pool)
     with pytest.raises(L2R2Error, match="before_last"):
         net = model("vit_tiny_patch16_224", **VIT)
-        net.view_spec = replace(net.view_spec, fg="late", late_pool="token")
+        net.view_spec = replace(net.view_spec, fg_mode="late", late_pool="token")
 
 
 def test_gradient_checkpointing_that_would_lose_the_mask_is_refused():
-    net = model("vit_tiny_patch16_224", fg_kind="late", **VIT).train()
+    net = model("vit_tiny_patch16_224", fg_mode="late", **VIT).train()
     net.view_spec = replace(net.view_spec, late_stage="before_last")
     net.set_grad_checkpointing()
     with pytest.raises(L2R2Error, match="checkpointing"):
@@ -283,7 +283,7 @@ KINDS = {"late": ("resnet10t", {}), "tokens": ("vit_tiny_patch16_224", VIT)}
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_without_an_object_are_the_full_branchs_and_say_so(kind, shared):
     backbone, options = KINDS[kind]
-    net = model(backbone, fg_kind=kind, shared=shared, fusion="average", branches=("full", "fg", "bg"), **options)
+    net = model(backbone, fg_mode=kind, shared=shared, fusion="average", branches=("full", "fg", "bg"), **options)
     x, mask = torch.randn(3, 3, 64, 64), box_mask().repeat(3, 1, 1)
     mask[1] = False
     out = net.forward_views(x, has_fg=torch.tensor([True, True, False]), bg=x, mask=mask)
@@ -295,7 +295,7 @@ def test_rows_without_an_object_are_the_full_branchs_and_say_so(kind, shared):
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_a_full_branch_the_image_comes_as_fg(kind):
     backbone, options = KINDS[kind]
-    net = model(backbone, fg_kind=kind, branches=("fg", "bg"), **options)
+    net = model(backbone, fg_mode=kind, branches=("fg", "bg"), **options)
     x = torch.randn(2, 3, 64, 64)
     spec = replace(net.view_spec, size=64)
     views = make_views([torch.zeros(40, 60, 3, dtype=torch.uint8)], torch.tensor([[3.0, 3, 30, 30]]), spec, branches=net.branches)
@@ -307,7 +307,7 @@ def test_without_a_full_branch_the_image_comes_as_fg(kind):
 def test_without_full_and_without_an_object_the_whole_image_answers(kind):
     """Not one constant for all images."""
     backbone, options = KINDS[kind]
-    net = model(backbone, fg_kind=kind, branches=("fg",), **options)
+    net = model(backbone, fg_mode=kind, branches=("fg",), **options)
     x = torch.randn(2, 3, 64, 64)
     nothing, everything = (net.forward_views(fg=x, mask=torch.full((2, 64, 64), value)) for value in (0.0, 1.0))
     assert not nothing.has_fg.any() and torch.allclose(nothing.fused, everything.fused, atol=1e-5)
@@ -317,14 +317,14 @@ def test_without_full_and_without_an_object_the_whole_image_answers(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_boxes_in_a_batch_become_masks(kind):
     backbone, options = KINDS[kind]
-    net = model(backbone, fg_kind=kind, **options)
+    net = model(backbone, fg_mode=kind, **options)
     x, boxes = torch.randn(2, 3, 64, 64), torch.tensor([[10.0, 6, 44, 50], [float("nan")] * 4])
     by_hand = net.forward_views(x, has_fg=torch.tensor([True, False]), mask=box_mask().repeat(2, 1, 1))
     assert torch.allclose(net(x, boxes), by_hand.fused, atol=1e-5)
 
 
 def test_masks_that_do_not_fit_are_refused():
-    net, x = model(fg_kind="late"), torch.randn(2, 3, 64, 64)
+    net, x = model(fg_mode="late"), torch.randn(2, 3, 64, 64)
     bad = torch.rand(2, 64, 64)
     for mask, message in (
         (torch.ones(64, 64), r"\[B, h, w\]"),
@@ -337,18 +337,18 @@ def test_masks_that_do_not_fit_are_refused():
         with pytest.raises(L2R2Error, match=message):
             net.forward_views(x, mask=mask)
     with pytest.raises(L2R2Error, match="whole image"):
-        model(fg_kind="late", branches=("full", "fg", "bg")).forward_views(bg=x, mask=torch.ones(2, 64, 64))
-    for other in (model(), model(branches="full", fg_kind="late")):
+        model(fg_mode="late", branches=("full", "fg", "bg")).forward_views(bg=x, mask=torch.ones(2, 64, 64))
+    for other in (model(), model(branches="full", fg_mode="late")):
         with pytest.raises(L2R2Error, match="mask"):
             other.forward_views(x, mask=torch.ones(2, 64, 64))
 
 
 def test_the_views_are_of_the_size_that_the_network_was_made_for():
-    net = model("vit_tiny_patch16_224", fg_kind="tokens", **VIT)
+    net = model("vit_tiny_patch16_224", fg_mode="tokens", **VIT)
     views = make_views([torch.zeros(40, 60, 3, dtype=torch.uint8)], torch.tensor([[3.0, 3, 30, 30]]), net.view_spec)
     assert net.forward_views(**views.inputs()).fused.shape == (1, 4)
 
 
 def test_parts_belong_to_ifam_models():
     with pytest.raises(L2R2Error, match="ifam"):
-        model(fg_kind="parts")
+        model(fg_mode="parts")

@@ -22,7 +22,7 @@ KINDS = {"late": ("resnet10t", {}), "tokens": ("vit_tiny_patch16_224", VIT)}
 
 def views_of(kind, boxes, masks=None, size=64):
     image = torch.randint(0, 255, (40, 80, 3), dtype=torch.uint8)
-    return make_views([image], boxes, ViewSpec(size=size, fg=kind), masks=masks)
+    return make_views([image], boxes, ViewSpec(size=size, fg_mode=kind), masks=masks)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,8 +54,8 @@ def test_parts_need_no_box():
 
 def test_prediction_says_why_nothing_is_left(tmp_path):
     torch.manual_seed(0)
-    net = timm.create_model("l2r2", backbone="vit_tiny_patch16_224", num_classes=3, fg_kind="tokens", **VIT)
-    net.view_spec = ViewSpec.from_pretrained_cfg(net.pretrained_cfg, size=64, fg="tokens", coverage=1.0)
+    net = timm.create_model("l2r2", backbone="vit_tiny_patch16_224", num_classes=3, fg_mode="tokens", **VIT)
+    net.view_spec = ViewSpec.from_pretrained_cfg(net.pretrained_cfg, size=64, fg_mode="tokens", coverage=1.0)
     save_checkpoint(net, tmp_path / "run", ["a", "b", "c"])
     predict = Predictor.from_pretrained(tmp_path / "run")
     image = Image.new("RGB", (64, 64))
@@ -68,7 +68,7 @@ def test_prediction_says_why_nothing_is_left(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("timm:resnet10t", {"fg": "late", "late_stage": "before_last", "late_pool": "all"}),
+        ("timm:resnet10t", {"fg_mode": "late", "late_stage": "before_last", "late_pool": "all"}),
         ("l2r2_masked_vit_small_patch16_224", {"coverage": 0.1, "backbone": {"depth": 2, "embed_dim": 48, "num_heads": 3}}),
     ],
 )
@@ -78,7 +78,7 @@ def test_finetune_round_trip(tmp_path, dataset, name, options):
     result = finetune(dataset, recipe, tmp_path / "run")
     checkpoint = load_checkpoint(tmp_path / "run")
     spec = checkpoint.model.view_spec
-    assert spec.fg == (recipe.fg or "tokens")
+    assert spec.fg_mode == (recipe.fg_mode or "tokens")
     assert (spec.late_stage, spec.late_pool, spec.coverage) == (recipe.late_stage, recipe.late_pool, recipe.coverage)
     val = read_table(dataset).of_split("val")
     logits = branch_logits(checkpoint, val)
@@ -97,14 +97,15 @@ def test_finetune_round_trip(tmp_path, dataset, name, options):
 
 def test_mixing_images_under_a_mask_is_refused(tmp_path, dataset):
     with pytest.raises(L2R2Error, match="mixup"):
-        finetune(dataset, Recipe.default("timm:resnet10t", False, size=32, fg="late", mixup=0.2), tmp_path / "run")
+        finetune(dataset, Recipe.default("timm:resnet10t", False, size=32, fg_mode="late", mixup=0.2), tmp_path / "run")
 
 
 def test_the_masked_vits_are_registered_with_tokens():
     net = timm.create_model("l2r2_masked_vit_small_patch16_224", num_classes=2, **VIT)
-    assert net.view_spec.fg == "tokens" and l2r2_models.models.registry.ARCHITECTURES["l2r2_masked_vit_base_patch14_reg4_dinov2"]
+    assert net.view_spec.fg_mode == "tokens"
+    assert l2r2_models.models.registry.ARCHITECTURES["l2r2_masked_vit_base_patch14_reg4_dinov2"]
     crop = timm.create_model("l2r2_masked_vit_small_patch16_224", num_classes=2, views=ViewSpec(size=64), **VIT)
-    assert crop.view_spec.fg == "crop"  # a checkpoint that was trained otherwise stays as it was
+    assert crop.view_spec.fg_mode == "crop"  # a checkpoint that was trained otherwise stays as it was
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -114,8 +115,8 @@ def test_the_audit_and_a_known_full_answer_go_the_same_way(kind, tmp_path):
     from l2r2_models.predict.predictor import _Item, _Row
 
     backbone, options = KINDS[kind]
-    net = timm.create_model("l2r2", backbone=backbone, num_classes=3, fg_kind=kind, **options).eval()
-    net.view_spec = ViewSpec.from_pretrained_cfg(net.pretrained_cfg, size=64, fg=kind)
+    net = timm.create_model("l2r2", backbone=backbone, num_classes=3, fg_mode=kind, **options).eval()
+    net.view_spec = ViewSpec.from_pretrained_cfg(net.pretrained_cfg, size=64, fg_mode=kind)
     save_checkpoint(net, tmp_path / "run", ["a", "b", "c"])
     predictor = Predictor.from_pretrained(tmp_path / "run")
     image, boxes = torch.randint(0, 255, (64, 80, 3), dtype=torch.uint8), torch.tensor([[10.0, 6, 50, 50]])
@@ -141,7 +142,7 @@ def test_finetune_counts_the_images_whose_object_fg_can_see(tmp_path, kind, side
         Image.fromarray(mask).save(tmp_path / "data" / f"m{i}.png")
         rows.append(f"{i}.png,{'ab'[i % 2]},8,8,20,20,m{i}.png")
     (tmp_path / "data" / "metadata.csv").write_text("\n".join(rows))
-    recipe = Recipe.default("timm:test_vit", False, size=32, epochs=1, batch_size=2, fg=kind)
+    recipe = Recipe.default("timm:test_vit", False, size=32, epochs=1, batch_size=2, fg_mode=kind)
     if seen:
         assert finetune(tmp_path / "data", recipe, tmp_path / "run").with_box == seen
     else:
@@ -152,9 +153,12 @@ def test_finetune_counts_the_images_whose_object_fg_can_see(tmp_path, kind, side
 @pytest.mark.parametrize(
     ("keys", "why"),
     [
-        ({"model": "timm:test_vit", "fg": "tokens", "backbone": {"attn_drop_rate": 0.1}}, "attn_drop_rate does not run"),
-        ({"model": "timm:test_vit", "fg": "late", "late_stage": "before_last", "grad_checkpointing": True}, "grad_checkpointing"),
-        ({"model": "timm:mixer_s32_224", "fg": "late", "size": 224}, "MlpMixer cannot be masked late"),
+        ({"model": "timm:test_vit", "fg_mode": "tokens", "backbone": {"attn_drop_rate": 0.1}}, "attn_drop_rate does not work"),
+        (
+            {"model": "timm:test_vit", "fg_mode": "late", "late_stage": "before_last", "grad_checkpointing": True},
+            "grad_checkpointing does not work",
+        ),
+        ({"model": "timm:mixer_s32_224", "fg_mode": "late", "size": 224}, "MlpMixer cannot be masked late"),
     ],
 )
 def test_what_cannot_be_trained_is_said_before_the_images_are_read(keys, why):

@@ -14,7 +14,7 @@ from l2r2_models.data.dataset import ViewDataset
 from l2r2_models.data.table import read_table
 from l2r2_models.images import load_image
 from l2r2_models.predict.predict_files import gather, predict_to_file
-from l2r2_models.views.cut import ViewSpec, make_views
+from l2r2_models.views import ViewSpec, make_views
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_masks_of_a_data_set_are_used_in_prediction_as_in_training(tmp_path, dat
 
     torch.manual_seed(0)
     model = timm.create_model("l2r2", backbone="resnet10t", num_classes=3)
-    model.view_spec = ViewSpec.from_pretrained_cfg(model.pretrained_cfg, size=32, fg="masked_crop")
+    model.view_spec = ViewSpec.from_pretrained_cfg(model.pretrained_cfg, size=32, fg_mode="masked_crop")
     save_checkpoint(model, tmp_path / "run", ["blue", "green", "red"])
     mask = Image.new("L", (60, 40))
     mask.paste(255, (10, 5, 40, 30))

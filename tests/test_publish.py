@@ -50,8 +50,8 @@ def finished(tmp_path):
 TINY_VIT = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 12, "num_heads": 1}
 KINDS = {
     "ifam": ("ifam_vit_tiny_patch16_224", TINY_VIT),
-    "tokens": ("l2r2", {"backbone": "vit_tiny_patch16_224", "fg_kind": "tokens", **TINY_VIT}),
-    "late": ("l2r2", {"backbone": "resnet10t", "fg_kind": "late"}),
+    "tokens": ("l2r2", {"backbone": "vit_tiny_patch16_224", "fg_mode": "tokens", **TINY_VIT}),
+    "late": ("l2r2", {"backbone": "resnet10t", "fg_mode": "late"}),
     "box head": ("l2r2", {"backbone": "resnet10t", "box_head": True}),
     "grey": ("l2r2", {"backbone": "resnet10t", "in_chans": 1}),
     "full": ("l2r2", {"backbone": "resnet10t", "branches": ("full",)}),

@@ -18,7 +18,7 @@ from l2r2_models.audit.perturbations import (
 )
 from l2r2_models.audit.verdict import verdict_of
 from l2r2_models.evaluate.metrics import bootstrap_interval
-from l2r2_models.views.cut import ViewSpec, make_views
+from l2r2_models.views import ViewSpec, make_views
 
 NAN = float("nan")
 
@@ -108,7 +108,11 @@ def test_erased_images_are_the_views_that_the_branches_would_see(mask):
     boxes = one.boxes[:1]
     if not mask:
         one = Subject(one.key, one.pixels, boxes, None, None)
-    changes = {"fg_only": ("fg", {"fg": "masked"}), "bg_only_box": ("bg", {"bg": "box"}), "bg_only_mask": ("bg", {"bg": "shape"})}
+    changes = {
+        "fg_only": ("fg", {"fg_mode": "masked"}),
+        "bg_only_box": ("bg", {"bg": "box"}),
+        "bg_only_mask": ("bg", {"bg": "shape"}),
+    }
     for name, (branch, kind) in changes.items():
         spec = ViewSpec(size=32, **kind)
         changed = intervene(name, one, spec.fill, noise_pattern(one, 32, 0))

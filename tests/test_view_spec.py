@@ -5,13 +5,13 @@ import json
 import pytest
 
 from l2r2_models.errors import L2R2Error
-from l2r2_models.views.cut import ViewSpec
+from l2r2_models.views import ViewSpec
 
 NAN = float("nan")
 
 SPECS = [
     ViewSpec(),
-    ViewSpec(size=384, fg="masked_crop", bg="box", margin=0.1, fill=(0, 1, 255), interpolation="bilinear", mode="pil"),
+    ViewSpec(size=384, fg_mode="masked_crop", bg="box", margin=0.1, fill=(0, 1, 255), interpolation="bilinear", mode="pil"),
     ViewSpec(square=False, mean=(0.5, 0.5, 0.5), std=(1, 2, 3), margin=10),
 ]
 
@@ -40,7 +40,7 @@ def test_unknown_fields(key):
     "name, values",
     {
         "size": [0, -1, 224.0, "224", None, True, [224, 224], NAN],
-        "fg": ["later", "", None, 1, ["crop"], {}],
+        "fg_mode": ["later", "", None, 1, ["crop"], {}],
         "bg": ["crop", None, ["box"]],
         "interpolation": ["nearest", "Bicubic", None],
         "mode": ["pillow", None],

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from l2r2_models.errors import L2R2Error
-from l2r2_models.views.cut import ViewSpec, cut_batch, make_views
+from l2r2_models.views import ViewSpec, cut_batch, make_views
 
 NAN = float("nan")
 NONE = [NAN] * 4
@@ -48,9 +48,9 @@ def canvas_of(image, branch, spec, box, mask):
         image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = fill
     elif branch == "bg":
         image[thing] = fill
-    if branch == "fg" and spec.fg != "crop":
+    if branch == "fg" and spec.fg_mode != "crop":
         image[~thing] = fill
-    if branch == "fg" and spec.fg != "masked":
+    if branch == "fg" and spec.fg_mode != "masked":
         x0, y0, x1, y1 = window_of(box, size, spec.margin)
         image = image[y0:y1, x0:x1]
     if not spec.square:
@@ -104,7 +104,7 @@ def compare(size, spec, masked, tolerance):
 )
 def test_pil_mode_is_pillow_bit_for_bit(fg, masked, margin, interpolation):
     for size in SIZES:
-        spec = ViewSpec(size=32, fg=fg, margin=margin, interpolation=interpolation, mode="pil", **LEVELS)
+        spec = ViewSpec(size=32, fg_mode=fg, margin=margin, interpolation=interpolation, mode="pil", **LEVELS)
         compare(size, spec, masked, 1e-4)  # float32 normalisation; a level that is off by one shows
 
 
@@ -115,7 +115,7 @@ def test_pil_mode_is_pillow_bit_for_bit(fg, masked, margin, interpolation):
 def test_float_mode_is_interpolate_on_the_padded_canvas(fg, masked, square, interpolation):
     for i, size in enumerate(SIZES):
         bg = ("shape", "box")[i % 2]
-        spec = ViewSpec(size=32, fg=fg, bg=bg, margin=(0, 0.25)[i % 2], square=square, interpolation=interpolation, **LEVELS)
+        spec = ViewSpec(size=32, fg_mode=fg, bg=bg, margin=(0, 0.25)[i % 2], square=square, interpolation=interpolation, **LEVELS)
         compare(size, spec, masked, 0.01)
 
 
@@ -145,7 +145,7 @@ def test_values_are_normalised():
 @pytest.mark.parametrize("mode", ["float", "pil"])
 @pytest.mark.parametrize("margin", [0.0, 0.5])
 def test_a_row_without_a_box_shows_the_whole_image(fg, mode, margin):
-    spec = ViewSpec(size=20, fg=fg, mode=mode, margin=margin)
+    spec = ViewSpec(size=20, fg_mode=fg, mode=mode, margin=margin)
     images = [picture(s, i) for i, s in enumerate(SIZES)]
     boxes = torch.tensor([NONE, [10, 10, 5, 20], [200, 0, 300, 9], [3, 3, 3, 3], [0, 0, float("inf"), 5]])
     for given in (boxes, None):
@@ -159,7 +159,7 @@ def test_a_row_without_a_box_shows_the_whole_image(fg, mode, margin):
 def test_an_empty_mask_falls_back(fg):
     size = (30, 40)
     views = make_views(
-        [picture(size)] * 2, torch.tensor([[5.0, 5, 20, 20]] * 2), ViewSpec(size=16, fg=fg), branches=BRANCHES,
+        [picture(size)] * 2, torch.tensor([[5.0, 5, 20, 20]] * 2), ViewSpec(size=16, fg_mode=fg), branches=BRANCHES,
         masks=[torch.zeros(size, dtype=torch.bool), blob(size)],
     )  # fmt: skip
     assert views.has_fg.tolist() == [False, True]
@@ -171,9 +171,9 @@ def test_a_mask_that_misses_the_crop_falls_back_instead_of_showing_nothing():
     mask = torch.zeros(30, 40, dtype=torch.bool)
     mask[25:, 35:] = True
     images, boxes = [picture((30, 40))], torch.tensor([[5.0, 5, 20, 20]])
-    views = make_views(images, boxes, ViewSpec(size=16, fg="masked_crop"), masks=[mask])
+    views = make_views(images, boxes, ViewSpec(size=16, fg_mode="masked_crop"), masks=[mask])
     assert views.has_fg.tolist() == [False] and torch.equal(views.fg, views.full)
-    wide = make_views(images, boxes, ViewSpec(size=16, fg="masked_crop", margin=2.0), masks=[mask])
+    wide = make_views(images, boxes, ViewSpec(size=16, fg_mode="masked_crop", margin=2.0), masks=[mask])
     assert wide.has_fg.tolist() == [True]
 
 
@@ -197,7 +197,7 @@ def several():
 @pytest.mark.parametrize("mode", ["float", "pil"])
 def test_a_batch_equals_one_by_one(fg, mode):
     images, index, boxes, masks = several()
-    spec = ViewSpec(size=24, fg=fg, mode=mode)
+    spec = ViewSpec(size=24, fg_mode=fg, mode=mode)
     together = make_views(images, boxes, spec, branches=BRANCHES, image_index=index, masks=masks)
     assert together.has_fg.tolist() == [True, True, False, True, False, True]
     for row, i in enumerate(index.tolist()):
@@ -241,7 +241,7 @@ def test_tiny_images_are_not_mistaken_for_channels_first(height, width, mode):
 def test_inputs_stay_as_they_are():
     images, index, boxes, masks = several()
     before = [i.clone() for i in images], boxes.clone(), [None if m is None else m.clone() for m in masks]
-    make_views(images, boxes, ViewSpec(size=8, fg="masked_crop"), branches=BRANCHES, image_index=index, masks=masks)
+    make_views(images, boxes, ViewSpec(size=8, fg_mode="masked_crop"), branches=BRANCHES, image_index=index, masks=masks)
     assert all(map(torch.equal, images, before[0])) and torch.equal(boxes.nan_to_num(-1), before[1].nan_to_num(-1))
     assert all(m is None or torch.equal(m, b) for m, b in zip(masks, before[2]))
 
@@ -271,7 +271,7 @@ def test_an_index_that_does_not_fit(index):
 @pytest.mark.parametrize("fg", ["crop", "masked_crop", "masked"])
 @pytest.mark.parametrize("shape", [(20, 31), (30, 20), (1, 20, 30), (600,)])
 def test_a_mask_of_another_size(fg, shape):
-    refused("Mask 1 is", [picture((20, 30))] * 2, torch.tensor([[2.0, 2, 9, 9], NONE]), ViewSpec(size=8, fg=fg),
+    refused("Mask 1 is", [picture((20, 30))] * 2, torch.tensor([[2.0, 2, 9, 9], NONE]), ViewSpec(size=8, fg_mode=fg),
             masks=[None, torch.ones(shape, dtype=torch.bool)])  # fmt: skip
 
 
@@ -309,7 +309,7 @@ BATCH_BOXES = torch.tensor([[5.5, 3, 30, 36], [-4, 10, 20, 25], NONE, [33, 30, 6
 @pytest.mark.parametrize("margin", [0.0, 0.3])
 @pytest.mark.parametrize("square", [True, False])
 def test_cut_batch_agrees_with_make_views(branch, fg, margin, square):
-    spec = ViewSpec(size=40, fg=fg, margin=margin, square=square, fill=FILL, mean=MEAN, std=(0.25,) * 3)
+    spec = ViewSpec(size=40, fg_mode=fg, margin=margin, square=square, fill=FILL, mean=MEAN, std=(0.25,) * 3)
     images, x = batch()
     expected = make_views(images, BATCH_BOXES, spec, branches=(branch,))
     views, has_fg = cut_batch(x, BATCH_BOXES, spec, branch)
@@ -322,7 +322,7 @@ def test_cut_batch_agrees_with_make_views(branch, fg, margin, square):
 def test_gradients_reach_only_the_pixels_that_are_seen(branch, fg):
     _, x = batch()
     x.requires_grad_()
-    views, has_fg = cut_batch(x, BATCH_BOXES, ViewSpec(size=40, fg=fg, interpolation="bilinear"), branch)
+    views, has_fg = cut_batch(x, BATCH_BOXES, ViewSpec(size=40, fg_mode=fg, interpolation="bilinear"), branch)
     views.square().sum().backward()
     for row, box in enumerate(BATCH_BOXES.tolist()):
         seen = torch.ones(40, 40, dtype=torch.bool)

@@ -79,7 +79,7 @@ MODELS = {
     "random zoom": Model({"branches": ("fg",)}, "random"),
     "independent": Model({"shared": False}),
     "shared": Model(),
-    "masked_crop": Model({"fg": "masked_crop"}),
+    "masked_crop": Model({"fg_mode": "masked_crop"}),
     "plain, swapped": Model({**PLAIN, "background_swap": 0.5}),
     "shared, swapped": Model({"background_swap": 0.5}),
 }

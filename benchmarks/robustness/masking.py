@@ -37,12 +37,12 @@ BACKBONES: dict[str, dict] = {
 }
 KINDS: dict[str, dict] = {
     "full": {"branches": ("full",)},
-    "crop": {"branches": ("fg",), "fg": "crop"},
-    "masked_crop": {"branches": ("fg",), "fg": "masked_crop"},
-    "masked (early)": {"branches": ("fg",), "fg": "masked"},
-    "late, last stage": {"branches": ("fg",), "fg": "late"},
-    "late, one before": {"branches": ("fg",), "fg": "late", "late_stage": "before_last"},
-    "tokens": {"branches": ("fg",), "fg": "tokens"},
+    "crop": {"branches": ("fg",), "fg_mode": "crop"},
+    "masked_crop": {"branches": ("fg",), "fg_mode": "masked_crop"},
+    "masked (early)": {"branches": ("fg",), "fg_mode": "masked"},
+    "late, last stage": {"branches": ("fg",), "fg_mode": "late"},
+    "late, one before": {"branches": ("fg",), "fg_mode": "late", "late_stage": "before_last"},
+    "tokens": {"branches": ("fg",), "fg_mode": "tokens"},
 }
 IFAM_RECIPE = {"model": "ifam_vit_tiny_patch16_224", "backbone": SMALL_VIT, "num_parts": 4}
 RESULTS = Path(__file__).parent.parent / "results" / "masking.csv"

@@ -21,7 +21,7 @@ from ..errors import L2R2Error
 from ..evaluate.fit_run import rows_of, warnings_of
 from ..io import check_readable, write_atomic
 from ..versions import version_of
-from ..views.cut import make_views
+from ..views import make_views
 from .classifier import Audited, load_audited, match_classes
 from .metrics import Figure, measures
 from .perturbations import Donors, Subject, number_of, plan

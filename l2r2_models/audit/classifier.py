@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import load_checkpoint, local_folder, open_checkpoint
 from ..errors import L2R2Error
+from ..fusion import with_fallback
 from ..io import read_json, read_text
 from ..models.l2r2 import L2R2
 from ..models.weights import create_pretrained
-from ..views.cut import Views, ViewSpec
+from ..views import Views, ViewSpec
 
 MAP_COLUMNS = ("class", "model_class")
 
@@ -60,9 +61,7 @@ class Audited:
         if not isinstance(self.network, L2R2):
             return {"full": self.network(views.full)}
         out = self.network.forward_views(**views.inputs())
-        logits, has_fg = out.branches(), views.has_fg if out.has_fg is None else out.has_fg
-        if "full" in logits and "fg" in logits:
-            logits["fg"] = logits["fg"].where(has_fg[:, None], logits["full"])
+        logits = with_fallback(out.branches(), out.has_fg)
         return {name: {**logits, "fused": out.fused}[name] for name in self.answers}
 
     def digest(self) -> str:

@@ -21,7 +21,7 @@ from ..errors import L2R2Error
 from ..fusion import INPUTS
 from ..io import MODE, file_sha256, read_json, write_json
 from ..models.l2r2 import L2R2
-from ..views.cut import ViewSpec
+from ..views import ViewSpec
 
 logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1

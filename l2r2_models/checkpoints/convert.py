@@ -17,7 +17,7 @@ from ..io import read_json
 from ..models.backbones import unknown_backbone
 from ..models.l2r2 import L2R2
 from ..models.registry import ARCHITECTURES
-from ..views.cut import ViewSpec
+from ..views import ViewSpec
 from .checkpoint import CONFIG, load_checkpoint, save_checkpoint
 
 ORDER = ("full", "fg", "bg")

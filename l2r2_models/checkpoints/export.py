@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import L2R2Error
 from ..io import write_atomic
 from ..models.l2r2 import L2R2
-from ..views.cut import IN_NETWORK, make_views
+from ..views import make_views
 from ..views.traceable import cut_in_graph
 from .checkpoint import Checkpoint, load_checkpoint
 
@@ -106,7 +106,6 @@ class MaskIn(ViewsIn):
         whole = "full" if "full" in self.model.branches else "fg"
         out = self.model.forward_views(**{whole: view}, mask=mask)
         logits = {branch: z.float() for branch, z in out.branches().items()}
-        assert out.has_fg is not None
         return (*self.answers(logits, out.has_fg), out.has_fg)
 
 
@@ -119,7 +118,6 @@ class PartsIn(MaskIn):
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         out = self.model.forward_views(given[0].half() if self.half_precision else given[0])
-        assert out.has_fg is not None
         return (*self.answers({branch: z.float() for branch, z in out.branches().items()}, out.has_fg), out.has_fg)
 
 
@@ -171,8 +169,8 @@ def export_run(run: str | Path, out: str | Path, *, format: str = "onnx", takes:
 
 def _check_kind(checkpoint: Checkpoint, takes: str) -> None:
     spec = checkpoint.model.view_spec
-    if takes == "image" and "fg" in checkpoint.model.branches and spec.fg in IN_NETWORK:
-        what = "finds its object itself" if spec.fg == "parts" else "takes the object's mask"
+    if takes == "image" and "fg" in checkpoint.model.branches and spec.fg.in_network:
+        what = "finds its object itself" if spec.fg.finds_object else "takes the object's mask"
         raise L2R2Error(f"{checkpoint.name}: {what} inside the network; export it with --input views.")
     if takes == "image" and spec.mode == "pil":
         raise L2R2Error(f"{checkpoint.name}: cuts in the mode pil, which has no graph; export it with --input views.")
@@ -183,8 +181,9 @@ def _check_kind(checkpoint: Checkpoint, takes: str) -> None:
 def _kind_of(model: L2R2, takes: str) -> type[ViewsIn]:
     if takes == "image":
         return ImageIn
-    fg = model.view_spec.fg if "fg" in model.branches else "crop"
-    return {"parts": PartsIn, "late": MaskIn, "tokens": MaskIn}.get(fg, ViewsIn)
+    if model.finds_object:
+        return PartsIn
+    return MaskIn if model.takes_mask else ViewsIn
 
 
 def _metadata(checkpoint: Checkpoint, takes: str) -> dict[str, str]:

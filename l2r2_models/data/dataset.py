@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from ..boxes.detections import Detections, ViewMap
 from ..errors import L2R2Error
 from ..images import image_tensor, load_image, load_mask
-from ..views.cut import ViewSpec, make_views
+from ..views import ViewSpec, make_views
 from .augment import Augment
 from .composite import background_of, paste_object
 from .near_duplicates import perceptual_hash

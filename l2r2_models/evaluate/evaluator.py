@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checkpoints.checkpoint import Checkpoint, load_checkpoint
 from ..data.table import ImageTable, read_table
 from ..errors import L2R2Error
-from ..fusion import FUSIONS, INPUTS, Fusion, MetadataPrior, create_fusion
+from ..fusion import FUSIONS, INPUTS, Fusion, MetadataPrior, create_fusion, with_fallback
 from ..fusion.calibration import fit_temperature
 from ..runs import record_of
 from .fit_run import LOGITS, rows_of, trained_on, warnings_of
@@ -300,10 +300,8 @@ def _ensembles(answers: Sequence[dict[str, Tensor]], labels: Sequence[Sequence[s
 
 def _answers(checkpoint: Checkpoint, data: BranchLogits) -> dict[str, Tensor]:
     """What a run says: its branches, and its fusion where it has one."""
-    outputs = dict(data.logits)
+    outputs = with_fallback(data.logits, data.has_fg)  # as in a Prediction
     if can_fuse(data):
-        if {"full", "fg"} <= set(data.logits):  # where no object was found the full branch answers, as in a Prediction
-            outputs["fg"] = data.logits["fg"].where(data.has_fg[:, None], data.logits["full"])
         outputs[f"{OWN}{checkpoint.model.fusion.name}"] = fuse(checkpoint.model.fusion, data)
     return outputs
 

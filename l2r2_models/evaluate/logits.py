@@ -131,7 +131,7 @@ def _compute(model: L2R2, items: ViewDataset, batch_size: int, skip_bad: bool, p
             out = model.forward_views(**views)
         for branch, value in out.branches().items():
             found[branch].append(value.float().cpu())
-        found["has_fg"].append((views["has_fg"] if out.has_fg is None else out.has_fg).cpu())
+        found["has_fg"].append(out.has_fg.cpu())
         found["objectness"].append(torch.tensor([item["objectness"] for item in loaded.values()]))
         found["used"].append(torch.tensor(list(loaded)))
     model.cpu()

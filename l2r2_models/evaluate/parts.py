@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..data.table import ImageTable
 from ..errors import L2R2Error
 from ..models.ifam import IFAM
 from ..models.masking import coverage
-from ..views.cut import make_views
+from ..views import make_views
 from .logits import Progress
 
 BATCH = 32
@@ -87,9 +88,9 @@ def find_parts(
     Raises:
         L2R2Error: not an ifam model, or no image can be read.
     """
-    model = checkpoint.model
-    if not isinstance(model, IFAM):
+    if not checkpoint.model.finds_object:
         raise L2R2Error(f"{checkpoint.name}: finds no parts; that is what the ifam models do.")
+    model = cast(IFAM, checkpoint.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     count = len(table) if most is None else min(most, len(table))
@@ -116,7 +117,7 @@ def find_parts(
 
 def _of_batch(model: IFAM, samples: list[Sample], are_true: bool, device: torch.device) -> tuple[Tensor, ...]:
     """The tensors of `FoundParts` for some images."""
-    spec = replace(model.view_spec, fg="tokens")  # whose views come with the mask that the parts are compared with
+    spec = replace(model.view_spec, fg_mode="tokens")  # whose views come with the mask that the parts are compared with
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (spec.mean, spec.std))
     masks = [sample.mask if are_true else None for sample in samples]
     whole = torch.tensor([[0.0, 0, sample.pixels.shape[1], sample.pixels.shape[0]] for sample in samples])

@@ -19,8 +19,8 @@ class Fusion(nn.Module):
     """Combines the logits of the fg branch with those of the context branches (full and/or bg).
 
     A subclass implements `combine`, and `fit` where it has numbers to fit. Its numbers, given or fitted, are buffers: they
-    travel in the checkpoint and no training step moves them. Rows without a box never reach `combine`'s result: they return
-    the first context branch's logits exactly (L2R2 3.1, METHOD.md 2).
+    travel in the checkpoint and no training step moves them. Which branch answers for rows without an object is not a fusion's
+    business, see `fuse_branches`.
 
     Args:
         inputs: number of branches that are fused.
@@ -54,12 +54,9 @@ class Fusion(nn.Module):
         """`combine` where the boxes' scores `[B]` in [0, 1] are known; most fusions do not ask for them."""
         return self.combine(fg, context)
 
-    def forward(self, fg: Tensor, context: Tensor, has_fg: Tensor | None = None, objectness: Tensor | None = None) -> Tensor:
-        """`combine` or `weigh`, with the fallback: where `has_fg` (`[B]` bool) is False the row is `context[0]`, bit for bit."""
-        fused = self.combine(fg, context) if objectness is None else self.weigh(fg, context, objectness)
-        if has_fg is None:
-            return fused
-        return torch.where(has_fg[:, None], fused, context[0])
+    def forward(self, fg: Tensor, context: Tensor, objectness: Tensor | None = None) -> Tensor:
+        """`combine`, or `weigh` where the boxes' scores are given."""
+        return self.combine(fg, context) if objectness is None else self.weigh(fg, context, objectness)
 
     @torch.jit.ignore
     def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
@@ -103,10 +100,21 @@ def fused_logits(fusion: Fusion, logits: Mapping[str, Tensor]) -> tuple[str, Ten
     return (used[0], logits[used[0]], torch.stack([logits[b] for b in used[1:]])) if len(used) > 1 else None
 
 
+def fall_back(answer: Tensor, full: Tensor, has_fg: Tensor) -> Tensor:
+    """`answer` `[B, classes]` where an object was found (`has_fg` `[B]` bool), else the full branch's logits (L2R2 3.1)."""
+    return torch.where(has_fg[:, None], answer, full)
+
+
+def with_fallback(logits: Mapping[str, Tensor], has_fg: Tensor) -> dict[str, Tensor]:
+    """The logits of each branch as it answers: without an object the full branch answers for fg and bg, where there is one."""
+    full = logits.get("full")
+    return {b: z if b == "full" or full is None else fall_back(z, full, has_fg) for b, z in logits.items()}
+
+
 def fuse_branches(
     fusion: Fusion, logits: Mapping[str, Tensor], has_fg: Tensor | None = None, objectness: Tensor | None = None
 ) -> Tensor:
-    """Fuse the logits `[B, classes]` of whatever branches there are; THE rule of which branch answers where.
+    """Fuse the logits `[B, classes]` of whatever branches there are; the rule of which branch answers where.
 
     Rows without an object are the full branch's, also where it is not one of the branches that are fused; without a full branch
     they are fg's, which saw the whole image there. With fewer than two of the branches to fuse, nothing is fused: the first of
@@ -117,8 +125,8 @@ def fuse_branches(
     if found is None:
         return next(logits[b] for b in ("full", "bg", "fg") if b in logits)
     lead, first, others = found
-    fused = fusion(first, others, None, objectness if lead == "fg" else None)
-    return fused if has_fg is None else torch.where(has_fg[:, None], fused, logits.get("full", first))
+    fused = fusion(first, others, objectness if lead == "fg" else None)
+    return fused if has_fg is None else fall_back(fused, logits.get("full", first), has_fg)
 
 
 F = TypeVar("F", bound=type[Fusion])

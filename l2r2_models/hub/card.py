@@ -17,8 +17,6 @@ from .card_usage import localizer_facts, localizer_part, takes_boxes, usage
 from .markdown import code, plain
 
 BRANCH_WORDS = {"full": "the whole image", "fg": "the object, cut out of it", "bg": "the image without the object"}
-FG_WORDS = {"masked": "the object, the rest painted over", "late": "the object, the rest masked in the network",
-            "tokens": "the object alone, by its tokens", "parts": "the object's parts, which it finds itself"}  # fmt: skip
 FIT_WORDS = {"plain": "", "swapped": ", each object on the backgrounds of three other images",
              "both": ", half of them the images as they are, half each object on the backgrounds of three others"}  # fmt: skip
 COLUMNS = {"accuracy": "accuracy", "macro_accuracy": "macro accuracy", "worst_group": "worst group", "ece": "ECE",
@@ -162,7 +160,7 @@ def _is_own(row: str) -> bool:
 
 def _head(checkpoint: Checkpoint, repo: str) -> str:
     model = checkpoint.model
-    words = {**BRANCH_WORDS, "fg": FG_WORDS.get(model.view_spec.fg, BRANCH_WORDS["fg"])}
+    words = {**BRANCH_WORDS, "fg": model.view_spec.fg.words}
     looks = " and ".join(f"**{b}** ({words[b]})" for b in model.branches)
     if len(model.branches) > 1 and "fg" in model.branches:
         looks += " and combines the answers, so that a misleading background decides less; with no object the whole image answers"
@@ -212,8 +210,8 @@ def _label_list(labels: Sequence[str]) -> str:
 
 def _fg_views(checkpoint: Checkpoint) -> str:
     spec = checkpoint.model.view_spec
-    margin = f", margin {spec.margin:g}" if spec.fg in ("crop", "masked_crop") else ""
-    return f"; fg: {spec.fg}{margin}" if "fg" in checkpoint.model.branches else ""
+    margin = f", margin {spec.margin:g}" if spec.fg.crops else ""
+    return f"; fg: {spec.fg_mode}{margin}" if "fg" in checkpoint.model.branches else ""
 
 
 def _training(checkpoint: Checkpoint, facts: Facts) -> str:
@@ -293,7 +291,7 @@ def _limits(checkpoint: Checkpoint, facts: Facts) -> str:
         "It knows the classes above and no other: whatever it is shown, it names one of them.",
         "Figures are those of the data above; on other cameras, places and seasons they will differ. Measure on your own images.",
     ]
-    if checkpoint.model.view_spec.fg == "parts":
+    if checkpoint.model.finds_object:
         lines.append("The object is what the network takes for it; where that is nothing, the whole image answers.")
     elif takes_boxes(checkpoint.model):
         without = "answers" if "full" in checkpoint.model.branches else "counts as the object"

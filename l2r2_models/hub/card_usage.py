@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def takes_boxes(model: L2R2) -> bool:
     """Whether boxes change what the model sees."""
-    return model.branches != ("full",) and model.view_spec.fg != "parts"
+    return model.branches != ("full",) and not model.finds_object
 
 
 def usage(checkpoint: Checkpoint, repo: str, facts: Facts) -> str:
@@ -24,7 +24,7 @@ def usage(checkpoint: Checkpoint, repo: str, facts: Facts) -> str:
     model = checkpoint.model
     with_boxes = _predictor_usage(model, repo, _localizer_spec(checkpoint, facts)) if model.in_chans == 3 else ""
     alone = "is the whole-image head alone" if model.branches[0] == "full" else f"is the {model.branches[0]} head alone"
-    if model.view_spec.fg == "parts":
+    if model.finds_object:
         alone = "gives the fused answer, and needs no boxes: it finds the object itself"
     elif model.branches == ("full",):
         alone = "gives the same answer"

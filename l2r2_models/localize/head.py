@@ -11,7 +11,7 @@ from PIL.Image import Image
 from ..boxes.detections import Detections
 from ..errors import L2R2Error
 from ..models.box_head import FoundBoxes
-from ..views.cut import ViewSpec
+from ..views import ViewSpec
 from .base import Context, Spec
 from .model_based import Looking, full_view_map, one_box
 

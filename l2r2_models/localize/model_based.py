@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..boxes.detections import Detections, ViewMap
 from ..checkpoints.checkpoint import Checkpoint, load_checkpoint
-from ..views.cut import ViewSpec, make_views
+from ..views import ViewSpec, make_views
 from .base import Context, Localizer, Spec
 
 

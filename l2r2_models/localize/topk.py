@@ -13,7 +13,7 @@ from torch import Tensor
 from ..boxes.detections import Detections
 from ..errors import L2R2Error
 from ..models.l2r2 import L2R2
-from ..views.cut import make_views
+from ..views import make_views
 from .base import Localizer
 from .prompted import Prompted
 from .segment import Masked

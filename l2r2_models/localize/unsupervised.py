@@ -19,9 +19,8 @@ from torch.nn.functional import interpolate, normalize
 from ..boxes.detections import Detections, ViewMap
 from ..errors import L2R2Error
 from ..models.box_head import feature_map
-from ..models.ifam import IFAM
 from ..models.weights import create_pretrained
-from ..views.cut import ViewSpec
+from ..views import ViewSpec
 from .base import Context, Localizer, Option, Spec, number, whole
 from .model_based import Looking, one_box
 
@@ -121,7 +120,7 @@ class Parts(Looking):
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
-        if not isinstance(self.model, IFAM):
+        if not self.model.finds_object:
             raise L2R2Error(f"{self.checkpoint.name}: finds no parts; that is what the ifam models do.")
 
     @torch.inference_mode()

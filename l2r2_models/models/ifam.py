@@ -11,11 +11,11 @@ from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from ..errors import L2R2Error
-from ..views.cut import ViewSpec, batch_masks
+from ..views import ViewSpec, batch_masks
 from .ifam_script import ScriptedIFAM
 from .l2r2 import L2R2, L2R2Output
 from .masking import check_mask, check_tokens_backbone, embed_tokens, kept_patches, patch_grid, pool_tokens, run_tokens
-from .parts import PartDiscovery, PartMaps
+from .parts import PartDiscovery, PartMaps, PartWeights, part_losses
 
 
 class IFAM(L2R2):
@@ -43,6 +43,7 @@ class IFAM(L2R2):
     """
 
     fresh = ("fusion.", "parts.", "heads.full.")
+    finds_object = True
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class IFAM(L2R2):
             raise L2R2Error(f"The branches of an ifam model are full (stage 1) and fg (stage 2), not {branches}.")
         config = with_threshold({"name": fusion} if isinstance(fusion, str) else fusion)
         if options.get("views") is None:
-            options.setdefault("fg_kind", "parts")
+            options.setdefault("fg_mode", "parts")
         super().__init__(backbone, num_classes, in_chans, fusion=config, **options)
         self.parts = PartDiscovery(self.num_features, num_parts, part_dropout)
         self.parts.to(device=options.get("device"), dtype=options.get("dtype"))
@@ -91,6 +92,7 @@ class IFAM(L2R2):
         *,
         bg: Tensor | None = None,
         mask: Tensor | None = None,
+        objectness: Tensor | None = None,
     ) -> L2R2Output:
         """Logits of both stages, their fusion, and the parts.
 
@@ -99,6 +101,7 @@ class IFAM(L2R2):
             fg, bg: none; stage 2 sees `full`.
             has_fg: `[B]` bool, False where stage 2 is not to be asked.
             mask: `[B, h, w]`, bool or in 0..1: what stage 2 sees instead of the parts.
+            objectness: `[B]` in [0, 1], see `L2R2.forward_views`.
 
         Returns:
             L2R2Output; `has_fg` is False where stage 2 kept no patch.
@@ -119,7 +122,8 @@ class IFAM(L2R2):
             tokens = embed_tokens(self.backbone_of("fg"), full)
         z_fg, seen = self._stage2(tokens, found, by_hand=mask is not None)
         seen = seen if has_fg is None else seen & has_fg
-        return L2R2Output(z_full, z_fg, self.fuse({"full": z_full, "fg": z_fg}, seen), None, seen, found)
+        fused = self.fuse({"full": z_full, "fg": z_fg}, seen, objectness)
+        return L2R2Output(z_full, z_fg, fused, None, seen, found)
 
     def forward_branches(self, mask: Tensor | None = None, **views: Tensor | None) -> dict[str, Tensor]:
         """Logits `[B, classes]` of `full` and `fg`; see `forward_views`."""
@@ -197,6 +201,17 @@ class IFAM(L2R2):
         given = {"drop_parts": list(self.dropped_parts), "token_quantile": self.token_quantile}
         return {name: value for name, value in given.items() if value}
 
+    @torch.jit.ignore
+    def extra_losses(self, out: L2R2Output, views: Mapping[str, Tensor], weights: PartWeights) -> dict[str, Tensor]:
+        """The losses that shape the parts, see `part_losses`."""
+        assert out.parts is not None
+        return part_losses(out.parts, weights, views["full"], self.find_parts)
+
+    @torch.jit.ignore
+    def after_training(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Store the quantiles of the parts' logits over the training images."""
+        self.store_quantiles(batch["full"] for batch in batches)
+
     @torch.no_grad()
     def store_quantiles(self, images: Iterable[Tensor]) -> None:
         """Store the quantiles that `intervened(token_quantile=...)` needs, over training images `[B, C, S, S]`."""
@@ -208,8 +223,8 @@ class IFAM(L2R2):
     # ---- what differs from L2R2 ----
 
     def _check_views(self, spec: ViewSpec) -> None:
-        if spec.fg != "parts":
-            raise L2R2Error(f'An ifam model finds its object itself: its fg is "parts", not "{spec.fg}".')
+        if not spec.fg.finds_object:
+            raise L2R2Error(f'An ifam model finds its object itself: its fg_mode is "parts", not "{spec.fg_mode}".')
         for branch in self.branches:
             check_tokens_backbone(self.backbone_of(branch), self.backbone_name)
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..fusion import fall_back
+
 
 class ScriptedIFAM(nn.Module):
     """The prediction of an `IFAM` without boxes, written with what TorchScript knows: stage 2 sees all tokens, masked as keys.
@@ -47,7 +49,7 @@ class ScriptedIFAM(nn.Module):
         for block in self.second.blocks:
             tokens = block(tokens, keys)
         fg = self.fg(self.second.head_drop(self.second.fc_norm(self._pool(self.second.norm(tokens), keep))))
-        return self.fusion(fg, full[None], seen)
+        return fall_back(self.fusion(fg, full[None]), full, seen)
 
     def _pool(self, tokens: Tensor, keep: Tensor) -> Tensor:
         """The class token, or the mean of kept patches, as the ViT pools."""

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ..errors import L2R2Error
 from ..fusion import Fusion, create_fusion, fuse_branches
-from ..views.cut import IN_NETWORK, ViewSpec, batch_masks, cut_batch
+from ..views import ViewSpec, batch_masks, cut_batch
 from .backbones import check_backbone_arguments, check_view_size, feature_info, unknown_backbone
 from .box_head import BoxHead, FoundBoxes, features_and_maps, map_channels
 from .masking import check_late_backbone, check_mask, check_tokens_backbone, late_features, token_features
-from .parts import PartMaps
+from .parts import PartMaps, PartWeights
 from .timm_contract import TimmContract
 
 BRANCHES = ("full", "fg", "bg")
@@ -27,15 +27,15 @@ BOX_THRESHOLD = 0.2  # objectness below which a box counts as not found, where n
 class L2R2Output(NamedTuple):
     """Logits `[B, classes]` of each branch and of their fusion; None for a branch that the model does not have.
 
-    `has_fg` `[B]` bool tells the rows where fg saw an object: what was given, without the rows whose mask keeps nothing inside
-    the network. None: all of them. `located` is what a box head found in the full view.
+    `has_fg` `[B]` bool tells in which rows fg saw an object: what was given, without the rows whose mask keeps nothing inside
+    the network. `located` is what a box head found in the full view.
     """
 
     full: Tensor | None
     fg: Tensor | None
     fused: Tensor
-    bg: Tensor | None = None
-    has_fg: Tensor | None = None
+    bg: Tensor | None
+    has_fg: Tensor
     parts: PartMaps | None = None
     located: FoundBoxes | None = None
 
@@ -69,7 +69,7 @@ class L2R2(TimmContract):
         shared: one backbone for all branches; False gives each branch its own (the paper's independent networks).
         fusion: name or config of a fusion (`l2r2_models.fusion`). The default threshold of `robust` is not fitted.
         views: how views are cut, a `ViewSpec` or its dict; by default made from the pretrained cfg.
-        fg_kind: what the fg branch sees, the `fg` of `ViewSpec`; replaces that of `views`.
+        fg_mode: what the fg branch sees, the `fg` of `ViewSpec`; replaces that of `views`.
         box_head: a trained head finds the object's box in the full view, see `BoxHead`.
         drop_rate: dropout before the heads.
         device, dtype: of every parameter and buffer.
@@ -79,7 +79,8 @@ class L2R2(TimmContract):
         L2R2Error: an unknown backbone, branch, fusion or view field, or a backbone that cannot be masked as asked for.
     """
 
-    __jit_unused_properties__ = ("view_spec",)
+    __jit_unused_properties__ = ("view_spec", "takes_mask")
+    finds_object = False  # whether the network finds its object itself, without boxes or masks
     fresh: tuple[str, ...] = ("fusion.", "box_head.")  # what no checkpoint of timm has: these stay as the model was built
 
     def __init__(
@@ -92,7 +93,7 @@ class L2R2(TimmContract):
         shared: bool = True,
         fusion: str | Mapping[str, Any] = "robust",
         views: ViewSpec | Mapping[str, Any] | None = None,
-        fg_kind: str | None = None,
+        fg_mode: str | None = None,
         box_head: bool = False,
         drop_rate: float = 0.0,
         device: Any = None,
@@ -111,8 +112,8 @@ class L2R2(TimmContract):
         self.num_classes = num_classes
         self.in_chans = in_chans
         spec = ViewSpec.from_dict(views) if isinstance(views, Mapping) else views
-        self._view_spec = ViewSpec.from_dict({**spec.to_dict(), "fg": fg_kind}) if spec is not None and fg_kind else spec
-        self._fg_kind = fg_kind or "crop"
+        self._view_spec = ViewSpec.from_dict({**spec.to_dict(), "fg_mode": fg_mode}) if spec is not None and fg_mode else spec
+        self._fg_mode = fg_mode or "crop"
 
         def build() -> Any:  # a timm model has more methods than nn.Module knows
             return timm.create_model(backbone, num_classes=0, in_chans=in_chans, drop_rate=drop_rate, **backbone_kwargs)
@@ -179,7 +180,7 @@ class L2R2(TimmContract):
         for branch in self.branches:
             if branch == "full":
                 views[branch] = x
-            elif branch == "fg" and spec.fg in IN_NETWORK:
+            elif branch == "fg" and spec.fg.in_network:
                 views["mask"], has_fg = batch_masks(x, boxes)
                 views["fg" if "full" not in self.branches else "full"] = x
             else:
@@ -202,6 +203,7 @@ class L2R2(TimmContract):
         *,
         bg: Tensor | None = None,
         mask: Tensor | None = None,
+        objectness: Tensor | None = None,
     ) -> L2R2Output:
         """Logits of the branches whose view is given, and their fusion.
 
@@ -211,6 +213,7 @@ class L2R2(TimmContract):
             mask: `[B, h, w]` of any size (see `masking.coverage`), bool or in 0..1, the object in the whole image, for an fg
                 that is masked inside the network (`late`, `tokens`). The image is `fg` if that is given too, else `full`. A
                 row whose mask keeps nothing counts as not found.
+            objectness: `[B]` in [0, 1], the boxes' scores, for a fusion that weighs them; None: every box counts as certain.
 
         Returns:
             L2R2Output of `[B, classes]` logits. With one view given, `fused` is that branch.
@@ -219,9 +222,12 @@ class L2R2(TimmContract):
             L2R2Error: a branch that the model lacks, no view, or a mask that does not fit.
         """
         logits, seen, located = self._branch_logits({"full": full, "fg": fg, "bg": bg}, mask)
+        given = next(iter(logits.values()))
+        if has_fg is None:
+            has_fg = torch.ones(given.shape[0], dtype=torch.bool, device=given.device)
         if seen is not None:
-            has_fg = seen if has_fg is None else has_fg & seen
-        fused = self.fuse(logits, has_fg)
+            has_fg = has_fg & seen
+        fused = self.fuse(logits, has_fg, objectness)
         return L2R2Output(logits.get("full"), logits.get("fg"), fused, logits.get("bg"), has_fg, None, located)
 
     @torch.jit.ignore
@@ -262,14 +268,14 @@ class L2R2(TimmContract):
     def _masked_features(self, given: Mapping[str, Tensor], mask: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         """fg features of the object in the whole image; late masking has those of `full` from the same pass."""
         spec = self.view_spec
-        if spec.fg not in ("late", "tokens") or "fg" not in self.branches:
-            raise L2R2Error(f'A mask belongs to an fg branch of kind "late" or "tokens"; this model has "{spec.fg}".')
+        if not self.takes_mask:
+            raise L2R2Error(f'A mask belongs to an fg branch of mode "late" or "tokens"; this model has "{spec.fg_mode}".')
         image = given.get("fg", given.get("full"))
         if image is None:
             raise L2R2Error("A mask needs the whole image: give full, or fg.")
         mask = check_mask(mask, image.shape[0]).to(image.device)
         backbone = self.backbone_of("fg")
-        if spec.fg == "tokens":
+        if spec.fg.drops_tokens:
             masked, seen = token_features(backbone, image, mask, spec.coverage)
             return {"fg": masked}, seen
         whole, masked, seen = late_features(backbone, image, mask, spec)
@@ -280,16 +286,29 @@ class L2R2(TimmContract):
     def fuse(
         self, logits: Mapping[str, Tensor], has_fg: Tensor | None = None, objectness: Tensor | None = None
     ) -> Tensor:
-        """Fuse branch logits `[B, classes]` that were computed before; what `forward_views` does after the network, but for the
-        boxes' scores `[B]`, see `fuse_branches`."""
+        """Fuse branch logits `[B, classes]` that were computed before, as `forward_views` does; see `fuse_branches`."""
         return fuse_branches(self.fusion, logits, has_fg, objectness)
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether `forward_views` needs the object's mask, because fg is masked inside the network."""
+        return "fg" in self.branches and self.view_spec.fg.takes_mask
+
+    @torch.jit.ignore
+    def extra_losses(self, out: L2R2Output, views: Mapping[str, Tensor], weights: PartWeights) -> dict[str, Tensor]:
+        """Losses beside the branches' cross-entropies in training, by name; none for most models."""
+        return {}
+
+    @torch.jit.ignore
+    def after_training(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """What the model computes from its training views, without augmentation, once it is trained; nothing for most."""
 
     @property
     def view_spec(self) -> ViewSpec:
         """How this model's views are cut; saved with the checkpoint."""
         side = self.backbone_kwargs.get("img_size")
         own = {"size": side} if isinstance(side, int) else {}
-        return self._view_spec or ViewSpec.from_pretrained_cfg(self.pretrained_cfg, fg=self._fg_kind, **own)
+        return self._view_spec or ViewSpec.from_pretrained_cfg(self.pretrained_cfg, fg_mode=self._fg_mode, **own)
 
     @view_spec.setter
     def view_spec(self, spec: ViewSpec) -> None:
@@ -299,13 +318,15 @@ class L2R2(TimmContract):
     def _check_views(self, spec: ViewSpec) -> None:
         """Whether the backbone takes views of this size, and can be masked as the spec says."""
         check_view_size(self.backbone, self.backbone_name, spec.size)
-        if self.box_head is not None and ("full" not in self.branches or spec.fg in IN_NETWORK):
-            raise L2R2Error(f'A box head needs a full branch and an fg that is cut out, not fg "{spec.fg}" of {self.branches}.')
-        if spec.fg == "parts":
-            raise L2R2Error('fg "parts" belongs to the ifam models, which find the parts of an object; choose another kind.')
-        if "fg" in self.branches and spec.fg == "tokens":
+        if self.box_head is not None and ("full" not in self.branches or spec.fg.in_network):
+            raise L2R2Error(
+                f'A box head needs a full branch and an fg that is cut out, not fg_mode "{spec.fg_mode}" of {self.branches}.'
+            )
+        if spec.fg.finds_object:
+            raise L2R2Error('fg_mode "parts" belongs to the ifam models, which find the parts of an object; choose another kind.')
+        if "fg" in self.branches and spec.fg.drops_tokens:
             check_tokens_backbone(self.backbone_of("fg"), self.backbone_name)
-        if "fg" in self.branches and spec.fg == "late":
+        if "fg" in self.branches and spec.fg_mode == "late":
             check_late_backbone(self.backbone_of("fg"), self.backbone_name, spec)
 
     def arguments(self) -> dict[str, Any]:

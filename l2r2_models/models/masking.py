@@ -14,7 +14,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import L2R2Error
-from ..views.cut import ViewSpec
+from ..views import ViewSpec
 from .backbones import feature_info
 
 

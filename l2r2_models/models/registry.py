@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import FORMAT_VERSION, check_format, crop_mode
 from ..errors import L2R2Error
-from ..views.cut import ViewSpec
+from ..views import ViewSpec
 from .backbones import unknown_backbone
 from .hub_configs import HubConfig, load_hub_configs
 from .ifam import IFAM
@@ -50,6 +50,11 @@ ARCHITECTURES |= {f"l2r2_efficientnet_lite{n}": f"tf_efficientnet_lite{n}" for n
 _VITS = [*(f"vit_{s}_patch16_224" for s in ("small", "base")), *(f"vit_{s}_patch14_reg4_dinov2" for s in ("small", "base"))]
 ARCHITECTURES |= {f"{MASKED}{vit}": vit for vit in _VITS}
 ARCHITECTURES |= {f"{PARTS}{vit}": vit for vit in ("vit_tiny_patch16_224", *_VITS[2:])}
+
+
+def model_class(architecture: str) -> type[L2R2]:
+    """The class of a registered architecture."""
+    return IFAM if architecture.startswith(PARTS) else L2R2
 
 
 def timm_cfgs(backbone: str) -> dict[str, PretrainedCfg]:
@@ -181,9 +186,9 @@ def _create(
     installed = overlay(source) if pretrained and source else {}
     kwargs["pretrained_cfg_overlay"] = {**names, **installed, **(kwargs.get("pretrained_cfg_overlay") or {})}
     if architecture.startswith(MASKED) and kwargs.get("views") is None:
-        kwargs.setdefault("fg_kind", "tokens")
+        kwargs.setdefault("fg_mode", "tokens")
     model = build_model_with_cfg(
-        IFAM if architecture.startswith(PARTS) else L2R2,
+        model_class(architecture),
         architecture,
         pretrained,
         pretrained_filter_fn=load_filter,
@@ -209,7 +214,7 @@ def _entrypoint(architecture: str, backbone: str) -> Callable[..., L2R2]:
         return _create(architecture, pretrained, backbone=backbone, **kwargs)
 
     create.__name__ = create.__qualname__ = architecture
-    kind = "IFAM" if architecture.startswith(PARTS) else "L2R2"
+    kind = model_class(architecture).__name__
     create.__doc__ = f"{kind} on timm's `{backbone}`; see `l2r2_models.{kind}` for the arguments."
     return register_model(create)
 

@@ -20,7 +20,7 @@ from ..images import ImageSource, load_image, load_mask
 from ..localize import Localizer, create_localizer
 from ..localize.head import Head, detections_of
 from ..models.l2r2 import L2R2Output
-from ..views.cut import make_views
+from ..views import make_views
 from .finite import checked
 from .prediction import Answer, ObjectPrediction, Prediction, product, why_full, why_fused
 
@@ -284,21 +284,17 @@ class Predictor:
             device=self.device,
         )
         if full is None:
-            output = self.model.forward_views(**views.inputs())
-            seen = views.has_fg if output.has_fg is None else output.has_fg
-            return output._replace(fused=self.model.fuse(output.branches(), seen, scores)), seen.tolist()
-        logits, seen = {"full": full}, views.has_fg
-        if len(self.model.branches) > 1:
-            output = self.model.forward_views(**views.inputs())
-            logits.update(output.branches())
-            seen = seen if output.has_fg is None else output.has_fg
-        fused = self.model.fuse(logits, seen, scores)
-        return L2R2Output(full, logits.get("fg"), fused, logits.get("bg")), seen.tolist()
+            output = self.model.forward_views(**views.inputs(), objectness=scores)
+            return output, output.has_fg.tolist()
+        cut = {branch: getattr(views, branch) for branch in self.model.branches if branch != "full"}
+        logits = {"full": full, **(self.model.forward_branches(**cut) if cut else {})}
+        fused = self.model.fuse(logits, views.has_fg, scores)
+        return L2R2Output(full, logits.get("fg"), fused, logits.get("bg"), views.has_fg), views.has_fg.tolist()
 
     def _usable(self, item: _Item) -> tuple[Detections | None, str]:
         """The boxes to classify, or None and why there are none (METHOD.md 2)."""
         detections = item.boxes
-        if self.model.view_spec.fg == "parts":
+        if self.model.finds_object:
             return None, "the network found no part of an object"  # it looks for itself; boxes are not used
         if item.localizer_failure is not None:
             return None, f"{LOCALIZER_FAILED} ({item.localizer_failure})"

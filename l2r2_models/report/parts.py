@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw, ImageFont
 from ..evaluate.evaluator import Judged
 from ..evaluate.logits import Progress
 from ..evaluate.parts import FoundParts, find_parts
-from ..models.ifam import IFAM
 from .html import Cell, Picture, Section, gallery, percent, table
 
 MOST, SHOWN = 128, 12  # images that are looked at, and of them drawn
@@ -22,7 +21,7 @@ TINT, DARK = 0.5, 0.6  # how much of a part's colour lies over its patches, how 
 def parts_section(judged: Judged, progress: Progress) -> list[Section]:
     """A section for an ifam model, none for others."""
     model = judged.checkpoint.model
-    if not isinstance(model, IFAM):
+    if not model.finds_object:
         return []
     found = find_parts(judged.checkpoint, judged.data.table, MOST, progress)
     kept = 100 * found.keep.float().mean().item()

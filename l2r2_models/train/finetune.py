@@ -23,7 +23,7 @@ from ..locks import only_writer
 from ..models.l2r2 import L2R2
 from ..models.masking import kept_patches, patch_grid
 from ..runs import CHECKPOINTS, RECIPE, RUN, check_place, finished, surroundings
-from ..views.cut import make_views
+from ..views import make_views
 from .init import Start
 from .models import create_model
 from .optimizers import check_optimizer
@@ -274,7 +274,7 @@ def _check(
         raise L2R2Error(f"{train.root}: a class lost all of its images; the classes left are {names}.")
     if val and all(row.path in check.bad for row in val.rows):
         raise L2R2Error(f"{val.root}: no validation image can be read.")
-    looks_at_objects = [b for b in recipe.branches if b != "full" and model.view_spec.fg != "parts"]
+    looks_at_objects = [b for b in recipe.branches if b != "full" and not model.finds_object]
     if looks_at_objects and not any(row.path in check.with_box for row in train.rows):
         raise L2R2Error(
             f"{train.root}: no training image has a box or mask that can be used (inside the image, not empty, score at "
@@ -287,10 +287,10 @@ def _check(
 def _shows(model: L2R2, sample: Sample) -> bool:
     """Whether the model's fg sees anything of a sample's object: of a small one, token masks may keep no patch."""
     spec = model.view_spec
-    if "fg" not in model.branches or spec.fg in ("crop", "parts"):
+    if "fg" not in model.branches or not (spec.fg.erases or spec.fg.takes_mask):
         return sample.has_box
     views = make_views([sample.pixels], sample.box[None], spec, branches=("fg",), masks=[sample.mask])
-    if spec.fg != "tokens":
+    if not spec.fg.drops_tokens:
         return bool(views.has_fg)
     assert views.mask is not None
     grid = patch_grid(model.backbone_of("fg"), spec.size, spec.size)

@@ -17,13 +17,12 @@ from ..checkpoints.checkpoint import WEIGHTS, check_config, check_hash, local_fo
 from ..errors import L2R2Error
 from ..hub.card import Source, source_of_training
 from ..io import file_sha256
-from ..models.ifam import IFAM
 from ..models.l2r2 import L2R2
 from ..models.registry import backbone_weights, classifier_name
 from ..runs import RUN, record_of
-from ..views.cut import ViewSpec
+from ..views import ViewSpec
 
-OF_RECIPE = ("fg", "margin", "late_stage", "late_pool", "coverage", "size")  # what a recipe says of the views
+OF_RECIPE = ("fg_mode", "margin", "late_stage", "late_pool", "coverage", "size")  # what a recipe says of the views
 NOT_OF_BACKBONE = ("views", "fusion", "format_version", "in_chans", "img_size", "num_classes")
 
 
@@ -80,7 +79,7 @@ class Start:
         if self.is_ours:
             keys = {key: arguments.pop(key) for key in ("branches", "shared", "box_head", "num_parts") if key in arguments}
             views = self.config["l2r2"]["views"]
-            keys.update({key: views[key] for key in OF_RECIPE if key in views and (key, views[key]) != ("fg", "parts")})
+            keys.update({key: views[key] for key in OF_RECIPE if key in views and (key, views[key]) != ("fg_mode", "parts")})
             keys.update({key: v for key, v in self._training().get("recipe", {}).items() if key == "box_threshold"})
             if architecture == "l2r2":
                 architecture = f"timm:{arguments.pop('backbone')}"
@@ -208,7 +207,7 @@ class Start:
         Stage 1 of iFAM has a head of another kind, for parts.
         """
         if self.is_ours:
-            of_parts = "full" if _has_parts(state) and not isinstance(model, IFAM) else None
+            of_parts = "full" if _has_parts(state) and not model.finds_object else None
             sources = {b: _inside(state, f"heads.{b}.") for b in self.config["l2r2"]["branches"] if b != of_parts}
         else:
             try:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..fusion import with_fallback
 from ..models.box_head import box_losses
-from ..models.ifam import IFAM
 from ..models.l2r2 import BRANCHES, L2R2
-from ..models.parts import PartWeights, part_losses
+from ..models.parts import PartWeights
 from .mixup import Mix
 
 
@@ -85,8 +85,7 @@ class BranchLoss(nn.Module):
             for branch in views:
                 views[branch], targets[branch] = self.mix(views[branch], labels, rows[branch])
         out = self.model.forward_views(**views, has_fg=has_fg, mask=mask)
-        if out.has_fg is not None:  # without the rows of which the network's mask keeps nothing
-            rows.update(fg=out.has_fg, bg=out.has_fg)
+        rows.update(fg=out.has_fg, bg=out.has_fg)  # without the rows whose mask keeps nothing in the network
         logits = {branch: z.float() for branch, z in out.branches().items()}  # float32 under autocast too
         losses = []
         for branch, z in logits.items():
@@ -97,13 +96,10 @@ class BranchLoss(nn.Module):
             if looked_for is not None:
                 of_object = of_object * looked_for
             losses += [of_box.sum() / _count(has_fg, counts, 1), of_object.sum() / _count(torch.ones_like(has_fg), counts, 0)]
-        if self.training and isinstance(self.model, IFAM) and out.parts is not None:
-            terms = part_losses(out.parts, self.part_weights, views["full"], self.model.find_parts)
+        if self.training:
             part_of_batch = 1 if counts is None else len(labels) / counts[0]
-            losses += [term * part_of_batch for term in terms.values()]
-        if "full" in logits:
-            logits = {branch: torch.where(rows[branch][:, None], z, logits["full"]) for branch, z in logits.items()}
-        return {"loss": torch.stack(losses).sum(), "fused": out.fused.float(), **logits}
+            losses += [term * part_of_batch for term in self.model.extra_losses(out, views, self.part_weights).values()]
+        return {"loss": torch.stack(losses).sum(), "fused": out.fused.float(), **with_fallback(logits, out.has_fg)}
 
     def _sum(self, logits: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
         each = nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)

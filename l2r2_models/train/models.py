@@ -9,8 +9,8 @@ import torch
 
 from ..errors import L2R2Error
 from ..models.l2r2 import L2R2
-from ..models.registry import PARTS
-from ..views.cut import IN_NETWORK, ViewSpec
+from ..models.registry import ARCHITECTURES, model_class
+from ..views import ViewSpec
 from .init import Start
 from .recipe import Recipe
 
@@ -25,7 +25,7 @@ def create_model(recipe: Recipe, num_classes: int, start: Start | None = None) -
     if name.startswith("timm:"):
         name, backbone = "l2r2", {"backbone": name.removeprefix("timm:")}
     architecture = name.split(".")[0]
-    if not timm.is_model(architecture) or not (architecture == "l2r2" or architecture.startswith(("l2r2_", PARTS))):
+    if architecture not in ARCHITECTURES and architecture != "l2r2":
         raise L2R2Error(f'Unknown model "{recipe.model}"; `l2r2 list` shows the models, and timm:NAME takes any timm backbone.')
     try:
         cfg = timm.models.get_pretrained_cfg(backbone.get("backbone", name))
@@ -40,11 +40,11 @@ def create_model(recipe: Recipe, num_classes: int, start: Start | None = None) -
     options.update(recipe.backbone or {})
     options.update({key: rate for key, rate in (("drop_rate", recipe.drop), ("drop_path_rate", recipe.drop_path)) if rate})
     if recipe.box_head:
-        if architecture.startswith(PARTS):
+        if model_class(architecture).finds_object:
             raise L2R2Error(f"{recipe.model} finds its object itself; a box head belongs to models that cut fg out.")
         options["box_head"] = True
     if recipe.num_parts is not None:
-        if not architecture.startswith(PARTS):
+        if not model_class(architecture).finds_object:
             raise L2R2Error(f"num_parts belongs to the ifam models, not to {recipe.model}.")
         options["num_parts"] = recipe.num_parts
     if recipe.size and cfg is not None and cfg.fixed_input_size:
@@ -60,18 +60,20 @@ def create_model(recipe: Recipe, num_classes: int, start: Start | None = None) -
         raise L2R2Error(f"{recipe.model} cannot be created ({what}){hint}.") from error
     changes = {name: getattr(recipe, name) for name in ("margin", "late_stage", "late_pool", "coverage")}
     given = {name: getattr(recipe, name) for name in ("bg", "square", "fill", "interpolation", "mode", "size")}
-    changes.update(fg=recipe.fg or model.view_spec.fg, **{name: value for name, value in given.items() if value is not None})
+    changes["fg_mode"] = recipe.fg_mode or model.view_spec.fg_mode
+    changes.update({name: value for name, value in given.items() if value is not None})
     used_to = start.views() if start else {}
     changes = {**(used_to if start and start.is_ours else {}), **changes}
     model.view_spec = ViewSpec.from_pretrained_cfg({**model.pretrained_cfg, **used_to}, **changes)
-    if (recipe.mixup or recipe.cutmix) and model.view_spec.fg in IN_NETWORK:
-        raise L2R2Error(f'mixup and cutmix mix images, but not the masks that fg "{model.view_spec.fg}" needs; leave them out.')
-    if model.view_spec.fg in ("tokens", "parts") and (recipe.backbone or {}).get("attn_drop_rate"):
-        raise L2R2Error(f'attn_drop_rate does not run with fg "{model.view_spec.fg}", which drops tokens; leave one of both out.')
+    fg = model.view_spec.fg
+    if (recipe.mixup or recipe.cutmix) and fg.in_network:
+        raise L2R2Error(f'mixup and cutmix mix images, but not the masks that fg_mode "{fg.name}" needs; leave them out.')
+    if fg.drops_tokens and (recipe.backbone or {}).get("attn_drop_rate"):
+        raise L2R2Error(f'attn_drop_rate does not work with fg_mode "{fg.name}", which drops tokens; use one or the other.')
     _try_out(model, recipe)
     if recipe.grad_checkpointing:
-        if model.view_spec.fg == "late" and recipe.late_stage == "before_last":
-            raise L2R2Error("grad_checkpointing does not run with late_stage before_last; leave one of both out.")
+        if fg.name == "late" and recipe.late_stage == "before_last":
+            raise L2R2Error("grad_checkpointing does not work with late_stage before_last; use one or the other.")
         try:
             model.set_grad_checkpointing(True)
         except AssertionError as error:
@@ -86,9 +88,8 @@ def _try_out(model: L2R2, recipe: Recipe) -> None:
         with torch.inference_mode():
             size = model.view_spec.size
             view = torch.zeros(2, model.in_chans, size, size)
-            masked = "fg" in model.branches and model.view_spec.fg in ("late", "tokens")
-            views = [b for b in model.branches if b != "fg" or model.view_spec.fg != "parts"]
-            model.forward_branches(torch.ones(2, size, size) if masked else None, **dict.fromkeys(views, view))
+            views = [b for b in model.branches if b != "fg" or not model.finds_object]
+            model.forward_branches(torch.ones(2, size, size) if model.takes_mask else None, **dict.fromkeys(views, view))
     except (RuntimeError, AssertionError, ValueError) as error:
         what = " ".join(str(error).split())[:200]
         raise L2R2Error(f"{recipe.model} does not take views of {model.view_spec.size} pixels ({what}).") from error

@@ -42,8 +42,8 @@ class Recipe:
         box_head: also train a head that finds the object's box, from the boxes of the rows; rows in which none was found are its
             negatives, those where nobody looked (a localizer failed, a box file does not name the image) teach it nothing.
         grad_checkpointing: compute activations again in the backward pass instead of keeping them; less memory.
-        fg, bg, square, fill, interpolation, mode: see `ViewSpec`; None is the model's own.
-        margin, late_stage, late_pool, coverage, size: see `ViewSpec`; fg None is the model's own kind, size None its own
+        fg_mode, bg, square, fill, interpolation, mode: see `ViewSpec`; None is the model's own.
+        margin, late_stage, late_pool, coverage, size: see `ViewSpec`; fg_mode None is the model's own kind, size None its own
             input size.
         box_threshold: boxes with a lower score count as not found.
         val_fraction, val_group, val_from: hold so many training rows out for validation, see `hold_out` (`take` is val_from); 0
@@ -88,7 +88,7 @@ class Recipe:
     box_head: bool = False
     grad_checkpointing: bool = False
     # views and rows
-    fg: str | None = None
+    fg_mode: str | None = None
     bg: str | None = None
     square: bool | None = None
     fill: tuple[int, ...] | None = None

@@ -25,7 +25,6 @@ from ..data.dataset import ViewDataset
 from ..data.table import ImageTable
 from ..errors import L2R2Error
 from ..io import write_atomic
-from ..models.ifam import IFAM
 from ..models.l2r2 import BRANCHES, L2R2
 from ..runs import CHECKPOINTS, LOGS, last_checkpoint
 from .batches import EpochBatches
@@ -204,10 +203,10 @@ def _run(trainer: BranchTrainer, checkpoint: str | None) -> Trained:
         trainer.train(resume_from_checkpoint=checkpoint)
     best, epochs = trainer.best(), trainer.state.global_step // steps
     trainer.use_chosen_weights()
-    if isinstance(trainer.model.model, IFAM):
-        plain = trainer.train_dataset.without_augmentation()
-        rows = DataLoader(plain, trainer.recipe.batch_size, num_workers=trainer.recipe.workers)
-        trainer.model.model.store_quantiles(item["full"].to(trainer.args.device) for item in rows)
+    rows = DataLoader(
+        trainer.train_dataset.without_augmentation(), trainer.recipe.batch_size, num_workers=trainer.recipe.workers
+    )
+    trainer.model.model.after_training({k: v.to(trainer.args.device) for k, v in item.items()} for item in rows)
     measured = trainer.evaluate() if trainer.eval_dataset is not None else {}
     metrics = {k.removeprefix("eval_"): v for k, v in measured.items() if k.endswith("accuracy")}
     return Trained(metrics, best, epochs, continued)

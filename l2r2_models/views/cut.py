@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from l2r2_kernels import roi_views
@@ -13,113 +12,10 @@ from l2r2_kernels.roi_views.reference import integer_boxes
 from torch import Tensor
 
 from ..errors import L2R2Error
+from .spec import ViewSpec
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-CHOICES = {
-    "fg": ("crop", "masked_crop", "masked", "late", "tokens", "parts"),
-    "bg": ("shape", "box"),
-    "interpolation": ("bilinear", "bicubic"),
-    "mode": ("float", "pil"),
-    "late_stage": ("last", "before_last"),
-    "late_pool": ("mask", "all", "token"),
-}
-MOST_SIZE = 4096
-IN_NETWORK = ("late", "tokens", "parts")  # kinds of fg that look at the whole image and are masked by the network
-
-
-@dataclass(frozen=True)
-class ViewSpec:
-    """How views are cut. Saved in the checkpoint; training, prediction, evaluation and export all cut by it.
-
-    The order is: mask, crop to the box, pad to a centred square with `fill`, resize, normalise (METHOD.md 1; L2R2 B.2).
-
-    Attributes:
-        size: side of the square view in pixels.
-        fg: `crop` (cut to the box), `masked_crop` (background replaced by `fill`, then cut) or `masked` (background
-            replaced, not cut); or masked inside the network, which gets the whole image with the object's mask: `late`
-            (features outside of the object are zeroed), `tokens` (patches outside are left out of a ViT) or `parts` (the
-            network finds the object itself, see `IFAM`). Where no mask is given, the box is the mask.
-        bg: `shape` (object pixels replaced; without a mask the same as `box`) or `box` (its box replaced, which a mask that
-            sticks out of it makes larger).
-        margin: how far the fg box grows at each end, relative to its side.
-        square: pad to a square before the resize; False stretches. Holds for the full view too.
-        fill: RGB levels (0-255) of padding and of replaced pixels.
-        interpolation: `bilinear` or `bicubic`, antialiased.
-        mode: `float`, or `pil`, which rounds as Pillow does, bit for bit (squares only).
-        mean, std: normalisation of pixels in [0, 1].
-        late_stage: `late` masks the output of the `last` stage, or of the one `before_last`, which then runs twice.
-        late_pool: `late` pools by the masked mean (`mask`), over all positions with zeros outside (`all`), or by a ViT's
-            class token (`token`, with before_last).
-        coverage: `tokens` keeps a patch that the object covers by at least so much of its area.
-    """
-
-    size: int = 224
-    fg: Literal["crop", "masked_crop", "masked", "late", "tokens", "parts"] = "crop"
-    bg: Literal["shape", "box"] = "shape"
-    margin: float = 0.0
-    square: bool = True
-    fill: tuple[int, int, int] = (124, 116, 104)
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    mode: Literal["float", "pil"] = "float"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    late_stage: Literal["last", "before_last"] = "last"
-    late_pool: Literal["mask", "all", "token"] = "mask"
-    coverage: float = 0.25
-
-    def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise L2R2Error(f'Unknown {name} "{getattr(self, name)}" of a view; choose from {", ".join(choices)}.')
-        if not isinstance(self.size, int) or isinstance(self.size, bool) or not 1 <= self.size <= MOST_SIZE:
-            raise L2R2Error(f"A view's size must lie between 1 and {MOST_SIZE} pixels, got {self.size!r}.")
-        if not _is_number(self.margin) or not 0 <= self.margin <= 10:
-            raise L2R2Error(f"A view's margin must lie between 0 and 10 box sides, got {self.margin!r}.")
-        if not _is_number(self.coverage) or not 0 <= self.coverage <= 1:
-            raise L2R2Error(f"A view's coverage must lie between 0 and 1, got {self.coverage!r}.")
-        if not isinstance(self.square, bool):
-            raise L2R2Error(f"A view's square must be true or false, got {self.square!r}.")
-        for name in ("fill", "mean", "std"):
-            values = getattr(self, name)
-            if not isinstance(values, (tuple, list)) or len(values) != 3 or not all(map(_is_number, values)):
-                raise L2R2Error(f"A view's {name} must be three numbers, got {values!r}.")
-            object.__setattr__(self, name, tuple(values))
-        if not all(v == int(v) and 0 <= v <= 255 for v in self.fill):
-            raise L2R2Error(f"A view's fill must be whole levels from 0 to 255, got {self.fill}.")
-        if not all(v > 0 for v in self.std):
-            raise L2R2Error(f"A view's std must be above 0, got {self.std}.")
-        if self.mode == "pil" and not self.square:
-            raise L2R2Error('Views of mode "pil" must be square.')
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ViewSpec:
-        """From a config; an unknown field is an error."""
-        names = [f.name for f in fields(cls)]
-        if unknown := sorted(map(str, set(data) - set(names))):
-            raise L2R2Error(f"Unknown view field {', '.join(unknown)}; choose from {', '.join(names)}.")
-        return cls(**data)
-
-    @classmethod
-    def from_pretrained_cfg(cls, cfg: Mapping[str, Any], **changes: Any) -> ViewSpec:
-        """The views that suit a timm model: its input size, interpolation, mean and std; `fill` is the mean colour."""
-        mean = tuple(cfg.get("mean", cls.mean))
-        std = tuple(cfg.get("std", cls.std))
-        interpolation = cfg.get("interpolation", "bicubic")
-        values: dict[str, Any] = {
-            "size": cfg.get("input_size", (3, 224, 224))[-1],
-            "interpolation": interpolation if interpolation in CHOICES["interpolation"] else "bicubic",
-            "mean": mean,
-            "std": std,
-            "fill": tuple(round(255 * m) for m in mean),
-        }
-        return cls(**{**values, **changes})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON or YAML."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
 
 class Views(NamedTuple):
     """Normalised views `[V, 3, S, S]` by branch (None where not asked for), `has_fg` `[V]` bool, and for an fg that is masked
@@ -184,10 +80,10 @@ def make_views(
     boxes = torch.full((rows, 4), float("nan"), device=place) if boxes is None else boxes.to(place, torch.float32)
     keep = _object_masks(masks, sizes)
 
-    in_network = "fg" in branches and spec.fg in IN_NETWORK
+    in_network = "fg" in branches and spec.fg.in_network
     _, has_fg = integer_boxes(boxes, sizes[:, 0], sizes[:, 1], 0.0)
     if keep is not None:
-        seen = integer_boxes(boxes, sizes[:, 0], sizes[:, 1], spec.margin)[0] if spec.fg == "masked_crop" else None
+        seen = integer_boxes(boxes, sizes[:, 0], sizes[:, 1], spec.margin)[0] if spec.fg.crops and spec.fg.erases else None
         has_fg = has_fg & _not_empty(keep, seen, place)
     whole = torch.cat([torch.zeros_like(sizes), sizes.flip(1)], 1).float()
     boxes = torch.where(has_fg[:, None], boxes, whole)  # no box: the whole image
@@ -198,15 +94,15 @@ def make_views(
     if in_network and "full" not in branches:
         parts["fg"] = _Part(whole, index)
     if "fg" in branches and not in_network:
-        where = whole if spec.fg == "masked" else boxes
-        parts["fg"] = _Part(where, index, None if spec.fg == "crop" else objects.kept())
+        where = boxes if spec.fg.crops else whole
+        parts["fg"] = _Part(where, index, objects.kept() if spec.fg.erases else None)
     if "bg" in branches:
         parts["bg"] = _Part(whole, index, objects.erased(boxes_only=spec.bg == "box"))
     views = _cut(pixels, parts, spec)
     if image_index is not None and "full" in views:
         views["full"] = views["full"][index]
     mask = None
-    if in_network and spec.fg == "parts":
+    if in_network and spec.fg.finds_object:
         has_fg = torch.ones_like(has_fg)  # the network looks for the object itself
     elif in_network:
         mask = _cut_masks(objects.kept(), whole, spec)
@@ -228,11 +124,11 @@ def cut_batch(x: Tensor, boxes: Tensor, spec: ViewSpec, branch: str) -> tuple[Te
     window, has_fg = _windows(x, boxes)
     batch, channels, height, width = x.shape
     whole = boxes.new_tensor([0, 0, width, height]).expand(batch, 4)
-    if branch == "bg" or spec.fg != "crop":
+    if branch == "bg" or spec.fg.erases:
         inside = _rectangles(window, height, width)[:, None]
         erased = inside if branch == "bg" else ~inside
         x = torch.where(erased & has_fg[:, None, None, None], torch.zeros_like(x), x)
-    if branch == "bg" or spec.fg == "masked":
+    if branch == "bg" or not spec.fg.crops:
         return x, has_fg
     where = torch.where(has_fg[:, None], boxes.to(whole), whole)
     three = channels == 3  # the kernel cuts three channels; any other number goes through it channel by channel
@@ -376,10 +272,6 @@ def _not_empty(masks: Sequence[Tensor | None], windows: Tensor | None, device: t
     if windows is not None:
         parts = [None if m is None else m[y0:y1, x0:x1] for m, (x0, y0, x1, y1) in zip(masks, windows.tolist())]
     return torch.stack([torch.ones((), dtype=torch.bool, device=device) if m is None else m.any() for m in parts])
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _tight(mask: Tensor) -> Tensor:

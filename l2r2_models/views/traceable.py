@@ -12,7 +12,7 @@ import torch
 from l2r2_kernels.roi_views.reference import filter_weights, integer_boxes
 from torch import Tensor
 
-from .cut import ViewSpec
+from .spec import ViewSpec
 
 
 def cut_in_graph(image: Tensor, boxes: Tensor, spec: ViewSpec, branches: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
@@ -40,8 +40,8 @@ def cut_in_graph(image: Tensor, boxes: Tensor, spec: ViewSpec, branches: Sequenc
     if "full" in branches:
         views["full"] = _resized(pixels, whole[:1], whole[:1], spec)
     if "fg" in branches:
-        window = whole if spec.fg == "masked" else grown
-        views["fg"] = _resized(pixels, window, window if spec.fg == "crop" else tight, spec)
+        window = grown if spec.fg.crops else whole
+        views["fg"] = _resized(pixels, window, tight if spec.fg.erases else window, spec)
     if "bg" in branches:
         erased = _resized(pixels, whole, tight, spec)
         views["bg"] = _resized(pixels, whole, whole, spec) - torch.where(has_fg[:, None, None, None], erased, 0.0)

@@ -10,7 +10,7 @@ from torchvision.ops import generalized_box_iou
 from l2r2_models import L2R2Error
 from l2r2_models.checkpoints import checkpoint as hub
 from l2r2_models.models.box_head import BoxHead, FoundBoxes, box_losses, feature_map, features_and_maps
-from l2r2_models.views.cut import cut_batch
+from l2r2_models.views import cut_batch
 
 BACKBONES = ["resnet10t", "convnextv2_atto", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "efficientnet_b0",
              "mobilenetv3_small_100", "hiera_tiny_224"]  # fmt: skip
@@ -132,6 +132,6 @@ def test_it_travels_with_the_checkpoint(tmp_path):
 
 
 def test_a_head_needs_a_full_view_and_an_fg_that_is_cut():
-    for options in (dict(branches=("fg",)), dict(fg_kind="late")):
+    for options in (dict(branches=("fg",)), dict(fg_mode="late")):
         with pytest.raises(L2R2Error, match="A box head needs a full branch and an fg that is cut out"):
             make(box_head=True, **options)

@@ -16,7 +16,7 @@ from l2r2_models.localize import create_localizer
 from l2r2_models.localize.localize_files import localize_to_file
 from l2r2_models.localize.topk import topk_prompts
 from l2r2_models.predict.predict_files import gather, predict_to_file
-from l2r2_models.views.cut import make_views
+from l2r2_models.views import make_views
 
 
 @pytest.fixture(scope="module")
@@ -218,9 +218,9 @@ def test_predict_says_which_localizer_a_model_is_meant_for(l2r2, dataset, tmp_pa
 
 def test_each_box_is_seen_through_its_own_mask(tiny, tmp_path, pictures):
     """SAM's masks reach the views of a model that erases the background, box by box."""
-    checkpoint = hub.load_checkpoint(write_run(tmp_path / "run", fg_kind="masked_crop"))
+    checkpoint = hub.load_checkpoint(write_run(tmp_path / "run", fg_mode="masked_crop"))
     model = checkpoint.model
-    model.view_spec = ViewSpec.from_dict({**model.view_spec.to_dict(), "fg": "masked_crop"})
+    model.view_spec = ViewSpec.from_dict({**model.view_spec.to_dict(), "fg_mode": "masked_crop"})
     boxes = {"a.png": [[2, 3, 40, 36], [20, 1, 58, 30]]}
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
     pictures[0].save(tmp_path / "a.png")

@@ -53,7 +53,7 @@ def test_masks_go_through_a_box_file_into_the_views(tiny, dataset, tmp_path):
     sample = sample_of(table.rows[0], (0, 0, 0))
     entry = read_boxes(tmp_path / "boxes.json").find(paths[0])
     assert torch.equal(sample.mask, entry.masks[0].decode()) and 0 < sample.mask.float().mean() < 1
-    spec = ViewSpec(size=32, fg="masked_crop")
+    spec = ViewSpec(size=32, fg_mode="masked_crop")
     item = ViewDataset(table, ("blue", "green", "red"), spec, ("full", "fg"))[0]
     expected = make_views([sample.pixels], sample.box[None], spec, masks=[sample.mask]).fg[0]
     assert torch.equal(item["fg"], expected)

@@ -47,10 +47,10 @@ def plain(folder, labels=None, name="resnet10t", **options):
 def test_without_a_model_it_is_the_checkpoints_own(tmp_path):
     made = write_run(tmp_path / "a", branches=("full", "fg", "bg"), shared=False)
     saved = hub.load_checkpoint(made).model
-    saved.view_spec = replace(saved.view_spec, fg="masked_crop", margin=0.1, square=False, fill=(1, 2, 3), bg="box")
+    saved.view_spec = replace(saved.view_spec, fg_mode="masked_crop", margin=0.1, square=False, fill=(1, 2, 3), bg="box")
     hub.save_checkpoint(saved, made, CLASSES)
     model, said = started(made)
-    assert model.branches == ("full", "fg", "bg") and not model.shared and model.view_spec.fg == "masked_crop"
+    assert model.branches == ("full", "fg", "bg") and not model.shared and model.view_spec.fg_mode == "masked_crop"
     assert model.view_spec == hub.load_checkpoint(made).model.view_spec
     weights = load_file(made / "model.safetensors")
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items() if not k.startswith("fusion."))

@@ -1,0 +1,122 @@
+"""How views are cut, in one serialized `ViewSpec`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from ..errors import L2R2Error
+from .modes import FG_MODES, FgMode
+
+CHOICES = {
+    "fg_mode": tuple(FG_MODES),
+    "bg": ("shape", "box"),
+    "interpolation": ("bilinear", "bicubic"),
+    "mode": ("float", "pil"),
+    "late_stage": ("last", "before_last"),
+    "late_pool": ("mask", "all", "token"),
+}
+MOST_SIZE = 4096
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """How views are cut. Saved in the checkpoint; training, prediction, evaluation and export all cut by it.
+
+    The order is: mask, crop to the box, pad to a centred square with `fill`, resize, normalise (METHOD.md 1; L2R2 B.2).
+
+    Attributes:
+        size: side of the square view in pixels.
+        fg_mode: `crop` (cut to the box), `masked_crop` (background replaced by `fill`, then cut) or `masked` (background
+            replaced, not cut); or masked inside the network, which gets the whole image with the object's mask: `late`
+            (features outside of the object are zeroed), `tokens` (patches outside are left out of a ViT) or `parts` (the
+            network finds the object itself, see `IFAM`). Where no mask is given, the box is the mask.
+        bg: `shape` (object pixels replaced; without a mask the same as `box`) or `box` (its box replaced, which a mask that
+            sticks out of it makes larger).
+        margin: how far the fg box grows at each end, relative to its side.
+        square: pad to a square before the resize; False stretches. Holds for the full view too.
+        fill: RGB levels (0-255) of padding and of replaced pixels.
+        interpolation: `bilinear` or `bicubic`, antialiased.
+        mode: `float`, or `pil`, which rounds as Pillow does, bit for bit (squares only).
+        mean, std: normalisation of pixels in [0, 1].
+        late_stage: `late` masks the output of the `last` stage, or of the one `before_last`, which then runs twice.
+        late_pool: `late` pools by the masked mean (`mask`), over all positions with zeros outside (`all`), or by a ViT's
+            class token (`token`, with before_last).
+        coverage: `tokens` keeps a patch that the object covers by at least so much of its area.
+    """
+
+    size: int = 224
+    fg_mode: Literal["crop", "masked_crop", "masked", "late", "tokens", "parts"] = "crop"
+    bg: Literal["shape", "box"] = "shape"
+    margin: float = 0.0
+    square: bool = True
+    fill: tuple[int, int, int] = (124, 116, 104)
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    mode: Literal["float", "pil"] = "float"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    late_stage: Literal["last", "before_last"] = "last"
+    late_pool: Literal["mask", "all", "token"] = "mask"
+    coverage: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise L2R2Error(f'Unknown {name} "{getattr(self, name)}" of a view; choose from {", ".join(choices)}.')
+        if not isinstance(self.size, int) or isinstance(self.size, bool) or not 1 <= self.size <= MOST_SIZE:
+            raise L2R2Error(f"A view's size must lie between 1 and {MOST_SIZE} pixels, got {self.size!r}.")
+        if not _is_number(self.margin) or not 0 <= self.margin <= 10:
+            raise L2R2Error(f"A view's margin must lie between 0 and 10 box sides, got {self.margin!r}.")
+        if not _is_number(self.coverage) or not 0 <= self.coverage <= 1:
+            raise L2R2Error(f"A view's coverage must lie between 0 and 1, got {self.coverage!r}.")
+        if not isinstance(self.square, bool):
+            raise L2R2Error(f"A view's square must be true or false, got {self.square!r}.")
+        for name in ("fill", "mean", "std"):
+            values = getattr(self, name)
+            if not isinstance(values, (tuple, list)) or len(values) != 3 or not all(map(_is_number, values)):
+                raise L2R2Error(f"A view's {name} must be three numbers, got {values!r}.")
+            object.__setattr__(self, name, tuple(values))
+        if not all(v == int(v) and 0 <= v <= 255 for v in self.fill):
+            raise L2R2Error(f"A view's fill must be whole levels from 0 to 255, got {self.fill}.")
+        if not all(v > 0 for v in self.std):
+            raise L2R2Error(f"A view's std must be above 0, got {self.std}.")
+        if self.mode == "pil" and not self.square:
+            raise L2R2Error('Views of mode "pil" must be square.')
+
+    @property
+    def fg(self) -> FgMode:
+        """What follows from `fg_mode`."""
+        return FG_MODES[self.fg_mode]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ViewSpec:
+        """From a config; an unknown field is an error."""
+        names = [f.name for f in fields(cls)]
+        if unknown := sorted(map(str, set(data) - set(names))):
+            raise L2R2Error(f"Unknown view field {', '.join(unknown)}; choose from {', '.join(names)}.")
+        return cls(**data)
+
+    @classmethod
+    def from_pretrained_cfg(cls, cfg: Mapping[str, Any], **changes: Any) -> ViewSpec:
+        """The views that suit a timm model: its input size, interpolation, mean and std; `fill` is the mean colour."""
+        mean = tuple(cfg.get("mean", cls.mean))
+        std = tuple(cfg.get("std", cls.std))
+        interpolation = cfg.get("interpolation", "bicubic")
+        values: dict[str, Any] = {
+            "size": cfg.get("input_size", (3, 224, 224))[-1],
+            "interpolation": interpolation if interpolation in CHOICES["interpolation"] else "bicubic",
+            "mean": mean,
+            "std": std,
+            "fill": tuple(round(255 * m) for m in mean),
+        }
+        return cls(**{**values, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON or YAML."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
