@@ -19,6 +19,7 @@ from . import (
     export,
     finetune,
     fuse,
+    import_set,
     list_models,
     localize,
     predict,
@@ -41,6 +42,7 @@ app.command("export")(export.export)
 app.command("derive")(derive.derive)
 app.command("convert")(derive.convert)
 app.command("composite")(composite.composite)
+app.command("import")(import_set.import_set)
 app.command("demo")(demo.demo)
 
 
