@@ -30,6 +30,6 @@ def read_counteranimal(folder: Path) -> list[Item]:
                 items += [Item(path, path.relative_to(root).as_posix(), columns) for path in images_in(group)]
     if not items:
         raise L2R2Error(
-            f"{folder}: is not CounterAnimal; looked for images in folders like 10 brambling/common-grass, in it or its LAION-final."
+            f"{folder}: is not CounterAnimal; looked for images in folders like 10 brambling/common-grass in it or LAION-final."
         )
     return items
