@@ -18,6 +18,7 @@ from . import (
     export,
     finetune,
     fuse,
+    import_set,
     list_models,
     localize,
     predict,
@@ -40,6 +41,7 @@ app.command("export")(export.export)
 app.command("derive")(derive.derive)
 app.command("convert")(derive.convert)
 app.command("composite")(composite.composite)
+app.command("import")(import_set.import_set)
 app.command("demo")(demo.demo)
 
 
