@@ -46,12 +46,13 @@ def audit(
     Every model sees whole images, padded to a square and resized (no centre crop); an L2R2 run also sees the object cut out of
     the changed image. Some 40 passes per image; interrupted, the same command continues.
     """
-    from l2r2_models.audit.audit import audit as run
+    from l2r2_models.audit.audit import run_audit
 
-    result = run(
+    audited = run_audit(
         model, data, split=split, group=group, boxes=boxes, metadata=metadata, labels=labels, classes=classes, limit=limit,
-        backgrounds=backgrounds, challenge=challenge, seed=seed, skip_bad=skip_bad, work=work, report=report, progress=track,
+        backgrounds=backgrounds, challenge=challenge, seed=seed, skip_bad=skip_bad, work=work, progress=track,
     )  # fmt: skip
+    result = audited.result
     for warning in result.warnings:
         errors.print(f"warning: {warning}")
     if as_json:
@@ -59,6 +60,9 @@ def audit(
     else:
         _print(result)
     if report is not None:
+        from l2r2_models.report.audit import write_report
+
+        write_report(report, audited)
         errors.print(f"wrote {report}")
 
 

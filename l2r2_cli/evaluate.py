@@ -45,7 +45,7 @@ def evaluate(
     """Judge every branch and every fusion of a run: accuracy, macro accuracy, calibration, groups, confusion."""
     from l2r2_models.errors import L2R2Error
     from l2r2_models.evaluate.evaluator import evaluation_of, judge_run
-    from l2r2_models.evaluations import store_evaluation
+    from l2r2_models.runs import store_evaluation
 
     judged = judge_run(
         run, data, split, group=group, fit_split=fit_split, prior=prior, others=others or (), metadata=metadata, boxes=boxes,

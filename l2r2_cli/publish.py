@@ -39,7 +39,7 @@ def publish(
 ) -> None:
     """Check a run and show what would go to the Hugging Face Hub; with --push send it, in one commit."""
     from l2r2_models.errors import L2R2Error
-    from l2r2_models.hub.card import Facts
+    from l2r2_models.hub.metadata import CardMetadata
     from l2r2_models.hub.publish import CARD, prepare
     from l2r2_models.hub.publish import push as send
     from l2r2_models.io import write_text
@@ -49,7 +49,7 @@ def publish(
         architecture, _, tag = hub_config.name.removesuffix(".yaml").partition(".")
         if not tag or hub_config.suffix != ".yaml":
             raise L2R2Error(f"{hub_config}: name it ARCHITECTURE.TAG.yaml.")
-    facts = Facts(licence, data, data_licence, localizer, prompt, localizer_licence, limits)
+    facts = CardMetadata(licence, data, data_licence, localizer, prompt, localizer_licence, limits)
     with tempfile.TemporaryDirectory(prefix="l2r2-publish-") as folder:
         package = prepare(run, repo, Path(folder), facts, metrics=metrics or (), without_metrics=without_metrics, tag=tag)
         sizes = {name: (package.folder / name).stat().st_size for name in package.files}

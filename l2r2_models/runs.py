@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, whether it is finished, and the checkpoint to go on from."""
+"""What the folder of a run holds: its record, checkpoints to continue from, and evaluations. The only module that knows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import platform
 import shlex
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from . import distributed as processes
-from .checkpoints.checkpoint import CONFIG, RUN, WEIGHTS
 from .errors import L2R2Error
-from .io import check_readable, is_temporary, read_json
-from .train.recipe import FREE
+from .io import check_readable, is_temporary, read_json, write_json
 from .versions import version_of
 
-RECIPE, CHECKPOINTS, LOGS = "recipe.yaml", "checkpoints", "logs"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"  # a run is a checkpoint in timm's layout
+RUN, RECIPE, CHECKPOINTS, LOGS = "run.json", "recipe.yaml", "checkpoints", "logs"
+LOGITS, EVALUATIONS = "logits", "evaluations"
+FREE = ("workers",)  # recipe keys that change nothing in the result: a run may continue with others
 KINDS = {  # of the fields of a record that others read
     **dict.fromkeys(("train_files", "init_files", "val_files", "fit_files", "notes"), "names"),
     "metrics": "numbers",
@@ -99,3 +101,55 @@ def surroundings() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": processes.world(),
     }
+
+
+def changed_weights(folder: Path, digest: str) -> bool:
+    """Whether the weights of a run, whose SHA-256 is `digest`, are others than those that it recorded."""
+    record = read_json(folder / RUN) if (folder / RUN).is_file() else {}
+    known = record.get("weights_sha256", digest) if isinstance(record, dict) else digest
+    return digest not in (known if isinstance(known, list) else [known])
+
+
+def store_evaluation(run: str | Path, data: str | Path, digest: str, evaluation: dict[str, Any]) -> Path:
+    """Keep an evaluation in the run's folder; a later one of the same data set and split replaces it.
+
+    Args:
+        run: the run's folder.
+        data: the data set's folder, whose name is kept and not its path.
+        digest: SHA-256 of the weights that were judged.
+        evaluation: `Evaluation.to_dict()`.
+    """
+    name = Path(data).resolve().name
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in f"{name}.{evaluation['split']}")
+    file = Path(run) / EVALUATIONS / f"{safe}.json"
+    write_json(file, {"data": name, "weights": digest, **evaluation})
+    return file
+
+
+def read_evaluations(run: str | Path, more: Iterable[str | Path] = (), digest: str | None = None) -> tuple[dict[str, Any], ...]:
+    """The run's evaluations and those of other files.
+
+    Args:
+        run: the run's folder.
+        more: files that `l2r2 evaluate --json` printed.
+        digest: SHA-256 of the weights; a kept evaluation of other weights (from before `l2r2 fuse`, or of an overwritten run) is
+            left out.
+
+    Raises:
+        L2R2Error: a file is not an evaluation; the message names it.
+    """
+    kept = [_check_evaluation(read_json(file), file) for file in sorted((Path(run) / EVALUATIONS).glob("*.json"))]
+    own = [e for e in kept if digest is None or e.get("weights", digest) == digest]
+    return (*own, *(_check_evaluation(read_json(file), Path(file)) for file in more))
+
+
+def _check_evaluation(data: Any, file: Path) -> dict[str, Any]:
+    rows: Any = data.get("rows") if isinstance(data, dict) else None
+    fits = isinstance(rows, dict) and rows and isinstance(data.get("split"), str) and isinstance(data.get("images"), int)
+    if not fits:
+        raise L2R2Error(f"{file}: is not what `l2r2 evaluate --json` prints.")
+    for name, row in rows.items():
+        accuracy = row.get("accuracy") if isinstance(row, dict) else None
+        if isinstance(accuracy, bool) or not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
+            raise L2R2Error(f"{file}: the row {name} has no accuracy from 0 to 1.")
+    return data

@@ -11,8 +11,9 @@ import yaml
 from l2r2_cli.common import errors
 from l2r2_models.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from l2r2_models.errors import L2R2Error, printable
-from l2r2_models.hub.card import Facts, model_card
+from l2r2_models.hub.card import model_card
 from l2r2_models.hub.markdown import code, literal, plain
+from l2r2_models.hub.metadata import CardMetadata
 from l2r2_models.io import write_text
 
 HOSTILE = [
@@ -36,7 +37,7 @@ def test_a_card_shows_hostile_text_and_obeys_none_of_it(text, tmp_path):
     save_checkpoint(model, tmp_path / "run", [text, "other"], localizer=localizer)
     rows = {text: {"accuracy": 0.5, "by_group": {text: 0.5}}, "full": {"accuracy": 0.5, "by_group": {text: 0.5}}}
     evaluation = {"data": text, "split": text, "images": 3, "rows": rows, "warnings": [text]}
-    facts = Facts("mit", text, text, None, text, text, text)
+    facts = CardMetadata("mit", text, text, None, text, text, text)
     card = model_card(load_checkpoint(tmp_path / "run"), "org/name", facts, [evaluation])
     _, front, body = re.split(r"^---$", card, maxsplit=2, flags=re.MULTILINE)
     assert yaml.safe_load(front)["license"] == "mit" and yaml.safe_load(front)["library_name"] == "l2r2_models"

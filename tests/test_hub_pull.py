@@ -207,7 +207,7 @@ def test_predict_from_the_hub_is_predict_from_the_folder(hub_of, runs):
 def test_a_path_that_does_not_exist_never_asks_the_hub(name, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("l2r2_models.checkpoints.checkpoint.download", lambda name: pytest.fail(f"asked the Hub for {name}"))
+    monkeypatch.setattr("l2r2_models.checkpoints.download.download", lambda name: pytest.fail(f"asked the Hub for {name}"))
     with pytest.raises(L2R2Error, match=r"no such folder; a repository on the Hub is hf-hub:org/name"):
         hub.load_checkpoint(name)
 
@@ -222,7 +222,7 @@ def test_what_may_be_a_hub_id_says_so_before_the_hub_is_asked(name, tmp_path, mo
         asked.append((name, [record.message for record in caplog.records]))
         raise L2R2Error("stop")
 
-    monkeypatch.setattr("l2r2_models.checkpoints.checkpoint.download", download)
+    monkeypatch.setattr("l2r2_models.checkpoints.download.download", download)
     with caplog.at_level("INFO"), pytest.raises(L2R2Error, match="stop"):
         hub.load_checkpoint(name)
     sentence = f"{name}: no such folder here, asking the Hub for org/fungi"

@@ -13,11 +13,12 @@ from hub_double import TOKEN, HubDouble
 from l2r2_cli.commands import main
 from l2r2_models import L2R2Error, Predictor, ViewSpec
 from l2r2_models.checkpoints import checkpoint as hub
-from l2r2_models.evaluations import read_evaluations, store_evaluation
-from l2r2_models.hub.card import Facts, model_card
+from l2r2_models.hub.card import model_card
+from l2r2_models.hub.metadata import CardMetadata
 from l2r2_models.hub.publish import prepare, push, text_problems
+from l2r2_models.runs import read_evaluations, store_evaluation
 
-FACTS = Facts(licence="apache-2.0", data="Coloured squares", data_licence="cc0-1.0", localizer="owlv2", prompt="square",
+FACTS = CardMetadata(licence="apache-2.0", data="Coloured squares", data_licence="cc0-1.0", localizer="owlv2", prompt="square",
               localizer_licence="apache-2.0", limits="Not for triangles.")  # fmt: skip
 ROW = {"accuracy": 0.9375, "macro_accuracy": 0.9, "ece": 0.05, "with_box": 0.95, "without_box": None}
 EVALUATION = {
@@ -158,9 +159,9 @@ def test_the_validation_figures_of_a_fusion_that_was_fitted_since_are_left_out(f
 
 def test_what_stands_against_publishing(tmp_path):
     run = write_run(tmp_path / "run")
-    found = " ".join(made(run, tmp_path, Facts()).problems)
+    found = " ".join(made(run, tmp_path, CardMetadata()).problems)
     assert "There is no licence" in found and "There are no figures" in found
-    package = prepare(run, "org/x", tmp_path / "b", Facts("mit"), without_metrics=True)
+    package = prepare(run, "org/x", tmp_path / "b", CardMetadata("mit"), without_metrics=True)
     assert package.problems == () and "Nothing was measured" in (tmp_path / "b" / "README.md").read_text()
     (run / "run.json").write_text("{}")
     assert "the training has not finished" in prepare(run, "org/x", tmp_path / "c", FACTS, without_metrics=True).problems[0]
@@ -174,7 +175,7 @@ def test_what_stands_against_publishing(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_can_be_published(tmp_path, kind):
     run = write_kind(tmp_path / "run", kind)
-    assert prepare(run, "org/x", tmp_path / "package", Facts("mit"), without_metrics=True).problems == ()
+    assert prepare(run, "org/x", tmp_path / "package", CardMetadata("mit"), without_metrics=True).problems == ()
 
 
 SAID = {  # what the card says of each kind of model, and what it must not
@@ -192,7 +193,7 @@ SAID = {  # what the card says of each kind of model, and what it must not
 def test_the_card_says_what_holds_for_the_kind_of_model_and_its_usage_runs(tmp_path, kind):
     localizer = {"spec": "head"} if kind == "box head" else None
     run = write_kind(tmp_path / "run", kind, localizer=localizer)
-    card = model_card(hub.load_checkpoint(run), "org/x", Facts(), ())
+    card = model_card(hub.load_checkpoint(run), "org/x", CardMetadata(), ())
     said, not_said = SAID[kind]
     assert [part for part in said if part not in card] == [] and [part for part in not_said if part in card] == []
     for block in re.findall(r"```python\n(.*?)```", card, re.S):
@@ -207,9 +208,9 @@ def test_predictor_refuses_a_model_that_does_not_take_rgb(tmp_path):
 def test_the_usage_names_a_localizer_that_others_can_have(run):
     checkpoint = hub.load_checkpoint(run)
     line = '# finds the boxes itself: Predictor.from_pretrained("org/x", localizer="owlv2:google/owlv2?prompt=a bird")'
-    assert line in model_card(checkpoint, "org/x", Facts(localizer="owlv2:google/owlv2", prompt="a bird"), ())
+    assert line in model_card(checkpoint, "org/x", CardMetadata(localizer="owlv2:google/owlv2", prompt="a bird"), ())
     for spec in ("owlv2:google/owlv2", "owlv2?prompt=bird", "boxes:mine.json", "cam:runs/x", "head", "by hand", "?"):
-        assert "localizer=" not in model_card(checkpoint, "org/x", Facts(localizer=spec), ()), spec
+        assert "localizer=" not in model_card(checkpoint, "org/x", CardMetadata(localizer=spec), ()), spec
 
 
 @pytest.mark.parametrize(
@@ -224,12 +225,12 @@ def test_the_card_says_what_the_fusion_was_fitted_or_chosen_on(tmp_path, method,
     run = write_run(tmp_path / "run", fusion=fusion)
     fit = {"split": "val", "backgrounds": "plain", "group": None, "rows": 24, "method": method}
     hub.save_checkpoint(hub.load_checkpoint(run).model, run, sorted(COLOURS), {"fusion_fit": fit})
-    assert sentence in model_card(hub.load_checkpoint(run), "org/x", Facts(), ())
+    assert sentence in model_card(hub.load_checkpoint(run), "org/x", CardMetadata(), ())
 
 
 @pytest.mark.parametrize("licence", ["Apache 2", "MIT", "apache_2.0", "mit\n"])
 def test_a_licence_is_written_as_the_hub_writes_it(run, tmp_path, licence):
-    (problem,) = prepare(run, "org/x", tmp_path / "package", Facts(licence), without_metrics=True).problems
+    (problem,) = prepare(run, "org/x", tmp_path / "package", CardMetadata(licence), without_metrics=True).problems
     assert "is not a licence as the Hub writes it" in problem
 
 
@@ -238,9 +239,9 @@ def test_the_licence_of_the_source_is_respected(tmp_path):
     model = hub.load_checkpoint(run).model
     recipe = {"model": "l2r2_convnextv2_atto", "pretrained": True}
     hub.save_checkpoint(model, run, sorted(COLOURS), {"recipe": recipe})
-    (problem,) = prepare(run, "org/x", tmp_path / "a", Facts("apache-2.0"), without_metrics=True).problems
+    (problem,) = prepare(run, "org/x", tmp_path / "a", CardMetadata("apache-2.0"), without_metrics=True).problems
     assert "cc-by-nc-4.0" in problem
-    assert prepare(run, "org/x", tmp_path / "b", Facts("cc-by-nc-4.0"), without_metrics=True).problems == ()
+    assert prepare(run, "org/x", tmp_path / "b", CardMetadata("cc-by-nc-4.0"), without_metrics=True).problems == ()
     assert "huggingface.co/timm/convnextv2_atto.fcmae_ft_in1k" in (tmp_path / "b" / "README.md").read_text()
 
 
@@ -259,7 +260,7 @@ def test_numbers_for_labels_and_weights_that_are_not_finite(tmp_path):
 
 @pytest.mark.parametrize("secret", ["hf_" + "a1B2" * 8, "ghp_" + "x" * 36, "AKIA" + "A" * 16, "-----BEGIN RSA PRIVATE KEY-----"])
 def test_secrets_are_found_and_not_repeated(finished, tmp_path, secret):
-    package = made(finished, tmp_path, Facts("mit", limits=f"token {secret}"))
+    package = made(finished, tmp_path, CardMetadata("mit", limits=f"token {secret}"))
     (problem,) = package.problems
     assert problem.startswith("README.md holds what looks like") and secret not in problem
     with pytest.raises(L2R2Error, match="not pushed"):

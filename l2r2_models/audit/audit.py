@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -87,7 +87,21 @@ class Answers:
         return tuple({self.interventions[i]: own[:, i, part] for i in made} for part in (0, 1))  # type: ignore[return-value]
 
 
-def audit(
+class AuditRun(NamedTuple):
+    """An audit with what it was computed from, for its report: the images, the answers, and the side of the model's view."""
+
+    result: Audit
+    subjects: Subjects
+    answers: Answers
+    size: int
+
+
+def audit(model: str | Path, data: str | Path, **options: Any) -> Audit:
+    """Judge how much a classifier leans on the background; arguments and errors as `run_audit` has them."""
+    return run_audit(model, data, **options).result
+
+
+def run_audit(
     model: str | Path,
     data: str | Path,
     *,
@@ -103,10 +117,9 @@ def audit(
     seed: int = 0,
     skip_bad: bool = False,
     work: Path | None = None,
-    report: Path | None = None,
     batch_size: int = 32,
     progress: Progress = lambda items, *_: items,
-) -> Audit:
+) -> AuditRun:
     """Judge how much a classifier leans on the background (METHOD.md 9).
 
     Images are changed at their own size (at 2 megapixels where they have more), before any view is cut; the box stays where it
@@ -126,7 +139,6 @@ def audit(
         seed: of images, noise, backgrounds and intervals. Same seed, same figures, whatever the order of the rows.
         skip_bad: leave unreadable images out instead of stopping.
         work: folder for what is done so far; by default `audit` in a run's folder, else the user's cache folder.
-        report: an HTML page to write.
         batch_size: changed images in one pass; changes no figure.
         progress: wraps the images.
 
@@ -154,11 +166,7 @@ def audit(
         {"seed": seed, "backgrounds": backgrounds, "challenge": challenge, "limit": limit},
         _warnings(audited, subjects, split_name),
     )  # fmt: skip
-    if report is not None:
-        from ..report.audit import write_report
-
-        write_report(report, result, subjects, answers, audited.spec.size)
-    return result
+    return AuditRun(result, subjects, answers, audited.spec.size)
 
 
 def _rows(audited: Audited, table: ImageTable, split: str | None) -> ImageTable:

@@ -16,7 +16,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.checkpoint import load_checkpoint, local_folder, open_checkpoint
+from ..checkpoints.checkpoint import load_checkpoint
+from ..checkpoints.download import local_folder, open_checkpoint
 from ..errors import L2R2Error
 from ..fusion import with_fallback
 from ..io import read_json, read_text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import shutil
@@ -15,41 +14,17 @@ from typing import Any, cast
 import timm
 import torch
 from safetensors import safe_open
-from timm.models import build_model_with_cfg, save_for_hf
+from timm.models import save_for_hf
 
 from ..errors import L2R2Error
 from ..fusion import INPUTS
 from ..io import MODE, file_sha256, read_json, write_json
 from ..models.l2r2 import L2R2
-from ..views import ViewSpec
+from ..runs import changed_weights
+from .download import check_hash, local_folder, open_checkpoint
+from .format import CONFIG, FORMAT_VERSION, WEIGHTS, check_config
 
 logger = logging.getLogger(__name__)
-FORMAT_VERSION = 1
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-RUN = "run.json"  # what a run says of itself
-OURS = ("l2r2", "ifam")  # how the names of our architectures start
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
-# keys under `l2r2` and what they hold; any other key is a newer version's, or a mistake
-SECTION: dict[str, type] = {
-    "format_version": int,
-    "views": dict,
-    "branches": list,
-    "fusion": dict,
-    "training": dict,
-    "localizer": dict,
-    "calibration": dict,
-}
-# what timm's own functions would take out of model_args: where weights come from, and what becomes of the network
-OF_THE_FACTORY = {
-    name
-    for function in (timm.create_model, build_model_with_cfg)
-    for name in inspect.signature(function).parameters
-    if name != "kwargs"
-} | {"features_only", "out_indices"}
-# what would make timm look for weights elsewhere than beside the config
-ELSEWHERE = ("url", "file", "state_dict", "custom_load", "hf_hub_id", "hf_hub_filename")
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A loaded checkpoint.
@@ -128,7 +103,7 @@ def save_checkpoint(
         size = spec["size"]
         config["pretrained_cfg"].update(
             tag="finetuned", input_size=[model.in_chans, size, size], num_classes=model.num_classes, crop_pct=1.0,
-            crop_mode=crop_mode(spec["square"]), mean=spec["mean"], std=spec["std"], interpolation=spec["interpolation"],
+            crop_mode=model.view_spec.crop_mode, mean=spec["mean"], std=spec["std"], interpolation=spec["interpolation"],
         )  # fmt: skip
         for stale in ("test_input_size", "test_crop_pct", "test_pool_size"):
             config["pretrained_cfg"].pop(stale, None)
@@ -139,11 +114,6 @@ def save_checkpoint(
         os.replace(Path(temporary) / WEIGHTS, folder / WEIGHTS)
         write_json(folder / CONFIG, config)
     return digest
-
-
-def crop_mode(square: bool) -> str:
-    """timm's name for the way to a full view: padded to a square, or stretched; its default cuts the sides off."""
-    return "border" if square else "squash"
 
 
 def _untie(model: Any, state: dict[str, Any], *_: Any) -> None:
@@ -195,73 +165,6 @@ def load_checkpoint(source: str | Path, *, any_fusion: bool = False) -> Checkpoi
     return Checkpoint(model.eval(), labels, ours.get("training", {}), name, digest, ours.get("localizer", {}))
 
 
-def changed_weights(folder: Path, digest: str) -> bool:
-    """Whether the weights of a run, whose SHA-256 is `digest`, are others than those that it recorded."""
-    record = read_json(folder / RUN) if (folder / RUN).is_file() else {}
-    known = record.get("weights_sha256", digest) if isinstance(record, dict) else digest
-    return digest not in (known if isinstance(known, list) else [known])
-
-
-def local_folder(name: str) -> Path | None:
-    """The folder that a name of a checkpoint stands for; None where it is to be looked for on the Hub."""
-    folder = Path(name.removeprefix("local-dir:"))
-    return folder if folder.is_dir() else None
-
-
-def hub_id_of(name: str) -> str:
-    """The Hub repository that a name stands for which is no folder here; it is logged where it might be a mistyped path.
-
-    Raises:
-        L2R2Error: it is a path that does not exist.
-    """
-    if name.startswith("hf-hub:"):
-        return name
-    path = Path(name.removeprefix("local-dir:"))
-    is_path = name.startswith(("local-dir:", "/", ".", "~")) or len(path.parts) != 2 or path.parent.exists()
-    if is_path:
-        raise L2R2Error(f"{name}: no such folder; a repository on the Hub is hf-hub:org/name.")
-    logger.info("%s: no such folder here, asking the Hub for %s", name, name.partition("@")[0])
-    return name
-
-
-def open_checkpoint(name: str) -> tuple[Path, dict[str, Any]]:
-    """Folder and config.json of a checkpoint in timm's layout, downloaded where it is not a folder.
-
-    Raises:
-        L2R2Error: no checkpoint, with pickled weights, or not reachable.
-    """
-    folder = local_folder(name) or download(hub_id_of(name))
-    if pickled := pickles_in(folder):
-        raise L2R2Error(f"{folder}: holds {pickled[0]}; pickled weights are never loaded, only {WEIGHTS}. Remove it.")
-    for file in (CONFIG, WEIGHTS):
-        if not (folder / file).is_file():
-            raise L2R2Error(f"{folder}: is neither a run nor a checkpoint, it has no {file}.")
-    config = read_json(folder / CONFIG)
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        raise L2R2Error(f"{name}: is not a checkpoint in timm's layout, its {CONFIG} names no architecture.")
-    return folder, config
-
-
-def pickles_in(folder: Path) -> list[str]:
-    """Names of the files of a folder (not of folders in it) that would be unpickled by whoever loads them."""
-    return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICKLES and p.is_file())
-
-
-def check_hash(weights: Path, digest: str, name: str) -> None:
-    """A file of the Hub's large storage is kept under its SHA-256 in the cache; one that differs came broken or was changed.
-
-    Raises:
-        L2R2Error: it differs.
-    """
-    stored = weights.resolve().name
-    if len(stored) == 64 and stored != digest:
-        repo = name.removeprefix("hf-hub:").partition("@")[0]
-        raise L2R2Error(
-            f"{name}: {WEIGHTS} is not what the Hub announced (its SHA-256 differs); "
-            f"get it again with `hf download {repo} --force-download`."
-        )
-
-
 def _check_fusion(model: L2R2, weights: Path, name: str) -> None:
     """A save that was killed between its two files leaves a fusion of one kind with the numbers of another."""
     with safe_open(weights, "pt") as file:
@@ -270,98 +173,3 @@ def _check_fusion(model: L2R2, weights: Path, name: str) -> None:
         raise L2R2Error(f"{name}: {WEIGHTS} and {CONFIG} are of different saves; fit the fusion again with `l2r2 fuse`.")
 
 
-def check_format(version: Any) -> None:
-    """Whether a checkpoint of this format can be read.
-
-    Raises:
-        L2R2Error: a newer format, or no format at all.
-    """
-    if type(version) is not int or version < 1:  # True is an int
-        raise L2R2Error(f"a checkpoint's format_version is a whole number from 1, not {version!r}.")
-    if version > FORMAT_VERSION:
-        raise L2R2Error(f"checkpoint format {version} is newer than {FORMAT_VERSION}; upgrade l2r2-models.")
-
-
-def check_config(config: dict[str, Any], name: str) -> None:
-    """Whether a config.json is that of an L2R2 checkpoint which this version reads.
-
-    Raises:
-        L2R2Error: it is not; the message says what is wrong.
-    """
-    if not isinstance(config.get("l2r2"), dict):
-        raise L2R2Error(f"{name}: {CONFIG} has no l2r2 section; this is not an L2R2 checkpoint.")
-    ours = config["l2r2"]
-    try:
-        check_format(ours.get("format_version"))
-    except L2R2Error as error:
-        raise L2R2Error(f"{name}: {error}") from None
-    if unknown := sorted(set(ours) - set(SECTION)):
-        raise L2R2Error(f"{name}: {CONFIG} has an unknown {unknown[0]} under l2r2; upgrade l2r2-models, or remove it.")
-    if wrong := [k for k, kind in SECTION.items() if k in ours and not isinstance(ours[k], kind)]:
-        raise L2R2Error(f"{name}: {CONFIG} has an unusable {wrong[0]} under l2r2.")
-    labels = config.get("label_names", [])
-    if not config["architecture"].startswith(OURS):
-        raise L2R2Error(f"{name}: the architecture {config['architecture']} in {CONFIG} is not an L2R2 model.")
-    if not isinstance(config.get("model_args"), dict):
-        raise L2R2Error(f"{name}: {CONFIG} needs model_args as a mapping.")
-    if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels) or len(set(labels)) != len(labels):
-        raise L2R2Error(f"{name}: {CONFIG} needs label_names as a list of different names.")
-    source = config.get("pretrained_cfg", {})
-    if not isinstance(source, dict) or any(source.get(key) for key in ELSEWHERE):
-        raise L2R2Error(f"{name}: {CONFIG} names weights elsewhere under pretrained_cfg; only {WEIGHTS} beside it is loaded.")
-    _check_training(ours.get("training", {}), name)
-    arguments = config["model_args"]
-    if wrong := sorted({*arguments} & OF_THE_FACTORY):  # the rest goes to the network, which has its own list
-        raise L2R2Error(f"{name}: {CONFIG} has an unusable model_args: a checkpoint takes no {wrong[0]}; remove it.")
-    for key in ("format_version", "views", "branches", "fusion"):
-        if key not in ours:
-            raise L2R2Error(f"{name}: {CONFIG} has no {key} under l2r2.")
-        if key not in arguments:
-            raise L2R2Error(f"{name}: {CONFIG} has no {key} under model_args; a development version saved it, train it again.")
-        if arguments.get(key) != ours.get(key):
-            raise L2R2Error(f"{name}: {CONFIG} says two things about {key}, under model_args and under l2r2.")
-    ViewSpec.from_dict(ours["views"])
-
-
-def _check_training(training: dict[str, Any], name: str) -> None:
-    recipe = training.get("recipe", {})
-    threshold = recipe.get("box_threshold", 0.2) if isinstance(recipe, dict) else None
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
-        raise L2R2Error(f"{name}: {CONFIG} has an unusable recipe under l2r2.training.")
-
-
-def download(name: str) -> Path:
-    """The cached folder with config and weights of one commit: what is cached is not downloaded, what broke off continues."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
-
-    repo, _, revision = name.removeprefix("hf-hub:").partition("@")
-    try:
-        config = Path(hf_hub_download(repo, CONFIG, revision=revision or None))
-        # of the same commit, even if somebody pushes between the two downloads
-        return Path(hf_hub_download(repo, WEIGHTS, revision=config.parent.name)).parent
-    except HFValidationError:
-        raise L2R2Error(f"{name}: no such folder, and not a Hub id of the form org/name.") from None
-    except Exception as error:  # those of huggingface_hub and of the HTTP client under it have no common base
-        raise L2R2Error(f"{name}: {_why_not(error, name, repo, revision)}.") from error
-
-
-def _why_not(error: Exception, name: str, repo: str, revision: str) -> str:
-    """What to do about an error of a download, in words."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        if "/" not in repo:
-            return "no such folder (a Hub id has the form org/name)"
-        return f"no such folder, and the Hub cannot be reached; download it once with `hf download {repo}`"
-    if isinstance(error, errors.GatedRepoError):
-        return f"access to {repo} must be asked for on its Hub page, then `hf auth login`"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return f"no such folder, and the Hub has no {repo}, or it is private: log in with `hf auth login` if it is yours"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"the Hub's {repo} has no revision {revision}"
-    if isinstance(error, errors.EntryNotFoundError):
-        return f"the Hub's {repo} has no {CONFIG} with a {WEIGHTS}, so it holds no checkpoint"
-    if isinstance(error, errors.HfHubHTTPError):
-        return f"the Hub does not serve it ({str(error).splitlines()[0]})"
-    return f"the download stopped ({' '.join(str(error).split())[:200]}); the same call continues it"

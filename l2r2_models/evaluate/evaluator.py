@@ -17,8 +17,8 @@ from ..data.table import ImageTable, read_table
 from ..errors import L2R2Error
 from ..fusion import FUSIONS, INPUTS, Fusion, MetadataPrior, create_fusion, with_fallback
 from ..fusion.calibration import fit_temperature
-from ..runs import record_of
-from .fit_run import LOGITS, rows_of, trained_on, warnings_of
+from ..runs import LOGITS, record_of
+from .fit_run import rows_of, trained_on, warnings_of
 from .fuse import fit, fuse
 from .logits import BranchLogits, Progress, branch_logits
 from .metrics import confusion_matrix, measure, oracle

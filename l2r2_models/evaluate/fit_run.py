@@ -7,18 +7,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import WEIGHTS, Checkpoint, changed_weights, load_checkpoint, save_checkpoint
+from ..checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ..checkpoints.format import WEIGHTS
 from ..data.table import ImageTable, read_table
 from ..errors import L2R2Error
 from ..fusion import FUSIONS
 from ..io import file_sha256, write_json
 from ..locks import only_writer
-from ..runs import RUN, record_of
+from ..runs import LOGITS, RUN, changed_weights, record_of
 from .backgrounds import logits_to_fit
 from .fuse import BEST, best, fit
 from .logits import Progress
-
-LOGITS = "logits"
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 from urllib.parse import quote
 
-from timm.models import get_pretrained_cfg
-
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.provenance import Source, source_of_training
 from ..errors import L2R2Error
 from ..evaluate.fuse import BEST
-from ..models.hub_configs import LOCALIZER, HubConfig, load_hub_configs
+from ..models.hub_configs import LOCALIZER, HubConfig
 from .card_usage import localizer_facts, localizer_part, takes_boxes, usage
 from .markdown import code, plain
+from .metadata import CardMetadata
 
 BRANCH_WORDS = {"full": "the whole image", "fg": "the object, cut out of it", "bg": "the image without the object"}
 FIT_WORDS = {"plain": "", "swapped": ", each object on the backgrounds of three other images",
@@ -23,61 +22,13 @@ COLUMNS = {"accuracy": "accuracy", "macro_accuracy": "macro accuracy", "worst_gr
            "with_box": "with an object found", "without_box": "without"}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a run does not know about itself, for its card.
-
-    Attributes:
-        licence: of the published weights, as the Hub writes it (`apache-2.0`, `cc-by-nc-4.0`, ...).
-        data, data_licence: name and licence of the data set.
-        localizer, prompt, localizer_licence: what finds the boxes that the model is meant for.
-        limits: one sentence of the author's about what the model is not for.
-    """
-
-    licence: str | None = None
-    data: str | None = None
-    data_licence: str | None = None
-    localizer: str | None = None
-    prompt: str | None = None
-    localizer_licence: str | None = None
-    limits: str | None = None
-
-
-@dataclass(frozen=True)
-class Source:
-    """The public weights that a training started from; all None for one from scratch."""
-
-    name: str | None = None
-    hub_id: str | None = None
-    licence: str | None = None
-
-
-def source_of_training(training: Mapping[str, Any]) -> Source:
-    """Which public weights a checkpoint started from, by what its config says of its training: by the checkpoint that it was
-    to start from, by its recipe, or by how it was derived."""
-    if isinstance(started := training.get("init"), dict) and isinstance(found := started.get("source"), dict):
-        return Source(**{f.name: found[f.name] for f in fields(Source) if isinstance(found.get(f.name), str)})
-    recipe = training.get("recipe", {})
-    name = recipe.get("model") if recipe.get("pretrained") else training.get("derived_from")
-    if not isinstance(name, str):
-        return Source()
-    for config in load_hub_configs():
-        if name == config.name or (name == config.architecture and config.default):
-            return Source(config.source, config.hub_id, config.licence)
-    try:
-        cfg = get_pretrained_cfg(name.removeprefix("timm:"))
-    except RuntimeError:
-        cfg = None
-    return Source(name.removeprefix("timm:"), cfg.hf_hub_id if cfg else None, (cfg.license or None) if cfg else None)
-
-
-def model_card(checkpoint: Checkpoint, repo: str, facts: Facts, evaluations: Sequence[Mapping[str, Any]]) -> str:
+def model_card(checkpoint: Checkpoint, repo: str, facts: CardMetadata, evaluations: Sequence[Mapping[str, Any]]) -> str:
     """The README of a Hub repository: metadata with the model-index, and the text.
 
     Args:
         checkpoint: what is published.
         repo: `org/name`.
-        facts: see `Facts`.
+        facts: see `CardMetadata`.
         evaluations: see `read_evaluations`.
     """
     from huggingface_hub import ModelCardData
@@ -99,7 +50,7 @@ def model_card(checkpoint: Checkpoint, repo: str, facts: Facts, evaluations: Seq
 
 
 def hub_config(
-    checkpoint: Checkpoint, repo: str, tag: str, facts: Facts, evaluations: Sequence[Mapping[str, Any]], made_by: str
+    checkpoint: Checkpoint, repo: str, tag: str, facts: CardMetadata, evaluations: Sequence[Mapping[str, Any]], made_by: str
 ) -> HubConfig:
     """What makes a published checkpoint a tag of its architecture: `timm.create_model("ARCHITECTURE.TAG", pretrained=True)`.
 
@@ -132,7 +83,7 @@ def hub_config(
     )  # fmt: skip
 
 
-def _eval_results(evaluation: Mapping[str, Any], facts: Facts) -> list[Any]:
+def _eval_results(evaluation: Mapping[str, Any], facts: CardMetadata) -> list[Any]:
     from huggingface_hub import EvalResult
 
     name = facts.data or evaluation.get("data") or "unnamed"
@@ -172,7 +123,7 @@ Recognition, Robustly* ([arXiv 2411.15933](https://arxiv.org/abs/2411.15933)).
 """
 
 
-def _details(checkpoint: Checkpoint, source: Source, facts: Facts) -> str:
+def _details(checkpoint: Checkpoint, source: Source, facts: CardMetadata) -> str:
     model, spec = checkpoint.model, checkpoint.model.view_spec
     fusion = model.fusion.config()
     numbers = ", ".join(f"{k} {v}" for k, v in fusion.items() if k != "name")
@@ -214,7 +165,7 @@ def _fg_views(checkpoint: Checkpoint) -> str:
     return f"; fg: {spec.fg_mode}{margin}" if "fg" in checkpoint.model.branches else ""
 
 
-def _training(checkpoint: Checkpoint, facts: Facts) -> str:
+def _training(checkpoint: Checkpoint, facts: CardMetadata) -> str:
     training = checkpoint.training
     recipe, data = training.get("recipe", {}), training.get("data", {})
     lines = []
@@ -245,13 +196,13 @@ def _fit_sentence(fit: Mapping[str, Any], numbers: int) -> str:
     return f"The fusion was {done} on {rows}{backgrounds}{together}."
 
 
-def _figures(evaluations: Sequence[Mapping[str, Any]], facts: Facts) -> str:
+def _figures(evaluations: Sequence[Mapping[str, Any]], facts: CardMetadata) -> str:
     if not evaluations:
         return "## Evaluation\n\nNothing was measured.\n"
     return "## Evaluation\n\n" + "\n".join(_figures_of(e, facts) for e in evaluations)
 
 
-def _figures_of(evaluation: Mapping[str, Any], facts: Facts) -> str:
+def _figures_of(evaluation: Mapping[str, Any], facts: CardMetadata) -> str:
     rows = evaluation["rows"]
     shown = [c for c in COLUMNS if any(row.get(c) is not None for row in rows.values())]
     data = plain(evaluation.get("data") or facts.data or "data")
@@ -286,7 +237,7 @@ def _by_group(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _limits(checkpoint: Checkpoint, facts: Facts) -> str:
+def _limits(checkpoint: Checkpoint, facts: CardMetadata) -> str:
     lines = [
         "It knows the classes above and no other: whatever it is shown, it names one of them.",
         "Figures are those of the data above; on other cameras, places and seasons they will differ. Measure on your own images.",

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import L2R2Error
 from ..localize.base import Spec
 from ..models.l2r2 import L2R2
 from .markdown import code, literal, plain
-
-if TYPE_CHECKING:
-    from .card import Facts
+from .metadata import CardMetadata
 
 
 def takes_boxes(model: L2R2) -> bool:
@@ -19,7 +17,7 @@ def takes_boxes(model: L2R2) -> bool:
     return model.branches != ("full",) and not model.finds_object
 
 
-def usage(checkpoint: Checkpoint, repo: str, facts: Facts) -> str:
+def usage(checkpoint: Checkpoint, repo: str, facts: CardMetadata) -> str:
     """How to call the model: snippets that run as pasted."""
     model = checkpoint.model
     with_boxes = _predictor_usage(model, repo, _localizer_spec(checkpoint, facts)) if model.in_chans == 3 else ""
@@ -68,13 +66,13 @@ print(answer.label, answer.score, answer.reason)
 """
 
 
-def localizer_facts(checkpoint: Checkpoint, facts: Facts) -> dict[str, Any]:
+def localizer_facts(checkpoint: Checkpoint, facts: CardMetadata) -> dict[str, Any]:
     """The localizer that the model is meant for: what is told now goes before what the checkpoint keeps."""
     told = {"spec": facts.localizer, "prompt": facts.prompt, "licence": facts.localizer_licence}
     return {**checkpoint.localizer, **{k: v for k, v in told.items() if v}}
 
 
-def _localizer_spec(checkpoint: Checkpoint, facts: Facts) -> str | None:
+def _localizer_spec(checkpoint: Checkpoint, facts: CardMetadata) -> str | None:
     """The localizer as `Predictor` takes it; None where there is none that others can have, such as a file of boxes."""
     known = localizer_facts(checkpoint, facts)
     try:
@@ -92,7 +90,7 @@ def _localizer_spec(checkpoint: Checkpoint, facts: Facts) -> str | None:
     return str(spec) if usable and takes_boxes(checkpoint.model) else None
 
 
-def localizer_part(checkpoint: Checkpoint, facts: Facts) -> str:
+def localizer_part(checkpoint: Checkpoint, facts: CardMetadata) -> str:
     """What finds the boxes; nothing for a model that takes none."""
     if not takes_boxes(checkpoint.model):
         return ""

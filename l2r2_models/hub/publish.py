@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ..checkpoints.checkpoint import CONFIG, WEIGHTS, Checkpoint, changed_weights, load_checkpoint
+from ..checkpoints.checkpoint import Checkpoint, load_checkpoint
+from ..checkpoints.format import CONFIG, WEIGHTS
+from ..checkpoints.provenance import Source, source_of_training
 from ..errors import L2R2Error
-from ..evaluations import read_evaluations
 from ..io import file_sha256, read_json, write_json, write_text
 from ..models.hub_configs import HubConfig
-from ..runs import RUN, record_of
-from .card import Facts, Source, hub_config, model_card, source_of_training
+from ..runs import RUN, changed_weights, read_evaluations, record_of
+from .card import hub_config, model_card
 from .card_usage import localizer_facts
+from .metadata import CardMetadata
 
 CARD = "README.md"
 SECRETS = re.compile(
@@ -65,7 +67,7 @@ def prepare(
     run: str | Path,
     repo: str,
     folder: Path,
-    facts: Facts,
+    facts: CardMetadata,
     *,
     metrics: Iterable[str | Path] = (),
     without_metrics: bool = False,
@@ -77,7 +79,7 @@ def prepare(
         run: a run's folder.
         repo: Hub id to publish under.
         folder: an empty folder; it gets weights (linked where that is possible), config and card.
-        facts: see `Facts`.
+        facts: see `CardMetadata`.
         metrics: evaluations beside those that the run keeps, see `read_evaluations`.
         without_metrics: no evaluation is fine; the card then says that nothing was measured.
         tag: makes the hub config of a tag of the architecture.
@@ -199,7 +201,7 @@ def _link(source: Path, target: Path) -> None:
 # ---- what is written ----
 
 
-def _clean_config(config: dict[str, Any], checkpoint: Checkpoint, facts: Facts) -> dict[str, Any]:
+def _clean_config(config: dict[str, Any], checkpoint: Checkpoint, facts: CardMetadata) -> dict[str, Any]:
     """The config without paths of this machine, with the localizer and the licence as published."""
     ours = {**config["l2r2"], "training": _without_paths(config["l2r2"].get("training", {}))}
     ours["localizer"] = localizer_facts(replace(checkpoint, localizer=_without_paths(checkpoint.localizer)), facts)
@@ -254,7 +256,7 @@ def _fusion_name(record: Mapping[str, Any]) -> str:
 # ---- the checks ----
 
 
-def _license_problems(facts: Facts, source: Source) -> list[str]:
+def _license_problems(facts: CardMetadata, source: Source) -> list[str]:
     if not facts.licence:
         suggestion = f" The weights it started from are under {source.licence}." if source.licence else ""
         return [f"There is no licence: give --licence, e.g. apache-2.0.{suggestion}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,10 +23,10 @@ LOCALIZERS = {
     "owlv2": ("prompted", "Owlv2"),
     "grounding-dino": ("prompted", "GroundingDino"),
     "boxes": ("controls", "Boxes"),
-    "head": ("head", "Head"),
+    "head": ("model_based", "Head"),
     "ncut": ("unsupervised", "NormalisedCut"),
     "cam": ("unsupervised", "ActivationMap"),
-    "parts": ("unsupervised", "Parts"),
+    "parts": ("model_based", "Parts"),
     "center": ("controls", "Center"),
     "full": ("controls", "Full"),
 }
@@ -60,9 +61,14 @@ def create_localizer(
     except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
         raise L2R2Error(f'The device "{device}" cannot be used ({str(error).splitlines()[0][:200]}).') from error
     context = Context(torch.device(device), checkpoint)
-    if "masks" in spec.options:
+    masks = spec.options.get("masks", ())
+    if "masks" in spec.options and len(masks) != 1:
+        raise L2R2Error(f'The localizer "{spec}" has {len(masks)} values of masks; give one.')
+    module, name = LOCALIZERS[spec.name]
+    bare = replace(spec, options={k: v for k, v in spec.options.items() if k != "masks"})
+    localizer: Localizer = getattr(import_module(f".{module}", __name__), name)(bare, context)
+    if masks:
         from .segment import Masked
 
-        return Masked(spec, context)
-    module, name = LOCALIZERS[spec.name]
-    return getattr(import_module(f".{module}", __name__), name)(spec, context)
+        localizer = Masked(localizer, masks[0], context)
+    return localizer

@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 from ..boxes.detections import Detections
 from ..errors import L2R2Error
-from .base import Context, Localizer, Spec
+from .base import Context, Localizer
 from .pretrained import load_pretrained
 
 # kind -> transformers' classes and what the config may call itself (SAM2's published configs are those of its video model)
@@ -51,18 +51,11 @@ class Segmenter:
 class Masked(Localizer):
     """Another localizer with the option `masks=sam:SOURCE` or `masks=sam2:SOURCE`."""
 
-    def __init__(self, spec: Spec, context: Context) -> None:
-        from . import create_localizer
-
-        asked = spec.options["masks"]
-        if len(asked) != 1:
-            raise L2R2Error(f'The localizer "{spec}" has {len(asked)} values of masks; give one.')
-        bare = replace(spec, options={k: v for k, v in spec.options.items() if k != "masks"})
-        self.inner = create_localizer(bare, device=context.device, checkpoint=context.checkpoint)
-        self.segmenter = Segmenter(asked[0], context.device)
-        self.context, self.options = context, {**self.inner.options, "masks": asked[0]}
-        self.spec = self.inner.spec.with_option("masks", *asked)
-        self.prompted = self.inner.prompted  # type: ignore[misc]
+    def __init__(self, inner: Localizer, masks: str, context: Context) -> None:
+        self.inner, self.segmenter = inner, Segmenter(masks, context.device)
+        self.context, self.options = context, {**inner.options, "masks": masks}
+        self.spec = inner.spec.with_option("masks", masks)
+        self.prompted = inner.prompted  # type: ignore[misc]
 
     @property
     def lacks_prompt(self) -> bool:

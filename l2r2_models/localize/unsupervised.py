@@ -4,7 +4,6 @@ the class activation map of its full branch, the parts of an ifam model. None of
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,18 +15,19 @@ from PIL.Image import Image, new
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from ..boxes.detections import Detections, ViewMap
+from ..boxes.detections import Detections
 from ..errors import L2R2Error
 from ..models.box_head import feature_map
 from ..models.weights import create_pretrained
 from ..views import ViewSpec
 from .base import Context, Localizer, Option, Spec, number, whole
-from .model_based import Looking, one_box
+from .model_based import ModelLocalizer
+from .regions import box_of, inside_view, label_regions, largest_region
 
 MAX_STRIDE = 16  # of the feature map that is cut: the last one of a pyramid is too coarse to find a small object in
 
 
-class NormalisedCut(Looking):
+class NormalisedCut(ModelLocalizer):
     """TokenCut (Wang et al., CVPR 2022), from its description: patches that look alike are joined, the graph is cut in two,
     the part with the most extreme patch is the object, its connected region around that patch gives the box.
 
@@ -79,13 +79,13 @@ class NormalisedCut(Looking):
         features = _finite(patch_features(self.model.backbone, views))  # [B, C, h, w]
         found = []
         for image, view, of_image in zip(images, maps, features):
-            (top, bottom), (left, right) = _inside(view, image, of_image.shape[1:])
+            (top, bottom), (left, right) = inside_view(view, image, of_image.shape[1:])
             mask = normalised_cut(of_image[:, top:bottom, left:right], self.options["tau"])
-            found.append(_box_of(mask, (top, left), of_image.shape[1:], view, image))
+            found.append(box_of(mask, (top, left), of_image.shape[1:], view, image))
         return found
 
 
-class ActivationMap(Looking):
+class ActivationMap(ModelLocalizer):
     """Grad-CAM (Selvaraju et al., ICCV 2017) of the most probable class of the full branch; the region above a level that
     holds the most of it gives the box.
 
@@ -106,32 +106,10 @@ class ActivationMap(Looking):
         cams = interpolate(cams, (size, size), mode="bilinear", align_corners=False)[:, 0]
         found = []
         for image, view, cam in zip(images, maps, cams.cpu()):
-            (top, bottom), (left, right) = _inside(view, image, cam.shape)
+            (top, bottom), (left, right) = inside_view(view, image, cam.shape)
             part = cam[top:bottom, left:right]
             level = otsu(part) if self.options["level"] == "otsu" else self.options["level"] * float(part.max())
-            found.append(_box_of(largest_region(part > level, part), (top, left), cam.shape, view, image))
-        return found
-
-
-class Parts(Looking):
-    """What stage 1 of an ifam model keeps: its largest region gives the box, all of it the mask."""
-
-    name = "parts"
-
-    def __init__(self, spec: Spec, context: Context) -> None:
-        super().__init__(spec, context)
-        if not self.model.finds_object:
-            raise L2R2Error(f"{self.checkpoint.name}: finds no parts; that is what the ifam models do.")
-
-    @torch.inference_mode()
-    def find(self, images: list[Image], names: Any, prompts: Any) -> list[Detections]:
-        views, maps = self.full_views(images)
-        kept = self.model.find_parts(views).keep.cpu()  # type: ignore[operator]
-        found = []
-        for image, view, keep in zip(images, maps, kept):
-            box = _box_of(largest_region(keep, keep.float()), (0, 0), keep.shape, view, image)
-            mask = view.map_to_image(keep, (image.height, image.width)) > 0.5
-            found.append(replace(box, masks=mask[None]) if len(box) else box)
+            found.append(box_of(largest_region(part > level, part), (top, left), cam.shape, view, image))
         return found
 
 
@@ -189,7 +167,7 @@ def normalised_cut(features: Tensor, tau: float) -> Tensor:
     seed = int(second.abs().argmax())
     side = second > second.mean()
     mask = (side if side[seed] else ~side).reshape(height, width).cpu()
-    return _regions(mask) == _regions(mask)[seed // width, seed % width]
+    return label_regions(mask) == label_regions(mask)[seed // width, seed % width]
 
 
 def activation_map(model: Any, views: Tensor) -> Tensor:
@@ -229,41 +207,3 @@ def otsu(values: Tensor, bins: int = 256) -> float:
     above, rest = counts.sum() - below, (counts * centres).sum() - mass
     between = below * above * (mass / below.clamp(min=1) - rest / above.clamp(min=1)) ** 2
     return float(centres[between.argmax()])
-
-
-def largest_region(mask: Tensor, weight: Tensor) -> Tensor:
-    """The 4-connected region of a mask `[h, w]` that holds the most of `weight`; nothing of an empty mask."""
-    regions = _regions(mask)
-    sums = torch.zeros(int(regions.max()) + 1, dtype=torch.double).index_add_(0, regions.flatten(), weight.double().flatten())
-    sums[0] = -1.0  # what is not in the mask
-    return (regions == int(sums.argmax())) & mask
-
-
-def _regions(mask: Tensor) -> Tensor:
-    try:
-        from scipy.ndimage import label
-    except ImportError as error:
-        raise L2R2Error('ncut, cam and parts need more packages: pip install "l2r2-models[detect]".') from error
-    return torch.from_numpy(label(mask.numpy())[0]).long()
-
-
-def _inside(view: ViewMap, image: Image, grid: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Rows and columns of a grid over the view whose middles show the image and not its padding; at least one of each."""
-    x0, y0, x1, y1 = view.boxes_to_view(torch.tensor([0.0, 0, image.width, image.height])).tolist()
-
-    def cells(start: float, end: float, side: int, count: int) -> tuple[int, int]:
-        middles = [(i + 0.5) * side / count for i in range(count)]
-        inside = [i for i, middle in enumerate(middles) if start <= middle < end] or [count // 2]
-        return inside[0], inside[-1] + 1
-
-    return cells(y0, y1, view.view_size[0], grid[0]), cells(x0, x1, view.view_size[1], grid[1])
-
-
-def _box_of(mask: Tensor, offset: tuple[int, int], grid: Sequence[int], view: ViewMap, image: Image) -> Detections:
-    """The box around a mask that lies at `offset` (row, column) in a grid over the view."""
-    found = Detections.from_mask(mask)
-    if not len(found):
-        return Detections.from_lists([], (image.height, image.width))
-    top, left = offset
-    cell = torch.tensor([view.view_size[1] / grid[1], view.view_size[0] / grid[0]]).repeat(2)
-    return one_box(view.boxes_to_image((found.boxes[0] + torch.tensor([left, top, left, top])) * cell), 1.0, image)

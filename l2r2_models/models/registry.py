@@ -19,7 +19,6 @@ from timm.models._pretrained import PretrainedCfg
 from timm.models._registry import get_arch_pretrained_cfgs  # private: pinned by tests/test_zoo.py
 from torch import Tensor
 
-from ..checkpoints.checkpoint import FORMAT_VERSION, check_format, crop_mode
 from ..errors import L2R2Error
 from ..views import ViewSpec
 from .backbones import unknown_backbone
@@ -28,7 +27,9 @@ from .ifam import IFAM
 from .l2r2 import L2R2, check_branches
 from .weights import forget, overlay
 
-__all__: list[str] = []
+__all__: list[str] = []  # nothing for `import *`: timm reads it
+
+FORMAT_VERSION = 1  # of a checkpoint's model_args
 
 MASKED, PARTS = "l2r2_masked_", "ifam_"  # fg drops tokens of a ViT by a mask; finds the object's parts itself
 
@@ -109,7 +110,7 @@ def _trained_cfg(config: HubConfig) -> dict[str, Any]:
     return dict(
         hf_hub_id=config.hub_id, license=config.licence, num_classes=len(config.label_names or ()),
         label_names=config.label_names, input_size=(3, views.size, views.size), mean=views.mean, std=views.std,
-        interpolation=views.interpolation, crop_pct=1.0, crop_mode=crop_mode(views.square),
+        interpolation=views.interpolation, crop_pct=1.0, crop_mode=views.crop_mode,
     )  # fmt: skip
 
 
@@ -159,6 +160,18 @@ def classifier_name(model: L2R2) -> str:
 
 
 TRAINED = {config.name: dict(config.model_args or {}) for config in load_hub_configs() if config.trained}
+
+
+def check_format(version: Any) -> None:
+    """Whether a checkpoint of this format can be read.
+
+    Raises:
+        L2R2Error: a newer format, or no format at all.
+    """
+    if type(version) is not int or version < 1:  # True is an int
+        raise L2R2Error(f"a checkpoint's format_version is a whole number from 1, not {version!r}.")
+    if version > FORMAT_VERSION:
+        raise L2R2Error(f"checkpoint format {version} is newer than {FORMAT_VERSION}; upgrade l2r2-models.")
 
 
 def _create(

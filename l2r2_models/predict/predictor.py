@@ -18,7 +18,7 @@ from ..errors import L2R2Error
 from ..fusion import ObjectnessMaxConfidence
 from ..images import ImageSource, load_image, load_mask
 from ..localize import Localizer, create_localizer
-from ..localize.head import Head, detections_of
+from ..localize.model_based import Head, detections_of
 from ..models.l2r2 import L2R2Output
 from ..views import make_views
 from .finite import checked

@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
+from ..audit.audit import Answers, Audit, AuditRun
 from ..audit.metrics import Figure
 from ..audit.perturbations import L2_LEVELS, STD_LEVELS, Donors, plan
 from ..audit.samples import Subjects
 from .figures import bars_by_group
 from .html import Picture, Section, gallery, percent, table, write_page
-
-if TYPE_CHECKING:
-    from ..audit.audit import Answers, Audit
 
 # figure -> what it is called, in the order of the table
 MEASURES = {
@@ -62,18 +59,17 @@ WHAT_THEY_ARE = (
 )
 
 
-def write_report(path: Path, audit: Audit, subjects: Subjects, answers: Answers, grain: int) -> None:
+def write_report(path: Path, run: AuditRun) -> None:
     """Write the page.
 
     Args:
         path: the file.
-        audit: what was found.
-        subjects, answers: what it was found on, for the examples.
-        grain: side of the model's view, for the noise of the examples.
+        run: an audit, with the images that it was computed from.
 
     Raises:
         L2R2Error: not writable, or matplotlib is missing.
     """
+    audit = run.result
     counts = f"{audit.images} images of {audit.split}, {audit.classes} classes, seed {audit.settings['seed']}."
     others = list(audit.verdicts.values())[:-1]
     sections = [
@@ -84,7 +80,7 @@ def write_report(path: Path, audit: Audit, subjects: Subjects, answers: Answers,
     ]
     if audit.groups:
         sections.append(Section(f"Accuracy by {audit.groups}", "", [_groups(audit)]))
-    pictures = _examples(audit, subjects, answers, grain)
+    pictures = _examples(audit, run.subjects, run.answers, run.size)
     text = "Images that were right and are wrong on another background come first. p: probability of the true class."
     sections.append(Section("What the model was shown", text, [gallery(pictures, len(pictures))]))
     write_page(path, f"Background audit of {audit.model}", audit.verdict, sections, audit.warnings)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import distributed as processes
-from ..checkpoints.checkpoint import CONFIG, save_checkpoint
+from ..checkpoints.checkpoint import save_checkpoint
+from ..checkpoints.format import CONFIG
 from ..data.dataset import Check, Sample, check_images
 from ..data.near_duplicates import HELD_OUT, find_leaks
 from ..data.splits import hold_out

@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..checkpoints.checkpoint import WEIGHTS, check_config, check_hash, local_folder, open_checkpoint
+from ..checkpoints.download import check_hash, local_folder, open_checkpoint
+from ..checkpoints.format import WEIGHTS, check_config
+from ..checkpoints.provenance import Source, source_of_training
 from ..errors import L2R2Error
-from ..hub.card import Source, source_of_training
 from ..io import file_sha256
 from ..models.l2r2 import L2R2
 from ..models.registry import backbone_weights, classifier_name

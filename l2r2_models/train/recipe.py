@@ -24,7 +24,6 @@ TRAINABLE = ("all", "head")
 PRECISIONS = ("fp32", "bf16", "fp16")
 NO_METRIC = "none"
 METRICS = (NO_METRIC, *(f"{name}_{kind}accuracy" for kind in ("", "macro_") for name in ("fused", *BRANCHES)))
-FREE = ("workers",)  # no part of the result: a run may continue with others
 
 
 @dataclass(frozen=True)

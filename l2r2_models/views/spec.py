@@ -90,6 +90,11 @@ class ViewSpec:
         """What follows from `fg_mode`."""
         return FG_MODES[self.fg_mode]
 
+    @property
+    def crop_mode(self) -> str:
+        """timm's name for how the full view is made: padded to a square, or stretched; timm's default would cut the sides off."""
+        return "border" if self.square else "squash"
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ViewSpec:
         """From a config; an unknown field is an error."""

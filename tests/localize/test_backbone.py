@@ -13,7 +13,8 @@ from l2r2_models import L2R2Error, Predictor, ViewSpec
 from l2r2_models.checkpoints import checkpoint as hub
 from l2r2_models.images import load_image
 from l2r2_models.localize import create_localizer
-from l2r2_models.localize.unsupervised import activation_map, largest_region, normalised_cut, otsu, patch_features
+from l2r2_models.localize.regions import largest_region
+from l2r2_models.localize.unsupervised import activation_map, normalised_cut, otsu, patch_features
 
 
 def planted(height, width, box, noise, seed=0):

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from l2r2_cli.commands import app
 from l2r2_models.checkpoints import checkpoint as hub
+from l2r2_models.checkpoints.provenance import source_of_training
 from l2r2_models.errors import L2R2Error
 from l2r2_models.evaluate.evaluator import evaluate_run
 from l2r2_models.fusion import create_fusion
-from l2r2_models.hub.card import source_of_training
 from l2r2_models.train.finetune import finetune
 from l2r2_models.train.init import Start
 from l2r2_models.train.models import create_model

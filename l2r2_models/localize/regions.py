@@ -1,0 +1,56 @@
+"""Regions of a mask on a grid over a view, and the boxes around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from ..boxes.detections import Detections, ViewMap
+from ..errors import L2R2Error
+
+
+def largest_region(mask: Tensor, weight: Tensor) -> Tensor:
+    """The 4-connected region of a mask `[h, w]` that holds the most of `weight`; nothing of an empty mask."""
+    regions = label_regions(mask)
+    sums = torch.zeros(int(regions.max()) + 1, dtype=torch.double).index_add_(0, regions.flatten(), weight.double().flatten())
+    sums[0] = -1.0  # what is not in the mask
+    return (regions == int(sums.argmax())) & mask
+
+
+def label_regions(mask: Tensor) -> Tensor:
+    try:
+        from scipy.ndimage import label
+    except ImportError as error:
+        raise L2R2Error('ncut, cam and parts need more packages: pip install "l2r2-models[detect]".') from error
+    return torch.from_numpy(label(mask.numpy())[0]).long()
+
+
+def inside_view(view: ViewMap, image: Image, grid: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and columns of a grid over the view whose middles show the image and not its padding; at least one of each."""
+    x0, y0, x1, y1 = view.boxes_to_view(torch.tensor([0.0, 0, image.width, image.height])).tolist()
+
+    def cells(start: float, end: float, side: int, count: int) -> tuple[int, int]:
+        middles = [(i + 0.5) * side / count for i in range(count)]
+        inside = [i for i, middle in enumerate(middles) if start <= middle < end] or [count // 2]
+        return inside[0], inside[-1] + 1
+
+    return cells(y0, y1, view.view_size[0], grid[0]), cells(x0, x1, view.view_size[1], grid[1])
+
+
+def box_of(mask: Tensor, offset: tuple[int, int], grid: Sequence[int], view: ViewMap, image: Image) -> Detections:
+    """The box around a mask that lies at `offset` (row, column) in a grid over the view."""
+    found = Detections.from_mask(mask)
+    if not len(found):
+        return Detections.from_lists([], (image.height, image.width))
+    top, left = offset
+    cell = torch.tensor([view.view_size[1] / grid[1], view.view_size[0] / grid[0]]).repeat(2)
+    return one_box(view.boxes_to_image((found.boxes[0] + torch.tensor([left, top, left, top])) * cell), 1.0, image)
+
+
+def one_box(box: Tensor, score: float, image: Image) -> Detections:
+    """A box `[4]` in pixels of the image, clipped to it; none where nothing of it is inside."""
+    found = Detections(box[None].float().cpu(), torch.tensor([score]), (image.height, image.width))
+    return found.usable().clipped()
