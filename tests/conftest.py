@@ -5,7 +5,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a hub; read when huggingface_hub is imported
 
 import csv
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import timm
 import torch
 from PIL import Image
 
+from l2r2_cli.commands import main
 import l2r2_models  # noqa: F401  (registers the models)
 from l2r2_models.checkpoints import checkpoint as hub
 from l2r2_models.views import ViewSpec
@@ -80,3 +83,30 @@ def pictures():
     rng = np.random.default_rng(0)
     sizes = [(40, 60), (90, 30), (40, 60), (50, 50)]
     return [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
+
+
+@pytest.fixture
+def l2r2(monkeypatch, capsys):
+    """Runs a command in this process, as `main` does it: returncode, stdout, stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["l2r2", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return SimpleNamespace(returncode=code, **dict(zip(("stdout", "stderr"), capsys.readouterr())))
+
+    return call
+
+
+def sentence(result, code=1):
+    """The one line of an error, after checking that it is one and no traceback."""
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.strip().splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]

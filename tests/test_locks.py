@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
+from conftest import sentence
 
 from l2r2_models.errors import L2R2Error
 from l2r2_models.locks import only_writer
@@ -81,7 +81,7 @@ def test_of_many_writers_one_at_a_time_writes(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["predict", "localize", "finetune"])
-def test_the_commands_leave_an_output_alone_that_another_writes(l2r2, tmp_path, dataset, run, command):  # noqa: F811
+def test_the_commands_leave_an_output_alone_that_another_writes(l2r2, tmp_path, dataset, run, command):
     out = tmp_path / ("run" if command == "finetune" else "out.json")
     arguments = {
         "predict": [run, dataset, "-o", out],

@@ -16,7 +16,7 @@ from timm.models import (
     register_model,
 )
 from timm.models._pretrained import PretrainedCfg
-from timm.models._registry import get_arch_pretrained_cfgs  # private: pinned by tests/test_zoo.py
+from timm.models._registry import get_arch_pretrained_cfgs  # private: pinned by tests/models/test_registry.py
 from torch import Tensor
 
 from ..errors import L2R2Error

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from conftest import sentence
 from PIL import Image
-from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
 
 from l2r2_models.boxes import BoxEntry, BoxTable, write_boxes
 from l2r2_models.data.table import read_table
@@ -48,7 +48,7 @@ def test_the_figures_are_those_of_counting_pixels(dataset, tmp_path):
     assert [one.iou for one in report.judged] == sorted(one.iou for one in report.judged)
 
 
-def test_given_boxes_are_perfect_and_the_whole_image_holds_every_object(l2r2, dataset, tmp_path):  # noqa: F811
+def test_given_boxes_are_perfect_and_the_whole_image_holds_every_object(l2r2, dataset, tmp_path):
     for spec, corloc, recall in ((f"boxes:{dataset / 'metadata.csv'}", 1.0, 1.0), ("full", 0.0, 1.0)):
         out = tmp_path / "boxes.json"
         out.unlink(missing_ok=True)
@@ -86,7 +86,7 @@ def test_a_mask_says_how_much_of_the_object_is_inside(dataset, tmp_path):
     assert report.area_recall == pytest.approx(200 / 250) and report.mean_iou == pytest.approx(0.5)
 
 
-def test_the_worst_are_drawn_with_both_boxes(l2r2, dataset, tmp_path):  # noqa: F811
+def test_the_worst_are_drawn_with_both_boxes(l2r2, dataset, tmp_path):
     (tmp_path / "boxes.json").write_text(json.dumps({row.path.name: [[40, 25, 60, 40]] for row in read_table(dataset).rows}))
     result = l2r2("evaluate-boxes", tmp_path / "boxes.json", dataset, "--pictures", tmp_path / "worst.png")
     assert result.returncode == 0 and "CorLoc@0.5" in result.stdout and "wrote" in result.stdout, result.stderr
@@ -98,7 +98,7 @@ def test_the_worst_are_drawn_with_both_boxes(l2r2, dataset, tmp_path):  # noqa: 
     assert Image.open(tmp_path / "few.png").size == (520, 290)
 
 
-def test_what_cannot_be_judged_is_refused(l2r2, dataset, tmp_path):  # noqa: F811
+def test_what_cannot_be_judged_is_refused(l2r2, dataset, tmp_path):
     (tmp_path / "boxes.json").write_text('{"elsewhere.png": [[1, 2, 30, 40]]}')
     assert "none of its 1 entries" in sentence(l2r2("evaluate-boxes", tmp_path / "boxes.json", dataset))
     (tmp_path / "boxes.json").write_text('{"train_000.png": [[1, 2, 30, 40]]}')

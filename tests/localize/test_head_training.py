@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import write_dataset
-from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
+from conftest import sentence, write_dataset
 
 from l2r2_models import L2R2Error, ViewSpec
 from l2r2_models.boxes import BoxEntry, BoxTable, write_boxes
@@ -85,7 +84,7 @@ def test_where_nobody_looked_there_is_nothing_to_learn(dataset, tmp_path):
     assert ViewDataset(masks, CLASSES, ViewSpec(size=32), ("full", "fg"), locate=True)[4]["looked_for"]
 
 
-def test_the_run_says_what_finds_its_boxes(trained, tmp_path, l2r2):  # noqa: F811
+def test_the_run_says_what_finds_its_boxes(trained, tmp_path, l2r2):
     checkpoint = hub.load_checkpoint(trained / "run")
     assert checkpoint.model.box_head is not None and checkpoint.localizer == {"spec": "head"}
     data = trained / "data"
@@ -97,7 +96,7 @@ def test_the_run_says_what_finds_its_boxes(trained, tmp_path, l2r2):  # noqa: F8
     assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["boxes_from"]["localizer"] == "center?share=0.6"
 
 
-def test_finetune_learns_a_head_by_its_flag_and_refuses_what_would_mislead_it(l2r2, dataset, tmp_path):  # noqa: F811
+def test_finetune_learns_a_head_by_its_flag_and_refuses_what_would_mislead_it(l2r2, dataset, tmp_path):
     base = ["finetune", dataset, "--model", "timm:resnet10t", "--no-pretrained", "--size", 32, "--epochs", 1, "--box-head"]
     assert l2r2(*base, "-o", tmp_path / "run").returncode == 0
     assert hub.load_checkpoint(tmp_path / "run").model.box_head is not None

@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import write_run
-from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
+from conftest import sentence, write_run
 
 from l2r2_models import L2R2Error, Predictor, ViewSpec
 from l2r2_models.boxes.detections import ViewMap
@@ -120,7 +119,7 @@ def test_what_the_localizer_failed_on_is_tried_again(run, paths, tmp_path, monke
     assert not second.localizer_failures and second.images[3]["objects"][0]["source"] == "fused"
 
 
-def test_a_localizer_that_cannot_look_is_said_on_the_command_line(l2r2, headed, dataset, tmp_path, tiny):  # noqa: F811
+def test_a_localizer_that_cannot_look_is_said_on_the_command_line(l2r2, headed, dataset, tmp_path, tiny):
     base = ["predict", headed, dataset, "--split", "test", "-o"]
     forgotten = sentence(l2r2(*base, tmp_path / "none.json", "--localizer", f"owlv2:{tiny('owlv2')}"))
     assert "needs a prompt" in forgotten and not (tmp_path / "none.json").exists()
@@ -194,7 +193,7 @@ def test_top_k_prompts_need_what_they_need(run, tiny, tmp_path):
         Predictor.from_pretrained(plain, localizer=f"owlv2:{tiny('owlv2')}", topk_prompts=2)
 
 
-def test_predict_localizes_on_the_command_line(l2r2, headed, dataset, tmp_path, tiny):  # noqa: F811
+def test_predict_localizes_on_the_command_line(l2r2, headed, dataset, tmp_path, tiny):
     out = tmp_path / "out.json"
     base = ["predict", headed, dataset, "--split", "test", "-o", out]
     assert l2r2(*base, "--localizer", "center").returncode == 0
@@ -207,7 +206,7 @@ def test_predict_localizes_on_the_command_line(l2r2, headed, dataset, tmp_path, 
     assert l2r2(*base[:-1], tmp_path / "topk.json", *topk).returncode == 0
 
 
-def test_predict_says_which_localizer_a_model_is_meant_for(l2r2, dataset, tmp_path):  # noqa: F811
+def test_predict_says_which_localizer_a_model_is_meant_for(l2r2, dataset, tmp_path):
     checkpoint = hub.load_checkpoint(write_run(tmp_path / "run"))
     hub.save_checkpoint(checkpoint.model, tmp_path / "run", checkpoint.labels, localizer={"spec": "center?share=0.6"})
     base = ["predict", tmp_path / "run", dataset / "images", "-o", tmp_path / "out.json"]

@@ -8,8 +8,8 @@ import pytest
 import timm
 import torch
 from conftest import COLOURS, write_dataset, write_run
+from html_pages import Page
 from PIL import Image
-from test_report import Page
 from typer.testing import CliRunner
 
 from l2r2_cli.commands import app

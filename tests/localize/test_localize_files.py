@@ -9,9 +9,8 @@ import time
 from dataclasses import replace
 
 import pytest
-from conftest import write_run
+from conftest import sentence, write_run
 from PIL import Image
-from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
 
 from l2r2_models.boxes import read_boxes
 from l2r2_models.errors import L2R2Error
@@ -24,7 +23,7 @@ def entries(path):
     return read_boxes(path).entries
 
 
-def test_the_command_writes_megadetector_boxes_that_training_reads(l2r2, dataset, tmp_path):  # noqa: F811
+def test_the_command_writes_megadetector_boxes_that_training_reads(l2r2, dataset, tmp_path):
     result = l2r2("localize", dataset / "images", "--localizer", "center?share=0.5", "-o", tmp_path / "boxes.json")
     assert result.returncode == 0 and "36 images: 36 with a box, 0 without; 0 failed" in result.stdout, result.stderr
     data = json.loads((tmp_path / "boxes.json").read_text())
@@ -55,7 +54,7 @@ def test_a_file_continues_with_new_images_and_repeats_only_failures(tmp_path, da
     assert not list(tmp_path.glob("*.parts"))
 
 
-def test_a_file_of_another_localizer_or_of_others_is_refused(l2r2, dataset, tmp_path):  # noqa: F811
+def test_a_file_of_another_localizer_or_of_others_is_refused(l2r2, dataset, tmp_path):
     def again(spec, *more):
         return sentence(l2r2("localize", dataset, "--localizer", spec, "-o", tmp_path / "boxes.json", *more))
 
@@ -204,7 +203,7 @@ def test_two_processes_share_the_work_and_give_the_file_of_one(tmp_path, dataset
     assert two == entries(tmp_path / "one.json") and "not an image" in bad.failure
 
 
-def test_oracle_prompts_are_marked_wherever_the_boxes_go(l2r2, run, dataset, tmp_path, tiny, caplog):  # noqa: F811
+def test_oracle_prompts_are_marked_wherever_the_boxes_go(l2r2, run, dataset, tmp_path, tiny, caplog):
     out, spec = tmp_path / "boxes.json", f"owlv2:{tiny('owlv2')}?threshold=0"
     result = l2r2("localize", dataset, "--split", "test", "--localizer", spec, "--oracle-prompts", "-o", out)
     assert result.returncode == 0, result.stderr
@@ -232,7 +231,7 @@ def test_oracle_prompts_are_marked_wherever_the_boxes_go(l2r2, run, dataset, tmp
     assert "needs a label of every image" in sentence(folder)
 
 
-def test_a_prompt_on_the_command_line_is_part_of_the_spec(l2r2, dataset, tmp_path, tiny):  # noqa: F811
+def test_a_prompt_on_the_command_line_is_part_of_the_spec(l2r2, dataset, tmp_path, tiny):
     out = tmp_path / "boxes.json"
     base = ["localize", dataset, "--localizer", f"owlv2:{tiny('owlv2')}", "-o", out]
     assert l2r2(*base, "--prompt", "red", "--prompt", "a bird").returncode == 0

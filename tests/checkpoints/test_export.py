@@ -20,7 +20,7 @@ from l2r2_models.checkpoints import export
 from l2r2_models.views import make_views
 from l2r2_models.views.traceable import cut_in_graph
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "run_onnx.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "run_onnx.py"
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 

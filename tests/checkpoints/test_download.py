@@ -1,8 +1,6 @@
 """Pulling from a Hub: every way in gives the same model, and whatever goes wrong there leaves nothing half-loaded."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -10,6 +8,7 @@ import torch
 from conftest import COLOURS, write_run
 from hub_double import TOKEN, HubDouble
 from PIL import Image
+from pulling import pull
 
 from l2r2_models import L2R2Error, Predictor
 from l2r2_models.checkpoints import checkpoint as hub
@@ -40,43 +39,6 @@ def hub_of(runs, tmp_path, monkeypatch):
 def same_weights(model, run):
     other = hub.load_checkpoint(run).model.state_dict()
     return all(torch.equal(value, other[key]) for key, value in model.state_dict().items())
-
-
-WAYS = """
-import json, sys
-import torch, l2r2_models
-from PIL import Image
-
-def load(way, name):
-    if way == "timm":
-        import timm
-        return timm.create_model(name, pretrained=True).eval()
-    if way == "predictor":
-        return l2r2_models.Predictor.from_pretrained(name, device="cpu").model
-    from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
-    model = AutoModelForImageClassification.from_pretrained(name).eval()
-    photo = Image.new("RGB", (64, 64), (200, 30, 30))
-    seen = AutoImageProcessor.from_pretrained(name)(photo, return_tensors="pt")
-    with torch.no_grad():
-        best = model.config.id2label[int(model(**seen).logits.argmax())]
-    answer = pipeline("image-classification", model=name)(photo)
-    assert answer[0]["label"] == best, (answer, best)
-    return lambda x, boxes=None: model(x, boxes=boxes).logits
-
-x = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
-boxes = torch.tensor([[2.0, 2, 20, 30], [float("nan")] * 4])
-for way in sys.argv[1:]:
-    model = load(*way.split("="))
-    with torch.no_grad():
-        print(json.dumps([model(x).tolist(), model(x, boxes).tolist()]))
-"""
-
-
-def pull(double, home, *ways, **environment):
-    env = double.environment(home, **{"OMP_NUM_THREADS": "1", **environment})
-    return subprocess.Popen(
-        [sys.executable, "-c", WAYS, *ways], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-    )
 
 
 def test_every_way_in_gives_the_same_logits_also_offline(hub_of, runs, tmp_path):

@@ -6,39 +6,9 @@ import struct
 import subprocess
 import sys
 import zlib
-from types import SimpleNamespace
 
 import pytest
-from conftest import write_run
-
-from l2r2_cli.commands import main
-
-
-@pytest.fixture
-def l2r2(monkeypatch, capsys):
-    """Runs a command in this process, as `main` does it: returncode, stdout, stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["l2r2", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return SimpleNamespace(returncode=code, **dict(zip(("stdout", "stderr"), capsys.readouterr())))
-
-    return call
-
-
-def sentence(result, code=1):
-    """The one line of an error, after checking that it is one and no traceback."""
-    assert result.returncode == code, result.stderr
-    assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.strip().splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, result.stderr
-    return lines[0]
+from conftest import sentence, write_run
 
 
 def bomb(path):

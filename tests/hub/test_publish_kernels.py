@@ -15,7 +15,7 @@ from l2r2_models import L2R2Error
 from l2r2_models.hub.publish_kernels import prepare_kernels, push_kernels
 
 pytest.importorskip("tomllib")
-KERNELS = Path(__file__).parent.parent / "kernels"
+KERNELS = Path(__file__).parents[2] / "kernels"
 
 
 @pytest.fixture

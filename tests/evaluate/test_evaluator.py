@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import write_run
+from conftest import sentence, write_run
 from sklearn.metrics import confusion_matrix as reference_confusion
 from sklearn.metrics import recall_score
-from test_cli import l2r2, sentence  # noqa: F401
 
 from l2r2_models import L2R2Error
 from l2r2_models.evaluate.evaluator import evaluate_run, evaluation_of, judge_run
@@ -252,7 +251,7 @@ def test_the_gain_is_over_full_and_has_its_own_interval(own_run, dataset):
     json.dumps(figures, allow_nan=False)
 
 
-def test_the_command_says_and_writes_it_all(l2r2, own_run, dataset, tmp_path):  # noqa: F811
+def test_the_command_says_and_writes_it_all(l2r2, own_run, dataset, tmp_path):
     other = write_run(tmp_path / "other", seed=1)
     (dataset / "images" / "test_001.png").write_bytes(b"PK\x03\x04")
     base = ["evaluate", own_run, dataset, "--group", "label", "--fit-split", "val", "--with", other, "--skip-bad"]

@@ -1,53 +1,17 @@
 """The page: nothing from outside, user text escaped, figures that say what the numbers say."""
 
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from html_pages import EVIL, Page
 from PIL import Image
 
 from l2r2_models import L2R2Error
 from l2r2_models.evaluate.metrics import confusion_matrix
 from l2r2_models.report.figures import bars_by_group, confusion, reliability_diagram
 from l2r2_models.report.html import Picture, Section, gallery, percent, table, write_page
-
-EVIL = '<script>alert("1")</script> & $x_$ "é"'
-VOID = {"meta", "img", "br", "hr", "link", "input"}
-
-
-class Page(HTMLParser):
-    """Checks that every element is closed in order, and collects what a browser would show and fetch."""
-
-    def __init__(self, source):
-        super().__init__()
-        self.open, self.tags, self.ids, self.addresses, self.words, self.images = [], [], [], [], "", []
-        self.feed(source)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        attrs = dict(attrs)
-        self.ids += [attrs["id"]] if "id" in attrs else []
-        self.addresses += [attrs[k] for k in ("src", "href", "xlink:href", "data", "action") if k in attrs]
-        self.images += [attrs["src"]] if tag == "img" else []
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        if tag in VOID:
-            return self.handle_starttag(tag, attrs)
-        self.handle_starttag(tag, attrs)
-        self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
-            self.words += data
 
 
 def page_of(tmp_path, *blocks, **options):

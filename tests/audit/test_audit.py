@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 from audit_cases import GROUNDS, OBJECTS, write_data, write_model
-from conftest import write_dataset, write_run
+from conftest import sentence, write_dataset, write_run
 from PIL import Image
-from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
 
 from l2r2_models import L2R2Error
 from l2r2_models.audit import audit as audit_module
@@ -240,7 +239,7 @@ class Page(HTMLParser):
         self.links += [v for k, v in attributes if k in ("src", "href") and v and not v.startswith(("data:", "#"))]
 
 
-def test_the_command_prints_a_table_or_json_and_writes_one_page(l2r2, tmp_path):  # noqa: F811
+def test_the_command_prints_a_table_or_json_and_writes_one_page(l2r2, tmp_path):
     data = write_data(tmp_path / "data")
     model = write_model(tmp_path / "corner", "corner")
     result = l2r2("audit", model, data, "--group", "site", "--report", tmp_path / "audit.html")
@@ -253,7 +252,7 @@ def test_the_command_prints_a_table_or_json_and_writes_one_page(l2r2, tmp_path):
     assert found["answers"]["full"]["bg_gap"]["low"] > 0.4 and found["images"] == 24 and found["verdict"] in result.stdout
 
 
-def test_the_command_refuses_what_it_cannot_use(l2r2, tmp_path, data):  # noqa: F811
+def test_the_command_refuses_what_it_cannot_use(l2r2, tmp_path, data):
     model = write_model(tmp_path / "middle", "middle")
     assert 'timm has no model "resnat"' in sentence(l2r2("audit", "timm:resnat", data))
     assert "its pretrained weights cannot be loaded" in sentence(l2r2("audit", "timm:audit_middle", data))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import write_dataset, write_run
-from test_report import EVIL, Page
+from html_pages import EVIL, Page
 
 from l2r2_models.evaluate.evaluator import evaluation_of, judge_run
 from l2r2_models.report.evaluation import write_evaluation

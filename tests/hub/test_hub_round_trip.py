@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import write_dataset
 from hub_double import TOKEN, HubDouble
-from test_hub_pull import pull
+from pulling import pull
 
 from l2r2_cli.commands import main
 from l2r2_models.checkpoints import checkpoint as hub

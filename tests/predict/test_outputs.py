@@ -10,9 +10,8 @@ import time
 
 import pytest
 import torch
-from conftest import write_run
+from conftest import sentence, write_run
 from PIL import Image
-from test_cli import l2r2, sentence  # noqa: F401  (a fixture)
 
 from l2r2_models import L2R2Error, Predictor
 from l2r2_models.checkpoints import checkpoint as hub
@@ -196,7 +195,7 @@ def test_a_damaged_line_of_the_journal_is_done_again(predictor, dataset, tmp_pat
     assert looked_at == [str(inputs.paths[i]) for i in (1, 4, 5)] and len(rows_of(out)) == 12
 
 
-def test_a_file_without_its_journal_or_of_another_kind_is_refused(l2r2, run, dataset, tmp_path):  # noqa: F811
+def test_a_file_without_its_journal_or_of_another_kind_is_refused(l2r2, run, dataset, tmp_path):
     (tmp_path / "out.csv").write_text("file,label\n")
     assert "exists without" in sentence(l2r2("predict", run, dataset, "-o", tmp_path / "out.csv"))
     assert "must end in .json, .jsonl, .csv, .parquet" in sentence(l2r2("predict", run, dataset, "-o", tmp_path / "out.txt"))
@@ -217,7 +216,7 @@ def test_a_name_that_is_not_utf8_can_be_written(predictor, dataset, tmp_path, na
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("branch", ["full", "fg"])
-def test_an_output_that_is_not_finite_is_the_failure_of_its_image(l2r2, dataset, tmp_path, value, branch):  # noqa: F811
+def test_an_output_that_is_not_finite_is_the_failure_of_its_image(l2r2, dataset, tmp_path, value, branch):
     checkpoint = hub.load_checkpoint(write_run(tmp_path / "run"))
     predictor, paths = Predictor(checkpoint, device="cpu"), gather([dataset], split="train").paths
     original, seen = predictor.model.fuse, []
@@ -234,7 +233,7 @@ def test_an_output_that_is_not_finite_is_the_failure_of_its_image(l2r2, dataset,
     assert len(json.loads((tmp_path / "out.json").read_text())["images"]) == 12
 
 
-def test_a_network_that_gives_nan_ends_with_status_1_and_names_the_images(l2r2, dataset, tmp_path):  # noqa: F811
+def test_a_network_that_gives_nan_ends_with_status_1_and_names_the_images(l2r2, dataset, tmp_path):
     checkpoint = hub.load_checkpoint(write_run(tmp_path / "run"))
     torch.nn.init.constant_(next(p for n, p in checkpoint.model.named_parameters() if "bias" in n), float("nan"))
     hub.save_checkpoint(checkpoint.model, tmp_path / "nan", checkpoint.labels)

@@ -13,7 +13,7 @@ from l2r2_models.data.near_duplicates import ALIKE, HELD_OUT, LOOKED_AT, find_le
 from l2r2_models.data.splits import hold_out
 from l2r2_models.data.table import ImageTable, Row, read_table
 
-FOD = Path(__file__).parents[2] / "shared" / "data" / "fod_a_shift"
+FOD = Path(__file__).parents[3] / "shared" / "data" / "fod_a_shift"
 
 
 def scene(seed, side=120):
