@@ -45,7 +45,7 @@ def check_backbone_arguments(name: str, arguments: Mapping[str, Any]) -> None:
     allowed = {name for found in parameters if "num_classes" in found for name in found} | BATCH_NORM
     if wrong := sorted(set(arguments) - (allowed - {"self", "kwargs", "device", "dtype"})):
         close = get_close_matches(wrong[0], allowed, 3)
-        hint = f"; close ones: {', '.join(close)}." if close else "."
+        hint = f"; close matches: {', '.join(close)}." if close else "."
         raise UnknownArgument(f"The backbone {name} takes no {wrong[0]}{hint}")
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
+from .. import config
 from ..data.augment import Augment
 from ..data.splits import VAL_FROM
 from ..errors import L2R2Error
@@ -234,17 +234,11 @@ class Recipe:
         Raises:
             L2R2Error: an unknown key, or a value of another kind.
         """
-        kinds = get_type_hints(cls)
-        for name in data:
-            if name not in kinds:
-                close = get_close_matches(str(name), kinds, 3, 0.5)
-                hint = f"close ones: {', '.join(close)}" if close else f"choose from {', '.join(kinds)}"
-                raise L2R2Error(f'Unknown recipe key "{name}"; {hint}.')
-        return cls(**{name: _as_kind(name, value, kinds[name]) for name, value in data.items()})
+        return config.from_dict(cls, data, "recipe key", parse_numbers=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON or YAML."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return config.to_dict(self)
 
     def to_yaml(self) -> str:
         """What `read` takes for this very recipe."""
@@ -306,36 +300,3 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
 
 def _builtin_folder() -> Any:
     return resources.files(__package__) / "recipe_files"
-
-
-def _as_kind(name: str, value: Any, kind: Any) -> Any:
-    """A value of YAML or JSON as the field's type. YAML reads 1e-3 as text, so numbers may come as such."""
-    options = get_args(kind)
-    if kind == tuple[str, ...]:
-        names = [value] if isinstance(value, str) else value
-        if isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names):
-            return tuple(names)
-        raise L2R2Error(f"{name} must be a list of names, got {value!r}.")
-    if kind == tuple[int, ...]:
-        if isinstance(value, (list, tuple)) and all(isinstance(n, int) and not isinstance(n, bool) for n in value):
-            return tuple(value)
-        raise L2R2Error(f"{name} must be a list of whole numbers, got {value!r}.")
-    if type(None) in options:
-        return None if value is None else _as_kind(name, value, options[0])
-    if get_origin(kind) is dict:
-        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-            return value
-        raise L2R2Error(f"{name} must be a mapping of names to values, got {value!r}.")
-    if kind is str and isinstance(value, str):
-        return value
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            number = float(value)
-            if kind is float or number == int(number):
-                return kind(number)
-        except (ValueError, OverflowError):
-            pass
-    what = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}[kind]
-    raise L2R2Error(f"{name} must be {what}, got {value!r}.")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from .. import config
 from ..errors import L2R2Error
 from .modes import FG_MODES, FgMode
 
@@ -98,10 +99,7 @@ class ViewSpec:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ViewSpec:
         """From a config; an unknown field is an error."""
-        names = [f.name for f in fields(cls)]
-        if unknown := sorted(map(str, set(data) - set(names))):
-            raise L2R2Error(f"Unknown view field {', '.join(unknown)}; choose from {', '.join(names)}.")
-        return cls(**data)
+        return config.from_dict(cls, data, "view field")
 
     @classmethod
     def from_pretrained_cfg(cls, cfg: Mapping[str, Any], **changes: Any) -> ViewSpec:
@@ -120,7 +118,7 @@ class ViewSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON or YAML."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return config.to_dict(self)
 
 
 def _is_number(value: Any) -> bool:

@@ -33,7 +33,7 @@ def test_settings_are_yaml_and_numbers_may_be_written_as_people_write_them():
     ("changes", "message"),
     [
         ({"learning_rate": 1}, 'Unknown recipe key "learning_rate"'),
-        ({"epoch": 1}, 'Unknown recipe key "epoch"; close ones: epochs'),
+        ({"epoch": 1}, 'Unknown recipe key "epoch"; close matches: epochs'),
         ({"epochs": 1.5}, "epochs must be a whole number, got 1.5"),
         ({"lr": "fast"}, "lr must be a number, got 'fast'"),
         ({"balanced": 1}, "balanced must be true or false, got 1"),
