@@ -12,7 +12,7 @@ from .common import cell, errors, say, show, track
 
 if TYPE_CHECKING:
     from l2r2_models.audit.audit import Audit
-    from l2r2_models.audit.metrics import Figure
+    from l2r2_models.audit.metrics import Estimate
 
 
 def audit(
@@ -91,7 +91,7 @@ def _print(result: Audit) -> None:
     say(result.verdict)
 
 
-def _cell(figure: Figure | None, plain: bool) -> str:
+def _cell(figure: Estimate | None, plain: bool) -> str:
     if figure is None:
         return ""
     scale, digits = (1, 2) if plain else (100, 1)

@@ -34,11 +34,11 @@ def localize(
     Under torchrun (`torchrun --standalone --nproc_per_node 8 -m l2r2_models.cli localize ...`) each process takes its share.
     """
     from l2r2_models.errors import L2R2Error
-    from l2r2_models.localize import DEFAULT, Spec, create_localizer
+    from l2r2_models.localize import DEFAULT, LocalizerSpec, create_localizer
     from l2r2_models.localize.localize_files import localize_to_file
     from l2r2_models.predict.predict_files import gather
 
-    spec = Spec.parse(localizer or DEFAULT)
+    spec = LocalizerSpec.parse(localizer or DEFAULT)
     spec = spec.with_option("prompt", *prompt) if prompt else spec
     inputs = gather(images, split=split)
     if oracle_prompts and (lacking := [path for path in inputs.paths if str(path) not in inputs.labels]):

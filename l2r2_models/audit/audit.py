@@ -23,7 +23,7 @@ from ..io import check_readable, write_atomic
 from ..versions import version_of
 from ..views import make_views
 from .classifier import Audited, load_audited, match_classes
-from .metrics import Figure, measures
+from .metrics import Estimate, measures
 from .perturbations import Donors, Subject, number_of, plan
 from .samples import Progress, Subjects, find_subjects
 from .verdict import verdict_of
@@ -52,7 +52,7 @@ class Audit:
     images: int
     classes: int
     left_out: dict[str, int]
-    answers: dict[str, dict[str, Figure]]
+    answers: dict[str, dict[str, Estimate]]
     verdicts: dict[str, str]
     groups: str | None
     settings: dict[str, Any]

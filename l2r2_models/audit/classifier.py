@@ -16,6 +16,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ..boxes.detections import BOX_THRESHOLD
 from ..checkpoints.checkpoint import load_checkpoint
 from ..checkpoints.download import local_folder, open_checkpoint
 from ..errors import L2R2Error
@@ -47,7 +48,7 @@ class Audited:
     names: tuple[tuple[str, ...], ...]
     spec: ViewSpec
     branches: tuple[str, ...] = ("full",)
-    box_threshold: float = 0.2
+    box_threshold: float = BOX_THRESHOLD
     folder: Path | None = None
 
     @property

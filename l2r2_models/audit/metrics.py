@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 64  # bootstrap draws that are worked on at once
+from ..evaluate.metrics import bootstrap_counts, confidence_interval
 
 
 @dataclass(frozen=True)
-class Figure:
+class Estimate:
     """A measure with the ends of its 95 % confidence interval over images."""
 
     value: float
@@ -74,24 +74,19 @@ class Means:
         return self.means[name]
 
 
-def figure(values: Tensor) -> Figure | None:
+def figure(values: Tensor) -> Estimate | None:
     """From `[1 + draws]` values, the measure itself first; None where it has none (0 / 0)."""
     drawn = values[1:][values[1:].isfinite()]
     if not values[0].isfinite() or not len(drawn):
         return None
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
-    return Figure(float(values[0]), low, high)
+    return Estimate(float(values[0]), *confidence_interval(drawn))
 
 
 def _weights(images: Tensor, seed: int, draws: int) -> Iterable[Tensor]:
     """`[D, N]` float64: how often each row counts; a first block of ones, then the draws."""
     member = images.unique(return_inverse=True)[1]
-    size = int(member.max()) + 1
-    generator = torch.Generator().manual_seed(seed)
     yield torch.ones(1, len(images), dtype=torch.double)
-    for start in range(0, draws, CHUNK):
-        drawn = torch.randint(size, (min(CHUNK, draws - start), size), generator=generator)
-        times = torch.zeros(drawn.shape, dtype=torch.double).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.double))
+    for times in bootstrap_counts(int(member.max()) + 1, seed, draws):
         yield times[:, member]
 
 
@@ -104,7 +99,7 @@ def measures(
     *,
     seed: int = 0,
     draws: int = 1000,
-) -> dict[str, Figure]:
+) -> dict[str, Estimate]:
     """All measures of one answer.
 
     Args:

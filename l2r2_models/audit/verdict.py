@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .metrics import Figure
+from .metrics import Estimate
 
 LEANS, DECIDES = 0.05, 0.20  # parts of all images that are lost on changed backgrounds
 FEW = 20  # images; with fewer nothing is said
 
 
-def verdict_of(who: str, figures: Mapping[str, Figure], images: int, classes: int) -> str:
+def verdict_of(who: str, figures: Mapping[str, Estimate], images: int, classes: int) -> str:
     """The verdict on one answer of a model.
 
     It goes by `swap_loss`, the accuracy lost when the object lies on the background of another image of a random class, and by
@@ -42,7 +42,7 @@ def verdict_of(who: str, figures: Mapping[str, Figure], images: int, classes: in
     return f"{lost}: {images} images are too few to tell whether that is more than {100 * LEANS:.0f} points."
 
 
-def _cause(figures: Mapping[str, Figure]) -> str:
+def _cause(figures: Mapping[str, Estimate]) -> str:
     gap = figures.get("bg_gap")
     if gap is None:
         return ""
@@ -53,6 +53,6 @@ def _cause(figures: Mapping[str, Figure]) -> str:
     return ""
 
 
-def _points(f: Figure) -> str:
+def _points(f: Estimate) -> str:
     value, low, high = (round(100 * v) for v in (f.value, f.low, f.high))
     return f"{value} point{'' if value == 1 else 's'} ({low} to {high})"

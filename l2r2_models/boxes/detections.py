@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..errors import L2R2Error
 
+BOX_THRESHOLD = 0.2  # boxes with a lower score count as not found, where nothing else is said
+
 
 @dataclass(frozen=True)
 class Detections:

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from timm.models import save_for_hf
 
+from ..boxes.detections import BOX_THRESHOLD
 from ..errors import L2R2Error
 from ..fusion import INPUTS
 from ..io import MODE, file_sha256, read_json, write_json
@@ -48,7 +49,7 @@ class Checkpoint:
     @property
     def box_threshold(self) -> float:
         """Boxes with a lower score count as not found, as in training; 0.2 where the checkpoint does not say."""
-        return self.training.get("recipe", {}).get("box_threshold", 0.2)
+        return self.training.get("recipe", {}).get("box_threshold", BOX_THRESHOLD)
 
 
 def save_checkpoint(
@@ -91,9 +92,7 @@ def save_checkpoint(
     if model.pretrained_cfg["architecture"] == "l2r2":
         arguments["backbone"] = model.backbone_name
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        ours = {"format_version": FORMAT_VERSION, "views": spec, "branches": list(model.branches),
-                "fusion": model.fusion.config(), "calibration": _temperatures(model), "localizer": localizer or {},
-                "training": training or {}}  # fmt: skip
+        ours = {"calibration": _temperatures(model), "localizer": localizer or {}, "training": training or {}}
         hook = model.register_state_dict_post_hook(_untie)
         save_for_hf(model, temporary, {"label_names": list(labels), "l2r2": ours}, arguments, safe_serialization=True)
         hook.remove()

@@ -8,6 +8,7 @@ from typing import Any
 import timm
 from timm.models import build_model_with_cfg
 
+from ..boxes.detections import BOX_THRESHOLD
 from ..errors import L2R2Error
 from ..models.registry import FORMAT_VERSION, check_format
 from ..runs import CONFIG, WEIGHTS
@@ -17,16 +18,13 @@ __all__ = ["CONFIG", "FORMAT_VERSION", "PICKLES", "WEIGHTS", "check_config"]
 
 OURS = ("l2r2", "ifam")  # how the names of our architectures start
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
-# keys under `l2r2` and what they hold; any other key is a newer version's, or a mistake
+# keys under `l2r2` and what they hold, beside model_args, which build the model; any other key is a newer version's, or a mistake
 SECTION: dict[str, type] = {
-    "format_version": int,
-    "views": dict,
-    "branches": list,
-    "fusion": dict,
     "training": dict,
     "localizer": dict,
     "calibration": dict,
 }
+BUILD: dict[str, type] = {"views": dict, "branches": list, "fusion": dict}  # what model_args cannot do without
 # what timm's own functions would take out of model_args: where weights come from, and what becomes of the network
 OF_THE_FACTORY = {
     name
@@ -46,9 +44,11 @@ def check_config(config: dict[str, Any], name: str) -> None:
     """
     if not isinstance(config.get("l2r2"), dict):
         raise L2R2Error(f"{name}: {CONFIG} has no l2r2 section; this is not an L2R2 checkpoint.")
-    ours = config["l2r2"]
+    ours, arguments = config["l2r2"], config.get("model_args")
+    if not isinstance(arguments, dict):
+        raise L2R2Error(f"{name}: {CONFIG} needs model_args as a mapping.")
     try:
-        check_format(ours.get("format_version"))
+        check_format(arguments.get("format_version"))
     except L2R2Error as error:
         raise L2R2Error(f"{name}: {error}") from None
     if unknown := sorted(set(ours) - set(SECTION)):
@@ -58,29 +58,22 @@ def check_config(config: dict[str, Any], name: str) -> None:
     labels = config.get("label_names", [])
     if not config["architecture"].startswith(OURS):
         raise L2R2Error(f"{name}: the architecture {config['architecture']} in {CONFIG} is not an L2R2 model.")
-    if not isinstance(config.get("model_args"), dict):
-        raise L2R2Error(f"{name}: {CONFIG} needs model_args as a mapping.")
     if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels) or len(set(labels)) != len(labels):
         raise L2R2Error(f"{name}: {CONFIG} needs label_names as a list of different names.")
     source = config.get("pretrained_cfg", {})
     if not isinstance(source, dict) or any(source.get(key) for key in ELSEWHERE):
         raise L2R2Error(f"{name}: {CONFIG} names weights elsewhere under pretrained_cfg; only {WEIGHTS} beside it is loaded.")
     _check_training(ours.get("training", {}), name)
-    arguments = config["model_args"]
     if wrong := sorted({*arguments} & OF_THE_FACTORY):  # the rest goes to the network, which has its own list
         raise L2R2Error(f"{name}: {CONFIG} has an unusable model_args: a checkpoint takes no {wrong[0]}; remove it.")
-    for key in ("format_version", "views", "branches", "fusion"):
-        if key not in ours:
-            raise L2R2Error(f"{name}: {CONFIG} has no {key} under l2r2.")
-        if key not in arguments:
-            raise L2R2Error(f"{name}: {CONFIG} has no {key} under model_args; a development version saved it, train it again.")
-        if arguments.get(key) != ours.get(key):
-            raise L2R2Error(f"{name}: {CONFIG} says two things about {key}, under model_args and under l2r2.")
-    ViewSpec.from_dict(ours["views"])
+    for key, kind in BUILD.items():
+        if not isinstance(arguments.get(key), kind):
+            raise L2R2Error(f"{name}: {CONFIG} has no usable {key} under model_args.")
+    ViewSpec.from_dict(arguments["views"])
 
 
 def _check_training(training: dict[str, Any], name: str) -> None:
     recipe = training.get("recipe", {})
-    threshold = recipe.get("box_threshold", 0.2) if isinstance(recipe, dict) else None
+    threshold = recipe.get("box_threshold", BOX_THRESHOLD) if isinstance(recipe, dict) else None
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
         raise L2R2Error(f"{name}: {CONFIG} has an unusable recipe under l2r2.training.")

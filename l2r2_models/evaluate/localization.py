@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from ..boxes import BoxEntry, read_boxes
-from ..boxes.detections import Detections
+from ..boxes.detections import BOX_THRESHOLD, Detections
 from ..data.table import Row, read_table
 from ..errors import L2R2Error
 from ..images import load_image, load_mask
@@ -95,7 +95,7 @@ def evaluate_boxes(
     *,
     split: str | None = None,
     metadata: str | Path | None = None,
-    threshold: float = 0.2,
+    threshold: float = BOX_THRESHOLD,
     progress: Progress = lambda steps, _: steps,
 ) -> BoxReport:
     """Compare the best box of each image with the true ones.

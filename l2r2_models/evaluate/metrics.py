@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -120,6 +120,20 @@ def oracle(logits: Sequence[Tensor], labels: Tensor) -> float:
     return float(torch.stack([z.argmax(-1) == labels for z in logits]).any(0).double().mean())
 
 
+def bootstrap_counts(size: int, seed: int, draws: int) -> Iterator[Tensor]:
+    """Blocks `[D, size]` float64 of how often each of `size` units is drawn, with replacement, in each of `draws` resamples."""
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, draws, CHUNK):
+        drawn = torch.randint(size, (min(CHUNK, draws - start), size), generator=generator)
+        yield torch.zeros(drawn.shape, dtype=torch.double).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.double))
+
+
+def confidence_interval(values: Tensor) -> Interval:
+    """The 2.5 % and 97.5 % percentiles of resampled values `[draws]`."""
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    return low, high
+
+
 def bootstrap_interval(
     values: Tensor, seed: int = 0, draws: int = 1000, *, clusters: Tensor | None = None, classes: Tensor | None = None
 ) -> Interval:
@@ -144,20 +158,13 @@ def bootstrap_interval(
     member = torch.arange(count) if clusters is None else clusters.unique(return_inverse=True)[1]
     kind = torch.zeros(count, dtype=torch.long) if classes is None else classes.unique(return_inverse=True)[1]
     kinds, size = int(kind.max()) + 1, int(member.max()) + 1
-    generator = torch.Generator().manual_seed(seed)
     means = []
-    for start in range(0, draws, CHUNK):
-        drawn = torch.randint(size, (min(CHUNK, draws - start), size), generator=generator)
-        if clusters is None and classes is None:  # the same, faster
-            means.append(values.double()[drawn].mean(1))
-            continue
-        times = torch.zeros(drawn.shape, dtype=torch.double).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.double))
+    for times in bootstrap_counts(size, seed, draws):
         weights = times[:, member]
-        total = weights.new_zeros(len(drawn), kinds).index_add_(1, kind, weights * values.double())
-        rows = weights.new_zeros(len(drawn), kinds).index_add_(1, kind, weights)
+        total = weights.new_zeros(len(times), kinds).index_add_(1, kind, weights * values.double())
+        rows = weights.new_zeros(len(times), kinds).index_add_(1, kind, weights)
         means.append((total / rows).nanmean(1))  # a class that was not drawn does not count
-    low, high = torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
-    return low, high
+    return confidence_interval(torch.cat(means))
 
 
 def reliability_bins(logits: Tensor, labels: Tensor, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import L2R2Error
-from ..localize.base import Spec
+from ..localize.base import LocalizerSpec
 from ..models.l2r2 import L2R2
 from .markdown import code, literal, plain
 from .metadata import CardMetadata
@@ -76,7 +76,7 @@ def _localizer_spec(checkpoint: Checkpoint, facts: CardMetadata) -> str | None:
     """The localizer as `Predictor` takes it; None where there is none that others can have, such as a file of boxes."""
     known = localizer_facts(checkpoint, facts)
     try:
-        spec = Spec.parse(str(known.get("spec", "")))
+        spec = LocalizerSpec.parse(str(known.get("spec", "")))
     except L2R2Error:
         return None
     if known.get("prompt"):

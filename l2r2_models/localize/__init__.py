@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import L2R2Error
-from .base import Context, Localizer, Spec
+from .base import Context, Localizer, LocalizerSpec
 
 if TYPE_CHECKING:
     import torch
 
     from ..checkpoints.checkpoint import Checkpoint
 
-__all__ = ["LOCALIZERS", "Localizer", "Spec", "create_localizer"]
+__all__ = ["LOCALIZERS", "Localizer", "LocalizerSpec", "create_localizer"]
 
 # name -> module and class; imported when it is asked for, because most need a heavy library
 LOCALIZERS = {
@@ -34,7 +34,7 @@ DEFAULT = "owlv2:google/owlv2-base-patch16-ensemble"
 
 
 def create_localizer(
-    spec: str | Spec, *, device: str | torch.device | None = None, checkpoint: Checkpoint | None = None
+    spec: str | LocalizerSpec, *, device: str | torch.device | None = None, checkpoint: Checkpoint | None = None
 ) -> Localizer:
     """A localizer from its spec (see `localize.base`).
 
@@ -49,7 +49,7 @@ def create_localizer(
     """
     import torch
 
-    spec = Spec.parse(spec) if isinstance(spec, str) else spec
+    spec = LocalizerSpec.parse(spec) if isinstance(spec, str) else spec
     if spec.name not in LOCALIZERS:
         near = f' If that is a file, write "boxes:{spec}".' if Path(str(spec)).exists() else ""
         raise L2R2Error(f'Unknown localizer "{spec.name}"; choose from {", ".join(LOCALIZERS)}.{near}')

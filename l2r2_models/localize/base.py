@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Spec:
+class LocalizerSpec:
     """A localizer in words.
 
     Attributes:
@@ -47,7 +47,7 @@ class Spec:
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, text: str) -> Spec:
+    def parse(cls, text: str) -> LocalizerSpec:
         """From `NAME[:SOURCE][?option=value&...]`; `%`-escapes as in a URL, in the source too; `+` stays itself.
 
         Raises:
@@ -71,7 +71,7 @@ class Spec:
         source = self.source.replace("%", "%25").replace("?", "%3F")  # and no more: most paths stay as they are
         return self.name + (f":{source}" if source else "") + ("?" + "&".join(pairs) if pairs else "")
 
-    def with_option(self, key: str, *values: str) -> Spec:
+    def with_option(self, key: str, *values: str) -> LocalizerSpec:
         return replace(self, options={**self.options, key: values})
 
 
@@ -147,11 +147,11 @@ class Localizer(ABC):
     known_options: ClassVar[dict[str, Option]] = {}
     prompted: ClassVar[bool] = False
 
-    def __init__(self, spec: Spec, context: Context) -> None:
+    def __init__(self, spec: LocalizerSpec, context: Context) -> None:
         self.context = context
         self.options = self._read(spec)
         changed = [k for k, o in self.known_options.items() if k in spec.options and self.options[k] != o.default]
-        self.spec = Spec(spec.name, spec.source, {k: spec.options[k] for k in changed})
+        self.spec = LocalizerSpec(spec.name, spec.source, {k: spec.options[k] for k in changed})
 
     def __call__(
         self, images: Sequence[Image], *, names: Sequence[str] | None = None, prompts: Sequence[str] | None = None
@@ -203,7 +203,7 @@ class Localizer(ABC):
         """What a box file says of its origin."""
         return {"localizer": str(self.spec), "weights": self.weights}
 
-    def _read(self, spec: Spec) -> dict[str, Any]:
+    def _read(self, spec: LocalizerSpec) -> dict[str, Any]:
         if unknown := sorted(set(spec.options) - set(self.known_options)):
             known = ", ".join(self.known_options) or "none"
             raise L2R2Error(f'The localizer "{spec}" has no option {unknown[0]}; it has {known}.')

@@ -11,7 +11,7 @@ from PIL.Image import Image
 from ..boxes import BoxEntry, read_boxes
 from ..boxes.detections import Detections
 from ..errors import L2R2Error
-from .base import Context, Localizer, Option, Spec, number, size_of
+from .base import Context, Localizer, LocalizerSpec, Option, number, size_of
 
 
 class Full(Localizer):
@@ -45,7 +45,7 @@ class Boxes(Localizer):
     name = "boxes"
     source = "a box file"
 
-    def __init__(self, spec: Spec, context: Context) -> None:
+    def __init__(self, spec: LocalizerSpec, context: Context) -> None:
         super().__init__(spec, context)
         if not spec.source:
             raise L2R2Error('The localizer boxes needs a box file: "boxes:FILE".')

@@ -15,7 +15,7 @@ from ..checkpoints.checkpoint import Checkpoint, load_checkpoint
 from ..errors import L2R2Error
 from ..models.box_head import FoundBoxes
 from ..views import ViewSpec, make_views
-from .base import Context, Localizer, Spec
+from .base import Context, Localizer, LocalizerSpec
 from .regions import box_of, largest_region, one_box
 
 
@@ -24,7 +24,7 @@ class ModelLocalizer(Localizer):
 
     source = "a run or a Hub id"
 
-    def __init__(self, spec: Spec, context: Context) -> None:
+    def __init__(self, spec: LocalizerSpec, context: Context) -> None:
         super().__init__(spec, context)
         self.checkpoint: Checkpoint = load_checkpoint(spec.source) if spec.source else context.checkpoint  # type: ignore[assignment]
         self.model = self.checkpoint.model.to(context.device).eval()
@@ -53,7 +53,7 @@ class Head(ModelLocalizer):
     name = "head"
     source = "a run that was trained with `l2r2 finetune --box-head`"
 
-    def __init__(self, spec: Spec, context: Context) -> None:
+    def __init__(self, spec: LocalizerSpec, context: Context) -> None:
         super().__init__(spec, context)
         if self.model.box_head is None:
             raise L2R2Error(f"{self.checkpoint.name}: has no box head; train one with `l2r2 finetune --box-head`.")
@@ -82,7 +82,7 @@ class Parts(ModelLocalizer):
 
     name = "parts"
 
-    def __init__(self, spec: Spec, context: Context) -> None:
+    def __init__(self, spec: LocalizerSpec, context: Context) -> None:
         super().__init__(spec, context)
         if not self.model.finds_object:
             raise L2R2Error(f"{self.checkpoint.name}: finds no parts; that is what the ifam models do.")

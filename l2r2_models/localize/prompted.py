@@ -19,7 +19,7 @@ from torchvision.ops import box_convert
 
 from ..boxes.detections import Detections
 from ..errors import L2R2Error
-from .base import Context, Localizer, Option, Spec, number, one_of, size_of, tidy, whole
+from .base import Context, Localizer, LocalizerSpec, Option, number, one_of, size_of, tidy, whole
 from .pretrained import DTYPES, load_pretrained
 
 PART = "a number between 0 and 1"
@@ -48,7 +48,7 @@ class Prompted(Localizer):
     prompted = True
     model_types: ClassVar[tuple[str, ...]]
 
-    def __init__(self, spec: Spec, context: Context) -> None:
+    def __init__(self, spec: LocalizerSpec, context: Context) -> None:
         super().__init__(spec, context)
         if any(map(_is_empty, self.options["prompt"])):
             raise L2R2Error(f'The localizer "{spec}" has an empty prompt; say what to look for.')
@@ -98,7 +98,7 @@ class Owlv2(Prompted):
         "score": Option(one_of("prompt", "objectness"), "prompt", "prompt or objectness"),
     }
 
-    def __init__(self, spec: Spec, context: Context) -> None:
+    def __init__(self, spec: LocalizerSpec, context: Context) -> None:
         super().__init__(spec, context)
         self.texts: dict[str, Tensor] = {}
         if self.options["score"] == "objectness" and self.options["prompt"]:

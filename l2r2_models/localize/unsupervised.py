@@ -20,7 +20,7 @@ from ..errors import L2R2Error
 from ..models.box_head import feature_map
 from ..models.weights import create_pretrained
 from ..views import ViewSpec
-from .base import Context, Localizer, Option, Spec, number, whole
+from .base import Context, Localizer, LocalizerSpec, Option, number, whole
 from .model_based import ModelLocalizer
 from .regions import box_of, inside_view, label_regions, largest_region
 
@@ -46,7 +46,7 @@ class NormalisedCut(ModelLocalizer):
         "size": Option(whole(32, 2048), None, "a number of pixels from 32 to 2048"),
     }
 
-    def __init__(self, spec: Spec, context: Context) -> None:
+    def __init__(self, spec: LocalizerSpec, context: Context) -> None:
         if timm.is_model(spec.source) and not Path(spec.source).exists():
             spec = replace(spec, source=f"timm:{spec.source}")
         if spec.source.startswith("timm:"):
@@ -59,7 +59,7 @@ class NormalisedCut(ModelLocalizer):
             sized = SimpleNamespace(backbone=_for_views(self.model.backbone, views, str(spec)), view_spec=self.model.view_spec)
             self.model = sized  # type: ignore[assignment]
 
-    def _load_from_timm(self, spec: Spec, context: Context) -> None:
+    def _load_from_timm(self, spec: LocalizerSpec, context: Context) -> None:
         Localizer.__init__(self, spec, context)
         name = spec.source.removeprefix("timm:")
         try:

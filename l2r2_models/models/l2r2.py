@@ -11,6 +11,7 @@ import torch
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
+from ..boxes.detections import BOX_THRESHOLD
 from ..errors import L2R2Error
 from ..fusion import Fusion, create_fusion, fuse_branches
 from ..views import ViewSpec, batch_masks, cut_batch
@@ -21,7 +22,6 @@ from .parts import PartMaps, PartWeights
 from .timm_contract import TimmContract
 
 BRANCHES = ("full", "fg", "bg")
-BOX_THRESHOLD = 0.2  # objectness below which a box counts as not found, where nothing else is said
 
 
 class L2R2Output(NamedTuple):

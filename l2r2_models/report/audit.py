@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..audit.audit import Answers, Audit, AuditRun
-from ..audit.metrics import Figure
+from ..audit.metrics import Estimate
 from ..audit.perturbations import L2_LEVELS, STD_LEVELS, Donors, plan
 from ..audit.samples import Subjects
 from .figures import bars_by_group
@@ -86,7 +86,7 @@ def write_report(path: Path, run: AuditRun) -> None:
     write_page(path, f"Background audit of {audit.model}", audit.verdict, sections, audit.warnings)
 
 
-def cell(figure: Figure | None, name: str) -> Markup:
+def cell(figure: Estimate | None, name: str) -> Markup:
     """A figure with its interval: in % where it is a share, else as it is."""
     if figure is None:
         return Markup("")
@@ -124,7 +124,7 @@ def _noise(audit: Audit) -> list[Markup]:
 
 
 def _groups(audit: Audit) -> Markup:
-    def by_group(figures: Mapping[str, Figure]) -> dict[str, Figure]:
+    def by_group(figures: Mapping[str, Estimate]) -> dict[str, Estimate]:
         return {name.removeprefix("group: "): f for name, f in figures.items() if name.startswith("group: ")}
 
     found = {answer: by_group(figures) for answer, figures in audit.answers.items()}

@@ -13,7 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 
-class Average:
+class WeightEMA:
     """Moving average of a module's parameters and buffers; its decay starts at 0 and grows, so that short runs have one too.
 
     Args:

@@ -25,7 +25,7 @@ from ..models.l2r2 import L2R2
 from ..models.masking import kept_patches, patch_grid
 from ..runs import CHECKPOINTS, RECIPE, RUN, check_place, finished, surroundings
 from ..views import make_views
-from .init import Start
+from .init import InitCheckpoint
 from .models import create_model
 from .optimizers import check_optimizer
 from .recipe import NO_METRIC, Recipe
@@ -176,7 +176,7 @@ def _finished(out: Path, data: Path, settings: dict[str, Any], overwrite: bool) 
     return None if overwrite else finished(out)
 
 
-def _model(recipe: Recipe, classes: Sequence[str], start: Start | None, trainer: Any) -> tuple[L2R2, list[str]]:
+def _model(recipe: Recipe, classes: Sequence[str], start: InitCheckpoint | None, trainer: Any) -> tuple[L2R2, list[str]]:
     """The model, and what is to be said of where it started."""
     trainer.check_device(recipe)
     check_optimizer(recipe.optimizer)
@@ -184,18 +184,18 @@ def _model(recipe: Recipe, classes: Sequence[str], start: Start | None, trainer:
     return model, [start.give(model, classes)] if start else []
 
 
-def _start(recipe: Recipe, out: Path, settings: dict[str, Any]) -> Start | None:
+def _start(recipe: Recipe, out: Path, settings: dict[str, Any]) -> InitCheckpoint | None:
     """The checkpoint to start from; it makes the run this one, so the settings say which it is."""
     if recipe.init is None:
         return None
-    start = Start.read(recipe.init)
+    start = InitCheckpoint.read(recipe.init)
     if start.folder.resolve().is_relative_to(out.resolve()):
         raise L2R2Error(f"{out}: holds the checkpoint to start from; choose another -o.")
     settings["init"] = start.about()
     return start
 
 
-def _seen_before(start: Start | None, val: ImageTable | None, classes: Sequence[str]) -> list[str]:
+def _seen_before(start: InitCheckpoint | None, val: ImageTable | None, classes: Sequence[str]) -> list[str]:
     seen = set(val.names()) & set(start.files(classes)) if start and val else set()
     if not (start and val and seen):
         return []

@@ -28,7 +28,7 @@ NOT_OF_BACKBONE = ("views", "fusion", "format_version", "in_chans", "img_size", 
 
 
 @dataclass(frozen=True)
-class Start:
+class InitCheckpoint:
     """A checkpoint to start from: one of L2R2 (a run's folder, a Hub repository), or one of a timm classifier in timm's layout.
 
     Attributes:
@@ -42,7 +42,7 @@ class Start:
     config: Mapping[str, Any]
 
     @classmethod
-    def read(cls, name: str) -> Start:
+    def read(cls, name: str) -> InitCheckpoint:
         """Raises:
         L2R2Error: no checkpoint, of a newer format, with pickled weights, or not reachable.
         """
@@ -79,7 +79,7 @@ class Start:
         keys: dict[str, Any] = {}
         if self.is_ours:
             keys = {key: arguments.pop(key) for key in ("branches", "shared", "box_head", "num_parts") if key in arguments}
-            views = self.config["l2r2"]["views"]
+            views = arguments.pop("views")
             keys.update({key: views[key] for key in OF_RECIPE if key in views and (key, views[key]) != ("fg_mode", "parts")})
             keys.update({key: v for key, v in self._training().get("recipe", {}).items() if key == "box_threshold"})
             if architecture == "l2r2":
@@ -95,7 +95,7 @@ class Start:
     def views(self) -> dict[str, Any]:
         """How the images look that the weights are used to, as far as no recipe says it: fields of a `ViewSpec`."""
         if self.is_ours:
-            spec = ViewSpec.from_dict(self.config["l2r2"]["views"])
+            spec = ViewSpec.from_dict(self.config["model_args"]["views"])
             return {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in OF_RECIPE}
         found = {key: self._cfg[key] for key in ("mean", "std", "interpolation") if key in self._cfg}
         colours = [found[key] for key in ("mean", "std") if key in found]
@@ -209,7 +209,7 @@ class Start:
         """
         if self.is_ours:
             of_parts = "full" if _has_parts(state) and not model.finds_object else None
-            sources = {b: _inside(state, f"heads.{b}.") for b in self.config["l2r2"]["branches"] if b != of_parts}
+            sources = {b: _inside(state, f"heads.{b}.") for b in self.config["model_args"]["branches"] if b != of_parts}
         else:
             try:
                 sources = {"full": _inside(state, f"{classifier_name(model)}.")}

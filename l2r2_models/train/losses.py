@@ -9,7 +9,7 @@ from ..fusion import with_fallback
 from ..models.box_head import box_losses
 from ..models.l2r2 import BRANCHES, L2R2
 from ..models.parts import PartWeights
-from .mixup import Mix
+from .mixup import ViewMixup
 
 
 class BranchLoss(nn.Module):
@@ -31,7 +31,7 @@ class BranchLoss(nn.Module):
         model: L2R2,
         label_smoothing: float = 0.0,
         *,
-        mix: Mix | None = None,
+        mix: ViewMixup | None = None,
         head_only: bool = False,
         channels_last: bool = False,
         part_weights: PartWeights | None = None,

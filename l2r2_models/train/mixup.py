@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Mix:
+class ViewMixup:
     """Mixup or cutmix of views, with targets to match; each branch has draws of its own.
 
     Source: mixup (arXiv 1710.09412), cutmix (arXiv 1905.04899), through torchvision's transforms.
@@ -25,7 +25,7 @@ class Mix:
         self.classes, self.probability = classes, probability
 
     def __call__(self, view: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix the rows that count for a branch among each other, so that no view without an object leaks into one with.
+        """ViewMixup the rows that count for a branch among each other, so that no view without an object leaks into one with.
 
         Args:
             view: `[B, C, S, S]`.

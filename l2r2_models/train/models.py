@@ -11,11 +11,11 @@ from ..errors import L2R2Error
 from ..models.l2r2 import L2R2
 from ..models.registry import ARCHITECTURES, model_class
 from ..views import ViewSpec
-from .init import Start
+from .init import InitCheckpoint
 from .recipe import Recipe
 
 
-def create_model(recipe: Recipe, num_classes: int, start: Start | None = None) -> L2R2:
+def create_model(recipe: Recipe, num_classes: int, start: InitCheckpoint | None = None) -> L2R2:
     """The recipe's model with its views; it has the weights of the tag, but not yet those of `start`.
 
     Raises:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from .. import config
+from ..boxes.detections import BOX_THRESHOLD
 from ..data.augment import Augment
 from ..data.splits import VAL_FROM
 from ..errors import L2R2Error
@@ -63,7 +64,7 @@ class Recipe:
         label_smoothing: see `torch.nn.functional.cross_entropy`.
         scale, flip, colour, box_jitter, occlusion: see `Augment`.
         background_swap: probability of a training image to get the background of another, see `ViewDataset`.
-        mixup, cutmix, mix_probability: see `Mix`; alphas, 0 is off.
+        mixup, cutmix, mix_probability: see `ViewMixup`; alphas, 0 is off.
         ema: decay of an exponential moving average of the weights, which is then what is evaluated and saved; 0: none.
         best_metric: keep the epoch that is best by this figure on the validation rows; `none` keeps the last epoch.
         patience: stop after so many epochs without a new best one; 0 never.
@@ -98,7 +99,7 @@ class Recipe:
     late_pool: str = "mask"
     coverage: float = 0.25
     size: int | None = None
-    box_threshold: float = 0.2
+    box_threshold: float = BOX_THRESHOLD
     val_fraction: float = 0.0
     val_group: str | None = None
     val_from: str = "random"
@@ -220,9 +221,10 @@ class Recipe:
         """
         values = {**read_keys(source), **(changes or {})}
         if values.get("init") and not values.get("model"):
-            from .init import Start  # knows the models, which take seconds to import
+            from .init import InitCheckpoint  # knows the models, which take seconds to import
 
-            values = {**Start.read(str(values["init"])).recipe_keys(), **{k: v for k, v in values.items() if k != "model"}}
+            given = {key: value for key, value in values.items() if key != "model"}
+            values = {**InitCheckpoint.read(str(values["init"])).recipe_keys(), **given}
         if not values.get("model"):
             raise L2R2Error(f"{source}: names no model; give --model, see `l2r2 list`, or --init.")
         return cls.from_dict(values)

@@ -29,9 +29,9 @@ from ..models.l2r2 import BRANCHES, L2R2
 from ..runs import CHECKPOINTS, LOGS, last_checkpoint
 from .batches import EpochBatches
 from .best import Best, best_of
-from .ema import Average, tensors_of
+from .ema import WeightEMA, tensors_of
 from .losses import BranchLoss
-from .mixup import Mix
+from .mixup import ViewMixup
 from .optimizers import create_optimizer
 from .recipe import NO_METRIC, Recipe
 
@@ -62,7 +62,7 @@ class BranchTrainer(Trainer):
     def __init__(self, model: BranchLoss, recipe: Recipe, batches: EpochBatches, **arguments: Any) -> None:
         super().__init__(model, callbacks=[_EachStep(self)], **arguments)
         self.recipe, self.batches = recipe, batches
-        self.average = Average(model, recipe.ema) if recipe.ema else None
+        self.average = WeightEMA(model, recipe.ema) if recipe.ema else None
         if self.accelerator.num_processes != processes.world():  # each would train for itself, and nobody would know
             raise L2R2Error(f"{processes.world()} processes were started, but the Trainer sees {self.accelerator.num_processes}.")
         self.model_accepts_loss_kwargs = True  # the loss is divided by get_batch_samples' counts, not by the number of parts
@@ -227,7 +227,7 @@ def _trainer(
     )  # fmt: skip
     if min(batches.rows, recipe.batch_size) < batches.world:
         raise L2R2Error(f"{batches.world} processes cannot share batches of {min(batches.rows, recipe.batch_size)} images.")
-    mix = Mix(len(classes), recipe.mixup, recipe.cutmix, recipe.mix_probability) if recipe.mixup or recipe.cutmix else None
+    mix = ViewMixup(len(classes), recipe.mixup, recipe.cutmix, recipe.mix_probability) if recipe.mixup or recipe.cutmix else None
     loss = BranchLoss(
         model, recipe.label_smoothing, mix=mix, head_only=recipe.trainable == "head", channels_last=recipe.channels_last,
         part_weights=recipe.part_weights(),

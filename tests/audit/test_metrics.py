@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from l2r2_models.audit.metrics import Figure, foreground_sensitivity, measures
+from l2r2_models.audit.metrics import Estimate, foreground_sensitivity, measures
 from l2r2_models.audit.perturbations import (
     L2_LEVELS,
     STD_LEVELS,
@@ -201,8 +201,8 @@ def test_rows_of_one_image_lend_each_other_no_background():
 
 
 def figures(loss, accuracy=(0.9, 0.88, 0.92), gap=None):
-    given = {"accuracy": Figure(*accuracy), "swap_loss": Figure(*loss)}
-    return {**given, **({"bg_gap": Figure(*gap)} if gap else {})}
+    given = {"accuracy": Estimate(*accuracy), "swap_loss": Estimate(*loss)}
+    return {**given, **({"bg_gap": Estimate(*gap)} if gap else {})}
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def figures(loss, accuracy=(0.9, 0.88, 0.92), gap=None):
         (figures((0.06, 0.01, 0.11)), 40, "40 images are too few to tell whether that is more than 5 points"),
         (figures((0.06, 0.01, 0.11)), 19, "Only 19 images"),
         (figures((0.0, 0.0, 0.0), accuracy=(0.12, 0.09, 0.15)), 400, "no better than guessing among 10 classes"),
-        ({"accuracy": Figure(0.9, 0.8, 1.0)}, 400, "No background of another class"),
+        ({"accuracy": Estimate(0.9, 0.8, 1.0)}, 400, "No background of another class"),
     ],
 )
 def test_the_verdict_is_no_surer_than_its_interval(found, images, says):

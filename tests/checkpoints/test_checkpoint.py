@@ -29,7 +29,8 @@ def test_a_checkpoint_is_safetensors_and_json_only(run):
     assert "num_classes" not in config["model_args"]
     assert config["label_names"] == sorted(COLOURS)
     assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
-    assert config["l2r2"]["format_version"] == hub.FORMAT_VERSION
+    assert config["model_args"]["format_version"] == hub.FORMAT_VERSION
+    assert not {*config["model_args"]} & {*config["l2r2"]}  # each thing is said once
     assert (run / "model.safetensors").stat().st_mode & 0o044  # readable for others, as the config is
 
 
@@ -103,18 +104,16 @@ def test_a_bare_import_of_timm_says_unknown_model_and_ours_registers_it(run):
 def test_refusals_name_the_file_and_say_why(tmp_path):
     run = write_run(tmp_path / "run")
     cases = {
-        "is newer than": lambda c: c["l2r2"].update(format_version=99),
-        "from 1, not True": lambda c: c["l2r2"].update(format_version=True),
-        "from 1, not 0": lambda c: c["l2r2"].update(format_version=0),
-        "from 1, not None": lambda c: c["l2r2"].pop("format_version"),
-        "has no format_version under model_args": lambda c: c["model_args"].pop("format_version"),
+        "is newer than": lambda c: c["model_args"].update(format_version=99),
+        "from 1, not True": lambda c: c["model_args"].update(format_version=True),
+        "from 1, not 0": lambda c: c["model_args"].update(format_version=0),
+        "from 1, not None": lambda c: c["model_args"].pop("format_version"),
         "run: The backbone of l2r2_resnet18 is resnet18": lambda c: c.update(architecture="l2r2_resnet18"),
         "no l2r2 section": lambda c: c.pop("l2r2"),
-        'Unknown fusion "magic"': lambda c: [c[part].update(fusion={"name": "magic"}) for part in ("l2r2", "model_args")],
-        "says two things about views": lambda c: c["l2r2"]["views"].update(margin=0.5),
+        'Unknown fusion "magic"': lambda c: c["model_args"].update(fusion={"name": "magic"}),
         "Unknown model": lambda c: c.update(architecture="l2r2_resnat18"),
-        "unusable views under l2r2": lambda c: c["l2r2"].update(views=3),
-        "has no views under l2r2": lambda c: c["l2r2"].pop("views"),
+        "no usable views under model_args": lambda c: c["model_args"].update(views=3),
+        "no usable branches under model_args": lambda c: c["model_args"].pop("branches"),
         "unknown colour under l2r2": lambda c: c["l2r2"].update(colour="red"),
         "unusable localizer under l2r2": lambda c: c["l2r2"].update(localizer="owlv2"),
         r"architecture resnet10t in config\.json is not": lambda c: c.update(architecture="resnet10t"),

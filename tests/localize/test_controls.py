@@ -1,4 +1,4 @@
-"""Spec strings, the controls, boxes of a file, and what is done to every localizer's boxes."""
+"""LocalizerSpec strings, the controls, boxes of a file, and what is done to every localizer's boxes."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from l2r2_models.errors import L2R2Error
-from l2r2_models.localize import Spec, create_localizer
+from l2r2_models.localize import LocalizerSpec, create_localizer
 from l2r2_models.localize.base import tidy
 
 IMAGES = [Image.new("RGB", (60, 40)), Image.new("RGB", (10, 30))]
@@ -19,14 +19,14 @@ IMAGES = [Image.new("RGB", (60, 40)), Image.new("RGB", (10, 30))]
      "boxes:a%3Fb 50%25.json?masks=sam:a/b"],
 )
 def test_a_spec_survives_as_text(text):
-    spec = Spec.parse(text)
-    assert Spec.parse(str(spec)) == spec
+    spec = LocalizerSpec.parse(text)
+    assert LocalizerSpec.parse(str(spec)) == spec
 
 
 def test_specs_are_canonical():
     assert str(create_localizer("center?share=0.50").spec) == "center"
     assert str(create_localizer("center?share=0.25").spec) == "center?share=0.25"
-    assert Spec.parse("owlv2:x?prompt=b&prompt=a").options == {"prompt": ("b", "a")}
+    assert LocalizerSpec.parse("owlv2:x?prompt=b&prompt=a").options == {"prompt": ("b", "a")}
 
 
 @pytest.mark.parametrize(

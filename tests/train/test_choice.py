@@ -12,7 +12,7 @@ from l2r2_models.checkpoints.checkpoint import load_checkpoint
 from l2r2_models.data.table import read_table
 from l2r2_models.evaluate.logits import branch_logits
 from l2r2_models.train.best import best_of
-from l2r2_models.train.ema import Average
+from l2r2_models.train.ema import WeightEMA
 from l2r2_models.train.finetune import finetune
 from l2r2_models.train.recipe import Recipe
 
@@ -24,7 +24,7 @@ def recipe(**changes):
 def test_the_average_follows_the_weights_as_a_loop_by_hand_does():
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
-    average, expected = Average(module, 0.6), None
+    average, expected = WeightEMA(module, 0.6), None
     for step in range(1, 9):
         with torch.no_grad():
             module[0].weight.normal_()

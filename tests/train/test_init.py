@@ -19,7 +19,7 @@ from l2r2_models.errors import L2R2Error
 from l2r2_models.evaluate.evaluator import evaluate_run
 from l2r2_models.fusion import create_fusion
 from l2r2_models.train.finetune import finetune
-from l2r2_models.train.init import Start
+from l2r2_models.train.init import InitCheckpoint
 from l2r2_models.train.models import create_model
 from l2r2_models.train.recipe import Recipe
 
@@ -28,7 +28,7 @@ CLASSES = tuple(sorted(COLOURS))
 
 def started(init, classes=CLASSES, **keys):
     recipe = Recipe.read("finetune", {"init": str(init), **keys})
-    start = Start.read(recipe.init)
+    start = InitCheckpoint.read(recipe.init)
     model = create_model(recipe, len(classes), start)
     return model, start.give(model, classes)
 
@@ -191,11 +191,11 @@ def test_a_run_cannot_overwrite_what_it_starts_from(dataset, run, tmp_path):
 def test_a_fusion_fitted_later_is_the_same_start(run, tmp_path):
     made = tmp_path / "made"
     shutil.copytree(run, made)
-    before = Start.read(str(made)).about()
+    before = InitCheckpoint.read(str(made)).about()
     checkpoint = hub.load_checkpoint(made)
     checkpoint.model.fusion = create_fusion({"name": "scaled_average"}, 2, 3)
     hub.save_checkpoint(checkpoint.model, made, CLASSES)
-    assert Start.read(str(made)).about() == before
+    assert InitCheckpoint.read(str(made)).about() == before
 
 
 def test_the_card_knows_where_it_came_from(tmp_path):
@@ -204,11 +204,11 @@ def test_the_card_knows_where_it_came_from(tmp_path):
     config["l2r2"]["training"] = {"derived_from": "timm:convnextv2_tiny.fcmae_ft_in22k_in1k"}
     config["pretrained_cfg"].pop("license", None)
     (made / "config.json").write_text(json.dumps(config))
-    about = Start.read(str(made)).about()
+    about = InitCheckpoint.read(str(made)).about()
     assert source_of_training({"init": about, "recipe": {"pretrained": True, "model": "l2r2_resnet18"}}).licence == "cc-by-nc-4.0"
     config["pretrained_cfg"]["license"], config["l2r2"]["training"] = "cc-by-sa-4.0", {}  # as it was published, then fetched
     (made / "config.json").write_text(json.dumps(config))
-    assert Start.read(str(made)).about()["source"] == {"name": "nc", "hub_id": None, "licence": "cc-by-sa-4.0"}
+    assert InitCheckpoint.read(str(made)).about()["source"] == {"name": "nc", "hub_id": None, "licence": "cc-by-sa-4.0"}
     assert source_of_training({"init": {"source": {"name": 3}}}).name is None
 
 

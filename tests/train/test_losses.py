@@ -5,7 +5,7 @@ import torch
 
 from l2r2_models import L2R2Error
 from l2r2_models.train.losses import BranchLoss
-from l2r2_models.train.mixup import Mix
+from l2r2_models.train.mixup import ViewMixup
 from l2r2_models.train.models import create_model
 from l2r2_models.train.optimizers import create_optimizer
 from l2r2_models.train.recipe import Recipe
@@ -27,7 +27,7 @@ def test_targets_are_the_shares_that_the_views_are_mixed_of(mixup, cutmix):
     torch.manual_seed(0)
     labels = torch.randint(CLASSES, (12,))
     rows = torch.arange(12) % 3 > 0
-    views, mix, changed = label_views(labels), Mix(CLASSES, mixup, cutmix), 0
+    views, mix, changed = label_views(labels), ViewMixup(CLASSES, mixup, cutmix), 0
     for _ in range(20):
         mixed, targets = mix(views, labels, rows)
         assert torch.allclose(mixed.mean((2, 3)), targets, atol=1e-6)  # shares by area or by blending
@@ -43,10 +43,10 @@ def test_mixing_happens_with_its_probability_and_never_in_evaluation():
     torch.manual_seed(0)
     labels = torch.arange(4)
     views, rows = label_views(labels), torch.ones(4, dtype=torch.bool)
-    mix = Mix(CLASSES, 1.0, 0.0, probability=0.5)
+    mix = ViewMixup(CLASSES, 1.0, 0.0, probability=0.5)
     assert 20 < sum(not torch.equal(mix(views, labels, rows)[0], views) for _ in range(80)) < 60
-    assert torch.equal(Mix(CLASSES, 1.0, 0.0)(views, labels, rows & (labels == 0))[0], views), "one row has no partner"
-    loss = BranchLoss(model_of(), mix=Mix(CLASSES, 1.0, 1.0)).eval()
+    assert torch.equal(ViewMixup(CLASSES, 1.0, 0.0)(views, labels, rows & (labels == 0))[0], views), "one row has no partner"
+    loss = BranchLoss(model_of(), mix=ViewMixup(CLASSES, 1.0, 1.0)).eval()
     plain = BranchLoss(loss.model).eval()
     batch = dict(labels=labels, has_fg=rows, full=torch.randn(4, 3, 32, 32), fg=torch.randn(4, 3, 32, 32))
     assert torch.equal(loss(**batch)["loss"], plain(**batch)["loss"])
@@ -54,7 +54,7 @@ def test_mixing_happens_with_its_probability_and_never_in_evaluation():
 
 def test_branches_are_mixed_with_draws_of_their_own():
     torch.manual_seed(0)
-    loss = BranchLoss(model_of(), mix=Mix(CLASSES, 1.0, 0.0))
+    loss = BranchLoss(model_of(), mix=ViewMixup(CLASSES, 1.0, 0.0))
     seen = []
     loss.model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     view = torch.randn(4, 3, 32, 32)
