@@ -1,30 +1,84 @@
-"""L2R2: image classifiers that look at the object first, as timm models. Importing this package registers them."""
+"""L2R2: image classifiers that look at the object first, as timm models. Importing this package registers them.
+
+>>> import timm, l2r2_models
+>>> model = timm.create_model("l2r2_resnet18", num_classes=5)
+>>> model.branches
+('full', 'fg')
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .boxes.detections import Detections
 from .errors import L2R2Error
+from .fusion import create_fusion
 from .images import ImageError, load_image
-from .models import registry as zoo  # registers the models
+from .models import registry as _registry  # registers the models
 from .models.ifam import IFAM
 from .models.l2r2 import L2R2, L2R2Output
 from .views import Views, ViewSpec, make_views
 
 if TYPE_CHECKING:
+    from .checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+    from .evaluate.evaluator import evaluate_run
     from .predict.prediction import Prediction
     from .predict.predictor import Predictor
+    from .train.finetune import finetune
+    from .train.recipe import Recipe
 
 __version__ = "0.1.0"
+_LAZY = {  # imported when they are asked for
+    "Checkpoint": "checkpoints",
+    "Prediction": "predict.prediction",
+    "Predictor": "predict.predictor",
+    "Recipe": "train.recipe",
+    "evaluate_run": "evaluate.evaluator",
+    "finetune": "train.finetune",
+    "load_checkpoint": "checkpoints",
+    "save_checkpoint": "checkpoints",
+}
 __all__ = [
-    "IFAM", "L2R2", "Detections", "ImageError", "L2R2Error", "L2R2Output", "Prediction", "Predictor", "ViewSpec", "Views",
-    "load_image", "make_views", "zoo",
-]  # fmt: skip
+    "IFAM",
+    "L2R2",
+    "Checkpoint",
+    "Detections",
+    "ImageError",
+    "L2R2Error",
+    "L2R2Output",
+    "Prediction",
+    "Predictor",
+    "Recipe",
+    "ViewSpec",
+    "Views",
+    "create_fusion",
+    "evaluate_run",
+    "finetune",
+    "list_models",
+    "load_checkpoint",
+    "load_image",
+    "make_views",
+    "save_checkpoint",
+]
 
-_LAZY = {"Predictor": ".predict.predictor", "Prediction": ".predict.prediction"}
+
+def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
+    """Names of the registered models, sorted; `timm.list_models` restricted to this package's.
+
+    Args:
+        pattern: shell pattern of the names, e.g. `"l2r2_vit*"`.
+        pretrained: the names with each pretrained tag instead.
+
+    >>> list_models("l2r2_resnet*")
+    ['l2r2_resnet18', 'l2r2_resnet50']
+    """
+    return _registry.list_models(pattern, pretrained)
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name], __name__), name)
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

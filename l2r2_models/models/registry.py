@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import timm
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -251,3 +252,8 @@ def l2r2(pretrained: bool = False, backbone: str = "resnet18", **kwargs: Any) ->
         source = backbone
         kwargs["pretrained_cfg"] = derive_cfg(get_pretrained_cfg(backbone) or PretrainedCfg()).to_dict()
     return _create("l2r2", pretrained, backbone=backbone, source=source, **kwargs)
+
+
+def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
+    """See `l2r2_models.list_models`."""
+    return [name for name in timm.list_models(pattern, pretrained=pretrained) if name.split(".")[0] in (*ARCHITECTURES, "l2r2")]

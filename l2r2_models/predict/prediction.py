@@ -58,9 +58,22 @@ class Prediction:
         Raises:
             L2R2Error: the image could not be read.
         """
+        return self._first().label
+
+    @property
+    def score(self) -> float:
+        """Softmax probability of the first object's label; errors as for `label`."""
+        return self._first().score
+
+    @property
+    def reason(self) -> str:
+        """Why the first object got its label; errors as for `label`."""
+        return self._first().reason
+
+    def _first(self) -> ObjectPrediction:
         if self.failure is not None:
             raise L2R2Error(self.failure)
-        return self.objects[0].label
+        return self.objects[0]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without empty fields."""
