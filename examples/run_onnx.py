@@ -1,8 +1,8 @@
 """Classify a photo with an exported model, without PyTorch: numpy, pillow and onnxruntime are enough.
 
-    l2r2 export runs/fungi --input image -o fungi.onnx
-    python run_onnx.py fungi.onnx photo.jpg 130 42 410 380      # the object's box in pixels: left, top, right, bottom
-    python run_onnx.py fungi.onnx photo.jpg                     # no box: the whole image answers
+l2r2 export runs/fungi --input image -o fungi.onnx
+python run_onnx.py fungi.onnx photo.jpg 130 42 410 380      # the object's box in pixels: left, top, right, bottom
+python run_onnx.py fungi.onnx photo.jpg                     # no box: the whole image answers
 """
 
 import json

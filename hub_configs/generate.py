@@ -46,19 +46,21 @@ def count_parameters(architecture: str, num_classes: int) -> int:
 def configs_of(architecture: str, backbone: str, top1: dict[str, float]) -> list[dict]:
     configs = []
     for source, cfg in timm_cfgs(backbone).items():
-        configs.append({
-            "architecture": architecture,
-            "tag": source.split(".", 1)[1],
-            "default": False,
-            "source": source,
-            "hub_id": cfg.hf_hub_id,
-            "licence": cfg.license,
-            "labels": LABELS.get(cfg.num_classes, f"{cfg.num_classes} classes"),
-            "parameters": count_parameters(architecture, cfg.num_classes),
-            "input_size": cfg.input_size[-1],
-            "top1": top1.get(source),
-            "made_by": (UNTRAINED_PARTS if architecture.startswith(PARTS) else DERIVED) if cfg.num_classes else HEADLESS,
-        })
+        configs.append(
+            {
+                "architecture": architecture,
+                "tag": source.split(".", 1)[1],
+                "default": False,
+                "source": source,
+                "hub_id": cfg.hf_hub_id,
+                "licence": cfg.license,
+                "labels": LABELS.get(cfg.num_classes, f"{cfg.num_classes} classes"),
+                "parameters": count_parameters(architecture, cfg.num_classes),
+                "input_size": cfg.input_size[-1],
+                "top1": top1.get(source),
+                "made_by": (UNTRAINED_PARTS if architecture.startswith(PARTS) else DERIVED) if cfg.num_classes else HEADLESS,
+            }
+        )
     in1k = [c for c in configs if c["labels"] == "imagenet-1k"] or configs
     affordable = [c for c in in1k if c["input_size"] <= 256] or in1k
     max(affordable, key=lambda c: c["top1"] or 0.0)["default"] = True

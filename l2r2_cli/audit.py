@@ -49,9 +49,22 @@ def audit(
     from l2r2_models.audit.audit import run_audit
 
     audited = run_audit(
-        model, data, split=split, group=group, boxes=boxes, metadata=metadata, labels=labels, classes=classes, limit=limit,
-        backgrounds=backgrounds, challenge=challenge, seed=seed, skip_bad=skip_bad, work=work, progress=track,
-    )  # fmt: skip
+        model,
+        data,
+        split=split,
+        group=group,
+        boxes=boxes,
+        metadata=metadata,
+        labels=labels,
+        classes=classes,
+        limit=limit,
+        backgrounds=backgrounds,
+        challenge=challenge,
+        seed=seed,
+        skip_bad=skip_bad,
+        work=work,
+        progress=track,
+    )
     result = audited.result
     for warning in result.warnings:
         errors.print(f"warning: {warning}")
@@ -70,17 +83,26 @@ def _print(result: Audit) -> None:
     from rich.table import Table
 
     rows = {
-        "accuracy": "accuracy", "mixed_same": "Mixed-Same: background of its class",
+        "accuracy": "accuracy",
+        "mixed_same": "Mixed-Same: background of its class",
         "mixed_rand": "Mixed-Rand: of a random class",
-        "mixed_next": "Mixed-Next: of the next class", "bg_gap": "BG-Gap: Mixed-Same - Mixed-Rand",
+        "mixed_next": "Mixed-Next: of the next class",
+        "bg_gap": "BG-Gap: Mixed-Same - Mixed-Rand",
         "challenge": "challenge: right on every background",
         "challenge_upper_bound": f"challenge, upper bound: right on {result.settings['backgrounds']}",
         "fg_only": "fg only: background erased",
-        "bg_only_mask": "bg only: mask erased", "bg_only_box": "bg only: box erased", "tiled": "tiled over",
-        "drop_bg_only_mask": "relative drop, mask erased", "drop_bg_only_box": "relative drop, box erased",
-        "drop_tiled": "relative drop, tiled over", "rfs": "RFS", "irfs": "iRFS", "rfs_l2": "RFS, noise of one L2 norm",
-        "irfs_l2": "iRFS, noise of one L2 norm", "worst_group": f"worst {result.groups}",
-    }  # fmt: skip
+        "bg_only_mask": "bg only: mask erased",
+        "bg_only_box": "bg only: box erased",
+        "tiled": "tiled over",
+        "drop_bg_only_mask": "relative drop, mask erased",
+        "drop_bg_only_box": "relative drop, box erased",
+        "drop_tiled": "relative drop, tiled over",
+        "rfs": "RFS",
+        "irfs": "iRFS",
+        "rfs_l2": "RFS, noise of one L2 norm",
+        "irfs_l2": "iRFS, noise of one L2 norm",
+        "worst_group": f"worst {result.groups}",
+    }
     table = Table(f"in % (95 % interval), {result.images} images of {cell(result.split)}", box=None, header_style="bold")
     for name in result.answers:
         table.add_column(name, justify="right")

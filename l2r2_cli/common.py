@@ -18,6 +18,7 @@ def printable(text: str) -> str:
 
     return printable(text)
 
+
 T = TypeVar("T")
 
 

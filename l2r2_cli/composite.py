@@ -34,8 +34,16 @@ def composite(
     except ValueError:
         raise L2R2Error(f'--correlation takes numbers like 0.97,0.87, not "{correlation}".') from None
     composites(
-        objects, scenes, out, correlation=parts, size=size, copies=copies, val_objects=val_objects, object_column=object_column,
-        seed=seed, progress=lambda items, total: track(items, total, "composing"),
-    )  # fmt: skip
+        objects,
+        scenes,
+        out,
+        correlation=parts,
+        size=size,
+        copies=copies,
+        val_objects=val_objects,
+        object_column=object_column,
+        seed=seed,
+        progress=lambda items, total: track(items, total, "composing"),
+    )
     counts = Counter(row.split for row in read_table(out).rows)
     say(f"wrote {out}: " + ", ".join(f"{split} {count}" for split, count in counts.items()))

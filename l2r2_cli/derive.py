@@ -27,9 +27,7 @@ def derive(
     listed = None
     if labels:
         listed = [line.strip() for line in read_text(labels).splitlines() if line.strip()]
-    _, named = run(
-        source.removeprefix("timm:"), out, labels=listed, branches=names(branches) or ("full", "fg"), fusion=fusion
-    )
+    _, named = run(source.removeprefix("timm:"), out, labels=listed, branches=names(branches) or ("full", "fg"), fusion=fusion)
     say(f"wrote {out}: {len(named)} classes, not trained; its fg head has never seen a crop")
 
 

@@ -48,10 +48,20 @@ def evaluate(
     from l2r2_models.runs import store_evaluation
 
     judged = judge_run(
-        run, data, split, group=group, fit_split=fit_split, prior=prior, others=others or (), metadata=metadata, boxes=boxes,
-        skip_bad=skip_bad, drop_parts=numbers("--drop-parts", drop_parts), token_quantile=token_quantile,
+        run,
+        data,
+        split,
+        group=group,
+        fit_split=fit_split,
+        prior=prior,
+        others=others or (),
+        metadata=metadata,
+        boxes=boxes,
+        skip_bad=skip_bad,
+        drop_parts=numbers("--drop-parts", drop_parts),
+        token_quantile=token_quantile,
         progress=lambda batches, total: track(batches, total, "branch logits"),
-    )  # fmt: skip
+    )
     result = evaluation_of(judged)
     problems = [f"warning: {warning}" for warning in result.warnings]
     problems += [f"left out: {reason}" for reason in result.left_out.values()]
@@ -96,8 +106,14 @@ def _table(result: Evaluation) -> Table:
 
     columns = {"accuracy": "accuracy", "macro_accuracy": "macro", "ece": "ECE", "with_box": "with box", "without_box": "without"}
     if result.temperatures:
-        columns = {"accuracy": "accuracy", "macro_accuracy": "macro", "ece": "ECE", "ece_scaled": "ECE scaled",
-                   "with_box": "with box", "without_box": "without"}  # fmt: skip
+        columns = {
+            "accuracy": "accuracy",
+            "macro_accuracy": "macro",
+            "ece": "ECE",
+            "ece_scaled": "ECE scaled",
+            "with_box": "with box",
+            "without_box": "without",
+        }
     if result.group:
         columns["worst_group"] = f"worst {cell(result.group)}"
     table = Table("in %", box=None, header_style="bold", pad_edge=False)

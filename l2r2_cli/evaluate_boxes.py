@@ -25,9 +25,13 @@ def evaluate_boxes(
     from l2r2_models.evaluate.localization import evaluate_boxes as judge
 
     report = judge(
-        boxes, data, split=split, metadata=metadata, threshold=threshold,
+        boxes,
+        data,
+        split=split,
+        metadata=metadata,
+        threshold=threshold,
         progress=lambda steps, total: track(steps, total, "comparing boxes"),
-    )  # fmt: skip
+    )
     for why in report.unreadable.values():
         errors.print(f"left out: {why}")
     if pictures is not None:

@@ -101,12 +101,32 @@ def finetune(
     from l2r2_models.train.recipe import Recipe, parse_settings
 
     flags = dict(
-        model=model, pretrained=pretrained, init=init, branches=names(branches), shared=shared, fusion=fusion,
-        threshold=threshold, fg_mode=fg_mode, margin=margin, size=size, box_threshold=box_threshold, epochs=epochs,
-        batch_size=batch_size, lr=lr, weight_decay=weight_decay, label_smoothing=label_smoothing, box_jitter=box_jitter,
-        seed=seed, workers=workers, val_fraction=val_fraction, val_group=val_group, val_from=val_from,
-        background_swap=background_swap, occlusion=occlusion, box_head=box_head,
-    )  # fmt: skip
+        model=model,
+        pretrained=pretrained,
+        init=init,
+        branches=names(branches),
+        shared=shared,
+        fusion=fusion,
+        threshold=threshold,
+        fg_mode=fg_mode,
+        margin=margin,
+        size=size,
+        box_threshold=box_threshold,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        label_smoothing=label_smoothing,
+        box_jitter=box_jitter,
+        seed=seed,
+        workers=workers,
+        val_fraction=val_fraction,
+        val_group=val_group,
+        val_from=val_from,
+        background_swap=background_swap,
+        occlusion=occlusion,
+        box_head=box_head,
+    )
     changes = {key: value for key, value in flags.items() if value is not None}
     more = parse_settings(settings or [])
     if twice := sorted(set(changes) & set(more)):
@@ -114,10 +134,18 @@ def finetune(
     changes.update(more)
     base = recipe or ("scratch" if changes.get("pretrained") is False else "finetune")
     result = run(
-        data, Recipe.read(base, changes), out, boxes=boxes, metadata=metadata, train_split=train_split, val_split=val_split,
-        skip_bad=skip_bad, overwrite=overwrite, tensorboard=tensorboard,
+        data,
+        Recipe.read(base, changes),
+        out,
+        boxes=boxes,
+        metadata=metadata,
+        train_split=train_split,
+        val_split=val_split,
+        skip_bad=skip_bad,
+        overwrite=overwrite,
+        tensorboard=tensorboard,
         progress=lambda steps, total: track(steps, total, "checking images"),
-    )  # fmt: skip
+    )
     if rank() == 0:
         _say(result, as_json)
 

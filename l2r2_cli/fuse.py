@@ -37,10 +37,21 @@ def fuse(
     from l2r2_models.evaluate.fit_run import fit_run
 
     report = fit_run(
-        run, data, split, method=method, class_wise=class_wise, backgrounds=val_backgrounds, group=group, inputs=names(inputs),
-        metric=metric, metadata=metadata,
-        boxes=boxes, skip_bad=skip_bad, save=not dry_run, progress=lambda batches, total: track(batches, total, "branch logits"),
-    )  # fmt: skip
+        run,
+        data,
+        split,
+        method=method,
+        class_wise=class_wise,
+        backgrounds=val_backgrounds,
+        group=group,
+        inputs=names(inputs),
+        metric=metric,
+        metadata=metadata,
+        boxes=boxes,
+        skip_bad=skip_bad,
+        save=not dry_run,
+        progress=lambda batches, total: track(batches, total, "branch logits"),
+    )
     for warning in report.warnings:
         errors.print(f"warning: {warning}")
     for reason in report.left_out.values():

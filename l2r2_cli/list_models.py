@@ -29,11 +29,22 @@ def list_models(
         raise L2R2Error(f'No model matches "{pattern}"; `l2r2 list` shows all.')
     places = [("hub", False) if c.trained else whereabouts(c.source, c.hub_id) for c in configs]
     rows = [
-        {"model": c.architecture, "tag": c.tag, "parameters": c.parameters, "input_size": c.input_size, "labels": c.labels,
-         "source_top1": c.top1, "licence": c.licence, "hub_id": c.hub_id, "made_by": c.made_by, "metrics": c.metrics,
-         "weights_from": place, "on_this_machine": here}
+        {
+            "model": c.architecture,
+            "tag": c.tag,
+            "parameters": c.parameters,
+            "input_size": c.input_size,
+            "labels": c.labels,
+            "source_top1": c.top1,
+            "licence": c.licence,
+            "hub_id": c.hub_id,
+            "made_by": c.made_by,
+            "metrics": c.metrics,
+            "weights_from": place,
+            "on_this_machine": here,
+        }
         for c, (place, here) in zip(configs, places)
-    ]  # fmt: skip
+    ]
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return

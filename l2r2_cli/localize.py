@@ -16,8 +16,11 @@ def localize(
     images: Annotated[list[Path], typer.Argument(help="Images, folders of images, or data sets with metadata.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Box file, .json or .parquet; the same command continues it.")],
     localizer: Annotated[
-        Optional[str], typer.Option(help="NAME[:SOURCE][?option=value&...]: owlv2, grounding-dino, boxes, head, ncut, cam, ...",
-                                    show_default="owlv2 with its base weights")
+        Optional[str],
+        typer.Option(
+            help="NAME[:SOURCE][?option=value&...]: owlv2, grounding-dino, boxes, head, ncut, cam, ...",
+            show_default="owlv2 with its base weights",
+        ),
     ] = None,
     prompt: Annotated[Optional[list[str]], typer.Option(help="What to look for; may be repeated.")] = None,
     oracle_prompts: Annotated[
@@ -45,10 +48,14 @@ def localize(
         raise L2R2Error(f"--oracle-prompts needs a label of every image in the metadata; {lacking[0]} has none.")
     first = os.environ.get("RANK", "0") == "0"
     report = localize_to_file(
-        create_localizer(spec, device=device), inputs.paths, out, format=format, batch_size=batch_size,
+        create_localizer(spec, device=device),
+        inputs.paths,
+        out,
+        format=format,
+        batch_size=batch_size,
         prompts=inputs.labels if oracle_prompts else None,
         progress=lambda steps, total: track(steps, total, "localizing") if first else steps,
-    )  # fmt: skip
+    )
     if not first:
         return
     for why in report.failures.values():

@@ -41,9 +41,14 @@ def predict(
     if localizer is not None:
         inputs = inputs.without_boxes()
     predictor = Predictor.from_pretrained(
-        model, box_threshold=box_threshold, max_objects=max_objects, batch_size=batch_size, top=top, localizer=localizer,
+        model,
+        box_threshold=box_threshold,
+        max_objects=max_objects,
+        batch_size=batch_size,
+        top=top,
+        localizer=localizer,
         topk_prompts=topk_prompts,
-    )  # fmt: skip
+    )
     if predictor.model.finds_object and (inputs.entries or inputs.masks):
         errors.print("this model finds its object itself; boxes and masks are not used")
     meant_for = predictor.checkpoint.localizer.get("spec")

@@ -116,8 +116,16 @@ def _draw(images: list[dict], truth: dict[str, str], path: Path, count: int = 6)
         for line, (name, said) in enumerate((("full", answer["full"]), ("fg", answer["fg"]), ("fused", answer))):
             right = said["label"] == truth[file]
             text = f"{name}: {said['label']}  ({100 * said['score']:.0f} %)"
-            axis.text(0.5, -0.10 - 0.13 * line, text, transform=axis.transAxes, ha="center", va="center", fontsize=10,
-                      color="#1a7f37" if right else "#b42318")  # fmt: skip
+            axis.text(
+                0.5,
+                -0.10 - 0.13 * line,
+                text,
+                transform=axis.transAxes,
+                ha="center",
+                va="center",
+                fontsize=10,
+                color="#1a7f37" if right else "#b42318",
+            )
     figure.suptitle("Digits on another digit's background: what each branch says (green: right)", fontsize=11)
     figure.subplots_adjust(left=0.02, right=0.98, top=0.8, bottom=0.27, wspace=0.12)
     figure.savefig(path, dpi=130, format="png")

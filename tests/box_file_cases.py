@@ -11,31 +11,46 @@ MEGADETECTOR = {
     "info": {"format_version": "1.6", "detector": "md_v5a.0.0"},
     "detection_categories": {"1": "animal", "2": "person"},
     "images": [
-        {"file": "a/1.jpg", "detections": [{"category": "1", "conf": 0.9, "bbox": [0.25, 0.5, 0.5, 0.25]},
-                                           {"category": "2", "conf": 0.95, "bbox": [0, 0, 1, 1]}]},
+        {
+            "file": "a/1.jpg",
+            "detections": [
+                {"category": "1", "conf": 0.9, "bbox": [0.25, 0.5, 0.5, 0.25]},
+                {"category": "2", "conf": 0.95, "bbox": [0, 0, 1, 1]},
+            ],
+        },
         {"file": "a/2.jpg", "detections": []},
         {"file": "a/3.jpg", "failure": "Image access failure"},
         {"file": "a/4.jpg", "width": 400, "height": 200, "detections": []},
         {"file": "a/5.jpg", "detections": None, "failure": "Failure inference"},
     ],
-}  # fmt: skip
+}
 SPECIESNET = {
     "predictions": [
-        {"filepath": "s/1.jpg", "prediction": "x;y", "prediction_score": 0.7, "model_version": "4.0.0a",
-         "detections": [{"category": "1", "label": "animal", "conf": 0.8, "bbox": [0.25, 0.5, 0.5, 0.25]},
-                        {"category": "2", "label": "human", "conf": 0.1, "bbox": [0, 0, 0.1, 0.1]}]},
+        {
+            "filepath": "s/1.jpg",
+            "prediction": "x;y",
+            "prediction_score": 0.7,
+            "model_version": "4.0.0a",
+            "detections": [
+                {"category": "1", "label": "animal", "conf": 0.8, "bbox": [0.25, 0.5, 0.5, 0.25]},
+                {"category": "2", "label": "human", "conf": 0.1, "bbox": [0, 0, 0.1, 0.1]},
+            ],
+        },
         {"filepath": "s/2.jpg", "failures": ["DETECTOR", "CLASSIFIER"]},
         {"filepath": "s/3.jpg", "failures": ["GEOLOCATION"], "detections": [{"label": "cat", "conf": 1, "bbox": [0, 0, 1, 1]}]},
         {"filepath": "s/4.jpg", "detections": []},
     ]
-}  # fmt: skip
+}
 COCO = {
-    "info": {}, "licenses": [],
+    "info": {},
+    "licenses": [],
     "images": [{"id": 7, "file_name": "c/1.jpg", "width": 400, "height": 200}, {"id": "x", "file_name": "c/2.jpg"}],
-    "annotations": [{"id": 1, "image_id": 7, "category_id": 3, "bbox": [100, 100, 200, 50], "area": 10000, "iscrowd": 0},
-                    {"id": 2, "image_id": 7, "category_id": 9, "bbox": [0.5, 0, 10, 10.25], "score": 0.25}],
+    "annotations": [
+        {"id": 1, "image_id": 7, "category_id": 3, "bbox": [100, 100, 200, 50], "area": 10000, "iscrowd": 0},
+        {"id": 2, "image_id": 7, "category_id": 9, "bbox": [0.5, 0, 10, 10.25], "score": 0.25},
+    ],
     "categories": [{"id": 3, "name": "cat"}],
-}  # fmt: skip
+}
 PLAIN = {"p/1.jpg": [[100, 100, 300, 150], [0, 0.5, 10, 10]], "p/2.jpg": []}
 ROWS = [
     {"file_name": "m/1.jpg", "label": "a", "x0": 100, "y0": 100, "x1": 300, "y1": 150, "score": 0.5},

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+from hub_entries import entry_of, is_large, key_of
+
 TOKEN = "hf_" + "thetokenofthetests"
 
 
@@ -75,16 +77,30 @@ class HubDouble:
         """Of a process that talks to this Hub and to no other, with a cache of its own."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING_FACE"))}
         login = {"HF_TOKEN": token} if token else {}
-        return {**kept, "HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
-                "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **login, **more}  # fmt: skip
+        return {
+            **kept,
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            **login,
+            **more,
+        }
 
     def connect(self, monkeypatch, home, token: str | None = None) -> None:
         """The same for this process, whose huggingface_hub has read its environment before."""
         from huggingface_hub import constants
 
-        settings = {"ENDPOINT": self.url, "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
-                    "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(home / "hub"), "HF_TOKEN_PATH": str(home / "token"),
-                    "HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_TELEMETRY": True}  # fmt: skip
+        settings = {
+            "ENDPOINT": self.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_TELEMETRY": True,
+        }
         for name, value in settings.items():
             monkeypatch.setattr(constants, name, value)
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
@@ -109,10 +125,6 @@ class HubDouble:
             for server in self.servers:
                 server.shutdown()
                 server.server_close()
-
-
-def is_large(path: str) -> bool:
-    return path.endswith((".safetensors", ".onnx"))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -228,24 +240,34 @@ class _Handler(BaseHTTPRequestHandler):
         self.reply({"url": f"{self.hub.url}/{prefix}{name}", "name": name, "id": "1"})
 
     def info(self, kind: str, name: str, revision: str | None) -> None:
-        if (repo := self.repo(_key(kind, name))) is None:
+        if (repo := self.repo(key_of(kind, name))) is None:
             return
         if (found := repo.files(revision or "main")) is None:
             return self.fail(404, "RevisionNotFound", "Invalid rev id")
         siblings = [{"rfilename": path} for path in found[1]]
-        self.reply({"id": name, "modelId": name, "sha": found[0], "private": repo.private, "tags": [], "siblings": siblings,
-                    "downloads": 0, "likes": 0})  # fmt: skip
+        self.reply(
+            {
+                "id": name,
+                "modelId": name,
+                "sha": found[0],
+                "private": repo.private,
+                "tags": [],
+                "siblings": siblings,
+                "downloads": 0,
+                "likes": 0,
+            }
+        )
 
     def tree(self, kind: str, name: str, revision: str) -> None:
-        if (repo := self.repo(_key(kind, name))) is None:
+        if (repo := self.repo(key_of(kind, name))) is None:
             return
         if (found := repo.files(revision)) is None:
             return self.fail(404, "RevisionNotFound", "Invalid rev id")
-        self.reply([_entry(path, content) for path, content in sorted(found[1].items())])
+        self.reply([entry_of(path, content) for path, content in sorted(found[1].items())])
 
     def ref(self, kind: str, name: str, what: str, ref: str) -> None:
         sent = json.loads(self.body() or b"{}")
-        if (repo := self.repo(_key(kind, name), write=True)) is None:
+        if (repo := self.repo(key_of(kind, name), write=True)) is None:
             return
         if what == "tag":  # POST .../tag/{revision} with the tag in the body
             repo.refs[sent["tag"]] = repo.refs.get(ref, ref)
@@ -259,12 +281,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def preupload(self, kind: str, name: str, revision: str) -> None:
         asked = json.loads(self.body())
-        if (repo := self.repo(_key(kind, name), write=True)) is None:
+        if (repo := self.repo(key_of(kind, name), write=True)) is None:
             return
         if revision not in repo.refs:
             return self.fail(404, "RevisionNotFound", "Invalid rev id")
-        files = [{"path": f["path"], "uploadMode": "lfs" if is_large(f["path"]) else "regular", "shouldIgnore": False}
-                 for f in asked["files"]]  # fmt: skip
+        files = [
+            {"path": f["path"], "uploadMode": "lfs" if is_large(f["path"]) else "regular", "shouldIgnore": False}
+            for f in asked["files"]
+        ]
         self.reply({"files": files})
 
     def batch(self, name: str) -> None:
@@ -297,7 +321,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def commit(self, kind: str, name: str, revision: str) -> None:
         lines = [json.loads(line) for line in self.body().splitlines()]
-        if (repo := self.repo(_key(kind, name), write=True)) is None:
+        if (repo := self.repo(key_of(kind, name), write=True)) is None:
             return
         files: dict[str, bytes | None] = {}
         message = ""
@@ -318,7 +342,13 @@ class _Handler(BaseHTTPRequestHandler):
             repo.pull_requests += 1
             ref, request = f"refs/pr/{repo.pull_requests}", f"{self.hub.url}/{name}/discussions/{repo.pull_requests}"
         oid = repo.commit(files, message, ref, parent=revision)
-        self.reply({"commitUrl": f"{self.hub.url}/{_key(kind, name)}/commit/{oid}", "commitOid": oid, "pullRequestUrl": request})
+        self.reply(
+            {
+                "commitUrl": f"{self.hub.url}/{(name if kind == 'models' else f'{kind}/{name}')}/commit/{oid}",
+                "commitOid": oid,
+                "pullRequestUrl": request,
+            }
+        )
 
     # ---- pull ----
 
@@ -336,8 +366,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply(content, headers={"ETag": f'"{digest}"', "X-Repo-Commit": oid, "Accept-Ranges": "bytes"})
         digest = hashlib.sha256(content).hexdigest()
         self.hub.stored[digest] = content
-        headers = {"X-Repo-Commit": oid, "X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content)),
-                   "Location": f"{self.hub.cdn}/cdn/{digest}/{path}"}  # fmt: skip
+        headers = {
+            "X-Repo-Commit": oid,
+            "X-Linked-Etag": f'"{digest}"',
+            "X-Linked-Size": str(len(content)),
+            "Location": f"{self.hub.cdn}/cdn/{digest}/{path}",
+        }
         self.reply(b"", 302, headers)
 
     def cdn(self, oid: str) -> None:
@@ -358,15 +392,3 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             return self.cut()
         self.reply(part, status, {"ETag": f'"{oid}"', **ranges})
-
-
-def _key(kind: str, name: str) -> str:
-    return name if kind == "models" else f"{kind}/{name}"
-
-
-def _entry(path: str, content: bytes) -> dict:
-    blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # as git names it
-    entry = {"type": "file", "path": path, "size": len(content), "oid": blob}
-    if is_large(path):
-        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-    return entry

@@ -9,9 +9,17 @@ import l2r2_models
 from l2r2_models.predict.prediction import ObjectPrediction, Prediction
 
 PROMISED = (
-    "L2R2", "Predictor", "Prediction", "ViewSpec", "make_views", "list_models", "load_checkpoint", "finetune", "evaluate_run",
+    "L2R2",
+    "Predictor",
+    "Prediction",
+    "ViewSpec",
+    "make_views",
+    "list_models",
+    "load_checkpoint",
+    "finetune",
+    "evaluate_run",
     "create_fusion",
-)  # fmt: skip
+)
 
 
 def test_promised_names_are_public_and_documented():

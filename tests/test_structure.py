@@ -39,6 +39,7 @@ FLOORS = (
     ("demo", "app", "timm_script"),
 )
 
+
 def modules():
     """Name of each module of l2r2_models -> the modules of l2r2_models that it imports, at whatever depth in the file."""
     files = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in PRODUCT.rglob("*.py")}

@@ -161,11 +161,17 @@ def run_audit(
     split_name = split or ("test" if table.splits else "all")
     count = len(set(subjects.labels))
     result = Audit(
-        audited.name, split_name, len(subjects), count, subjects.left_out, found,
-        {name: verdict_of(_who(audited, name), found[name], len(subjects), count) for name in audited.answers}, group,
+        audited.name,
+        split_name,
+        len(subjects),
+        count,
+        subjects.left_out,
+        found,
+        {name: verdict_of(_who(audited, name), found[name], len(subjects), count) for name in audited.answers},
+        group,
         {"seed": seed, "backgrounds": backgrounds, "challenge": challenge, "limit": limit},
         _warnings(audited, subjects, split_name),
-    )  # fmt: skip
+    )
     return AuditRun(result, subjects, answers, audited.spec.size)
 
 

@@ -57,9 +57,11 @@ class Means:
     ) -> None:
         values = torch.stack([column.double() for column in columns.values()], 1)  # [N, C]
         counts, values = values.isfinite().double(), values.nan_to_num()
-        classes = [range(len(values))] if labels is None else [
-            [i for i, label in enumerate(labels) if label == name] for name in sorted(set(labels))
-        ]  # fmt: skip
+        classes = (
+            [range(len(values))]
+            if labels is None
+            else [[i for i, label in enumerate(labels) if label == name] for name in sorted(set(labels))]
+        )
         rows = [torch.tensor(list(of_class)) for of_class in classes]
         means = [
             torch.stack([w[:, i] @ values[i] / (w[:, i] @ counts[i]) for i in rows]).nanmean(0)  # [D, C]

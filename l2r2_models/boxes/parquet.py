@@ -24,10 +24,20 @@ def write_parquet(table: BoxTable, path: Path) -> None:
     """
     pa, parquet = pyarrow()
     mask = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
-    lists = {"boxes": pa.list_(pa.list_(pa.float64())), "scores": pa.list_(pa.float64()), "labels": pa.list_(pa.string()),
-             "masks": pa.list_(mask)}  # fmt: skip
-    fields = {"file": pa.string(), "width": pa.int32(), "height": pa.int32(), "normalised": pa.bool_(), "failure": pa.string(),
-              "stamp": pa.string()}  # fmt: skip
+    lists = {
+        "boxes": pa.list_(pa.list_(pa.float64())),
+        "scores": pa.list_(pa.float64()),
+        "labels": pa.list_(pa.string()),
+        "masks": pa.list_(mask),
+    }
+    fields = {
+        "file": pa.string(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "normalised": pa.bool_(),
+        "failure": pa.string(),
+        "stamp": pa.string(),
+    }
     schema = pa.schema([*fields.items(), *lists.items()], metadata={KEY: json.dumps(table.info).encode()})
     check_names(path, table.entries)
     records = [{**record_of(file, entry), "stamp": table.stamps.get(file)} for file, entry in table.entries.items()]
@@ -38,8 +48,17 @@ def record_of(file: str, entry: BoxEntry) -> dict[str, Any]:
     """An entry as plain values; `read.entry_of` reads it back."""
     height, width = entry.image_size or (None, None)
     masks = [None if m is None else m.to_coco() for m in entry.masks]
-    return {"file": file, "width": width, "height": height, "normalised": entry.normalised, "failure": entry.failure,
-            "boxes": entry.boxes, "scores": entry.scores, "labels": entry.labels, "masks": masks}  # fmt: skip
+    return {
+        "file": file,
+        "width": width,
+        "height": height,
+        "normalised": entry.normalised,
+        "failure": entry.failure,
+        "boxes": entry.boxes,
+        "scores": entry.scores,
+        "labels": entry.labels,
+        "masks": masks,
+    }
 
 
 def check_names(path: Path, names: Iterable[str]) -> None:

@@ -25,9 +25,32 @@ _KNOWN = {name for columns in (*CORNERS, *SIDES) for name in columns}
 _OF_A_BOX = _KNOWN - {"x", "y", "w", "h", "width", "height", "left", "top", "right", "bottom"}  # these may mean anything
 # boxes in forms that are not read: as one column, by their center, or by names that are rare
 _LIKE_A_BOX = {
-    "bbox", "box", "bboxes", "boxes", "boundingbox", "cx", "cy", "xc", "yc", "xcenter", "ycenter", "centerx",
-    "centery", "xtl", "ytl", "xbr", "ybr", "xleft", "ytop", "xright", "ybottom", "minx", "miny", "maxx", "maxy",
-}  # fmt: skip
+    "bbox",
+    "box",
+    "bboxes",
+    "boxes",
+    "boundingbox",
+    "cx",
+    "cy",
+    "xc",
+    "yc",
+    "xcenter",
+    "ycenter",
+    "centerx",
+    "centery",
+    "xtl",
+    "ytl",
+    "xbr",
+    "ybr",
+    "xleft",
+    "ytop",
+    "xright",
+    "ybottom",
+    "minx",
+    "miny",
+    "maxx",
+    "maxy",
+}
 _FILES = {"filename", "file", "image", "imagename", "imagepath", "filepath", "path", "img"}
 SCORES = ("score", "confidence", "conf")
 logger = logging.getLogger(__name__)
@@ -228,8 +251,11 @@ def entry_of(record: Mapping[str, Any]) -> BoxEntry:
 
 
 _READERS: dict[str, Callable[[Any], Iterable[tuple[str, BoxEntry]]]] = {
-    "MegaDetector": _read_megadetector, "SpeciesNet": _read_speciesnet, "COCO": _read_coco, "plain xyxy": _read_xyxy,
-}  # fmt: skip
+    "MegaDetector": _read_megadetector,
+    "SpeciesNet": _read_speciesnet,
+    "COCO": _read_coco,
+    "plain xyxy": _read_xyxy,
+}
 
 
 class BoxColumns(NamedTuple):

@@ -68,8 +68,15 @@ def _to_coco(table: BoxTable) -> dict[str, Any]:
         images.append({**image, "width": width, "height": height})
         for (x0, y0, x1, y1), score, label, mask in zip(_pixels(entry, file), entry.scores, entry.labels, _masks(entry)):
             box = [x0, y0, x1 - x0, y1 - y0]
-            annotation = {"id": len(annotations) + 1, "image_id": number, "category_id": ids[label or "object"],
-                          "bbox": box, "area": box[2] * box[3], "iscrowd": 0, "score": score}  # fmt: skip
+            annotation = {
+                "id": len(annotations) + 1,
+                "image_id": number,
+                "category_id": ids[label or "object"],
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+                "score": score,
+            }
             annotations.append(annotation if mask is None else {**annotation, "segmentation": mask.to_coco()})
     categories = [{"id": i, "name": name} for name, i in ids.items()]
     return {"info": _info(table), "images": images, "annotations": annotations, "categories": categories}

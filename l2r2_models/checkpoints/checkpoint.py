@@ -26,6 +26,8 @@ from .download import check_hash, local_folder, open_checkpoint
 from .format import CONFIG, FORMAT_VERSION, WEIGHTS, check_config
 
 logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A loaded checkpoint.
@@ -101,9 +103,15 @@ def save_checkpoint(
         config["model_args"] = {k: v for k, v in {**config.get("model_args", {}), **arguments}.items() if k != "num_classes"}
         size = spec["size"]
         config["pretrained_cfg"].update(
-            tag="finetuned", input_size=[model.in_chans, size, size], num_classes=model.num_classes, crop_pct=1.0,
-            crop_mode=model.view_spec.crop_mode, mean=spec["mean"], std=spec["std"], interpolation=spec["interpolation"],
-        )  # fmt: skip
+            tag="finetuned",
+            input_size=[model.in_chans, size, size],
+            num_classes=model.num_classes,
+            crop_pct=1.0,
+            crop_mode=model.view_spec.crop_mode,
+            mean=spec["mean"],
+            std=spec["std"],
+            interpolation=spec["interpolation"],
+        )
         for stale in ("test_input_size", "test_crop_pct", "test_pool_size"):
             config["pretrained_cfg"].pop(stale, None)
         config["pretrained_cfg"]["pool_size"] = None  # holds for the source's input size only
@@ -170,5 +178,3 @@ def _check_fusion(model: L2R2, weights: Path, name: str) -> None:
         saved = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys() if k.startswith("fusion.")}  # noqa: SIM118
     if saved != {f"fusion.{k}": tuple(v.shape) for k, v in model.fusion.state_dict().items()}:
         raise L2R2Error(f"{name}: {WEIGHTS} and {CONFIG} are of different saves; fit the fusion again with `l2r2 fuse`.")
-
-

@@ -64,10 +64,16 @@ def derive(
     registered = f"l2r2_{stem}" if ARCHITECTURES.get(f"l2r2_{stem}") == stem else None
     architecture: dict[str, Any] = {"model_name": f"{registered}.{cfg.tag}"} if registered and cfg.tag else {}
     try:
-        model = cast(L2R2, timm.create_model(
-            **(architecture or {"model_name": "l2r2", "backbone": name}), pretrained=True, branches=list(branches),
-            shared=shared, fusion=fusion,
-        ))  # fmt: skip
+        model = cast(
+            L2R2,
+            timm.create_model(
+                **(architecture or {"model_name": "l2r2", "backbone": name}),
+                pretrained=True,
+                branches=list(branches),
+                shared=shared,
+                fusion=fusion,
+            ),
+        )
     except L2R2Error:
         raise
     except Exception as error:  # of timm, torch, huggingface_hub and its HTTP client
@@ -136,10 +142,20 @@ def join(parts: dict[str, str | Path], out: str | Path, *, fusion: str = "robust
     for branch, own in OWN_VIEWS.items():
         if branch in read:
             spec = replace(spec, **{name: getattr(read[branch].spec, name) for name in own})
-    model = cast(L2R2, timm.create_model(
-        "l2r2", backbone=first.backbone, num_classes=len(first.labels), in_chans=first.in_chans, branches=list(read),
-        shared=False, fusion=fusion, views=spec.to_dict(), **first.arguments,
-    ))  # fmt: skip
+    model = cast(
+        L2R2,
+        timm.create_model(
+            "l2r2",
+            backbone=first.backbone,
+            num_classes=len(first.labels),
+            in_chans=first.in_chans,
+            branches=list(read),
+            shared=False,
+            fusion=fusion,
+            views=spec.to_dict(),
+            **first.arguments,
+        ),
+    )
     for branch, part in read.items():
         model.backbone_of(branch).load_state_dict(part.body)
         order = [part.labels.index(label) for label in first.labels]
@@ -162,10 +178,18 @@ def split(run: str | Path, out: str | Path) -> dict[str, Path]:
     for folder in folders.values():
         _check_free(folder)
     for branch, folder in folders.items():
-        alone = cast(L2R2, timm.create_model(
-            "l2r2", backbone=model.backbone_name, num_classes=model.num_classes, in_chans=model.in_chans, branches=[branch],
-            views=model.view_spec.to_dict(), **model.backbone_kwargs,
-        ))  # fmt: skip
+        alone = cast(
+            L2R2,
+            timm.create_model(
+                "l2r2",
+                backbone=model.backbone_name,
+                num_classes=model.num_classes,
+                in_chans=model.in_chans,
+                branches=[branch],
+                views=model.view_spec.to_dict(),
+                **model.backbone_kwargs,
+            ),
+        )
         alone.backbone.load_state_dict(model.backbone_of(branch).state_dict())
         alone.heads[branch].load_state_dict(model.heads[branch].state_dict())
         save_checkpoint(alone, folder, checkpoint.labels, checkpoint.training, localizer=checkpoint.localizer)
@@ -204,8 +228,9 @@ def _read_part(source: str) -> _Part:
     if len(model.branches) != 1:
         raise L2R2Error(f"{source}: has the branches {', '.join(model.branches)}; a network of one branch is needed.")
     body, head = model.backbone.state_dict(), next(iter(model.heads.values())).state_dict()
-    return _Part(source, model.backbone_name, dict(model.backbone_kwargs), body, head, checkpoint.labels, model.view_spec,
-                 model.in_chans)  # fmt: skip
+    return _Part(
+        source, model.backbone_name, dict(model.backbone_kwargs), body, head, checkpoint.labels, model.view_spec, model.in_chans
+    )
 
 
 def _read_timm(folder: Path, config: dict[str, Any]) -> _Part:

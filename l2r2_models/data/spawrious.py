@@ -29,9 +29,20 @@ from .table import ImageTable, Row, read_table, rows_digest
 
 ABOUT, METADATA = "composites.json", "metadata.csv"
 COLUMNS = (
-    "file_name", "label", "split", "x0", "y0", "x1", "y1", "mask_file", "background", "environment", "object", "object_file",
+    "file_name",
+    "label",
+    "split",
+    "x0",
+    "y0",
+    "x1",
+    "y1",
+    "mask_file",
+    "background",
+    "environment",
+    "object",
+    "object_file",
     "scene_file",
-)  # fmt: skip
+)
 LONG_SIDE = (0.35, 0.75)  # of an object, relative to the image's; drawn independently of the class, as its place is
 VAL_SCENES = 0.15  # part of each kind's training scenes that only validation images lie on
 

@@ -198,9 +198,19 @@ def judge_run(
     said_of = [(part[0], name) for part, name in ((judged, split), (held_out, fit_split)) if part]
     notes = _intervened(runs[0]) + tuple(note for part, name in said_of for note in _left_out(part, str(name)))
     return Judged(
-        runs[0], split, fit_split, tuple(runs[0].labels), replace(judged[0], bad=bad), outputs, fusions, temperatures,
-        group, tuple(rows.column(group)) if group else None, warnings, notes + _classes_seen(judged[0], runs[0].labels, split),
-    )  # fmt: skip
+        runs[0],
+        split,
+        fit_split,
+        tuple(runs[0].labels),
+        replace(judged[0], bad=bad),
+        outputs,
+        fusions,
+        temperatures,
+        group,
+        tuple(rows.column(group)) if group else None,
+        warnings,
+        notes + _classes_seen(judged[0], runs[0].labels, split),
+    )
 
 
 def _intervened(checkpoint: Checkpoint) -> tuple[str, ...]:

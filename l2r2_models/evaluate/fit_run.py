@@ -106,8 +106,14 @@ def fit_run(
         {str(path): why for path, why in logits.bad.items()},
     )
     if save:
-        fit_record = {"split": split, "backgrounds": backgrounds, "group": group, "rows": len(logits),
-                      "method": method, metric: fitted[chosen].accuracy}  # fmt: skip
+        fit_record = {
+            "split": split,
+            "backgrounds": backgrounds,
+            "group": group,
+            "rows": len(logits),
+            "method": method,
+            metric: fitted[chosen].accuracy,
+        }
         used = table.names() if method == BEST or fitted[chosen].fusion.count() else []
         _save(Path(run), checkpoint, {**checkpoint.training, "fusion_fit": fit_record}, used)
     return report

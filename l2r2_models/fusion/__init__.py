@@ -8,7 +8,23 @@ from .prior import MetadataPrior
 from .scaled import MaxScaledConfidence, ScaledAverage, ScaledWeightedAverage
 
 __all__ = [
-    "FUSIONS", "INPUTS", "Average", "ConcatMLP", "Fusion", "MaxConfidence", "MaxScaledConfidence", "MetadataPrior",
-    "ObjectnessMaxConfidence", "Robust", "ScaledAverage", "ScaledWeightedAverage", "WeightedLogits", "create_fusion",
-    "fall_back", "fuse_branches", "fused_logits", "register_fusion", "with_fallback",
-]  # fmt: skip
+    "FUSIONS",
+    "INPUTS",
+    "Average",
+    "ConcatMLP",
+    "Fusion",
+    "MaxConfidence",
+    "MaxScaledConfidence",
+    "MetadataPrior",
+    "ObjectnessMaxConfidence",
+    "Robust",
+    "ScaledAverage",
+    "ScaledWeightedAverage",
+    "WeightedLogits",
+    "create_fusion",
+    "fall_back",
+    "fuse_branches",
+    "fused_logits",
+    "register_fusion",
+    "with_fallback",
+]

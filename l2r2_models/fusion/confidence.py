@@ -83,8 +83,12 @@ class Robust(Fusion):
         right = torch.cat([zero, by_surest.cumsum(0)]) + by_fg.sum() - torch.cat([zero, by_fg.cumsum(0)])
         thresholds = torch.cat([sorted_confidence.new_zeros(1), sorted_confidence])
         # a threshold must lie between different confidences: of equal ones only the last can be the border
-        border = torch.cat([sorted_confidence != torch.cat([sorted_confidence.new_full((1,), -1.0), sorted_confidence[:-1]]),
-                            torch.ones(1, dtype=torch.bool)])  # fmt: skip
+        border = torch.cat(
+            [
+                sorted_confidence != torch.cat([sorted_confidence.new_full((1,), -1.0), sorted_confidence[:-1]]),
+                torch.ones(1, dtype=torch.bool),
+            ]
+        )
         best = torch.where(border, right, -1).argmax()  # the first of equals: the lowest threshold
         self.threshold.copy_(thresholds[best])
 

@@ -80,8 +80,12 @@ class ConcatMLP(Fusion):
     @torch.jit.ignore
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         width = self.inputs * self.classes
-        return {"weight1": (self.hidden, width), "bias1": (self.hidden,),
-                "weight2": (self.classes, self.hidden), "bias2": (self.classes,)}  # fmt: skip
+        return {
+            "weight1": (self.hidden, width),
+            "bias1": (self.hidden,),
+            "weight2": (self.classes, self.hidden),
+            "bias2": (self.classes,),
+        }
 
     def combine(self, fg: Tensor, context: Tensor) -> Tensor:
         z = torch.cat([fg[None], context]).transpose(0, 1).flatten(1)  # [B, inputs * classes], fg first

@@ -16,10 +16,19 @@ from .markdown import code, plain
 from .metadata import CardMetadata
 
 BRANCH_WORDS = {"full": "the whole image", "fg": "the object, cut out of it", "bg": "the image without the object"}
-FIT_WORDS = {"plain": "", "swapped": ", each object on the backgrounds of three other images",
-             "both": ", half of them the images as they are, half each object on the backgrounds of three others"}  # fmt: skip
-COLUMNS = {"accuracy": "accuracy", "macro_accuracy": "macro accuracy", "worst_group": "worst group", "ece": "ECE",
-           "with_box": "with an object found", "without_box": "without"}  # fmt: skip
+FIT_WORDS = {
+    "plain": "",
+    "swapped": ", each object on the backgrounds of three other images",
+    "both": ", half of them the images as they are, half each object on the backgrounds of three others",
+}
+COLUMNS = {
+    "accuracy": "accuracy",
+    "macro_accuracy": "macro accuracy",
+    "worst_group": "worst group",
+    "ece": "ECE",
+    "with_box": "with an object found",
+    "without_box": "without",
+}
 
 
 def model_card(checkpoint: Checkpoint, repo: str, facts: CardMetadata, evaluations: Sequence[Mapping[str, Any]]) -> str:
@@ -43,9 +52,16 @@ def model_card(checkpoint: Checkpoint, repo: str, facts: CardMetadata, evaluatio
         model_name=repo.split("/")[-1],
         eval_results=[result for e in evaluations for result in _eval_results(e, facts)] or None,
     )
-    parts = [_head(checkpoint, repo), _details(checkpoint, source, facts), usage(checkpoint, repo, facts),
-             localizer_part(checkpoint, facts), _training(checkpoint, facts), _figures(evaluations, facts),
-             _limits(checkpoint, facts), CITATION]  # fmt: skip
+    parts = [
+        _head(checkpoint, repo),
+        _details(checkpoint, source, facts),
+        usage(checkpoint, repo, facts),
+        localizer_part(checkpoint, facts),
+        _training(checkpoint, facts),
+        _figures(evaluations, facts),
+        _limits(checkpoint, facts),
+        CITATION,
+    ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(parts)
 
 
@@ -68,19 +84,33 @@ def hub_config(
         raise L2R2Error(f"{checkpoint.name}: the generic model has no tags; only one of `l2r2 list` can get one.")
     localizer = localizer_facts(checkpoint, facts)
     figures = [
-        {"dataset": r.dataset_name, "split": r.dataset_split, "output": r.metric_name.partition("(")[2].rstrip(")"),
-         "metric": r.metric_type, "value": r.metric_value}
+        {
+            "dataset": r.dataset_name,
+            "split": r.dataset_split,
+            "output": r.metric_name.partition("(")[2].rstrip(")"),
+            "metric": r.metric_type,
+            "value": r.metric_value,
+        }
         for evaluation in evaluations
         for r in _eval_results(evaluation, facts)
-    ]  # fmt: skip
+    ]
     return HubConfig(
-        architecture=architecture, tag=tag, default=False, hub_id=repo, licence=facts.licence,
+        architecture=architecture,
+        tag=tag,
+        default=False,
+        hub_id=repo,
+        licence=facts.licence,
         source=source_of_training(checkpoint.training).name or "random weights",
-        labels=facts.data, parameters=sum(p.numel() for p in model.parameters()),
-        input_size=model.view_spec.size, top1=None, made_by=made_by, label_names=list(checkpoint.labels),
-        model_args=model.arguments(), localizer={k: str(v) for k, v in localizer.items() if k in LOCALIZER} or None,
+        labels=facts.data,
+        parameters=sum(p.numel() for p in model.parameters()),
+        input_size=model.view_spec.size,
+        top1=None,
+        made_by=made_by,
+        label_names=list(checkpoint.labels),
+        model_args=model.arguments(),
+        localizer={k: str(v) for k, v in localizer.items() if k in LOCALIZER} or None,
         metrics=figures or None,
-    )  # fmt: skip
+    )
 
 
 def _eval_results(evaluation: Mapping[str, Any], facts: CardMetadata) -> list[Any]:

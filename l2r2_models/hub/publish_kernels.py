@@ -61,8 +61,15 @@ def prepare_kernels(source: str | Path, folder: Path, repo: str | None = None) -
             write_text(build / path, (package / path).read_text(encoding="utf-8"))
         namespace = f"_{module}_{backend}_{digest}"
         write_text(build / "_ops.py", OPS.format(namespace=namespace))
-        metadata = {"name": general["name"], "id": namespace, "version": general["version"], "license": general["license"],
-                    "python-depends": [], "kernel-depends": [], "backend": {"type": backend}}  # fmt: skip
+        metadata = {
+            "name": general["name"],
+            "id": namespace,
+            "version": general["version"],
+            "license": general["license"],
+            "python-depends": [],
+            "kernel-depends": [],
+            "backend": {"type": backend},
+        }
         write_json(build / "metadata.json", metadata)
     card_text = (source / "CARD.md").read_text(encoding="utf-8")
     if named:  # what the card says to load is what is published

@@ -243,9 +243,7 @@ def _load(name: str) -> Image.Image | str:
         return str(error)
 
 
-def _entries(
-    localizer: Localizer, images: Mapping[str, Image.Image], prompts: Mapping[str, str] | None
-) -> dict[str, BoxEntry]:
+def _entries(localizer: Localizer, images: Mapping[str, Image.Image], prompts: Mapping[str, str] | None) -> dict[str, BoxEntry]:
     """Entries of a batch; where it fails as a whole, each image is tried alone."""
     asked = None if prompts is None else [prompts[name] for name in images]
     try:

@@ -189,8 +189,10 @@ class GroundingDino(Prompted):
     def _check_length(self, inputs: Mapping[str, Tensor], text: Sequence[str]) -> None:
         longest = self.network.model.config.max_text_len
         if inputs["input_ids"].shape[1] > longest:
-            raise L2R2Error(f'The prompts "{max(text, key=len)[:80]}" have {inputs["input_ids"].shape[1]} tokens; '
-                            f"{self.name} reads {longest}.")  # fmt: skip
+            raise L2R2Error(
+                f'The prompts "{max(text, key=len)[:80]}" have {inputs["input_ids"].shape[1]} tokens; '
+                f"{self.name} reads {longest}."
+            )
 
 
 def _labels(scores: Tensor, tokens: Tensor, tokenizer: Any, query: tuple[str, ...]) -> list[str]:

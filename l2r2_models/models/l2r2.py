@@ -283,9 +283,7 @@ class L2R2(TimmContract):
         return {"fg": masked, **({"full": whole} if same else {})}, seen
 
     @torch.jit.ignore
-    def fuse(
-        self, logits: Mapping[str, Tensor], has_fg: Tensor | None = None, objectness: Tensor | None = None
-    ) -> Tensor:
+    def fuse(self, logits: Mapping[str, Tensor], has_fg: Tensor | None = None, objectness: Tensor | None = None) -> Tensor:
         """Fuse branch logits `[B, classes]` that were computed before, as `forward_views` does; see `fuse_branches`."""
         return fuse_branches(self.fusion, logits, has_fg, objectness)
 

@@ -180,9 +180,7 @@ class PartWeights:
                 raise L2R2Error(f"part_{name} must be a weight of at least 0, got {weight!r}.")
 
 
-def part_losses(
-    found: PartMaps, weights: PartWeights, image: Tensor, stage1: Callable[[Tensor], PartMaps]
-) -> dict[str, Tensor]:
+def part_losses(found: PartMaps, weights: PartWeights, image: Tensor, stage1: Callable[[Tensor], PartMaps]) -> dict[str, Tensor]:
     """The weighted losses by name, without those of weight 0.
 
     Args:

@@ -109,10 +109,17 @@ def _trained_cfg(config: HubConfig) -> dict[str, Any]:
     """The cfg of an L2R2 checkpoint on the Hub, from its hub config."""
     views = ViewSpec.from_dict((config.model_args or {}).get("views", {}))
     return dict(
-        hf_hub_id=config.hub_id, license=config.licence, num_classes=len(config.label_names or ()),
-        label_names=config.label_names, input_size=(3, views.size, views.size), mean=views.mean, std=views.std,
-        interpolation=views.interpolation, crop_pct=1.0, crop_mode=views.crop_mode,
-    )  # fmt: skip
+        hf_hub_id=config.hub_id,
+        license=config.licence,
+        num_classes=len(config.label_names or ()),
+        label_names=config.label_names,
+        input_size=(3, views.size, views.size),
+        mean=views.mean,
+        std=views.std,
+        interpolation=views.interpolation,
+        crop_pct=1.0,
+        crop_mode=views.crop_mode,
+    )
 
 
 default_cfgs = generate_default_cfgs(_default_cfgs())

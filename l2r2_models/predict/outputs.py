@@ -114,8 +114,11 @@ def _write_parquet(path: Path, header: Mapping[str, Any], records: Iterable[dict
 
 
 _WRITERS: dict[str, Callable[[Path, Mapping[str, Any], Iterable[dict[str, Any]]], None]] = {
-    ".json": _write_json, ".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet,
-}  # fmt: skip
+    ".json": _write_json,
+    ".jsonl": _write_jsonl,
+    ".csv": _write_csv,
+    ".parquet": _write_parquet,
+}
 
 
 def _rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -180,6 +183,8 @@ def _is_whole(record: Any) -> bool:
         return isinstance(record["failure"], str)
     objects = record.get("objects")
     texts = ("label", "source", "reason")
-    return isinstance(objects, list) and bool(objects) and all(
-        isinstance(o, dict) and all(isinstance(o.get(key), str) for key in texts) for o in objects
-    )  # fmt: skip
+    return (
+        isinstance(objects, list)
+        and bool(objects)
+        and all(isinstance(o, dict) and all(isinstance(o.get(key), str) for key in texts) for o in objects)
+    )

@@ -235,14 +235,26 @@ class Predictor:
             top = tuple(Answer(self.labels[int(found.classes[i, j])], round(parts[j], 6)) for j in order[: self.top])
             best, has_box = order[0], bool(found.boxes[i, order[0]].isfinite().all())
             said = {b: self._answer(z[i] if b == "full" else z[i, best]) for b, z in found.branches.items()}
-            predictions.append(Prediction(item.name, (ObjectPrediction(
-                label=top[0].label, score=top[0].score, source="fused" if has_box else "full",
-                reason=f"the best of the {len(order)} classes that the whole image suggests"
-                       + ("" if has_box else "; it was not found, the whole image stands for it"),
-                full=said["full"], fg=said["fg"] if has_box else None, bg=said.get("bg") if has_box else None,
-                box=tuple(round(v, 2) for v in found.boxes[i, best].tolist()) if has_box else None,  # type: ignore[arg-type]
-                box_score=round(float(found.box_scores[i, best]), 4) if has_box else None, top=top,
-            ),)))  # fmt: skip
+            predictions.append(
+                Prediction(
+                    item.name,
+                    (
+                        ObjectPrediction(
+                            label=top[0].label,
+                            score=top[0].score,
+                            source="fused" if has_box else "full",
+                            reason=f"the best of the {len(order)} classes that the whole image suggests"
+                            + ("" if has_box else "; it was not found, the whole image stands for it"),
+                            full=said["full"],
+                            fg=said["fg"] if has_box else None,
+                            bg=said.get("bg") if has_box else None,
+                            box=tuple(round(v, 2) for v in found.boxes[i, best].tolist()) if has_box else None,  # type: ignore[arg-type]
+                            box_score=round(float(found.box_scores[i, best]), 4) if has_box else None,
+                            top=top,
+                        ),
+                    ),
+                )
+            )
         return predictions
 
     def _answer(self, logits: Tensor) -> Answer:

@@ -87,4 +87,3 @@ def draw_parts(found: FoundParts, n: int) -> Image.Image:
             place = (float(middle[1] + 0.5) * SIDE / columns, float(middle[0] + 0.5) * SIDE / rows)
             draw.text(place, str(k), "white", ImageFont.load_default(18), "mm", stroke_width=2, stroke_fill="black")
     return image
-

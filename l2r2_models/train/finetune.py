@@ -242,9 +242,7 @@ def _notes(recipe: Recipe, trained: Any) -> list[str]:
     return notes
 
 
-def _split(
-    table: ImageTable, train: str | None, val: str | None, recipe: Recipe
-) -> tuple[ImageTable, ImageTable | None]:
+def _split(table: ImageTable, train: str | None, val: str | None, recipe: Recipe) -> tuple[ImageTable, ImageTable | None]:
     def known(names: tuple[str, ...]) -> str | None:
         return next((split for name in names for split in table.splits if split.lower() == name), None)
 
@@ -260,9 +258,7 @@ def _split(
     return hold_out(train_table, recipe.val_fraction, group=recipe.val_group, take=recipe.val_from, seed=recipe.seed)
 
 
-def _check(
-    train: ImageTable, val: ImageTable | None, recipe: Recipe, model: L2R2, skip_bad: bool, progress: Progress
-) -> Check:
+def _check(train: ImageTable, val: ImageTable | None, recipe: Recipe, model: L2R2, skip_bad: bool, progress: Progress) -> Check:
     """Decode every image once; what is left without the bad ones must be enough to train on."""
     rows = train.rows + (val.rows if val else ())
     check = check_images(replace(train, rows=rows), progress, recipe.box_threshold, lambda sample: _shows(model, sample))

@@ -203,9 +203,7 @@ def _run(trainer: BranchTrainer, checkpoint: str | None) -> Trained:
         trainer.train(resume_from_checkpoint=checkpoint)
     best, epochs = trainer.best(), trainer.state.global_step // steps
     trainer.use_chosen_weights()
-    rows = DataLoader(
-        trainer.train_dataset.without_augmentation(), trainer.recipe.batch_size, num_workers=trainer.recipe.workers
-    )
+    rows = DataLoader(trainer.train_dataset.without_augmentation(), trainer.recipe.batch_size, num_workers=trainer.recipe.workers)
     trainer.model.model.after_training({k: v.to(trainer.args.device) for k, v in item.items()} for item in rows)
     measured = trainer.evaluate() if trainer.eval_dataset is not None else {}
     metrics = {k.removeprefix("eval_"): v for k, v in measured.items() if k.endswith("accuracy")}
@@ -222,14 +220,23 @@ def _trainer(
         train, classes, augment=recipe.augment(), background_swap=recipe.background_swap, seed=recipe.seed, **common
     )
     batches = EpochBatches(
-        rows.targets, recipe.batch_size, seed=recipe.seed, balanced=recipe.balanced, parts=recipe.grad_accumulation,
-        rank=processes.rank(), world=processes.world(),
-    )  # fmt: skip
+        rows.targets,
+        recipe.batch_size,
+        seed=recipe.seed,
+        balanced=recipe.balanced,
+        parts=recipe.grad_accumulation,
+        rank=processes.rank(),
+        world=processes.world(),
+    )
     if min(batches.rows, recipe.batch_size) < batches.world:
         raise L2R2Error(f"{batches.world} processes cannot share batches of {min(batches.rows, recipe.batch_size)} images.")
     mix = ViewMixup(len(classes), recipe.mixup, recipe.cutmix, recipe.mix_probability) if recipe.mixup or recipe.cutmix else None
     loss = BranchLoss(
-        model, recipe.label_smoothing, mix=mix, head_only=recipe.trainable == "head", channels_last=recipe.channels_last,
+        model,
+        recipe.label_smoothing,
+        mix=mix,
+        head_only=recipe.trainable == "head",
+        channels_last=recipe.channels_last,
         part_weights=recipe.part_weights(),
     )
     return BranchTrainer(

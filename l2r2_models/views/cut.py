@@ -17,6 +17,7 @@ from .spec import ViewSpec
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+
 class Views(NamedTuple):
     """Normalised views `[V, 3, S, S]` by branch (None where not asked for), `has_fg` `[V]` bool, and for an fg that is masked
     inside the network the object's mask `[V, S, S]`, its part of each pixel of the whole image's view in 0..1.

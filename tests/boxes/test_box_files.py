@@ -189,13 +189,21 @@ def joined(names, paths):
 @pytest.mark.parametrize(
     "name, path",
     [
-        ("a/1.jpg", "a/1.jpg"), ("a/1.jpg", "./a/1.jpg"), ("./a/1.jpg", "a/1.jpg"), ("a/1.jpg", "/data/a/1.jpg"),
-        ("/data/a/1.jpg", "a/1.jpg"), ("1.jpg", "/data/a/1.jpg"), ("/data/a/1.jpg", "1.jpg"), ("a\\1.jpg", "a/1.jpg"),
-        ("C:\\data\\a\\1.jpg", "a/1.jpg"), ("a/1.jpg", "D:\\data\\a\\1.jpg"), ("a//1.jpg", "a/1.jpg"),
+        ("a/1.jpg", "a/1.jpg"),
+        ("a/1.jpg", "./a/1.jpg"),
+        ("./a/1.jpg", "a/1.jpg"),
+        ("a/1.jpg", "/data/a/1.jpg"),
+        ("/data/a/1.jpg", "a/1.jpg"),
+        ("1.jpg", "/data/a/1.jpg"),
+        ("/data/a/1.jpg", "1.jpg"),
+        ("a\\1.jpg", "a/1.jpg"),
+        ("C:\\data\\a\\1.jpg", "a/1.jpg"),
+        ("a/1.jpg", "D:\\data\\a\\1.jpg"),
+        ("a//1.jpg", "a/1.jpg"),
         ("a/1.jpg", "../x/a/1.jpg"),
         ("a/cafe\u0301.jpg", "a/caf\u00e9.jpg"),
     ],
-)  # fmt: skip
+)
 def test_the_same_image_under_another_path(name, path):
     assert joined([name, "b/other.jpg"], [path]) == {path: name}
 

@@ -76,9 +76,22 @@ def test_missing_file_and_folder(tmp_path):
 
 
 NO_BOXES = [
-    [1, 2, 3], [1, 2, 3, 4, 5], [], None, "abcd", "1234", [1, 2, None, 4], ["1", "2", "3", "4"], 5, {}, [True, False, True, True],
-    [1, 2, float("nan"), 4], [1, 2, float("inf"), 4], [[1, 2, 3, 4]], [0, 0, 10**400, 5],
-]  # fmt: skip
+    [1, 2, 3],
+    [1, 2, 3, 4, 5],
+    [],
+    None,
+    "abcd",
+    "1234",
+    [1, 2, None, 4],
+    ["1", "2", "3", "4"],
+    5,
+    {},
+    [True, False, True, True],
+    [1, 2, float("nan"), 4],
+    [1, 2, float("inf"), 4],
+    [[1, 2, 3, 4]],
+    [0, 0, 10**400, 5],
+]
 
 
 @pytest.mark.parametrize("bad", NO_BOXES, ids=range(len(NO_BOXES)))

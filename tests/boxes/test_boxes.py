@@ -41,9 +41,21 @@ def test_a_box_without_score_is_certain():
 
 @pytest.mark.parametrize(
     "boxes",
-    [[[1, 2, 3]], [[1, 2, 3, 4, 5, 6, 7, 8]], [[1, 2], [3, 4]], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8], [[1, 2, 3, 4], [5]],
-     [["a", "b", "c", "d"]], [[None] * 4], "box", None, 7, [[[1, 2, 3, 4]]]],
-)  # fmt: skip
+    [
+        [[1, 2, 3]],
+        [[1, 2, 3, 4, 5, 6, 7, 8]],
+        [[1, 2], [3, 4]],
+        [1, 2, 3, 4],
+        [1, 2, 3, 4, 5, 6, 7, 8],
+        [[1, 2, 3, 4], [5]],
+        [["a", "b", "c", "d"]],
+        [[None] * 4],
+        "box",
+        None,
+        7,
+        [[[1, 2, 3, 4]]],
+    ],
+)
 def test_what_is_not_a_list_of_boxes_is_refused(boxes):
     with pytest.raises(L2R2Error):
         Detections.from_lists(boxes, SIZE)
@@ -80,9 +92,23 @@ def test_clipped():
 
 @pytest.mark.parametrize(
     "box",
-    [[NAN] * 4, [NAN, 0, 5, 5], [0, 0, INF, 5], [0, -INF, 5, 5], [10, 10, 5, 15], [10, 10, 15, 5], [5, 5, 5, 9], [5, 5, 9, 5],
-     [-9, 0, 0, 5], [-9, 0, -1, 5], [40, 0, 45, 5], [0, 30, 5, 35], [0, 31, 5, 35], [20, 20, 10, 10]],
-)  # fmt: skip
+    [
+        [NAN] * 4,
+        [NAN, 0, 5, 5],
+        [0, 0, INF, 5],
+        [0, -INF, 5, 5],
+        [10, 10, 5, 15],
+        [10, 10, 15, 5],
+        [5, 5, 5, 9],
+        [5, 5, 9, 5],
+        [-9, 0, 0, 5],
+        [-9, 0, -1, 5],
+        [40, 0, 45, 5],
+        [0, 30, 5, 35],
+        [0, 31, 5, 35],
+        [20, 20, 10, 10],
+    ],
+)
 def test_unusable_boxes_go(box):
     d = found([box, [1, 1, 9, 9]], [0.9, 0.4]).usable()
     assert d.boxes.tolist() == [[1, 1, 9, 9]] and d.scores.tolist() == pytest.approx([0.4])

@@ -26,10 +26,16 @@ pytest.importorskip("onnxscript")
 
 
 @given(
-    fg=st.sampled_from(["crop", "masked_crop", "masked"]), bg=st.sampled_from(["shape", "box"]), square=st.booleans(),
-    margin=st.sampled_from([0.0, 0.3]), interpolation=st.sampled_from(["bilinear", "bicubic"]), height=st.integers(1, 90),
-    width=st.integers(1, 90), size=st.sampled_from([1, 7, 32]), seed=st.integers(0, 99),
-)  # fmt: skip
+    fg=st.sampled_from(["crop", "masked_crop", "masked"]),
+    bg=st.sampled_from(["shape", "box"]),
+    square=st.booleans(),
+    margin=st.sampled_from([0.0, 0.3]),
+    interpolation=st.sampled_from(["bilinear", "bicubic"]),
+    height=st.integers(1, 90),
+    width=st.integers(1, 90),
+    size=st.sampled_from([1, 7, 32]),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=40, deadline=None)
 def test_cutting_in_plain_operations_is_make_views(fg, bg, square, margin, interpolation, height, width, size, seed):
     spec = ViewSpec(size=size, fg_mode=fg, bg=bg, square=square, margin=margin, interpolation=interpolation)

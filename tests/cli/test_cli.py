@@ -13,6 +13,7 @@ from conftest import sentence, write_run
 
 def bomb(path):
     """A PNG of a few bytes that claims 20000 x 10000 pixels."""
+
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -97,9 +98,21 @@ def test_finetune_then_predict_as_the_readme_does(l2r2, dataset, tmp_path):
     boxes = {f"{s}_{i:03d}.png": [[1, 1, 30, 30]] for s in ("train", "val", "test") for i in range(12)}
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
     result = l2r2(
-        "finetune", dataset, "--model", "timm:resnet10t", "--no-pretrained", "--size", 32, "--epochs", 1, "--boxes",
-        tmp_path / "boxes.json", "-o", tmp_path / "run", "--json",
-    )  # fmt: skip
+        "finetune",
+        dataset,
+        "--model",
+        "timm:resnet10t",
+        "--no-pretrained",
+        "--size",
+        32,
+        "--epochs",
+        1,
+        "--boxes",
+        tmp_path / "boxes.json",
+        "-o",
+        tmp_path / "run",
+        "--json",
+    )
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)  # nothing but the answer
     assert (answer["images"], answer["with_box"], answer["left_out"]) == (12, 12, 0)

@@ -16,9 +16,13 @@ def interrupted(command, when, **options):
     # Python's own start is not ours to keep quiet
     program = "import sys, l2r2_cli; sys.argv[0] = 'l2r2'; print('ready', flush=True); l2r2_cli.main()"
     process = subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, **options,
-    )  # fmt: skip
+        [sys.executable, "-c", program, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     when(process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too

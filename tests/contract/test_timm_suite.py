@@ -9,9 +9,16 @@ import pytest
 
 # the smallest model of every family
 SMALL = (
-    "l2r2_resnet18", "l2r2_convnext_tiny", "l2r2_convnextv2_atto", "l2r2_vit_tiny_patch16_224", "l2r2_efficientnet_b0",
-    "l2r2_swin_tiny_patch4_window7_224", "l2r2_masked_vit_small_patch16_224", "ifam_vit_tiny_patch16_224", "l2r2",
-)  # fmt: skip
+    "l2r2_resnet18",
+    "l2r2_convnext_tiny",
+    "l2r2_convnextv2_atto",
+    "l2r2_vit_tiny_patch16_224",
+    "l2r2_efficientnet_b0",
+    "l2r2_swin_tiny_patch4_window7_224",
+    "l2r2_masked_vit_small_patch16_224",
+    "ifam_vit_tiny_patch16_224",
+    "l2r2",
+)
 
 
 @pytest.mark.timeout(1800)
@@ -25,9 +32,23 @@ def test_timms_own_tests_pass_unchanged():
     environment.pop("PYTEST_XDIST_WORKER", None)
     without = ["test_model_load_pretrained", "test_model_features_pretrained"]
     command = [
-        sys.executable, "-m", "pytest", "-q", "-p", "timm_plugin", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore",
-        "-k", "l2r2 or ifam", *(f"--deselect=tests/test_models.py::{name}" for name in without), "tests/test_models.py",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "timm_plugin",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-W",
+        "ignore",
+        "-k",
+        "l2r2 or ifam",
+        *(f"--deselect=tests/test_models.py::{name}" for name in without),
+        "tests/test_models.py",
+    ]
     result = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout

@@ -26,16 +26,36 @@ def test_the_flags_reach_the_run_and_look_alikes_are_named_and_recorded(tmp_path
     names = [(data / "images" / f"{split}_{i:03d}.png") for i in (9, 10) for split in ("train", "test")]
     names[1].write_bytes(names[0].read_bytes())  # the last row of a class, and a test image that is the same
     code = l2r2(
-        monkeypatch, "finetune", data, "--model", "timm:resnet10t", "--no-pretrained", "--size", 32, "--epochs", 1,
-        "--val-fraction", 0.25, "--val-from", "end", "--background-swap", 0.5, "--occlusion", 0.25, "-o", tmp_path / "run",
-    )  # fmt: skip
+        monkeypatch,
+        "finetune",
+        data,
+        "--model",
+        "timm:resnet10t",
+        "--no-pretrained",
+        "--size",
+        32,
+        "--epochs",
+        1,
+        "--val-fraction",
+        0.25,
+        "--val-from",
+        "end",
+        "--background-swap",
+        0.5,
+        "--occlusion",
+        0.25,
+        "-o",
+        tmp_path / "run",
+    )
     said = capsys.readouterr()
     assert code == 0, said.err
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["val_files"] == [f"images/train_{i:03d}.png" for i in (9, 10, 11)]
     assert {k: record["recipe"][k] for k in ("val_from", "background_swap", "occlusion")} == {
-        "val_from": "end", "background_swap": 0.5, "occlusion": 0.25
-    }  # fmt: skip
+        "val_from": "end",
+        "background_swap": 0.5,
+        "occlusion": 0.25,
+    }
     assert record["leaks"] == [] and "look like" not in said.err  # its twin is held out, not trained on
 
     names[3].write_bytes((data / "images" / "train_001.png").read_bytes())

@@ -252,8 +252,10 @@ def test_annotated_boxes_give_unlabelled_images_their_labels(tmp_path):
     Image.new("RGB", (60, 40)).save(folder / "a.png")
     table = read_table(folder, boxes=coco(tmp_path / "boxes.json", ["cat", "dog", "cat"]))
     assert [(row.label, row.entry.boxes) for row in table.rows] == [
-        ("cat", ((0, 5, 8, 20),)), ("dog", ((10, 5, 18, 20),)), ("cat", ((20, 5, 28, 20),))
-    ]  # fmt: skip
+        ("cat", ((0, 5, 8, 20),)),
+        ("dog", ((10, 5, 18, 20),)),
+        ("cat", ((20, 5, 28, 20),)),
+    ]
 
 
 def test_of_annotated_boxes_only_those_of_the_images_class_are_used_and_a_localizers_labels_choose_none(tmp_path):

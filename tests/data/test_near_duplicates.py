@@ -128,8 +128,10 @@ def test_groups_that_share_an_image_are_held_out_together():
     """Two objects an image, each with its own name: neither the image nor either of the objects may lie on both sides."""
     rows = [
         Row(Path(f"{i}.png"), "ab"[k], columns=(("object", f"{'ab'[k]}{i % 10 if k else i // 4}"),))
-        for i in range(40) for k in (0, 1) if k == 0 or i % 8 == 0
-    ]  # fmt: skip
+        for i in range(40)
+        for k in (0, 1)
+        if k == 0 or i % 8 == 0
+    ]
     stay, val = hold_out(ImageTable(Path(), tuple(rows)), 0.25, group="object")
     assert len(val) and not set(stay.names()) & set(val.names())
     assert not set(stay.column("object")) & set(val.column("object"))

@@ -20,7 +20,9 @@ EXPECTED = {  # images by split; labels; rows with a box; rows with a mask
     "waterbirds": ({"train": 2, "val": 1, "test": 1}, {"landbird", "waterbird"}, 4, 4),
     "in9": (
         {"test_original": 2, "test_mixed_same": 2, "test_mixed_rand": 2, "test_only_bg_t": 2, "train": 2, "val": 2},
-        {"dog", "bird"}, 0, 6,
+        {"dog", "bird"},
+        0,
+        6,
     ),
     "spawrious-o2o-hard": ({"train": 16, "test": 8}, {"bulldog", "dachshund", "labrador", "corgi"}, 0, 0),
     "counteranimal": ({"test_common": 2, "test_counter": 2}, {"brambling", "ice bear"}, 0, 0),
@@ -31,7 +33,7 @@ EXPECTED = {  # images by split; labels; rows with a box; rows with a mask
     "iwildcam": ({"train": 2, "val": 1, "test": 1, "id_val": 1, "id_test": 1}, {"empty", "meleagris ocellata"}, 0, 0),
     "fod-a": ({"train": 4, "test_id": 2, "train_minority": 12, "test_ood": 6}, {"ClampPart", "Cutter"}, 24, 0),
     "eth80": ({"train": 4, "test": 4}, {"apple", "car"}, 0, 8),
-}  # fmt: skip
+}
 GONE = {  # a file or folder without which the set is not whole
     "waterbirds": "waterbird_complete95_forest2water2/014.Indigo_Bunting/I_1.jpg",
     "in9": "bg_challenge/original",

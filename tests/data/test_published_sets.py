@@ -101,8 +101,11 @@ def test_spawrious_many_to_many_swaps_the_locations_of_the_pairs(level, tmp_path
 
 def test_metashift_counts_a_photo_of_two_contexts_once(tmp_path):
     assert set(columns(imported("metashift", tmp_path), "split", "label", "background")) == {
-        ("train", "cat", "indoor+sofa"), ("train", "dog", "outdoor"), ("test", "cat", "outdoor"), ("test", "dog", "indoor"),
-    }  # fmt: skip
+        ("train", "cat", "indoor+sofa"),
+        ("train", "dog", "outdoor"),
+        ("test", "cat", "outdoor"),
+        ("test", "dog", "indoor"),
+    }
 
 
 def test_metashifts_mixed_variant_is_refused_and_its_pickle_never_opened(tmp_path):
@@ -114,8 +117,9 @@ def test_metashifts_mixed_variant_is_refused_and_its_pickle_never_opened(tmp_pat
 
 def test_urbancars_tells_the_background_from_the_object_beside_it(tmp_path):
     assert set(columns(imported("urbancars", tmp_path), "label", "background", "co_occurring_object")) == {
-        ("urban", "urban", "country"), ("country", "urban", "country"),
-    }  # fmt: skip
+        ("urban", "urban", "country"),
+        ("country", "urban", "country"),
+    }
 
 
 def test_counteranimal_keeps_imagenets_class_numbers(tmp_path):
@@ -176,8 +180,11 @@ def test_a_broken_annotation_is_named(tmp_path):
 def test_eth80_objects_and_views_are_those_of_the_published_tables(tmp_path):
     table = imported("eth80", tmp_path)
     assert set(columns(table, "object_instance", "split")) == {
-        ("apple_1", "train"), ("apple_8", "test"), ("car_4", "train"), ("car_8", "test"),
-    }  # fmt: skip
+        ("apple_1", "train"),
+        ("apple_8", "test"),
+        ("car_4", "train"),
+        ("car_8", "test"),
+    }
     assert sorted(row.path.stem for row in table.rows if row.path.stem.startswith("apple1")) == [
         "apple1-000-000",
         "apple1-022-090",

@@ -58,9 +58,21 @@ def test_anything_that_changes_the_answer_is_computed_anew(own_run, dataset, tmp
     """Scores under the threshold, an image replaced by one of the same size, labels in another order, a damaged store."""
     checkpoint, store = hub.load_checkpoint(own_run), own_run / "logits"
     for score in (0.9, 0.1):
-        (tmp_path / "boxes.json").write_text(json.dumps({"info": {}, "detection_categories": {}, "images": [
-            {"file": f"val_{i:03d}.png", "detections": [{"category": "1", "conf": score, "bbox": [0.1, 0.1, 0.5, 0.5]}]}
-            for i in range(12)]}))  # fmt: skip
+        (tmp_path / "boxes.json").write_text(
+            json.dumps(
+                {
+                    "info": {},
+                    "detection_categories": {},
+                    "images": [
+                        {
+                            "file": f"val_{i:03d}.png",
+                            "detections": [{"category": "1", "conf": score, "bbox": [0.1, 0.1, 0.5, 0.5]}],
+                        }
+                        for i in range(12)
+                    ],
+                }
+            )
+        )
         table = read_table(dataset, boxes=tmp_path / "boxes.json").of_split("val")
         assert branch_logits(checkpoint, table, store).has_fg.all() == (score > 0.2)
     table = read_table(dataset).of_split("val")

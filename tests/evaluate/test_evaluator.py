@@ -38,6 +38,7 @@ def relabel(dataset, split, change):
 
 def test_nothing_is_fitted_on_the_rows_judged_by(own_run, dataset):
     """Other labels on the judged split change figures, and no number of a fusion or a temperature."""
+
     def fitted():
         judged = judge_run(own_run, dataset, "test", fit_split="val", group="label")
         numbers = {name: [b.clone() for b in fusion.buffers()] for name, fusion in judged.fusions.items()}
@@ -213,9 +214,10 @@ def test_bad_images_are_left_out_named_and_counted(own_run, dataset):
         evaluate_run(own_run, dataset, "test")
     figures = evaluate_run(own_run, dataset, "test", fit_split="val", skip_bad=True)
     assert (figures.images, figures.with_object) == (10, 10) and set(figures.left_out) == {str(path) for path in bad}
-    assert figures.notes[0] == (
-        "2 of 12 images of test cannot be used and are left out, e.g. test_001.png, test_007.png."
-    ) and "1 of 12 images of val" in figures.notes[1]
+    assert (
+        figures.notes[0] == ("2 of 12 images of test cannot be used and are left out, e.g. test_001.png, test_007.png.")
+        and "1 of 12 images of val" in figures.notes[1]
+    )
     assert evaluate_run(own_run, dataset, "test", fit_split="val", skip_bad=True) == figures  # from the store
     with pytest.raises(L2R2Error, match="test_001"):  # which does not hide them from those who did not ask
         evaluate_run(own_run, dataset, "test")

@@ -57,9 +57,11 @@ def test_a_full_branch_that_the_background_misleads_is_caught(tmp_path):
     plain, swapped = fit(rows(False)), fit(rows(True))
     misled = rows(True)
     for name in ("robust", "scaled_average", "scaled_weighted_average"):
+
         def reached(fitted, name=name):
             fused = fitted[name].fusion(misled.logits["fg"], misled.logits["full"][None])
             return float((fused.argmax(-1) == misled.labels).double().mean())
+
         assert reached(plain) < 0.2 and reached(swapped) > 0.6, name
 
 

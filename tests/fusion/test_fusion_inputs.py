@@ -132,8 +132,17 @@ def test_thresholds_and_weights_are_fitted_by_macro_accuracy_where_it_is_asked_f
 
 
 def test_view_settings_are_recipe_keys_that_the_run_keeps(dataset, tmp_path):
-    keys = {"bg": "box", "square": False, "fill": [0, 10, 20], "interpolation": "bilinear", "branches": THREE,
-            "fusion_inputs": ["fg", "bg"], "size": 32, "epochs": 1, "best_metric": "fused_macro_accuracy"}  # fmt: skip
+    keys = {
+        "bg": "box",
+        "square": False,
+        "fill": [0, 10, 20],
+        "interpolation": "bilinear",
+        "branches": THREE,
+        "fusion_inputs": ["fg", "bg"],
+        "size": 32,
+        "epochs": 1,
+        "best_metric": "fused_macro_accuracy",
+    }
     recipe = Recipe.read("scratch", {"model": "timm:resnet10t", **keys})
     run = finetune(dataset, recipe, tmp_path / "run", val_split="val").folder
     model = load_checkpoint(run).model

@@ -42,9 +42,21 @@ def test_it_is_the_surer_of_score_times_fg_and_full():
 def test_scores_come_from_the_box_file_in_evaluation_and_prediction(weighing, dataset, tmp_path):
     found = {}
     for score in (1.0, 0.3):
-        (tmp_path / "boxes.json").write_text(json.dumps({"info": {}, "detection_categories": {}, "images": [
-            {"file": f"images/val_{i:03d}.png", "detections": [{"category": "1", "conf": score, "bbox": [0.1, 0.1, 0.5, 0.5]}]}
-            for i in range(12)]}))  # fmt: skip
+        (tmp_path / "boxes.json").write_text(
+            json.dumps(
+                {
+                    "info": {},
+                    "detection_categories": {},
+                    "images": [
+                        {
+                            "file": f"images/val_{i:03d}.png",
+                            "detections": [{"category": "1", "conf": score, "bbox": [0.1, 0.1, 0.5, 0.5]}],
+                        }
+                        for i in range(12)
+                    ],
+                }
+            )
+        )
         checkpoint, table = hub.load_checkpoint(weighing), read_table(dataset, boxes=tmp_path / "boxes.json").of_split("val")
         logits = branch_logits(checkpoint, table, weighing / "logits")
         stored = branch_logits(checkpoint, table, weighing / "logits")

@@ -69,8 +69,15 @@ def test_train_publish_pull(tmp_path, monkeypatch, l2r2):
 
 
 def test_a_folder_of_hub_configs_is_listed(tmp_path):
-    config = replace(load_hub_configs()[0], tag="squares", default=False, hub_id="org/squares", architecture="l2r2_resnet18",
-                     label_names=["a", "b"], model_args={"branches": ["full"]})  # fmt: skip
+    config = replace(
+        load_hub_configs()[0],
+        tag="squares",
+        default=False,
+        hub_id="org/squares",
+        architecture="l2r2_resnet18",
+        label_names=["a", "b"],
+        model_args={"branches": ["full"]},
+    )
     (tmp_path / "l2r2_resnet18.squares.yaml").write_text(config.to_yaml())
     code = "import timm, l2r2_models; print(timm.create_model('l2r2_resnet18.squares').branches)"
     env = {**os.environ, "L2R2_HUB_CONFIGS": str(tmp_path)}

@@ -18,18 +18,36 @@ from l2r2_models.hub.metadata import CardMetadata
 from l2r2_models.hub.publish import prepare, push, text_problems
 from l2r2_models.runs import read_evaluations, store_evaluation
 
-FACTS = CardMetadata(licence="apache-2.0", data="Coloured squares", data_licence="cc0-1.0", localizer="owlv2", prompt="square",
-              localizer_licence="apache-2.0", limits="Not for triangles.")  # fmt: skip
+FACTS = CardMetadata(
+    licence="apache-2.0",
+    data="Coloured squares",
+    data_licence="cc0-1.0",
+    localizer="owlv2",
+    prompt="square",
+    localizer_licence="apache-2.0",
+    limits="Not for triangles.",
+)
 ROW = {"accuracy": 0.9375, "macro_accuracy": 0.9, "ece": 0.05, "with_box": 0.95, "without_box": None}
 EVALUATION = {
-    "split": "test_ood", "images": 160, "with_object": 150, "oracle": 0.97, "fitted_on": None,
+    "split": "test_ood",
+    "images": 160,
+    "with_object": 150,
+    "oracle": 0.97,
+    "fitted_on": None,
     "warnings": ["3 of the 160 images of test_ood were trained on."],
-    "rows": {"full": {**ROW, "accuracy": 0.25, "intervals": {"accuracy": [0.19, 0.325]},
-                      "worst_group": 0.1, "by_group": {"snow|ice": 0.1, "": 0.4}},
-             "fg": {**ROW, "worst_group": 0.5, "by_group": {"snow|ice": 0.5, "": 1.0}},
-             "fused: robust": {**ROW, "worst_group": 0.5, "by_group": {"snow|ice": 0.5, "": 1.0}},
-             "average": {**ROW, "accuracy": 0.5}},
-}  # fmt: skip
+    "rows": {
+        "full": {
+            **ROW,
+            "accuracy": 0.25,
+            "intervals": {"accuracy": [0.19, 0.325]},
+            "worst_group": 0.1,
+            "by_group": {"snow|ice": 0.1, "": 0.4},
+        },
+        "fg": {**ROW, "worst_group": 0.5, "by_group": {"snow|ice": 0.5, "": 1.0}},
+        "fused: robust": {**ROW, "worst_group": 0.5, "by_group": {"snow|ice": 0.5, "": 1.0}},
+        "average": {**ROW, "accuracy": 0.5},
+    },
+}
 
 
 @pytest.fixture
@@ -119,9 +137,18 @@ def test_the_card_says_what_was_measured_and_its_metadata_can_be_read_back(finis
     assert figures["accuracy (full)"] == ("Coloured squares", "test_ood", 0.25)
     assert figures["accuracy (fused)"] == ("Coloured squares", "test_ood", 0.9375)
     assert not any("average" in name for name in figures)  # a fusion tried for comparison is not the model's
-    for said in ("| full | 25.0 (19.0 to 32.5) |", "| snow\\|ice | 10.0 | 50.0 | 50.0 |", "3 of the 160 images",
-                 "Not for triangles.", "cc0-1.0", "`owlv2` with the prompt `square`; licence of the localizer: apache-2.0",
-                 "`robust` (threshold 0.5)", "random weights", "arXiv:2411.15933", *COLOURS):  # fmt: skip
+    for said in (
+        "| full | 25.0 (19.0 to 32.5) |",
+        "| snow\\|ice | 10.0 | 50.0 | 50.0 |",
+        "3 of the 160 images",
+        "Not for triangles.",
+        "cc0-1.0",
+        "`owlv2` with the prompt `square`; licence of the localizer: apache-2.0",
+        "`robust` (threshold 0.5)",
+        "random weights",
+        "arXiv:2411.15933",
+        *COLOURS,
+    ):
         assert said in text, said
 
 

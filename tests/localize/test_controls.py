@@ -15,8 +15,13 @@ IMAGES = [Image.new("RGB", (60, 40)), Image.new("RGB", (10, 30))]
 
 @pytest.mark.parametrize(
     "text",
-    ["full", "owlv2:a/b?prompt=a mushroom&prompt=50%25 grey %26 red&threshold=0.3", "boxes:C:/x y/b.json", "ncut:runs/a+b",
-     "boxes:a%3Fb 50%25.json?masks=sam:a/b"],
+    [
+        "full",
+        "owlv2:a/b?prompt=a mushroom&prompt=50%25 grey %26 red&threshold=0.3",
+        "boxes:C:/x y/b.json",
+        "ncut:runs/a+b",
+        "boxes:a%3Fb 50%25.json?masks=sam:a/b",
+    ],
 )
 def test_a_spec_survives_as_text(text):
     spec = LocalizerSpec.parse(text)

@@ -16,6 +16,7 @@ from l2r2_models.localize.localize_files import localize_to_file
 
 def overlap(a, b):
     """IoU and recall of b in a, counted pixel by pixel."""
+
     def pixels(box):
         return {(x, y) for x in range(int(box[0]), int(box[2])) for y in range(int(box[1]), int(box[3]))}
 
@@ -63,8 +64,10 @@ def test_failures_strangers_and_images_without_an_object_are_told_apart(dataset,
     rows = read_table(dataset).of_split("test").rows
     names = [str(row.path) for row in rows]
     text = (dataset / "metadata.csv").read_text().splitlines()
-    kept = [line if "test_000" not in line and "test_001" not in line else ",".join([*line.split(",")[:3], "", "", "", ""])
-            for line in text]  # fmt: skip
+    kept = [
+        line if "test_000" not in line and "test_001" not in line else ",".join([*line.split(",")[:3], "", "", "", ""])
+        for line in text
+    ]
     (dataset / "metadata.csv").write_text("\n".join(kept))
     entries = {n: BoxEntry(((0, 0, 9, 9),), (1.0,), ("",), image_size=(40, 60)) for n in names[:-1]}
     entries[names[1]], entries[names[2]] = BoxEntry(image_size=(40, 60)), BoxEntry(failure="out of memory")

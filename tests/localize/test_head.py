@@ -12,8 +12,15 @@ from l2r2_models.checkpoints import checkpoint as hub
 from l2r2_models.models.box_head import BoxHead, FoundBoxes, box_losses, feature_map, features_and_maps
 from l2r2_models.views import cut_batch
 
-BACKBONES = ["resnet10t", "convnextv2_atto", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "efficientnet_b0",
-             "mobilenetv3_small_100", "hiera_tiny_224"]  # fmt: skip
+BACKBONES = [
+    "resnet10t",
+    "convnextv2_atto",
+    "vit_tiny_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "efficientnet_b0",
+    "mobilenetv3_small_100",
+    "hiera_tiny_224",
+]
 NAN = [float("nan")] * 4
 
 

@@ -194,8 +194,10 @@ def test_two_processes_share_the_work_and_give_the_file_of_one(tmp_path, dataset
     (dataset / "images" / "zz.png").write_text("bad")
     result = subprocess.run(
         [sys.executable, *torchrun, *arguments, tmp_path / "two.json"],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert "37 images: 36 with a box, 0 without; 1 failed" in result.stdout, result.stderr
     assert result.returncode != 0 and result.stdout.count("wrote") == 1
     two = entries(tmp_path / "two.json")

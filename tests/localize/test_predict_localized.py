@@ -227,8 +227,9 @@ def test_each_box_is_seen_through_its_own_mask(tiny, tmp_path, pictures):
     prediction = Predictor(checkpoint, localizer=spec, device="cpu")(tmp_path / "a.png")
     (found,) = create_localizer(spec, device="cpu")(pictures[:1], names=["a.png"])
     with torch.no_grad():
-        views = make_views(pictures[:1], found.boxes, model.view_spec, image_index=torch.zeros(2, dtype=torch.long),
-                           masks=list(found.masks))  # fmt: skip
+        views = make_views(
+            pictures[:1], found.boxes, model.view_spec, image_index=torch.zeros(2, dtype=torch.long), masks=list(found.masks)
+        )
         fg = model.forward_views(**views.inputs()).fg.softmax(-1).amax(-1)
         bare = make_views(pictures[:1], found.boxes, model.view_spec, image_index=torch.zeros(2, dtype=torch.long))
     assert [o.fg.score for o in prediction.objects] == pytest.approx(fg.tolist(), abs=1e-4)

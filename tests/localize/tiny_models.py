@@ -41,11 +41,25 @@ def owlv2(folder, seed=0):
     letters = "abcdefghijklmnopqrstuvwxyz"
     pieces = ["!", "<|startoftext|>", *letters, *(c + "</w>" for c in letters), "<|endoftext|>"]  # the end has the highest id
     tokenizer = CLIPTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=[], pad_token="!", model_max_length=16)
-    text = {"vocab_size": len(pieces), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "max_position_embeddings": 16, "eos_token_id": len(pieces) - 1, "bos_token_id": 1,
-            "pad_token_id": 0}  # fmt: skip
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64,
-              "patch_size": 16}  # fmt: skip
+    text = {
+        "vocab_size": len(pieces),
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 16,
+        "eos_token_id": len(pieces) - 1,
+        "bos_token_id": 1,
+        "pad_token_id": 0,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "patch_size": 16,
+    }
     model = Owlv2ForObjectDetection(Owlv2Config(text_config=text, vision_config=vision, projection_dim=32))
     spread(model)
     model.save_pretrained(folder)
@@ -71,17 +85,34 @@ def grounding_dino(folder, kind="grounding-dino", seed=0):
     tokenizer = BertTokenizer(vocab=vocabulary)
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     text = BertConfig(vocab_size=len(vocabulary), **small)
-    backbone = SwinConfig(image_size=64, patch_size=4, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
-                          out_features=["stage2", "stage3", "stage4"])  # fmt: skip
+    backbone = SwinConfig(
+        image_size=64,
+        patch_size=4,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
+        out_features=["stage2", "stage3", "stage4"],
+    )
     config, network = {
         "grounding-dino": (GroundingDinoConfig, GroundingDinoForObjectDetection),
         "mm-grounding-dino": (MMGroundingDinoConfig, MMGroundingDinoForObjectDetection),
     }[kind]
     model = network(
-        config(text_config=text, backbone_config=backbone, d_model=32, encoder_layers=1, decoder_layers=2,
-               encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=12,
-               max_text_len=32)
-    )  # fmt: skip
+        config(
+            text_config=text,
+            backbone_config=backbone,
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            num_queries=12,
+            max_text_len=32,
+        )
+    )
     model.save_pretrained(folder)
     processor = GroundingDinoProcessor(GroundingDinoImageProcessor(size={"shortest_edge": 128, "longest_edge": 256}), tokenizer)
     processor.save_pretrained(folder)
@@ -90,8 +121,18 @@ def grounding_dino(folder, kind="grounding-dino", seed=0):
 
 def sam(folder, seed=0):
     torch.manual_seed(seed)
-    vision = SamVisionConfig(hidden_size=32, output_channels=16, num_hidden_layers=1, num_attention_heads=2, image_size=64,
-                             patch_size=8, mlp_dim=32, window_size=4, global_attn_indexes=[0], num_pos_feats=8)  # fmt: skip
+    vision = SamVisionConfig(
+        hidden_size=32,
+        output_channels=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=64,
+        patch_size=8,
+        mlp_dim=32,
+        window_size=4,
+        global_attn_indexes=[0],
+        num_pos_feats=8,
+    )
     prompts = SamPromptEncoderConfig(hidden_size=16, image_size=64, patch_size=8, mask_input_channels=4)
     decoder = SamMaskDecoderConfig(hidden_size=16, mlp_dim=16, num_hidden_layers=1, num_attention_heads=2, iou_head_hidden_dim=16)
     SamModel(SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)).save_pretrained(folder)
@@ -103,17 +144,25 @@ def sam(folder, seed=0):
 def sam2(folder, seed=0):
     torch.manual_seed(seed)
     hiera = Sam2HieraDetConfig(
-        hidden_size=8, num_attention_heads=1, image_size=[64, 64], blocks_per_stage=[1, 1, 1, 1],
-        embed_dim_per_stage=[8, 16, 32, 64], num_attention_heads_per_stage=[1, 1, 2, 2], window_size_per_stage=[4, 4, 2, 2],
-        global_attention_blocks=[], window_positional_embedding_background_size=[4, 4],
-    )  # fmt: skip
-    vision = Sam2VisionConfig(backbone_config=hiera, backbone_channel_list=[64, 32, 16, 8], fpn_hidden_size=16,
-                              backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]])  # fmt: skip
+        hidden_size=8,
+        num_attention_heads=1,
+        image_size=[64, 64],
+        blocks_per_stage=[1, 1, 1, 1],
+        embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 1, 2, 2],
+        window_size_per_stage=[4, 4, 2, 2],
+        global_attention_blocks=[],
+        window_positional_embedding_background_size=[4, 4],
+    )
+    vision = Sam2VisionConfig(
+        backbone_config=hiera,
+        backbone_channel_list=[64, 32, 16, 8],
+        fpn_hidden_size=16,
+        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
+    )
     prompts = Sam2PromptEncoderConfig(hidden_size=16, image_size=64, patch_size=16, mask_input_channels=4)
     small = {"hidden_size": 16, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
-    config = Sam2Config(
-        vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=Sam2MaskDecoderConfig(**small)
-    )
+    config = Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=Sam2MaskDecoderConfig(**small))
     Sam2Model(config).save_pretrained(folder)
     images = Sam2ImageProcessor(size={"height": 64, "width": 64}, mask_size={"height": 16, "width": 16})
     Sam2Processor(images, target_size=64).save_pretrained(folder)

@@ -15,10 +15,18 @@ from l2r2_models.io import file_sha256, read_json, write_atomic, write_json, wri
 from l2r2_models.models.hub_configs import HubConfig, load_hub_configs, parse_hub_config
 
 GOOD = {
-    "architecture": "l2r2_convnext_base", "tag": "in1k", "default": True, "source": "convnext_base.in1k",
-    "hub_id": "timm/convnext_base.in1k", "licence": "apache-2.0", "labels": "1000 classes", "parameters": 5, "input_size": 224,
-    "top1": 85.5, "made_by": "derived",
-}  # fmt: skip
+    "architecture": "l2r2_convnext_base",
+    "tag": "in1k",
+    "default": True,
+    "source": "convnext_base.in1k",
+    "hub_id": "timm/convnext_base.in1k",
+    "licence": "apache-2.0",
+    "labels": "1000 classes",
+    "parameters": 5,
+    "input_size": 224,
+    "top1": 85.5,
+    "made_by": "derived",
+}
 TEXTS = ("architecture", "tag", "source", "hub_id", "licence", "labels", "made_by")
 OPTIONAL = ("licence", "labels", "top1")
 
@@ -89,10 +97,14 @@ def test_the_others_may_not(key):
 
 
 TRAINED = {
-    **GOOD, "tag": "fungi", "default": False, "label_names": ["oak", "elm"], "model_args": {"branches": ["full", "fg"]},
+    **GOOD,
+    "tag": "fungi",
+    "default": False,
+    "label_names": ["oak", "elm"],
+    "model_args": {"branches": ["full", "fg"]},
     "localizer": {"spec": "owlv2", "prompt": "tree", "licence": "apache-2.0"},
     "metrics": [{"dataset": "trees", "split": "test", "output": "fused", "metric": "accuracy", "value": 0.9}],
-}  # fmt: skip
+}
 
 
 def test_a_trained_checkpoint():
@@ -105,12 +117,17 @@ def test_a_trained_checkpoint():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"label_names": None}, "belong together"), ({"label_names": ["a", "a"]}, "different names"),
-        ({"label_names": []}, "different names"), ({"default": True}, "default"), ({"localizer": {"name": "x"}}, "localizer"),
-        ({"localizer": {"spec": 3}}, "localizer"), ({"metrics": [{"dataset": "trees"}]}, "metrics"),
-        ({"metrics": [{**TRAINED["metrics"][0], "value": "high"}]}, "metrics"), ({"metrics": {}}, "metrics"),
+        ({"label_names": None}, "belong together"),
+        ({"label_names": ["a", "a"]}, "different names"),
+        ({"label_names": []}, "different names"),
+        ({"default": True}, "default"),
+        ({"localizer": {"name": "x"}}, "localizer"),
+        ({"localizer": {"spec": 3}}, "localizer"),
+        ({"metrics": [{"dataset": "trees"}]}, "metrics"),
+        ({"metrics": [{**TRAINED["metrics"][0], "value": "high"}]}, "metrics"),
+        ({"metrics": {}}, "metrics"),
     ],
-)  # fmt: skip
+)
 def test_a_trained_checkpoint_that_is_not_right(change, said):
     assert said in refused({**TRAINED, **change})
 

@@ -150,9 +150,11 @@ def test_a_side_that_is_no_multiple_of_the_patch_is_named():
 # ---- late ----
 
 LATE = {
-    "resnet10t": {}, "convnextv2_atto": {}, "efficientnet_b0": {},
+    "resnet10t": {},
+    "convnextv2_atto": {},
+    "efficientnet_b0": {},
     "swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 2, "embed_dim": 24, "depths": (1, 1, 1, 1)},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("stage", ["last", "before_last"])

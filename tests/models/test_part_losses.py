@@ -1,6 +1,5 @@
 """The losses of part discovery, each on maps made by hand."""
 
-
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity

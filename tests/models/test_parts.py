@@ -69,9 +69,15 @@ def ifam(tmp_path_factory):
         csv.writer(file).writerows([[*rows[0], "mask_file"], *named])
     torch.manual_seed(0)
     model = timm.create_model(
-        "ifam_vit_tiny_patch16_224", num_classes=3, num_parts=2, img_size=PATCH * GRID, patch_size=PATCH, embed_dim=24, depth=1,
+        "ifam_vit_tiny_patch16_224",
+        num_classes=3,
+        num_parts=2,
+        img_size=PATCH * GRID,
+        patch_size=PATCH,
+        embed_dim=24,
+        depth=1,
         num_heads=2,
-    )  # fmt: skip
+    )
     model.view_spec = model.view_spec.from_pretrained_cfg(model.pretrained_cfg, size=PATCH * GRID, fg_mode="parts")
     hub.save_checkpoint(model, folder / "run", sorted(COLOURS))
     return folder / "run", data

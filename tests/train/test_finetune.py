@@ -112,9 +112,22 @@ def test_boxes_that_cannot_be_used_never_train_an_fg_branch_silently(tmp_path, c
 def test_a_killed_run_continues_to_the_very_same_weights(dataset, tmp_path):
     """SIGKILL after the first epoch, the same command again: bitwise equal to a run that nobody disturbed."""
     command = [
-        sys.executable, "-c", "from l2r2_cli.commands import main; main()", "finetune", str(dataset), "--model", "timm:resnet10t",
-        "--no-pretrained", "--size", "32", "--epochs", "4", "--batch-size", "6", "-o",
-    ]  # fmt: skip
+        sys.executable,
+        "-c",
+        "from l2r2_cli.commands import main; main()",
+        "finetune",
+        str(dataset),
+        "--model",
+        "timm:resnet10t",
+        "--no-pretrained",
+        "--size",
+        "32",
+        "--epochs",
+        "4",
+        "--batch-size",
+        "6",
+        "-o",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment, capture_output=True)
     process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stderr=subprocess.DEVNULL)

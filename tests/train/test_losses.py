@@ -95,8 +95,10 @@ def test_channels_last_and_grad_checkpointing_change_nothing_but_rounding():
         gradients.append(torch.cat([p.grad.flatten() for p in loss.parameters()]))
     for other in gradients[1:]:
         assert torch.allclose(other, gradients[0], rtol=1e-3, atol=1e-5)
-    assert any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in BranchLoss(
-        model_of(), channels_last=True).parameters())  # fmt: skip
+    assert any(
+        p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
+        for p in BranchLoss(model_of(), channels_last=True).parameters()
+    )
 
 
 def test_arguments_of_the_backbone_replace_none_of_the_model():

@@ -77,9 +77,13 @@ def boxes_in(size):
     """Boxes inside of, across the borders of and as large as an image of (height, width); quarters, exact in float32."""
     h, w = size
     boxes = [
-        [0.2 * w, 0.1 * h, 0.7 * w, 0.9 * h], [-9.5, -3.2, 0.4 * w, 0.5 * h], [0.6 * w, 0.5 * h, w + 20, h + 3.5],
-        [0, 0, w, h], [0.31 * w, 0.3 * h, 0.31 * w + 0.2, 0.3 * h + 0.2], [-1e6, 0.2 * h, 1e6, 0.8 * h],
-    ]  # fmt: skip
+        [0.2 * w, 0.1 * h, 0.7 * w, 0.9 * h],
+        [-9.5, -3.2, 0.4 * w, 0.5 * h],
+        [0.6 * w, 0.5 * h, w + 20, h + 3.5],
+        [0, 0, w, h],
+        [0.31 * w, 0.3 * h, 0.31 * w + 0.2, 0.3 * h + 0.2],
+        [-1e6, 0.2 * h, 1e6, 0.8 * h],
+    ]
     return [[math.floor(4 * v) / 4 for v in box[:2]] + [math.ceil(4 * v) / 4 for v in box[2:]] for box in boxes]
 
 
@@ -159,9 +163,12 @@ def test_a_row_without_a_box_shows_the_whole_image(fg, mode, margin):
 def test_an_empty_mask_falls_back(fg):
     size = (30, 40)
     views = make_views(
-        [picture(size)] * 2, torch.tensor([[5.0, 5, 20, 20]] * 2), ViewSpec(size=16, fg_mode=fg), branches=BRANCHES,
+        [picture(size)] * 2,
+        torch.tensor([[5.0, 5, 20, 20]] * 2),
+        ViewSpec(size=16, fg_mode=fg),
+        branches=BRANCHES,
         masks=[torch.zeros(size, dtype=torch.bool), blob(size)],
-    )  # fmt: skip
+    )
     assert views.has_fg.tolist() == [False, True]
     assert torch.equal(views.fg[0], views.full[0]) and torch.equal(views.bg[0], views.full[0])
     assert not torch.equal(views.fg[1], views.full[1])
@@ -271,8 +278,13 @@ def test_an_index_that_does_not_fit(index):
 @pytest.mark.parametrize("fg", ["crop", "masked_crop", "masked"])
 @pytest.mark.parametrize("shape", [(20, 31), (30, 20), (1, 20, 30), (600,)])
 def test_a_mask_of_another_size(fg, shape):
-    refused("Mask 1 is", [picture((20, 30))] * 2, torch.tensor([[2.0, 2, 9, 9], NONE]), ViewSpec(size=8, fg_mode=fg),
-            masks=[None, torch.ones(shape, dtype=torch.bool)])  # fmt: skip
+    refused(
+        "Mask 1 is",
+        [picture((20, 30))] * 2,
+        torch.tensor([[2.0, 2, 9, 9], NONE]),
+        ViewSpec(size=8, fg_mode=fg),
+        masks=[None, torch.ones(shape, dtype=torch.bool)],
+    )
 
 
 def test_masks_must_be_one_a_box():

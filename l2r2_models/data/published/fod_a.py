@@ -21,9 +21,19 @@ from .common import Item, find_root, read_csv, value_of
 
 CONDITIONS = ("dry_bright", "dry_dim", "dry_dark", "wet_dim")
 CLASSES = (
-    "ClampPart", "Cutter", "Hammer", "Label", "LuggageTag", "MetalPart",
-    "PaintChip", "Pliers", "Rock", "SodaCan", "Wire", "Wrench",
-)  # fmt: skip
+    "ClampPart",
+    "Cutter",
+    "Hammer",
+    "Label",
+    "LuggageTag",
+    "MetalPart",
+    "PaintChip",
+    "Pliers",
+    "Rock",
+    "SodaCan",
+    "Wire",
+    "Wrench",
+)
 TRAIN, TEST = 60, 30  # frames of a class in a condition
 TABLE = "ImageSets/Main/CategorizationData/FOD_categorization_annotations.csv"
 
@@ -35,8 +45,12 @@ def read_fod_a(folder: Path) -> list[Item]:
     out of the first 70 % are `train` at home and `train_minority` elsewhere; 30 out of the last 25 % are `test_id` at home and
     `test_ood` elsewhere. Frames with several objects are left out.
     """
-    root = find_root(folder, "FOD-A in Pascal VOC format", ("JPEGImages", "Annotations", TABLE), (
-        "VOC2007", "FODPascalVOCFormat-V.2.1/VOC2007"))  # fmt: skip
+    root = find_root(
+        folder,
+        "FOD-A in Pascal VOC format",
+        ("JPEGImages", "Annotations", TABLE),
+        ("VOC2007", "FODPascalVOCFormat-V.2.1/VOC2007"),
+    )
     frames: dict[tuple[str, str], list[tuple[str, Box]]] = defaultdict(list)
     for stem, condition in sorted(_conditions(root / TABLE).items()):
         if condition in CONDITIONS and (found := _object(root / "Annotations" / f"{stem}.xml")) and found[0] in CLASSES:
