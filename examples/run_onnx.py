@@ -22,7 +22,7 @@ labels = json.loads(metadata["labels"])
 
 image = ImageOps.exif_transpose(Image.open(sys.argv[2]))
 if image.mode not in ("RGB", "L", "P") or "transparency" in image.info:
-    sys.exit(f"{sys.argv[2]}: {image.mode} is not 8-bit RGB or grey without transparency; save it so, or use `l2r2 predict`.")
+    sys.exit(f"{sys.argv[2]}: {image.mode} is not 8-bit RGB or gray without transparency; save it so, or use `l2r2 predict`.")
 image = image.convert("RGB")
 box = [float(v) for v in sys.argv[3:]] or [np.nan] * 4
 answers = session.run(None, {"image": np.asarray(image), "boxes": np.asarray([box], np.float32)})

@@ -53,7 +53,7 @@ def configs_of(architecture: str, backbone: str, top1: dict[str, float]) -> list
                 "default": False,
                 "source": source,
                 "hub_id": cfg.hf_hub_id,
-                "licence": cfg.license,
+                "license": cfg.license,
                 "labels": LABELS.get(cfg.num_classes, f"{cfg.num_classes} classes"),
                 "parameters": count_parameters(architecture, cfg.num_classes),
                 "input_size": cfg.input_size[-1],

@@ -43,7 +43,7 @@ def audit(
 ) -> None:
     """How much any classifier leans on the background: other backgrounds, erased objects, noise. Needs boxes or masks.
 
-    Every model sees whole images, padded to a square and resized (no centre crop); an L2R2 run also sees the object cut out of
+    Every model sees whole images, padded to a square and resized (no center crop); an L2R2 run also sees the object cut out of
     the changed image. Some 40 passes per image; interrupted, the same command continues.
     """
     from l2r2_models.audit.audit import run_audit

@@ -36,7 +36,7 @@ def list_models(
             "input_size": c.input_size,
             "labels": c.labels,
             "source_top1": c.top1,
-            "licence": c.licence,
+            "license": c.license,
             "hub_id": c.hub_id,
             "made_by": c.made_by,
             "metrics": c.metrics,
@@ -51,12 +51,12 @@ def list_models(
     table = Table("model", "tag" if pretrained else "default tag", box=None, header_style="bold", pad_edge=False)
     for title in ("params (M)", "input", "source's top-1"):
         table.add_column(title, justify="right")
-    table.add_column("licence of the weights")
+    table.add_column("license of the weights")
     table.add_column("weights from")
     for c, (place, here) in sorted(zip(configs, places), key=lambda row: (row[0].parameters, not row[0].default)):
         top1 = "" if c.top1 is None else f"{c.top1:.1f}"
         place += " (on this machine)" if here else ""
         size, parameters = str(c.input_size), f"{c.parameters / 1e6:.1f}"
-        table.add_row(c.architecture, c.tag, parameters, size, top1, c.licence or "see its page", place)
+        table.add_row(c.architecture, c.tag, parameters, size, top1, c.license or "see its page", place)
     show(table)
     say(f"{len(configs)} shown. top-1: ImageNet-1k figure of timm's weights that the heads start from, not of L2R2.")

@@ -16,12 +16,12 @@ def publish(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     repo: Annotated[str, typer.Argument(help="Hub id: ORG/NAME.")],
     push: Annotated[bool, typer.Option("--push", help="Send it; without it nothing leaves this machine.")] = False,
-    licence: Annotated[Optional[str], typer.Option(help="Of the weights, as the Hub writes it: apache-2.0, ...")] = None,
+    license: Annotated[Optional[str], typer.Option(help="Of the weights, as the Hub writes it: apache-2.0, ...")] = None,
     data: Annotated[Optional[str], typer.Option(help="Name of the data set.")] = None,
-    data_licence: Annotated[Optional[str], typer.Option(help="Licence of the data set.")] = None,
+    data_license: Annotated[Optional[str], typer.Option(help="License of the data set.")] = None,
     localizer: Annotated[Optional[str], typer.Option(help="What finds the boxes.", show_default="the checkpoint's")] = None,
     prompt: Annotated[Optional[str], typer.Option(help="Its prompt.", show_default="the checkpoint's")] = None,
-    localizer_licence: Annotated[Optional[str], typer.Option(help="Its licence.")] = None,
+    localizer_license: Annotated[Optional[str], typer.Option(help="Its license.")] = None,
     limits: Annotated[Optional[str], typer.Option(help="A sentence on what the model is not for.")] = None,
     metrics: Annotated[
         Optional[list[Path]], typer.Option(help="What `l2r2 evaluate --json` printed; beside what the run keeps.")
@@ -49,7 +49,7 @@ def publish(
         architecture, _, tag = hub_config.name.removesuffix(".yaml").partition(".")
         if not tag or hub_config.suffix != ".yaml":
             raise L2R2Error(f"{hub_config}: name it ARCHITECTURE.TAG.yaml.")
-    facts = CardMetadata(licence, data, data_licence, localizer, prompt, localizer_licence, limits)
+    facts = CardMetadata(license, data, data_license, localizer, prompt, localizer_license, limits)
     with tempfile.TemporaryDirectory(prefix="l2r2-publish-") as folder:
         package = prepare(run, repo, Path(folder), facts, metrics=metrics or (), without_metrics=without_metrics, tag=tag)
         sizes = {name: (package.folder / name).stat().st_size for name in package.files}

@@ -20,7 +20,7 @@ from torch import Tensor
 from .errors import L2R2Error
 from .io import MAX_BYTES, check_readable
 
-FILL = (124, 116, 104)  # ImageNet's mean colour, in levels of 255
+FILL = (124, 116, 104)  # ImageNet's mean color, in levels of 255
 MAX_PIXELS = 100_000_000  # largest image that is decoded; 300 MB as RGB
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif")
@@ -51,7 +51,7 @@ def load_image(
 
     Args:
         source: path, encoded bytes, binary file object, PIL image, or pixels as a uint8 array or tensor `[H, W, 3]` or `[H, W]`.
-        fill: RGB colour (0-255) under transparent pixels.
+        fill: RGB color (0-255) under transparent pixels.
         max_pixels: width * height above which the image is refused; Pillow's own limit (179 million) holds beside it.
         name: what error messages call the image (default: the path).
 
@@ -80,12 +80,12 @@ def load_mask(path: str | Path, image_size: tuple[int, int]) -> Tensor:
     Raises:
         ImageError: unreadable, not of the image's `(height, width)`, or dark throughout (object and background as 1 and 0).
     """
-    grey = np.asarray(load_image(path).convert("L"))
-    if grey.shape != image_size:
-        raise ImageError(f"{path}: the mask is {grey.shape[1]}x{grey.shape[0]}, its image {image_size[1]}x{image_size[0]}.")
-    if 0 < grey.max() <= 127:
-        raise ImageError(f"{path}: the mask's brightest level is {grey.max()}; save the object as white (255) on black.")
-    return torch.from_numpy(grey > 127)
+    gray = np.asarray(load_image(path).convert("L"))
+    if gray.shape != image_size:
+        raise ImageError(f"{path}: the mask is {gray.shape[1]}x{gray.shape[0]}, its image {image_size[1]}x{image_size[0]}.")
+    if 0 < gray.max() <= 127:
+        raise ImageError(f"{path}: the mask's brightest level is {gray.max()}; save the object as white (255) on black.")
+    return torch.from_numpy(gray > 127)
 
 
 def image_tensor(image: Image.Image) -> Tensor:

@@ -16,7 +16,7 @@ SIDE = 32
 
 
 def write_data(folder: Path, count: int = 24, seed: int = 0, masks: bool = False, side: int = SIDE) -> Path:
-    """Squares in the middle of plain grounds; each class has its colour of both. With masks the object is a disc."""
+    """Squares in the middle of plain grounds; each class has its color of both. With masks the object is a disc."""
     rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True)
     (folder / "masks").mkdir()
@@ -43,7 +43,7 @@ def write_data(folder: Path, count: int = 24, seed: int = 0, masks: bool = False
 
 
 class Patch(nn.Module):
-    """The colour in the middle, or in the corner, of an image; a linear layer on it."""
+    """The color in the middle, or in the corner, of an image; a linear layer on it."""
 
     def __init__(self, middle: bool = False, num_classes: int = 3, in_chans: int = 3, **_) -> None:
         super().__init__()
@@ -71,12 +71,12 @@ def audit_corner(pretrained=False, **kwargs):
 
 
 def write_model(folder: Path, where: str, labels: dict | list | None = None) -> Path:
-    """`middle` or `corner`, fitted to the colours by nearest mean, as a checkpoint in timm's layout."""
+    """`middle` or `corner`, fitted to the colors by nearest mean, as a checkpoint in timm's layout."""
     model = timm.create_model(f"audit_{where}")
-    colours = torch.tensor(list((OBJECTS if where == "middle" else GROUNDS).values())) / 127.5 - 1
+    colors = torch.tensor(list((OBJECTS if where == "middle" else GROUNDS).values())) / 127.5 - 1
     with torch.no_grad():
-        model.fc.weight.copy_(20 * colours)
-        model.fc.bias.copy_(-10 * colours.square().sum(1))
+        model.fc.weight.copy_(20 * colors)
+        model.fc.bias.copy_(-10 * colors.square().sum(1))
     folder.mkdir(parents=True)
     save_for_hf(model, str(folder), {"label_names": labels or list(OBJECTS)}, safe_serialization=True)
     return folder

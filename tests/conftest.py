@@ -21,20 +21,20 @@ from l2r2_models.checkpoints import checkpoint as hub
 from l2r2_models.views import ViewSpec
 
 torch.set_num_threads(1)
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
 
 def write_dataset(folder: Path, count: int = 12, splits=("train",), seed: int = 0) -> Path:
-    """An imagefolder of noise images with one coloured square each; its colour is the label, its box is known."""
+    """An imagefolder of noise images with one colored square each; its color is the label, its box is known."""
     rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True)
     rows = []
     for split in splits:
         for i in range(count):
-            label = list(COLOURS)[i % len(COLOURS)]
+            label = list(COLORS)[i % len(COLORS)]
             pixels = rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)
             x, y = int(rng.integers(0, 40)), int(rng.integers(0, 20))
-            pixels[y : y + 18, x : x + 18] = COLOURS[label]
+            pixels[y : y + 18, x : x + 18] = COLORS[label]
             name = f"images/{split}_{i:03d}.png"
             Image.fromarray(pixels).save(folder / name)
             rows.append((name, label, split, x, y, x + 18, y + 18))
@@ -53,7 +53,7 @@ def write_run(folder: Path, seed: int = 0, **options) -> Path:
     torch.manual_seed(seed)
     model = timm.create_model("l2r2", backbone="resnet10t", num_classes=3, **options)
     model.view_spec = ViewSpec.from_pretrained_cfg(model.pretrained_cfg, size=32)
-    hub.save_checkpoint(model, folder, sorted(COLOURS))
+    hub.save_checkpoint(model, folder, sorted(COLORS))
     return folder
 
 

@@ -65,7 +65,7 @@ def test_a_damaged_record_of_a_run(command, damage, run, capsys, monkeypatch):
         "finetune": ["finetune", data, "--model", "timm:resnet10t", "--no-pretrained", "-o", folder],
         "evaluate": ["evaluate", folder, data, "--split", "test"],
         "fuse": ["fuse", folder, data],
-        "publish": ["publish", folder, "org/name", "--licence", "mit"],
+        "publish": ["publish", folder, "org/name", "--license", "mit"],
     }
     sentence = said(capsys, monkeypatch, *arguments[command])
     assert "run.json" in sentence or "is not a run" in sentence
@@ -78,7 +78,7 @@ FIELDS = {"recipe": [3, "x", []], "metrics": [3, [], {"fg_accuracy": "x"}, {"fg_
 def test_a_field_of_another_type_in_the_record_of_a_run(field, value, run, capsys, monkeypatch):
     folder, data = run
     (folder / "run.json").write_text(json.dumps({**read_json(folder / "run.json"), field: value}))
-    assert "run.json" in said(capsys, monkeypatch, "publish", folder, "org/name", "--licence", "mit")
+    assert "run.json" in said(capsys, monkeypatch, "publish", folder, "org/name", "--license", "mit")
     settings = ["--set", "size=32", "--epochs", "1", "--val-split", "val"]
     assert "run.json" in said(
         capsys, monkeypatch, "finetune", data, "--model", "timm:resnet10t", "--no-pretrained", "-o", folder, *settings
@@ -90,7 +90,7 @@ def test_a_damaged_evaluation_of_a_run(damage, run, capsys, monkeypatch):
     folder, _ = run
     (folder / "evaluations").mkdir()
     (folder / "evaluations" / "data.test.json").write_text(DAMAGE[damage])
-    assert "data.test.json" in said(capsys, monkeypatch, "publish", folder, "org/name", "--licence", "mit")
+    assert "data.test.json" in said(capsys, monkeypatch, "publish", folder, "org/name", "--license", "mit")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_weights_that_the_run_did_not_write_are_neither_fitted_nor_published(run
     before = file_sha256(folder / "model.safetensors")
     assert "not what the run wrote" in said(capsys, monkeypatch, "fuse", folder, data, "--method", "average")
     CliRunner().invoke(app, ["evaluate", str(folder), str(data)])
-    publish = ["publish", str(folder), "org/name", "--licence", "mit", "--without-metrics"]
+    publish = ["publish", str(folder), "org/name", "--license", "mit", "--without-metrics"]
     result = CliRunner().invoke(app, publish)
     assert result.exit_code == 1 and "is not what the run wrote: its SHA-256 differs" in result.output
     assert file_sha256(folder / "model.safetensors") == before

@@ -125,9 +125,9 @@ def assert_grey(loaded, expected):
 
 
 def test_grey_and_bilevel():
-    grey = pixels()[..., 0]
-    assert_grey(load_image(encode(Image.fromarray(grey), "PNG")), grey)
-    assert_grey(load_image(encode(Image.fromarray(grey > 127), "PNG")), (grey > 127) * 255)
+    gray = pixels()[..., 0]
+    assert_grey(load_image(encode(Image.fromarray(gray), "PNG")), gray)
+    assert_grey(load_image(encode(Image.fromarray(gray > 127), "PNG")), (gray > 127) * 255)
 
 
 @pytest.mark.parametrize("fill", [(0, 0, 0), (255, 255, 255), FILL])
@@ -161,10 +161,10 @@ def test_palette_with_and_without_transparency():
         assert np.asarray(loaded)[0].tolist() == [[7, 8, 9], [200, 100, 50]]
 
 
-@pytest.mark.parametrize("mode, colour", [("RGB", (9, 8, 7)), ("L", 9)])
-def test_a_transparent_colour_is_composited(mode, colour):
-    image = Image.new(mode, (3, 2), colour)
-    assert load_image(encode(image, "PNG", transparency=colour), fill=(1, 2, 3)).getpixel((0, 0)) == (1, 2, 3)
+@pytest.mark.parametrize("mode, color", [("RGB", (9, 8, 7)), ("L", 9)])
+def test_a_transparent_color_is_composited(mode, color):
+    image = Image.new(mode, (3, 2), color)
+    assert load_image(encode(image, "PNG", transparency=color), fill=(1, 2, 3)).getpixel((0, 0)) == (1, 2, 3)
 
 
 def test_cmyk_is_not_inverted():
@@ -175,15 +175,15 @@ def test_cmyk_is_not_inverted():
 
 
 @pytest.mark.parametrize("mode", ["LAB", "HSV", "YCbCr", "RGBX"])
-def test_other_colour_spaces_keep_what_they_show(mode):
+def test_other_color_spaces_keep_what_they_show(mode):
     """LAB has a band called A, which is no alpha."""
     if mode == "LAB":
         bright, dark = Image.new("LAB", (2, 2), (255, 128, 128)), Image.new("LAB", (2, 2), (0, 128, 128))
         assert min(load_image(bright, fill=(99, 0, 0)).getpixel((0, 0))) > 220
         assert max(load_image(dark, fill=(99, 0, 0)).getpixel((0, 0))) < 40
     else:
-        colour = Image.new("RGB", (2, 2), (200, 60, 60))
-        assert np.abs(np.asarray(load_image(colour.convert(mode))).astype(int) - (200, 60, 60)).max() < 4
+        color = Image.new("RGB", (2, 2), (200, 60, 60))
+        assert np.abs(np.asarray(load_image(color.convert(mode))).astype(int) - (200, 60, 60)).max() < 4
 
 
 @pytest.mark.parametrize("format, dtype", [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", ">u2")])
@@ -195,7 +195,7 @@ def test_sixteen_bit_is_rescaled_not_clipped(format, dtype):
 
 
 def test_sixteen_bit_of_two_images_stays_comparable():
-    """The format's range decides, not the content: the same grey is the same in a dark and in a bright picture."""
+    """The format's range decides, not the content: the same gray is the same in a dark and in a bright picture."""
     dark = load_image(Image.fromarray(np.full((2, 2), 3000, np.uint16)))
     bright = load_image(Image.fromarray(np.array([[3000, 65535]], np.uint16)))
     assert dark.getpixel((0, 0)) == bright.getpixel((0, 0)) == (12, 12, 12)
@@ -223,7 +223,7 @@ def test_integer_images_of_unknown_range_are_refused(value):
 
 
 def test_animation_gives_its_first_frame():
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    frames = [Image.new("RGB", (8, 8), color) for color in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
     for format in ("GIF", "WEBP", "PNG"):
         options = {"lossless": True} if format == "WEBP" else {}
         data = encode(frames[0], format, save_all=True, append_images=frames[1:], **options)

@@ -125,7 +125,7 @@ def test_the_readmes_model_table_is_what_the_hub_configs_say():
     defaults = [c for c in load_hub_configs() if c.default]
     for c in defaults:
         top1 = "" if c.top1 is None else f"{c.top1:.1f}"
-        row = f"| `{c.architecture}` | {c.parameters / 1e6:.1f} M | {c.input_size} | `{c.tag}` | {top1} | {c.licence} |"
+        row = f"| `{c.architecture}` | {c.parameters / 1e6:.1f} M | {c.input_size} | `{c.tag}` | {top1} | {c.license} |"
         assert row in readme, c.architecture
     assert len(re.findall(r"^\| `(l2r2|ifam)_", readme, re.MULTILINE)) == len(defaults)
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import COLOURS, write_run
+from conftest import COLORS, write_run
 from PIL import Image
 
 CHECKOUT = os.environ.get("L2R2_TIMM_CHECKOUT")
@@ -50,10 +50,10 @@ def images(tmp_path_factory):
     """An ImageFolder with train and validation."""
     folder = tmp_path_factory.mktemp("images")
     for split in ("train", "validation"):
-        for label, colour in COLOURS.items():  # the names differ, for timm tells images apart by them
+        for label, color in COLORS.items():  # the names differ, for timm tells images apart by them
             (folder / split / label).mkdir(parents=True)
             for i in range(4):
-                Image.new("RGB", (40, 40), colour).save(folder / split / label / f"{label}_{i}.png")
+                Image.new("RGB", (40, 40), color).save(folder / split / label / f"{label}_{i}.png")
     return folder
 
 

@@ -75,7 +75,7 @@ class Model:
 PLAIN = {"branches": ("full",)}
 MODELS = {
     "plain": Model(PLAIN),
-    "centre crop": Model({"branches": ("fg",)}, "centre"),
+    "center crop": Model({"branches": ("fg",)}, "center"),
     "random zoom": Model({"branches": ("fg",)}, "random"),
     "independent": Model({"shared": False}),
     "shared": Model(),
@@ -87,7 +87,7 @@ MODELS = {
 
 def control_box(row: dict, control: str, side: int) -> dict:
     """The middle half of the image, or a box as large as the object's at a random place; seeded by the file's name."""
-    if control == "centre":
+    if control == "center":
         x0 = y0 = side / 4
         x1 = y1 = 3 * side / 4
     else:

@@ -8,7 +8,7 @@ boxes of its training rows, and then looks at the test images through the boxes 
 
     given   the data set's own boxes: what a perfect detector gives
     head    the box head, which has seen the training rows' boxes only
-    ncut    a normalised cut of the same network's features; cam: the class activation map of its full branch
+    ncut    a normalized cut of the same network's features; cam: the class activation map of its full branch
     center  the middle half; full: the whole image
 
 `robust` is at its default threshold; nothing is fitted on any row. `gain` is the part of what given boxes give fg over full on

@@ -79,7 +79,7 @@ def load_audited(source: str | Path, labels: Path | None = None) -> Audited:
     """Load a classifier.
 
     A plain timm model is shown the whole image, padded to a square and resized (the full view of a `ViewSpec` made from its
-    pretrained cfg), without the centre crop of timm's own evaluation: a crop would cut objects off, and differently by model.
+    pretrained cfg), without the center crop of timm's own evaluation: a crop would cut objects off, and differently by model.
 
     Args:
         source: `timm:NAME` (pretrained), a folder in timm's layout, an L2R2 run, or a Hub id of either.

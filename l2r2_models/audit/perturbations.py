@@ -64,8 +64,8 @@ def plan(backgrounds: int, challenge: bool = False) -> list[str]:
     """Names of all interventions.
 
     - `original`;
-    - `fg_only`: the background is the model's mean colour; `bg_only_mask`, `bg_only_box`: the object is (bg view kinds `shape`
-      and `box`; the same images are Hard ImageNet's ablations grey by mask and grey by box); `tiled`: the object's box is filled
+    - `fg_only`: the background is the model's mean color; `bg_only_mask`, `bg_only_box`: the object is (bg view kinds `shape`
+      and `box`; the same images are Hard ImageNet's ablations gray by mask and gray by box); `tiled`: the object's box is filled
       from its surroundings;
     - `noise_fg_30`, `noise_bg_30`, ...: Gaussian noise of that standard deviation (of 255) on the object, or on the rest, then
       clamped (RIVAL10); `noise_l2_fg_10`, ...: the noise has the same L2 norm on the object as on the rest, level * sqrt(3 H W)
@@ -87,7 +87,7 @@ def intervene(name: str, subject: Subject, fill: Sequence[int], noise: Tensor) -
     Args:
         name: see `plan`, but for the swaps.
         subject: the image.
-        fill: colour of what is erased.
+        fill: color of what is erased.
         noise: see `noise_pattern`.
 
     Returns:

@@ -33,7 +33,7 @@ class Subjects:
         table: their rows.
         keys: their names, each one once.
         left_out: count of the other images by reason.
-        fill: colour under transparent pixels, and of what is erased.
+        fill: color under transparent pixels, and of what is erased.
         threshold: boxes with a lower score count as not found.
         shared: images that several rows of the data show, with the objects of all of these.
         backgrounds: object-free backgrounds that were made before, by row, as many as fit: most are lent several times.

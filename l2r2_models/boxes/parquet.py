@@ -16,7 +16,7 @@ INSTALL = 'Parquet needs pyarrow: pip install "l2r2-models[detect]".'
 
 
 def write_parquet(table: BoxTable, path: Path) -> None:
-    """Columns file, width, height, normalised, failure, stamp, boxes (xyxy), scores, labels, masks (COCO RLE); `info` in the
+    """Columns file, width, height, normalized, failure, stamp, boxes (xyxy), scores, labels, masks (COCO RLE); `info` in the
     schema.
 
     Raises:
@@ -34,7 +34,7 @@ def write_parquet(table: BoxTable, path: Path) -> None:
         "file": pa.string(),
         "width": pa.int32(),
         "height": pa.int32(),
-        "normalised": pa.bool_(),
+        "normalized": pa.bool_(),
         "failure": pa.string(),
         "stamp": pa.string(),
     }
@@ -52,7 +52,7 @@ def record_of(file: str, entry: BoxEntry) -> dict[str, Any]:
         "file": file,
         "width": width,
         "height": height,
-        "normalised": entry.normalised,
+        "normalized": entry.normalized,
         "failure": entry.failure,
         "boxes": entry.boxes,
         "scores": entry.scores,

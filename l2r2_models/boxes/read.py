@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_boxes(path: str | Path) -> BoxTable:
-    """Read a box file; its format is recognised by its content and logged.
+    """Read a box file; its format is recognized by its content and logged.
 
     Known: metadata CSV and JSONL, COCO (`annotations`), MegaDetector (`detection_categories` or `info`), SpeciesNet
     (`predictions`), plain JSON: `{"a.jpg": [[x0, y0, x1, y1], ...]}` in pixels, and the Parquet of `write_boxes`. Masks are
@@ -187,7 +187,7 @@ def _table(found: Iterable[tuple[str, BoxEntry]]) -> dict[str, BoxEntry]:
 
 def _all_relative(entries: Mapping[str, BoxEntry]) -> bool:
     """Whether boxes that should be in pixels all lie in [0, 1]."""
-    boxes = [box for entry in entries.values() if not entry.normalised for box in entry.boxes]
+    boxes = [box for entry in entries.values() if not entry.normalized for box in entry.boxes]
     return bool(boxes) and all(0 <= v <= 1 for box in boxes for v in box)
 
 
@@ -246,7 +246,7 @@ def entry_of(record: Mapping[str, Any]) -> BoxEntry:
     Raises:
         L2R2Error, KeyError, TypeError, ValueError: not such a record.
     """
-    about = (record["normalised"], _image_size(record, record["file"]), record["failure"], record["masks"])
+    about = (record["normalized"], _image_size(record, record["file"]), record["failure"], record["masks"])
     return _entry(record["boxes"], record["scores"], record["labels"], record["file"], *about)
 
 
@@ -339,7 +339,7 @@ def _entry(
     scores: Iterable[float],
     labels: Iterable[str],
     file: str,
-    normalised: bool = False,
+    normalized: bool = False,
     image_size: tuple[int, int] | None = None,
     failure: str | None = None,
     masks: Iterable[Any] = (),
@@ -364,7 +364,7 @@ def _entry(
     except L2R2Error as error:
         raise L2R2Error(f"{file}: {error}") from None
     of_each = tuple(one[1] for one in objects), tuple(one[2] for one in objects)
-    return BoxEntry(pixels, *of_each, normalised, image_size, failure, runs if any(runs) else ())  # type: ignore[arg-type]
+    return BoxEntry(pixels, *of_each, normalized, image_size, failure, runs if any(runs) else ())  # type: ignore[arg-type]
 
 
 def _image_size(image: Mapping[str, Any], file: str) -> tuple[int, int] | None:

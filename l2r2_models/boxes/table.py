@@ -23,10 +23,10 @@ class BoxEntry:
     """What a box file says of one image.
 
     Attributes:
-        boxes: xyxy, in pixels, or in [0, 1] where `normalised`.
+        boxes: xyxy, in pixels, or in [0, 1] where `normalized`.
         scores: one a box; 1 where the file has none.
         labels: one a box; "" where the file has none.
-        normalised: boxes are relative to the image size.
+        normalized: boxes are relative to the image size.
         image_size: `(height, width)` where the file gives it.
         failure: why the localizer failed on this image, or None.
         masks: one a box (None: that box has none), or empty.
@@ -35,7 +35,7 @@ class BoxEntry:
     boxes: tuple[Box, ...] = ()
     scores: tuple[float, ...] = ()
     labels: tuple[str, ...] = ()
-    normalised: bool = False
+    normalized: bool = False
     image_size: tuple[int, int] | None = None
     failure: str | None = None
     masks: tuple[Rle | None, ...] = ()
@@ -58,7 +58,7 @@ class BoxEntry:
             (h, w), (height, width) = self.image_size, image_size
             hint = "; were the boxes made without EXIF orientation?" if (h, w) == (width, height) else "."
             raise L2R2Error(f"{name}: the box file was made for a {w}x{h} image, this one is {width}x{height}{hint}")
-        height, width = image_size if self.normalised else (1, 1)
+        height, width = image_size if self.normalized else (1, 1)
         pixels = [(x0 * width, y0 * height, x1 * width, y1 * height) for x0, y0, x1, y1 in self.boxes]
         found = Detections.from_lists(pixels, image_size, self.scores, self.labels, sort=False)
         return replace(found, masks=self._masks(found, name)).sorted()

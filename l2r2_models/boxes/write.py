@@ -37,7 +37,7 @@ def _to_megadetector(table: BoxTable) -> dict[str, Any]:
         if entry.failure is not None:
             images.append({"file": file, "failure": entry.failure, **_stamp(table, file)})
             continue
-        height, width = (1, 1) if entry.normalised else _size(entry, file, "megadetector")
+        height, width = (1, 1) if entry.normalized else _size(entry, file, "megadetector")
         found = [
             {
                 "category": ids[label or "object"],
@@ -104,7 +104,7 @@ def _masks(entry: BoxEntry) -> tuple[Rle | None, ...]:
 
 
 def _pixels(entry: BoxEntry, file: str) -> list[Box]:
-    height, width = _size(entry, file, "pixel") if entry.normalised and entry.boxes else (1, 1)
+    height, width = _size(entry, file, "pixel") if entry.normalized and entry.boxes else (1, 1)
     return [(x0 * width, y0 * height, x1 * width, y1 * height) for x0, y0, x1, y1 in entry.boxes]
 
 

@@ -38,7 +38,7 @@ class Checkpoint:
         training: the configuration it was trained with, empty where unknown.
         name: what it was loaded from.
         digest: SHA-256 of the weights.
-        localizer: the localizer that the model is meant for (its spec, default prompt, licence), empty where unknown.
+        localizer: the localizer that the model is meant for (its spec, default prompt, license), empty where unknown.
     """
 
     model: L2R2
@@ -72,7 +72,7 @@ def save_checkpoint(
         folder: where to; made if missing.
         labels: one name a class.
         training: the configuration it was trained with.
-        localizer: the localizer that the model is meant for: its spec, default prompt, licence.
+        localizer: the localizer that the model is meant for: its spec, default prompt, license.
         before: called with the SHA-256 of the new weights before they replace the old ones.
 
     Returns:

@@ -210,7 +210,7 @@ def _check_alike(first: _Part, other: _Part) -> None:
             ("view sizes", first.spec.size, other.spec.size),
             ("paddings", (first.spec.square, first.spec.fill), (other.spec.square, other.spec.fill)),
             ("interpolations", first.spec.interpolation, other.spec.interpolation),
-            ("normalisations", (first.spec.mean, first.spec.std), (other.spec.mean, other.spec.std)),
+            ("normalizations", (first.spec.mean, first.spec.std), (other.spec.mean, other.spec.std)),
         )
         if a != b
     ]

@@ -17,7 +17,7 @@ class Source:
 
     name: str | None = None
     hub_id: str | None = None
-    licence: str | None = None
+    license: str | None = None
 
 
 def source_of_training(training: Mapping[str, Any]) -> Source:
@@ -31,7 +31,7 @@ def source_of_training(training: Mapping[str, Any]) -> Source:
         return Source()
     for config in load_hub_configs():
         if name == config.name or (name == config.architecture and config.default):
-            return Source(config.source, config.hub_id, config.licence)
+            return Source(config.source, config.hub_id, config.license)
     try:
         cfg = get_pretrained_cfg(name.removeprefix("timm:"))
     except RuntimeError:

@@ -16,7 +16,7 @@ TRIES = 10
 
 @dataclass(frozen=True)
 class Augment:
-    """Random crop, flip and colour of the whole image, then occlusion of the object and jitter of its box.
+    """Random crop, flip and color of the whole image, then occlusion of the object and jitter of its box.
 
     A crop that hides most of the object is drawn again; after ten tries the image stays uncropped, so that a box never
     leaves its image. All draws come from one seed.
@@ -24,7 +24,7 @@ class Augment:
     Attributes:
         scale: smallest area of the random crop relative to the image; 1 switches it off.
         flip: probability of a horizontal flip.
-        colour: strength of brightness, contrast and saturation jitter; 0 switches it off.
+        color: strength of brightness, contrast and saturation jitter; 0 switches it off.
         box_jitter: how far each edge of the box moves at most, relative to its side.
         occlusion: probability that a rectangle on the object is covered by noise, in all views alike (Random Erasing, Zhong et
             al. 2020, kept inside the box: 5 to 40 % of it).
@@ -33,13 +33,13 @@ class Augment:
 
     scale: float = 0.5
     flip: float = 0.5
-    colour: float = 0.2
+    color: float = 0.2
     box_jitter: float = 0.1
     min_visible: float = 0.7
     occlusion: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("scale", "flip", "colour", "box_jitter", "min_visible", "occlusion"):
+        for name in ("scale", "flip", "color", "box_jitter", "min_visible", "occlusion"):
             if not 0 <= getattr(self, name) <= 1:
                 raise L2R2Error(f"Augmentation {name} must lie between 0 and 1, got {getattr(self, name)}.")
 
@@ -63,8 +63,8 @@ class Augment:
         }
         item = self._crop(item, has_box)
         item = v2.RandomHorizontalFlip(self.flip)(item)
-        if self.colour:
-            item["image"] = v2.ColorJitter(self.colour, self.colour, self.colour)(item["image"])
+        if self.color:
+            item["image"] = v2.ColorJitter(self.color, self.color, self.color)(item["image"])
         image, moved = item["image"].as_subclass(Tensor).permute(1, 2, 0).contiguous(), box
         if has_box:
             exact = item["box"].as_subclass(Tensor)[0]

@@ -58,7 +58,7 @@ def paste_object(pixels: Tensor, box: Tensor, mask: Tensor | None, background: T
     Args:
         pixels: uint8 `[H, W, 3]`, the image with the object.
         box, mask: where it is; without a mask its whole box is taken along.
-        background: uint8 `[h, w, 3]`; resized to cover `[H, W]` and cut to it around its centre.
+        background: uint8 `[h, w, 3]`; resized to cover `[H, W]` and cut to it around its center.
         feather: see `object_alpha`.
 
     Returns:

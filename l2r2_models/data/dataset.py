@@ -88,7 +88,7 @@ def sample_of(row: Row, fill: Sequence[int], box_threshold: float = 0.0, draw: r
     Args:
         row: the row. With a `background`, the object lies on the object-free background of that row, at its own place; unless one
             of the two has no object, then the image stays as it is.
-        fill: colour under transparent pixels.
+        fill: color under transparent pixels.
         box_threshold: boxes with a lower score count as not found.
         draw: picks one of several boxes; None takes the best.
 

@@ -2,7 +2,7 @@
 
 Each digit is a card lying somewhere on a photograph, and each has a home photograph. In `train` and `test_usual` most digits lie
 on their home, in `test_swapped` on another's; writers and photograph regions of the test rows do not occur in training. Position,
-size and colours of a card say nothing about its class, and its box is known.
+size and colors of a card say nothing about its class, and its box is known.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _region(photograph: np.ndarray, training: bool, rng: np.random.Generator) ->
 
 
 def _paste(image: np.ndarray, ink: np.ndarray, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Lay the digit into the image in place, a card with paper and ink of random colours, and return the card's box."""
+    """Lay the digit into the image in place, a card with paper and ink of random colors, and return the card's box."""
     side = int(rng.integers(28, 45))
     glyph = Image.fromarray((255 * ink).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     opacity = np.asarray(glyph, dtype=np.float64)[:, :, None] / 255

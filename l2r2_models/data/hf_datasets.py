@@ -1,7 +1,7 @@
 """Data sets of the Hugging Face Hub, and such saved on disk, as folders: everything else works by path.
 
 `hf:org/name` is loaded by `datasets` (a local folder of Parquet or the like is `hf:path`); a folder that `save_to_disk` wrote is
-recognised. Their images are written once, byte for byte, beside the cache of `datasets`, with a metadata.jsonl; later calls find
+recognized. Their images are written once, byte for byte, beside the cache of `datasets`, with a metadata.jsonl; later calls find
 them there.
 """
 

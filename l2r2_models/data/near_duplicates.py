@@ -1,4 +1,4 @@
-"""Near-duplicates on both sides of a split: neighbouring frames, copies, crops saved twice. They make figures too good."""
+"""Near-duplicates on both sides of a split: neighboring frames, copies, crops saved twice. They make figures too good."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ class Leak:
 def perceptual_hash(image: Image.Image) -> bytes:
     """256 bits that hardly change with size, compression or small shifts: which low frequencies are above their median.
 
-    A discrete cosine transform of the image in grey at 64x64, the 16x16 lowest frequencies (pHash takes 8x8; 64 bits did not tell
+    A discrete cosine transform of the image in gray at 64x64, the 16x16 lowest frequencies (pHash takes 8x8; 64 bits did not tell
     two stretches of concrete apart).
     """
-    grey = np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float64)
+    gray = np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float64)
     waves = np.cos(np.pi * (2 * np.arange(SIDE) + 1) * np.arange(LOW)[:, None] / (2 * SIDE))
-    spectrum = np.rint(waves @ grey @ waves.T)  # rounded, for a flat image would be hashed by its rounding errors
+    spectrum = np.rint(waves @ gray @ waves.T)  # rounded, for a flat image would be hashed by its rounding errors
     return np.packbits(spectrum > np.median(spectrum)).tobytes()
 
 

@@ -256,7 +256,7 @@ def _compose(item: Composite, size: int, draw: random.Random) -> tuple[Tensor, T
     alpha = object_alpha(sample.mask.shape, sample.box, sample.mask)[y0:y1, x0:x1]
     scale = draw.uniform(*LONG_SIDE) * size / max(x1 - x0, y1 - y0)
     height, width = (max(1, round(scale * side)) for side in (y1 - y0, x1 - x0))
-    # colours are resized together with their weight, so that none of the studio comes along at the edge
+    # colors are resized together with their weight, so that none of the studio comes along at the edge
     layers = torch.cat([alpha[None], alpha * sample.pixels[y0:y1, x0:x1].permute(2, 0, 1).float()])
     layers = F.interpolate(layers[None], (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
     y, x = draw.randint(0, size - height), draw.randint(0, size - width)

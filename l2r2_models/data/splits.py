@@ -26,7 +26,7 @@ def hold_out(
         group: a metadata column (site, take, physical object); rows of one value stay together, so that near-duplicates never
             lie on both sides; groups that share an image are one.
         take: `random` rows, or the `end` of each class in the table's order: one block, which is what frames of a video or dated
-            photographs need where no column tells the takes apart, because neighbours resemble each other.
+            photographs need where no column tells the takes apart, because neighbors resemble each other.
         seed: of the draw; `end` draws nothing.
 
     Returns:

@@ -138,7 +138,7 @@ def read_table(
     where the first folder is the class; the latter inside folders train, val, test; a data set of the Hugging Face Hub or one
     saved on disk, see `sources.as_folder`.
 
-    One row an image; but where boxes that a person gave (score 1) are labelled with classes, one row a box of an image without a
+    One row an image; but where boxes that a person gave (score 1) are labeled with classes, one row a box of an image without a
     label of its own, and only the boxes of its class for an image with one. A localizer's labels choose no box.
 
     Args:
@@ -225,7 +225,7 @@ def _of_one_image(rows: list[Row], entry: BoxEntry | None, name: str, file: Path
 
 
 def _by_object(rows: list[Row]) -> list[Row]:
-    """Rows with the boxes told apart that a person labelled with a class, see `read_table`."""
+    """Rows with the boxes told apart that a person labeled with a class, see `read_table`."""
 
     def labels_of(row: Row) -> tuple[str, ...]:
         return row.entry.labels if row.entry is not None and all(score == 1 for score in row.entry.scores) else ()

@@ -17,7 +17,7 @@ from .metrics import row_weights
 
 BEST = "best_on_val"
 FOLDS = 5
-IMAGES_A_NUMBER = 10  # the rule of ten of regression (Peduzzi et al. 1996); with fewer, neighbouring frames are learned by heart
+IMAGES_A_NUMBER = 10  # the rule of ten of regression (Peduzzi et al. 1996); with fewer, neighboring frames are learned by heart
 
 
 @dataclass(frozen=True)

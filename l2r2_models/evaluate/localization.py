@@ -226,9 +226,9 @@ def draw_worst(report: BoxReport, path: str | Path, count: int = 10, side: int =
         scale = (side - 8) / max(image.size)
         small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
         marks = ImageDraw.Draw(small)
-        for box, colour in ((one.truth, "#16a34a"), (one.found, "#dc2626")):
+        for box, color in ((one.truth, "#16a34a"), (one.found, "#dc2626")):
             if box is not None:
-                marks.rectangle([v * scale for v in box], outline=colour, width=3)
+                marks.rectangle([v * scale for v in box], outline=color, width=3)
         sheet.paste(small, (left + 4, top + 4))
         words = one.why or f"IoU {one.iou:.2f}, {100 * one.recall:.0f} % of the object"
         draw.text((left + 4, top + side), f"{one.path.name[:38]}\n{words[:42]}", fill="black")

@@ -23,7 +23,7 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature T that minimises the cross-entropy of `logits / T`, within `LIMITS`.
+    """The temperature T that minimizes the cross-entropy of `logits / T`, within `LIMITS`.
 
     The loss is convex in 1/T, so its slope is bisected: exact, and the same on every run.
 

@@ -46,7 +46,7 @@ def model_card(checkpoint: Checkpoint, repo: str, facts: CardMetadata, evaluatio
     data = ModelCardData(
         library_name="l2r2_models",
         pipeline_tag="image-classification",
-        license=facts.licence,
+        license=facts.license,
         base_model=source.hub_id,
         tags=["image-classification", "timm", "l2r2", "robustness"],
         model_name=repo.split("/")[-1],
@@ -99,7 +99,7 @@ def hub_config(
         tag=tag,
         default=False,
         hub_id=repo,
-        licence=facts.licence,
+        license=facts.license,
         source=source_of_training(checkpoint.training).name or "random weights",
         labels=facts.data,
         parameters=sum(p.numel() for p in model.parameters()),
@@ -162,7 +162,7 @@ def _details(checkpoint: Checkpoint, source: Source, facts: CardMetadata) -> str
         address = f"https://huggingface.co/{quote(source.hub_id or '')}"
         where = f" ([{plain(source.hub_id)}]({address}))" if source.hub_id else ""
         whose = "timm's " if source.hub_id and source.hub_id != source.name else ""
-        start = f"{whose}{code(source.name)}{where}, licence: {plain(source.licence or 'not stated, see its page')}"
+        start = f"{whose}{code(source.name)}{where}, license: {plain(source.license or 'not stated, see its page')}"
     rows = {
         "architecture": f"{code(model.pretrained_cfg['architecture'])}, backbone {code(model.backbone_name)}, "
         + ("shared by the branches" if model.shared else "one for each branch"),
@@ -171,7 +171,7 @@ def _details(checkpoint: Checkpoint, source: Source, facts: CardMetadata) -> str
         "branches": ", ".join(model.branches),
         "fusion": f"`{fusion['name']}`" + (f" ({numbers})" if numbers else ""),
         "started from": start,
-        "licence of these weights": plain(facts.licence or "not stated"),
+        "license of these weights": plain(facts.license or "not stated"),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""## Details
@@ -200,7 +200,7 @@ def _training(checkpoint: Checkpoint, facts: CardMetadata) -> str:
     recipe, data = training.get("recipe", {}), training.get("data", {})
     lines = []
     if facts.data:
-        lines.append(f"Data: {plain(facts.data)}" + (f", licence: {plain(facts.data_licence)}." if facts.data_licence else "."))
+        lines.append(f"Data: {plain(facts.data)}" + (f", license: {plain(facts.data_license)}." if facts.data_license else "."))
     if "images" in data:
         with_box = f", {plain(data['with_box'])} of them with a usable box or mask" if "with_box" in data else ""
         lines.append(f"{plain(data['images'])} training images{with_box}.")

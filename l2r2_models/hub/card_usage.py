@@ -68,7 +68,7 @@ print(answer.label, answer.score, answer.reason)
 
 def localizer_facts(checkpoint: Checkpoint, facts: CardMetadata) -> dict[str, Any]:
     """The localizer that the model is meant for: what is told now goes before what the checkpoint keeps."""
-    told = {"spec": facts.localizer, "prompt": facts.prompt, "licence": facts.localizer_licence}
+    told = {"spec": facts.localizer, "prompt": facts.prompt, "license": facts.localizer_license}
     return {**checkpoint.localizer, **{k: v for k, v in told.items() if v}}
 
 
@@ -100,5 +100,5 @@ def localizer_part(checkpoint: Checkpoint, facts: CardMetadata) -> str:
     if not known.get("spec"):
         return "## Localizer\n\nThe model takes boxes and brings no localizer: what finds the objects is yours to choose.\n"
     asked = f" with the prompt {code(known['prompt'])}" if known.get("prompt") else ""
-    licence = plain(known.get("licence") or "not stated")
-    return f"## Localizer\n\nMeant for boxes of {code(known['spec'])}{asked}; licence of the localizer: {licence}.\n"
+    license = plain(known.get("license") or "not stated")
+    return f"## Localizer\n\nMeant for boxes of {code(known['spec'])}{asked}; license of the localizer: {license}.\n"

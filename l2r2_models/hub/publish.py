@@ -202,11 +202,11 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _clean_config(config: dict[str, Any], checkpoint: Checkpoint, facts: CardMetadata) -> dict[str, Any]:
-    """The config without paths of this machine, with the localizer and the licence as published."""
+    """The config without paths of this machine, with the localizer and the license as published."""
     ours = {**config["l2r2"], "training": _without_paths(config["l2r2"].get("training", {}))}
     ours["localizer"] = localizer_facts(replace(checkpoint, localizer=_without_paths(checkpoint.localizer)), facts)
     source = {k: v for k, v in config.get("pretrained_cfg", {}).items() if k != "license"}
-    return {**config, "pretrained_cfg": {**source, **({"license": facts.licence} if facts.licence else {})}, "l2r2": ours}
+    return {**config, "pretrained_cfg": {**source, **({"license": facts.license} if facts.license else {})}, "l2r2": ours}
 
 
 def _without_paths(value: Any) -> Any:
@@ -257,13 +257,13 @@ def _fusion_name(record: Mapping[str, Any]) -> str:
 
 
 def _license_problems(facts: CardMetadata, source: Source) -> list[str]:
-    if not facts.licence:
-        suggestion = f" The weights it started from are under {source.licence}." if source.licence else ""
-        return [f"There is no licence: give --licence, e.g. apache-2.0.{suggestion}"]
-    if not re.fullmatch(r"[a-z0-9.-]+", facts.licence):
-        return [f'"{facts.licence}" is not a licence as the Hub writes it, in small letters without spaces, e.g. apache-2.0.']
-    if source.licence and "-nc" in source.licence.lower() and "-nc" not in facts.licence.lower():
-        return [f"It started from weights under {source.licence}, which {facts.licence} would open to commercial use."]
+    if not facts.license:
+        suggestion = f" The weights it started from are under {source.license}." if source.license else ""
+        return [f"There is no license: give --license, e.g. apache-2.0.{suggestion}"]
+    if not re.fullmatch(r"[a-z0-9.-]+", facts.license):
+        return [f'"{facts.license}" is not a license as the Hub writes it, in small letters without spaces, e.g. apache-2.0.']
+    if source.license and "-nc" in source.license.lower() and "-nc" not in facts.license.lower():
+        return [f"It started from weights under {source.license}, which {facts.license} would open to commercial use."]
     return []
 
 

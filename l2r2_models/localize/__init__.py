@@ -24,7 +24,7 @@ LOCALIZERS = {
     "grounding-dino": ("prompted", "GroundingDino"),
     "boxes": ("controls", "Boxes"),
     "head": ("model_based", "Head"),
-    "ncut": ("unsupervised", "NormalisedCut"),
+    "ncut": ("unsupervised", "NormalizedCut"),
     "cam": ("unsupervised", "ActivationMap"),
     "parts": ("model_based", "Parts"),
     "center": ("controls", "Center"),

@@ -1,7 +1,7 @@
 """Detectors that are told in words what to look for: OWLv2, Grounding DINO and MM-Grounding-DINO, through transformers.
 
 Any hub id or local folder in transformers' layout with safetensors. METHOD.md 6: one meta-prompt, or several: OWLv2 averages
-their normalised text embeddings and normalises again (L2R2 B.2); Grounding DINO fuses text early, so there several are one
+their normalized text embeddings and normalizes again (L2R2 B.2); Grounding DINO fuses text early, so there several are one
 text "a. b.".
 """
 
@@ -136,7 +136,7 @@ class Owlv2(Prompted):
 
     @torch.inference_mode()
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """The direction of one query `[D]`: the mean of its prompts' normalised text embeddings, normalised again."""
+        """The direction of one query `[D]`: the mean of its prompts' normalized text embeddings, normalized again."""
         for prompt in (p for p in prompts if p not in self.texts):
             tokens = self.network.processor.tokenizer([prompt], padding="max_length", return_tensors="pt")
             longest = self.network.model.config.text_config.max_position_embeddings

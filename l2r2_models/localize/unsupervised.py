@@ -1,4 +1,4 @@
-"""Boxes without a detector, from what a classifier's own network knows (METHOD.md 6): a normalised cut of its patch features,
+"""Boxes without a detector, from what a classifier's own network knows (METHOD.md 6): a normalized cut of its patch features,
 the class activation map of its full branch, the parts of an ifam model. None of them gives a confidence: every score is 1."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .regions import box_of, inside_view, label_regions, largest_region
 MAX_STRIDE = 16  # of the feature map that is cut: the last one of a pyramid is too coarse to find a small object in
 
 
-class NormalisedCut(ModelLocalizer):
+class NormalizedCut(ModelLocalizer):
     """TokenCut (Wang et al., CVPR 2022), from its description: patches that look alike are joined, the graph is cut in two,
     the part with the most extreme patch is the object, its connected region around that patch gives the box.
 
@@ -80,7 +80,7 @@ class NormalisedCut(ModelLocalizer):
         found = []
         for image, view, of_image in zip(images, maps, features):
             (top, bottom), (left, right) = inside_view(view, image, of_image.shape[1:])
-            mask = normalised_cut(of_image[:, top:bottom, left:right], self.options["tau"])
+            mask = normalized_cut(of_image[:, top:bottom, left:right], self.options["tau"])
             found.append(box_of(mask, (top, left), of_image.shape[1:], view, image))
         return found
 
@@ -155,7 +155,7 @@ def patch_features(backbone: Any, views: Tensor) -> Tensor:
     return features - features.mean((2, 3), keepdim=True)
 
 
-def normalised_cut(features: Tensor, tau: float) -> Tensor:
+def normalized_cut(features: Tensor, tau: float) -> Tensor:
     """Features `[C, h, w]` of one image -> `[h, w]` bool, its object."""
     height, width = features.shape[1:]
     nodes = normalize(features.flatten(1).T.double(), dim=1)
@@ -202,8 +202,8 @@ def otsu(values: Tensor, bins: int = 256) -> float:
     if low == high:
         return low
     counts = torch.histc(values.float(), bins, low, high).double()
-    centres = torch.linspace(low, high, 2 * bins + 1, dtype=torch.double)[1::2]
-    below, mass = counts.cumsum(0)[:-1], (counts * centres).cumsum(0)[:-1]
-    above, rest = counts.sum() - below, (counts * centres).sum() - mass
+    centers = torch.linspace(low, high, 2 * bins + 1, dtype=torch.double)[1::2]
+    below, mass = counts.cumsum(0)[:-1], (counts * centers).cumsum(0)[:-1]
+    above, rest = counts.sum() - below, (counts * centers).sum() - mass
     between = below * above * (mass / below.clamp(min=1) - rest / above.clamp(min=1)) ** 2
-    return float(centres[between.argmax()])
+    return float(centers[between.argmax()])

@@ -46,9 +46,9 @@ class BoxHead(nn.Module):
         super().__init__()
         hidden = min(32, max(8, channels[-1] // 8))
         self.reduce = nn.ModuleList(nn.Conv2d(c, hidden, 1) for c in channels)
-        self.norm = nn.ModuleList(nn.GroupNorm(1, hidden) for _ in channels)  # features of some backbones come unnormalised
+        self.norm = nn.ModuleList(nn.GroupNorm(1, hidden) for _ in channels)  # features of some backbones come unnormalized
         self.mix = nn.Conv2d(hidden, hidden, 3, padding=1)
-        self.out = nn.Conv2d(hidden, 6, 1)  # weight, objectness, centre x and y, width, height
+        self.out = nn.Conv2d(hidden, 6, 1)  # weight, objectness, center x and y, width, height
 
     def forward(self, maps: Sequence[Tensor]) -> FoundBoxes:
         size = maps[-1].shape[-2:]
@@ -56,17 +56,17 @@ class BoxHead(nn.Module):
         x = functional.gelu(torch.stack(same).sum(0))
         out = self.out(functional.gelu(self.mix(x))).float()  # [B, 6, h, w]
         rows, columns = out.shape[2:]
-        x, y = _centres(columns, out), _centres(rows, out)
-        centre_x = x[None, None, :] + out[:, 2] / columns
-        centre_y = y[None, :, None] + out[:, 3] / rows
+        x, y = _centers(columns, out), _centers(rows, out)
+        center_x = x[None, None, :] + out[:, 2] / columns
+        center_y = y[None, :, None] + out[:, 3] / rows
         half_width, half_height = out[:, 4].sigmoid() / 2, out[:, 5].sigmoid() / 2
-        ends = (centre_x - half_width, centre_y - half_height, centre_x + half_width, centre_y + half_height)
+        ends = (center_x - half_width, center_y - half_height, center_x + half_width, center_y + half_height)
         weight = out[:, 0].flatten(1).softmax(1)  # [B, h*w]
         boxes = (torch.stack(ends, -1).flatten(1, 2) * weight[..., None]).sum(1)
         return FoundBoxes(boxes, (out[:, 1].flatten(1) * weight).sum(1))
 
 
-def _centres(count: int, like: Tensor) -> Tensor:
+def _centers(count: int, like: Tensor) -> Tensor:
     return (torch.arange(count, device=like.device, dtype=like.dtype) + 0.5) / count
 
 

@@ -15,9 +15,9 @@ import yaml
 from ..errors import L2R2Error
 from ..io import parse_yaml, read_text
 
-FOLDER = "L2R2_HUB_CONFIGS"  # environment variable: a folder with more of them, e.g. an organisation's own
+FOLDER = "L2R2_HUB_CONFIGS"  # environment variable: a folder with more of them, e.g. an organization's own
 METRIC = {"dataset": str, "split": str, "output": str, "metric": str, "value": (int, float)}
-LOCALIZER = ("spec", "prompt", "licence")
+LOCALIZER = ("spec", "prompt", "license")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class HubConfig:
         default: whether the bare architecture name means this tag.
         source: timm's model and tag whose weights start the backbone and, where it has a classifier, both heads.
         hub_id: Hub repository of the weights.
-        licence: licence of those weights as timm records it; None where it records none.
+        license: license of those weights as timm records it; None where it records none.
         labels: name of the label set, None for weights without a classifier.
         parameters: number of parameters with the source's classes on both heads.
         input_size: side of the square input in pixels that the weights were trained at.
@@ -38,7 +38,7 @@ class HubConfig:
         made_by: how the checkpoint comes about; of a trained one the command.
         label_names: of a trained checkpoint: one name a class.
         model_args: of a trained checkpoint: its branches, fusion, views and whatever else builds the model.
-        localizer: the localizer that it is meant for: spec, prompt, licence.
+        localizer: the localizer that it is meant for: spec, prompt, license.
         metrics: what was measured: dataset, split, output (full, fg, fused), metric, value.
     """
 
@@ -47,7 +47,7 @@ class HubConfig:
     default: bool
     source: str
     hub_id: str
-    licence: str | None
+    license: str | None
     labels: str | None
     parameters: int
     input_size: int

@@ -72,7 +72,7 @@ class IFAM(L2R2):
     # ---- the two stages ----
 
     def forward(self, x: Tensor, boxes: Optional[Tensor] = None, localize: Optional[str] = None) -> Tensor:  # noqa: UP045
-        """Logits `[B, classes]` of normalised images `[B, C, H, W]`: the fused answer, in training the mean of both stages.
+        """Logits `[B, classes]` of normalized images `[B, C, H, W]`: the fused answer, in training the mean of both stages.
 
         With `boxes` (`[B, 4]` xyxy in pixels of x; a NaN row has none) stage 2 sees what is inside of the box instead.
         """
@@ -97,7 +97,7 @@ class IFAM(L2R2):
         """Logits of both stages, their fusion, and the parts.
 
         Args:
-            full: normalised images `[B, C, S, S]`.
+            full: normalized images `[B, C, S, S]`.
             fg, bg: none; stage 2 sees `full`.
             has_fg: `[B]` bool, False where stage 2 is not to be asked.
             mask: `[B, h, w]`, bool or in 0..1: what stage 2 sees instead of the parts.
@@ -151,7 +151,7 @@ class IFAM(L2R2):
         In training every patch has a weight as a key (and in a mean), 1 if it is kept and 0 if not, whose gradient is that of
         the foreground map (straight-through): the loss of stage 2 tells stage 1 which patches it should have left out, and
         which it should have kept. The weight stands where leaving a patch out acts; a factor of the token itself would be
-        cancelled by the norm before the first attention.
+        canceled by the norm before the first attention.
         """
         vit, keep, weights = self.backbone_of("fg"), found.keep.flatten(1), None
         if self.training and not by_hand:

@@ -30,7 +30,7 @@ class ScriptedIFAM(nn.Module):
         self.train(first.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fused logits `[B, classes]` of normalised images `[B, C, S, S]`."""
+        """Fused logits `[B, classes]` of normalized images `[B, C, S, S]`."""
         if self.training:
             raise RuntimeError("a scripted ifam model only predicts; call eval() on it")
         tokens = self.first.norm_pre(self.first._pos_embed(self.first.patch_embed(x)))

@@ -137,7 +137,7 @@ class L2R2(TimmContract):
     # ---- inference and training ----
 
     def forward(self, x: Tensor, boxes: Optional[Tensor] = None, localize: Optional[str] = None) -> Tensor:  # noqa: UP045  (jit)
-        """Logits `[B, classes]` of normalised images `[B, C, H, W]`.
+        """Logits `[B, classes]` of normalized images `[B, C, H, W]`.
 
         Without boxes: the first head (full) exactly; in training the mean of the heads on one pass, so that any timm
         training script trains every parameter. With `boxes` (`[B, 4]` xyxy in pixels of x; a NaN row has none): the
@@ -171,7 +171,7 @@ class L2R2(TimmContract):
 
     @torch.jit.ignore
     def forward_boxes(self, x: Tensor, boxes: Tensor | None, localize: str | None = None) -> Tensor:
-        """Fused logits with the views cut out of the normalised batch itself; see `forward`."""
+        """Fused logits with the views cut out of the normalized batch itself; see `forward`."""
         if localize not in (None, "head") or (boxes is None) == (localize is None):
             raise L2R2Error(f'Give boxes, or localize="head", and not both; got localize={localize!r}.')
         if boxes is None:
@@ -208,7 +208,7 @@ class L2R2(TimmContract):
         """Logits of the branches whose view is given, and their fusion.
 
         Args:
-            full, fg, bg: normalised views `[B, C, S, S]`.
+            full, fg, bg: normalized views `[B, C, S, S]`.
             has_fg: `[B]` bool, False where no object was found; those rows are exactly the full branch's. None: all found.
             mask: `[B, h, w]` of any size (see `masking.coverage`), bool or in 0..1, the object in the whole image, for an fg
                 that is masked inside the network (`late`, `tokens`). The image is `fg` if that is given too, else `full`. A

@@ -74,7 +74,7 @@ class PartDiscovery(nn.Module):
         return PartMaps(logits.unflatten(2, grid), maps.unflatten(2, grid), vectors, keep.unflatten(1, grid))
 
     def answer(self, vectors: Tensor, head: nn.Module, dropped: tuple[int, ...] = ()) -> Tensor:
-        """Stage 1's logits `[B, classes]`: the mean over parts of one linear layer on their normalised vectors.
+        """Stage 1's logits `[B, classes]`: the mean over parts of one linear layer on their normalized vectors.
 
         Args:
             vectors: `[B, K, C]`.
@@ -217,7 +217,7 @@ def background_loss(maps: Tensor) -> Tensor:
 
 
 def variation_loss(maps: Tensor) -> Tensor:
-    """Total variation: the mean absolute difference of neighbours, summed over the two directions."""
+    """Total variation: the mean absolute difference of neighbors, summed over the two directions."""
     return sum((maps.diff(dim=d).abs().sum(1).mean() for d in (2, 3) if maps.shape[d] > 1), maps.new_zeros(()))
 
 

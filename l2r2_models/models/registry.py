@@ -110,7 +110,7 @@ def _trained_cfg(config: HubConfig) -> dict[str, Any]:
     views = ViewSpec.from_dict((config.model_args or {}).get("views", {}))
     return dict(
         hf_hub_id=config.hub_id,
-        license=config.licence,
+        license=config.license,
         num_classes=len(config.label_names or ()),
         label_names=config.label_names,
         input_size=(3, views.size, views.size),

@@ -50,7 +50,7 @@ WHAT_THEY_ARE = (
     "Mixed-Same, Mixed-Rand, Mixed-Next: the object on the object-free background of another image of its own class, of a random "
     "class, of the next class. BG-Gap = Mixed-Same - Mixed-Rand: what hangs on the class of the background. Challenge: right on "
     "the background of every other image; sampled: on every random background that was drawn for the object, an upper bound.",
-    "fg only: the background is painted over with the mean colour. bg only: the object's mask, or its box, is painted over. "
+    "fg only: the background is painted over with the mean color. bg only: the object's mask, or its box, is painted over. "
     "Tiled: the object's box is filled from its surroundings. Who is right without an object answers by the background.",
     "RFS and iRFS: noise on the object against noise on the background, from -1 (only the background matters) to 1 (only the "
     "object does); iRFS by the probability of each image's true class.",

@@ -21,7 +21,7 @@ from .html import Cell, Picture, Section, gallery, percent, table, write_page
 from .parts import parts_section
 
 SHOWN = 24  # disagreements
-ALIKE = 2  # of them with the same truth and answer: neighbouring frames fail alike
+ALIKE = 2  # of them with the same truth and answer: neighboring frames fail alike
 WITHOUT_BOX, LEFT_OUT, MOST_CLASSES = 12, 20, 60
 WORDS = {
     "full": "the whole image alone",

@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG inside the page, in the page's own text colour."""
+"""The figures of a report, as SVG inside the page, in the page's own text color."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ..fusion.calibration import expected_calibration_error
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK = "#0a0b0d"  # stands for the page's text colour, whatever that is
-COLOURS = ("#e69f00", "#0086c9", "#00a37a", "#d55e00", "#cc79a7", "#8c8c8c")  # for colour-blind eyes too, on white and black
+INK = "#0a0b0d"  # stands for the page's text color, whatever that is
+COLORS = ("#e69f00", "#0086c9", "#00a37a", "#d55e00", "#cc79a7", "#8c8c8c")  # for color-blind eyes too, on white and black
 STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     "svg.fonttype": "none",  # text stays text: it can be searched, and the browser has every script
@@ -56,7 +56,7 @@ def bars_by_group(
         for i, (series, by_group) in enumerate(values.items()):
             places = [row - 0.4 + (i + 0.5) * height for row in range(len(groups))]
             lengths = [100 * by_group[g] for g in groups]
-            bars = axes.barh(places, lengths, height * 0.9, color=COLOURS[i % len(COLOURS)], label=_clean(series))
+            bars = axes.barh(places, lengths, height * 0.9, color=COLORS[i % len(COLORS)], label=_clean(series))
             spans = [intervals[series][g] for g in groups] if intervals else []
             if spans:
                 low, high = ([abs(100 * span[end] - v) for span, v in zip(spans, lengths)] for end in (0, 1))
@@ -86,11 +86,11 @@ def reliability_diagram(logits: Mapping[str, Tensor], labels: Tensor) -> Markup:
             bins = len(rows)
             left, width = [100 * i / bins for i in range(bins)], 100 / bins
             top, below = grid[0][panel], grid[1][panel]
-            top.bar(left, [100 * v for v in right], width * 0.92, align="edge", color=COLOURS[1])
+            top.bar(left, [100 * v for v in right], width * 0.92, align="edge", color=COLORS[1])
             top.plot((0, 100), (0, 100), color=INK, linewidth=1, linestyle=(0, (4, 3)))
             top.set_ylim(0, 100)
             top.set_title(f"{_clean(name)}\nECE {100 * expected_calibration_error(z, labels):.1f}", fontsize=10)
-            below.bar(left, [100 * n / max(len(labels), 1) for n in rows], width * 0.92, align="edge", color=COLOURS[-1])
+            below.bar(left, [100 * n / max(len(labels), 1) for n in rows], width * 0.92, align="edge", color=COLORS[-1])
             below.set_xlim(0, 100)
             below.set_xlabel("confidence in %")
         grid[0][0].set_ylabel("right in %")
@@ -114,10 +114,10 @@ def confusion(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> Markup:
     share = (counts / counts.sum(1, keepdim=True).clamp(min=1)).tolist()
     lines = []
     for i, (name, row) in enumerate(zip(names, counts.tolist())):
-        colours = ("230,126,34" if i != j else "0,150,110" for j in range(len(row)))
+        colors = ("230,126,34" if i != j else "0,150,110" for j in range(len(row)))
         cells = Markup("").join(
-            Markup('<td style="background:rgba({},{:.2f})">{}</td>').format(colour, 0.75 * part, n or "")
-            for n, part, colour in zip(row, share[i], colours)
+            Markup('<td style="background:rgba({},{:.2f})">{}</td>').format(color, 0.75 * part, n or "")
+            for n, part, color in zip(row, share[i], colors)
         )
         lines.append(Markup("<tr><th scope=row>{}</th>{}</tr>").format(name, cells))
     head = Markup("").join(Markup("<th scope=col>{}</th>").format(name) for name in ("truth ↓ answer →", *names))

@@ -127,7 +127,7 @@ def _card(picture: Picture) -> Markup:
     answers = []
     for who, what, right in picture.answers:
         kind = "" if right is None else "right" if right else "wrong"
-        sign = "" if right is None else "✓ " if right else "✗ "  # not by colour alone
+        sign = "" if right is None else "✓ " if right else "✗ "  # not by color alone
         answers.append(Markup('<tr><th scope=row>{}</th><td class="{}">{}{}</td></tr>').format(who, kind, sign, what))
     said = Markup("<table>{}</table>").format(Markup("").join(answers)) if answers else ""
     note = Markup("<small>{}</small>").format(picture.note) if picture.note else ""

@@ -15,7 +15,7 @@ from .html import Cell, Picture, Section, gallery, percent, table
 
 MOST, SHOWN = 128, 12  # images that are looked at, and of them drawn
 SIDE = 256  # of a drawn image in pixels
-TINT, DARK = 0.5, 0.6  # how much of a part's colour lies over its patches, how much of black over dropped ones
+TINT, DARK = 0.5, 0.6  # how much of a part's color lies over its patches, how much of black over dropped ones
 
 
 def parts_section(judged: Judged, progress: Progress) -> list[Section]:
@@ -45,14 +45,14 @@ def parts_section(judged: Judged, progress: Progress) -> list[Section]:
     return [Section("Parts", text, [*blocks, gallery(_pictures(judged, found), SHOWN)])]
 
 
-def _colour(part: int, parts: int) -> tuple[int, int, int]:
+def _color(part: int, parts: int) -> tuple[int, int, int]:
     red, green, blue = colorsys.hsv_to_rgb(part / parts, 0.85, 1.0)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def _swatch(part: int, parts: int) -> Markup:
     form = Markup('<span style="background:rgb{};padding:0 .6em;margin-right:.4em"></span>{}')
-    return form.format(str(_colour(part, parts)), part)
+    return form.format(str(_color(part, parts)), part)
 
 
 def _pictures(judged: Judged, found: FoundParts) -> Iterator[Picture]:
@@ -75,7 +75,7 @@ def draw_parts(found: FoundParts, n: int) -> Image.Image:
     over = Image.new("RGBA", (columns, rows))
     for y in range(rows):
         for x in range(columns):
-            tint = (*_colour(int(part[y, x]), found.num_parts), round(255 * TINT))
+            tint = (*_color(int(part[y, x]), found.num_parts), round(255 * TINT))
             over.putpixel((x, y), tint if keep[y, x] else (0, 0, 0, round(255 * DARK)))
     over = over.resize(image.size, Image.Resampling.NEAREST)
     image.paste(over, mask=over)

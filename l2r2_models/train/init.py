@@ -98,9 +98,9 @@ class InitCheckpoint:
             spec = ViewSpec.from_dict(self.config["model_args"]["views"])
             return {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in OF_RECIPE}
         found = {key: self._cfg[key] for key in ("mean", "std", "interpolation") if key in self._cfg}
-        colours = [found[key] for key in ("mean", "std") if key in found]
-        if not all(isinstance(c, list) and len(c) == 3 and all(isinstance(x, (int, float)) for x in c) for c in colours):
-            raise L2R2Error(f"{self.name}: its config.json has no usable mean and std of three colours.")
+        colors = [found[key] for key in ("mean", "std") if key in found]
+        if not all(isinstance(c, list) and len(c) == 3 and all(isinstance(x, (int, float)) for x in c) for c in colors):
+            raise L2R2Error(f"{self.name}: its config.json has no usable mean and std of three colors.")
         return found
 
     def about(self) -> dict[str, Any]:
@@ -122,16 +122,16 @@ class InitCheckpoint:
         return self.name.removeprefix("hf-hub:") if folder is None else folder.resolve().name
 
     def _source(self) -> Source:
-        """For the model card: a run of this machine is what it started from itself; what was published has its own licence."""
+        """For the model card: a run of this machine is what it started from itself; what was published has its own license."""
         upstream = source_of_training(self._training())
         if self.is_ours and (self.folder / RUN).exists():
             return upstream
-        licence = self._cfg.get("license") or upstream.licence
-        licence = licence if isinstance(licence, str) else None
+        license = self._cfg.get("license") or upstream.license
+        license = license if isinstance(license, str) else None
         if local_folder(self.name) is None:
             repo = self._short_name().partition("@")[0]
-            return Source(repo, repo, licence)
-        return Source(upstream.name or self._short_name(), upstream.hub_id, licence)
+            return Source(repo, repo, license)
+        return Source(upstream.name or self._short_name(), upstream.hub_id, license)
 
     def _training(self) -> Mapping[str, Any]:
         return self.config["l2r2"].get("training", {}) if self.is_ours else {}

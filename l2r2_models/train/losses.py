@@ -1,4 +1,4 @@
-"""What is minimised: the losses of the branches."""
+"""What is minimized: the losses of the branches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model is trained: one flat, serialised recipe. It is saved with the run, and a run continues only under the same one."""
+"""How a model is trained: one flat, serialized recipe. It is saved with the run, and a run continues only under the same one."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Recipe:
             falls as a cosine to zero; momentum is for optimizers that take one; gradients are clipped to this norm, 0 never.
         layer_decay: factor of the rate from each layer of the backbone to the one before it (arXiv 2106.08254); 1: none.
         label_smoothing: see `torch.nn.functional.cross_entropy`.
-        scale, flip, colour, box_jitter, occlusion: see `Augment`.
+        scale, flip, color, box_jitter, occlusion: see `Augment`.
         background_swap: probability of a training image to get the background of another, see `ViewDataset`.
         mixup, cutmix, mix_probability: see `ViewMixup`; alphas, 0 is off.
         ema: decay of an exponential moving average of the weights, which is then what is evaluated and saved; 0: none.
@@ -111,7 +111,7 @@ class Recipe:
     part_entropy: float = 1.0
     part_orthogonality: float = 1.0
     part_background: float = 2.0
-    # optimisation
+    # optimization
     trainable: str = "all"
     epochs: int = 20
     batch_size: int = 32
@@ -128,7 +128,7 @@ class Recipe:
     # augmentation
     scale: float = 0.5
     flip: float = 0.5
-    colour: float = 0.2
+    color: float = 0.2
     box_jitter: float = 0.1
     occlusion: float = 0.0
     background_swap: float = 0.0
@@ -247,7 +247,7 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def augment(self) -> Augment:
-        return Augment(self.scale, self.flip, self.colour, self.box_jitter, occlusion=self.occlusion)
+        return Augment(self.scale, self.flip, self.color, self.box_jitter, occlusion=self.occlusion)
 
     def part_weights(self) -> PartWeights:
         return PartWeights(**{f.name: getattr(self, f"part_{f.name}") for f in fields(PartWeights)})

@@ -1,4 +1,4 @@
-"""THE place that cuts: from images and boxes to the views that the branches see, as one serialised `ViewSpec` says."""
+"""THE place that cuts: from images and boxes to the views that the branches see, as one serialized `ViewSpec` says."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Views(NamedTuple):
-    """Normalised views `[V, 3, S, S]` by branch (None where not asked for), `has_fg` `[V]` bool, and for an fg that is masked
+    """Normalized views `[V, 3, S, S]` by branch (None where not asked for), `has_fg` `[V]` bool, and for an fg that is masked
     inside the network the object's mask `[V, S, S]`, its part of each pixel of the whole image's view in 0..1.
 
     Such an fg looks at `full`; `fg` then is the whole image only where `full` is not asked for. Where `has_fg` is False the
@@ -111,10 +111,10 @@ def make_views(
 
 
 def cut_batch(x: Tensor, boxes: Tensor, spec: ViewSpec, branch: str) -> tuple[Tensor, Tensor]:
-    """Cut fg or bg out of a normalised batch, at its own size; differentiable in `x`.
+    """Cut fg or bg out of a normalized batch, at its own size; differentiable in `x`.
 
     Args:
-        x: `[B, C, H, W]` normalised images; the fill colour is taken as 0, the mean.
+        x: `[B, C, H, W]` normalized images; the fill color is taken as 0, the mean.
         boxes: `[B, 4]` xyxy in pixels of x; a NaN row has no box.
         spec: margin, square and interpolation are used.
         branch: `fg` or `bg` (without masks: the box is the object).

@@ -26,7 +26,7 @@ MOST_SIZE = 4096
 class ViewSpec:
     """How views are cut. Saved in the checkpoint; training, prediction, evaluation and export all cut by it.
 
-    The order is: mask, crop to the box, pad to a centred square with `fill`, resize, normalise (METHOD.md 1; L2R2 B.2).
+    The order is: mask, crop to the box, pad to a centerd square with `fill`, resize, normalize (METHOD.md 1; L2R2 B.2).
 
     Attributes:
         size: side of the square view in pixels.
@@ -41,7 +41,7 @@ class ViewSpec:
         fill: RGB levels (0-255) of padding and of replaced pixels.
         interpolation: `bilinear` or `bicubic`, antialiased.
         mode: `float`, or `pil`, which rounds as Pillow does, bit for bit (squares only).
-        mean, std: normalisation of pixels in [0, 1].
+        mean, std: normalization of pixels in [0, 1].
         late_stage: `late` masks the output of the `last` stage, or of the one `before_last`, which then runs twice.
         late_pool: `late` pools by the masked mean (`mask`), over all positions with zeros outside (`all`), or by a ViT's
             class token (`token`, with before_last).
@@ -103,7 +103,7 @@ class ViewSpec:
 
     @classmethod
     def from_pretrained_cfg(cls, cfg: Mapping[str, Any], **changes: Any) -> ViewSpec:
-        """The views that suit a timm model: its input size, interpolation, mean and std; `fill` is the mean colour."""
+        """The views that suit a timm model: its input size, interpolation, mean and std; `fill` is the mean color."""
         mean = tuple(cfg.get("mean", cls.mean))
         std = tuple(cfg.get("std", cls.std))
         interpolation = cfg.get("interpolation", "bicubic")

@@ -35,7 +35,7 @@ def cut_in_graph(image: Tensor, boxes: Tensor, spec: ViewSpec, branches: Sequenc
     whole = torch.stack([torch.zeros_like(heights), torch.zeros_like(heights), widths, heights], 1).long()
     tight, grown = (torch.where(has_fg[:, None], ends, whole) for ends in (tight, grown))
     fill = torch.tensor(spec.fill, dtype=torch.float32)
-    pixels = (image.float() - fill).permute(2, 0, 1)  # [3, H, W]; 0 is the fill colour
+    pixels = (image.float() - fill).permute(2, 0, 1)  # [3, H, W]; 0 is the fill color
     views = {}
     if "full" in branches:
         views["full"] = _resized(pixels, whole[:1], whole[:1], spec)
@@ -67,11 +67,11 @@ def _axis(
 ) -> Tensor:
     """Weights `[V, S, pixels]` of one axis: output s of a canvas of `side` taps, in which the window starts after a padding."""
     scale = side[:, None, None] / spec.size
-    centre = (torch.arange(spec.size, dtype=torch.float64)[None, :, None] + 0.5) * scale  # [V, S, 1]
+    center = (torch.arange(spec.size, dtype=torch.float64)[None, :, None] + 0.5) * scale  # [V, S, 1]
     stretch = scale.clamp(min=1.0)
 
     def weights(tap: Tensor) -> Tensor:
-        return filter_weights(spec.interpolation, (tap + 0.5 - centre).abs() / stretch, a=-0.5)
+        return filter_weights(spec.interpolation, (tap + 0.5 - center).abs() / stretch, a=-0.5)
 
     canvas = torch.arange(taps, dtype=torch.float64)[None, None]
     total = torch.where(canvas < side[:, None, None], weights(canvas), 0.0).sum(2, keepdim=True)

@@ -134,13 +134,13 @@ def test_every_object_of_an_image_is_erased_and_filled_not_only_the_best():
 
 @pytest.mark.parametrize("where", ["fg", "bg"])
 def test_noise_stays_where_it_belongs_and_has_the_strength_it_says(where):
-    grey = Subject("a", torch.full((200, 300, 3), 128, dtype=torch.uint8), torch.tensor([[50.0, 40, 150, 120]]), None, None)
-    noise = noise_pattern(grey, 300, seed=0)
-    inside = grey.inside if where == "fg" else ~grey.inside
-    changed = intervene(f"noise_{where}_30", grey, (0, 0, 0), noise)
-    assert torch.equal(changed[~inside], grey.pixels[~inside])
+    gray = Subject("a", torch.full((200, 300, 3), 128, dtype=torch.uint8), torch.tensor([[50.0, 40, 150, 120]]), None, None)
+    noise = noise_pattern(gray, 300, seed=0)
+    inside = gray.inside if where == "fg" else ~gray.inside
+    changed = intervene(f"noise_{where}_30", gray, (0, 0, 0), noise)
+    assert torch.equal(changed[~inside], gray.pixels[~inside])
     assert float(changed[inside].float().std()) == pytest.approx(30, rel=0.03)
-    norm = (add_noise(grey.pixels, inside, noise, 10 / 255, l2=True).float() - 128).norm()
+    norm = (add_noise(gray.pixels, inside, noise, 10 / 255, l2=True).float() - 128).norm()
     assert float(norm) == pytest.approx(10 * (3 * 200 * 300) ** 0.5, rel=0.02)  # object or background: the same norm
 
 
@@ -148,8 +148,8 @@ def test_noise_weighs_the_same_on_a_large_file_as_on_a_small_one():
     """What the model sees of it: noise of single pixels would be averaged away by the resize, to 15 and to 5 of 60 levels."""
     spread = []
     for side in (64, 256, 768):
-        grey = Subject("a", torch.full((side, side, 3), 128, dtype=torch.uint8), torch.tensor([[0.0, 0, 1, 1]]), None, None)
-        changed = intervene("noise_bg_60", grey, (0, 0, 0), noise_pattern(grey, 64, seed=0))
+        gray = Subject("a", torch.full((side, side, 3), 128, dtype=torch.uint8), torch.tensor([[0.0, 0, 1, 1]]), None, None)
+        changed = intervene("noise_bg_60", gray, (0, 0, 0), noise_pattern(gray, 64, seed=0))
         view = make_views([changed], None, ViewSpec(size=64, mean=(0, 0, 0), std=(1, 1, 1)), branches=("full",)).full
         spread.append(float(view.std()) * 255)
     assert spread[0] == pytest.approx(60, rel=0.1) and spread[2] == pytest.approx(spread[1], rel=0.05)

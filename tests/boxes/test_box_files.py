@@ -148,9 +148,9 @@ def test_written_megadetector_is_version_1_6(tmp_path):
     assert all(d["category"] in data["detection_categories"] for i in data["images"] for d in i.get("detections", []))
 
 
-@pytest.mark.parametrize("format, normalised", [("megadetector", False), ("coco", False), ("coco", True), ("xyxy", True)])
-def test_writing_without_the_size_that_is_needed(tmp_path, format, normalised):
-    table = BoxTable({"a.jpg": BoxEntry(((0, 0, 1, 1),), (1.0,), ("",), normalised)})
+@pytest.mark.parametrize("format, normalized", [("megadetector", False), ("coco", False), ("coco", True), ("xyxy", True)])
+def test_writing_without_the_size_that_is_needed(tmp_path, format, normalized):
+    table = BoxTable({"a.jpg": BoxEntry(((0, 0, 1, 1),), (1.0,), ("",), normalized)})
     with pytest.raises(L2R2Error, match=r"a\.jpg: its image size is not known"):
         write_boxes(table, tmp_path / "out.json", format)
     assert not list(tmp_path.iterdir())

@@ -202,7 +202,7 @@ def test_random_damage_is_read_or_refused(save, tmp_path, content, seed):
             assert str(error).startswith(f"{path}: "), error
             continue
         for file, entry in table.entries.items():
-            found = BoxEntry(entry.boxes, entry.scores, entry.labels, entry.normalised).detections((200, 400), file)
+            found = BoxEntry(entry.boxes, entry.scores, entry.labels, entry.normalized).detections((200, 400), file)
             assert len(found.usable().sorted()) <= len(entry.boxes)
         for format in ("megadetector", "coco", "xyxy"):
             try:

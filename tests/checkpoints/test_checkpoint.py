@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import COLOURS, write_run
+from conftest import COLORS, write_run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -27,7 +27,7 @@ def test_a_checkpoint_is_safetensors_and_json_only(run):
     assert sorted(p.name for p in run.iterdir()) == ["config.json", "model.safetensors"]
     config = json.loads((run / "config.json").read_text())
     assert "num_classes" not in config["model_args"]
-    assert config["label_names"] == sorted(COLOURS)
+    assert config["label_names"] == sorted(COLORS)
     assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
     assert config["model_args"]["format_version"] == hub.FORMAT_VERSION
     assert not {*config["model_args"]} & {*config["l2r2"]}  # each thing is said once
@@ -90,7 +90,7 @@ def test_transformers_reads_the_same_folder(run):
     assert torch.equal(theirs(pixel_values=x, boxes=boxes).logits, ours(x, boxes))
     classify = pipeline("image-classification", model=theirs, image_processor=AutoImageProcessor.from_pretrained(run))
     answer = classify(Image.new("RGB", (64, 64), (200, 30, 30)))
-    assert {a["label"] for a in answer} == set(COLOURS)
+    assert {a["label"] for a in answer} == set(COLORS)
 
 
 def test_a_bare_import_of_timm_says_unknown_model_and_ours_registers_it(run):
@@ -114,7 +114,7 @@ def test_refusals_name_the_file_and_say_why(tmp_path):
         "Unknown model": lambda c: c.update(architecture="l2r2_resnat18"),
         "no usable views under model_args": lambda c: c["model_args"].update(views=3),
         "no usable branches under model_args": lambda c: c["model_args"].pop("branches"),
-        "unknown colour under l2r2": lambda c: c["l2r2"].update(colour="red"),
+        "unknown color under l2r2": lambda c: c["l2r2"].update(color="red"),
         "unusable localizer under l2r2": lambda c: c["l2r2"].update(localizer="owlv2"),
         r"architecture resnet10t in config\.json is not": lambda c: c.update(architecture="resnet10t"),
         "names weights elsewhere": lambda c: c["pretrained_cfg"].update(url="https://example.org/model.pth"),
@@ -175,8 +175,8 @@ def test_the_localizer_and_fitted_temperatures_are_in_the_config(tmp_path):
     run = write_run(tmp_path / "run", fusion="scaled_average")
     model = hub.load_checkpoint(run).model
     model.fusion.temperatures.copy_(torch.tensor([[1.5], [0.5]]))  # fg first
-    localizer = {"spec": "owlv2", "prompt": "bird", "licence": "apache-2.0"}
-    hub.save_checkpoint(model, run, sorted(COLOURS), localizer=localizer)
+    localizer = {"spec": "owlv2", "prompt": "bird", "license": "apache-2.0"}
+    hub.save_checkpoint(model, run, sorted(COLORS), localizer=localizer)
     assert json.loads((run / "config.json").read_text())["l2r2"]["calibration"] == {"temperatures": {"fg": 1.5, "full": 0.5}}
     loaded = hub.load_checkpoint(run)
     assert loaded.localizer == localizer and torch.equal(loaded.model.fusion.temperatures, model.fusion.temperatures)

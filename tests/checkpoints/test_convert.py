@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from conftest import COLOURS, write_run
+from conftest import COLORS, write_run
 from hub_double import HubDouble
 from safetensors.torch import save
 from timm.models import save_for_hf
@@ -102,7 +102,7 @@ def test_plain_timm_checkpoints_can_be_put_together(tmp_path):
     models = {}
     for branch in ("full", "fg"):
         models[branch] = timm.create_model("resnet10t", num_classes=3).eval()
-        save_for_hf(models[branch], tmp_path / branch, {"label_names": sorted(COLOURS)}, safe_serialization=True)
+        save_for_hf(models[branch], tmp_path / branch, {"label_names": sorted(COLORS)}, safe_serialization=True)
     loaded = derive.join({b: tmp_path / b for b in models}, tmp_path / "joint")
     x = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():

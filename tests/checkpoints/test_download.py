@@ -5,7 +5,7 @@ import json
 import pytest
 import timm
 import torch
-from conftest import COLOURS, write_run
+from conftest import COLORS, write_run
 from hub_double import TOKEN, HubDouble
 from PIL import Image
 from pulling import pull
@@ -68,8 +68,8 @@ def test_a_registered_tag_downloads_from_its_hub_id(hub_of):
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(model(x), source.eval()(x))
     assert torch.equal(model.heads["fg"].weight, source.fc.weight)
-    grey = timm.create_model("l2r2_resnet18.a1_in1k", pretrained=True, in_chans=1, num_classes=5)
-    assert grey(torch.randn(2, 1, 64, 64)).shape == (2, 5)
+    gray = timm.create_model("l2r2_resnet18.a1_in1k", pretrained=True, in_chans=1, num_classes=5)
+    assert gray(torch.randn(2, 1, 64, 64)).shape == (2, 5)
     assert hub_of.count("GET /cdn/") == 1  # the second time out of the cache
 
 
@@ -162,7 +162,7 @@ def test_predict_from_the_hub_is_predict_from_the_folder(hub_of, runs):
     photo = Image.effect_noise((64, 48), 80).convert("RGB")
     boxes = [[4.0, 4, 40, 40]]
     answers = [Predictor.from_pretrained(source, device="cpu")(photo, boxes).to_dict() for source in ("org/name@v1", runs[0])]
-    assert answers[0] == answers[1] and answers[0]["objects"][0]["label"] in COLOURS
+    assert answers[0] == answers[1] and answers[0]["objects"][0]["label"] in COLORS
 
 
 @pytest.mark.parametrize("name", ["runs/typo", "./typo", "/no/such/run", "~/typo", "a/b/c", "typo", "local-dir:runs/none"])

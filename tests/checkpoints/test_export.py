@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import COLOURS, write_run
+from conftest import COLORS, write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -65,7 +65,7 @@ def test_onnx_of_views_at_any_batch_size(tmp_path, options):
     assert result.difference <= 1e-4 and sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "run"]
     session, metadata = session_of(result.file)
     model = hub.load_checkpoint(run).model
-    assert json.loads(metadata["labels"]) == sorted(COLOURS)
+    assert json.loads(metadata["labels"]) == sorted(COLORS)
     assert ViewSpec.from_dict(json.loads(metadata["view_spec"])) == model.view_spec
     for batch in (1, 5):
         views = {b: torch.randn(batch, 3, 32, 32) for b in model.branches}
@@ -107,7 +107,7 @@ def test_torch_export_comes_back_with_its_metadata(tmp_path, run, takes):
     assert result.difference <= 1e-4
     extra = {"l2r2.json": ""}
     program = torch.export.load(str(result.file), extra_files=extra)
-    assert json.loads(json.loads(extra["l2r2.json"])["labels"]) == sorted(COLOURS)
+    assert json.loads(json.loads(extra["l2r2.json"])["labels"]) == sorted(COLORS)
     inputs = export._trial(hub.load_checkpoint(run).model, takes, 4)
     assert program.module()(*inputs)[0].shape == (4, 3)
 
@@ -124,7 +124,7 @@ def test_a_vit_of_fixed_size(tmp_path):
 
     model = timm.create_model("l2r2_vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
     model.view_spec = ViewSpec.from_pretrained_cfg(model.pretrained_cfg, size=32)
-    hub.save_checkpoint(model, tmp_path / "run", sorted(COLOURS))
+    hub.save_checkpoint(model, tmp_path / "run", sorted(COLORS))
     assert export.export_run(tmp_path / "run", tmp_path / "model.onnx").difference <= 1e-4
 
 
@@ -178,13 +178,13 @@ def example(*arguments):
     return subprocess.run([sys.executable, "-c", code, str(EXAMPLE), *map(str, arguments)], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("kind", ["16 bit", "alpha", "one colour transparent"])
+@pytest.mark.parametrize("kind", ["16 bit", "alpha", "one color transparent"])
 def test_the_example_refuses_files_that_predict_reads_with_more_care(tmp_path, of_image, kind):
     photo = Image.effect_noise((64, 48), 90)
     if kind == "16 bit":
         photo = Image.fromarray(np.asarray(photo).astype(np.uint16) * 257)
     photo = photo.convert("RGBA") if kind == "alpha" else photo
-    photo.save(tmp_path / "photo.png", **({"transparency": 90} if kind == "one colour transparent" else {}))
+    photo.save(tmp_path / "photo.png", **({"transparency": 90} if kind == "one color transparent" else {}))
     result = example(of_image, tmp_path / "photo.png")
     assert result.returncode == 1 and "use `l2r2 predict`" in result.stderr and "Traceback" not in result.stderr
 
@@ -211,7 +211,7 @@ def masked_run(folder, kind):
     torch.manual_seed(0)
     name, options = MASKED[kind]
     model = timm.create_model(name, num_classes=3, img_size=32, depth=2, embed_dim=48, num_heads=3, patch_size=8, **options)
-    hub.save_checkpoint(model, folder, sorted(COLOURS))
+    hub.save_checkpoint(model, folder, sorted(COLORS))
     return folder
 
 

@@ -7,7 +7,7 @@ from l2r2_models import L2R2Error
 from l2r2_models.data.augment import Augment
 
 BOX = torch.tensor([20.0, 10.0, 60.0, 40.0])
-STILL = dict(scale=1.0, flip=0.0, colour=0.0, box_jitter=0.0)
+STILL = dict(scale=1.0, flip=0.0, color=0.0, box_jitter=0.0)
 
 
 def black(height=60, width=80):
@@ -35,7 +35,7 @@ def test_occlusion_comes_as_often_as_asked_for(probability):
 def test_occlusion_follows_the_object_through_crop_and_flip_and_leaves_the_given_pixels_alone():
     pixels = black()
     pixels[10:40, 20:60] = 255
-    augment = Augment(scale=0.3, colour=0.0, box_jitter=0.0, occlusion=1.0)
+    augment = Augment(scale=0.3, color=0.0, box_jitter=0.0, occlusion=1.0)
     for i in range(40):
         moved, box, mask = augment(pixels, BOX, pixels[..., 0] > 0, seed=(i,))
         x0, y0, x1, y1 = box.int().tolist()

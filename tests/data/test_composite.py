@@ -45,7 +45,7 @@ def test_a_background_holds_no_pixel_of_its_object_and_is_unchanged_elsewhere(bo
 
 
 def test_the_background_does_not_depend_on_the_object_it_hides():
-    """Neither its colour nor its outline: only where its box is."""
+    """Neither its color nor its outline: only where its box is."""
     flat, shape = with_object(), with_object(value=0)
     shape[15:25, 25:30] = 200
     assert torch.equal(background_of(flat, BOX), background_of(shape, BOX))
@@ -73,7 +73,7 @@ def test_a_mask_that_leaves_its_box_is_removed_whole():
     assert background_of(pixels, torch.full((4,), float("nan")), mask, margin=0).max() < 200
 
 
-def test_an_image_that_is_all_object_has_the_mean_colour_as_background():
+def test_an_image_that_is_all_object_has_the_mean_color_as_background():
     pixels = noise()
     background = background_of(pixels, torch.tensor([0.0, 0.0, 64.0, 48.0]))
     assert background.reshape(-1, 3).unique(dim=0).tolist() == [list(FILL)]

@@ -81,7 +81,7 @@ def test_a_class_may_be_called_like_a_split_and_folders_below_it_belong_to_it(tm
     assert read_table(tmp_path).splits == ()
 
 
-def test_images_outside_of_class_folders_are_not_dropped_or_labelled_by_their_split(tmp_path):
+def test_images_outside_of_class_folders_are_not_dropped_or_labeled_by_their_split(tmp_path):
     for name in ("train/cat/a.png", "train/dog/b.png", "train/c.png"):
         image(tmp_path / name)
     with pytest.raises(L2R2Error, match=r"1 of 3 images have no label, the first is c\.png"):
@@ -123,7 +123,7 @@ def test_bad_images_and_boxes_for_another_size_are_found_before_training(dataset
 
 def test_augmentation_keeps_box_and_pixels_together():
     """The square's pixels stay under its box through crop and flip, whatever is drawn."""
-    augment = Augment(scale=0.3, colour=0.0, box_jitter=0.0, min_visible=1.0)
+    augment = Augment(scale=0.3, color=0.0, box_jitter=0.0, min_visible=1.0)
     pixels = torch.zeros(60, 80, 3, dtype=torch.uint8)
     pixels[20:30, 40:60] = 255
     mask = pixels[..., 0] > 0
@@ -173,8 +173,8 @@ def test_items_hold_the_views_of_their_branches(dataset):
     items = ViewDataset(table, table.classes(), spec, ("full", "fg"))
     item = items[1]
     assert set(item) == {"full", "fg", "has_fg", "labels"} and bool(item["has_fg"])
-    colour = ((item["fg"] * torch.tensor(spec.std)[:, None, None]) + torch.tensor(spec.mean)[:, None, None]) * 255
-    assert (colour.mean((1, 2)) - torch.tensor([30.0, 200, 30])).abs().max() < 1  # labels cycle: row 1 is green
+    color = ((item["fg"] * torch.tensor(spec.std)[:, None, None]) + torch.tensor(spec.mean)[:, None, None]) * 255
+    assert (color.mean((1, 2)) - torch.tensor([30.0, 200, 30])).abs().max() < 1  # labels cycle: row 1 is green
     assert table.classes()[item["labels"]] == "green"
 
 

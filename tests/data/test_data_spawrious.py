@@ -23,7 +23,7 @@ STUDIO = (0, 0, 255)
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Objects: grey ellipses on a blue studio, three training and two test objects a class. Scenes: noise without blue."""
+    """Objects: gray ellipses on a blue studio, three training and two test objects a class. Scenes: noise without blue."""
     root, rng = tmp_path_factory.mktemp("sources"), np.random.default_rng(0)
     for folder in ("objects/images", "objects/masks", "scenes/images"):
         (root / folder).mkdir(parents=True)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import COLOURS, write_dataset
+from conftest import COLORS, write_dataset
 from PIL import Image
 
 from l2r2_models import L2R2Error, ViewSpec
@@ -30,13 +30,13 @@ def split(dataset, name):
 
 def test_an_object_lies_at_its_own_place_on_the_other_images_background_and_no_other_object_is_seen(dataset):
     table = split(dataset, "train")
-    for row, other in zip(table.rows, (*table.rows[1:], table.rows[0])):  # neighbours have different colours
+    for row, other in zip(table.rows, (*table.rows[1:], table.rows[0])):  # neighbors have different colors
         plain, donor = sample_of(row, (0, 0, 0)), sample_of(other, (0, 0, 0))
         mixed = sample_of(replace(row, background=other), (0, 0, 0))
         assert torch.equal(mixed.box, plain.box)
         where = rectangle(plain.box)
         assert torch.equal(mixed.pixels[where], plain.pixels[where])
-        assert tuple(COLOURS[other.label]) not in levels_of(mixed.pixels)
+        assert tuple(COLORS[other.label]) not in levels_of(mixed.pixels)
         outside = torch.ones(mixed.pixels.shape[:2], dtype=torch.bool)
         for box in (plain.box, donor.box):
             outside[rectangle((box + torch.tensor([-3, -3, 3, 3])).clamp(min=0))] = False
@@ -59,7 +59,7 @@ def test_a_mask_takes_only_the_object_along(dataset, tmp_path):
     Image.fromarray(mask.numpy()).save(tmp_path / "mask.png")
     row = replace(table.rows[0], mask_file=tmp_path / "mask.png", background=table.rows[1])
     mixed = sample_of(row, (0, 0, 0))
-    same = (mixed.pixels == torch.tensor(COLOURS[row.label], dtype=torch.uint8)).all(-1)
+    same = (mixed.pixels == torch.tensor(COLORS[row.label], dtype=torch.uint8)).all(-1)
     assert same.any() and not same[mask == 0].any()
 
 
@@ -151,7 +151,7 @@ def test_all_objects_of_a_donor_are_gone_whichever_row_it_is(dataset):
     train = split(dataset, "train")
     first, second = train.rows[:2]
     pixels = sample_of(first, (0, 0, 0)).pixels
-    pixels[:, :12] = torch.tensor(COLOURS[second.label], dtype=torch.uint8)
+    pixels[:, :12] = torch.tensor(COLORS[second.label], dtype=torch.uint8)
     Image.fromarray(pixels.numpy()).save(first.path)
     own = sample_of(first, (0, 0, 0)).box[0].item()
     assert own > 16, "the object that was there must stay visible"
@@ -161,8 +161,8 @@ def test_all_objects_of_a_donor_are_gone_whichever_row_it_is(dataset):
     for classes in ("other", "any"):
         (row,) = swapped(replace(train, rows=(third,)), donors, classes=classes).rows
         mixed = levels_of(sample_of(row, (0, 0, 0)).pixels)
-        assert tuple(COLOURS[third.label]) in mixed
-        assert not mixed & {tuple(COLOURS[first.label]), tuple(COLOURS[second.label])}
+        assert tuple(COLORS[third.label]) in mixed
+        assert not mixed & {tuple(COLORS[first.label]), tuple(COLORS[second.label])}
     with pytest.raises(L2R2Error, match="needs 2 backgrounds of any class, 1 images"):
         swapped(replace(train, rows=(third,)), donors, classes="any", copies=2)
     items = ViewDataset(

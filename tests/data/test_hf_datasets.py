@@ -33,7 +33,7 @@ def encoded(seed, format="PNG", size=(30, 20)):
 
 
 def made(count=6, image="image", label="label", seed=0, **more):
-    """A data set with encoded images, labelled in turn."""
+    """A data set with encoded images, labeled in turn."""
     features = {
         image: datasets.Image(),
         label: datasets.ClassLabel(names=["cat", "dog"]),
@@ -136,7 +136,7 @@ def test_hidden_labels_missing_images_equal_names_and_odd_ones(tmp_path):
         sample_of(table.rows[4], (0, 0, 0))
 
 
-def test_masks_and_labelled_objects_come_along(tmp_path):
+def test_masks_and_labeled_objects_come_along(tmp_path):
     white = io.BytesIO()
     Image.new("L", (30, 20), 255).save(white, "PNG")
     names = datasets.ClassLabel(names=["bird", "cow"])
@@ -246,7 +246,7 @@ def coco(file: Path, names, score=None) -> Path:
     return file
 
 
-def test_annotated_boxes_give_unlabelled_images_their_labels(tmp_path):
+def test_annotated_boxes_give_unlabeled_images_their_labels(tmp_path):
     folder = tmp_path / "d"
     folder.mkdir()
     Image.new("RGB", (60, 40)).save(folder / "a.png")

@@ -47,7 +47,7 @@ def table_of(folder, images, labels=None):
         lambda im: im.crop((1, 1, 120, 120)),
         lambda im: im.convert("L").convert("RGB"),
     ],
-    ids=["smaller", "paler", "blurred", "shifted", "grey"],
+    ids=["smaller", "paler", "blurred", "shifted", "gray"],
 )
 def test_a_copy_that_was_changed_a_little_is_alike_and_another_image_is_not(change):
     assert all(bits_apart(scene(i), change(scene(i))) <= ALIKE for i in range(8))
@@ -66,7 +66,7 @@ def test_the_distance_is_the_number_of_bits_that_differ_and_the_nearest_pair_is_
     assert find_leaks(train, {}) == []
 
 
-def test_look_alikes_of_another_class_do_not_count_and_unlabelled_ones_do(tmp_path):
+def test_look_alikes_of_another_class_do_not_count_and_unlabeled_ones_do(tmp_path):
     train = table_of(tmp_path / "train", [scene(i) for i in range(4)], ["a", "b", "a", "b"])
     same, other, nameless = (table_of(tmp_path / "v", [scene(0)], [label]) for label in ("a", "b", None))
     assert [len(find_leaks(train, {"v": t})) for t in (same, other, nameless)] == [1, 0, 1]
@@ -102,8 +102,8 @@ def test_the_end_of_each_class_is_held_out_as_one_block(dataset):
         hold_out(table, 0.2, take="start")
     with pytest.raises(L2R2Error, match="not both"):
         hold_out(table, 0.2, take="end", group="label")
-    alone = replace(table, rows=(*table.rows, replace(table.rows[0], path=table.rows[0].path.with_name("z.png"), label="grey")))
-    with pytest.raises(L2R2Error, match="holding 20 % out would leave no training image of grey"):
+    alone = replace(table, rows=(*table.rows, replace(table.rows[0], path=table.rows[0].path.with_name("z.png"), label="gray")))
+    with pytest.raises(L2R2Error, match="holding 20 % out would leave no training image of gray"):
         hold_out(alone, 0.2, take="end")
 
 
@@ -116,7 +116,7 @@ def test_objects_of_one_image_are_held_out_together(dataset, take):
 
 
 @pytest.mark.skipif(not FOD.exists(), reason="needs the real images of fod_a_shift")
-def test_neighbouring_frames_are_found_and_another_recording_of_the_same_ground_is_not():
+def test_neighboring_frames_are_found_and_another_recording_of_the_same_ground_is_not():
     table = read_table(FOD)
     train, near, far = (table.of_split(name) for name in ("train", "test_id", "test_ood"))
     some = replace(far, rows=far.rows[::6])

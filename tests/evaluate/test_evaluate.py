@@ -268,8 +268,8 @@ def test_metadata_can_correct_the_answers(own_run, dataset):
     (own_run / "run.json").write_text(json.dumps({"train_files": table.of_split("train").names()}))
     rows = evaluate_run(own_run, dataset, "test", prior="label").rows  # the label itself as metadata: as good as knowing it
     assert rows["full + label"]["accuracy"] > rows["full"]["accuracy"] and "fused: robust + label" in rows
-    relabelled = (dataset / "metadata.csv").read_text().replace("train_000.png,red", "train_000.png,teal")
-    (dataset / "teal.csv").write_text(relabelled)
+    relabeled = (dataset / "metadata.csv").read_text().replace("train_000.png,red", "train_000.png,teal")
+    (dataset / "teal.csv").write_text(relabeled)
     with pytest.raises(L2R2Error, match=r"train_000\.png: was trained on by .*, which knows no class teal"):
         evaluate_run(own_run, dataset, "test", prior="label", metadata=dataset / "teal.csv")
     same = evaluate_run(own_run, dataset, "test", prior="file_name").rows  # values that training never saw

@@ -66,7 +66,7 @@ def test_a_full_branch_that_the_background_misleads_is_caught(tmp_path):
 
 
 def test_copies_of_one_image_stay_in_one_fold(tmp_path):
-    """Branches that know nothing about new images: copies of a row must not let a fusion recognise it."""
+    """Branches that know nothing about new images: copies of a row must not let a fusion recognize it."""
     generator = torch.Generator().manual_seed(0)
     logits = {b: torch.randn(40, 10, generator=generator).repeat(5, 1) for b in ("full", "fg")}
     labels = torch.randint(0, 10, (40,), generator=generator).repeat(5)

@@ -117,7 +117,7 @@ def test_a_config_builds_the_same_fusion_again(config, logits):
     assert torch.equal(again(*logits), fusion(*logits))
 
 
-def test_temperature_never_changes_an_answer_and_minimises_the_cross_entropy():
+def test_temperature_never_changes_an_answer_and_minimizes_the_cross_entropy():
     _, context, labels = biased(500)
     logits = context[0]
     best = fit_temperature(logits, labels)

@@ -33,7 +33,7 @@ HOSTILE = [
 def test_a_card_shows_hostile_text_and_obeys_none_of_it(text, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("l2r2", backbone="resnet10t", num_classes=2)
-    localizer = {"spec": f"owlv2:org/model?prompt={text}", "licence": text}
+    localizer = {"spec": f"owlv2:org/model?prompt={text}", "license": text}
     save_checkpoint(model, tmp_path / "run", [text, "other"], localizer=localizer)
     rows = {text: {"accuracy": 0.5, "by_group": {text: 0.5}}, "full": {"accuracy": 0.5, "by_group": {text: 0.5}}}
     evaluation = {"data": text, "split": text, "images": 3, "rows": rows, "warnings": [text]}

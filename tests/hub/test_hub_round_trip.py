@@ -42,7 +42,7 @@ def test_train_publish_pull(tmp_path, monkeypatch, l2r2):
         l2r2("finetune", data, *made, "-o", run)
         l2r2("evaluate", run, data, "--split", "test")
         config = tmp_path / "configs" / "l2r2_resnet18.squares.yaml"
-        options = ("--licence", "mit", "--data", "Squares", "--hub-config", config, "--push", "--json")
+        options = ("--license", "mit", "--data", "Squares", "--hub-config", config, "--push", "--json")
         assert json.loads(l2r2("publish", run, "org/squares", *options))["problems"] == []
         assert b"split test: 12 images" in double.repos["org/squares"].files("main")[1]["README.md"]
         written = parse_hub_config(yaml.safe_load(config.read_text()), str(config))

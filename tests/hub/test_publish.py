@@ -7,7 +7,7 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import COLOURS, write_run
+from conftest import COLORS, write_run
 from hub_double import TOKEN, HubDouble
 
 from l2r2_cli.commands import main
@@ -19,12 +19,12 @@ from l2r2_models.hub.publish import prepare, push, text_problems
 from l2r2_models.runs import read_evaluations, store_evaluation
 
 FACTS = CardMetadata(
-    licence="apache-2.0",
-    data="Coloured squares",
-    data_licence="cc0-1.0",
+    license="apache-2.0",
+    data="Colored squares",
+    data_license="cc0-1.0",
     localizer="owlv2",
     prompt="square",
-    localizer_licence="apache-2.0",
+    localizer_license="apache-2.0",
     limits="Not for triangles.",
 )
 ROW = {"accuracy": 0.9375, "macro_accuracy": 0.9, "ece": 0.05, "with_box": 0.95, "without_box": None}
@@ -72,7 +72,7 @@ KINDS = {
     "tokens": ("l2r2", {"backbone": "vit_tiny_patch16_224", "fg_mode": "tokens", **TINY_VIT}),
     "late": ("l2r2", {"backbone": "resnet10t", "fg_mode": "late"}),
     "box head": ("l2r2", {"backbone": "resnet10t", "box_head": True}),
-    "grey": ("l2r2", {"backbone": "resnet10t", "in_chans": 1}),
+    "gray": ("l2r2", {"backbone": "resnet10t", "in_chans": 1}),
     "full": ("l2r2", {"backbone": "resnet10t", "branches": ("full",)}),
     "fg": ("l2r2", {"backbone": "resnet10t", "branches": ("fg",)}),
 }
@@ -84,7 +84,7 @@ def write_kind(folder, kind, **saved):
     name, options = KINDS[kind]
     model = timm.create_model(name, num_classes=3, **options)
     model.view_spec = ViewSpec.from_dict({**model.view_spec.to_dict(), "size": 32})
-    hub.save_checkpoint(model, folder, sorted(COLOURS), **saved)
+    hub.save_checkpoint(model, folder, sorted(COLORS), **saved)
     return folder
 
 
@@ -123,7 +123,7 @@ def test_what_would_go_up_is_three_files_without_a_path_of_this_machine(finished
     assert "/nfs" not in text and "/home" not in text and str(tmp_path) not in text
     config = json.loads((package.folder / "config.json").read_text())
     assert config["l2r2"]["training"]["data"]["folder"] == "photos"
-    assert config["l2r2"]["localizer"] == {"spec": "owlv2", "prompt": "square", "licence": "apache-2.0"}
+    assert config["l2r2"]["localizer"] == {"spec": "owlv2", "prompt": "square", "license": "apache-2.0"}
     assert hub.load_checkpoint(package.folder).digest == hub.load_checkpoint(finished).digest
 
 
@@ -134,8 +134,8 @@ def test_the_card_says_what_was_measured_and_its_metadata_can_be_read_back(finis
     card = ModelCard(text)
     assert card.data.license == "apache-2.0" and card.data.pipeline_tag == "image-classification"
     figures = {r.metric_name: (r.dataset_name, r.dataset_split, r.metric_value) for r in card.data.eval_results}
-    assert figures["accuracy (full)"] == ("Coloured squares", "test_ood", 0.25)
-    assert figures["accuracy (fused)"] == ("Coloured squares", "test_ood", 0.9375)
+    assert figures["accuracy (full)"] == ("Colored squares", "test_ood", 0.25)
+    assert figures["accuracy (fused)"] == ("Colored squares", "test_ood", 0.9375)
     assert not any("average" in name for name in figures)  # a fusion tried for comparison is not the model's
     for said in (
         "| full | 25.0 (19.0 to 32.5) |",
@@ -143,11 +143,11 @@ def test_the_card_says_what_was_measured_and_its_metadata_can_be_read_back(finis
         "3 of the 160 images",
         "Not for triangles.",
         "cc0-1.0",
-        "`owlv2` with the prompt `square`; licence of the localizer: apache-2.0",
+        "`owlv2` with the prompt `square`; license of the localizer: apache-2.0",
         "`robust` (threshold 0.5)",
         "random weights",
         "arXiv:2411.15933",
-        *COLOURS,
+        *COLORS,
     ):
         assert said in text, said
 
@@ -187,7 +187,7 @@ def test_the_validation_figures_of_a_fusion_that_was_fitted_since_are_left_out(f
 def test_what_stands_against_publishing(tmp_path):
     run = write_run(tmp_path / "run")
     found = " ".join(made(run, tmp_path, CardMetadata()).problems)
-    assert "There is no licence" in found and "There are no figures" in found
+    assert "There is no license" in found and "There are no figures" in found
     package = prepare(run, "org/x", tmp_path / "b", CardMetadata("mit"), without_metrics=True)
     assert package.problems == () and "Nothing was measured" in (tmp_path / "b" / "README.md").read_text()
     (run / "run.json").write_text("{}")
@@ -210,7 +210,7 @@ SAID = {  # what the card says of each kind of model, and what it must not
     "tokens": (["so that a misleading background decides less", "fg: tokens |", "boxes=[["], ["margin"]),
     "late": (["masked in the network", "is the whole-image head alone"], ["cut out of it"]),
     "box head": (["boxes of its own box head", 'localizer="head")', "predict(photo).objects"], ["not stated.", "boxes=[["]),
-    "grey": (["As a plain timm model (in_chans=1) it"], ["Predictor", "`pipeline`"]),
+    "gray": (["As a plain timm model (in_chans=1) it"], ["Predictor", "`pipeline`"]),
     "full": (["(the whole image). Made", "gives the same answer"], ["misleading", "fg:", "boxes", "Localizer"]),
     "fg": (["is the fg head alone", "without a box the whole image counts as the object"], ["misleading", "whole-image head"]),
 }
@@ -229,7 +229,7 @@ def test_the_card_says_what_holds_for_the_kind_of_model_and_its_usage_runs(tmp_p
 
 def test_predictor_refuses_a_model_that_does_not_take_rgb(tmp_path):
     with pytest.raises(L2R2Error, match="takes 1 channels, but Predictor reads RGB"):
-        Predictor.from_pretrained(write_kind(tmp_path / "run", "grey"))
+        Predictor.from_pretrained(write_kind(tmp_path / "run", "gray"))
 
 
 def test_the_usage_names_a_localizer_that_others_can_have(run):
@@ -251,21 +251,21 @@ def test_the_usage_names_a_localizer_that_others_can_have(run):
 def test_the_card_says_what_the_fusion_was_fitted_or_chosen_on(tmp_path, method, fusion, sentence):
     run = write_run(tmp_path / "run", fusion=fusion)
     fit = {"split": "val", "backgrounds": "plain", "group": None, "rows": 24, "method": method}
-    hub.save_checkpoint(hub.load_checkpoint(run).model, run, sorted(COLOURS), {"fusion_fit": fit})
+    hub.save_checkpoint(hub.load_checkpoint(run).model, run, sorted(COLORS), {"fusion_fit": fit})
     assert sentence in model_card(hub.load_checkpoint(run), "org/x", CardMetadata(), ())
 
 
-@pytest.mark.parametrize("licence", ["Apache 2", "MIT", "apache_2.0", "mit\n"])
-def test_a_licence_is_written_as_the_hub_writes_it(run, tmp_path, licence):
-    (problem,) = prepare(run, "org/x", tmp_path / "package", CardMetadata(licence), without_metrics=True).problems
-    assert "is not a licence as the Hub writes it" in problem
+@pytest.mark.parametrize("license", ["Apache 2", "MIT", "apache_2.0", "mit\n"])
+def test_a_license_is_written_as_the_hub_writes_it(run, tmp_path, license):
+    (problem,) = prepare(run, "org/x", tmp_path / "package", CardMetadata(license), without_metrics=True).problems
+    assert "is not a license as the Hub writes it" in problem
 
 
-def test_the_licence_of_the_source_is_respected(tmp_path):
+def test_the_license_of_the_source_is_respected(tmp_path):
     run = write_run(tmp_path / "run")
     model = hub.load_checkpoint(run).model
     recipe = {"model": "l2r2_convnextv2_atto", "pretrained": True}
-    hub.save_checkpoint(model, run, sorted(COLOURS), {"recipe": recipe})
+    hub.save_checkpoint(model, run, sorted(COLORS), {"recipe": recipe})
     (problem,) = prepare(run, "org/x", tmp_path / "a", CardMetadata("apache-2.0"), without_metrics=True).problems
     assert "cc-by-nc-4.0" in problem
     assert prepare(run, "org/x", tmp_path / "b", CardMetadata("cc-by-nc-4.0"), without_metrics=True).problems == ()
@@ -304,14 +304,14 @@ def test_paths_of_this_machine_are_found(path):
 
 
 def test_a_dry_run_sends_nothing(finished, there, l2r2):
-    code, out, err = l2r2("publish", finished, "org/squares", "--licence", "mit")
+    code, out, err = l2r2("publish", finished, "org/squares", "--license", "mit")
     assert code == 0, err
     assert "nothing was sent; --push sends it to org/squares" in out and "model.safetensors" in out
     assert there.log == [] and there.repos == {}
 
 
 def test_push_arrives_in_one_commit_and_answers_as_before(finished, there, l2r2):
-    code, out, err = l2r2("publish", finished, "org/squares", "--licence", "mit", "--push")
+    code, out, err = l2r2("publish", finished, "org/squares", "--license", "mit", "--push")
     assert code == 0, err
     assert "hashes compared" in out
     repo = there.repos["org/squares"]
@@ -323,22 +323,22 @@ def test_push_arrives_in_one_commit_and_answers_as_before(finished, there, l2r2)
     photo = Image.effect_noise((64, 48), 80).convert("RGB")
     answers = [Predictor.from_pretrained(source, device="cpu")(photo, box).to_dict() for source in ("org/squares", finished)]
     assert answers[0] == answers[1]
-    again, out, _ = l2r2("publish", finished, "org/squares", "--licence", "mit", "--push", "--json")
+    again, out, _ = l2r2("publish", finished, "org/squares", "--license", "mit", "--push", "--json")
     assert again == 0 and json.loads(out)["pushed"]["commit"]
     assert there.count("PUT") == 1  # the weights were there already
 
 
 def test_the_usage_of_the_card_runs_as_pasted(finished, there, l2r2, capsys):
-    assert l2r2("publish", finished, "org/squares", "--licence", "mit", "--push")[0] == 0
+    assert l2r2("publish", finished, "org/squares", "--license", "mit", "--push")[0] == 0
     blocks = re.findall(r"```python\n(.*?)```", there.repos["org/squares"].files("main")[1]["README.md"].decode(), re.S)
     assert len(blocks) == 2
     for block in blocks:
         exec(block, {})
-    assert any(colour in capsys.readouterr().out for colour in COLOURS)
+    assert any(color in capsys.readouterr().out for color in COLORS)
 
 
 def test_private_branch_and_pull_request(finished, there, l2r2, monkeypatch):
-    push = ("publish", finished, "org/squares", "--licence", "mit", "--push")
+    push = ("publish", finished, "org/squares", "--license", "mit", "--push")
     assert l2r2(*push, "--private")[0] == 0 and there.repos["org/squares"].private
     assert l2r2(*push, "--revision", "next", "--message", "second")[0] == 0
     assert {"main", "next"} <= set(there.repos["org/squares"].refs)
@@ -348,12 +348,12 @@ def test_private_branch_and_pull_request(finished, there, l2r2, monkeypatch):
     code, _, err = l2r2(*push, "--create-pr", "--revision", "next")
     assert code == 1 and "leave --revision out" in err
     there.add("org/public", {"README.md": b""})
-    code, _, err = l2r2("publish", finished, "org/public", "--licence", "mit", "--push", "--private")
+    code, _, err = l2r2("publish", finished, "org/public", "--license", "mit", "--push", "--private")
     assert code == 1 and "exists and is public" in err and there.repos["org/public"].messages == ["first"]
 
 
 def test_whoever_is_not_logged_in_or_may_not_write(finished, there, l2r2, monkeypatch):
-    push = ("publish", finished, "org/squares", "--licence", "mit", "--push")
+    push = ("publish", finished, "org/squares", "--license", "mit", "--push")
     monkeypatch.delenv("HF_TOKEN")
     code, _, err = l2r2(*push)
     assert code == 1 and "log in with `hf auth login`" in err and there.log == []
@@ -364,7 +364,7 @@ def test_whoever_is_not_logged_in_or_may_not_write(finished, there, l2r2, monkey
 
 def test_an_upload_that_breaks_off(finished, there, l2r2, monkeypatch):
     """The library tries again by itself; where that is in vain nothing is half there, and the same command works later."""
-    push = ("publish", finished, "org/squares", "--licence", "mit", "--push")
+    push = ("publish", finished, "org/squares", "--license", "mit", "--push")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     there.break_uploads = 1000
     code, _, err = l2r2(*push)

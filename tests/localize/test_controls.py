@@ -17,7 +17,7 @@ IMAGES = [Image.new("RGB", (60, 40)), Image.new("RGB", (10, 30))]
     "text",
     [
         "full",
-        "owlv2:a/b?prompt=a mushroom&prompt=50%25 grey %26 red&threshold=0.3",
+        "owlv2:a/b?prompt=a mushroom&prompt=50%25 gray %26 red&threshold=0.3",
         "boxes:C:/x y/b.json",
         "ncut:runs/a+b",
         "boxes:a%3Fb 50%25.json?masks=sam:a/b",
@@ -37,7 +37,7 @@ def test_specs_are_canonical():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("centre", 'Unknown localizer "centre"; choose from owlv2'),
+        ("center", 'Unknown localizer "center"; choose from owlv2'),
         ("", "names no localizer"),
         ("center?share", "must be option=value"),
         ("boxes:a?b.json", "a ? in a name is %3F"),
@@ -61,7 +61,7 @@ def test_a_device_that_is_not_there_is_a_sentence(device):
         create_localizer("full", device=device)
 
 
-def test_a_file_given_as_a_localizer_is_recognised(tmp_path):
+def test_a_file_given_as_a_localizer_is_recognized(tmp_path):
     (tmp_path / "b.json").write_text("{}")
     with pytest.raises(L2R2Error, match="If that is a file, write"):
         create_localizer(str(tmp_path / "b.json"))

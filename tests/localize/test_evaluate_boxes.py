@@ -94,8 +94,8 @@ def test_the_worst_are_drawn_with_both_boxes(l2r2, dataset, tmp_path):
     result = l2r2("evaluate-boxes", tmp_path / "boxes.json", dataset, "--pictures", tmp_path / "worst.png")
     assert result.returncode == 0 and "CorLoc@0.5" in result.stdout and "wrote" in result.stdout, result.stderr
     sheet = Image.open(tmp_path / "worst.png").convert("RGB")
-    colours = {colour for _, colour in sheet.getcolors(1 << 20)}
-    assert sheet.size == (5 * 260, 2 * 290) and {(0x16, 0xA3, 0x4A), (0xDC, 0x26, 0x26)} <= colours
+    colors = {color for _, color in sheet.getcolors(1 << 20)}
+    assert sheet.size == (5 * 260, 2 * 290) and {(0x16, 0xA3, 0x4A), (0xDC, 0x26, 0x26)} <= colors
     report = evaluate_boxes(tmp_path / "boxes.json", dataset, split="test")
     draw_worst(report, tmp_path / "few.png", count=2)
     assert Image.open(tmp_path / "few.png").size == (520, 290)

@@ -43,7 +43,7 @@ def test_items_say_where_the_object_is_in_the_full_view(dataset):
         torch.testing.assert_close(back, box, atol=1e-4, rtol=0)
     assert "box" not in ViewDataset(table, CLASSES, spec, ("full", "fg"))[0]
     moved = ViewDataset(table, CLASSES, ViewSpec(size=64), ("full", "fg"), locate=True, augment=Augment(0.5, 0.5, 0.0, 0.0))
-    for i in range(12):  # whatever augmentation did, the square of one colour is inside its box
+    for i in range(12):  # whatever augmentation did, the square of one color is inside its box
         item = moved[i]
         x0, y0, x1, y1 = (item["box"] * 64).round().int().tolist()
         inside = item["full"][:, y0 + 2 : y1 - 2, x0 + 2 : x1 - 2]
@@ -61,7 +61,7 @@ def test_rows_without_a_box_are_negatives_and_give_the_box_no_gradient(tmp_path)
     assert negatives > without and negatives - without < 3  # the objectness alone
     head: BoxHead = model.box_head
     loss(**batch, box=torch.full((2, 4), float("nan")))["loss"].backward()
-    gradients = head.out.weight.grad[2:]  # centre and size
+    gradients = head.out.weight.grad[2:]  # center and size
     assert gradients.abs().sum() == 0 and head.out.weight.grad[1].abs().sum() > 0
 
 

@@ -14,7 +14,7 @@ from l2r2_models.checkpoints import checkpoint as hub
 from l2r2_models.images import load_image
 from l2r2_models.localize import create_localizer
 from l2r2_models.localize.regions import largest_region
-from l2r2_models.localize.unsupervised import activation_map, normalised_cut, otsu, patch_features
+from l2r2_models.localize.unsupervised import activation_map, normalized_cut, otsu, patch_features
 
 
 def planted(height, width, box, noise, seed=0):
@@ -30,14 +30,14 @@ def planted(height, width, box, noise, seed=0):
 @pytest.mark.parametrize("box", [(2, 3, 6, 7), (0, 0, 3, 2), (9, 1, 12, 9), (5, 5, 6, 6)])
 @pytest.mark.parametrize("noise", [0.0, 0.2])
 def test_a_planted_object_is_cut_out_exactly(box, noise):
-    mask = normalised_cut(planted(9, 12, box, noise), 0.5)
+    mask = normalized_cut(planted(9, 12, box, noise), 0.5)
     x0, y0, x1, y1 = box
     expected = torch.zeros(9, 12, dtype=torch.bool)
     expected[y0:y1, x0:x1] = True
     assert torch.equal(mask, expected)
 
 
-def test_the_cut_is_the_generalised_eigenvector_of_the_paper():
+def test_the_cut_is_the_generalized_eigenvector_of_the_paper():
     from scipy.linalg import eigh
     from scipy.ndimage import label
 
@@ -49,17 +49,17 @@ def test_the_cut_is_the_generalised_eigenvector_of_the_paper():
     seed = abs(second).argmax()
     side = (second > second.mean()) if second[seed] > second.mean() else (second <= second.mean())
     regions = label(side.reshape(7, 8))[0]
-    assert normalised_cut(features, 0.2).tolist() == (regions == regions.flatten()[seed]).tolist()
+    assert normalized_cut(features, 0.2).tolist() == (regions == regions.flatten()[seed]).tolist()
 
 
 def test_only_one_of_two_alike_objects_is_the_box():
     features = planted(8, 12, (1, 1, 4, 4), 0.0)
     features[:, 5:7, 8:11] = features[:, 1:2, 1:2]
-    mask = normalised_cut(features, 0.5)
+    mask = normalized_cut(features, 0.5)
     assert int(mask.sum()) in (9, 6)
 
 
-class Colours(nn.Module):
+class Colors(nn.Module):
     """A network whose feature map is the image itself, averaged over cells of 16 pixels."""
 
     def __init__(self):
@@ -73,9 +73,9 @@ class Colours(nn.Module):
 @pytest.mark.parametrize("size", [(192, 96), (96, 192), (128, 128)])
 def test_boxes_come_back_in_pixels_and_padding_is_no_object(tmp_path, size):
     localizer = create_localizer(f"ncut:{write_run(tmp_path / 'run')}?tau=0.5", device="cpu")
-    localizer.model.backbone = Colours()
+    localizer.model.backbone = Colors()
     side = max(size)
-    localizer.model.view_spec = ViewSpec(size=side, fill=(255, 0, 255))  # padding in the most striking colour
+    localizer.model.view_spec = ViewSpec(size=side, fill=(255, 0, 255))  # padding in the most striking color
     image = Image.new("RGB", size, (30, 90, 30))
     image.paste((200, 30, 30), (32, 16, 80, 64))
     (found,) = localizer([image])

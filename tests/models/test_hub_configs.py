@@ -20,15 +20,15 @@ GOOD = {
     "default": True,
     "source": "convnext_base.in1k",
     "hub_id": "timm/convnext_base.in1k",
-    "licence": "apache-2.0",
+    "license": "apache-2.0",
     "labels": "1000 classes",
     "parameters": 5,
     "input_size": 224,
     "top1": 85.5,
     "made_by": "derived",
 }
-TEXTS = ("architecture", "tag", "source", "hub_id", "licence", "labels", "made_by")
-OPTIONAL = ("licence", "labels", "top1")
+TEXTS = ("architecture", "tag", "source", "hub_id", "license", "labels", "made_by")
+OPTIONAL = ("license", "labels", "top1")
 
 
 def refused(data):
@@ -48,7 +48,7 @@ def test_a_whole_number_is_a_fine_accuracy():
     assert parse_hub_config({**GOOD, "top1": 85}, "some.yaml").top1 == 85
 
 
-@pytest.mark.parametrize("key", ["colour", 5, None, True, ("a", "b")])
+@pytest.mark.parametrize("key", ["color", 5, None, True, ("a", "b")])
 def test_unknown_keys(key):
     assert "unknown key" in refused({**GOOD, key: 1})
     assert "unknown key" in refused({**GOOD, key: 1, "another": 2})
@@ -102,7 +102,7 @@ TRAINED = {
     "default": False,
     "label_names": ["oak", "elm"],
     "model_args": {"branches": ["full", "fg"]},
-    "localizer": {"spec": "owlv2", "prompt": "tree", "licence": "apache-2.0"},
+    "localizer": {"spec": "owlv2", "prompt": "tree", "license": "apache-2.0"},
     "metrics": [{"dataset": "trees", "split": "test", "output": "fused", "metric": "accuracy", "value": 0.9}],
 }
 
@@ -158,10 +158,10 @@ def test_values_make_sense():
         assert "/" in c.hub_id and c.tag in c.source and c.made_by, c.name
 
 
-def test_source_licence_and_size_are_timms():
+def test_source_license_and_size_are_timms():
     for c in load_hub_configs():
         cfg = get_pretrained_cfg(c.source, allow_unregistered=False)
-        assert c.licence == (cfg.license or None), c.name
+        assert c.license == (cfg.license or None), c.name
         assert c.input_size == cfg.input_size[-1] and c.hub_id == (cfg.hf_hub_id or c.hub_id), c.name
         assert (c.labels is None) == (not cfg.num_classes), c.name
 

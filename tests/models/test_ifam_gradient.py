@@ -17,7 +17,7 @@ POOLS = {
 
 
 def weighted_answer(net, x, weights):
-    """Stage 2 on all tokens of one image: attention weights times those of the keys `[N]`, normalised after it; so the mean."""
+    """Stage 2 on all tokens of one image: attention weights times those of the keys `[N]`, normalized after it; so the mean."""
     vit, head = net.backbone_of("fg"), net.heads["fg"]
     y, prefixes = vit._pos_embed(vit.patch_embed(x)), vit.num_prefix_tokens
     keys = torch.cat([weights.new_ones(prefixes), weights])

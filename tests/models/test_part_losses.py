@@ -39,10 +39,10 @@ def test_presence_wants_every_part_once_in_the_batch():
 
 
 def test_background_wants_to_lie_at_the_edges():
-    centre = torch.zeros(1, 2, 7, 7)
-    centre[:, 1, 2:5, 2:5] = 1
-    centre[:, 0] = 1 - centre[:, 1]
-    assert background_loss(1 - centre) < 0.2 < 1 < background_loss(centre)
+    center = torch.zeros(1, 2, 7, 7)
+    center[:, 1, 2:5, 2:5] = 1
+    center[:, 0] = 1 - center[:, 1]
+    assert background_loss(1 - center) < 0.2 < 1 < background_loss(center)
 
 
 def test_variation_and_entropy():
@@ -50,7 +50,7 @@ def test_variation_and_entropy():
     assert variation_loss(flat) == 0 and entropy_loss(flat) == pytest.approx(1)
     hard = maps_of(PART)
     assert entropy_loss(hard) == pytest.approx(0, abs=1e-5)
-    # a 3 x 3 corner has 3 jumps along each direction, in both maps, over 5 x 6 neighbours
+    # a 3 x 3 corner has 3 jumps along each direction, in both maps, over 5 x 6 neighbors
     assert variation_loss(hard) == pytest.approx(2 * 2 * 3 / 30)
 
 

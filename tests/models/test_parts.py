@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import COLOURS, write_dataset, write_run
+from conftest import COLORS, write_dataset, write_run
 from html_pages import Page
 from PIL import Image
 from typer.testing import CliRunner
@@ -43,11 +43,11 @@ def test_figures_by_hand():
     assert found_parts([[[0, 0]]], [[[0, 0]]], has_mask=[False]).agreement() == {}
 
 
-def test_a_picture_shows_parts_in_colour_and_the_rest_dark():
+def test_a_picture_shows_parts_in_color_and_the_rest_dark():
     pixels = np.asarray(draw_parts(found_parts([[[0, 1], [2, 0]]], [[[0, 0], [0, 0]]], keep=[[[1, 1], [0, 0]]]), 0)).astype(int)
     side = len(pixels)
     corners = pixels[[2, 2, -3, -3], [2, -3, 2, -3]]
-    assert side == 256 and abs(corners[0] - corners[1]).max() > 50  # two parts, two colours
+    assert side == 256 and abs(corners[0] - corners[1]).max() > 50  # two parts, two colors
     assert corners[2].max() < 64 and corners[3].max() < 64  # background, and a part that was dropped by hand
 
 
@@ -79,7 +79,7 @@ def ifam(tmp_path_factory):
         num_heads=2,
     )
     model.view_spec = model.view_spec.from_pretrained_cfg(model.pretrained_cfg, size=PATCH * GRID, fg_mode="parts")
-    hub.save_checkpoint(model, folder / "run", sorted(COLOURS))
+    hub.save_checkpoint(model, folder / "run", sorted(COLORS))
     return folder / "run", data
 
 

@@ -11,7 +11,7 @@ from l2r2_models import L2R2Error
 from l2r2_models.models.hub_configs import load_hub_configs
 from l2r2_models.models.registry import ARCHITECTURES, _trained_cfg, default_cfgs
 
-# the configs were made from timm 1.0.31; older versions know fewer tags and licences
+# the configs were made from timm 1.0.31; older versions know fewer tags and licenses
 OLD_TIMM = tuple(int(part) for part in timm.__version__.split(".")[:3]) < (1, 0, 31)
 
 
@@ -37,7 +37,7 @@ def test_hub_configs_agree_with_timms_registry():
         if source is None and OLD_TIMM:
             continue  # the zoo leaves out a tag that the installed timm does not know
         assert config.hub_id == source.hf_hub_id
-        assert config.licence == source.license or OLD_TIMM
+        assert config.license == source.license or OLD_TIMM
         assert config.input_size == source.input_size[-1]
         assert (config.labels is None) == (source.num_classes == 0)
         assert config.tag in default_cfgs[config.architecture].cfgs

@@ -52,7 +52,7 @@ def test_a_page_fetches_nothing(tmp_path, logits):
     assert "@import" not in text and not re.search(r"url\((?!#)", text)
 
 
-def test_figures_take_the_colour_of_the_page(logits):
+def test_figures_take_the_color_of_the_page(logits):
     for figure in (reliability_diagram({"a": logits[0]}, logits[1]), bars_by_group({"a": {"x": 0.1}}, {"a": {"x": (0.0, 0.2)}})):
         assert "currentColor" in figure and not re.search(r"#000000|#0a0b0d", figure)
 
@@ -67,7 +67,7 @@ def test_a_page_is_the_same_every_time(tmp_path, logits):
 
 
 def test_the_box_is_drawn_where_it_is(tmp_path):
-    """On a grey image of 512x256, shown at half its size, the light line runs along the halved box."""
+    """On a gray image of 512x256, shown at half its size, the light line runs along the halved box."""
     import base64
     import io
 

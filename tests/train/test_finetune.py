@@ -29,7 +29,7 @@ def test_a_run_holds_a_checkpoint_that_predicts_and_how_it_was_made(dataset, tmp
     run = tmp_path / "run"
     assert sorted(p.name for p in run.iterdir()) == ["config.json", "model.safetensors", "recipe.yaml", "run.json"]
     assert set(result.metrics) >= {"fused_accuracy", "full_accuracy", "fg_accuracy"}
-    assert result.metrics["fg_accuracy"] >= 0.9  # the square's colour is the class
+    assert result.metrics["fg_accuracy"] >= 0.9  # the square's color is the class
     record = json.loads((run / "run.json").read_text())
     assert Recipe.from_dict(record["recipe"]) == recipe(epochs=6, lr=2e-3, label_smoothing=0.0)
     assert record["versions"]["timm"] and record["metrics"] == result.metrics

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from conftest import COLOURS, write_run
+from conftest import COLORS, write_run
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 from typer.testing import CliRunner
@@ -23,7 +23,7 @@ from l2r2_models.train.init import InitCheckpoint
 from l2r2_models.train.models import create_model
 from l2r2_models.train.recipe import Recipe
 
-CLASSES = tuple(sorted(COLOURS))
+CLASSES = tuple(sorted(COLORS))
 
 
 def started(init, classes=CLASSES, **keys):
@@ -205,10 +205,10 @@ def test_the_card_knows_where_it_came_from(tmp_path):
     config["pretrained_cfg"].pop("license", None)
     (made / "config.json").write_text(json.dumps(config))
     about = InitCheckpoint.read(str(made)).about()
-    assert source_of_training({"init": about, "recipe": {"pretrained": True, "model": "l2r2_resnet18"}}).licence == "cc-by-nc-4.0"
+    assert source_of_training({"init": about, "recipe": {"pretrained": True, "model": "l2r2_resnet18"}}).license == "cc-by-nc-4.0"
     config["pretrained_cfg"]["license"], config["l2r2"]["training"] = "cc-by-sa-4.0", {}  # as it was published, then fetched
     (made / "config.json").write_text(json.dumps(config))
-    assert InitCheckpoint.read(str(made)).about()["source"] == {"name": "nc", "hub_id": None, "licence": "cc-by-sa-4.0"}
+    assert InitCheckpoint.read(str(made)).about()["source"] == {"name": "nc", "hub_id": None, "license": "cc-by-sa-4.0"}
     assert source_of_training({"init": {"source": {"name": 3}}}).name is None
 
 

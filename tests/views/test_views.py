@@ -15,7 +15,7 @@ NAN = float("nan")
 NONE = [NAN] * 4
 FILL = (124, 116, 104)
 SIZES = [(48, 64), (64, 48), (37, 91), (5, 120), (24, 24)]  # height, width
-LEVELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}  # normalised values are levels of 255
+LEVELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}  # normalized values are levels of 255
 BRANCHES = ("full", "fg", "bg")
 
 
@@ -109,7 +109,7 @@ def compare(size, spec, masked, tolerance):
 def test_pil_mode_is_pillow_bit_for_bit(fg, masked, margin, interpolation):
     for size in SIZES:
         spec = ViewSpec(size=32, fg_mode=fg, margin=margin, interpolation=interpolation, mode="pil", **LEVELS)
-        compare(size, spec, masked, 1e-4)  # float32 normalisation; a level that is off by one shows
+        compare(size, spec, masked, 1e-4)  # float32 normalization; a level that is off by one shows
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -135,7 +135,7 @@ def test_bg_with_and_without_outline(bg):
     assert torch.equal(view.round() == 0, erased)
 
 
-def test_values_are_normalised():
+def test_values_are_normalized():
     image = torch.full((10, 10, 3), 200, dtype=torch.uint8)
     spec = ViewSpec(size=8)
     full = make_views([image], None, spec).full[0, :, 4, 4]
@@ -303,7 +303,7 @@ def test_tensors_of_another_form(shape, dtype):
 
 # ---- cut_batch ----
 
-MEAN = tuple(f / 255 for f in FILL)  # so that the fill is exactly 0 when normalised
+MEAN = tuple(f / 255 for f in FILL)  # so that the fill is exactly 0 when normalized
 
 
 def batch(count=4, size=(40, 40)):
