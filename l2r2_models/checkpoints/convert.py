@@ -22,7 +22,7 @@ from .checkpoint import CONFIG, load_checkpoint, save_checkpoint
 
 ORDER = ("full", "fg", "bg")
 # fields of a ViewSpec that say how one branch alone looks
-OWN_VIEWS = {"fg": ("fg", "margin", "late_stage", "late_pool", "coverage"), "bg": ("bg",)}
+OWN_VIEWS = {"fg": ("fg_mode", "margin", "late_stage", "late_pool", "coverage"), "bg": ("bg",)}
 
 
 def derive(

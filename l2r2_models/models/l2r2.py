@@ -204,6 +204,7 @@ class L2R2(TimmContract):
         bg: Tensor | None = None,
         mask: Tensor | None = None,
         objectness: Tensor | None = None,
+        full_logits: Tensor | None = None,
     ) -> L2R2Output:
         """Logits of the branches whose view is given, and their fusion.
 
@@ -213,6 +214,7 @@ class L2R2(TimmContract):
             mask: `[B, h, w]` of any size (see `masking.coverage`), bool or in 0..1, the object in the whole image, for an fg
                 that is masked inside the network (`late`, `tokens`). The image is `fg` if that is given too, else `full`. A
                 row whose mask keeps nothing counts as not found.
+            full_logits: `[B, classes]`, what an earlier pass gave for the full branch, instead of `full`.
             objectness: `[B]` in [0, 1], the boxes' scores, for a fusion that weighs them; None: every box counts as certain.
 
         Returns:
@@ -221,10 +223,15 @@ class L2R2(TimmContract):
         Raises:
             L2R2Error: a branch that the model lacks, no view, or a mask that does not fit.
         """
-        logits, seen, located = self._branch_logits({"full": full, "fg": fg, "bg": bg}, mask)
-        given = next(iter(logits.values()))
+        views = {"full": full, "fg": fg, "bg": bg}
+        known = {} if full_logits is None else {"full": full_logits}
+        logits, seen, located = dict(known), None, None
+        if not known or any(view is not None for view in views.values()):
+            others, seen, located = self._branch_logits(views, mask)
+            logits.update(others)
+        first = next(iter(logits.values()))
         if has_fg is None:
-            has_fg = torch.ones(given.shape[0], dtype=torch.bool, device=given.device)
+            has_fg = torch.ones(first.shape[0], dtype=torch.bool, device=first.device)
         if seen is not None:
             has_fg = has_fg & seen
         fused = self.fuse(logits, has_fg, objectness)

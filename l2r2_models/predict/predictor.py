@@ -295,13 +295,9 @@ class Predictor:
             masks=[row.mask for row in rows],
             device=self.device,
         )
-        if full is None:
-            output = self.model.forward_views(**views.inputs(), objectness=scores)
-            return output, output.has_fg.tolist()
-        cut = {branch: getattr(views, branch) for branch in self.model.branches if branch != "full"}
-        logits = {"full": full, **(self.model.forward_branches(**cut) if cut else {})}
-        fused = self.model.fuse(logits, views.has_fg, scores)
-        return L2R2Output(full, logits.get("fg"), fused, logits.get("bg"), views.has_fg), views.has_fg.tolist()
+        known_full = {} if full is None else {"full_logits": full}
+        output = self.model.forward_views(**views.inputs(), objectness=scores, **known_full)
+        return output, output.has_fg.tolist()
 
     def _usable(self, item: _Item) -> tuple[Detections | None, str]:
         """The boxes to classify, or None and why there are none (METHOD.md 2)."""

@@ -377,8 +377,8 @@ def test_an_upload_that_breaks_off(finished, there, l2r2, monkeypatch):
 def test_other_hashes_there_than_here(finished, tmp_path, there, monkeypatch):
     import hub_double
 
-    entry = hub_double._entry
-    monkeypatch.setattr(hub_double, "_entry", lambda path, content: entry(path, content + b"x" * (path == "config.json")))
+    entry = hub_double.entry_of
+    monkeypatch.setattr(hub_double, "entry_of", lambda path, content: entry(path, content + b"x" * (path == "config.json")))
     with pytest.raises(L2R2Error, match=r"the Hub's config\.json differs"):
         push(made(finished, tmp_path))
 
