@@ -123,19 +123,16 @@ def test_gradient_checkpointing_changes_nothing(name):
 
 
 def test_fx(name):
-    if finds_parts(name):
-        pytest.skip("an ifam model cannot be traced by FX, as its docstring says")
     model, x = build(name).eval(), images(name)
     tracer = NodePathTracer(
         leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions(), param_shapes_constant=True
     )
     traced = torch.fx.GraphModule(model, tracer.trace(model))
-    assert torch.equal(traced(x), model(x))
+    tolerance = 1e-5 if finds_parts(name) else 0  # a graph masks keys where the model drops tokens
+    assert torch.allclose(traced(x), model(x), rtol=0, atol=tolerance)
 
 
 def test_jit(name):
-    if finds_parts(name):
-        pytest.skip("an ifam model cannot be scripted, as its docstring says")
     with timm.layers.set_scriptable(True):
         model = build(name).eval()
     x = images(name)
