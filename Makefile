@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TIMM := $(VENV)/timm-sources
 
-.PHONY: demo test lint benchmark benchmark-robustness
+.PHONY: demo test test-more lint benchmark benchmark-robustness
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
@@ -27,11 +27,18 @@ $(TIMM): $(INSTALLED)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/mypy --no-error-summary
 
-# One thread a worker: threads of several workers wait for each other on few cores.
-test: lint $(TIMM)
-	@L2R2_TIMM_CHECKOUT=$(CURDIR)/$(TIMM) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2
+# One thread per worker: threads of several workers wait for each other on few cores.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2
+
+test: lint
+	@$(PYTEST)
+
+# The Triton kernels in the interpreter and compiled for sm_90, and timm's own suite on our models.
+test-more: $(INSTALLED) $(TIMM)
+	@L2R2_TIMM_CHECKOUT=$(CURDIR)/$(TIMM) $(PYTEST) -m "interpreter or timm_suite"
 
 benchmark: $(INSTALLED)
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q benchmarks/speed -p no:xdist

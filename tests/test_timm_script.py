@@ -62,6 +62,7 @@ def checkpoint(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("checkpoint") / "run")
 
 
+@pytest.mark.timm_suite
 @pytest.mark.skipif(not CHECKOUT, reason="L2R2_TIMM_CHECKOUT names no checkout of timm's repository")
 @pytest.mark.parametrize("script", ["train", "validate", "inference", "benchmark", "onnx_export"])
 def test_timms_scripts(script, images, checkpoint, tmp_path):

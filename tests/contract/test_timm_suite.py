@@ -1,4 +1,4 @@
-"""timm's own test_models.py on our models. It is in timm's source distribution and not in the wheel: `make test` fetches it."""
+"""timm's own test_models.py on our models. It is in timm's source distribution and not in the wheel: `make test-more` fetches it."""
 
 import os
 import subprocess
@@ -21,6 +21,7 @@ SMALL = (
 )
 
 
+@pytest.mark.timm_suite
 @pytest.mark.timeout(1800)
 def test_timms_own_tests_pass_unchanged():
     """L2R2_TIMM_CHECKOUT=folder of timm's sources; L2R2_TIMM_MODELS='l2r2_*' for all sizes. Weights are not downloaded."""
