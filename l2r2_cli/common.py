@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -18,6 +18,9 @@ def printable(text: str) -> str:
 
     return printable(text)
 
+
+if TYPE_CHECKING:
+    from l2r2_models.fusion import GroupShare
 
 T = TypeVar("T")
 
@@ -42,6 +45,15 @@ def show(table: Any) -> None:
     """Print a table; a pipe has no width to wrap at."""
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(table)
+
+
+def show_shares(shares: Mapping[str, GroupShare], most: int = 20) -> None:
+    """Print how many backgrounds of each group mislead, those with the most first."""
+    order = sorted(shares, key=lambda group: -shares[group].misled)
+    for group in order[:most]:
+        say(f"{group}: {shares[group]}, {shares[group].objects} objects")
+    if len(order) > most:
+        say(f"and {len(order) - most} more groups, {shares[order[most]].misled:.0%} or less")
 
 
 def cell(text: str) -> str:

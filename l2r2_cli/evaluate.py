@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .common import cell, errors, numbers, say, show, track
+from .common import cell, errors, numbers, say, show, show_shares, track
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,6 +39,9 @@ def evaluate(
     token_quantile: Annotated[
         float, typer.Option(help="ifam models: without patches below this quantile of their part's training logits.")
     ] = 0.0,
+    adapt: Annotated[
+        str, typer.Option(help="Fuse the images of one place together: group:COLUMN, folder, batch:N or off.")
+    ] = "off",
     report: Annotated[Optional[Path], typer.Option(help="Write an HTML page: tables, figures, disagreements.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -60,6 +63,7 @@ def evaluate(
         skip_bad=skip_bad,
         drop_parts=numbers("--drop-parts", drop_parts),
         token_quantile=token_quantile,
+        adapt=adapt,
         progress=lambda batches, total: track(batches, total, "branch logits"),
     )
     result = evaluation_of(judged)
@@ -95,6 +99,7 @@ def _print(judged: Judged, result: Evaluation) -> None:
         f"{result.images} images of {result.split}, {result.with_object} with an object found{how}; "
         f"either branch right (oracle): {100 * result.oracle:.1f}{fitted}"
     )
+    show_shares(judged.shares)
     if pairs := _confused(judged, result):
         say(f"most confused by {judged.answer} (truth -> answer): {pairs}")
     for note in result.notes:

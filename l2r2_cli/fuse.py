@@ -15,11 +15,19 @@ def fuse(
     run: Annotated[Path, typer.Argument(help="A run's folder; the fitted fusion is saved into it.")],
     data: Annotated[Path, typer.Argument(help="A data set, see `l2r2 finetune`.")],
     split: Annotated[str, typer.Option(help="Held-out rows to fit on, never the rows to be judged by.")] = "val",
-    method: Annotated[Optional[str], typer.Option(help="A fusion.", show_default="best_on_val, the best of all")] = None,
+    method: Annotated[Optional[str], typer.Option(help="A fusion.", show_default="best_on_val: by regret")] = None,
     class_wise: Annotated[bool, typer.Option("--class-wise", help="One temperature a class, where a fusion scales.")] = False,
     val_backgrounds: Annotated[
-        str, typer.Option(help="plain, swapped (objects on other images' backgrounds) or both: for where backgrounds change.")
-    ] = "plain",
+        Optional[str],
+        typer.Option(
+            help="Rows to fit and choose on: plain (as they are), swapped (each object on three other backgrounds), or both.",
+            show_default="both, where objects have boxes or masks",
+        ),
+    ] = None,
+    backgrounds: Annotated[
+        Optional[Path],
+        typer.Option(help="A folder of images (empty frames, scenes) to swap in.", show_default="the training images"),
+    ] = None,
     group: Annotated[
         Optional[str], typer.Option(help="Metadata column (site, physical object): what is alike is not fitted and judged on.")
     ] = None,
@@ -33,7 +41,11 @@ def fuse(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show; leave the run as it is.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Fit the fusion of a run on held-out rows, from branch logits that are computed once and stored."""
+    """Fit the fusion of a run on held-out rows, from branch logits that are computed once and stored.
+
+    The fusion is chosen by regret: the one that is least behind the best of fg, full and their average, on held-out images as
+    they are and on other backgrounds, whichever is worse. None is chosen that loses to fg on either.
+    """
     from l2r2_models.evaluate.fit_run import fit_run
 
     report = fit_run(
@@ -43,6 +55,7 @@ def fuse(
         method=method,
         class_wise=class_wise,
         backgrounds=val_backgrounds,
+        scenes=backgrounds,
         group=group,
         inputs=names(inputs),
         metric=metric,
@@ -60,10 +73,15 @@ def fuse(
         typer.echo(json.dumps(report.to_dict()))
         return
     what = {"plain": "images", "swapped": "images on other backgrounds", "both": "images as they are and on other backgrounds"}
-    rows = f"{report.rows} {what[val_backgrounds]} of {split}, {report.with_object} with an object"
+    rows = f"{report.rows} {what[report.backgrounds]} of {split}, {report.with_object} with an object"
     say(f"fitted on {rows}; on unseen fifths of them, in %:")
-    say(f"  {'fusion':26} {'right':>5}  {'ECE':>5}")
-    for name, (accuracy, ece, numbers) in report.table.items():
-        mark = "  <- chosen" if name == report.chosen else ""
-        say(f"  {name:26} {100 * accuracy:5.1f}  {100 * ece:5.1f}  {numbers:>6} numbers{mark}")
+    columns = list(next(iter(report.table.values())))
+    say(f"  {'':26}" + "".join(f"  {name:^18}" for name in columns))
+    say(f"  {'fusion':26}" + "  right   ECE    NLL" * len(columns))
+    for name, by in report.table.items():
+        found = "".join(f"  {100 * m['accuracy']:5.1f} {100 * m['ece']:5.1f}  {m['nll']:5.2f}" for m in by.values())
+        numbers = f"{report.numbers[name]:>6} numbers" if name in report.numbers else ""
+        say(f"  {name:26}{found}{numbers}{'  <- chosen' if name == report.chosen else ''}")
+    if report.reason:
+        say(report.reason)
     say(f"{'would change' if dry_run else 'saved into'} {run}: {json.dumps(report.config)}")

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .common import errors, say, track
+from .common import errors, say, show_shares, track
 
 METADATA_BOXES = "the boxes in a folder's metadata.csv/.jsonl"
 
@@ -23,6 +23,13 @@ def predict(
     topk_prompts: Annotated[
         Optional[int], typer.Option(min=1, help="Ask the localizer for so many classes that the whole image suggests.")
     ] = None,
+    adapt: Annotated[
+        str,
+        typer.Option(
+            help="Fuse the images of one place together: group:COLUMN (of the metadata), folder, batch:N, or off. Worth it "
+            "where photos come in sites: how many backgrounds mislead there is estimated without labels."
+        ),
+    ] = "off",
     split: Annotated[Optional[str], typer.Option(help="Only this split of a data set.")] = None,
     box_threshold: Annotated[
         Optional[float], typer.Option(min=0, max=1, help="Boxes with a lower score are not used.", show_default="the model's")
@@ -55,7 +62,7 @@ def predict(
     if meant_for and not inputs.entries and localizer is None:
         hint = f"no boxes are given, the whole image answers; this model is meant for those of --localizer {meant_for}"
         errors.print(hint)
-    report = predict_to_file(predictor, inputs, out, lambda items, total: track(items, total, "predicting"))
+    report = predict_to_file(predictor, inputs, out, lambda items, total: track(items, total, "predicting"), adapt)
     for image in report.failures[:10]:
         errors.print(f"failed: {image['failure']}")
     if unlocalized := report.localizer_failures:
@@ -68,6 +75,7 @@ def predict(
         f"{report.total} images{again}: {sources.total()} answers, {sources['fused']} with an object found, "
         f"{sources['full']} from the whole image{because}; {len(report.failures)} failed"
     )
+    show_shares(report.shares)
     say(f"wrote {out}")
     if report.failures or (unlocalized and localizer is not None):  # the same command tries these again
         raise typer.Exit(1)

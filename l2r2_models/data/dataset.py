@@ -87,7 +87,7 @@ def sample_of(row: Row, fill: Sequence[int], box_threshold: float = 0.0, draw: r
 
     Args:
         row: the row. With a `background`, the object lies on the object-free background of that row, at its own place; unless one
-            of the two has no object, then the image stays as it is.
+            of the two has no object, then the image stays as it is. A background without boxes and mask is taken as a whole.
         fill: color under transparent pixels.
         box_threshold: boxes with a lower score count as not found.
         draw: picks one of several boxes; None takes the best.
@@ -104,8 +104,9 @@ def sample_of(row: Row, fill: Sequence[int], box_threshold: float = 0.0, draw: r
         mask = found.masks[pick]
     if row.background is not None:
         other, objects, other_mask = _decode(row.background, fill, box_threshold)
-        if len(objects):
-            pixels = paste_object(pixels, box, _of_box(mask, found, pick), background_of(other, objects.boxes, other_mask))
+        if len(objects) or row.background.is_bare:
+            empty = background_of(other, objects.boxes, other_mask) if len(objects) else other
+            pixels = paste_object(pixels, box, _of_box(mask, found, pick), empty)
     return Sample(pixels, box, mask, float(found.scores[pick]))
 
 

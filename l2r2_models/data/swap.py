@@ -16,6 +16,11 @@ from ..errors import L2R2Error
 from .table import ImageTable, Row
 
 
+def donors_of(table: ImageTable, box_threshold: float = 0.0, whole: bool = False) -> list[Row]:
+    """The images that can give a background, see `swapped`."""
+    return [row for row in table.whole_images() if row.may_have_object(box_threshold) or (whole and row.is_bare)]
+
+
 def swapped(
     table: ImageTable,
     donors: ImageTable,
@@ -23,6 +28,7 @@ def swapped(
     copies: int = 1,
     classes: str = "other",
     box_threshold: float = 0.0,
+    whole: bool = False,
     seed: int = 0,
 ) -> ImageTable:
     """Give every row with an object the backgrounds of other images.
@@ -34,6 +40,8 @@ def swapped(
         classes: which donors an object may get: of `other` classes, of the `same` class, or `any` (the latter two are Mixed-Same
             and Mixed-Rand of IN-9; Xiao et al. 2020). Its own image never; one with objects of several classes is another class.
         box_threshold: see `sample_of`; use the same value there.
+        whole: donors without boxes and masks are backgrounds as they are (empty frames, scenes); else they give none, because an
+            object may be on them.
         seed: of the draw; a row's backgrounds depend on it, the row's name, and the donors.
 
     Returns:
@@ -44,7 +52,7 @@ def swapped(
     """
     if classes not in ("other", "same", "any"):
         raise L2R2Error(f'Backgrounds can be of classes "other", "same" or "any", not "{classes}".')
-    able = [row for row in donors.whole_images() if row.may_have_object(box_threshold)]
+    able = donors_of(donors, box_threshold, whole)
     by_label: dict[str | None, list[Row]] = {}
     for row in able:
         by_label.setdefault(row.label, []).append(row)

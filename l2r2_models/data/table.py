@@ -40,6 +40,11 @@ class Row:
         """Whether a mask, or a box of at least this score, is named; whether it lies in the image shows when it is decoded."""
         return self.mask_file is not None if self.entry is None else any(s >= box_threshold for s in self.entry.scores)
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether neither a mask nor boxes are named, not even that none was found."""
+        return self.mask_file is None and self.entry is None
+
 
 @dataclass(frozen=True)
 class ImageTable:

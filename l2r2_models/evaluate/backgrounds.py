@@ -13,13 +13,31 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..data.swap import swapped
-from ..data.table import ImageTable
+from ..data.swap import donors_of, swapped
+from ..data.table import METADATA, ImageTable, Row, read_table
 from ..errors import L2R2Error
+from ..images import list_images
 from .logits import BranchLogits, Progress, branch_logits
 
 BACKGROUNDS = ("plain", "swapped", "both")
 COPIES = 3  # backgrounds an object is laid on: one draw says little on a hundred images
+
+
+def backgrounds_in(folder: Path) -> ImageTable:
+    """The images of a folder as donors of backgrounds: empty frames, scenes, or a data set, whose objects are removed.
+
+    Raises:
+        L2R2Error: no image in the folder.
+    """
+    if any((folder / name).exists() for name in METADATA):
+        return read_table(folder)
+    return ImageTable(folder, tuple(Row(path) for path in list_images([folder])))
+
+
+def default_backgrounds(rows: ImageTable, donors: ImageTable, box_threshold: float, whole: bool = False) -> str:
+    """`both` where rows have objects that can be laid on other backgrounds, and there are enough of these, else `plain`."""
+    objects = any(row.may_have_object(box_threshold) for row in rows.rows)
+    return "both" if objects and len(donors_of(donors, box_threshold, whole)) > COPIES else "plain"
 
 
 def logits_to_fit(
@@ -29,6 +47,7 @@ def logits_to_fit(
     backgrounds: str = "plain",
     store: Path | None = None,
     *,
+    whole: bool = False,
     skip_bad: bool = False,
     progress: Progress = lambda batches, _: batches,
 ) -> BranchLogits:
@@ -37,10 +56,11 @@ def logits_to_fit(
     Args:
         checkpoint: the model.
         rows: held-out rows with labels.
-        donors: rows that give backgrounds: those that were trained on; without any, `rows` themselves.
+        donors: rows that give backgrounds, e.g. those that were trained on.
         backgrounds: `plain`: the rows as they are; `swapped`: each object on the backgrounds of three other images of any class
             (of other classes only, the background would speak against the class, and a fusion learn to believe the contrary of
-            it); `both`: the two with equal weight (each plain row is repeated three times).
+            it); `both`: the two.
+        whole: see `swapped`.
         store, skip_bad, progress: see `branch_logits`.
 
     Raises:
@@ -51,11 +71,11 @@ def logits_to_fit(
     parts = []
     if backgrounds != "swapped":
         plain = branch_logits(checkpoint, rows, store, skip_bad=skip_bad, progress=progress)
-        parts = [plain] * (COPIES if backgrounds == "both" else 1)
-        rows = replace(rows, rows=tuple(row for row in rows.rows if row.path not in plain.bad))
+        parts = [plain]
+        rows, donors = (replace(t, rows=tuple(row for row in t.rows if row.path not in plain.bad)) for t in (rows, donors))
     if backgrounds != "plain":
         threshold = checkpoint.box_threshold
-        table = swapped(rows, donors if len(donors) else rows, copies=COPIES, classes="any", box_threshold=threshold)
+        table = swapped(rows, donors, copies=COPIES, classes="any", box_threshold=threshold, whole=whole)
         parts.append(branch_logits(checkpoint, table, store, skip_bad=skip_bad, progress=progress))
     return _joined(parts)
 

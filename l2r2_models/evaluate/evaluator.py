@@ -15,13 +15,14 @@ from torch import Tensor
 from ..checkpoints.checkpoint import Checkpoint, load_checkpoint
 from ..data.table import ImageTable, read_table
 from ..errors import L2R2Error
-from ..fusion import FUSIONS, INPUTS, Fusion, MetadataPrior, create_fusion, with_fallback
+from ..fusion import FUSIONS, INPUTS, Fusion, Grouping, GroupShare, MetadataPrior, create_fusion, with_fallback
 from ..fusion.calibration import fit_temperature
 from ..runs import LOGITS, record_of
 from .fit_run import rows_of, trained_on, warnings_of
 from .fuse import fit, fuse
 from .logits import BranchLogits, Progress, branch_logits
 from .metrics import confusion_matrix, measure, oracle
+from .shift import adapt_run, can_fuse
 
 OWN = "fused: "  # before the name of the fusion that the run holds
 Correct = Callable[[Tensor, ImageTable], Tensor]
@@ -42,6 +43,8 @@ class Judged:
         fusions: the other fusions, with their fitted numbers.
         temperatures: by output, fitted on `fitted_on`; empty without it.
         group: the metadata column that rows are grouped by, and groups: its value of each row.
+        shares: how many backgrounds mislead, see `fuse_groups`, by the groups of `adapt`, or else by `groups`, or in the split;
+            empty where the fusion was not fitted to know its batch.
         warnings: what makes the figures too good, or empty. notes: what else one must know to read them.
     """
 
@@ -55,6 +58,7 @@ class Judged:
     temperatures: dict[str, float]
     group: str | None
     groups: tuple[str, ...] | None
+    shares: dict[str, GroupShare]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -88,6 +92,7 @@ class Evaluation:
         labels: the classes' names, in the order of `confusion`.
         confusion: images by truth (rows) and answer (columns), for the run's branches and its fusion.
         group, groups: the column, and the images of each of its values.
+        shares: see `Judged.shares`.
         left_out: images that could not be used, with the reason.
         warnings, notes: sentences.
     """
@@ -103,6 +108,7 @@ class Evaluation:
     confusion: dict[str, list[list[int]]]
     group: str | None
     groups: dict[str, int]
+    shares: dict[str, dict[str, float]]
     left_out: dict[str, str]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
@@ -130,6 +136,7 @@ def judge_run(
     skip_bad: bool = False,
     drop_parts: Sequence[int] = (),
     token_quantile: float = 0.0,
+    adapt: str = "off",
     progress: Progress = lambda batches, _: batches,
 ) -> Judged:
     """Let a run answer for every image of a split, with each of its branches and with every fusion.
@@ -145,6 +152,7 @@ def judge_run(
             full branches, fg branches and fusions.
         skip_bad: leave images out that cannot be used instead of stopping.
         drop_parts, token_quantile: see `IFAM.intervene`.
+        adapt: which images are of one place, see `Grouping.parse`; adds the run's fusion that knows it (`fused: NAME, by ADAPT`).
         progress: wraps the batches while logits are computed.
 
     Raises:
@@ -186,6 +194,10 @@ def judge_run(
     judged, held_out = said(split), said(fit_split) if fit_split else None
     fusions = _fusions(runs[0], judged[0], held_out[0] if held_out else None)
     outputs = _outputs(runs, judged, fusions, correct, prior)
+    grouping = Grouping.parse(adapt)
+    adapted = adapt_run(runs[0], judged[0], grouping, group, split)
+    if grouping is not None:
+        outputs[f"{OWN}{runs[0].model.fusion.name}, by {grouping}"] = adapted.logits
     temperatures = {}
     if held_out:
         fitting = _outputs(runs, held_out, fusions, correct, prior)
@@ -197,6 +209,8 @@ def judge_run(
         warnings += _fitted_on_seen((run, *others), splits[fit_split], fit_split)
     said_of = [(part[0], name) for part, name in ((judged, split), (held_out, fit_split)) if part]
     notes = _intervened(runs[0]) + tuple(note for part, name in said_of for note in _left_out(part, str(name)))
+    notes += _classes_seen(judged[0], runs[0].labels, split)
+    shares = {str(place): share for place, share in adapted.shares.items()}
     return Judged(
         runs[0],
         split,
@@ -208,8 +222,9 @@ def judge_run(
         temperatures,
         group,
         tuple(rows.column(group)) if group else None,
+        shares,
         warnings,
-        notes + _classes_seen(judged[0], runs[0].labels, split),
+        notes,
     )
 
 
@@ -244,15 +259,11 @@ def evaluation_of(judged: Judged) -> Evaluation:
         confusion=matrix,
         group=judged.group,
         groups=dict(sorted(Counter(judged.groups or ()).items())),
+        shares={group: asdict(share) for group, share in judged.shares.items()},
         left_out={str(path): reason for path, reason in data.bad.items()},
         warnings=judged.warnings,
         notes=judged.notes,
     )
-
-
-def can_fuse(data: BranchLogits) -> bool:
-    """Whether there are two branches to fuse."""
-    return len(data.logits) > 1
 
 
 def _inputs(data: BranchLogits) -> dict[str, tuple[str, ...] | None]:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ..checkpoints.format import WEIGHTS
 from ..data.table import ImageTable, read_table
 from ..errors import L2R2Error
-from ..fusion import FUSIONS
+from ..fusion import FUSIONS, Fusion, fit_batch
 from ..io import file_sha256, write_json
 from ..locks import only_writer
 from ..runs import LOGITS, RUN, changed_weights, record_of
-from .backgrounds import logits_to_fit
-from .fuse import BEST, best, fit
-from .logits import Progress
+from .backgrounds import backgrounds_in, default_backgrounds, logits_to_fit
+from .choose import choose, lead_alone, lead_of, references
+from .fuse import BEST, PLAIN, SWAPPED, Column, fit, is_swapped, observations
+from .logits import BranchLogits, Progress
+
+WORSE = 0.03  # of the ECE, from plain to swapped rows: said to the user
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,11 @@ class FuseReport:
 
     Attributes:
         chosen, config: the fusion that the run has now, and its settings.
-        table: the metric and the ECE on unseen rows of the split (see `Fitted`), and count of fitted numbers, by fusion.
+        reason: why it was chosen, in one sentence; empty where it was named.
+        table: metrics (`accuracy`, `ece`, `nll`) by column (`plain`, `swapped`) on unseen rows of the split, see `Fitted`; of
+            each branch alone, of the average, and of each fusion.
+        numbers: count of fitted numbers by fusion.
+        backgrounds: of the rows, `plain`, `swapped` or `both`.
         rows, with_object: rows fitted on (an object on three backgrounds is three), and how many of them count for the fit.
         warnings: sentences.
         left_out: images that could not be used, with the reason.
@@ -34,7 +44,10 @@ class FuseReport:
 
     chosen: str
     config: dict[str, Any]
-    table: dict[str, tuple[float, float, int]]
+    reason: str
+    table: dict[str, dict[str, dict[str, float]]]
+    numbers: dict[str, int]
+    backgrounds: str
     rows: int
     with_object: int
     warnings: tuple[str, ...]
@@ -51,7 +64,8 @@ def fit_run(
     *,
     method: str | None = None,
     class_wise: bool = False,
-    backgrounds: str = "plain",
+    backgrounds: str | None = None,
+    scenes: Path | None = None,
     group: str | None = None,
     inputs: Sequence[str] | None = None,
     metric: str = "accuracy",
@@ -67,10 +81,12 @@ def fit_run(
         run: folder of a checkpoint; the logits are stored in it.
         data, metadata, boxes: see `read_table`.
         split: the rows to fit on, see `rows_of`.
-        method: one fusion, or `best_on_val` (default): the best of all on the split.
+        method: one fusion, or `best_on_val` (default): the one that `choose` takes.
         class_wise, group, metric: see `fit`.
         inputs: the branches that are fused; by default those that the run's fusion fuses now.
-        backgrounds: `plain`, `swapped` or `both`, see `logits_to_fit`; the images the run was trained on give backgrounds.
+        backgrounds: `plain`, `swapped` or `both`, see `logits_to_fit`; by default `both` where objects have boxes or masks, else
+            `plain`. The images the run was trained on give backgrounds.
+        scenes: a folder whose images give them instead, see `backgrounds_in`.
         skip_bad: leave unreadable images out instead of stopping.
         save: write the checkpoint.
         progress: wraps the batches while logits are computed.
@@ -88,35 +104,74 @@ def fit_run(
         raise L2R2Error(f"{run}: its weights are not what the run wrote, and new ones would hide it. Train it again.")
     everything = read_table(data, metadata=metadata, boxes=boxes)
     table = rows_of(run, everything, split)
-    donors = everything.of_names(record_of(run).get("train_files", []))
-    store = Path(run) / LOGITS
-    logits = logits_to_fit(checkpoint, table, donors, backgrounds, store, skip_bad=skip_bad, progress=progress)
+    trained = everything.of_names(record_of(run).get("train_files", []))
+    donors = backgrounds_in(scenes) if scenes else trained if len(trained) else table
+    backgrounds = backgrounds or default_backgrounds(table, donors, checkpoint.box_threshold, whole=scenes is not None)
+    logits = logits_to_fit(
+        checkpoint, table, donors, backgrounds, Path(run) / LOGITS, whole=scenes is not None, skip_bad=skip_bad, progress=progress
+    )
     inputs = checkpoint.model.fusion.over if inputs is None else inputs
-    fitted = fit(logits, None if method == BEST else [method], class_wise, group, inputs=inputs, metric=metric)
-    chosen = best(fitted) if method == BEST else method
-    checkpoint.model.fusion = fitted[chosen].fusion
+    counts = _counts(trained, checkpoint.labels)
+    names = None if method == BEST else [method]
+    fitted = fit(logits, names, class_wise, group, inputs=inputs, metric=metric, train_counts=counts)
+    compared, alone = references(logits, group, metric), lead_alone(logits, inputs, group, metric)
+    choice = choose({**fitted, **alone}, compared, lead_of(logits, inputs)) if method == BEST else None
+    chosen = choice.name if choice else method
+    fusion = checkpoint.model.fusion = {**fitted, **alone}[chosen].fusion
+    fusion.batch = _batch_rule(fusion, logits, counts)
+    every = {**compared, **{name: f.columns for name, f in fitted.items()}}
     seen = trained_on(run, table, split)
+    warnings = [f"{seen}; the figures are too good, and the fusion will trust them too much."] if seen else []
     report = FuseReport(
         chosen,
-        fitted[chosen].fusion.config(),
-        {name: (f.accuracy, f.ece, f.fusion.count()) for name, f in fitted.items()},
+        fusion.config(),
+        choice.reason if choice else "",
+        {name: {c: {"accuracy": m.accuracy, "ece": m.ece, "nll": m.nll} for c, m in by.items()} for name, by in every.items()},
+        {name: f.fusion.count() for name, f in fitted.items()},
+        backgrounds,
         len(logits),
         int(logits.has_fg.sum()),
-        (f"{seen}; the figures are too good, and the fusion will trust them too much.",) if seen else (),
+        (*warnings, *_less_calibrated(every, chosen, lead_of(logits, inputs))),
         {str(path): why for path, why in logits.bad.items()},
     )
     if save:
+        reached = {**fitted, **alone}[chosen].accuracy
         fit_record = {
             "split": split,
             "backgrounds": backgrounds,
             "group": group,
             "rows": len(logits),
             "method": method,
-            metric: fitted[chosen].accuracy,
+            metric: reached,
         }
-        used = table.names() if method == BEST or fitted[chosen].fusion.count() else []
+        used = table.names() if method == BEST or fusion.count() else []
         _save(Path(run), checkpoint, {**checkpoint.training, "fusion_fit": fit_record}, used)
     return report
+
+
+def _counts(trained: ImageTable, labels: Sequence[str]) -> Tensor | None:
+    """`[classes]` rows of each class among those that were trained on; None where none of them is known."""
+    counts = trained.label_counts()
+    return torch.tensor([float(counts[label]) for label in labels]) if any(counts[label] for label in labels) else None
+
+
+def _batch_rule(fusion: Fusion, data: BranchLogits, counts: Tensor | None) -> Fusion | None:
+    """What `--adapt` fuses the images of a place with, see `fuse_groups`."""
+    rows = data.select(data.has_fg)
+    counts = rows.labels.bincount(minlength=rows.classes) if counts is None else counts
+    return fit_batch(fusion, rows.logits, rows.labels, observations(rows), is_swapped(rows), counts)
+
+
+def _less_calibrated(every: Mapping[str, Mapping[str, Column]], chosen: str, lead: str) -> list[str]:
+    """A sentence where confidences are further from the truth on other backgrounds than on the usual ones."""
+    columns = every.get(chosen, every[lead])
+    if {PLAIN, SWAPPED} <= set(columns) and columns[SWAPPED].ece > columns[PLAIN].ece + WORSE:
+        plain, swapped = (100 * columns[c].ece for c in (PLAIN, SWAPPED))
+        return [
+            f"calibration gets worse where backgrounds change: the ECE of {chosen} is {plain:.1f} on plain rows and "
+            f"{swapped:.1f} on swapped ones."
+        ]
+    return []
 
 
 def _save(run: Path, checkpoint: Checkpoint, training: dict[str, Any], used: Sequence[str]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ..errors import L2R2Error
 from ..fusion import FUSIONS, Fusion, create_fusion, fuse_branches, fused_logits
@@ -18,24 +20,43 @@ from .metrics import row_weights
 BEST = "best_on_val"
 FOLDS = 5
 IMAGES_A_NUMBER = 10  # the rule of ten of regression (Peduzzi et al. 1996); with fewer, neighboring frames are learned by heart
+PLAIN, SWAPPED = "plain", "swapped"  # held-out rows as they are, and on the backgrounds of other images
+
+
+@dataclass(frozen=True)
+class Column:
+    """Metrics on one kind of held-out rows.
+
+    Attributes:
+        accuracy, ece, nll: of the rows; nll is the mean of `-log p(label)`. With `macro_accuracy`, `accuracy` holds that.
+        right: `[images]` or `[groups]` share of each image's or group's rows that are right; with `macro_accuracy` rows of rare
+            classes count for more.
+    """
+
+    accuracy: float
+    ece: float
+    nll: float
+    right: Tensor
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A fusion with its numbers, fitted on all rows, and what such a fit reaches on rows it has not seen.
+    """A fusion fitted on all rows, and its metrics on rows that it has not seen.
 
     Attributes:
-        fusion: ready to use. With the metric `macro_accuracy`, `accuracy` holds that.
-        accuracy, ece: of each row fused by numbers that were fitted on the other folds (five of the images or groups, seed 0), so
-            that a fusion with many numbers gains nothing by learning the rows by heart.
-        right: `[images]` or `[groups]` part of each image's or group's rows that are right, likewise; with `macro_accuracy` rows
-            of rare classes count for more.
+        fusion: ready to use.
+        columns: metrics by kind of rows, `plain` and `swapped`, of those that there are. Each row is fused by a fusion fitted on
+            the other folds (five of the images or groups, seed 0), so that a fusion with many numbers gains nothing by learning
+            the rows by heart.
     """
 
     fusion: Fusion
-    accuracy: float
-    ece: float
-    right: Tensor
+    columns: dict[str, Column]
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over the columns."""
+        return sum(column.accuracy for column in self.columns.values()) / len(self.columns)
 
 
 def fuse(fusion: Fusion, data: BranchLogits) -> Tensor:
@@ -51,17 +72,20 @@ def fit(
     *,
     inputs: Sequence[str] | None = None,
     metric: str = "accuracy",
+    train_counts: Tensor | None = None,
 ) -> dict[str, Fitted]:
     """Fit fusions on the rows in which an object was found.
 
     Args:
-        data: logits of held-out rows of a model with two branches or more.
+        data: logits of held-out rows of a model with two branches or more, on their own backgrounds, on others (`swapped`), or
+            both. The several other backgrounds of an object count as one observation.
         methods: names; by default `affordable` ones.
         class_wise: one temperature a class, for the fusions that scale.
         group: a metadata column (site, physical object): its rows stay in one fold and count as one, for they are not
             independent. Rows with an empty value are groups of their own.
         inputs: the branches that are fused; all by default.
         metric: `accuracy` or `macro_accuracy`, by which thresholds and weights are fitted and fusions compared.
+        train_counts: `[classes]` training rows of each class; the held-out rows' by default.
 
     Raises:
         L2R2Error: an unknown method or column, a model of one branch, fewer than ten images with an object or fewer than five
@@ -79,7 +103,9 @@ def fit(
     if group is not None and (count := len(set(_unit_numbers(rows, group).tolist()))) < FOLDS:
         raise L2R2Error(f'The column "{group}" tells {count} groups of images with an object apart; a fit needs {FOLDS}.')
     chosen = methods or affordable(data, inputs)
-    return {name: _fit_one({"name": name, "inputs": inputs}, data, rows, class_wise, group, metric) for name in chosen}
+    counts = rows.labels.bincount(minlength=rows.classes) if train_counts is None else train_counts
+    task = _Task(data, rows, class_wise, group, metric, counts)
+    return {name: _fit_one({"name": name, "inputs": inputs}, task) for name in chosen}
 
 
 def affordable(data: BranchLogits, inputs: Sequence[str] | None = None) -> list[str]:
@@ -90,33 +116,72 @@ def affordable(data: BranchLogits, inputs: Sequence[str] | None = None) -> list[
     return [fusion.name for fusion in made if IMAGES_A_NUMBER * fusion.count() <= images]
 
 
-def _fit_one(
-    config: Mapping[str, Any], data: BranchLogits, rows: BranchLogits, class_wise: bool, group: str | None, metric: str
-) -> Fitted:
-    def fitted(part: BranchLogits) -> Fusion:
-        sizes = tuple(rows.logits), rows.classes
+@dataclass(frozen=True)
+class _Task:
+    """What every fusion is fitted on: all rows, those with an object, and the arguments of `fit`."""
+
+    data: BranchLogits
+    rows: BranchLogits
+    class_wise: bool
+    group: str | None
+    metric: str
+    counts: Tensor
+
+
+def _fit_one(config: Mapping[str, Any], task: _Task) -> Fitted:
+    data, rows = task.data, task.rows
+    weights = observations(rows) * row_weights(rows.labels, task.metric)
+
+    def fitted(keep: Tensor) -> Fusion:
+        sizes, part = (tuple(rows.logits), rows.classes), rows.select(keep)
         fusion = create_fusion(config, *sizes)
-        if class_wise and "class_wise" in fusion.config():
+        if task.class_wise and "class_wise" in fusion.config():
             fusion = create_fusion({**config, "class_wise": True}, *sizes)
         found = fused_logits(fusion, part.logits)
         assert found is not None  # `create_fusion` has seen to it
         with torch.no_grad():
-            fusion.fit(*found[1:], part.labels, row_weights(part.labels, metric) if metric != "accuracy" else None)
+            fusion.set_prior(task.counts)
+            fusion.fit(*found[1:], part.labels, weights[keep], is_swapped(part))
         return fusion
 
-    final = fitted(rows)
-    unit = _unit_numbers(rows, group)  # an image that occurs several times, on several backgrounds, stays in one fold
+    final = fitted(torch.ones(len(rows), dtype=torch.bool))
+    unit = _unit_numbers(rows, task.group)  # an image that occurs several times, on several backgrounds, stays in one fold
     fold = (torch.randperm(int(unit.max()) + 1, generator=torch.Generator().manual_seed(0)) % FOLDS)[unit]
     unseen = torch.empty(len(rows), rows.classes)
     for k in range(FOLDS if final.count() else 0):
-        unseen[fold == k] = fuse(fitted(rows.select(fold != k)), rows.select(fold == k))
+        unseen[fold == k] = fuse(fitted(fold != k), rows.select(fold == k))
     fused = fuse(final, data)
     if final.count():
         fused[data.has_fg] = unseen
-    right = (fused.argmax(-1) == data.labels).double() * row_weights(data.labels, metric)
-    unit = _unit_numbers(data, group)
-    by_unit = torch.zeros(int(unit.max()) + 1, dtype=right.dtype).index_add(0, unit, right) / unit.bincount()
-    return Fitted(final, float(right.mean()), expected_calibration_error(fused, data.labels), by_unit)
+    return Fitted(final, columns_of(fused, data, task.group, task.metric))
+
+
+def columns_of(logits: Tensor, data: BranchLogits, group: str | None = None, metric: str = "accuracy") -> dict[str, Column]:
+    """Metrics of `[N, classes]` logits on the plain and on the swapped rows of `data`, of those that there are."""
+    swapped, unit = is_swapped(data), _unit_numbers(data, group)
+    found = {}
+    for name, rows in ((PLAIN, ~swapped), (SWAPPED, swapped)):
+        if rows.any():
+            z, labels = logits[rows], data.labels[rows]
+            right = (z.argmax(-1) == labels).double() * row_weights(labels, metric)
+            units = unit[rows].unique(return_inverse=True)[1]
+            by_unit = torch.zeros(int(units.max()) + 1, dtype=right.dtype).index_add(0, units, right) / units.bincount()
+            nll = float(cross_entropy(z.double(), labels))
+            found[name] = Column(float(right.mean()), expected_calibration_error(z, labels), nll, by_unit)
+    return found
+
+
+def is_swapped(data: BranchLogits) -> Tensor:
+    """`[N]` bool, which rows lie on the background of another image."""
+    return torch.tensor([row.background is not None for row in data.table.rows], dtype=torch.bool)
+
+
+def observations(data: BranchLogits) -> Tensor:
+    """`[N]` how many observations each row stands for: an object on k other backgrounds is k rows of 1 / k."""
+    boxes = [None if row.entry is None else row.entry.boxes for row in data.table.rows]
+    keys = [(row.path, b, row.mask_file, row.background is not None) for row, b in zip(data.table.rows, boxes)]
+    count = Counter(keys)
+    return torch.tensor([1 / count[key] for key in keys], dtype=torch.double)
 
 
 def _unit_numbers(data: BranchLogits, group: str | None) -> Tensor:
@@ -125,22 +190,3 @@ def _unit_numbers(data: BranchLogits, group: str | None) -> Tensor:
     units = paths if group is None else [value or path for value, path in zip(data.table.column(group), paths)]
     number = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
     return torch.tensor([number[unit] for unit in units])
-
-
-def best(fitted: dict[str, Fitted]) -> str:
-    """The name of the fusion that is most accurate on unseen rows; among equals `robust`, then the one with the fewest fitted
-    numbers (METHOD.md 4).
-
-    Equal is what lags by no more than one standard error of the difference, taken over images or groups (the
-    one-standard-error rule of Breiman et al. 1984): a hundred validation rows cannot tell fusions apart that differ in one of
-    them, nor can a thousand photos of eight objects.
-    """
-    top = max(fitted.values(), key=lambda f: f.accuracy)
-    equal = [name for name, f in fitted.items() if _lag(top, f) <= 1e-9]
-    return max(equal, key=lambda name: (name == "robust", -fitted[name].fusion.count(), fitted[name].accuracy))
-
-
-def _lag(top: Fitted, other: Fitted) -> float:
-    """By how much more than a standard error of the difference `other` is behind."""
-    difference = top.right - other.right
-    return float(difference.mean() - difference.std() / len(difference) ** 0.5)

@@ -28,6 +28,7 @@ class Fusion(nn.Module):
 
     Attributes:
         over: names of the branches that are fused; None for all that a model has. See `create_fusion`.
+        batch: a `two_worlds` that fuses the images of a place together, see `fuse_groups`; None before it is fitted.
     """
 
     name: str = ""
@@ -37,6 +38,7 @@ class Fusion(nn.Module):
         super().__init__()
         self.inputs, self.classes = inputs, classes
         self.over: tuple[str, ...] | None = None
+        self.batch: Any = None
 
     def combine(self, fg: Tensor, context: Tensor) -> Tensor:
         """Fuse rows that have a box.
@@ -59,13 +61,18 @@ class Fusion(nn.Module):
         return self.combine(fg, context) if objectness is None else self.weigh(fg, context, objectness)
 
     @torch.jit.ignore
-    def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
+    def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:
         """Fit the numbers on held-out logits of rows that have a box; nothing to do where there are none.
 
         Args:
             fg: `[N, classes]`, context: `[K, N, classes]`, labels: `[N]` int64.
-            weights: `[N]`, how much each row counts where a number is chosen by accuracy; None counts all alike.
+            weights: `[N]`, how many observations each row stands for; None: one.
+            away: `[N]` bool, which rows have backgrounds that say nothing of the class; None where nobody knows.
         """
+
+    @torch.jit.ignore
+    def set_prior(self, counts: Tensor) -> None:
+        """Tell how many rows of each class `[classes]` the branches were trained on; most fusions do not ask for it."""
 
     @torch.jit.ignore
     def count(self) -> int:
@@ -75,7 +82,8 @@ class Fusion(nn.Module):
     @torch.jit.ignore
     def config(self) -> dict[str, Any]:
         """The name and the settings, enough for `create_fusion` to build it again; fitted numbers are in the state dict."""
-        return {"name": self.name, **self.settings(), **({} if self.over is None else {"inputs": list(self.over)})}
+        batch = {} if self.batch is None else {"batch": True}
+        return {"name": self.name, **self.settings(), **({} if self.over is None else {"inputs": list(self.over)}), **batch}
 
     @torch.jit.ignore
     def settings(self) -> dict[str, Any]:
@@ -143,7 +151,8 @@ def create_fusion(config: str | Mapping[str, Any], branches: int | Sequence[str]
 
     Args:
         config: `inputs` are the branches that are fused, by default all; the paper's other standard is `["fg", "bg"]` of a model
-            with three branches, whose full branch then answers only where no object is found (L2R2 3.3).
+            with three branches, whose full branch then answers only where no object is found (L2R2 3.3). `batch` true gives it
+            a batch rule, see `fuse_groups`; its numbers are in the state dict.
         branches: those of the model, or how many it has.
         classes: number of classes.
 
@@ -152,7 +161,7 @@ def create_fusion(config: str | Mapping[str, Any], branches: int | Sequence[str]
             or more branches of the model.
     """
     arguments = {"name": config} if isinstance(config, str) else dict(config)
-    name, inputs = arguments.pop("name", None), arguments.pop("inputs", None)
+    name, inputs, batch = arguments.pop("name", None), arguments.pop("inputs", None), arguments.pop("batch", False)
     count = branches if isinstance(branches, int) else len(branches)
     if inputs is not None:
         has = INPUTS if isinstance(branches, int) else tuple(branches)
@@ -167,4 +176,7 @@ def create_fusion(config: str | Mapping[str, Any], branches: int | Sequence[str]
         raise L2R2Error(f'Fusion "{name}" does not take {", ".join(sorted(unknown))}; it takes {takes}.')
     fusion = FUSIONS[name](inputs=count, classes=classes, **arguments)
     fusion.over = None if inputs is None else tuple(b for b in INPUTS if b in inputs)
+    if not isinstance(batch, bool):
+        raise L2R2Error(f'"batch" of a fusion is true or false, got {batch!r}.')
+    fusion.batch = FUSIONS["two_worlds"](inputs=count, classes=classes) if batch else None
     return fusion

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LIMITS = (0.05, 20.0)  # of a temperature; branches that are always right or never would go to infinity
+LIMITS = (0.05, 20.0)  # of a temperature; a branch that is never right would go to infinity
+WRONG = 3.0  # rows of unknown class that are added: n rows without an error are no proof of an error rate under 3 / n
 FACTORS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.25, 1.4, 1.7, 2.0)
 
 
@@ -22,19 +23,24 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -
     return float(gaps.abs().sum() / max(len(labels), 1))
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature T that minimizes the cross-entropy of `logits / T`, within `LIMITS`.
+def fit_temperature(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> float:
+    """The temperature T that minimizes the cross-entropy of `logits / T`, within `LIMITS`, with `WRONG` pseudo-observations.
 
-    The loss is convex in 1/T, so its slope is bisected: exact, and the same on every run.
+    Where every held-out row is right, the likelihood alone sends T to 0. The pseudo-observations, rows like the others whose
+    class is unknown, keep the confidence below what so few rows can show (the rule of three; Platt 1999 smooths his targets
+    likewise). The loss is convex in 1/T, so its slope is bisected: exact, and the same on every run.
 
     Args:
         logits: `[N, classes]`, labels: `[N]` int64.
+        weights: `[N]`, how many observations each row stands for; None: one.
     """
     z = logits.double()
-    target = z.gather(1, labels[:, None])[:, 0]
+    w = torch.ones(len(z), dtype=z.dtype) if weights is None else weights.to(z)
+    unknown = WRONG / (float(w.sum()) + WRONG)
+    target = (1 - unknown) * z.gather(1, labels[:, None])[:, 0] + unknown * z.mean(1)
 
     def slope(beta: float) -> float:
-        return float((((beta * z).softmax(-1) * z).sum(-1) - target).mean())
+        return float(w @ (((beta * z).softmax(-1) * z).sum(-1) - target))
 
     low, high = 1 / LIMITS[1], 1 / LIMITS[0]
     for _ in range(80):
@@ -43,14 +49,14 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return 2 / (low + high)
 
 
-def fit_class_temperatures(logits: Tensor, labels: Tensor) -> Tensor:
+def fit_class_temperatures(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """One temperature a class, `[classes]`: from the global one, greedily class by class over a grid of factors, taking what
     lowers the calibration error without lowering the accuracy below that of the unscaled logits.
 
     Args:
-        logits: `[N, classes]`, labels: `[N]` int64.
+        logits, labels, weights: see `fit_temperature`; the weights count for the global one.
     """
-    temperatures = torch.full((logits.shape[1],), fit_temperature(logits, labels), dtype=logits.dtype)
+    temperatures = torch.full((logits.shape[1],), fit_temperature(logits, labels, weights), dtype=logits.dtype)
     must = int((logits.argmax(-1) == labels).sum())
     best = expected_calibration_error(logits / temperatures, labels)
     for k in range(logits.shape[1]):

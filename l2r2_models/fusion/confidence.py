@@ -70,7 +70,7 @@ class Robust(Fusion):
         return torch.where(sure[:, None], fg, most_confident(torch.cat([fg[None], context])))
 
     @torch.jit.ignore
-    def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
+    def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:
         surest = most_confident(torch.cat([fg[None], context]))
         order = confidence(fg).argsort()
         sorted_confidence = confidence(fg)[order]

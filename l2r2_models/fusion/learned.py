@@ -19,7 +19,8 @@ STEPS = 400
 class WeightedLogits(Fusion):
     """Sum of the branches' logits, each class of each branch with its own weight, by cross-entropy. Source: L2R2 B.3 [R].
 
-    With weights of 1, as before `fit`, it is the sum.
+    With weights of 1, as before `fit`, it is the sum. No weight is negative: where held-out backgrounds mislead, a negative one
+    would pay, and on usual backgrounds the prediction could then be a class that neither branch predicts.
     """
 
     name = "weighted_logits"
@@ -33,21 +34,24 @@ class WeightedLogits(Fusion):
         return (torch.cat([fg[None], context]) * self.weights[:, None].to(fg)).sum(0)
 
     @torch.jit.ignore
-    def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
+    def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:
         z = torch.cat([fg[None], context]).double()
         with torch.enable_grad(), torch.inference_mode(False):
             z, labels = z.clone(), labels.clone()
+            rows = torch.ones_like(z[0, :, 0]) if weights is None else weights.to(z).clone()
             fitted = torch.ones(self.weights.shape, dtype=torch.float64, requires_grad=True)
             solver = torch.optim.LBFGS([fitted], max_iter=200, line_search_fn="strong_wolfe")
 
             def loss() -> Tensor:
                 solver.zero_grad()
-                value = functional.cross_entropy((z * fitted[:, None]).sum(0), labels) + SHRINK * (fitted - 1).square().sum()
+                w = fitted.square()
+                errors = functional.cross_entropy((z * w[:, None]).sum(0), labels, reduction="none")
+                value = rows @ errors / rows.sum() + SHRINK * (w - 1).square().sum()
                 value.backward()
                 return value
 
             solver.step(loss)  # type: ignore[arg-type]
-        self.weights.copy_(fitted.detach())
+        self.weights.copy_(fitted.detach().square())
 
     @torch.jit.ignore
     def count(self) -> int:
@@ -93,10 +97,11 @@ class ConcatMLP(Fusion):
         return functional.linear(hidden, self.weight2.to(z), self.bias2.to(z))
 
     @torch.jit.ignore
-    def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
+    def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:
         z = torch.cat([fg[None], context]).transpose(0, 1).flatten(1).float()
         with torch.enable_grad(), torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             z, labels = z.clone(), labels.clone()
+            rows = torch.ones(len(z)) if weights is None else weights.to(z).clone()
             torch.default_generator.manual_seed(0)
             network = torch.nn.Sequential(
                 torch.nn.Linear(z.shape[1], self.hidden), torch.nn.ReLU(), torch.nn.Linear(self.hidden, self.classes)
@@ -104,14 +109,14 @@ class ConcatMLP(Fusion):
             optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.1)
             for _ in range(STEPS):
                 optimizer.zero_grad()
-                functional.cross_entropy(network(z), labels).backward()
+                (rows @ functional.cross_entropy(network(z), labels, reduction="none") / rows.sum()).backward()
                 optimizer.step()
         for name, value in zip(self._shapes(), network.parameters()):
             getattr(self, name).copy_(value.detach())
 
     @torch.jit.ignore
     def count(self) -> int:
-        return sum(buffer.numel() for buffer in self.buffers())
+        return sum(buffer.numel() for buffer in self.buffers(recurse=False))
 
     @torch.jit.ignore
     def chosen(self) -> dict[str, Any]:

@@ -30,10 +30,10 @@ class Scaled(Fusion):
         return torch.cat([fg[None], context]) / self.temperatures[:, None].to(fg)
 
     @torch.jit.ignore
-    def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
+    def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:
         fit = fit_class_temperatures if self.class_wise else fit_temperature
         for row, logits in zip(self.temperatures, torch.cat([fg[None], context])):
-            row.copy_(torch.as_tensor(fit(logits, labels)))
+            row.copy_(torch.as_tensor(fit(logits, labels, weights)))
 
     @torch.jit.ignore
     def count(self) -> int:
@@ -83,8 +83,8 @@ class ScaledWeightedAverage(Scaled):
         return self.weight.to(z) * z[0] + (1 - self.weight.to(z)) * z[1:].mean(0)
 
     @torch.jit.ignore
-    def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
-        super().fit(fg, context, labels)
+    def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:
+        super().fit(fg, context, labels, weights)
         z = self.scaled(fg, context)
         count = torch.ones(len(labels), dtype=torch.double) if weights is None else weights.double()
         grid = torch.linspace(1, 0, 101)

@@ -156,7 +156,7 @@ Recognition, Robustly* ([arXiv 2411.15933](https://arxiv.org/abs/2411.15933)).
 def _details(checkpoint: Checkpoint, source: Source, facts: CardMetadata) -> str:
     model, spec = checkpoint.model, checkpoint.model.view_spec
     fusion = model.fusion.config()
-    numbers = ", ".join(f"{k} {v}" for k, v in fusion.items() if k != "name")
+    numbers = ", ".join(f"{k} {v}" for k, v in fusion.items() if k not in ("name", "batch"))
     start = "random weights"
     if source.name:
         address = f"https://huggingface.co/{quote(source.hub_id or '')}"

@@ -14,9 +14,11 @@ from ..boxes import BoxEntry, read_boxes
 from ..data.hf_datasets import is_source
 from ..data.table import METADATA, read_table
 from ..errors import L2R2Error
+from ..fusion import Grouping, GroupShare
 from ..images import list_images
 from ..journal import Journal, digest_of, state_of
 from ..locks import only_writer
+from .adapt import adapt_records
 from .outputs import Place, check_ending, holds_all, read_predictions, records_at, write_predictions
 from .prediction import Prediction
 from .predictor import LOCALIZER_FAILED, Predictor
@@ -27,13 +29,14 @@ FORMAT_VERSION = "1.0"
 @dataclass(frozen=True)
 class Inputs:
     """What to classify: files, the box entries, masks and labels that some of them have, and whether the boxes were found with
-    the true labels as prompts (`oracle`)."""
+    the true labels as prompts (`oracle`); and the metadata columns of those that have any."""
 
     paths: tuple[Path, ...]
     entries: dict[str, BoxEntry]
     masks: dict[str, Path]
     labels: dict[str, str]
     oracle: bool = False
+    columns: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def without_boxes(self) -> Inputs:
         """The images alone, for a localizer."""
@@ -50,6 +53,7 @@ class Report:
         failures: those without an answer.
         localizer_failures: the reasons of the answers that are the whole image's because the localizer failed, one an image.
         sources: how many objects have which `source`.
+        shares: how many backgrounds mislead, by group, where predictions are adapted.
     """
 
     total: int
@@ -58,6 +62,7 @@ class Report:
     failures: list[dict[str, Any]] = field(default_factory=list)
     localizer_failures: list[str] = field(default_factory=list)
     sources: Counter[str] = field(default_factory=Counter)
+    shares: dict[str, GroupShare] = field(default_factory=dict)
 
     @property
     def images(self) -> list[dict[str, Any]]:
@@ -89,6 +94,7 @@ def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None
     found: dict[str, Path] = {}  # by where they lead
     entries: dict[str, BoxEntry] = {}
     masks: dict[str, Path] = {}
+    columns: dict[str, dict[str, str]] = {}
     labels: dict[str, str] = {}
     for source in sources:
         if is_source(source) or (source.is_dir() and any((source / name).exists() for name in METADATA)):
@@ -100,6 +106,7 @@ def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None
                 entries.update({name: boxed[str(row.path)]} if str(row.path) in boxed else {})
                 masks.update({name: row.mask_file} if row.mask_file is not None else {})
                 labels.update({name: row.label} if row.label else {})
+                columns[name] = dict(row.columns)
         elif split:
             raise L2R2Error(f"{source}: --split needs a folder with {' or '.join(METADATA)}.")
         else:
@@ -109,7 +116,7 @@ def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None
     if boxes is not None:
         table_of_boxes = read_boxes(boxes)
         entries, oracle = table_of_boxes.join(found.values()), bool(table_of_boxes.info.get("oracle"))
-    return Inputs(tuple(found.values()), entries, masks, labels, oracle)
+    return Inputs(tuple(found.values()), entries, masks, labels, oracle, columns)
 
 
 def _named(path: Path, found: dict[str, Path]) -> Path:
@@ -122,6 +129,7 @@ def predict_to_file(
     inputs: Inputs,
     out: Path,
     progress: Callable[[Iterable[Prediction], int], Iterable[Prediction]] = lambda items, _: items,
+    adapt: str = "off",
 ) -> Report:
     """Classify into a file, JSON, JSONL, CSV or Parquet by its ending.
 
@@ -129,11 +137,20 @@ def predict_to_file(
     localizer, are tried again. What is done so far lies in a journal beside the file (see `journal`), so that an interruption at
     any moment loses the images of one batch.
 
+    With `adapt` (see `Grouping.parse`) the images of one place are fused together once all are there. Their branch logits are
+    kept, so that no image is looked at again when another joins it.
+
     Raises:
-        L2R2Error: the file was made with another model or other settings, is written by another process, or cannot be written.
+        L2R2Error: the grouping cannot be had or does not suit the model, or the file was made with another model or other
+            settings, is written by another process, or cannot be written.
     """
     check_ending(out)
     header, asked = _header(predictor, inputs), _by_place(inputs.paths)
+    if (grouping := Grouping.parse(adapt)) is not None:
+        header["settings"]["adapt"] = str(grouping)
+        adapter, predictor = predictor.adapter(grouping.noun), predictor.keeping_logits()
+        names = [str(path) for path in asked.values()]
+        groups = dict(zip(names, grouping.of(names, [inputs.columns.get(name, {}) for name in names])))
     digests = {key: _digest(predictor, inputs, str(path)) for key, path in asked.items()}
     with only_writer(out):
         journal = Journal(out)
@@ -148,9 +165,19 @@ def predict_to_file(
         finally:
             journal.close()
         listed = [(str(path), places.pop(key)) for key, path in asked.items()]
-        report = Report(len(listed), len(listed) - len(todo), lambda: _first_of(out, journal, header, listed))
+
+        def finished_images(read: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+            return read() if grouping is None else adapt_records(adapter, read, groups)
+
+        def read_back() -> Iterator[dict[str, Any]]:
+            return _first_of(out, journal, header, listed)
+
+        read = read_back if holds_all(out) else lambda: finished_images(read_back)
+        report = Report(len(listed), len(listed) - len(todo), read)
         others = ((key, place) for key, place in places.items())  # earlier answers for other images stay, behind
-        write_predictions(out, header, chain(map(report.count, records_at(listed)), records_at(others)))
+        write_predictions(out, header, chain(map(report.count, finished_images(lambda: records_at(listed))), records_at(others)))
+        if grouping is not None:
+            report.shares.update(adapter.shares)
         if holds_all(out):
             journal.remove()
     return report

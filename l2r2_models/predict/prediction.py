@@ -28,6 +28,7 @@ class ObjectPrediction:
         full, fg, bg: what each branch says; None for a branch that the model lacks, or that had nothing to look at.
         box: xyxy pixels of the upright image, None without one; `box_score` is the localizer's.
         top: the most probable classes of the fused answer, best first.
+        logits: of each branch, by class; kept only where predictions are adapted to their place, see `adapt`.
     """
 
     label: str
@@ -40,6 +41,7 @@ class ObjectPrediction:
     box: tuple[float, float, float, float] | None
     box_score: float | None
     top: tuple[Answer, ...]
+    logits: dict[str, list[float]] | None = None
 
 
 @dataclass(frozen=True)

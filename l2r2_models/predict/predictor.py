@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..localize import Localizer, create_localizer
 from ..localize.model_based import Head, detections_of
 from ..models.l2r2 import L2R2Output
 from ..views import make_views
+from .adapt import DIGITS, Adapter
 from .finite import checked
 from .prediction import Answer, ObjectPrediction, Prediction, product, why_full, why_fused
 
@@ -96,6 +98,7 @@ class Predictor:
             localizer = create_localizer(localizer, device=self.device, checkpoint=checkpoint)
         self.localizer: Localizer | None = localizer
         self.topk_prompts = topk_prompts
+        self.keep_logits = False
         if topk_prompts is None and self.localizer is not None:
             self.localizer.check_prompt()
         if topk_prompts is not None:
@@ -145,6 +148,43 @@ class Predictor:
                 found += self._predict(batch)
                 batch = []
         return found + (self._predict(batch) if batch else [])
+
+    def predict_many(
+        self, images: Sequence[ImageSource], boxes: Sequence[Boxes | None] | None = None, *, groups: Sequence[str] | None = None
+    ) -> list[Prediction]:
+        """Classify several images, knowing which of them were taken at one place.
+
+        Args:
+            images, boxes: as for a call.
+            groups: the place of each image, e.g. the camera; None: nothing is known, and each image is classified for itself.
+
+        Raises:
+            L2R2Error: as for a call, not one group for each image, or a model whose fusion was not fitted to know its batch.
+        """
+        if groups is None:
+            return self(images, boxes)
+        if len(groups) != len(images):
+            raise L2R2Error(f"{len(groups)} groups for {len(images)} images; give one for each.")
+        adapter, found = self.adapter("group"), self.keeping_logits()(images, boxes)
+        adapter.learn((o, group) for prediction, group in zip(found, groups) for o in prediction.objects)
+        adapted = adapter.adapt(o for prediction in found for o in prediction.objects)
+        return [replace(p, objects=tuple(replace(next(adapted), logits=None) for _ in p.objects)) for p in found]
+
+    def keeping_logits(self) -> Predictor:
+        """The same predictor, which gives the branches' logits too."""
+        keeping = copy.copy(self)
+        keeping.keep_logits = True
+        return keeping
+
+    def adapter(self, noun: str) -> Adapter:
+        """What fuses predictions of one place (a `noun`) together.
+
+        Raises:
+            L2R2Error: the fusion was not fitted to know its batch, or `topk_prompts` are asked for, which fuse otherwise.
+        """
+        if self.topk_prompts is not None:
+            raise L2R2Error("Predictions by topk_prompts cannot be adapted to their place.")
+        return Adapter(copy.deepcopy(self.model.fusion).cpu().float(), self.labels, self.top, noun)
 
     def _given(self, image: ImageSource, boxes: Boxes | None) -> _Item:
         name = str(image) if isinstance(image, (str, Path)) else None
@@ -322,6 +362,7 @@ class Predictor:
         probabilities = {b: t.values.tolist() for b, t in best.items()}
         classes = {b: t.indices.tolist() for b, t in best.items()}
         for i, (_, box, box_score, why, _) in enumerate(rows):
+            keep = self.keep_logits and has_fg[i]
             said = {b: [Answer(self.labels[c], round(p, 6)) for c, p in zip(classes[b][i], probabilities[b][i])] for b in best}
             found = has_fg[i] and "fg" in said
             yield ObjectPrediction(
@@ -335,6 +376,7 @@ class Predictor:
                 box=tuple(round(v, 2) for v in box.tolist()) if has_fg[i] and box.isfinite().all() else None,  # type: ignore[arg-type]
                 box_score=None if box_score is None else round(box_score, 4),
                 top=tuple(said["fused"]),
+                logits={b: [round(v, DIGITS) for v in z[i].tolist()] for b, z in output.branches().items()} if keep else None,
             )
 
 

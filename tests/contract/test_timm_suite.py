@@ -1,4 +1,4 @@
-"""timm's own test_models.py on our models. It is in timm's source distribution and not in the wheel: `make test-more` fetches it."""
+"""timm's own test_models.py on our models. Its source distribution holds it: `make test-more`."""
 
 import os
 import subprocess

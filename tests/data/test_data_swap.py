@@ -8,6 +8,7 @@ from conftest import COLORS, write_dataset
 from PIL import Image
 
 from l2r2_models import L2R2Error, ViewSpec
+from l2r2_models.boxes import BoxEntry
 from l2r2_models.checkpoints import checkpoint as hub
 from l2r2_models.data.dataset import ViewDataset, sample_of
 from l2r2_models.data.swap import swapped
@@ -43,11 +44,24 @@ def test_an_object_lies_at_its_own_place_on_the_other_images_background_and_no_o
         assert torch.equal(mixed.pixels[outside], donor.pixels[outside])
 
 
-def test_rows_or_donors_without_an_object_stay_as_they_are(dataset, tmp_path):
+def test_rows_without_an_object_stay_as_they_are_and_so_do_those_whose_donor_may_show_one(dataset, tmp_path):
     table = split(dataset, "train")
-    bare = replace(table.rows[0], entry=None)
-    for row, other in ((bare, table.rows[1]), (table.rows[1], bare)):
+    bare, not_found = (replace(table.rows[0], entry=entry) for entry in (None, BoxEntry()))
+    for row, other in ((bare, table.rows[1]), (table.rows[1], not_found)):
         assert torch.equal(sample_of(replace(row, background=other), (0, 0, 0)).pixels, sample_of(row, (0, 0, 0)).pixels)
+
+
+def test_an_image_without_boxes_is_a_background_as_a_whole_where_that_is_said(dataset, tmp_path):
+    table = split(dataset, "train")
+    empty = replace(table, rows=tuple(replace(row, entry=None) for row in table.rows))
+    with pytest.raises(L2R2Error, match="0 images can give one"):
+        swapped(table, empty, classes="any")
+    row = swapped(table, empty, classes="any", whole=True).rows[0]
+    mixed, donor = sample_of(row, (0, 0, 0)), sample_of(row.background, (0, 0, 0))
+    assert row.background.path != row.path and not torch.equal(mixed.pixels, donor.pixels)
+    outside = torch.ones(mixed.pixels.shape[:2], dtype=torch.bool)
+    outside[rectangle((mixed.box + torch.tensor([-3, -3, 3, 3])).clamp(min=0))] = False
+    assert torch.equal(mixed.pixels[outside], donor.pixels[outside])
 
 
 def test_a_mask_takes_only_the_object_along(dataset, tmp_path):

@@ -1,17 +1,21 @@
 """Fusions fitted on held-out objects that lie on other backgrounds."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import write_dataset, write_run
+from PIL import Image
 
 from l2r2_models import L2R2Error
 from l2r2_models.checkpoints import checkpoint as hub
+from l2r2_models.data.dataset import sample_of
+from l2r2_models.data.swap import swapped
 from l2r2_models.data.table import ImageTable, Row, read_table
-from l2r2_models.evaluate.backgrounds import COPIES, logits_to_fit
+from l2r2_models.evaluate.backgrounds import COPIES, backgrounds_in, default_backgrounds, logits_to_fit
 from l2r2_models.evaluate.fit_run import fit_run
-from l2r2_models.evaluate.fuse import fit
+from l2r2_models.evaluate.fuse import fit, observations
 from l2r2_models.evaluate.logits import BranchLogits
 
 
@@ -24,11 +28,12 @@ def test_swapped_rows_change_what_full_says_and_hardly_what_fg_says(own_run, dat
     checkpoint, table = hub.load_checkpoint(own_run), read_table(dataset)
     val, train = table.of_split("val"), table.of_split("train")
     plain = logits_to_fit(checkpoint, val, train)
-    swapped = logits_to_fit(checkpoint, val, train, "swapped")
+    moved = logits_to_fit(checkpoint, val, train, "swapped")
     both = logits_to_fit(checkpoint, val, train, "both")
-    assert len(plain) == 12 and len(swapped) == COPIES * 12 and len(both) == 2 * COPIES * 12
-    assert torch.equal(both.logits["full"][12:24], plain.logits["full"]) and torch.equal(both.labels[-36:], swapped.labels)
-    changed = {b: (swapped.logits[b] - plain.logits[b].repeat_interleave(COPIES, 0)).abs().mean() for b in ("full", "fg")}
+    assert len(plain) == 12 and len(moved) == COPIES * 12 and len(both) == (1 + COPIES) * 12
+    assert torch.equal(both.logits["full"][:12], plain.logits["full"]) and torch.equal(both.labels[12:], moved.labels)
+    assert observations(both).tolist() == pytest.approx(12 * [1.0] + 36 * [1 / 3])
+    changed = {b: (moved.logits[b] - plain.logits[b].repeat_interleave(COPIES, 0)).abs().mean() for b in ("full", "fg")}
     assert changed["fg"] < 0.5 * changed["full"]
 
 
@@ -38,7 +43,7 @@ def test_the_backgrounds_are_those_of_training_rows_never_of_another_split(own_r
     for path in (dataset / "images").glob("test_*"):
         path.write_bytes(b"not an image")  # whoever looks at a test image fails
     report = fit_run(own_run, dataset, "val", backgrounds="both")
-    assert report.rows == 72 and report.warnings == ()
+    assert report.rows == 48 and report.warnings == ()
     assert hub.load_checkpoint(own_run).training["fusion_fit"]["backgrounds"] == "both"
 
 
@@ -54,7 +59,7 @@ def test_a_full_branch_that_the_background_misleads_is_caught(tmp_path):
         table = ImageTable(tmp_path, tuple(Row(tmp_path / f"{i}.png") for i in range(200)))
         return BranchLogits({"full": full, "fg": fg}, torch.ones(200, dtype=torch.bool), labels, table)
 
-    plain, swapped = fit(rows(False)), fit(rows(True))
+    plain, moved = fit(rows(False)), fit(rows(True))
     misled = rows(True)
     for name in ("robust", "scaled_average", "scaled_weighted_average"):
 
@@ -62,7 +67,7 @@ def test_a_full_branch_that_the_background_misleads_is_caught(tmp_path):
             fused = fitted[name].fusion(misled.logits["fg"], misled.logits["full"][None])
             return float((fused.argmax(-1) == misled.labels).double().mean())
 
-        assert reached(plain) < 0.2 and reached(swapped) > 0.6, name
+        assert reached(plain) < 0.2 and reached(moved) > 0.6, name
 
 
 def test_copies_of_one_image_stay_in_one_fold(tmp_path):
@@ -96,7 +101,8 @@ def test_what_one_physical_object_teaches_does_not_count_on_others(tmp_path):
     name = "weighted_logits"
     alone, grouped = fit(data, [name])[name], fit(data, [name], group="object")[name]
     assert grouped.accuracy < alone.accuracy - 0.02
-    assert len(alone.right) == 400 and len(grouped.right) == 9 + 40  # an empty value is no group
+    units = [len(found.columns["plain"].right) for found in (alone, grouped)]
+    assert units == [400, 9 + 40]  # an empty value is no group
     assert all(torch.equal(a, b) for a, b in zip(alone.fusion.parameters(), grouped.fusion.parameters()))  # fitted on all rows
 
 
@@ -118,3 +124,32 @@ def test_unknown_backgrounds_and_rows_without_objects_are_sentences(own_run, dat
     (bare / "metadata.csv").write_text(text)
     with pytest.raises(L2R2Error, match="no image has a box or mask"):
         fit_run(own_run, bare, "val", backgrounds="swapped")
+
+
+def test_any_folder_of_images_can_lend_backgrounds(own_run, dataset, tmp_path):
+    """Empty frames of a new site: no boxes, no labels; each is taken as a whole."""
+    for i in range(4):
+        Image.new("RGB", (80, 50), (10 * i, 200, 0)).save(made(tmp_path / "empty") / f"{i}.png")
+    checkpoint, val = hub.load_checkpoint(own_run), read_table(dataset).of_split("val")
+    scenes = backgrounds_in(tmp_path / "empty")
+    table = swapped(val, scenes, copies=3, classes="any", whole=True)
+    pixels = sample_of(table.rows[0], (0, 0, 0)).pixels
+    assert int((pixels[..., 1] == 200).sum()) > pixels[..., 1].numel() / 2  # most of it is a scene now
+    report = fit_run(own_run, dataset, "val", scenes=tmp_path / "empty", save=False)
+    assert report.backgrounds == "both" and report.rows == 48
+    assert default_backgrounds(val, scenes, checkpoint.box_threshold) == "plain"  # unless asked for, an object may be on them
+    with pytest.raises(L2R2Error, match="no image"):
+        fit_run(own_run, dataset, "val", scenes=made(tmp_path / "nothing"))
+
+
+def test_without_boxes_or_with_too_few_backgrounds_the_default_is_plain(own_run, dataset, tmp_path):
+    val = read_table(dataset).of_split("val")
+    assert default_backgrounds(val, val, 0.0) == "both"
+    assert default_backgrounds(val, val.of_names(val.names()[:COPIES]), 0.0) == "plain"
+    bare = replace(val, rows=tuple(replace(row, entry=None) for row in val.rows))
+    assert default_backgrounds(bare, val, 0.0) == "plain"
+
+
+def made(folder):
+    folder.mkdir(exist_ok=True)
+    return folder

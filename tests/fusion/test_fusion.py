@@ -101,7 +101,7 @@ def test_the_average_is_the_mean_of_the_logits(logits):
 
 
 def test_unknown_names_and_arguments_say_what_there_is():
-    with pytest.raises(L2R2Error, match=r'Unknown fusion "rubust"; choose from average, concat_mlp, max_confidence, .*robust'):
+    with pytest.raises(L2R2Error, match=r'Unknown fusion "rubust"; choose from agreement, average, concat_mlp, .*robust'):
         create_fusion("rubust")
     with pytest.raises(L2R2Error, match="does not take t; it takes threshold"):
         create_fusion({"name": "robust", "t": 0.5})
@@ -117,21 +117,49 @@ def test_a_config_builds_the_same_fusion_again(config, logits):
     assert torch.equal(again(*logits), fusion(*logits))
 
 
-def test_temperature_never_changes_an_answer_and_minimizes_the_cross_entropy():
+def test_temperature_never_changes_an_answer_and_minimizes_the_cross_entropy_with_three_rows_of_unknown_class():
     _, context, labels = biased(500)
     logits = context[0]
     best = fit_temperature(logits, labels)
-    loss = lambda t: torch.nn.functional.cross_entropy(logits.double() / t, labels).item()  # noqa: E731
+    soft = 500 / 503 * torch.eye(5, dtype=torch.float64)[labels] + 3 / 503 / 5
+    loss = lambda t: torch.nn.functional.cross_entropy(logits.double() / t, soft).item()  # noqa: E731
     assert best > 2  # it was four times too sure, and wrong half of the time
     assert loss(best) <= min(loss(best * 0.99), loss(best * 1.01))
     assert expected_calibration_error(logits / best, labels) < expected_calibration_error(logits, labels) / 2
-    perfect = 10 * torch.eye(5)[labels]
-    assert LIMITS[0] <= fit_temperature(perfect, labels) < 0.5  # bounded where the optimum is not
-    assert fit_temperature(perfect.flip(0), labels) == pytest.approx(LIMITS[1], rel=1e-3)  # never right: as unsure as may be
     for name in ("max_scaled_confidence", "scaled_average"):
         fusion = create_fusion(name, 2, 5)
         fusion.fit(logits, context, labels)
         assert torch.equal(fusion.scaled(logits, context).argmax(-1)[0], logits.argmax(-1))
+
+
+@pytest.mark.parametrize("rows", [20, 100, 500])
+def test_rows_without_an_error_do_not_make_a_branch_surer_than_so_few_can_show(rows):
+    labels = torch.arange(rows) % 5
+    perfect = 10 * torch.eye(5)[labels]
+    sure = (perfect / fit_temperature(perfect, labels)).softmax(-1).max(-1).values
+    assert torch.allclose(1 - sure, torch.full_like(sure, 3 / (rows + 3) * 4 / 5), atol=1e-4)
+    assert fit_temperature(perfect.flip(0), labels) == pytest.approx(LIMITS[1], rel=1e-3)  # never right: as unsure as may be
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_row_that_weighs_twice_is_two_rows(name):
+    fg, context, labels = biased(60)
+    away = torch.arange(60) % 2 == 0
+    once, twice = create_fusion(name, 2, 5), create_fusion(name, 2, 5)
+    once.fit(fg, context, labels, 1.0 + away.double(), away)
+    again = torch.cat([torch.arange(60), away.nonzero()[:, 0]])
+    twice.fit(fg[again], context[:, again], labels[again], None, away[again])
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(once.buffers(), twice.buffers()))
+
+
+def test_no_branch_is_subtracted_where_it_speaks_against_the_class():
+    fg, _, labels = biased(400)
+    against = (3 * torch.eye(5)[(labels + 1) % 5])[None]
+    fusion = create_fusion("weighted_logits", 2, 5)
+    fusion.fit(fg, -against, labels)
+    assert (fusion.weights >= 0).all()
+    fusion.fit(fg, against - 3 * torch.eye(5)[labels], labels)
+    assert (fusion.weights >= 0).all()
 
 
 def test_calibration_error_against_a_plain_loop():

@@ -80,7 +80,7 @@ def test_one_run_reports_every_pair_and_fits_the_one_that_is_asked_for(three, da
     assert load_checkpoint(three).model.fusion.weights.shape == (2, 3)
     assert fit_run(three, dataset, "val", method="robust").config["inputs"] == ["full", "bg"]  # as the run has it now
     result = CliRunner().invoke(app, ["fuse", str(three), str(dataset), "--method", "average", "--inputs", "fg,bg", "--json"])
-    assert json.loads(result.stdout)["config"] == {"name": "average", "inputs": ["fg", "bg"]}
+    assert json.loads(result.stdout)["config"] == {"name": "average", "inputs": ["fg", "bg"], "batch": True}
 
 
 def test_a_model_without_full_says_that_fg_guesses_on_the_whole_image(tmp_path):

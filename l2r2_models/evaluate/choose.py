@@ -1,0 +1,87 @@
+"""Choosing a fusion by regret: never far behind the best of fg, full and their average (METHOD.md 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..fusion import INPUTS, create_fusion
+from .fuse import Column, Fitted, columns_of, fuse
+from .logits import BranchLogits
+
+ALONE = " alone"
+Columns = Mapping[str, Column]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which fusion was chosen, and why in one sentence; `regret` by fusion and column, in parts of one."""
+
+    name: str
+    reason: str
+    regret: dict[str, dict[str, float]]
+
+
+def references(data: BranchLogits, group: str | None = None, metric: str = "accuracy") -> dict[str, dict[str, Column]]:
+    """Metrics of what a fusion is measured against: each branch alone (where no object was found, what answers there), and the
+    average of all."""
+    average = create_fusion("average", tuple(data.logits), data.classes)
+    fallback = data.logits.get("full", data.logits.get("bg"))
+    found = {}
+    for branch, z in data.logits.items():
+        whole = z if fallback is None else z.where(data.has_fg[:, None], fallback)
+        found[branch] = columns_of(whole, data, group, metric)
+    return {**found, average.name: columns_of(fuse(average, data), data, group, metric)}
+
+
+def lead_of(data: BranchLogits, inputs: Sequence[str] | None = None) -> str:
+    """The branch that a fusion takes first: fg, where it is one of the inputs."""
+    return next(b for b in INPUTS if b in data.logits and (inputs is None or b in inputs))
+
+
+def lead_alone(
+    data: BranchLogits, inputs: Sequence[str] | None = None, group: str | None = None, metric: str = "accuracy"
+) -> dict[str, Fitted]:
+    """No fusion as a candidate: `robust` with the threshold 0, by the name of its branch, e.g. `fg alone`."""
+    fusion = create_fusion({"name": "robust", "threshold": 0.0, "inputs": inputs}, tuple(data.logits), data.classes)
+    return {lead_of(data, inputs) + ALONE: Fitted(fusion, columns_of(fuse(fusion, data), data, group, metric))}
+
+
+def choose(fitted: Mapping[str, Fitted], compared: Mapping[str, Columns], lead: str = "fg") -> Choice:
+    """The fusion with the smallest regret, on the kind of rows where its regret is largest.
+
+    The regret on a column is the accuracy that it lacks to the best of `compared`. A fusion that is behind `lead` by more than
+    one standard error on any column is never chosen. Of those that are behind the one with the smallest regret by no more than
+    one standard error on each column, taken over images or groups (Breiman et al. 1984), the most likely one is chosen: where
+    all are right in nearly every held-out row, accuracy cannot tell them apart.
+
+    Args:
+        fitted: candidates with their columns; one of them should be `lead` alone, which is never excluded.
+        compared: see `references`.
+        lead: the reference that no fusion may lose to.
+    """
+    best = {name: max(columns[name].accuracy for columns in compared.values()) for name in compared[lead]}
+    regret = {n: {c: best[c] - column.accuracy for c, column in f.columns.items()} for n, f in fitted.items()}
+    safe = [n for n, f in fitted.items() if _lag(compared[lead], f.columns) <= 1e-9]
+    top = min(safe, key=lambda n: (max(regret[n].values()), _nll(fitted[n])))
+    equal = [n for n in safe if _lag(fitted[top].columns, fitted[n].columns) <= 1e-9]
+    name = min(equal, key=lambda n: (_nll(fitted[n]), fitted[n].fusion.count()))
+    points = " and ".join(f"{100 * max(r, 0):.1f} on {c} rows" for c, r in regret[name].items())
+    who = ", ".join([*list(compared)[:-1]]) + f" and {list(compared)[-1]}"
+    how = (
+        "the smallest largest regret"
+        if len(equal) == 1
+        else f"no more than one standard error from the smallest regret, as {len(equal) - 1} others, and the most likely of them"
+    )
+    out = f"; {len(fitted) - len(safe)} fusions lose to {lead} and are left out" if len(safe) < len(fitted) else ""
+    return Choice(name, f"{name} is behind the best of {who} by {points} (points): {how}{out}.", regret)
+
+
+def _lag(top: Columns, other: Columns) -> float:
+    """By how much more than one standard error of the difference `other` is behind, on the column where that is most."""
+    differences = [top[c].right - other[c].right for c in other]
+    return max(float(d.mean() - d.std() / len(d) ** 0.5) for d in differences)
+
+
+def _nll(candidate: Fitted) -> float:
+    return sum(column.nll for column in candidate.columns.values()) / len(candidate.columns)

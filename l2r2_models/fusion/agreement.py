@@ -1,0 +1,145 @@
+"""Fusions that ask whether the context can be believed: by how well it agrees with fg (METHOD.md 4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import L2R2Error
+from .base import register_fusion
+from .calibration import fit_temperature
+from .scaled import Scaled
+
+GRID = 21  # values of `subtract` that are compared
+SHRINK = 1.0  # pull of the evidence's offset and slope towards 0 and 1, in units of a log-likelihood
+
+
+@register_fusion
+class Agreement(Scaled):
+    """fg's probabilities, raised for the classes that the context supports, as far as the context can be believed.
+
+    `p(y) ~ f(y) [e + (1 - e) c(y) / pi(y)]`, where f and c are the softmax of fg and of the context (the mean of its branches)
+    after temperature scaling, pi is the class prior of the training rows, and e the share of images whose background misleads.
+    With `e = 1` it is fg alone; with `e = 0` the product of experts, which holds where object and context are independent given
+    the class (SFB, NeurIPS 2023). Derivation: `docs/method.md`, section 4.
+
+    `fit` chooses the temperatures; fg's on all rows, the context's on rows with the usual backgrounds, which it is about.
+
+    Args:
+        misled: e, from 0 to 1.
+    """
+
+    name = "agreement"
+
+    def __init__(self, inputs: int = 2, classes: int = 0, class_wise: bool = False, misled: float = 0.5) -> None:
+        super().__init__(inputs, classes, class_wise)
+        if isinstance(misled, bool) or not isinstance(misled, (int, float)) or not 0 <= misled <= 1:
+            raise L2R2Error(f'Fusion "{self.name}" needs a share of misleading backgrounds from 0 to 1, got {misled}.')
+        self.misled: Tensor
+        self.register_buffer("misled", torch.tensor(float(misled)))
+        self.prior: Tensor
+        self.register_buffer("prior", torch.full((classes,), 1 / max(classes, 1)))
+
+    def combine(self, fg: Tensor, context: Tensor) -> Tensor:
+        return self.mixed(fg, context, self.misled)
+
+    def mixed(self, fg: Tensor, context: Tensor, misled: Tensor) -> Tensor:
+        """`combine` with another e: one for all, or one a row `[B, 1]`."""
+        f, c = self.experts(fg, context)
+        return (f + torch.logaddexp(misled.to(f).log(), (1 - misled.to(f)).log() + c)).log_softmax(-1)
+
+    def experts(self, fg: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """`log f` and `log c - log pi`, both `[B, classes]`."""
+        z = self.scaled(fg, context)
+        return z[0].log_softmax(-1), z[1:].mean(0).log_softmax(-1) - self.prior.to(z).log()
+
+    def evidence(self, fg: Tensor, context: Tensor) -> Tensor:
+        """`[B]` log of how much likelier the two are where the background does not mislead: `log sum_y f(y) c(y) / pi(y)`."""
+        f, c = self.experts(fg, context)
+        return (f + c).logsumexp(-1)
+
+    @torch.jit.ignore
+    def set_prior(self, counts: Tensor) -> None:
+        """Store the class prior of the training rows, from their number by class, with one more of each."""
+        self.prior.copy_((counts + 1) / (counts + 1).sum())
+
+    @torch.jit.ignore
+    def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:
+        usual = torch.ones_like(labels, dtype=torch.bool) if away is None or bool(away.all()) else ~away
+        super().fit(fg, context, labels, weights, away)
+        if not self.class_wise:
+            for row, logits in zip(self.temperatures[1:], context):
+                row.fill_(fit_temperature(logits[usual], labels[usual], None if weights is None else weights[usual]))
+
+    @torch.jit.ignore
+    def chosen(self) -> dict[str, Any]:
+        return {**super().chosen(), "misled": round(self.misled.item(), 6)}
+
+
+@register_fusion
+class TwoWorlds(Agreement):
+    """A mixture of two fusions: one for backgrounds as in training, and one for backgrounds that mislead.
+
+    At home `p(y) ~ f(y) c(y) / pi(y)`; away `p(y) ~ f(y) (pi(y) / c(y))^a`, which takes out what a misled context says. An
+    image is at home with the odds `(1 - e) r^s exp(b) : e`, where `r = sum_y away(y) c(y) / pi(y)` says how well fg and context
+    agree. With `a = b = 0` and `s = 1` it is `agreement`. `fit` chooses the temperatures as there; `b` and `s` by how
+    usual and misleading backgrounds differ in r, and a by the likelihood of rows with misleading backgrounds.
+    """
+
+    name = "two_worlds"
+
+    def __init__(self, inputs: int = 2, classes: int = 0, class_wise: bool = False, misled: float = 0.5) -> None:
+        super().__init__(inputs, classes, class_wise, misled)
+        self.subtract: Tensor
+        self.register_buffer("subtract", torch.tensor(0.0))
+        self.scale: Tensor
+        self.register_buffer("scale", torch.tensor([0.0, 1.0]))  # b and s
+
+    def mixed(self, fg: Tensor, context: Tensor, misled: Tensor) -> Tensor:
+        f, c = self.experts(fg, context)
+        away, e = (f - self.subtract.to(f) * c).log_softmax(-1), misled.to(f)
+        home = (1 - e).log() + self.evidence(fg, context)[:, None] + (f + c).log_softmax(-1)
+        return torch.logaddexp(home, e.log() + away).log_softmax(-1)
+
+    def evidence(self, fg: Tensor, context: Tensor) -> Tensor:
+        f, c = self.experts(fg, context)
+        r = ((f - self.subtract.to(f) * c).log_softmax(-1) + c).logsumexp(-1)
+        return self.scale[0].to(f) + self.scale[1].to(f) * r
+
+    @torch.jit.ignore
+    def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:
+        super().fit(fg, context, labels, weights, away)
+        self.subtract.zero_()
+        self.scale.copy_(torch.tensor([0.0, 1.0]))
+        if away is None or bool(away.all()) or not away.any():
+            return
+        w = torch.ones(len(labels), dtype=torch.float64) if weights is None else weights.double()
+        f, c = (z.double() for z in self.experts(fg, context))
+        losses = [w[away] @ _cross_entropy((f - a * c)[away], labels[away]) for a in torch.linspace(0, 1, GRID).tolist()]
+        self.subtract.fill_(int(torch.stack(losses).argmin()) / (GRID - 1))
+        self.scale.copy_(_logistic(self.evidence(fg, context).double(), ~away, w))
+
+    @torch.jit.ignore
+    def count(self) -> int:
+        return self.temperatures.numel() + 3
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return -logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+
+
+def _logistic(r: Tensor, home: Tensor, weights: Tensor) -> Tensor:
+    """b and s of `P(home) = sigmoid(b + s r)` by Newton's method, with s >= 0, both kinds of rows weighing alike, and a normal
+    prior around b = 0 and s = 1."""
+    x, y = torch.stack([torch.ones_like(r), r], 1), home.to(r)
+    w = weights.sum() / 2 * torch.where(home, weights / weights[home].sum(), weights / weights[~home].sum())
+    start = torch.tensor([0.0, 1.0], dtype=r.dtype)
+    fitted = start.clone()
+    for _ in range(50):
+        p = (x @ fitted).sigmoid()
+        slope = x.T @ (w * (p - y)) + (fitted - start) / SHRINK
+        curve = (x.T * (w * p * (1 - p))) @ x + torch.eye(2, dtype=r.dtype) / SHRINK
+        fitted = fitted - torch.linalg.solve(curve, slope)
+    return torch.stack([fitted[0], fitted[1].clamp(min=0)])

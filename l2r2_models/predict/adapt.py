@@ -1,0 +1,121 @@
+"""Predictions of many images of one place, fused together once all of them are there: arithmetic on kept branch logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from ..errors import L2R2Error
+from ..fusion import INPUTS, Fusion, GroupShare, fuse_branches, fused_logits, shares_of
+from ..fusion.batch import UNFITTED
+from .prediction import Answer, ObjectPrediction, why_fused
+
+DIGITS = 5  # of a kept logit, after the point
+
+
+class Adapter:
+    """Fuses objects anew, knowing which images are of one place (`fuse_groups`).
+
+    Args:
+        fusion: with a batch rule.
+        labels: class names. top: classes listed with each object.
+        noun: what a group is called: folder, batch, or the name of a metadata column.
+
+    Raises:
+        L2R2Error: the fusion has no batch rule.
+    """
+
+    def __init__(self, fusion: Fusion, labels: Sequence[str], top: int, noun: str) -> None:
+        if fusion.batch is None:
+            raise L2R2Error(UNFITTED)
+        self.fusion, self.labels, self.top, self.noun = fusion, labels, top, noun
+        self.shares: dict[str, GroupShare] = {}
+        self._groups: list[str] = []
+        self._misled: list[float] = []
+
+    def learn(self, objects: Iterable[tuple[ObjectPrediction, str]]) -> None:
+        """See every object with its group; `adapt` is then called with the same objects in the same order."""
+        evidence = []
+        self._groups = []
+        for answer, group in objects:
+            if (given := _logits_of(answer)) is not None and (found := fused_logits(self.fusion, given)) is not None:
+                evidence.append(float(self.fusion.batch.evidence(*found[1:])))
+                self._groups.append(group)
+        misled, self.shares = shares_of(torch.tensor(evidence, dtype=torch.float64), self._groups)  # type: ignore[assignment]
+        self._misled = misled.tolist()
+
+    def adapt(self, objects: Iterable[ObjectPrediction]) -> Iterator[ObjectPrediction]:
+        """The objects with the fusion's answer for their group; without a box, or alone in their group, as without groups."""
+        learned = zip(self._misled, self._groups)
+        for answer in objects:
+            if (given := _logits_of(answer)) is None:
+                yield answer
+                continue
+            misled, group = next(learned)
+            yield self._again(answer, given, misled, self.shares[group])
+
+    def _again(
+        self, answer: ObjectPrediction, given: Mapping[str, torch.Tensor], misled: float, share: GroupShare
+    ) -> ObjectPrediction:
+        alone, found = math.isnan(misled), fused_logits(self.fusion, given)
+        assert found is not None
+        score = torch.tensor([1.0 if answer.box_score is None else answer.box_score])
+        fused = (
+            fuse_branches(self.fusion, given, None, score)
+            if alone
+            else self.fusion.batch.mixed(*found[1:], torch.tensor([[misled]]))
+        )
+        best = fused[0].softmax(-1).topk(self.top)
+        top = tuple(Answer(self.labels[i], round(p, 6)) for p, i in zip(best.values.tolist(), best.indices.tolist()))
+        branches = {b: [said] for b in INPUTS if (said := getattr(answer, b)) is not None}
+        reason = why_fused({**branches, "fused": list(top)}, self.fusion.over)
+        if not alone:
+            reason = f"{100 * share.misled:.0f} % of this {self.noun}'s backgrounds mislead; {reason}"
+        return replace(answer, label=top[0].label, score=top[0].score, reason=reason, top=top)
+
+
+def _logits_of(answer: ObjectPrediction) -> dict[str, torch.Tensor] | None:
+    """`[1, classes]` by branch, None where no object was found."""
+    if answer.source != "fused":
+        return None
+    if answer.logits is None:
+        raise L2R2Error("The branch logits of these predictions were not kept, so they cannot be adapted.")
+    return {b: torch.tensor([z]) for b, z in answer.logits.items()}
+
+
+def object_of(record: Mapping[str, Any]) -> ObjectPrediction:
+    """The object that `Prediction.to_dict` wrote."""
+    fields = {name: record.get(name) for name in ("label", "score", "source", "reason", "box_score", "logits")}
+    fields |= {b: Answer(**record[b]) if b in record else None for b in INPUTS}
+    box = tuple(record["box"]) if "box" in record else None
+    return ObjectPrediction(**fields, box=box, top=tuple(Answer(**answer) for answer in record["top"]))  # type: ignore[arg-type]
+
+
+def adapt_records(
+    adapter: Adapter, read: Callable[[], Iterable[dict[str, Any]]], groups: Mapping[str, str]
+) -> Iterator[dict[str, Any]]:
+    """Records of images with their objects adapted.
+
+    Args:
+        read: gives the records anew each time it is called.
+        groups: the group of each image, by its name in the records.
+    """
+
+    def objects() -> Iterator[dict[str, Any]]:
+        return (o for record in read() for o in record.get("objects", ()))
+
+    adapter.learn((object_of(o), groups[record["file"]]) for record in read() for o in record.get("objects", ()))
+    adapted = zip(objects(), adapter.adapt(map(object_of, objects())))
+    for record in read():
+        if "objects" in record:
+            record = {**record, "objects": [_changed(*next(adapted)) for _ in record["objects"]]}
+        yield record
+
+
+def _changed(record: dict[str, Any], answer: ObjectPrediction) -> dict[str, Any]:
+    top = [asdict(said) for said in answer.top]
+    return {**record, "label": answer.label, "score": answer.score, "reason": answer.reason, "top": top}
