@@ -58,7 +58,7 @@ def test_nothing_is_fitted_on_the_rows_judged_by(own_run, dataset):
 
 
 def test_temperatures_mend_the_calibration_of_what_they_were_fitted_on(own_run, dataset):
-    """With the same rows under another name, the scaled logits have the least cross-entropy, three rows of unknown class added."""
+    """With the same rows under another name, the scaled logits have the least cross-entropy, with 3 rows of unknown class."""
     text = (dataset / "metadata.csv").read_text()
     twins = [line.replace(",val,", ",twin,").replace("val_", "twin_") for line in text.splitlines() if ",val," in line]
     (dataset / "metadata.csv").write_text("\n".join([text.strip(), *twins]))
