@@ -10,10 +10,11 @@ from .masked_attention import (
     unpack,
     varlen_attention,
 )
-from .roi_views import roi_views
+from .roi_views import RaggedImages, roi_views
 
 __all__ = [
     "Packed",
+    "RaggedImages",
     "masked_attention",
     "pack",
     "roi_views",
