@@ -2,6 +2,7 @@
 
 from .masked_attention import (
     Packed,
+    PackedRunner,
     masked_attention,
     pack,
     round_capacity,
@@ -14,6 +15,7 @@ from .roi_views import RaggedImages, roi_views
 
 __all__ = [
     "Packed",
+    "PackedRunner",
     "RaggedImages",
     "masked_attention",
     "pack",

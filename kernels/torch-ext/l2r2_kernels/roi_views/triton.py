@@ -74,7 +74,7 @@ def pil_config(masked: bool, mixed: bool) -> dict[str, Any]:
 
 def backward_config(kind: int, masked: bool) -> dict[str, Any]:
     """Launch options of the backward kernel."""
-    return {**BACKWARD, "num_warps": 1, "num_stages": 2, "enable_fp_fusion": True}
+    return {**BACKWARD, "num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
 
 
 def interpreted() -> bool:
