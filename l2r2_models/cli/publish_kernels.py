@@ -17,7 +17,7 @@ def publish_kernels(
     repo: Annotated[Optional[str], typer.Argument(help="Hub id: ORG/NAME.", show_default="that of build.toml")] = None,
     push: Annotated[bool, typer.Option("--push", help="Send it; without it nothing leaves this machine.")] = False,
     to: Annotated[
-        Optional[Path], typer.Option("--to", help="Write the repository into this new folder and keep it, e.g. to load it from there.")
+        Optional[Path], typer.Option("--to", help="Write it into this new folder, from where it can be loaded.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
 ) -> None:

@@ -11,8 +11,8 @@ from triton.compiler import ASTSource
 
 
 def compiled(kernel, signature, constants, options, aligned=()):
-    """Registers, stack and local bytes (where spills go), shared memory, tensor-core instructions, loads of single bytes, and how a
-    warp lies on the tiles that are loaded in 32-bit words.
+    """Registers, stack and local bytes (where spills go), shared memory, tensor-core instructions, loads of single bytes, and how
+    a warp lies on the tiles that are loaded in 32-bit words.
 
     signature: argument name -> type; constants: name -> value; aligned: names whose values are multiples of 16.
     """
@@ -23,7 +23,13 @@ def compiled(kernel, signature, constants, options, aligned=()):
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     dots = len(re.findall(r"mma\.sync|wgmma\.mma", built.asm["ptx"]))
     byte_loads = len(re.findall(r"ld\.global\S*\.[bu]8", built.asm["ptx"]))
-    return {**_resources(built.asm["cubin"]), "shared": built.metadata.shared, "tensor_core": dots, "byte_loads": byte_loads, "lanes": _lanes(built.asm["ttgir"])}
+    return {
+        **_resources(built.asm["cubin"]),
+        "shared": built.metadata.shared,
+        "tensor_core": dots,
+        "byte_loads": byte_loads,
+        "lanes": _lanes(built.asm["ttgir"]),
+    }
 
 
 def _lanes(ttgir):

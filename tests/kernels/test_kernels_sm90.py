@@ -1,6 +1,6 @@
 """What the launch tables can choose compiles for sm_90, without a GPU: no spills, tensor cores used, shared memory fits.
 
-The kernels of uint8 images read words, 32 lanes side by side along a row: with lanes along a column they take several times as long.
+The kernels of uint8 images read words, 32 lanes side by side along a row; lanes along a column would read uncoalesced.
 """
 
 import importlib.metadata

@@ -29,15 +29,15 @@ class _Blocks(nn.Module):
 class PackedRunner:
     """Runs timm ViT blocks on the kept tokens of batches of one shape, replaying a CUDA graph.
 
-    The graph is captured at the first call, and again when the dtype, autocast or the place of a parameter changes. Calls that no
-    graph can serve (on a CPU, of another shape, under `torch.compile`, with gradients unless `training`) run `run_packed` as it is.
+    The graph is captured at the first call, and again when the dtype, autocast or the place of a parameter changes. Calls that
+    no graph can serve (on a CPU, of another shape, under `torch.compile`, with gradients unless `training`) run eagerly.
 
     Args:
         blocks: see `run_packed`.
         batch, tokens: the shape ``[B, N]`` of the masks.
         capacity: rows of the packed tokens. More kept tokens than that make every token NaN and `packed.overflow` True.
         num_prefix, unpacked: see `run_packed`.
-        training: capture the backward pass too; then calls with gradients are replayed, and those without run as they are. Dropout
+        training: capture the backward pass too; then calls with gradients are replayed, and those without run eagerly. Dropout
             and drop path draw anew in every replay.
 
     >>> import timm
@@ -92,9 +92,7 @@ class PackedRunner:
         module = self.module
         fits = tuple(x.shape[1:2]) == self.shape[1:] and x.shape[0] <= self.shape[0]
         capacity = module.capacity if fits else "sync"
-        return run_packed(
-            module.blocks, x, mask, num_prefix=module.num_prefix, capacity=capacity, unpacked=module.unpacked
-        )
+        return run_packed(module.blocks, x, mask, num_prefix=module.num_prefix, capacity=capacity, unpacked=module.unpacked)
 
     def _autocast(self, x: Tensor) -> torch.autocast:
         """Autocast as it is, without its cache: casts of weights must be in the graph, not in memory that goes with the cache."""
@@ -127,4 +125,7 @@ class PackedRunner:
         sample = x.detach().clone().requires_grad_(x.requires_grad)
         with torch.cuda.device(x.device), self._autocast(x):
             # only some of its outputs have a gradient, and nothing may be asked of a parameter that has none
-            return torch.cuda.make_graphed_callables(module, (sample, mask.to(x.device, copy=True)), allow_unused_input=True)
+            graphed: Any = torch.cuda.make_graphed_callables(
+                module, (sample, mask.to(x.device, copy=True)), allow_unused_input=True
+            )
+        return graphed

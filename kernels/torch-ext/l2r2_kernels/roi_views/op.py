@@ -80,7 +80,7 @@ def roi_views(
     elif isinstance(images, Tensor):
         count, is_uint8, device = _check_batch(images)
     elif source is not None:
-        count, is_uint8, device = source.count, True, source.pixels.device
+        count, is_uint8, device = source.images, True, source.pixels.device
     else:
         count, is_uint8, device = _check_list(images)
     spec = make_spec(

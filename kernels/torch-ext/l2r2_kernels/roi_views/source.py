@@ -61,7 +61,8 @@ class RaggedImages(NamedTuple):
 class Source(NamedTuple):
     """What the launchers need to know about the pixels.
 
-    pixels: a tensor of their dtype, the batch itself if not ragged. table: int64 [B, ROW] on the device if ragged.
+    pixels: a tensor of their dtype, the batch itself if not ragged. images: how many. table: int64 [B, ROW] on the device, if
+    ragged.
     size: (height, width, columns that may be read) and strides: (image, channel, row, pixel), of a batch.
     largest: no image is (higher, wider). span: elements that the pixels of a tile's rows may lie apart, at most.
     layouts: steps from pixel to pixel that occur. held: copies that must live until the kernels are queued.
@@ -70,7 +71,7 @@ class Source(NamedTuple):
     pixels: Tensor
     table: Tensor
     ragged: bool
-    count: int
+    images: int
     size: tuple[int, int, int]
     strides: tuple[int, int, int, int]
     largest: tuple[int, int]
@@ -189,14 +190,18 @@ def from_batch(batch: Tensor) -> Source:
 def from_ragged(images: RaggedImages) -> Source:
     """The source of images in one buffer; the table is made on the device."""
     start, height, width = images.places.unbind(1)
-    table = torch.stack([start + images.pixels.data_ptr(), height, width, torch.ones_like(start), 3 * width, width.clamp_min(READABLE)], 1)
+    table = torch.stack(
+        [start + images.pixels.data_ptr(), height, width, torch.ones_like(start), 3 * width, width.clamp_min(READABLE)], 1
+    )
     return Source(
         images.pixels, table, True, table.shape[0], (0, 0, 0), (0, 0, 0, 0), (images.max_height, images.max_width),
         _span(1, 3 * images.max_width), (3,), (),
     )  # fmt: skip
 
 
-def mask_table(masks: Sequence[Tensor], mask_views: Sequence[int], views: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+def mask_table(
+    masks: Sequence[Tensor], mask_views: Sequence[int], views: int, device: torch.device
+) -> tuple[Tensor, list[Tensor]]:
     """(int64 [views, 4] of address, height, width and row step, zeros without a mask; the masks in rows of bytes)."""
     if not masks:
         return torch.empty(0, dtype=torch.int64, device=device), []

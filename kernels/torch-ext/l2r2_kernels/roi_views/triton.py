@@ -32,8 +32,8 @@ ELEMENTS = {
 def fits_half(spec: Spec, ratio: float) -> bool:
     """Whether float16 holds a column's sum of uint8 levels minus fill, and is precise enough for the output.
 
-    Its weights cost 0.3 of a level at most. A float32 output needs more bits: it takes three tf32 dots (a single one truncates its
-    operands and so darkens). bfloat16 is never used for weights: it costs more than a level.
+    Its weights cost 0.3 of a level at most. A float32 output needs more bits: it takes three tf32 dots (a single one truncates
+    its operands and so darkens). bfloat16 is never used for weights: it costs more than a level.
     """
     return spec.dtype != torch.float32 and (255 + max(map(abs, spec.fill))) * 1.3 * max(ratio, 1.0) < 65504
 
@@ -102,7 +102,7 @@ class _Call:
         self.record = torch.empty(views, triton_place.RECORD.value, dtype=torch.int64, device=device)
         self.valid = torch.empty(views, dtype=torch.bool, device=device)
         self.placed = (
-            boxes.contiguous(), index.contiguous(), source.pixels, source.table, source.count, *source.size, *source.strides,
+            boxes.contiguous(), index.contiguous(), source.pixels, source.table, source.images, *source.size, *source.strides,
             spec.margin, self.record, self.valid.view(torch.uint8),
         )  # fmt: skip
         self.asm = boxes.is_cuda
@@ -159,11 +159,11 @@ class _Call:
 def forward(
     source: Source | None, boxes: Tensor, index: Tensor, masks: Sequence[Tensor], mask_views: Sequence[int], spec: Spec
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as reference.forward; source None is no image, masks are those there are, mask_views is [-1, view of each]."""
+    """Same contract as reference.forward; source None: no image; masks: those there are; mask_views: [-1, view of each]."""
     views, device = boxes.shape[0], boxes.device
     shape = (views, 3, spec.height, spec.width)
     out = torch.empty(shape, dtype=spec.dtype, device=device, memory_format=spec.memory_format)
-    if not views or source is None or not source.count:
+    if not views or source is None or not source.images:
         out.copy_(torch.tensor(spec.affine()[1], device=device)[:, None, None].expand(shape))
         return out, torch.zeros(views, dtype=torch.bool, device=device)
     _check(source, device, spec)

@@ -34,7 +34,7 @@ def axis_weights(outputs, taps, n_in, N_OUT: tl.constexpr, norm, KIND: tl.conste
 
 @triton.jit
 def chunk_pointers(pointer, y, x, rows, cols, stride_y, stride_x):
-    """Pointers to the crop's pixels [rows, cols] from (y, x) on; offsets inside a chunk fit 32 bits, which halves their registers."""
+    """Pointers to the crop's pixels [rows, cols] from (y, x) on; offsets in a chunk fit 32 bits, which halves their registers."""
     start = pointer + tl.cast(y, tl.int64) * stride_y + tl.cast(x, tl.int64) * stride_x
     return start + (rows[:, None] * tl.cast(stride_y, tl.int32) + cols[None, :] * tl.cast(stride_x, tl.int32))
 

@@ -1,8 +1,8 @@
 """Kernels of `pil` mode: Pillow's integer resize, bit for bit.
 
-The horizontal pass sums integers on CUDA cores, as triton_uint8 does in float32. The vertical pass uses tensor cores: a coefficient
-has 22 fractional bits and a sign; split into three signed base-256 digits it becomes three exact int8 dots. Levels enter as
-level - 128, which fits int8; the sums of the coefficients put the 128 back.
+The horizontal pass sums integers on CUDA cores, as triton_uint8 does in float32. The vertical pass uses tensor cores: a
+coefficient has 22 fractional bits and a sign; split into three signed base-256 digits it becomes three exact int8 dots. Levels
+enter as level - 128, which fits int8; the sums of the coefficients put the 128 back.
 """
 
 from __future__ import annotations
@@ -54,9 +54,7 @@ def pil_weight(first, last, k, centre, inverse, KIND: tl.constexpr):
     return tl.where(first + k < last, w, 0.0)
 
 
-@triton.jit(
-    do_not_specialize=["n_images", "batch_h", "batch_w", "columns", "stride_b", "stride_c", "stride_y", "stride_x"]
-)
+@triton.jit(do_not_specialize=["n_images", "batch_h", "batch_w", "columns", "stride_b", "stride_c", "stride_y", "stride_x"])
 def pil_prepare(
     boxes, index, images, table, n_images, batch_h, batch_w, columns, stride_b, stride_c, stride_y, stride_x, margin,
     record, valid_out, coefficients, first, sums,

@@ -61,6 +61,7 @@ def store_record(
     valid, x0, y0, w, h, canvas_w, canvas_h, pad_x, pad_y, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Write one view's record and validity."""
+    size: tl.constexpr = images.dtype.element_ty.primitive_bitwidth // 8
     b = tl.where(valid, tl.load(index + v), 0)  # an invalid view may name no image
     if RAGGED:
         row = table + b * 6
@@ -68,9 +69,7 @@ def store_record(
         stride_c, stride_y = tl.load(row + 3), tl.load(row + 4)
         stride_x = tl.where(stride_c == 1, 3, 1).to(tl.int64)
         columns = tl.load(row + 5)
-        size: tl.constexpr = 1
     else:
-        size: tl.constexpr = images.dtype.element_ty.primitive_bitwidth // 8
         start = images.to(tl.int64) + b * stride_b * size
     start += (y0.to(tl.int64) * stride_y + x0.to(tl.int64) * stride_x) * size
     r = record + v * RECORD
@@ -109,9 +108,7 @@ def load_steps(record, v):
 
 
 # Image sizes and strides change with every batch: not specializing on them avoids compiling again.
-@triton.jit(
-    do_not_specialize=["n_images", "batch_h", "batch_w", "columns", "stride_b", "stride_c", "stride_y", "stride_x"]
-)
+@triton.jit(do_not_specialize=["n_images", "batch_h", "batch_w", "columns", "stride_b", "stride_c", "stride_y", "stride_x"])
 def prepare(
     boxes, index, images, table, n_images, batch_h, batch_w, columns, stride_b, stride_c, stride_y, stride_x, margin,
     record, valid_out, norm,

@@ -50,9 +50,9 @@ def packed_taps(
     words, off, kept, bias, j, lo, hi, center, step, zero0, zero1, zero2, h0, h1, h2,
     T: tl.constexpr, KIND: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Add T packed pixels from byte `off` on to the sums of three channels; as `zero0` .. `zero2` where bit k of `kept` is not set.
+    """Add T packed pixels from byte `off` on to the sums of three channels.
 
-    Without a mask the zero levels are in the sums already.
+    MASKED: minus the levels `zero0` .. `zero2`, and nothing where bit k of `kept` is not set; otherwise those are in the sums.
     """
     word = load_word(words, off >> 2)
     for n in tl.static_range(3 * T):

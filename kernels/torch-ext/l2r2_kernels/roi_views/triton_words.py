@@ -1,8 +1,8 @@
 """Runs of bytes read as aligned 32-bit words: what the kernels for uint8 images take their pixels and masks from.
 
-A lane needs the bytes `off .. off + N - 1` of a row, at any alignment. It loads the words that hold them, each of which touches at
-least one of these bytes (so nothing outside the image's memory is read but the rest of its last word), and a funnel shift brings
-the bytes of two neighboring words into place.
+A lane needs the bytes `off .. off + N - 1` of a row, at any alignment. It loads the words that hold them, each of which touches
+at least one of these bytes (so nothing outside the image's memory is read but the rest of its first and last word), and a funnel
+shift brings the bytes of two neighboring words into place.
 
 `ASM` chooses single instructions (shf, prmt) over arithmetic that also runs in Triton's interpreter.
 """
