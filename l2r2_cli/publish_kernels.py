@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -15,12 +16,15 @@ def publish_kernels(
     source: Annotated[Path, typer.Argument(help="Folder with build.toml, CARD.md and torch-ext/.")] = Path("kernels"),
     repo: Annotated[Optional[str], typer.Argument(help="Hub id: ORG/NAME.", show_default="that of build.toml")] = None,
     push: Annotated[bool, typer.Option("--push", help="Send it; without it nothing leaves this machine.")] = False,
+    to: Annotated[
+        Optional[Path], typer.Option("--to", help="Write it into this new folder, from where it can be loaded.")
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
 ) -> None:
     """Check the kernels and show what would go to the Kernel Hub; with --push send it."""
-    from l2r2_models.hub.publish_kernels import prepare_kernels, push_kernels
+    from l2r2_models.hub.publish_kernels import new_folder, prepare_kernels, push_kernels
 
-    with tempfile.TemporaryDirectory(prefix="l2r2-publish-") as folder:
+    with nullcontext(new_folder(to)) if to else tempfile.TemporaryDirectory(prefix="l2r2-publish-") as folder:
         card, builds, branch = prepare_kernels(source, Path(folder), repo)
         for name in (*card.files, *builds.files):
             say(f"{(builds.folder / name).stat().st_size:>9,} bytes  {name}")
@@ -29,6 +33,8 @@ def publish_kernels(
         if push:
             pushed = push_kernels(card, builds, branch, private=private)
             say(f"pushed to {pushed.url}, branch {branch} (commit {pushed.commit[:12]}), hashes compared")
+        elif not builds.problems and to:
+            say(f'written to {to}; kernels.get_local_kernel(Path("{to}")) loads it')
         elif not builds.problems:
             say(f"nothing was sent; --push sends it to {builds.repo}, branch {branch}")
     if builds.problems:

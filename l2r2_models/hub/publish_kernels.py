@@ -84,6 +84,21 @@ def prepare_kernels(source: str | Path, folder: Path, repo: str | None = None) -
     return card, Package(repo, folder, {name: hashes[name] for name in builds}, tuple(problems)), f"v{general['version']}"
 
 
+def new_folder(folder: Path) -> Path:
+    """Make a folder to write the repository into.
+
+    Raises:
+        L2R2Error: there is something in it already, which could be loaded in place of what is written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise L2R2Error(f"{folder}: is not empty; give a new folder.")
+    except OSError as error:
+        raise L2R2Error(f"{folder}: cannot be written to ({error.strerror}).") from error
+    return folder
+
+
 def push_kernels(card: Package, builds: Package, branch: str, *, private: bool = False) -> Pushed:
     """Push the builds to their branch in one commit, which replaces what `build/` held there, and the card to main.
 

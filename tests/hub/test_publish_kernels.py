@@ -70,6 +70,24 @@ def test_a_dry_run_sends_nothing(there, monkeypatch, capsys):
     assert not end.value.code and "nothing was sent" in capsys.readouterr().out and there.log == []
 
 
+def test_written_to_a_folder_that_kernels_loads(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "new" / "repo"
+
+    def publish():
+        monkeypatch.setattr(sys, "argv", ["l2r2", "publish-kernels", str(KERNELS), "--to", str(folder)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code
+
+    assert not publish() and f"written to {folder}" in capsys.readouterr().out
+    assert (folder / "README.md").is_file() and (folder / "build" / "torch-cpu" / "metadata.json").is_file()
+    assert publish() == 1 and "is not empty; give a new folder" in capsys.readouterr().err
+    loader = pytest.importorskip("kernels.load", reason="needs the package `kernels`")
+    module = loader.get_local_kernel(folder, backend="cpu")
+    image, box = torch.zeros(30, 40, 3, dtype=torch.uint8), torch.tensor([[0.0, 0, 9, 8]])
+    assert module.roi_views([image], box, size=8)[0].shape == (1, 3, 8, 8)
+
+
 def test_what_is_no_folder_of_kernels(tmp_path):
     with pytest.raises(L2R2Error, match=r"build\.toml: cannot be read"):
         prepare_kernels(tmp_path, tmp_path / "out")

@@ -43,10 +43,9 @@ def entries(request):
     """(name, kernel, dtype, constants, warps, stages) of the three kernels in both forms."""
     dtype, dim, typical = request.split(":")
     block_d = max(16, triton.next_power_of_2(int(dim)))
-    table = attention.configs(block_d, 2 if dtype.endswith("16") else 4, int(typical))
     for name, kernel in KERNELS.items():
         for varlen in (True, False):
-            tile = table[name]
+            tile = attention.configs(block_d, 2 if dtype.endswith("16") else 4, int(typical), varlen)[name]
             constants = {"D": int(dim), "BLOCK_D": block_d, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
             constants |= {"VARLEN": varlen, "UPCAST": False, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
             yield f"{request} {name} varlen={varlen}", kernel, dtype.replace("tf32", "fp32"), constants, *tile[2:]

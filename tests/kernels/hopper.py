@@ -11,7 +11,8 @@ from triton.compiler import ASTSource
 
 
 def compiled(kernel, signature, constants, options, aligned=()):
-    """Registers, stack and local bytes (where spills go), shared memory, and tensor-core instructions of one specialisation.
+    """Registers, stack and local bytes (where spills go), shared memory, tensor-core instructions, loads of single bytes, and how
+    a warp lies on the tiles that are loaded in 32-bit words.
 
     signature: argument name -> type; constants: name -> value; aligned: names whose values are multiples of 16.
     """
@@ -21,7 +22,21 @@ def compiled(kernel, signature, constants, options, aligned=()):
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     dots = len(re.findall(r"mma\.sync|wgmma\.mma", built.asm["ptx"]))
-    return {**_resources(built.asm["cubin"]), "shared": built.metadata.shared, "tensor_core": dots}
+    byte_loads = len(re.findall(r"ld\.global\S*\.[bu]8", built.asm["ptx"]))
+    return {
+        **_resources(built.asm["cubin"]),
+        "shared": built.metadata.shared,
+        "tensor_core": dots,
+        "byte_loads": byte_loads,
+        "lanes": _lanes(built.asm["ttgir"]),
+    }
+
+
+def _lanes(ttgir):
+    """Threads a warp has along each dimension of the two-dimensional 32-bit integer loads."""
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{.*?threadsPerWarp = (\[[\d, ]+\])", ttgir, re.MULTILINE))
+    used = set(re.findall(r"tt\.load .*tensor<\d+x\d\d+x!tt\.ptr<i32>, (#\w+)>", ttgir))
+    return sorted(layouts[name] for name in used)
 
 
 def _resources(cubin):

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 triton = pytest.importorskip("triton")
+
+pytestmark = pytest.mark.interpreter
 RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])
 OLD = pytest.mark.skipif(
     RELEASE < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0",

@@ -2,6 +2,7 @@
 
 from .masked_attention import (
     Packed,
+    PackedRunner,
     masked_attention,
     pack,
     round_capacity,
@@ -10,10 +11,12 @@ from .masked_attention import (
     unpack,
     varlen_attention,
 )
-from .roi_views import roi_views
+from .roi_views import RaggedImages, roi_views
 
 __all__ = [
     "Packed",
+    "PackedRunner",
+    "RaggedImages",
     "masked_attention",
     "pack",
     "roi_views",

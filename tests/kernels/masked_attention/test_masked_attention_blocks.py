@@ -9,6 +9,7 @@ import torch
 from l2r2_kernels.masked_attention import pack, run_masked, run_packed, varlen_attention
 from masked_attention_helpers import DEVICES
 from timm.layers import DropPath, GlobalResponseNormMlp, RmsNorm
+from timm.models.eva import EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 
 VARIANTS = {
@@ -281,7 +282,7 @@ def _dropping(block):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: timm.create_model("eva02_tiny_patch14_224").blocks[0], "EvaBlock"),
+        (lambda: EvaBlockPostNorm(48, 3), "EvaBlockPostNorm"),
         (lambda: ParallelScalingBlock(48, 3), "ParallelScalingBlock"),
         (lambda: ParallelThingsBlock(48, 3), "ParallelThingsBlock"),
         (lambda: ResPostBlock(48, 3), "ResPostBlock"),

@@ -1,12 +1,14 @@
 """The Triton kernels: on the GPU with -m gpu, or in Triton's interpreter with TRITON_INTERPRET=1 (small cases of the same
 tests, run by test_kernels_interpreter.py in a process of their own)."""
 
+import ctypes
+import mmap
 import os
 
 import pytest
 import torch
-from l2r2_kernels import roi_views
-from l2r2_kernels.roi_views import op
+from l2r2_kernels import RaggedImages, roi_views
+from l2r2_kernels.roi_views import op, source
 from roi_views_cases import FILL, MEAN, NAN, STD, TOLERANCE, levels_apart, noise_image, spec_of, truth
 
 pytest.importorskip("triton")
@@ -80,7 +82,7 @@ def test_boxes_at_every_border_and_of_one_pixel(device, square):
 
 @on_devices
 def test_a_very_tall_image_in_float_and_pil_mode(device):
-    height = grown(300, device)
+    height = grown(120, device)
     image = noise_image(height, 2, seed=8).to(device)
     boxes = torch.tensor([[0, 0, 2, height]], device=device)
     for mode, tolerance in (("float", 0.01), ("pil", 1e-4)):
@@ -101,6 +103,92 @@ def test_masks_and_memory_format(device, mode):
     last, _ = triton_views(images, boxes, index, masks=masks, memory_format=torch.channels_last, **settings)
     assert last.is_contiguous(memory_format=torch.channels_last)
     assert levels_apart(last, truth(images, boxes, index, masks, **settings)[0]) <= (0.01 if mode == "float" else 1e-4)
+
+
+@on_devices
+@pytest.mark.parametrize(
+    "layout, masked, dtype, interpolation",
+    [
+        ("packed", False, torch.float16, "bilinear"),
+        ("packed", True, torch.float32, "bicubic"),
+        ("planar", True, torch.float16, "bilinear"),
+        ("planar", False, torch.float32, "bicubic"),
+        ("mixed", True, torch.float16, "bilinear"),
+    ],
+)
+def test_words_of_packed_and_planar_images(device, layout, masked, dtype, interpolation):
+    """Every alignment of a row, windows of every length, loops of windows, and rows shorter than a window."""
+    sizes = [(11, 19), (13, 34), (9, 67), (9, 5), (30, 17)]
+    images = [
+        noise_image(h, w, seed=h, hwc=layout == "packed" or (layout == "mixed" and i % 2 == 0)).to(device)
+        for i, (h, w) in enumerate(sizes)
+    ]
+    boxes = torch.tensor([[0, 0, w, h] for h, w in sizes] + [[7, 3, 34, 13], [60, 0, 67, 9]], device=device)
+    index = torch.tensor([0, 1, 2, 3, 4, 1, 2])
+    masks = None
+    if masked:
+        g = torch.Generator().manual_seed(1)
+        masks = [(torch.rand(sizes[i], generator=g) > 0.4).to(device) for i in index]
+        masks[2] = None
+    settings = {"size": 11, "interpolation": interpolation}
+    views, _ = triton_views(images, boxes, index, masks=masks, dtype=dtype, **settings)
+    assert levels_apart(views, truth(images, boxes, index, masks, **settings)[0]) <= TOLERANCE[dtype]
+
+
+@on_devices
+@pytest.mark.parametrize("mode", ["float", "pil"])
+def test_nothing_outside_an_image_or_mask_is_read(device, mode):
+    """Both lie between pages that may not be touched: reading one stops the process."""
+    if device != "cpu":
+        pytest.skip("pages are protected on the CPU")
+    height, width = 12, 37
+    boxes = torch.tensor([[0, 0, width, height], [30, 5, width, height]], device=device)
+    index = torch.zeros(2, dtype=torch.int64)
+    for hwc in (True, False):
+        for at_end in (True, False) if mode == "float" else (True,):
+            image, mask = guarded(noise_image(height, width, seed=3, hwc=hwc), at_end), guarded(MASK, at_end)
+            views, _ = triton_views([image], boxes, index, masks=[mask, None], size=5, mode=mode)
+            expected = truth([image], boxes, index, [mask, None], size=5, mode=mode)[0]
+            assert levels_apart(views, expected) <= 0.01
+
+
+MASK = (torch.rand(12, 37, generator=torch.Generator().manual_seed(2)) > 0.5).to(torch.uint8)
+
+
+def guarded(tensor, at_end):
+    """A copy that ends (or starts) at a page which may not be read."""
+    page = mmap.PAGESIZE
+    room = -(-tensor.numel() // page) * page
+    memory = mmap.mmap(-1, room + 2 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for guard in (address, address + page + room):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) == 0
+    start = page + (room - tensor.numel() if at_end else 0)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=tensor.numel(), offset=start).view(tensor.shape).copy_(tensor)
+
+
+@on_devices
+@pytest.mark.parametrize("mode, dtype", [("float", torch.float32), ("pil", torch.float16)])
+def test_images_in_one_buffer_are_as_a_list(device, mode, dtype):
+    images = [noise_image(h, w, seed=h, hwc=i != 1) for i, (h, w) in enumerate([(21, 19), (9, 5), (18, 30)])]
+    boxes = torch.tensor([[0, 0, 19, 21], [0, 0, 5, 9], [2.5, 3, 30, 18], [NAN] * 4], device=device)
+    index, settings = torch.tensor([0, 1, 2, 2]), {"size": 8, "mode": mode, "dtype": dtype}
+    ragged = RaggedImages.pack([image.to(device) for image in images])
+    views, valid = triton_views(ragged, boxes, index, **settings)
+    expected, expected_valid = triton_views([image.to(device) for image in images], boxes, index, **settings)
+    assert torch.equal(views, expected) and torch.equal(valid, expected_valid)
+
+
+@on_devices
+def test_a_list_is_looked_at_once_and_its_addresses_every_time(device):
+    boxes = torch.tensor([[0.0, 0, 20, 16]] * 2, device=device)
+    for seed in (1, 2):  # the same shapes and other memory
+        images = [noise_image(16, 20, seed=seed, hwc=True).to(device), noise_image(16, 20, seed=seed + 5).to(device)]
+        views, _ = triton_views(images, boxes, size=8)
+        assert levels_apart(views, truth(images, boxes, size=8)[0]) <= 0.01
+    assert source._known.cache_info().hits
+    with pytest.raises(ValueError, match=r"roi_views: images must be \[3, H, W\] or \[H, W, 3\], got \(8, 9\) in the list"):
+        triton_views([images[0], torch.zeros(8, 9, dtype=torch.uint8, device=device)], boxes)
 
 
 @on_devices
@@ -219,6 +307,8 @@ def test_opcheck(device):
     boxes, index = torch.tensor([[1.0, 0, 7, 6]], device=device), torch.tensor([1], device=device)
     spec = spec_of(images, size=5)
     torch.library.opcheck(op._ragged_op, (images, boxes, index, [], [-1], *spec, "triton"))
+    ragged = RaggedImages.pack(images)
+    torch.library.opcheck(op._packed_op, (*ragged, boxes, index, [], [-1], *spec, "triton"), test_utils="test_faketensor")
     batch = torch.rand(2, 3, 7, 8, device=device, requires_grad=True)
     spec = spec_of(batch, size=5, fill=0.5)
     torch.library.opcheck(op._batch_op, (batch, boxes, index, [], [-1], *spec, "triton"))

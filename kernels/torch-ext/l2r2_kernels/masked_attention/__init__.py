@@ -2,11 +2,13 @@
 
 from .attention import masked_attention, varlen_attention
 from .blocks import run_masked, run_packed
+from .graph import PackedRunner
 from .op import key_index
 from .packing import Packed, pack, round_capacity, unpack
 
 __all__ = [
     "Packed",
+    "PackedRunner",
     "key_index",
     "masked_attention",
     "pack",

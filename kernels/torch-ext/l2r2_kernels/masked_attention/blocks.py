@@ -1,4 +1,4 @@
-"""timm's ViT blocks on kept tokens only, and the masked form that keeps every token.
+"""timm's ViT and Eva blocks on kept tokens only, and the masked form that keeps every token.
 
 Both run the blocks' own layers and replace only the attention core, so weights, norms, LayerScale, dropout and drop path
 are the model's. With one mask through all blocks the two agree on the kept tokens: a dropped token is never a key, so
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recompute
@@ -17,11 +18,17 @@ from .attention import masked_attention, varlen_attention
 from .key_gradient import with_key_gradient
 from .op import key_index, runs_triton
 from .packing import Packed, check_tokens, pack, unpack
+from .rope import Rotary, rotaries
 
-# What timm's vision_transformer.Block and layers.Attention hold. Anything else would be ignored here, so it is refused.
-_BLOCK_CHILDREN = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
+# What timm's vision_transformer.Block and layers.Attention hold, and eva.EvaBlock with its attentions. Anything else would be
+# ignored here, so it is refused.
+_BLOCK_CHILDREN = {"norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2"}
+_BLOCK_NAMES = {"Block": _BLOCK_CHILDREN | {"ls1", "ls2"}, "EvaBlock": _BLOCK_CHILDREN | {"gamma_1", "gamma_2", "init_values"}}
 _ATTENTION_NAMES = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
 _ATTENTION_NAMES |= {"num_heads", "head_dim", "attn_dim", "scale", "fused_attn"}
+_EVA_NAMES = {"q_proj", "k_proj", "v_proj", "q_bias", "k_bias", "v_bias", "qkv_bias_separate", "num_prefix_tokens", "rotate_half"}
+_EVA_NAMES |= {"num_kv_heads", "num_kv_groups", "kv_dim"}
+_ATTENTIONS = {"Block": ("Attention",), "EvaBlock": ("EvaAttention", "AttentionRope")}
 _MLPS = {"Mlp", "GluMlp", "SwiGLU", "SwiGLUPacked"}  # one token at a time
 
 Core = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -29,13 +36,13 @@ Core = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 def run_packed(
     blocks: Iterable[nn.Module], x: Tensor, mask: Tensor, *, num_prefix: int = 0, capacity: int | str | None = None,
-    unpacked: bool = False, fill: float = 0.0, backend: str = "auto", checkpoint: bool = False,
+    unpacked: bool = False, fill: float = 0.0, backend: str = "auto", checkpoint: bool = False, rope: Tensor | None = None,
 ) -> tuple[Packed, Tensor | None]:  # fmt: skip
     """Runs timm ViT blocks on the kept tokens only.
 
     Args:
-        blocks: timm ``Block`` modules, e.g. ``model.blocks``. Blocks that hold more than timm's, or forward hooks, would
-            not run as they should: they are refused (but not looked for while ``torch.compile`` traces).
+        blocks: timm ``Block`` or ``EvaBlock`` modules, e.g. ``model.blocks``. Blocks that hold more than timm's, or forward
+            hooks, would not run as they should: they are refused (but not looked for while ``torch.compile`` traces).
         x: ``[B, N, C]`` tokens as they enter the first block: prefix tokens first, positions added, ``norm_pre`` done.
         mask: ``[B, N]`` bool, True = kept; the same through all blocks.
         num_prefix: this many first tokens are always kept.
@@ -43,6 +50,8 @@ def run_packed(
         unpacked: also return the tokens in their places, ``fill`` where they were dropped.
         backend: see ``masked_attention``.
         checkpoint: keep the input of each block only, and compute its activations again in the backward pass.
+        rope: rotary embeddings of the patches, as Eva models (EVA-02, DINOv3, PE) give them to their blocks: ``[P, 2 D]``,
+            ``[H, P, 2 D]`` or ``[depth, H, P, 2 D]``, sines before cosines. The N - P tokens before them are not rotated.
 
     Returns:
         (packed tokens after the last block, unpacked tokens ``[B, N, C]`` or None). ``packed.prefix()`` has the prefix
@@ -54,7 +63,7 @@ def run_packed(
 
     Source: iFAM; equal to keys-only masking (``run_masked``) for kept tokens. Drop path is drawn once an image, as in timm.
     """
-    blocks = _checked(blocks)
+    blocks = _checked(blocks, rope)
     packed = pack(x, mask, num_prefix=num_prefix, capacity=capacity)
 
     def core(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -69,15 +78,15 @@ def run_packed(
         return branch * factor[image]
 
     tokens = packed.tokens
-    for block in blocks:
-        tokens = _run(checkpoint, block, tokens, core, drop_path)
+    for block, rotary in zip(blocks, _rotaries(rope, x.shape[1], len(blocks), packed.source.clamp_min(0) % max(x.shape[1], 1))):
+        tokens = _run(checkpoint, block, tokens, core, drop_path, rotary)
     packed = packed._replace(tokens=tokens)
     return packed, unpack(packed, fill) if unpacked else None
 
 
 def run_masked(
     blocks: Iterable[nn.Module], x: Tensor, mask: Tensor, *, num_prefix: int = 0, backend: str = "auto",
-    key_weight: Tensor | None = None, checkpoint: bool = False,
+    key_weight: Tensor | None = None, checkpoint: bool = False, rope: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Runs timm ViT blocks on all tokens, with the masked ones never as keys.
 
@@ -88,15 +97,27 @@ def run_masked(
     Returns ``[B, N, C]``; masked tokens are computed too (they see the kept ones), for models whose later layers need every
     token. Without a kept token or prefix, an image's attention gives zeros.
     """
-    blocks = _checked(blocks)
+    blocks = _checked(blocks, rope)
     mask, index, count = _keys(x, mask, key_weight, num_prefix, backend)
 
     def core(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:  # [B, N, H, D]
         return _core(q, k, v, mask, index, count, key_weight, scale, backend)
 
-    for block in blocks:
-        x = _run(checkpoint, block, x, core, lambda layer, branch: layer(branch))
+    for block, rotary in zip(blocks, _rotaries(rope, x.shape[1], len(blocks), None)):
+        x = _run(checkpoint, block, x, core, lambda layer, branch: layer(branch), rotary)
     return x
+
+
+def _rotaries(rope: Tensor | None, tokens: int, blocks: int, rows: Tensor | None) -> list[Rotary | None]:
+    """The rotary embeddings of each block, at the tokens ``rows`` where given; one gather where the blocks share them."""
+    if rope is None:
+        return [None] * blocks
+    all_rotaries = rotaries(rope, tokens, blocks)
+    if rows is None:
+        return [*all_rotaries]
+    if rope.dim() < 4:
+        return [all_rotaries[0].at(rows)] * blocks if blocks else []
+    return [rotary.at(rows) for rotary in all_rotaries]
 
 
 # What depends on values, or asks for shapes, is one node of an FX graph (and stays Python where such a graph is scripted).
@@ -105,7 +126,11 @@ def run_masked(
 @torch.fx.wrap
 @torch.jit.ignore
 def _keys(
-    x: Tensor, mask: Tensor, key_weight: Optional[Tensor], num_prefix: int, backend: str  # noqa: UP045  (jit)
+    x: Tensor,
+    mask: Tensor,
+    key_weight: Tensor | None,
+    num_prefix: int,
+    backend: str,
 ) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:  # noqa: UP045
     """The checked mask with the prefix in it, and its ``key_index`` where the Triton kernels run."""
     check_tokens(x, mask, num_prefix)
@@ -144,46 +169,83 @@ def _run(checkpoint: bool, *block_and_inputs: Any) -> Tensor:
     return recompute(_block, *block_and_inputs, use_reentrant=False) if checkpoint else _block(*block_and_inputs)
 
 
-def _block(block: Any, x: Tensor, core: Core, drop_path: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
-    """timm's ``Block.forward``, for x ``[..., C]``."""
-    x = x + drop_path(block.drop_path1, block.ls1(_attention(block.attn, block.norm1(x), core)))
-    return x + drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(x))))
+def _block(
+    block: Any,
+    x: Tensor,
+    core: Core,
+    drop_path: Callable[[nn.Module, Tensor], Tensor],
+    rotary: Optional[Rotary],  # noqa: UP045
+) -> Tensor:
+    """The forward of timm's ``Block`` and ``EvaBlock``, for x ``[..., C]``."""
+    x = x + drop_path(block.drop_path1, _scaled(block, "1", _attention(block.attn, block.norm1(x), core, rotary)))
+    return x + drop_path(block.drop_path2, _scaled(block, "2", block.mlp(block.norm2(x))))
 
 
-def _attention(attn: Any, x: Tensor, core: Core) -> Tensor:
-    """timm's ``Attention.forward``, for x ``[..., C]``."""
-    q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).unbind(-3)  # [..., H, D]
-    out = core(attn.q_norm(q), attn.k_norm(k), v, attn.scale).flatten(-2)
+def _scaled(block: Any, which: str, branch: Tensor) -> Tensor:
+    """A branch times the block's layer scale: the layer ``ls`` of a Block, the parameter ``gamma_`` of an EvaBlock."""
+    if hasattr(block, f"ls{which}"):
+        return getattr(block, f"ls{which}")(branch)
+    gamma = getattr(block, f"gamma_{which}")
+    return branch if gamma is None else gamma * branch
+
+
+def _attention(attn: Any, x: Tensor, core: Core, rotary: Rotary | None) -> Tensor:
+    """The forward of timm's attentions, for x ``[..., C]``."""
+    q, k, v = _qkv(attn, x)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if rotary is not None:
+        half = getattr(attn, "rotate_half", False)
+        q, k = (rotary.rotate(y, half).to(v.dtype) for y in (q, k))
+    groups = getattr(attn, "num_kv_groups", 1)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, -2), v.repeat_interleave(groups, -2)
+    out = core(q, k, v, attn.scale).flatten(-2)
     out = attn.norm(out) if hasattr(attn, "norm") else out
     if getattr(attn, "gate", None) is not None:
         out = out * attn.gate(x).sigmoid()
     return attn.proj_drop(attn.proj(out))
 
 
+def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v ``[..., H, D]``."""
+    if attn.qkv is None:
+        heads = (attn.num_heads, *[getattr(attn, "num_kv_heads", attn.num_heads)] * 2)
+        return tuple(layer(x).unflatten(-1, (h, -1)) for layer, h in zip((attn.q_proj, attn.k_proj, attn.v_proj), heads))
+    if getattr(attn, "q_bias", None) is None:
+        qkv = attn.qkv(x)
+    else:
+        bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        qkv = attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
+    return qkv.unflatten(-1, (3, attn.num_heads, -1)).unbind(-3)
+
+
 def _drops_paths(block: Any) -> bool:
     return block.training and not (isinstance(block.drop_path1, nn.Identity) and isinstance(block.drop_path2, nn.Identity))
 
 
-def _checked(blocks: Iterable[nn.Module]) -> list[nn.Module]:
+def _checked(blocks: Iterable[nn.Module], rope: Tensor | None) -> list[nn.Module]:
     blocks = list(blocks)
     for number, block in enumerate(blocks):
         reason = _refusal(block)
+        if not reason and rope is not None and type(block).__name__ == "Block":
+            reason = "it takes no rotary embeddings; leave rope out"
         if reason:
             raise TypeError(
                 f"Block {number} is a {type(block).__name__} that cannot run on masked tokens: {reason}. "
-                "timm's plain ViT blocks can (vision_transformer.Block with layers.Attention)."
+                "timm's plain ViT blocks can (vision_transformer.Block with layers.Attention), and Eva's (eva.EvaBlock)."
             )
     return blocks
 
 
 def _refusal(block: Any) -> str | None:
     """Why this block would not do here what its own forward does, or None."""
-    if type(block).__name__ != "Block" or not hasattr(block, "attn"):
+    kind = type(block).__name__
+    if kind not in _BLOCK_NAMES or not hasattr(block, "attn"):
         return "its forward is not that of timm's Block"
     attn = block.attn
-    if type(attn).__name__ != "Attention":
+    if type(attn).__name__ not in _ATTENTIONS[kind]:
         return f"its attention is a {type(attn).__name__}"
-    missing = [name for name in _BLOCK_CHILDREN if not hasattr(block, name)]
+    missing = [name for name in _BLOCK_NAMES[kind] if not hasattr(block, name)]
     missing += [name for name in ("qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop") if not hasattr(attn, name)]
     if missing:
         return f"it has no {', '.join(sorted(missing))}"
@@ -199,7 +261,11 @@ def _refusal(block: Any) -> str | None:
 
 def _ignored(block: Any) -> str | None:
     """What the block or its attention holds that would not run here, or None."""
-    for module, name, known in ((block, "it", _BLOCK_CHILDREN), (block.attn, "its attention", _ATTENTION_NAMES)):
+    eva = type(block).__name__ == "EvaBlock"
+    known_of_attention = _ATTENTION_NAMES | (_EVA_NAMES if eva else set())
+    for module, name, known in (
+        (block, "it", _BLOCK_NAMES[type(block).__name__]), (block.attn, "its attention", known_of_attention)
+    ):  # fmt: skip
         extra = _own_names(module) - known
         if extra:
             return f"{name} has {', '.join(sorted(extra))}, which would be ignored"

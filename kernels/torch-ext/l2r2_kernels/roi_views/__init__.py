@@ -1,5 +1,6 @@
-"""Views of images in one pass: box margin and clip, crop, mask, pad to a square, resize, normalise, cast."""
+"""Decoded images and boxes to network input: a PyTorch reference, Triton kernels and a CPU path."""
 
 from .op import roi_views
+from .source import RaggedImages
 
-__all__ = ["roi_views"]
+__all__ = ["RaggedImages", "roi_views"]

@@ -1,4 +1,4 @@
-"""The CPU path: one crop at a time, resized in float32 (or by Pillow itself in `pil` mode), normalised once a batch.
+"""The CPU path: one crop at a time, resized in float32 (or by Pillow itself in `pil` mode), normalized as it is written.
 
 A resize is two banded matrix products: a block of output rows needs a window of source rows, so each block is one
 small dense product. That beats `F.interpolate` in float, and the padding needs no canvas.
@@ -116,8 +116,10 @@ def _float_pixels(crop: Tensor, mask: Tensor | None, fill: Tensor) -> tuple[Tens
     return x, crop.stride(0) == 1
 
 
-def _resize_bands(crop: Tensor, mask: Tensor | None, g: Geometry, spec: Spec, fill: Tensor, out: Tensor) -> None:
-    """Write the resized canvas of a crop [3, h, w], minus fill, to out [3, height, width]."""
+def _resize_bands(
+    crop: Tensor, mask: Tensor | None, g: Geometry, spec: Spec, fill: Tensor, a: Tensor, b: Tensor, out: Tensor
+) -> None:
+    """Write a * (resized canvas of a crop [3, h, w] - fill) + b to out [3, height, width]."""
     height, width = spec.height, spec.width
     by = _bands(g.canvas_h, height, spec.interpolation, spec.antialias, BLOCK_Y)
     bx = _bands(g.canvas_w, width, spec.interpolation, spec.antialias, BLOCK_X)
@@ -128,10 +130,11 @@ def _resize_bands(crop: Tensor, mask: Tensor | None, g: Geometry, spec: Spec, fi
     resized = _horizontal(bx, rows.view(height * 3, g.w), g.pad_x)[:, :width]
     resized = resized.view(3, height, width) if interleaved else resized.view(height, 3, width).transpose(0, 1)
     if (g.w, g.h) == (g.canvas_w, g.canvas_h):
-        torch.sub(resized, fill, out=out)
+        torch.addcmul(b - a * fill, resized, a, out=out)
     else:  # the padding is fill and weighs the rest, so what is subtracted is fill's share of the crop
         inside = _weight_inside(by, g.pad_y, g.h, height)[:, None] * _weight_inside(bx, g.pad_x, g.w, width)
         torch.addcmul(resized, inside, fill, value=-1, out=out)
+        torch.addcmul(b, out, a, out=out)
 
 
 def _resize_pil(crop: Tensor, mask: Tensor | None, g: Geometry, spec: Spec) -> Tensor:
@@ -152,7 +155,7 @@ def _resize_pil(crop: Tensor, mask: Tensor | None, g: Geometry, spec: Spec) -> T
     return torch.from_numpy(np.array(canvas.resize((spec.width, spec.height), how))).permute(2, 0, 1)
 
 
-def _colour(channels: Sequence[float]) -> Tensor:
+def _color(channels: Sequence[float]) -> Tensor:
     return torch.tensor(channels, dtype=torch.float32)[:, None, None]
 
 
@@ -163,17 +166,16 @@ def forward(
     images = [as_chw(image) for image in images]
     sizes = [(image.shape[1], image.shape[2]) for image in images]
     index, placed, valid = placements(sizes, boxes, image_index, spec)
-    fill = _colour(spec.fill)
-    levels = torch.empty(len(index), 3, spec.height, spec.width, dtype=torch.float32)  # minus fill
+    fill, a, b = map(_color, (spec.fill, *spec.affine()))
+    views = torch.empty(len(index), 3, spec.height, spec.width, dtype=torch.float32)
     for v, (i, g) in enumerate(zip(index, placed)):
         if g is None:
-            levels[v].zero_()
+            views[v] = b
             continue
         crop = images[i][:, g.y0 : g.y0 + g.h, g.x0 : g.x0 + g.w]
         mask = crop_mask(masks[v], images[i], g)
         if spec.mode == "pil":
-            torch.sub(_resize_pil(crop, mask, g, spec), fill, out=levels[v])
+            torch.addcmul(b - a * fill, _resize_pil(crop, mask, g, spec), a, out=views[v])
         else:
-            _resize_bands(crop, mask, g, spec, fill, levels[v])
-    a, b = (_colour(c) for c in spec.affine())
-    return levels.mul_(a).add_(b).to(spec.dtype, memory_format=spec.memory_format), valid
+            _resize_bands(crop, mask, g, spec, fill, a, b, views[v])
+    return views.to(spec.dtype, memory_format=spec.memory_format), valid

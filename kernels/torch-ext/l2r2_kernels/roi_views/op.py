@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._common import add_op_namespace_prefix, no_autocast
 from . import cpu, reference
+from .source import RaggedImages, Source, from_batch, from_list, from_ragged
 from .spec import Spec, make_spec
 
 BACKENDS = ("", "reference", "cpu", "triton")
@@ -21,7 +22,7 @@ _VIEWS = f"Tensor boxes, Tensor image_index, Tensor[] masks, int[] mask_views, {
 
 
 def roi_views(
-    images: Sequence[Tensor] | Tensor,
+    images: Sequence[Tensor] | RaggedImages | Tensor,
     boxes: Tensor,
     image_index: Tensor | None = None,
     *,
@@ -48,8 +49,9 @@ def roi_views(
 
     Args:
         images: list of uint8 tensors [3, H, W] or [H, W, 3] of any sizes (a tensor that fits both readings is [3, H, W]),
-            or one batch [B, 3, H, W], uint8 or floating. All on one device. A floating batch receives gradients; a pixel
-            in it that is not finite may spread over the tile of outputs that is computed with it.
+            `RaggedImages` (the same in one buffer, which spares the host a look at every image), or one batch [B, 3, H, W],
+            uint8 or floating. All on one device. A floating batch receives gradients; a pixel in it that is not finite may
+            spread over the tile of outputs that is computed with it.
         boxes: [V, 4] xyxy in absolute pixels of the view's image, exclusive end; a NaN row means no box.
         image_index: [V] integers, the image of each view; None when there is one view an image, in order. Out of range is
             an error on the CPU and gives an invalid view on CUDA, where looking would stall the stream.
@@ -72,18 +74,43 @@ def roi_views(
     Raises:
         TypeError, ValueError: one sentence that names the argument.
     """
-    batched = isinstance(images, Tensor)
-    is_uint8, device = _check_batch(images) if isinstance(images, Tensor) else _check_list(images)
+    source = _source_at_once(images, backend)
+    if isinstance(images, RaggedImages):
+        count, is_uint8, device = _check_ragged(images)
+    elif isinstance(images, Tensor):
+        count, is_uint8, device = _check_batch(images)
+    elif source is not None:
+        count, is_uint8, device = source.images, True, source.pixels.device
+    else:
+        count, is_uint8, device = _check_list(images)
     spec = make_spec(
         is_uint8=is_uint8, size=size, margin=margin, square=square, fill=fill, interpolation=interpolation,
         antialias=antialias, mode=mode, mean=mean, std=std, scale=scale, dtype=dtype, memory_format=memory_format,
     )  # fmt: skip
-    count = images.shape[0] if isinstance(images, Tensor) else len(images)
     boxes, image_index = _check_boxes(boxes, image_index, count, device)
     present, mask_views = _check_masks(masks, boxes.shape[0], device)
     _check_backend(backend, device, spec)
-    op = _batch_op if batched else _ragged_op
-    return op(images, boxes, image_index, present, mask_views, *spec, backend or "")
+    rest = (boxes, image_index, present, mask_views, *spec, backend or "")
+    if source is not None and _choose(backend or "", device, torch.uint8, spec) == "triton":
+        from . import triton as kernels
+
+        return kernels.forward(source, boxes, image_index, present, mask_views, spec)
+    if isinstance(images, RaggedImages):
+        return _packed_op(*images, *rest)
+    return _batch_op(images, *rest) if isinstance(images, Tensor) else _ragged_op(images, *rest)
+
+
+def _source_at_once(images: Sequence[Tensor] | RaggedImages | Tensor, backend: str | None) -> Source | None:
+    """The source of a list that Triton will take, looked at once and without the operator, which takes each image apart again.
+
+    None where the operator is needed (under torch.compile, for other backends), or something about the list is to be told.
+    """
+    if torch.compiler.is_compiling() or not isinstance(images, (list, tuple)) or isinstance(images, RaggedImages) or not images:
+        return None
+    first = images[0]
+    if type(first) is not Tensor or not (backend == "triton" or (not backend and first.is_cuda)):
+        return None
+    return from_list(images)
 
 
 def _check_backend(backend: str | None, device: torch.device, spec: Spec) -> None:
@@ -95,20 +122,30 @@ def _check_backend(backend: str | None, device: torch.device, spec: Spec) -> Non
         raise TypeError('roi_views: dtype float64 needs backend "reference"')
 
 
-def _check_batch(images: Tensor) -> tuple[bool, torch.device]:
+def _check_ragged(images: RaggedImages) -> tuple[int, bool, torch.device]:
+    pixels, places = images.pixels, images.places
+    if pixels.dim() != 1 or pixels.dtype != torch.uint8 or not pixels.is_contiguous():
+        raise ValueError(f"roi_views: images.pixels must be contiguous uint8 [bytes], got {pixels.dtype} {tuple(pixels.shape)}")
+    if places.dim() != 2 or places.shape[1] != 3 or places.dtype != torch.int64 or places.device != pixels.device:
+        found = f"{places.dtype} {tuple(places.shape)} on {places.device}"
+        raise ValueError(f"roi_views: images.places must be int64 [B, 3] on {pixels.device}, got {found}")
+    return places.shape[0], True, pixels.device
+
+
+def _check_batch(images: Tensor) -> tuple[int, bool, torch.device]:
     if images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"roi_views: images must be [B, 3, H, W] when given as one tensor, got {tuple(images.shape)}")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise TypeError(f"roi_views: images must be uint8 or floating, got {images.dtype}")
-    return images.dtype == torch.uint8, images.device
+    return images.shape[0], images.dtype == torch.uint8, images.device
 
 
-def _check_list(images: Sequence[Tensor]) -> tuple[bool, torch.device]:
+def _check_list(images: Sequence[Tensor]) -> tuple[int, bool, torch.device]:
     if not isinstance(images, Sequence):
         found = type(images).__name__
         raise TypeError(f"roi_views: images must be a list of uint8 tensors or one batch tensor, got {found}")
     device = images[0].device if len(images) and isinstance(images[0], Tensor) else torch.device("cpu")
-    for image in images:  # hundreds of images a call: as few attribute reads as will do
+    for image in images:
         if not isinstance(image, Tensor) or image.dtype is not torch.uint8:
             found = image.dtype if isinstance(image, Tensor) else type(image).__name__
             raise TypeError(f"roi_views: images must be a list of uint8 tensors or one batch tensor, got {found} in the list")
@@ -117,7 +154,7 @@ def _check_list(images: Sequence[Tensor]) -> tuple[bool, torch.device]:
             raise ValueError(f"roi_views: images must be [3, H, W] or [H, W, 3], got {tuple(shape)} in the list")
         if image.device != device:
             raise ValueError(f"roi_views: images must be on one device, got {device} and {image.device}")
-    return True, device
+    return len(images), True, device
 
 
 def _check_boxes(boxes: Tensor, image_index: Tensor | None, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -185,13 +222,21 @@ def _compute_dtype(dtype: torch.dtype, spec: Spec) -> torch.dtype:
     return torch.float64 if torch.float64 in (dtype, spec.dtype) else torch.float32
 
 
+def _source(images: Sequence[Tensor] | RaggedImages | Tensor) -> Source | None:
+    if isinstance(images, RaggedImages):
+        return from_ragged(images)
+    return from_batch(images) if isinstance(images, Tensor) else from_list(images)
+
+
 def _run(images, boxes, image_index, masks, mask_views, spec: Spec, backend: str) -> tuple[Tensor, Tensor]:
-    first = images if isinstance(images, Tensor) else (images[0] if images else boxes)
+    first = images if isinstance(images, Tensor) else (images[0] if len(images) else boxes)
     chosen = _choose(backend, first.device, first.dtype, spec)
     if chosen == "triton":
         from . import triton as kernels
 
-        return kernels.forward(images, boxes, image_index, masks, mask_views, spec)
+        return kernels.forward(_source(images), boxes, image_index, masks, mask_views, spec)
+    if isinstance(images, RaggedImages):
+        images = images.images()
     masks = _per_view(masks, mask_views, boxes.shape[0])
     with no_autocast(first.device):
         if chosen == "cpu":
@@ -214,6 +259,21 @@ def _ragged_op(images, boxes, image_index, masks, mask_views, *spec):
 
 @_ragged_op.register_fake
 def _(images, boxes, image_index, masks, mask_views, *spec):
+    return _empty_views(boxes, boxes, Spec(*spec[:-1]))
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("roi_views_packed"),
+    mutates_args=(),
+    schema=f"(Tensor pixels, Tensor places, SymInt max_height, SymInt max_width, {_VIEWS}) -> (Tensor, Tensor)",
+)
+def _packed_op(pixels, places, max_height, max_width, boxes, image_index, masks, mask_views, *spec):
+    images = RaggedImages(pixels, places, max_height, max_width)
+    return _run(images, boxes, image_index, masks, mask_views, Spec(*spec[:-1]), spec[-1])
+
+
+@_packed_op.register_fake
+def _(pixels, places, max_height, max_width, boxes, image_index, masks, mask_views, *spec):
     return _empty_views(boxes, boxes, Spec(*spec[:-1]))
 
 

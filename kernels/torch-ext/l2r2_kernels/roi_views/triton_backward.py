@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from .triton_forward import kept
-from .triton_weights import load_place, reach, tap_range, weight
+from .triton_place import load_place
+from .triton_weights import reach, tap_range, weight
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def weights_of(outputs, taps, n_in, N_OUT: tl.constexpr, norm, KIND: tl.constexp
 
 @triton.jit(do_not_specialize=["height", "width", "grad_v", "grad_c", "grad_y", "grad_x"])
 def backward(
-    grad, grad_in, mask_table, order, starts, geometry, norm,
+    grad, grad_in, mask_table, order, starts, record, norm,
     height, width, grad_v, grad_c, grad_y, grad_x, a0, a1, a2,
     OUT_H: tl.constexpr, OUT_W: tl.constexpr, KIND: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, CHUNK_I: tl.constexpr, CHUNK_J: tl.constexpr,
@@ -52,7 +53,7 @@ def backward(
     acc2 = tl.zeros([BLOCK_Y, BLOCK_X], tl.float32)
     for n in range(tl.load(starts + b), tl.load(starts + b + 1)):
         v = tl.load(order + n)
-        x0, y0, w, h, canvas_w, canvas_h, pad_x, pad_y = load_place(geometry, v)
+        x0, y0, w, h, canvas_w, canvas_h, pad_x, pad_y = load_place(record, v)
         i_lo, i_hi = output_range(ys - y0, ys - y0 + BLOCK_Y - 1, canvas_h, OUT_H, pad_y, h, KIND)
         j_lo, j_hi = output_range(xs - x0, xs - x0 + BLOCK_X - 1, canvas_w, OUT_W, pad_x, w, KIND)
         if j_hi <= j_lo:

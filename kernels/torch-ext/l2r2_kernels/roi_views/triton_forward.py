@@ -1,35 +1,26 @@
-"""Forward kernel of `float` mode: both passes of the resize on tensor cores, one program a tile of one view."""
+"""General forward kernel of `float` mode (float images, no antialias): both passes of the resize on tensor cores.
+
+One program computes a tile of one view. uint8 images with antialias have a faster kernel: triton_uint8.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .triton_weights import crop_range, load_place, weight
-
-
-@triton.jit
-def source_of(images, table, b, stride_b, stride_c, stride_y, stride_x, RAGGED: tl.constexpr):
-    """(pointer, channel stride, row stride, pixel stride) of image b, from the pointer table or from the batch."""
-    if RAGGED:
-        row = table + b * 6
-        pointer = tl.load(row).to(tl.pointer_type(tl.uint8))
-        stride_c, stride_y, stride_x = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
-    else:
-        pointer = images + b * stride_b
-    return pointer, stride_c, stride_y, stride_x
+from .triton_place import load_place, load_steps
+from .triton_uint8 import store_tile
+from .triton_weights import crop_range, weight
+from .triton_words import mask_place
 
 
 @triton.jit
 def kept(mask_table, v, y, x, rows, cols):
     """Where the mask of view v keeps the image's pixels (y + rows, x + cols); everywhere, if the view has no mask."""
-    entry = mask_table + v * 5
-    height, width = tl.load(entry + 1).to(tl.int32), tl.load(entry + 2).to(tl.int32)  # 0 x 0: no mask
-    stride_y, stride_x = tl.load(entry + 3), tl.load(entry + 4)
-    start = tl.load(entry).to(tl.pointer_type(tl.uint8)) + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
-    inside = (rows < height - y)[:, None] & (cols < width - x)[None, :]
-    offset = rows[:, None] * stride_y.to(tl.int32) + cols[None, :] * stride_x.to(tl.int32)
-    return tl.load(start + offset, mask=inside, other=1) != 0
+    start, step, height, width = mask_place(mask_table, v, y, x)  # what is left of the mask from (y, x) on
+    inside = (rows < height)[:, None] & (cols < width)[None, :]
+    offset = rows[:, None] * step.to(tl.int32) + cols[None, :]
+    return tl.load(start.to(tl.pointer_type(tl.uint8)) + offset, mask=inside, other=1) != 0
 
 
 @triton.jit
@@ -42,18 +33,10 @@ def axis_weights(outputs, taps, n_in, N_OUT: tl.constexpr, norm, KIND: tl.conste
 
 
 @triton.jit
-def chunk_pointers(pointer, y, x, rows, cols, stride_y, stride_x, PACKED: tl.constexpr):
-    """Pointers to the pixels [rows, cols] from (y, x) on; offsets inside a chunk fit 32 bits, which halves their registers."""
-    if PACKED:
-        stride_x = 3
-    start = pointer + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
+def chunk_pointers(pointer, y, x, rows, cols, stride_y, stride_x):
+    """Pointers to the crop's pixels [rows, cols] from (y, x) on; offsets in a chunk fit 32 bits, which halves their registers."""
+    start = pointer + tl.cast(y, tl.int64) * stride_y + tl.cast(x, tl.int64) * stride_x
     return start + (rows[:, None] * tl.cast(stride_y, tl.int32) + cols[None, :] * tl.cast(stride_x, tl.int32))
-
-
-@triton.jit
-def channel(pointers, stride_c, c: tl.constexpr, PACKED: tl.constexpr):
-    """The same pixels of channel c; PACKED images (HWC) have it one byte on, which becomes part of the load."""
-    return pointers + c if PACKED else pointers + c * stride_c
 
 
 @triton.jit
@@ -64,20 +47,11 @@ def pixels(pointers, inside, fill, DOT: tl.constexpr):
 
 
 @triton.jit
-def store_tile(out, acc, a, b, offset, inside):
-    """Normalise and store one channel of a tile."""
-    tl.store(out + offset, (acc * a + b).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def row_pass(
-    h0, h1, h2, wx, pointers, stride_c, inside, fill0, fill1, fill2,
-    PACKED: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
+def row_pass(h0, h1, h2, wx, pointers, stride_c, inside, fill0, fill1, fill2, DOT: tl.constexpr):
     """Add one chunk of source pixels, times the horizontal weights, to the three channels' [CHUNK_Y, BLOCK_W]."""
     h0 = tl.dot(pixels(pointers, inside, fill0, DOT), wx, h0, input_precision="tf32x3")
-    h1 = tl.dot(pixels(channel(pointers, stride_c, 1, PACKED), inside, fill1, DOT), wx, h1, input_precision="tf32x3")
-    h2 = tl.dot(pixels(channel(pointers, stride_c, 2, PACKED), inside, fill2, DOT), wx, h2, input_precision="tf32x3")
+    h1 = tl.dot(pixels(pointers + stride_c, inside, fill1, DOT), wx, h1, input_precision="tf32x3")
+    h2 = tl.dot(pixels(pointers + 2 * stride_c, inside, fill2, DOT), wx, h2, input_precision="tf32x3")
     return h0, h1, h2
 
 
@@ -90,14 +64,11 @@ def in_window(mask_table, v, y0, x0, y, x, iy, ix, y_hi, x_hi, MASKED: tl.conste
     return inside
 
 
-# Image sizes and strides change with every batch: not specialising on them avoids compiling again.
-@triton.jit(do_not_specialize=["stride_b", "stride_c", "stride_y", "stride_x"])
+@triton.jit
 def forward(
-    out, images, table, mask_table, index, geometry, norm,
-    stride_b, stride_c, stride_y, stride_x, out_v, out_c, out_y, out_x,
-    fill0, fill1, fill2, a0, a1, a2, b0, b1, b2,
-    OUT_H: tl.constexpr, OUT_W: tl.constexpr, KIND: tl.constexpr, RAGGED: tl.constexpr, PACKED: tl.constexpr,
-    MASKED: tl.constexpr, DOT: tl.constexpr, ONE_X: tl.constexpr,
+    out, record, mask_table, norm, out_v, out_c, out_y, out_x, fill0, fill1, fill2, a0, a1, a2, b0, b1, b2,
+    OUT_H: tl.constexpr, OUT_W: tl.constexpr, KIND: tl.constexpr, ELEMENT: tl.constexpr, MASKED: tl.constexpr,
+    DOT: tl.constexpr, ONE_X: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, CHUNK_Y: tl.constexpr, CHUNK_X: tl.constexpr,
 ):  # fmt: skip
     """views[v] = a * (Wy @ (crop - fill) @ Wx^T) + b, all three channels of one [BLOCK_H, BLOCK_W] tile."""
@@ -108,9 +79,9 @@ def forward(
     tile = (pid % tiles).to(tl.int32)
     row, col = (tile // tiles_x) * BLOCK_H, (tile % tiles_x) * BLOCK_W
     rows, cols = row + tl.arange(0, BLOCK_H), col + tl.arange(0, BLOCK_W)
-    x0, y0, w, h, canvas_w, canvas_h, pad_x, pad_y = load_place(geometry, v)
-    b = tl.where(w > 0, tl.load(index + v), 0)  # an invalid view may name no image
-    pointer, stride_c, stride_y, stride_x = source_of(images, table, b, stride_b, stride_c, stride_y, stride_x, RAGGED)
+    x0, y0, w, h, canvas_w, canvas_h, pad_x, pad_y = load_place(record, v)
+    start, stride_y, stride_c, stride_x = load_steps(record, v)
+    pointer = start.to(tl.pointer_type(ELEMENT))
     norm += v * (OUT_H + OUT_W)
     y_lo, y_hi = crop_range(row, row + BLOCK_H - 1, canvas_h, OUT_H, pad_y, h, KIND)
     x_lo, x_hi = crop_range(col, col + BLOCK_W - 1, canvas_w, OUT_W, pad_x, w, KIND)
@@ -129,15 +100,15 @@ def forward(
         h2 = tl.zeros([CHUNK_Y, BLOCK_W], tl.float32)
         if ONE_X:  # the whole window fits one chunk: its weights stay in registers
             inside = in_window(mask_table, v, y0, x0, y_start, x_lo, iy, ix, y_hi, x_hi, MASKED)
-            pointers = chunk_pointers(pointer, y0 + y_start, x0 + x_lo, iy, ix, stride_y, stride_x, PACKED)
-            h0, h1, h2 = row_pass(h0, h1, h2, wx, pointers, stride_c, inside, fill0, fill1, fill2, PACKED, DOT)
+            pointers = chunk_pointers(pointer, y_start, x_lo, iy, ix, stride_y, stride_x)
+            h0, h1, h2 = row_pass(h0, h1, h2, wx, pointers, stride_c, inside, fill0, fill1, fill2, DOT)
         else:
             for x_start in range(x_lo, x_hi, CHUNK_X):
                 x = x_start + ix
                 ws = axis_weights(cols[None, :], (x + pad_x)[:, None], canvas_w, OUT_W, norm_x, KIND).to(DOT)
                 inside = in_window(mask_table, v, y0, x0, y_start, x_start, iy, ix, y_hi, x_hi, MASKED)
-                pointers = chunk_pointers(pointer, y0 + y_start, x0 + x_start, iy, ix, stride_y, stride_x, PACKED)
-                h0, h1, h2 = row_pass(h0, h1, h2, ws, pointers, stride_c, inside, fill0, fill1, fill2, PACKED, DOT)
+                pointers = chunk_pointers(pointer, y_start, x_start, iy, ix, stride_y, stride_x)
+                h0, h1, h2 = row_pass(h0, h1, h2, ws, pointers, stride_c, inside, fill0, fill1, fill2, DOT)
         wy = axis_weights(rows[:, None], (y + pad_y)[None, :], canvas_h, OUT_H, norm, KIND).to(DOT)
         acc0 = tl.dot(wy, h0.to(DOT), acc0, input_precision="tf32x3")
         acc1 = tl.dot(wy, h1.to(DOT), acc1, input_precision="tf32x3")

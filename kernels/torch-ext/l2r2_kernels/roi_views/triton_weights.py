@@ -1,4 +1,4 @@
-"""Resampling weights in registers, and the small kernels that place every view before the pixels are touched.
+"""Resampling weights in registers, and the norms of every output.
 
 Distances are kept as integers: output i and input j are `|(2i+1) * n_in - (2j+1) * n_out| / (2 * n_out)` pixels apart, exactly,
 so float32 weights carry no error of a large coordinate. Sizes are limited to keep these products in 32 bits.
@@ -11,7 +11,6 @@ import triton.language as tl
 
 # How a weight follows from the distance (the constexpr KIND).
 KINDS = {("bilinear", True): 0, ("bicubic", True): 1, ("bilinear", False): 2, ("bicubic", False): 3}
-GEOMETRY = 8  # x0, y0, w, h, canvas_w, canvas_h, pad_x, pad_y: see reference.Geometry
 
 
 @triton.jit
@@ -66,68 +65,6 @@ def crop_range(first, last, n_in, N_OUT: tl.constexpr, pad, extent, KIND: tl.con
 
 
 @triton.jit
-def place(boxes, index, table, n_images, batch_h, batch_w, margin, v, RAGGED: tl.constexpr, SQUARE: tl.constexpr):
-    """Margin, rounding and clip of one box: (valid, x0, y0, w, h, canvas_w, canvas_h, pad_x, pad_y) as int32 scalars."""
-    b = tl.load(index + v)
-    known = (b >= 0) & (b < n_images)
-    if RAGGED:
-        image_h = tl.load(table + b * 6 + 1, mask=known, other=0).to(tl.float32)
-        image_w = tl.load(table + b * 6 + 2, mask=known, other=0).to(tl.float32)
-    else:
-        image_h = tl.cast(batch_h, tl.float32)
-        image_w = tl.cast(batch_w, tl.float32)
-    bx0, by0 = tl.load(boxes + v * 4), tl.load(boxes + v * 4 + 1)
-    bx1, by1 = tl.load(boxes + v * 4 + 2), tl.load(boxes + v * 4 + 3)
-    limit = 1073741824.0
-    # A comparison with NaN is false, so this also finds NaN.
-    finite = (tl.abs(bx0) < float("inf")) & (tl.abs(by0) < float("inf"))
-    finite = finite & (tl.abs(bx1) < float("inf")) & (tl.abs(by1) < float("inf"))
-    usable = finite & known
-    bx0 = tl.minimum(tl.maximum(tl.where(usable, bx0, 0.0), -limit), limit)
-    by0 = tl.minimum(tl.maximum(tl.where(usable, by0, 0.0), -limit), limit)
-    bx1 = tl.minimum(tl.maximum(tl.where(usable, bx1, 0.0), -limit), limit)
-    by1 = tl.minimum(tl.maximum(tl.where(usable, by1, 0.0), -limit), limit)
-    grow_x, grow_y = margin * (bx1 - bx0), margin * (by1 - by0)
-    x0 = tl.minimum(tl.maximum(tl.floor(bx0 - grow_x), 0.0), image_w).to(tl.int32)
-    y0 = tl.minimum(tl.maximum(tl.floor(by0 - grow_y), 0.0), image_h).to(tl.int32)
-    w = tl.minimum(tl.maximum(tl.ceil(bx1 + grow_x), 0.0), image_w).to(tl.int32) - x0
-    h = tl.minimum(tl.maximum(tl.ceil(by1 + grow_y), 0.0), image_h).to(tl.int32) - y0
-    valid = usable & (bx1 > bx0) & (by1 > by0) & (w > 0) & (h > 0)
-    # An invalid view is an empty crop on a canvas of one pixel: the loops do not run and fill is stored.
-    w = tl.where(valid, w, 0)
-    h = tl.where(valid, h, 0)
-    side = tl.maximum(w, h)
-    canvas_w = tl.maximum(side if SQUARE else w, 1)
-    canvas_h = tl.maximum(side if SQUARE else h, 1)
-    pad_x = tl.where(valid, (canvas_w - w) // 2, 0)
-    pad_y = tl.where(valid, (canvas_h - h) // 2, 0)
-    return valid, x0, y0, w, h, canvas_w, canvas_h, pad_x, pad_y
-
-
-@triton.jit
-def store_place(geometry, valid_out, v, valid, x0, y0, w, h, canvas_w, canvas_h, pad_x, pad_y):
-    """Write one view's placement and validity."""
-    g = geometry + v * 8
-    tl.store(g, x0)
-    tl.store(g + 1, y0)
-    tl.store(g + 2, w)
-    tl.store(g + 3, h)
-    tl.store(g + 4, canvas_w)
-    tl.store(g + 5, canvas_h)
-    tl.store(g + 6, pad_x)
-    tl.store(g + 7, pad_y)
-    tl.store(valid_out + v, valid.to(tl.uint8))
-
-
-@triton.jit
-def load_place(geometry, v):
-    """Read one view's placement."""
-    g = geometry + v * 8
-    x0, y0, w, h = tl.load(g), tl.load(g + 1), tl.load(g + 2), tl.load(g + 3)
-    return x0, y0, w, h, tl.load(g + 4), tl.load(g + 5), tl.load(g + 6), tl.load(g + 7)
-
-
-@triton.jit
 def axis_norm(norm, n_in, N_OUT: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """Store 1 / sum of the weights of every output of one axis."""
     width = reach(n_in, N_OUT, KIND)
@@ -139,21 +76,3 @@ def axis_norm(norm, n_in, N_OUT: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.con
             j = first + k
             total += tl.where((j >= 0) & (j < n_in), weight(i, j, n_in, N_OUT, KIND), 0.0)
         tl.store(norm + i, 1.0 / tl.where(i < N_OUT, total, 1.0), mask=i < N_OUT)
-
-
-@triton.jit(do_not_specialize=["n_images", "batch_h", "batch_w"])
-def prepare(
-    boxes, index, table, n_images, batch_h, batch_w, margin, geometry, valid_out, norm,
-    OUT_H: tl.constexpr, OUT_W: tl.constexpr, KIND: tl.constexpr, RAGGED: tl.constexpr, SQUARE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program a view: placement, validity, and the norms [OUT_H + OUT_W] of both axes."""
-    v = tl.program_id(0).to(tl.int64)
-    valid, x0, y0, w, h, canvas_w, canvas_h, pad_x, pad_y = place(
-        boxes, index, table, n_images, batch_h, batch_w, margin, v, RAGGED, SQUARE
-    )
-    store_place(geometry, valid_out, v, valid, x0, y0, w, h, canvas_w, canvas_h, pad_x, pad_y)
-    norm += v * (OUT_H + OUT_W)
-    if KIND <= 1:
-        axis_norm(norm, canvas_h, OUT_H, KIND, BLOCK)
-        axis_norm(norm + OUT_H, canvas_w, OUT_W, KIND, BLOCK)

@@ -1,0 +1,131 @@
+"""`run_packed` as one CUDA graph: about 180 launches of a ViT-B become one, and the host stops being the limit."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import run_packed
+from .packing import Packed
+
+
+class _Blocks(nn.Module):
+    """The blocks on packed tokens as a module of tensors, which is what can be captured."""
+
+    def __init__(self, blocks: Iterable[nn.Module], capacity: int, num_prefix: int, unpacked: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.capacity, self.num_prefix, self.unpacked = capacity, num_prefix, unpacked
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        packed, unpacked = run_packed(
+            self.blocks, x, mask, num_prefix=self.num_prefix, capacity=self.capacity, unpacked=self.unpacked
+        )
+        outputs = (packed.tokens, packed.cu_seqlens, packed.source, packed.inverse, packed.overflow)
+        return outputs if unpacked is None else (*outputs, unpacked)
+
+
+class PackedRunner:
+    """Runs timm ViT blocks on the kept tokens of batches of one shape, replaying a CUDA graph.
+
+    The graph is captured at the first call, and again when the dtype, autocast or the place of a parameter changes. Calls that
+    no graph can serve (on a CPU, of another shape, under `torch.compile`, with gradients unless `training`) run eagerly.
+
+    Args:
+        blocks: see `run_packed`.
+        batch, tokens: the shape ``[B, N]`` of the masks.
+        capacity: rows of the packed tokens. More kept tokens than that make every token NaN and `packed.overflow` True.
+        num_prefix, unpacked: see `run_packed`.
+        training: capture the backward pass too; then calls with gradients are replayed, and those without run eagerly. Dropout
+            and drop path draw anew in every replay.
+
+    >>> import timm
+    >>> vit = timm.create_model("vit_tiny_patch16_224", depth=1).eval()
+    >>> run = PackedRunner(vit.blocks, batch=2, tokens=197, capacity=128, num_prefix=1)
+    >>> kept = torch.zeros(2, 197, dtype=torch.bool).index_fill(1, torch.arange(50), True)
+    >>> run(torch.randn(2, 197, 192), kept)[0].tokens.shape
+    torch.Size([128, 192])
+    """
+
+    def __init__(
+        self, blocks: Iterable[nn.Module], batch: int, tokens: int, capacity: int, *, num_prefix: int = 0,
+        unpacked: bool = False, training: bool = False,
+    ) -> None:  # fmt: skip
+        self.module = _Blocks(blocks, capacity, num_prefix, unpacked)
+        self.shape, self.training = (batch, tokens), training
+        self._graph: tuple[Any, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] | None = None
+
+    def __call__(self, x: Tensor, mask: Tensor) -> tuple[Packed, Tensor | None]:
+        """Run the blocks on tokens ``[B, N, C]`` with a bool mask ``[B, N]``.
+
+        Returns:
+            What `run_packed` does. The tensors of a replay are overwritten by the next one.
+        """
+        if not self._replays(x, mask):
+            return self._eager(x, mask)
+        key = self.key(x)
+        if self._graph is None or self._graph[0] != key:
+            self._graph = None  # gives the memory of the old graph back before the new one takes its own
+            self._graph = (key, self._capture_training(x, mask) if self.training else self._capture(x, mask))
+        tokens, cu_seqlens, source, inverse, overflow, *rest = self._graph[1](x, mask)
+        packed = Packed(tokens, cu_seqlens, self.shape[1], source, inverse, overflow, self.module.num_prefix)
+        return packed, rest[0] if rest else None
+
+    def key(self, x: Tensor) -> tuple[Any, ...]:
+        """What a graph is good for: shape, dtype, autocast, modes of the blocks, and where the parameters lie."""
+        autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+        modes = tuple(block.training for block in self.module.blocks)
+        places = tuple(parameter.data_ptr() for parameter in self.module.parameters())
+        return x.shape, x.dtype, x.device, autocast, x.requires_grad, modes, places
+
+    def _replays(self, x: Tensor, mask: Tensor) -> bool:
+        return (
+            x.is_cuda
+            and tuple(x.shape[:2]) == self.shape == tuple(mask.shape)
+            and torch.is_grad_enabled() == self.training
+            and not torch.compiler.is_compiling()
+            and not torch.cuda.is_current_stream_capturing()
+        )
+
+    def _eager(self, x: Tensor, mask: Tensor) -> tuple[Packed, Tensor | None]:
+        module = self.module
+        fits = tuple(x.shape[1:2]) == self.shape[1:] and x.shape[0] <= self.shape[0]
+        capacity = module.capacity if fits else "sync"
+        return run_packed(module.blocks, x, mask, num_prefix=module.num_prefix, capacity=capacity, unpacked=module.unpacked)
+
+    def _autocast(self, x: Tensor) -> torch.autocast:
+        """Autocast as it is, without its cache: casts of weights must be in the graph, not in memory that goes with the cache."""
+        device = x.device.type
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+    def _capture(self, x: Tensor, mask: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+        place_x, place_mask = x.clone(), mask.to(x.device, copy=True)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(x.device)
+        with torch.cuda.device(x.device), self._autocast(x):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # compiles the kernels and sets up the libraries, which cannot be captured
+                    self.module(place_x, place_mask)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):
+                outputs = self.module(place_x, place_mask)
+
+        def replay(x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+            place_x.copy_(x)
+            place_mask.copy_(mask, non_blocking=True)
+            graph.replay()
+            return outputs
+
+        return replay
+
+    def _capture_training(self, x: Tensor, mask: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+        module = _Blocks(self.module.blocks, self.module.capacity, self.module.num_prefix, self.module.unpacked)
+        sample = x.detach().clone().requires_grad_(x.requires_grad)
+        with torch.cuda.device(x.device), self._autocast(x):
+            # only some of its outputs have a gradient, and nothing may be asked of a parameter that has none
+            graphed: Any = torch.cuda.make_graphed_callables(
+                module, (sample, mask.to(x.device, copy=True)), allow_unused_input=True
+            )
+        return graphed
