@@ -13,7 +13,8 @@ Every network is trained by the same recipe (batch 16, bf16), and the weights ar
 pretrained`, the default: EfficientNet-Lite0 from the installed ImageNet weights, recipe `finetune`, 128 pixels, 10 epochs
 (composites: 4). With `--start scratch`: ResNet-18, recipe `scratch`, 96 pixels, 20 epochs (composites: 64 pixels, 4 epochs).
 
-Fusions are fitted and chosen on `val` as it is, on `val` laid on other training images' backgrounds (swapped), and on both; on
+Fusions are fitted and chosen (by regret, see `l2r2 fuse`) on `val` as it is, on `val` laid on other training images' backgrounds
+(swapped), and on both; `adapted` fuses the images of a place together, in random groups of one test split. On
 composites what one physical object teaches is judged on others (`l2r2 fuse --group object`). No row of a test split is fitted on
 or chosen by. Interrupted, the same command continues. Writes benchmarks/results/background_shift_NAME_START.csv.
 """
@@ -27,7 +28,7 @@ import platform
 import random
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -39,10 +40,11 @@ from l2r2_models.checkpoints.checkpoint import load_checkpoint
 from l2r2_models.data.spawrious import composites
 from l2r2_models.data.table import ImageTable, read_table
 from l2r2_models.evaluate.backgrounds import BACKGROUNDS, logits_to_fit
-from l2r2_models.evaluate.fuse import affordable, best, fit, fuse
+from l2r2_models.evaluate.choose import choose, lead_alone, references
+from l2r2_models.evaluate.fuse import affordable, fit, fuse, is_swapped, observations
 from l2r2_models.evaluate.logits import BranchLogits, branch_logits
 from l2r2_models.evaluate.metrics import accuracy, by_group, oracle
-from l2r2_models.fusion import FUSIONS, create_fusion
+from l2r2_models.fusion import FUSIONS, Fusion, create_fusion, fit_batch, fuse_groups
 from l2r2_models.fusion.calibration import expected_calibration_error
 from l2r2_models.train.finetune import finetune
 from l2r2_models.train.recipe import Recipe
@@ -61,6 +63,7 @@ EPOCHS = {
 }
 SIDE = {"fod_a_shift": 300, "composites": 128}  # of the images
 GROUP = {"fod_a_shift": None, "composites": "object"}  # rows that are alike: photos of one physical object
+GROUP_SIZES = (8, 32, 0)  # images of one place that are fused together; 0: all of a split
 RESULTS = Path(__file__).parent.parent / "results"
 
 
@@ -141,12 +144,32 @@ def answers(
     fusions = {key: fusion for key, fusion in fusions.items() if fusion.count() == 0}
     for backgrounds in BACKGROUNDS:
         data = logits_to_fit(checkpoint, table.of_split("val"), table.of_split("train"), backgrounds, store)
-        fitted = fit(data, list(FUSIONS), group=group)
+        counts = class_counts(table.of_split("train"), checkpoint.labels)
+        fitted = fit(data, list(FUSIONS), group=group, train_counts=counts)
         fusions.update({(name, backgrounds): f.fusion for name, f in fitted.items() if f.fusion.count()})
-        chosen = best({name: fitted[name] for name in affordable(data)})
-        fusions["chosen: " + chosen, backgrounds] = fitted[chosen].fusion
+        candidates = {**{name: fitted[name] for name in affordable(data)}, **lead_alone(data, group=group)}
+        chosen = choose(candidates, references(data, group)).name
+        fusions["chosen: " + chosen, backgrounds] = candidates[chosen].fusion
+        if backgrounds == "both":
+            fusion, rows = candidates[chosen].fusion, data.select(data.has_fg)
+            fusion.batch = fit_batch(fusion, rows.logits, rows.labels, observations(rows), is_swapped(rows), counts)
+            for size in GROUP_SIZES:
+                yield f"adapted: {size or 'split'}", backgrounds, {s: (adapted(fusion, d, size), d) for s, d in judged.items()}
     for (name, backgrounds), fusion in fusions.items():
         yield name, backgrounds, {split: (fuse(fusion, data), data) for split, data in judged.items()}
+
+
+def class_counts(table: ImageTable, labels: Sequence[str]) -> torch.Tensor:
+    """Training rows of each class."""
+    counts = table.label_counts()
+    return torch.tensor([float(counts[label]) for label in labels])
+
+
+def adapted(fusion: Fusion, data: BranchLogits, size: int) -> torch.Tensor:
+    """Logits fused by `fuse_groups` in random groups of `size` images (seed 0); 0: the whole split is one group."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    groups = (order // size).tolist() if size else [0] * len(data)
+    return fuse_groups(fusion, data.logits, data.has_fg, groups, data.objectness).logits
 
 
 def run_one(data: Path, rows: Path, name: str, seed: int, work: Path, options: argparse.Namespace) -> list[dict]:

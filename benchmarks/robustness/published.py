@@ -31,7 +31,8 @@ from l2r2_models.data.splits import hold_out
 from l2r2_models.data.table import ImageTable, read_table
 from l2r2_models.errors import L2R2Error
 from l2r2_models.evaluate.backgrounds import logits_to_fit
-from l2r2_models.evaluate.fuse import affordable, best, fit, fuse
+from l2r2_models.evaluate.choose import choose, lead_alone, references
+from l2r2_models.evaluate.fuse import affordable, fit, fuse
 from l2r2_models.evaluate.logits import BranchLogits, branch_logits
 from l2r2_models.evaluate.metrics import accuracy, by_group, macro_accuracy, oracle
 from l2r2_models.fusion import create_fusion
@@ -122,9 +123,10 @@ def answers(run: Path, table: ImageTable, setup: Setup) -> Iterator[tuple[str, s
     for backgrounds in FITTED_ON:
         data = logits_to_fit(checkpoint, table.of_split(setup.val or HELD_OUT), table.of_split("train"), backgrounds, store)
         fitted = fit(data, sorted({*affordable(data), "robust"}))
-        chosen = best({name: fitted[name] for name in affordable(data)})
-        for label, name in (("robust", "robust"), (f"best_on_val: {chosen}", chosen)):
-            yield label, backgrounds, {split: (fuse(fitted[name].fusion, d), d) for split, d in judged.items()}
+        candidates = {**{name: fitted[name] for name in affordable(data)}, **lead_alone(data)}
+        chosen = choose(candidates, references(data)).name
+        for label, candidate in (("robust", fitted["robust"]), (f"best_on_val: {chosen}", candidates[chosen])):
+            yield label, backgrounds, {split: (fuse(candidate.fusion, d), d) for split, d in judged.items()}
 
 
 def measure(logits: Tensor, data: BranchLogits, background: str | None) -> dict[str, float]:
