@@ -27,11 +27,12 @@ class Segmenter:
     def __init__(self, text: str, device: torch.device) -> None:
         kind, _, source = text.partition(":")
         if kind not in KINDS or not source:
-            raise L2R2Error(f'Masks come from sam:SOURCE or sam2:SOURCE (a hub id or folder), got "{text}".')
+            raise L2R2Error(f'Masks come from sam:SOURCE or sam2:SOURCE (a Hub id or folder), got "{text}".')
         self.device = device
         self.network = load_pretrained(source, *KINDS[kind], "float32", device)
 
     def __call__(self, images: Sequence[Image], found: Sequence[Detections]) -> list[Detections]:
+        """Segment each box; the masks are `[N, H, W]` bool."""
         return [self._one(image, detections) for image, detections in zip(images, found)]
 
     @torch.inference_mode()
