@@ -1,4 +1,4 @@
-"""`l2r2 demo`: the problem and the remedy on a laptop, from nothing: data, two trainings, predictions, a table, a picture."""
+"""A demonstration from scratch on a laptop: make data, train two models, predict, compare, and draw a picture."""
 
 from __future__ import annotations
 
@@ -26,7 +26,13 @@ BACKBONE = "timm:resnet10t"
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Accuracy by row name and test split, and the files that were written."""
+    """The outcome of the demo.
+
+    Attributes:
+        accuracy: by name of the row, and test split.
+        predictions: the written predictions file of the L2R2 model.
+        picture: the written picture.
+    """
 
     accuracy: dict[str, dict[str, float]]
     predictions: Path
@@ -34,35 +40,41 @@ class DemoResult:
 
 
 def run_demo(folder: Path, *, epochs: int = 8, seed: int = 0, say: Callable[[str], None] = print) -> DemoResult:
-    """Make the data, train a plain classifier and an L2R2 model the same way, predict both test splits, draw six images.
+    """Train a plain classifier and an L2R2 model on generated data, and compare them on both test splits.
 
-    Interrupted, the same call continues: finished trainings and predictions are kept.
+    The same call continues an interrupted demo; finished trainings and predictions are kept.
 
     Args:
-        folder: where everything goes.
-        epochs, seed: of both trainings.
-        say: told what happens.
+        folder: the folder for all files.
+        epochs, seed: settings of both trainings.
+        say: called with a line of progress.
+
+    Raises:
+        L2R2Error: when a package is missing, or the folder cannot be written.
+
+    >>> run_demo(Path("demo")).accuracy["L2R2 fused"]  # doctest: +SKIP
+    {'test_usual': 0.98, 'test_swapped': 0.91}
     """
     _require("matplotlib", "transformers", "sklearn", "skimage")
     _start_over_if_changed(folder, {"epochs": epochs, "seed": seed, "version": version_of("l2r2-models")})
-    say("1/4  making the data: digits on photographs; in training the photograph nearly always gives the digit away")
+    say("1/4  making the data: digits on photographs; in training, the photograph nearly always gives the digit away")
     data = folder / "data"
     if not (data / "metadata.csv").exists():
         make_demo_data(data, seed=seed)
     common = dict(size=64, epochs=epochs, seed=seed, flip=0.0, fusion="robust", lr=2e-3, label_smoothing=0.0)
     runs = {}
     for number, (name, branches) in enumerate({"plain": ("full",), "l2r2": ("full", "fg")}.items(), 2):
-        what = "a plain classifier on whole images" if name == "plain" else "L2R2: whole image and object, one shared backbone"
+        what = "a plain classifier on whole images" if name == "plain" else "L2R2: whole image and object, with a shared backbone"
         say(f"{number}/4  training {what}")
         recipe = Recipe.default(BACKBONE, False, branches=branches, **common)
         runs[name] = finetune(data, recipe, folder / name).folder
 
     say("4/4  predicting the test images")
     truth = {str(row.path): str(row.label) for row in read_table(data).rows}
-    answers = {name: _answers(run, data, folder, name) for name, run in runs.items()}
+    predictions = {name: _predictions(run, data, folder, name) for name, run in runs.items()}
     picture = folder / "predictions.png"
-    write_atomic(picture, lambda path: _draw(answers["l2r2"]["test_swapped"], truth, path))
-    return DemoResult(_table(answers, truth), folder / "predictions.json", picture)
+    write_atomic(picture, lambda path: _draw(predictions["l2r2"]["test_swapped"], truth, path))
+    return DemoResult(_table(predictions, truth), folder / "predictions.json", picture)
 
 
 def _require(*packages: str) -> None:
@@ -71,7 +83,7 @@ def _require(*packages: str) -> None:
 
 
 def _start_over_if_changed(folder: Path, settings: dict[str, Any]) -> None:
-    """Forget what a demo with other settings left in the folder."""
+    """Delete the files of a demo with other settings."""
     record = folder / "settings.json"
     if record.exists() and read_json(record) != settings:
         for name in ("data", "plain", "l2r2"):
@@ -81,21 +93,21 @@ def _start_over_if_changed(folder: Path, settings: dict[str, Any]) -> None:
     write_json(record, settings)
 
 
-def _answers(run: Path, data: Path, folder: Path, name: str) -> dict[str, list[dict]]:
-    """By split, the images as they stand in the predictions file."""
+def _predictions(run: Path, data: Path, folder: Path, name: str) -> dict[str, list[dict[str, Any]]]:
+    """The images of the predictions file, by split."""
     predictor = Predictor.from_pretrained(run, device="cpu")
     out = folder / ("predictions.json" if name == "l2r2" else f"{name}_predictions.json")
     return {split: predict_to_file(predictor, gather([data], split=split), out).images for split in SPLITS}
 
 
-def _table(answers: dict[str, dict[str, list[dict]]], truth: dict[str, str]) -> dict[str, dict[str, float]]:
-    found = {name: {s: accuracy_by_branch(images, truth) for s, images in splits.items()} for name, splits in answers.items()}
+def _table(predictions: dict[str, dict[str, list[dict[str, Any]]]], truth: dict[str, str]) -> dict[str, dict[str, float]]:
+    found = {name: {s: accuracy_by_branch(images, truth) for s, images in splits.items()} for name, splits in predictions.items()}
     rows = {"plain": ("plain", "fused"), **{f"L2R2 {b}": ("l2r2", b) for b in ("full", "fg", "fused")}}
     return {title: {s: found[name][s][branch] for s in SPLITS} for title, (name, branch) in rows.items()}
 
 
-def _draw(images: list[dict], truth: dict[str, str], path: Path, count: int = 6) -> None:
-    """The first test image of each of `count` classes, with its box and what full, fg and fused say of it."""
+def _draw(images: list[dict[str, Any]], truth: dict[str, str], path: Path, count: int = 6) -> None:
+    """Draw the first test image of each of `count` classes, with its box and the predictions of full, fg and fused."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -107,15 +119,15 @@ def _draw(images: list[dict], truth: dict[str, str], path: Path, count: int = 6)
     files = [first[label] for label in sorted(first)][:count]
     figure, axes = plt.subplots(1, len(files), figsize=(2.2 * len(files), 3.1), squeeze=False)
     for axis, file in zip(axes[0], files):
-        answer = objects[file]
+        found = objects[file]
         axis.imshow(load_image(file), interpolation="nearest")
-        x0, y0, x1, y1 = answer["box"]
+        x0, y0, x1, y1 = found["box"]
         axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="red", linewidth=1.5))
         axis.set_title(f"it is a {truth[file]}", fontsize=11, fontweight="bold")
         axis.axis("off")
-        for line, (name, said) in enumerate((("full", answer["full"]), ("fg", answer["fg"]), ("fused", answer))):
-            right = said["label"] == truth[file]
-            text = f"{name}: {said['label']}  ({100 * said['score']:.0f} %)"
+        for line, (name, prediction) in enumerate((("full", found["full"]), ("fg", found["fg"]), ("fused", found))):
+            right = prediction["label"] == truth[file]
+            text = f"{name}: {prediction['label']}  ({100 * prediction['score']:.0f} %)"
             axis.text(
                 0.5,
                 -0.10 - 0.13 * line,
@@ -126,7 +138,7 @@ def _draw(images: list[dict], truth: dict[str, str], path: Path, count: int = 6)
                 fontsize=10,
                 color="#1a7f37" if right else "#b42318",
             )
-    figure.suptitle("Digits on another digit's background: what each branch says (green: right)", fontsize=11)
+    figure.suptitle("Digits on the background of another digit: predictions of each branch (green: correct)", fontsize=11)
     figure.subplots_adjust(left=0.02, right=0.98, top=0.8, bottom=0.27, wspace=0.12)
     figure.savefig(path, dpi=130, format="png")
     plt.close(figure)

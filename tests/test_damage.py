@@ -167,7 +167,7 @@ def test_weights_that_the_run_did_not_write_are_neither_fitted_nor_published(run
     CliRunner().invoke(app, ["evaluate", str(folder), str(data)])
     publish = ["publish", str(folder), "org/name", "--license", "mit", "--without-metrics"]
     result = CliRunner().invoke(app, publish)
-    assert result.exit_code == 1 and "is not what the run wrote: its SHA-256 differs" in result.output
+    assert result.exit_code == 1 and "has been changed: its SHA-256 differs" in result.output
     assert file_sha256(folder / "model.safetensors") == before
 
 

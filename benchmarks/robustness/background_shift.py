@@ -1,22 +1,22 @@
-"""What changed backgrounds cost: plain classifiers, controls, the paper's two networks, and L2R2, on two sets of real pixels.
+"""The cost of changed backgrounds: plain classifiers, controls, the paper's two networks, and L2R2, on two sets of real pixels.
 
     python benchmarks/robustness/background_shift.py fod_a_shift DATA            [--seeds 0 1 2] [--models plain shared ...]
     python benchmarks/robustness/background_shift.py composites  OBJECTS SCENES  [--seeds 0 1 2]
 
-fod_a_shift: DATA is an imagefolder whose metadata.csv has the splits train (background tied to class), train_minority (other
-backgrounds), test_id and test_ood. Training takes `train` and 38 rows of `train_minority`, drawn with the run's seed: 95 %
-correlation. The last 15 % of each class's rows of `train` (rows are frames in order) are held out as `val`.
-composites: OBJECTS cut out by their masks on SCENES, made anew for each seed (`l2r2 composite`: 97 % and 87 % correlation in two
-environments); `val` holds other physical objects on other scene photographs, correlated as in training.
+fod_a_shift: DATA is an imagefolder whose metadata.csv has the splits train (background correlated with class), train_minority
+(other backgrounds), test_id and test_ood. The training set is `train` and 38 rows of `train_minority`, drawn with the run's seed,
+which makes a correlation of 95 %. The last 15 % of each class's rows of `train` (rows are frames in order) are held out as `val`.
+composites: OBJECTS, cut out by their masks, on SCENES, generated for each seed (`l2r2 composite`: 97 % and 87 % correlation in
+two environments); `val` has other physical objects on other scenes, with the same correlation as in training.
 
-Every network is trained by the same recipe (batch 16, bf16), and the weights are those after the last epoch. With `--start
+All networks are trained with the same recipe (batch 16, bf16), and evaluated with the weights of the last epoch. With `--start
 pretrained`, the default: EfficientNet-Lite0 from the installed ImageNet weights, recipe `finetune`, 128 pixels, 10 epochs
 (composites: 4). With `--start scratch`: ResNet-18, recipe `scratch`, 96 pixels, 20 epochs (composites: 64 pixels, 4 epochs).
 
-Fusions are fitted and chosen (by regret, see `l2r2 fuse`) on `val` as it is, on `val` laid on other training images' backgrounds
-(swapped), and on both; `adapted` fuses the images of a place together, in random groups of one test split. On
-composites what one physical object teaches is judged on others (`l2r2 fuse --group object`). No row of a test split is fitted on
-or chosen by. Interrupted, the same command continues. Writes benchmarks/results/background_shift_NAME_START.csv.
+Fusions are fitted and chosen (by regret, see `l2r2 fuse`) on `val` (plain), on `val` with the backgrounds of other training images
+(swapped), and on both; `adapted` fuses random groups of images of one test split together. On composites, the cross-validation keeps
+physical objects together (`l2r2 fuse --group object`). Nothing is fitted or chosen on a test split. The same command continues an
+interrupted benchmark. Writes benchmarks/results/background_shift_NAME_START.csv.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ EPOCHS = {
     "pretrained": {"fod_a_shift": 10, "composites": 4},
     "scratch": {"fod_a_shift": 20, "composites": 4},
 }
-SIDE = {"fod_a_shift": 300, "composites": 128}  # of the images
-GROUP = {"fod_a_shift": None, "composites": "object"}  # rows that are alike: photos of one physical object
+SIDE = {"fod_a_shift": 300, "composites": 128}  # side of the images in pixels
+GROUP = {"fod_a_shift": None, "composites": "object"}  # column of rows that resemble each other: photos of one physical object
 GROUP_SIZES = (8, 32, 0)  # images of one place that are fused together; 0: all of a split
 RESULTS = Path(__file__).parent.parent / "results"
 
 
 @dataclass(frozen=True)
 class Model:
-    """One row of the comparison: what differs from the common recipe, and a control's boxes instead of the given ones."""
+    """A compared model: changes to the common recipe, and the control that replaces the given boxes, if any."""
 
     changes: dict[str, Any] = field(default_factory=dict)
     control: str = ""
@@ -89,7 +89,7 @@ MODELS = {
 
 
 def control_box(row: dict, control: str, side: int) -> dict:
-    """The middle half of the image, or a box as large as the object's at a random place; seeded by the file's name."""
+    """Replace the box of a row by the center of the image, or by one of the same size at a random place, seeded by file name."""
     if control == "center":
         x0 = y0 = side / 4
         x1 = y1 = 3 * side / 4
@@ -102,12 +102,13 @@ def control_box(row: dict, control: str, side: int) -> dict:
 
 
 def read_rows(data: Path) -> list[dict]:
+    """Read the rows of a data set's metadata.csv."""
     with open(data / "metadata.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def fod_rows(data: Path, seed: int) -> list[dict]:
-    """The rows of one seed, with `val` taken from the end of each class's training frames."""
+    """Select the rows of one seed, with `val` from the end of each class's training frames."""
     rows = read_rows(data)
     minority = random.Random(seed).sample([row for row in rows if row["split"] == "train_minority"], MINORITY)
     by_class = defaultdict(list)
@@ -120,7 +121,7 @@ def fod_rows(data: Path, seed: int) -> list[dict]:
 
 
 def write_rows(rows: list[dict], control: str, out: Path, side: int) -> Path:
-    """A metadata file of its own, with the control's boxes if there is one."""
+    """Write a metadata file, with the boxes of the control if there is one."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
@@ -132,7 +133,11 @@ def write_rows(rows: list[dict], control: str, out: Path, side: int) -> Path:
 def answers(
     run: Path, table: ImageTable, group: str | None
 ) -> Iterator[tuple[str, str, dict[str, tuple[torch.Tensor, BranchLogits]]]]:
-    """Name, what it was fitted on, and logits by test split: of each branch, each fusion, the one chosen on each kind of val."""
+    """Yield the outputs of a run: its branches, all fusions, and the fusion chosen on each kind of validation rows.
+
+    Yields:
+        Name of the output, what it was fitted on, and its logits by test split.
+    """
     checkpoint, store = load_checkpoint(run), run / "logits"
     judged = {split: branch_logits(checkpoint, table.of_split(split), store) for split in SPLITS}
     branches = list(judged[SPLITS[0]].logits)
@@ -173,7 +178,7 @@ def adapted(fusion: Fusion, data: BranchLogits, size: int) -> torch.Tensor:
 
 
 def run_one(data: Path, rows: Path, name: str, seed: int, work: Path, options: argparse.Namespace) -> list[dict]:
-    """Train one model with one seed and measure every answer that it gives."""
+    """Train one model with one seed and evaluate all its outputs."""
     changes = {**COMMON, "size": options.size, "epochs": options.epochs, **MODELS[name].changes}
     recipe = Recipe.default(NETWORKS[options.start], options.start == "pretrained", seed=seed, **changes)
     run = work / f"{name.replace(' ', '_').replace(',', '')}_s{seed}"
@@ -183,9 +188,9 @@ def run_one(data: Path, rows: Path, name: str, seed: int, work: Path, options: a
     for answer, fitted_on, outputs in answers(run, read_table(data, metadata=rows), GROUP[options.name]):
         row: dict[str, Any] = {"model": name, "answer": answer, "fitted_on": fitted_on, "seed": seed}
         for split, (logits, judged) in outputs.items():
-            said = logits.argmax(-1)
-            backgrounds = by_group(said, judged.labels, judged.table.column("background"))
-            row[split] = round(100 * accuracy(said, judged.labels), 1)
+            predicted = logits.argmax(-1)
+            backgrounds = by_group(predicted, judged.labels, judged.table.column("background"))
+            row[split] = round(100 * accuracy(predicted, judged.labels), 1)
             row[f"{split}_worst_background"] = round(100 * min(backgrounds.values()), 1)
             row[f"{split}_ece"] = round(100 * expected_calibration_error(logits, judged.labels), 1)
             if answer == "full" and len(judged.logits) > 1:
@@ -195,13 +200,14 @@ def run_one(data: Path, rows: Path, name: str, seed: int, work: Path, options: a
 
 
 def about_run(**settings: Any) -> dict[str, Any]:
-    """What every row of a result file says: the settings, the machine, the versions and the day."""
+    """Collect the columns that every row of a result file has: settings, device, versions and date."""
     device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     versions = {name: version(name) for name in ("torch", "timm", "transformers")}
     return {**settings, "precision": COMMON["precision"], "device": device, **versions, "date": datetime.date.today().isoformat()}
 
 
 def write_table(table: list[dict], out: Path, about: dict) -> None:
+    """Write a result file."""
     names = list(dict.fromkeys(key for row in table for key in row))
     with open(out, "w", newline="") as file:
         writer = csv.DictWriter(file, [*names, *about])
@@ -210,20 +216,20 @@ def write_table(table: list[dict], out: Path, about: dict) -> None:
 
 
 def print_means(table: list[dict]) -> None:
-    """Mean and standard deviation over the seeds; what was chosen may differ from seed to seed."""
+    """Print mean and standard deviation over the seeds; the chosen fusion may differ between seeds."""
     by_answer: dict[tuple, list[dict]] = defaultdict(list)
     for row in table:
         by_answer[row["model"], row["answer"].split(":")[0], row["fitted_on"]].append(row)
     for (model, answer, fitted_on), rows in by_answer.items():
-        figures = []
+        cells = []
         for split in SPLITS:
             values = [row[split] for row in rows]
-            figures.append(f"{split} {statistics.mean(values):5.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:4.1f}")
-        print(f"{model:16} {answer:24} {fitted_on:8} {'   '.join(figures)}   {len(rows)} seeds")
+            cells.append(f"{split} {statistics.mean(values):5.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:4.1f}")
+        print(f"{model:16} {answer:24} {fitted_on:8} {'   '.join(cells)}   {len(rows)} seeds")
 
 
 def data_of(options: argparse.Namespace, seed: int, work: Path) -> tuple[Path, list[dict]]:
-    """The data set's folder and its rows for a seed."""
+    """Return the folder of the data set, and its rows for a seed."""
     if options.name == "fod_a_shift":
         return options.data[0], fod_rows(options.data[0], seed)
     folder = composites(*options.data, work / f"data_s{seed}", size=SIDE[options.name], seed=seed)
@@ -231,13 +237,14 @@ def data_of(options: argparse.Namespace, seed: int, work: Path) -> tuple[Path, l
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(SIDE))
     parser.add_argument("data", type=Path, nargs="+")
     parser.add_argument("--start", choices=list(NETWORKS), default="pretrained")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--epochs", type=int, help="for a quick try; the default is the figure's")
+    parser.add_argument("--epochs", type=int, help="fewer for a quick try; default as above")
     parser.add_argument("--work", type=Path, default=Path("runs"))
     options = parser.parse_args()
     options.size = PIXELS[options.start][options.name]

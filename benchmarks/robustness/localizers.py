@@ -1,18 +1,18 @@
-"""What finds the object decides how much of the fg branch's gain is left: localizers judged by their boxes and by the answers.
+"""How much of the gain of fg remains with each localizer: evaluation of their boxes, and of the predictions with these boxes.
 
     python benchmarks/robustness/localizers.py fod_a_shift DATA            [--seeds 0 1 2]
     python benchmarks/robustness/localizers.py composites  OBJECTS SCENES  [--seeds 0 1 2]
 
-Data, rows, recipe and seeds are those of background_shift.py. One network a seed is trained with `--box-head` on the given
-boxes of its training rows, and then looks at the test images through the boxes of each localizer:
+Data, rows, recipe and seeds are those of background_shift.py. One network per seed is trained with `--box-head` on the given
+boxes of the training rows, and evaluated on the test images with the boxes of each localizer:
 
-    given   the data set's own boxes: what a perfect detector gives
-    head    the box head, which has seen the training rows' boxes only
+    given   the boxes of the data set, as from a perfect detector
+    head    the box head, trained on the boxes of the training rows only
     ncut    a normalized cut of the same network's features; cam: the class activation map of its full branch
-    center  the middle half; full: the whole image
+    center  the middle half of the image; full: the whole image
 
-`robust` is at its default threshold; nothing is fitted on any row. `gain` is the part of what given boxes give fg over full on
-test_ood that is left: (fg - full) / (fg with given boxes - full). Interrupted, the same command continues. Writes
+`robust` has its default threshold; nothing is fitted. `gain` is the share of the gain of fg over full on test_ood that remains:
+(fg - full) / (fg with given boxes - full). The same command continues an interrupted benchmark. Writes
 benchmarks/results/localizers_NAME_START.csv.
 """
 
@@ -49,11 +49,11 @@ from l2r2_models.train.finetune import finetune
 from l2r2_models.train.recipe import Recipe
 
 LOCALIZERS = {"head": "head:{run}", "ncut": "ncut:{run}?size={size}", "cam": "cam:{run}", "center": "center", "full": "full"}
-FIGURES = ("corloc", "mean_iou", "full", "fg", "robust", "gain")
+METRICS = ("corloc", "mean_iou", "full", "fg", "robust", "gain")
 
 
 def measure(data: Path, rows: Path, run: Path, name: str, size: int) -> dict:
-    """IoU and CorLoc of a localizer's boxes on each test split, and what fg and robust answer with them."""
+    """Measure IoU and CorLoc of a localizer's boxes on each test split, and the accuracy of full, fg and robust with them."""
     checkpoint, given, row = load_checkpoint(run), read_table(data, metadata=rows), {}
     file = run / f"boxes_{name}.json"
     if name != "given":
@@ -74,7 +74,7 @@ def measure(data: Path, rows: Path, run: Path, name: str, size: int) -> dict:
 
 
 def add_gains(table: list[dict]) -> None:
-    """On test_ood: on test_id fg and full are so close that a ratio of their differences says nothing."""
+    """Add the gain on test_ood; on test_id, fg and full are too close for a ratio of differences."""
     for row in table:
         given = next(r for r in table if r["localizer"] == "given" and r["seed"] == row["seed"])
         possible = given["test_ood_fg"] - given["test_ood_full"]
@@ -82,23 +82,25 @@ def add_gains(table: list[dict]) -> None:
 
 
 def print_means(table: list[dict]) -> None:
+    """Print the mean over the seeds."""
     by_name: dict[str, list[dict]] = defaultdict(list)
     for row in table:
         by_name[row["localizer"]].append(row)
     for name, rows in by_name.items():
         for split in SPLITS:
-            known = [k for k in FIGURES if rows[0].get(f"{split}_{k}") not in ("", None)]
-            figures = "  ".join(f"{k} {statistics.mean(row[f'{split}_{k}'] for row in rows):5.1f}" for k in known)
-            print(f"{name:7} {split:9} {figures}   {len(rows)} seeds")
+            known = [k for k in METRICS if rows[0].get(f"{split}_{k}") not in ("", None)]
+            cells = "  ".join(f"{k} {statistics.mean(row[f'{split}_{k}'] for row in rows):5.1f}" for k in known)
+            print(f"{name:7} {split:9} {cells}   {len(rows)} seeds")
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(SIDE))
     parser.add_argument("data", type=Path, nargs="+")
     parser.add_argument("--start", choices=list(NETWORKS), default="pretrained")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, help="for a quick try; the default is the figure's")
+    parser.add_argument("--epochs", type=int, help="fewer for a quick try; default as in background_shift.py")
     parser.add_argument("--work", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path, help="the table; default benchmarks/results/localizers_NAME_START.csv")
     options = parser.parse_args()

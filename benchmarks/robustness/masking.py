@@ -1,15 +1,15 @@
-"""Where to mask: before the network, late in it, or its tokens; and iFAM, which gets no masks. ETH-80 objects on scenes.
+"""Where to mask: before the network, late in it, or its tokens; and iFAM, which needs no masks. ETH-80 objects on scenes.
 
     python benchmarks/robustness/masking.py OBJECTS SCENES [--seeds 0 1 2] [--work runs/masking] [--only vit:tokens ...]
 
 OBJECTS and SCENES are data sets as `l2r2 composite` takes them. The composites have its default correlations (0.97 and 0.87),
-true masks and boxes. Each row is a network of its own that sees one kind of view (branches full, or fg), from scratch, through
-the same finetune that users call; weights after the last epoch, nothing is chosen on any split. The published finding (Aniraj et
-al., ICCVW 2023) is that early masking beats late masking out of distribution. Interrupted, the same command continues. Writes
-benchmarks/results/masking.csv.
+and ground-truth masks and boxes. Each row is a network trained from scratch on one kind of view (branch full or fg) with the
+same `finetune` that users call, and evaluated with the weights of the last epoch; nothing is chosen on any split. The published
+finding (Aniraj et al., ICCVW 2023) is that early masking beats late masking out of distribution. The same command continues an
+interrupted benchmark. Writes benchmarks/results/masking.csv.
 
-iFAM is trained on the same images without boxes and masks; what it keeps is compared with the true masks, see
-`FoundParts.agreement`. All in %.
+iFAM is trained on the same images without boxes and masks; the patches it keeps are compared with the ground-truth masks, see
+`FoundParts.agreement`. All values are in %.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ RESULTS = Path(__file__).parent.parent / "results" / "masking.csv"
 
 
 def plan(only: list[str] | None) -> dict[str, dict]:
-    """Name -> recipe keys of every network."""
+    """Return the recipe keys of each network by name."""
     networks = {
         f"{backbone}:{kind}": {**of_backbone, **of_kind}
         for backbone, of_backbone in BACKBONES.items()
@@ -61,6 +61,7 @@ def plan(only: list[str] | None) -> dict[str, dict]:
 
 
 def measure(data: Path, work: Path, name: str, keys: dict, seed: int, size: int, epochs: int) -> list[dict]:
+    """Train one network with one seed, and evaluate its branches and, for iFAM, the patches it keeps."""
     run = work / f"{name.replace(':', '_').replace(', ', '_').replace(' ', '_')}_s{seed}"
     print(f"{name}, seed {seed}", flush=True)
     settings = {**COMMON, "batch_size": 32, **keys, "pretrained": False, "size": size, "epochs": epochs, "seed": seed}
@@ -72,18 +73,19 @@ def measure(data: Path, work: Path, name: str, keys: dict, seed: int, size: int,
     rows = []
     for branch in found[SPLITS[0]].logits:
         row: dict = {"network": name, "answer": branch, "seed": seed}
-        for split, said in found.items():
-            answers = said.logits[branch]
-            if "full" in said.logits:  # where iFAM keeps nothing, its first stage answers
-                answers = torch.where(said.has_fg[:, None], answers, said.logits["full"])
-            row[split] = round(100 * (answers.argmax(1) == said.labels).float().mean().item(), 1)
+        for split, data in found.items():
+            logits = data.logits[branch]
+            if "full" in data.logits:  # if iFAM keeps no patch, the prediction is that of stage 1
+                logits = torch.where(data.has_fg[:, None], logits, data.logits["full"])
+            row[split] = round(100 * (logits.argmax(1) == data.labels).float().mean().item(), 1)
             kept = parts.get(split, {}) if branch == "fg" else {}
-            row |= {f"{split}_{figure}": round(100 * kept[figure], 1) if kept else None for figure in AGREEMENT}
+            row |= {f"{split}_{metric}": round(100 * kept[metric], 1) if kept else None for metric in AGREEMENT}
         rows.append(row)
     return rows
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("objects", type=Path)
     parser.add_argument("scenes", type=Path)

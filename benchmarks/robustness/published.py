@@ -1,16 +1,16 @@
-"""The paper's table (docs/method.md, section 10) on published sets: full, fg and their fusions, on whichever sets are there.
+"""The paper's comparison of full, fg and their fusions (`docs/method.md`, section 10) on published data sets.
 
     l2r2 import waterbirds ARCHIVE --with CUB_200_2011 -o data/waterbirds
     python benchmarks/robustness/published.py data/waterbirds data/cub ... [--seeds 0 1 2] [--models independent shared]
 
-Each argument is a folder that `l2r2 import` wrote; the sets that are not among them are named at the end. A set without boxes or
-masks of its own needs `boxes.json` in its folder (`l2r2 localize data/NAME --prompt dog -o data/NAME/boxes.json`).
+Each argument is a folder that `l2r2 import` wrote; missing sets are listed at the end. A set without boxes or masks needs
+`boxes.json` in its folder (`l2r2 localize data/NAME --prompt dog -o data/NAME/boxes.json`).
 
-`independent` is the paper's pair of networks, `shared` one backbone for both branches. Where a set has no validation split of its
-own, 15 % of its training rows are held out, drawn with the run's seed. `fitted_on` says which held-out rows fitted and chose the
-fusion: as they are (`plain`, as in the paper), or also on other training images' backgrounds (`both`). No test row is fitted on.
-An image without an object is answered by full. `worst_group` is the lowest accuracy of a class on a background.
-Interrupted, the same command continues. Writes benchmarks/results/published_START.csv.
+`independent` is the paper's pair of networks, `shared` one backbone for both branches. If a set has no validation split, 15 % of
+its training rows are held out, drawn with the run's seed. `fitted_on` is the kind of held-out rows on which the fusion is fitted
+and chosen: unchanged (`plain`, as in the paper), or also with the backgrounds of other training images (`both`). Nothing is
+fitted on test rows. An image without an object gets the prediction of full. `worst_group` is the lowest accuracy of a class on a
+background. The same command continues an interrupted benchmark. Writes benchmarks/results/published_START.csv.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FITTED_ON = ("plain", "both")
 
 @dataclass(frozen=True)
 class Setup:
-    """Which splits judge, which one chooses (None: rows held out of train), and the column that tells backgrounds apart."""
+    """The test splits, the validation split (None: rows held out of train), and the column of the background."""
 
     tests: tuple[str, ...] = ("test",)
     val: str | None = None
@@ -65,20 +65,20 @@ SETUPS = {
     "iwildcam": Setup(("id_test", "test"), "val", None),
 }
 ELSEWHERE = {
-    "counteranimal": "is for testing only: `l2r2 audit timm:NAME` judges an ImageNet classifier on it",
-    "fod-a": "has its table in background_shift.py",
-    "eth80": "is the objects of background_shift.py's composites",
+    "counteranimal": "is for testing only: evaluate an ImageNet classifier on it with `l2r2 audit timm:NAME`",
+    "fod-a": "is covered by background_shift.py",
+    "eth80": "provides the objects of the composites in background_shift.py",
 }
 
 
 def name_of(folder: Path) -> str:
-    """The set that a folder holds.
+    """Return the name of the data set in a folder.
 
     Raises:
-        L2R2Error: it was not made by `l2r2 import`, or by an import that this table has no row for.
+        L2R2Error: when the folder was not written by `l2r2 import`, or the set is not in this benchmark.
     """
     if not (folder / ABOUT).is_file():
-        raise L2R2Error("it holds no imported set; make one with `l2r2 import`.")
+        raise L2R2Error("it holds no imported data set; make one with `l2r2 import`.")
     name = str(read_json(folder / ABOUT).get("set"))
     if name not in SETUPS:
         raise L2R2Error(f"{name} {ELSEWHERE.get(name, 'is unknown here')}.")
@@ -86,10 +86,10 @@ def name_of(folder: Path) -> str:
 
 
 def boxes_of(folder: Path, table: ImageTable, name: str) -> Path | None:
-    """The localizer's boxes for a set without its own; None where it has boxes or masks.
+    """Return the box file for a set without boxes; None if it has boxes or masks.
 
     Raises:
-        L2R2Error: no training image has an object.
+        L2R2Error: when no training image has an object.
     """
     if (folder / "boxes.json").is_file():
         return folder / "boxes.json"
@@ -102,7 +102,7 @@ def boxes_of(folder: Path, table: ImageTable, name: str) -> Path | None:
 
 
 def rows_of(folder: Path, table: ImageTable, setup: Setup, seed: int) -> list[dict]:
-    """The rows that are used, with the split `held_out` where the set has no validation split."""
+    """Select the rows to use, with the split `held_out` if the set has no validation split."""
     used = {"train", *setup.tests, setup.val}
     rows = [row for row in read_rows(folder) if row["split"] in used]
     if setup.val is not None:
@@ -112,7 +112,11 @@ def rows_of(folder: Path, table: ImageTable, setup: Setup, seed: int) -> list[di
 
 
 def answers(run: Path, table: ImageTable, setup: Setup) -> Iterator[tuple[str, str, dict[str, tuple[Tensor, BranchLogits]]]]:
-    """Name, what it was fitted on, and logits by test split: of both branches and the paper's fusions."""
+    """Yield the outputs of a run: both branches, and the paper's fusions.
+
+    Yields:
+        Name of the output, what it was fitted on, and its logits by test split.
+    """
     checkpoint, store = load_checkpoint(run), run / "logits"
     judged = {split: branch_logits(checkpoint, table.of_split(split), store) for split in setup.tests}
     yield "full", "", {split: (data.logits["full"], data) for split, data in judged.items()}
@@ -130,17 +134,17 @@ def answers(run: Path, table: ImageTable, setup: Setup) -> Iterator[tuple[str, s
 
 
 def measure(logits: Tensor, data: BranchLogits, background: str | None) -> dict[str, float]:
-    """Accuracy, macro accuracy, and where backgrounds are known, the worst class on a background, in percent."""
-    said = logits.argmax(-1)
-    found = {"accuracy": accuracy(said, data.labels), "macro_accuracy": macro_accuracy(said, data.labels)}
+    """Compute accuracy, macro accuracy and, if backgrounds are known, the worst class on a background, in percent."""
+    predicted = logits.argmax(-1)
+    found = {"accuracy": accuracy(predicted, data.labels), "macro_accuracy": macro_accuracy(predicted, data.labels)}
     if background is not None:
         groups = [f"{row.label} on {place}" for row, place in zip(data.table.rows, data.table.column(background))]
-        found["worst_group"] = min(by_group(said, data.labels, groups).values())
+        found["worst_group"] = min(by_group(predicted, data.labels, groups).values())
     return {name: round(100 * value, 1) for name, value in found.items()}
 
 
 def run_one(folder: Path, name: str, model: str, seed: int, options: argparse.Namespace) -> list[dict]:
-    """Train one model with one seed on one set, and measure every answer that it gives on each test split."""
+    """Train one model with one seed on one set, and evaluate all its outputs on each test split."""
     setup, work = SETUPS[name], options.work / f"published_{options.start}" / name
     table = read_table(folder)
     boxes = boxes_of(folder, table, name)
@@ -161,7 +165,7 @@ def run_one(folder: Path, name: str, model: str, seed: int, options: argparse.Na
 
 
 def print_means(table: list[dict]) -> None:
-    """Mean and standard deviation of the accuracy over the seeds, a line for each set, model and answer."""
+    """Print mean and standard deviation of the accuracy over the seeds, per set, model and output."""
     by_answer: dict[tuple, list[float]] = defaultdict(list)
     for row in table:
         key = (row["set"], row["split"], row["model"], row["answer"].split(":")[0], row["fitted_on"])
@@ -173,6 +177,7 @@ def print_means(table: list[dict]) -> None:
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="+", help="folders that `l2r2 import` wrote")
     parser.add_argument("--start", choices=list(NETWORKS), default="pretrained")
@@ -199,12 +204,12 @@ def main() -> None:
                     write_table(table, out, about)
             left = [other for other in left if other != name]
         except L2R2Error as error:
-            print(f"left out, {folder}: {error}", flush=True)
+            print(f"skipped {folder}: {error}", flush=True)
     print_means(table)
     if table:
         print(f"wrote {out}")
     if left:
-        print(f"without a row: {', '.join(left)}; see docs/datasets.md")
+        print(f"not evaluated: {', '.join(left)}; see docs/datasets.md")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`l2r2 audit` without its printing: how much a classifier leans on the background, measured by changing images."""
+"""Measure how much a classifier relies on the background, by changing images; `l2r2 audit` prints the result."""
 
 from __future__ import annotations
 
@@ -29,22 +29,23 @@ from .samples import Progress, Subjects, find_subjects
 from .verdict import verdict_of
 
 logger = logging.getLogger(__name__)
-BATCH_PIXELS = 50_000_000  # changed originals that are held at once
-SAVES = 50  # how often an audit stores what it has
+BATCH_PIXELS = 50_000_000  # of changed images that are held at once
+SAVES = 50  # how often an audit stores its results so far
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found.
+    """The result of an audit.
 
     Attributes:
-        model, split, images, classes: what was judged: images that have an object and a background, and their classes.
-        left_out: the other images, counted by reason.
-        answers: figures (see `robustness.measures`) of `full`, `fg` and `fused`; the model's own answer last.
-        verdicts: one sentence on each of them.
+        model, split: what was audited, and on which split.
+        images, classes: number of images with an object and a background, and of their classes.
+        left_out: number of other images, by reason.
+        answers: metrics (see `audit.metrics.measures`) by output: `full`, `fg` and `fused`, the model's own prediction last.
+        verdicts: one sentence per output.
         groups: the metadata column of the groups, or None.
-        settings: seed, number of random backgrounds, limit.
-        warnings: sentences.
+        settings: seed, number of random backgrounds, whether every background was tried, limit.
+        warnings: what limits the result, in sentences.
     """
 
     model: str
@@ -60,20 +61,23 @@ class Audit:
 
     @property
     def verdict(self) -> str:
-        """The sentence on the model's own answer."""
+        """The verdict on the model's own prediction."""
         return list(self.verdicts.values())[-1]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
         return {**asdict(self), "verdict": self.verdict}
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What the model said of every changed image.
+    """The model's predictions for every changed image.
 
     Attributes:
-        values: `[N, answers, interventions, 2]` float32: right (1 or 0), probability of the true class; NaN where not made.
-        names, interventions: of the second and third axis.
+        values: `[N, outputs, interventions, 2]` float32: correct (1 or 0), and probability of the true class; NaN if an image
+            does not have the intervention.
+        names: names of the outputs.
+        interventions: names of the interventions, see `perturbations.plan`.
     """
 
     values: Tensor
@@ -81,14 +85,22 @@ class Answers:
     interventions: tuple[str, ...]
 
     def of(self, answer: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """`[N]` right and `[N]` probability by intervention, those that some image has."""
+        """Select the values of one output.
+
+        Args:
+            answer: name of the output.
+
+        Returns:
+            `[N]` correct, and `[N]` probability of the true class, by intervention; interventions that no image has are left
+            out.
+        """
         own = self.values[:, self.names.index(answer)]
         made = [i for i in range(len(self.interventions)) if own[:, i, 0].isfinite().any()]
         return tuple({self.interventions[i]: own[:, i, part] for i in made} for part in (0, 1))  # type: ignore[return-value]
 
 
 class AuditRun(NamedTuple):
-    """An audit with what it was computed from, for its report: the images, the answers, and the side of the model's view."""
+    """An audit with the images, predictions and view size it was computed from, for `report.audit`."""
 
     result: Audit
     subjects: Subjects
@@ -97,7 +109,11 @@ class AuditRun(NamedTuple):
 
 
 def audit(model: str | Path, data: str | Path, **options: Any) -> Audit:
-    """Judge how much a classifier leans on the background; arguments and errors as `run_audit` has them."""
+    """Measure how much a classifier relies on the background; arguments and errors as for `run_audit`.
+
+    >>> audit("timm:resnet18", "data/", split="test").verdict  # doctest: +SKIP
+    'On swapped backgrounds this model loses 21 points (19 to 23) of its 90 % accuracy: it leans on the background.'
+    """
     return run_audit(model, data, **options).result
 
 
@@ -120,30 +136,33 @@ def run_audit(
     batch_size: int = 32,
     progress: Progress = lambda items, *_: items,
 ) -> AuditRun:
-    """Judge how much a classifier leans on the background (METHOD.md 9).
+    """Measure how much a classifier relies on the background (`docs/method.md`, section 9).
 
-    Images are changed at their own size (at 2 megapixels where they have more), before any view is cut; the box stays where it
-    was. A class is answered right if the most probable of all classes of the model is one that means it. Interrupted, the same
-    call continues.
+    Images are changed at their original size (at most 2 megapixels) before any view is cut; the box stays the same. A prediction
+    is correct if the most probable class of the model is one of those matched to the label. The same call continues an
+    interrupted audit.
 
     Args:
         model, labels: see `load_audited`.
         data, boxes, metadata: see `read_table`.
-        split: by default `test`, or all images where there are no splits; `val` also means what a run held out.
-        group: a metadata column; adds the accuracy by its values and the worst of them.
+        split: defaults to `test`, or to all images if there are no splits; `val` also finds the rows that a run held out.
+        group: a metadata column; adds the accuracy per value and the worst of them.
         classes: see `match_classes`.
-        limit: at most so many images, drawn with the seed.
+        limit: largest number of images, drawn with the seed.
         backgrounds: random backgrounds per image, for `mixed_rand` and `challenge_upper_bound`.
-        challenge: also try the background of every other image until each answer is fooled, for `challenge` as IN-9 defines it.
-            The cost grows with the square of the number of images that are not fooled.
-        seed: of images, noise, backgrounds and intervals. Same seed, same figures, whatever the order of the rows.
-        skip_bad: leave unreadable images out instead of stopping.
-        work: folder for what is done so far; by default `audit` in a run's folder, else the user's cache folder.
-        batch_size: changed images in one pass; changes no figure.
-        progress: wraps the images.
+        challenge: also try the background of every other image until each output is wrong, for `challenge` as IN-9 defines it.
+            The cost grows with the square of the number of images.
+        seed: random seed of limit, noise, backgrounds and intervals; the order of the rows does not matter.
+        skip_bad: skip unreadable images instead of stopping.
+        work: folder for intermediate results; defaults to `audit` in the run folder, or else in the user's cache folder.
+        batch_size: changed images per forward pass; does not affect the result.
+        progress: wraps the iteration over the images.
+
+    Returns:
+        The audit, with the images and predictions it was computed from.
 
     Raises:
-        L2R2Error: unusable model or data, classes that do not match, or no image with an object and a background.
+        L2R2Error: when model or data are unusable, classes do not match, or no image has an object and a background.
     """
     audited = load_audited(model, labels)
     table = _rows(audited, read_table(data, metadata=metadata, boxes=boxes), split)
@@ -192,11 +211,9 @@ def _warnings(audited: Audited, subjects: Subjects, split: str) -> tuple[str, ..
     for reason, count in sorted(subjects.left_out.items()):
         found += (f"{count} of {len(subjects) + sum(subjects.left_out.values())} images left out: {reason}.",)
     if len(set(subjects.labels)) == 1:
-        found += ("the images show one class only, so no background of another class can be given to them.",)
+        found += ("the images show a single class, so none can get the background of another class.",)
     if all(row.mask_file is None for row in subjects.table.rows):
-        found += (
-            "objects are known by boxes, not masks: what a box holds beside the object counts as object and moves with it.",
-        )
+        found += ("there are boxes, but not masks, so the background inside a box counts as object and moves with it.",)
     return found
 
 
@@ -216,7 +233,7 @@ def _ask(
     batch_size: int,
     progress: Progress,
 ) -> Answers:
-    """Show the model every changed image of every subject, but for those that the store has."""
+    """Run the model on all changed images of the subjects that the store does not hold yet."""
     names, made = model.answers, tuple(plan(donors.backgrounds, challenge))
     values = store.read((len(subjects), len(names), len(made), 2))
     todo = [i for i in range(len(subjects)) if not values[i].isfinite().any()]
@@ -237,7 +254,7 @@ def _ask(
             if challenge:
                 row[:, -1] = _challenged(model, subjects.challenges(i, subject, donors), subject, own, size, device)
             if not row[:, 0].isfinite().all():
-                raise L2R2Error(f"{model.name}: gives logits that are not finite; its training has diverged.")
+                raise L2R2Error(f"{model.name}: the logits are not finite; its training has diverged.")
             values[i] = row
             if count % max(1, len(todo) // SAVES) == 0:
                 store.write(values)
@@ -250,7 +267,7 @@ def _ask(
 def _challenged(
     model: Audited, changed: Iterable[Tensor], subject: Subject, own: list[int], size: int, device: torch.device
 ) -> Tensor:
-    """`[answers, 2]`: whether every image was right, and the lowest probability of the true class; stops once all are fooled."""
+    """`[outputs, 2]`: whether every image is correct, and the lowest true-class probability; stops once all outputs are wrong."""
     worst, images = torch.ones(len(model.answers), 2), iter(changed)
     while (part := list(islice(images, size))) and worst[:, 0].any():
         logits = _logits(model, part, subject.boxes[0], subject.view_mask, device)
@@ -270,14 +287,14 @@ def _logits(
 
 
 def _judged(logits: Tensor, own: list[int]) -> Tensor:
-    """Logits `[B, classes]` -> `[B, 2]`: whether the most probable class is among `own`, and the sum of their probabilities."""
+    """Logits `[B, classes]` to `[B, 2]`: whether the most probable class is among `own`, and the sum of their probabilities."""
     right = torch.isin(logits.argmax(-1), torch.tensor(own))
     values = torch.stack([right.float(), logits.double().softmax(-1)[:, own].sum(-1).float()], 1)
     return values.where(logits.isfinite().all(1, keepdim=True), torch.nan)
 
 
 class Store:
-    """What an audit has so far, one file for a model, its classes, the images, the seed and the number of backgrounds."""
+    """Intermediate results of an audit, one file per model, images, classes and settings."""
 
     def __init__(
         self,
@@ -289,15 +306,15 @@ class Store:
         seed: int,
     ) -> None:
         data = rows_digest(subjects.table, times=True)
-        facts = [version_of("l2r2-models"), model.digest(), matched, data, list(made), seed]
-        if subjects.shared:  # their backgrounds hang on rows that may not be among the subjects
-            facts.append(rows_digest(ImageTable(subjects.table.root, tuple(subjects.shared.values()))))
-        self.key = json.dumps(facts, sort_keys=True)
+        parts = [version_of("l2r2-models"), model.digest(), matched, data, list(made), seed]
+        if subjects.shared:  # their backgrounds depend on rows that may not be audited
+            parts.append(rows_digest(ImageTable(subjects.table.root, tuple(subjects.shared.values()))))
+        self.key = json.dumps(parts, sort_keys=True)
         self.file = folder / f"{number_of(0, self.key):016x}.safetensors"
         self.writable = True
 
     def read(self, shape: tuple[int, ...]) -> Tensor:
-        """Values of `shape`, NaN where nothing is stored, or where there is any doubt."""
+        """Read the stored values; NaN where there are none, and everywhere if the file is damaged or of another audit."""
         try:
             check_readable(self.file, most=None)
             with safe_open(self.file, "pt") as stored:
@@ -308,7 +325,7 @@ class Store:
         return torch.full(shape, torch.nan)
 
     def write(self, values: Tensor) -> None:
-        """Atomically; where it cannot be written, once a warning, because the audit can go on."""
+        """Store the values atomically; if that fails, warn once and go on."""
         if not self.writable:
             return
         try:

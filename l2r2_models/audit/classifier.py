@@ -1,4 +1,4 @@
-"""Any classifier as the audit sees it: a timm model, a folder in timm's layout, an L2R2 run, or a Hub id of either."""
+"""Load any classifier for the audit: a timm model, a folder in timm's layout, an L2R2 run, or a Hub id."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ MAP_COLUMNS = ("class", "model_class")
 
 @dataclass(frozen=True)
 class Audited:
-    """A classifier with what is needed to show it an image.
+    """A classifier with its class names and preprocessing.
 
     Attributes:
         name: what it was loaded from.
-        network: in eval mode.
-        names: of each class, in the order of the logits: every name that it goes by.
+        network: the model in eval mode.
+        names: for each class, in the order of the logits, its name and synonyms.
         spec: how its views are cut.
-        branches: the views that it sees.
+        branches: the views it takes.
         box_threshold: boxes with a lower score count as not found.
-        folder: of a local checkpoint, else None.
+        folder: folder of a local checkpoint, else None.
     """
 
     name: str
@@ -53,13 +53,13 @@ class Audited:
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """What is audited, the model's own answer last: its full and fg branches and their fusion, or its only branch."""
+        """The audited outputs, the model's own prediction last: full, fg and their fusion, or its only branch."""
         if len(self.branches) == 1:
             return self.branches
         return (*(b for b in ("full", "fg") if b in self.branches), "fused")
 
     def __call__(self, views: Views) -> dict[str, Tensor]:
-        """Logits `[V, classes]` by answer. Where no object is found fg is the full branch, as in `evaluate`."""
+        """Return logits `[V, classes]` by output. Without an object, fg falls back to full, as in `evaluate`."""
         if not isinstance(self.network, L2R2):
             return {"full": self.network(views.full)}
         out = self.network.forward_views(**views.inputs())
@@ -67,7 +67,7 @@ class Audited:
         return {name: {**logits, "fused": out.fused}[name] for name in self.answers}
 
     def digest(self) -> str:
-        """SHA-256 over everything that its answers hang on."""
+        """Return a SHA-256 over everything that affects its outputs."""
         fusion = self.network.fusion.config() if isinstance(self.network, L2R2) else None
         digest = hashlib.sha256(json.dumps([self.spec.to_dict(), self.branches, self.box_threshold, fusion]).encode())
         for name, value in sorted(self.network.state_dict().items()):
@@ -76,17 +76,17 @@ class Audited:
 
 
 def load_audited(source: str | Path, labels: Path | None = None) -> Audited:
-    """Load a classifier.
+    """Load a classifier to audit.
 
-    A plain timm model is shown the whole image, padded to a square and resized (the full view of a `ViewSpec` made from its
-    pretrained cfg), without the center crop of timm's own evaluation: a crop would cut objects off, and differently by model.
+    A plain timm model gets the whole image, padded to a square and resized (the full view of a `ViewSpec` made from its
+    pretrained config), without the center crop of timm's evaluation, which would cut off objects, differently for each model.
 
     Args:
-        source: `timm:NAME` (pretrained), a folder in timm's layout, an L2R2 run, or a Hub id of either.
-        labels: file with the names of a plain model's classes, in the order of the logits: one a line, or a JSON list.
+        source: `timm:NAME` (pretrained), a folder in timm's layout, an L2R2 run, or a Hub id.
+        labels: file with the class names of a plain model in the order of the logits, one per line or as a JSON list.
 
     Raises:
-        L2R2Error: not loadable, not an image classifier, or its class names are not known.
+        L2R2Error: when it cannot be loaded, is not an image classifier, or its class names are not known.
     """
     name = str(source)
     if name.startswith("timm:"):
@@ -96,7 +96,7 @@ def load_audited(source: str | Path, labels: Path | None = None) -> Audited:
     if "l2r2" not in config:
         return _plain(name, _create(name, f"local-dir:{folder}"), labels, local)
     if labels is not None:
-        raise L2R2Error(f"{name}: an L2R2 checkpoint names its classes itself; leave --labels out.")
+        raise L2R2Error(f"{name}: an L2R2 checkpoint has its own class names; leave --labels out.")
     checkpoint = load_checkpoint(source)
     model = checkpoint.model
     names = tuple((label,) for label in checkpoint.labels)
@@ -105,10 +105,10 @@ def load_audited(source: str | Path, labels: Path | None = None) -> Audited:
 
 def _create(name: str, model: str) -> Any:
     if not model.startswith("local-dir:") and not timm.is_model(model.split(".")[0]):
-        raise L2R2Error(f'{name}: timm has no model "{model}"; `timm.list_models(pretrained=True)` shows what it has.')
+        raise L2R2Error(f'{name}: timm has no model "{model}"; `timm.list_models(pretrained=True)` lists its models.')
     try:
         return create_pretrained(model)
-    except Exception as error:  # timm, huggingface_hub and safetensors each have their own
+    except Exception as error:  # timm, huggingface_hub and safetensors each raise their own
         why = " ".join(str(error).split())[:200]
         raise L2R2Error(f"{name}: its pretrained weights cannot be loaded ({why}).") from error
 
@@ -117,14 +117,14 @@ def _plain(name: str, network: Any, labels: Path | None, folder: Path | None = N
     cfg = dict(network.pretrained_cfg)
     classes = network.num_classes
     if isinstance(network, L2R2):
-        raise L2R2Error(f"{name}: an L2R2 model is audited as a run; train it first, or give the timm backbone.")
+        raise L2R2Error(f"{name}: an L2R2 model must be trained before it is audited; give a run, or the timm backbone.")
     if not classes or cfg.get("input_size", (3,))[0] != 3:
-        raise L2R2Error(f"{name}: is not a classifier of RGB images.")
+        raise L2R2Error(f"{name}: is not a classifier of RGB images; choose another model.")
     names = _names_in(labels) if labels else _names_of(cfg, classes)
     if names is None:
-        raise L2R2Error(f"{name}: does not say what its {classes} classes are called; give --labels FILE, one name a line.")
+        raise L2R2Error(f"{name}: the names of its {classes} classes are not known; give --labels FILE with one name per line.")
     if len(names) != classes:
-        raise L2R2Error(f"{labels or name}: {len(names)} class names for {classes} classes.")
+        raise L2R2Error(f"{labels or name}: {len(names)} class names for {classes} classes; one per class is needed.")
     return Audited(name, network.eval(), names, ViewSpec.from_pretrained_cfg(cfg), folder=folder)
 
 
@@ -132,13 +132,13 @@ def _names_in(file: Path) -> tuple[tuple[str, ...], ...]:
     if file.suffix.lower() == ".json":
         listed = read_json(file)
         if not isinstance(listed, list) or not all(isinstance(n, str) for n in listed):
-            raise L2R2Error(f"{file}: must be a list of class names.")
+            raise L2R2Error(f"{file}: must be a JSON list of class names.")
         return tuple((n,) for n in listed)
     return tuple((line.strip(),) for line in read_text(file).splitlines() if line.strip())
 
 
 def _names_of(cfg: Mapping[str, Any], classes: int) -> tuple[tuple[str, ...], ...] | None:
-    """From the checkpoint, else timm's own list for its number of classes (ImageNet); synonyms count as names."""
+    """Class names from the checkpoint, else timm's for its number of classes (ImageNet); synonyms count as names."""
     if listed := cfg.get("label_names"):
         own = [listed[k] for k in sorted(listed, key=int)] if isinstance(listed, dict) else list(listed)
         described = cfg.get("label_descriptions") or {}
@@ -157,24 +157,27 @@ def _synonyms(text: Any) -> list[str]:
 
 
 def match_classes(labels: Sequence[str], model: Audited, mapping: Path | None = None) -> dict[str, list[int]]:
-    """Which classes of the model mean each class of the data.
+    """Match the classes of the data to classes of the model.
 
-    By name: an exact one, else without regard to capitals, `_` and `-` (ImageNet: the WordNet id, or any synonym).
+    They are matched by name: the exact name, or else ignoring case, `_` and `-` (for ImageNet, the WordNet id or any synonym).
 
     Args:
         labels: classes of the data.
-        model: whose classes are searched.
-        mapping: CSV with the columns class and model_class, several rows a class where several classes of the model mean it;
-            classes that it does not name are matched by name.
+        model: the classifier.
+        mapping: CSV file with the columns class and model_class, with several rows per class if several classes of the model
+            correspond to it. Classes that it does not list are matched by name.
+
+    Returns:
+        Class indices of the model for each label.
 
     Raises:
-        L2R2Error: a class of the data matches none or several, or two of them the same; the message lists them.
+        L2R2Error: when a label matches no class or several, or two labels match the same class.
     """
     wanted = {label: [label] for label in labels}
     if mapping is not None:
         given = _read_map(mapping)
         if not set(given) & set(labels):
-            raise L2R2Error(f"{mapping}: names none of the classes of the data ({_few(labels)}).")
+            raise L2R2Error(f"{mapping}: lists none of the classes of the data ({_few(labels)}).")
         wanted.update({label: names for label, names in given.items() if label in wanted})
     exact, loose = _index(model.names, str), _index(model.names, _plain_name)
     found: dict[str, list[int]] = {}
@@ -192,7 +195,7 @@ def match_classes(labels: Sequence[str], model: Audited, mapping: Path | None = 
         raise L2R2Error(f"{model.name}: several classes of the model are called {_few(ambiguous)}; {remedy}.")
     uses = Counter(i for classes in found.values() for i in classes)
     if twice := [model.names[i][0] for i, n in uses.items() if n > 1]:
-        raise L2R2Error(f"{model.name}: two classes of the data mean its class {_few(twice)}; {remedy}.")
+        raise L2R2Error(f"{model.name}: two classes of the data match its class {_few(twice)}; {remedy}.")
     return found
 
 

@@ -1,6 +1,6 @@
-"""Measures of how much a model leans on the background (METHOD.md 9), with bootstrap intervals, from what it said of each image.
+"""Metrics of how much a model relies on the background, with bootstrap intervals (`docs/method.md`, section 9).
 
-Everything here is arithmetic on values by image and intervention; `audit` makes them.
+They are computed from per-image values by intervention, which `audit` collects.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..evaluate.metrics import bootstrap_counts, confidence_interval
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measure with the ends of its 95 % confidence interval over images."""
+    """A metric with its 95 % confidence interval over images."""
 
     value: float
     low: float
@@ -24,27 +24,32 @@ class Estimate:
 
 
 def foreground_sensitivity(fg: Tensor, bg: Tensor) -> Tensor:
-    """RFS, the relative foreground sensitivity (RIVAL10, Moayeri et al. 2022, section 5); iRFS for probabilities of one image.
+    """Compute RFS, the relative foreground sensitivity, or iRFS from the probabilities of one image.
+
+    Source: RIVAL10 (Moayeri et al. 2022), section 5; formula in `docs/method.md`, section 9.
 
     Args:
         fg, bg: `[...]` accuracies (or true-class probabilities) in [0, 1] under noise on the object, and on the background.
 
     Returns:
-        `(bg - fg) / (2 min(mean, 1 - mean))` in [-1, 1], 0 where the mean is 0 or 1. Positive: the object matters more.
+        `[...]` in [-1, 1]; positive if the object matters more, 0 where the mean of fg and bg is 0 or 1.
+
+    >>> foreground_sensitivity(torch.tensor(0.25), torch.tensor(0.75)).item()
+    0.5
     """
     fg, bg = fg.double(), bg.double()
     room = 2 * torch.minimum((fg + bg) / 2, 1 - (fg + bg) / 2)
-    return torch.where(room > 0, (bg - fg) / room.clamp(min=1e-300), 0.0).clamp(-1, 1)  # rounding leads a little beyond
+    return torch.where(room > 0, (bg - fg) / room.clamp(min=1e-300), 0.0).clamp(-1, 1)  # rounding may exceed the bounds
 
 
 class Means:
-    """Means of columns of values by image: over all images, and over images drawn again with replacement.
+    """Means of per-image values, over all images and over bootstrap resamples of the images.
 
     Args:
-        columns: `[N]` each, NaN where an image does not count.
-        images: `[N]` integers; rows of one image are drawn together.
-        seed, draws: of the bootstrap.
-        labels: `[N]`, for means over classes of the means within a class (one that was not drawn does not count).
+        columns: `[N]` values by name; NaN where an image does not count.
+        images: `[N]` integers; rows of one image are resampled together.
+        seed, draws: seed and number of resamples of the bootstrap.
+        labels: `[N]`; if given, means within a class are averaged over classes (those in the resample).
     """
 
     def __init__(
@@ -76,8 +81,8 @@ class Means:
         return self.means[name]
 
 
-def figure(values: Tensor) -> Estimate | None:
-    """From `[1 + draws]` values, the measure itself first; None where it has none (0 / 0)."""
+def estimate(values: Tensor) -> Estimate | None:
+    """Make an estimate from `[1 + draws]` values, the metric on all images first; None if it is undefined (0 / 0)."""
     drawn = values[1:][values[1:].isfinite()]
     if not values[0].isfinite() or not len(drawn):
         return None
@@ -85,7 +90,7 @@ def figure(values: Tensor) -> Estimate | None:
 
 
 def _weights(images: Tensor, seed: int, draws: int) -> Iterable[Tensor]:
-    """`[D, N]` float64: how often each row counts; a first block of ones, then the draws."""
+    """Weights `[D, N]` float64 of the rows: first a block of ones, then the resamples."""
     member = images.unique(return_inverse=True)[1]
     yield torch.ones(1, len(images), dtype=torch.double)
     for times in bootstrap_counts(int(member.max()) + 1, seed, draws):
@@ -102,24 +107,25 @@ def measures(
     seed: int = 0,
     draws: int = 1000,
 ) -> dict[str, Estimate]:
-    """All measures of one answer.
+    """Compute all metrics of one output.
 
     Args:
-        right: `[N]` by intervention (see `interventions.plan`): 1 right, 0 wrong, NaN not made for this image.
-        truth: the same with the probability of the true class.
-        images: `[N]` integers; rows of one image are drawn together.
-        groups: `[N]` names; adds `group: NAME` and `worst_group`.
-        labels: `[N]` names of the classes, over which the accuracies of RFS are averaged; None counts every row alike.
-        seed, draws: of the bootstrap.
+        right: `[N]` by intervention (see `perturbations.plan`): 1 correct, 0 wrong, NaN if the image does not have it.
+        truth: `[N]` by intervention, the probability of the true class.
+        images: `[N]` integers; rows of one image are resampled together.
+        groups: `[N]` group names; adds `group: NAME` and `worst_group`.
+        labels: `[N]` class names, over which the accuracies of RFS are averaged; None weighs all rows equally.
+        seed, draws: seed and number of resamples of the bootstrap.
 
     Returns:
-        Figures by name, those only that exist. Shares of 1: `accuracy`; `fg_only`, `bg_only_mask`, `bg_only_box`, `tiled` with
-        `drop_bg_only_mask`, `drop_bg_only_box`, `drop_tiled` (the part of the accuracy that is lost, on the images of that
-        intervention); `mixed_same`, `mixed_rand` (mean over the backgrounds), `mixed_next`, `challenge` (right on the background
-        of every other image), `challenge_upper_bound` (right on those of mixed_rand), `bg_gap` = mixed_same - mixed_rand,
-        `swap_loss` = accuracy - mixed_rand. In [-1, 1], as RIVAL10 has them: `rfs` of noise with one standard deviation
-        (accuracies averaged over classes and levels first), `irfs` (of each image and level, then averaged), `rfs_l2` and
-        `irfs_l2` of noise with one L2 norm. By level: `noise_fg_30`, `noise_bg_30`, `rfs_30`, ... and the same with `l2_`.
+        Estimates by name, those that are defined. Shares in [0, 1]: `accuracy`; `fg_only`, `bg_only_mask`, `bg_only_box` and
+        `tiled`, with `drop_bg_only_mask`, `drop_bg_only_box` and `drop_tiled` (relative loss of accuracy on the images of that
+        intervention); `mixed_same`, `mixed_rand` (mean over its backgrounds), `mixed_next`; `challenge` (correct on the
+        background of every other image), `challenge_upper_bound` (correct on all backgrounds of mixed_rand). Differences:
+        `bg_gap` = mixed_same - mixed_rand, `swap_loss` = accuracy - mixed_rand. In [-1, 1], as in RIVAL10: `rfs` under noise of
+        equal standard deviation (accuracies averaged over classes and levels first), `irfs` (per image and level, then
+        averaged), `rfs_l2` and `irfs_l2` under noise of equal L2 norm. By level: `noise_fg_30`, `noise_bg_30`, `rfs_30`, ...,
+        and the same with `l2_`.
     """
     columns = _columns(right, truth)
     names = sorted(set(groups)) if groups is not None else []
@@ -147,16 +153,16 @@ def measures(
             found[f"rfs{'_l2' if kind else ''}"] = foreground_sensitivity(fg, bg)
     if names:
         by_group = torch.stack([m[f"group: {name}"] for name in names])
-        found["worst_group"] = by_group.nan_to_num(nan=torch.inf).amin(0)  # a group that was not drawn is not the worst
-    figures = {name: figure(values) for name, values in found.items()}
+        found["worst_group"] = by_group.nan_to_num(nan=torch.inf).amin(0)  # a group without resampled images is not the worst
+    figures = {name: estimate(values) for name, values in found.items()}
     return {name: f for name, f in figures.items() if f is not None}
 
 
 def _columns(right: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is averaged over images; `at NAME` is the original's answer on the images of an intervention."""
+    """The columns to average; `at NAME` is the accuracy on the originals of the images with that intervention."""
     columns = {name: values.double() for name, values in right.items() if not name.startswith("mixed_rand_")}
     if random := [values.double() for name, values in right.items() if name.startswith("mixed_rand_")]:
-        drawn = torch.stack(random)  # [k, N]; few images have fewer backgrounds than k
+        drawn = torch.stack(random)  # [k, N], NaN if there are fewer than k backgrounds
         columns["mixed_rand"] = drawn.nanmean(0)
         columns["challenge_upper_bound"] = drawn.nan_to_num(nan=1.0).amin(0).where(drawn.isfinite().any(0), torch.nan)
     if "mixed_same" in columns and "mixed_rand" in columns:

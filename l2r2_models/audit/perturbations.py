@@ -1,6 +1,6 @@
-"""What the audit does to an image: noise, erasing, other backgrounds; on original pixels, before any cut.
+"""Interventions of the audit on original pixels: noise, erasing, and other backgrounds.
 
-A view is cut from the changed image by `make_views`, as from any other image.
+Views are cut from the changed image by `make_views`, as from any other image.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..data.composite import background_of, object_windows, paste_object
 
-STD_LEVELS = (30, 60, 90, 120, 150, 180, 210)  # of 255 (METHOD.md 9)
+STD_LEVELS = (30, 60, 90, 120, 150, 180, 210)  # of 255, see docs/method.md, section 9
 L2_LEVELS = (19, 37, 56, 75, 94, 112, 131)  # of 255, as a root mean square over the whole image; RIVAL10 goes up to 131
 SWAPS = ("mixed_same", "mixed_next")
 CHALLENGE = "challenge"
@@ -27,9 +27,9 @@ class Subject:
     """One image with its objects.
 
     Attributes:
-        key: its name, from which its noise and its backgrounds are drawn.
+        key: its name, which seeds its noise and backgrounds.
         pixels: uint8 `[H, W, 3]`.
-        boxes: `[N, 4]` xyxy of every object, the best first.
+        boxes: `[N, 4]` xyxy pixels of every object, best first.
         mask: `[H, W]` bool of all objects, or None.
         view_mask: `[H, W]` bool of the best object, by which views are cut, or None.
     """
@@ -42,12 +42,12 @@ class Subject:
 
     @cached_property
     def inside(self) -> Tensor:
-        """`[H, W]` bool, True on the objects: the mask, or where there is none the boxes."""
+        """`[H, W]` bool, True on the objects: the mask, or without one the boxes."""
         return self.in_boxes if self.mask is None else self.mask
 
     @cached_property
     def in_boxes(self) -> Tensor:
-        """`[H, W]` bool, True in a box; no part of a mask is left out, that of a single object lies in one rectangle."""
+        """`[H, W]` bool, True in a box; includes the mask, and for a single object is one rectangle."""
         mask = self.mask if len(self.boxes) == 1 else None
         inside = torch.zeros(self.pixels.shape[:2], dtype=torch.bool)
         for x0, y0, x1, y1 in object_windows(self.pixels.shape[:2], self.boxes, mask):
@@ -61,18 +61,25 @@ class Subject:
 
 
 def plan(backgrounds: int, challenge: bool = False) -> list[str]:
-    """Names of all interventions.
+    """List the names of all interventions.
 
-    - `original`;
-    - `fg_only`: the background is the model's mean color; `bg_only_mask`, `bg_only_box`: the object is (bg view kinds `shape`
-      and `box`; the same images are Hard ImageNet's ablations gray by mask and gray by box); `tiled`: the object's box is filled
-      from its surroundings;
-    - `noise_fg_30`, `noise_bg_30`, ...: Gaussian noise of that standard deviation (of 255) on the object, or on the rest, then
-      clamped (RIVAL10); `noise_l2_fg_10`, ...: the noise has the same L2 norm on the object as on the rest, level * sqrt(3 H W)
-      before clamping, so that a small object gets as much of it as a large background [R];
+    Args:
+        backgrounds: number of random backgrounds per image.
+        challenge: whether to add `challenge`.
+
+    - `original`: the unchanged image.
+    - `fg_only`: the background is replaced by the model's mean color.
+    - `bg_only_mask`, `bg_only_box`: the object is (as in the bg views `shape` and `box`, and Hard ImageNet's ablations gray by
+      mask and gray by box); `tiled`: the object's box is filled from its surroundings.
+    - `noise_fg_30`, `noise_bg_30`, ...: Gaussian noise of that standard deviation (of 255) on the object, or on the background,
+      then clipping (RIVAL10). `noise_l2_fg_10`, ...: noise of the same L2 norm on object and background, level * sqrt(3 H W)
+      before clipping, so that a small object gets as much noise as a large background [R].
     - `mixed_same`, `mixed_next`, `mixed_rand_0`, ...: the object on the object-free background of another image of its class, of
-      the next class, of a random class (IN-9, Xiao et al. 2020);
-    - `challenge`, where asked for: the object on the background of every other image, right only if all of them are.
+      the next class, of a random class (IN-9, Xiao et al. 2020).
+    - `challenge`: the object on the background of every other image, correct only if all of these are.
+
+    >>> plan(2)[-4:]
+    ['mixed_same', 'mixed_next', 'mixed_rand_0', 'mixed_rand_1']
     """
     noise = [f"noise_{w}_{level}" for level in STD_LEVELS for w in ("fg", "bg")]
     l2 = [f"noise_l2_{w}_{level}" for level in L2_LEVELS for w in ("fg", "bg")]
@@ -82,16 +89,16 @@ def plan(backgrounds: int, challenge: bool = False) -> list[str]:
 
 
 def intervene(name: str, subject: Subject, fill: Sequence[int], noise: Tensor) -> Tensor | None:
-    """One changed image.
+    """Apply one intervention.
 
     Args:
-        name: see `plan`, but for the swaps.
+        name: see `plan`; all except the swapped backgrounds.
         subject: the image.
-        fill: color of what is erased.
+        fill: color of erased pixels.
         noise: see `noise_pattern`.
 
     Returns:
-        uint8 `[H, W, 3]`; None for `bg_only_mask` of an image without a mask.
+        uint8 `[H, W, 3]`; None for `bg_only_mask` if the image has no mask.
     """
     if name == "original":
         return subject.pixels
@@ -108,12 +115,16 @@ def intervene(name: str, subject: Subject, fill: Sequence[int], noise: Tensor) -
 
 
 def noise_pattern(subject: Subject, grain: int, seed: int) -> Tensor:
-    """The noise of an image, one pattern whatever its level and place: `[H, W, 3]` of mean 0 and standard deviation 1.
+    """Draw the noise pattern of an image, which all levels and places share.
 
     Args:
-        grain: side of the model's view: the noise has one value a pixel of the whole image at that size (at most one a pixel), so
-            that its effect hardly hangs on how many pixels the file has [R].
-        seed: same seed and key, same pattern.
+        subject: the image; its key seeds the noise.
+        grain: side of the model's view. The noise has one value per pixel of the image at that size (at most one per pixel of
+            the file), so that its effect hardly depends on the resolution of the file [R].
+        seed: random seed.
+
+    Returns:
+        `[H, W, 3]` with mean 0 and standard deviation 1.
     """
     height, width = subject.pixels.shape[:2]
     scale = min(1.0, grain / max(height, width))
@@ -123,10 +134,17 @@ def noise_pattern(subject: Subject, grain: int, seed: int) -> Tensor:
 
 
 def add_noise(pixels: Tensor, inside: Tensor, noise: Tensor, level: float, *, l2: bool = False) -> Tensor:
-    """Noise `[H, W, 3]` on the pixels where `inside` `[H, W]` is True: uint8 `[H, W, 3]`.
+    """Add noise to a part of an image.
 
     Args:
-        level: standard deviation on [0, 1] pixels; with `l2` the noise's root mean square over the whole image.
+        pixels: uint8 `[H, W, 3]`.
+        inside: `[H, W]` bool, where the noise is added.
+        noise: `[H, W, 3]`, see `noise_pattern`.
+        level: standard deviation on [0, 1] pixels; with `l2`, root mean square of the noise over the whole image.
+        l2: scale the noise to a fixed L2 norm, whatever the size of the part.
+
+    Returns:
+        uint8 `[H, W, 3]`, clipped.
     """
     noise = noise * inside[..., None]
     if l2:
@@ -135,19 +153,27 @@ def add_noise(pixels: Tensor, inside: Tensor, noise: Tensor, level: float, *, l2
 
 
 def swap(subject: Subject, background: Tensor) -> Tensor:
-    """The best object of an image on the object-free background `[h, w, 3]` of another: uint8 `[H, W, 3]`."""
+    """Paste the best object of an image onto the background of another.
+
+    Args:
+        subject: the image.
+        background: uint8 `[h, w, 3]`, without objects.
+
+    Returns:
+        uint8 `[H, W, 3]`, in the size of the subject.
+    """
     return paste_object(subject.pixels, subject.boxes[0], subject.mask, background)
 
 
 class Donors:
-    """Which image lends its background to which.
+    """Draws for each image the images whose backgrounds it gets.
 
     Args:
         keys: names of the rows.
         labels: their classes.
-        backgrounds: random backgrounds a row.
-        seed: same seed and rows, same draws.
-        images: of each row its image, where several rows show one; none of them lends to another.
+        backgrounds: random backgrounds per row.
+        seed: random seed.
+        images: index of each row's image, if several rows show the same one; these never exchange backgrounds.
     """
 
     def __init__(
@@ -160,7 +186,7 @@ class Donors:
         self.members = {c: [i for i, label in enumerate(labels) if label == c] for c in self.classes}
 
     def of(self, row: int) -> dict[str, int]:
-        """Row numbers by intervention (see `plan`), those only that there are."""
+        """Draw the row whose background each intervention uses (see `plan`); interventions without one are left out."""
         rng = random.Random(number_of(self.seed, self.keys[row], "backgrounds"))
         found = {}
         own = self.images[row]
@@ -173,7 +199,7 @@ class Donors:
         drawn: list[int] = []
         seen = {own}
         most = min(self.backgrounds, self.count - 1) if len(self.classes) > 1 else 0
-        while len(drawn) < most:  # a class first, so that large ones do not dominate
+        while len(drawn) < most:  # the class first, so that large classes do not dominate
             other = rng.choice(self.members[rng.choice(self.classes)])
             if self.images[other] not in seen:
                 seen.add(self.images[other])
@@ -181,7 +207,7 @@ class Donors:
         return {**found, **{f"mixed_rand_{i}": other for i, other in enumerate(drawn)}}
 
     def others(self, row: int) -> list[int]:
-        """A row of every other image, in an order of its own: those of all test backgrounds."""
+        """Return one row of every other image, in random order."""
         first = {image: i for i, image in reversed(list(enumerate(self.images)))}
         rows = sorted(i for image, i in first.items() if image != self.images[row])
         random.Random(number_of(self.seed, self.keys[row], CHALLENGE)).shuffle(rows)
@@ -189,6 +215,6 @@ class Donors:
 
 
 def number_of(seed: int, *parts: str) -> int:
-    """A 63-bit number drawn from a seed and names, the same on every machine."""
+    """Hash a seed and names to a 63-bit integer, the same on every machine."""
     text = "\0".join((str(seed), *parts))
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:8], "big") >> 1

@@ -1,4 +1,4 @@
-"""The images of an audit: those with an object and a background, and why the others are left out."""
+"""The images of an audit: those with an object and a background, and the reasons why others are left out."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from ..images import ImageError
 from .perturbations import Donors, Subject, intervene, noise_pattern, number_of, plan, swap
 
 KEPT_BYTES = 500_000_000
-MOST_PIXELS = 2_000_000  # larger images are shrunk: every one is changed some 34 times, and views are much smaller
+MOST_PIXELS = 2_000_000  # larger images are downscaled: each is changed some 34 times, and views are much smaller
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 
 @dataclass(frozen=True)
 class Subjects:
-    """Images in the order of their names, so that the order of the data makes no difference.
+    """The audited images, sorted by name, so that the order of the data does not matter.
 
     Attributes:
         table: their rows.
-        keys: their names, each one once.
-        left_out: count of the other images by reason.
-        fill: color under transparent pixels, and of what is erased.
+        keys: their unique names.
+        left_out: number of other images by reason.
+        fill: color of transparent and of erased pixels.
         threshold: boxes with a lower score count as not found.
-        shared: images that several rows of the data show, with the objects of all of these.
-        backgrounds: object-free backgrounds that were made before, by row, as many as fit: most are lent several times.
+        shared: images that several rows show, with the objects of all these rows.
+        backgrounds: cache of object-free backgrounds by row; most are used several times.
     """
 
     table: ImageTable
@@ -52,27 +52,36 @@ class Subjects:
 
     @property
     def labels(self) -> list[str]:
+        """`[N]` class names."""
         return [str(row.label) for row in self.table.rows]
 
     @property
     def images(self) -> Tensor:
-        """`[N]` int64: rows of one file have one number."""
+        """`[N]` int64 index of each row's image file."""
         number: dict[Path, int] = {}
         return torch.tensor([number.setdefault(row.path, len(number)) for row in self.table.rows])
 
     def __getitem__(self, i: int) -> Subject:
-        """Decode one.
+        """Decode one image.
 
         Raises:
-            L2R2Error: it cannot be used any more.
+            L2R2Error: when it has changed since it was checked.
         """
         found = subject_of(self.keys[i], self.table.rows[i], self.fill, self.threshold)
         if isinstance(found, str):
-            raise L2R2Error(f"{self.table.rows[i].path}: has changed while it was audited ({found}).")
+            raise L2R2Error(f"{self.table.rows[i].path}: has changed during the audit ({found}); run it again.")
         return found
 
     def changed(self, i: int, subject: Subject, donors: Donors, grain: int, seed: int) -> Iterable[tuple[int, Tensor]]:
-        """The changed images of subject i, one after another, with their place in `plan`; without those that it cannot have."""
+        """Yield the changed images of subject i with their index in `plan`; interventions that it cannot have are skipped.
+
+        Args:
+            i: row index.
+            subject: the decoded image.
+            donors: the backgrounds it gets.
+            grain: side of the model's view, which sets the grain of the noise.
+            seed: random seed of the noise.
+        """
         of = donors.of(i)
         noise = noise_pattern(subject, grain, seed)
         for place, name in enumerate(plan(donors.backgrounds)):
@@ -84,7 +93,7 @@ class Subjects:
                 yield place, pixels
 
     def challenges(self, i: int, subject: Subject, donors: Donors) -> Iterable[Tensor]:
-        """Subject i on the background of every other image, one after another."""
+        """Yield subject i on the background of every other image."""
         return (swap(subject, self._background(other)) for other in donors.others(i))
 
     def _background(self, i: int) -> Tensor:
@@ -95,17 +104,21 @@ class Subjects:
         return self.backgrounds[i]
 
     def _lender(self, i: int) -> Subject:
-        """Subject i with all objects of its image, of other rows too."""
+        """Subject i with all objects in its image, including those of other rows."""
         row = self.shared.get(self.table.rows[i].path)
         found = None if row is None else subject_of(self.keys[i], row, self.fill, self.threshold)
         return found if isinstance(found, Subject) else self[i]
 
 
 def subject_of(key: str, row: Row, fill: Sequence[int], threshold: float) -> Subject | str:
-    """Decode a row, shrunk to `MOST_PIXELS`; a reason where there is no object, or nothing but the object.
+    """Decode a row, downscaled to `MOST_PIXELS`.
+
+    Returns:
+        The image; or the reason why it cannot be audited, if it has no object or no background.
 
     Raises:
-        ImageError, L2R2Error: see `sample_of`.
+        ImageError: when the image cannot be read.
+        L2R2Error: when its box or mask is invalid.
     """
     sample = sample_of(row, fill, threshold)
     if sample.mask is not None and not sample.mask.any():
@@ -126,7 +139,7 @@ def subject_of(key: str, row: Row, fill: Sequence[int], threshold: float) -> Sub
 
 
 def _shrunk(subject: Subject) -> Subject:
-    """The same at `MOST_PIXELS` where it has more."""
+    """Downscale to `MOST_PIXELS` if it has more."""
     height, width = subject.pixels.shape[:2]
     scale = (MOST_PIXELS / (height * width)) ** 0.5
     if scale >= 1:
@@ -148,16 +161,17 @@ def find_subjects(
     Args:
         table: rows with labels.
         fill, threshold: see `sample_of`.
-        limit: at most so many images, drawn with the seed; None for all.
-        skip_bad: leave unreadable images out instead of stopping.
-        progress: wraps the rows.
+        limit: largest number of images, drawn with the seed; None for all.
+        seed: random seed.
+        skip_bad: skip unreadable images instead of stopping.
+        progress: wraps the iteration over the rows.
 
     Raises:
-        L2R2Error: an image without a label, an unreadable one (without `skip_bad`), or none that can be audited.
+        L2R2Error: when an image has no label or cannot be read (without `skip_bad`), or none can be audited.
     """
     if missing := [row for row in table.rows if not row.label]:
         first = missing[0].path.name
-        raise L2R2Error(f"{table.root}: {len(missing)} of {len(table)} images have no label, the first is {first}.")
+        raise L2R2Error(f"{table.root}: {len(missing)} of {len(table)} images have no label, e.g. {first}; label or remove them.")
     rows = _named(table)
     if limit is not None:
         rows = sorted(sorted(rows, key=lambda named: number_of(seed, named[0], "limit"))[:limit])
@@ -179,8 +193,8 @@ def find_subjects(
     if not kept:
         why = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise L2R2Error(
-            f"{table.root}: none of the {len(rows)} images can be audited ({why}); boxes come with --boxes FILE or as columns "
-            "x0,y0,x1,y1 of the metadata, masks as its column mask_file."
+            f"{table.root}: none of the {len(rows)} images can be audited ({why}); give boxes with --boxes FILE or as the "
+            "columns x0,y0,x1,y1 of the metadata, masks in its column mask_file."
         )
     times = Counter(row.path for row in table.rows)
     shared = {row.path: row for row in table.whole_images() if times[row.path] > 1}
@@ -189,7 +203,7 @@ def find_subjects(
 
 
 def _named(table: ImageTable) -> list[tuple[str, Row]]:
-    """Rows by name, sorted; items of one image are told apart by their boxes."""
+    """Rows sorted by unique name; rows of one image are numbered in the order of their boxes."""
     names = [(name, repr(row.entry), row) for name, row in zip(table.names(), table.rows)]
     names.sort(key=lambda item: item[:2])
     seen: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""One sentence about an audit, in plain words and no surer than its figures."""
+"""Summarize an audit in one sentence that its confidence intervals support."""
 
 from __future__ import annotations
 
@@ -6,35 +6,41 @@ from collections.abc import Mapping
 
 from .metrics import Estimate
 
-LEANS, DECIDES = 0.05, 0.20  # parts of all images that are lost on changed backgrounds
-FEW = 20  # images; with fewer nothing is said
+LEANS, DECIDES = 0.05, 0.20  # loss of accuracy on swapped backgrounds
+FEW = 20  # images; with fewer, there is no verdict
 
 
 def verdict_of(who: str, figures: Mapping[str, Estimate], images: int, classes: int) -> str:
-    """The verdict on one answer of a model.
+    """Write the verdict on one output of a model.
 
-    It goes by `swap_loss`, the accuracy lost when the object lies on the background of another image of a random class, and by
-    the whole of its 95 % interval: all of it above 20 points, the background decides; all above 5, the model leans on it; all
-    below 5, it does not; else the images are too few to tell. `bg_gap` says how much of the loss hangs on the class of the
-    background; what is lost on backgrounds of the object's own class too is lost to any change, pasting included.
+    It depends on the 95 % interval of `swap_loss`, the accuracy lost on the backgrounds of images of random classes. If the
+    whole interval is above 20 points, the background decides; above 5, the model leans on it; below 5, it does not; otherwise
+    there are too few images to tell. `bg_gap` is the part of the loss that is due to the class of the background; the rest is
+    also lost on backgrounds of the object's own class, and so to any change, including the pasting.
 
     Args:
         who: the subject of the sentence, e.g. "this model".
-        figures: see `robustness.measures`.
-        images, classes: how many were judged.
+        figures: estimates by name, see `audit.metrics.measures`.
+        images, classes: number of audited images, and of their classes.
+
+    >>> found = {"accuracy": Estimate(0.9, 0.88, 0.92), "swap_loss": Estimate(0.02, 0.0, 0.04)}
+    >>> verdict_of("this model", found, images=400, classes=10)
+    'On swapped backgrounds this model loses 2 points (0 to 4) of its 90 % accuracy: the object decides.'
     """
     accuracy, loss = figures["accuracy"], figures.get("swap_loss")
     if images < FEW:
-        return f"Only {images} images have an object and a background: too few to say what {who} looks at ({FEW} are needed)."
+        return f"Only {images} images have an object and a background; it takes {FEW} to tell what {who} looks at."
     if loss is None:
-        return f"No background of another class could be given to these images, so nothing can be said of what {who} looks at."
+        return f"No background of another class is available, so it is not possible to tell what {who} looks at."
     if accuracy.low <= 1 / classes:
-        chance = f"no better than guessing among {classes} classes"
-        right = f"{100 * accuracy.value:.0f} % ({100 * accuracy.low:.0f} to {100 * accuracy.high:.0f})"
-        return f"On these images {who} is right in {right}, {chance}, so nothing can be said of what it looks at."
+        reached = f"{100 * accuracy.value:.0f} % ({100 * accuracy.low:.0f} to {100 * accuracy.high:.0f})"
+        return (
+            f"On these images {who} has an accuracy of {reached}, no better than guessing among {classes} classes, so it is not "
+            "possible to tell what it looks at."
+        )
     lost = f"On swapped backgrounds {who} loses {_points(loss)} of its {100 * accuracy.value:.0f} % accuracy"
     if loss.low > DECIDES:
-        return f"{lost}{_cause(figures)}: the background decides many of its answers."
+        return f"{lost}{_cause(figures)}: the background decides many of its predictions."
     if loss.low > LEANS:
         return f"{lost}{_cause(figures)}: it leans on the background."
     if loss.high < LEANS:
@@ -47,9 +53,9 @@ def _cause(figures: Mapping[str, Estimate]) -> str:
     if gap is None:
         return ""
     if gap.low > 0:
-        return f", and {_points(gap)} hang on the class of the background alone"
+        return f", and {_points(gap)} are due to the class of the background alone"
     if gap.high < LEANS:
-        return ", but backgrounds of the object's own class hurt it as much, so any change does, pasting included"
+        return ", but just as many on backgrounds of the object's own class, so any change has this effect, including the pasting"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""The model card of a published checkpoint: what it is, how to use it, what was measured, and what it cannot do."""
+"""The model card of a published checkpoint: description, usage, evaluation and limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BRANCH_WORDS = {"full": "the whole image", "fg": "the object, cut out of it", "b
 FIT_WORDS = {
     "plain": "",
     "swapped": ", each object on the backgrounds of three other images",
-    "both": ", half of them the images as they are, half each object on the backgrounds of three others",
+    "both": ", half of them unchanged images, half objects on the backgrounds of three other images each",
 }
 COLUMNS = {
     "accuracy": "accuracy",
@@ -32,13 +32,16 @@ COLUMNS = {
 
 
 def model_card(checkpoint: Checkpoint, repo: str, facts: CardMetadata, evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """The README of a Hub repository: metadata with the model-index, and the text.
+    """Write the README of a Hub repository: metadata with the model index, and the text.
 
     Args:
-        checkpoint: what is published.
+        checkpoint: the published checkpoint.
         repo: `org/name`.
-        facts: see `CardMetadata`.
+        facts: author-supplied metadata.
         evaluations: see `read_evaluations`.
+
+    Returns:
+        Markdown with YAML front matter.
     """
     from huggingface_hub import ModelCardData
 
@@ -68,20 +71,22 @@ def model_card(checkpoint: Checkpoint, repo: str, facts: CardMetadata, evaluatio
 def hub_config(
     checkpoint: Checkpoint, repo: str, tag: str, facts: CardMetadata, evaluations: Sequence[Mapping[str, Any]], made_by: str
 ) -> HubConfig:
-    """What makes a published checkpoint a tag of its architecture: `timm.create_model("ARCHITECTURE.TAG", pretrained=True)`.
+    """Make the hub config that registers a published checkpoint as a pretrained tag of its architecture.
 
     Args:
         checkpoint, repo, facts, evaluations: see `model_card`.
-        tag: its name within the architecture.
-        made_by: the command that made it.
+        tag: name of the tag, for `timm.create_model("ARCHITECTURE.TAG", pretrained=True)`.
+        made_by: the command that made the checkpoint.
 
     Raises:
-        L2R2Error: the generic architecture `l2r2`, which has no tags.
+        L2R2Error: when the architecture is the generic `l2r2`, which has no tags.
     """
     model = checkpoint.model
     architecture = model.pretrained_cfg["architecture"]
     if architecture == "l2r2":
-        raise L2R2Error(f"{checkpoint.name}: the generic model has no tags; only one of `l2r2 list` can get one.")
+        raise L2R2Error(
+            f"{checkpoint.name}: the generic model l2r2 has no tags; leave the tag out, or train a model that `l2r2 list` shows."
+        )
     localizer = localizer_facts(checkpoint, facts)
     figures = [
         {
@@ -135,7 +140,7 @@ def _eval_results(evaluation: Mapping[str, Any], facts: CardMetadata) -> list[An
 
 
 def _is_own(row: str) -> bool:
-    """Whether a row of an evaluation is one of the model's own answers, and not a fusion tried for comparison."""
+    """Whether a row of an evaluation is one of the model's own outputs, and not a fusion for comparison."""
     return row in BRANCH_WORDS or row.startswith("fused: ")
 
 
@@ -144,7 +149,9 @@ def _head(checkpoint: Checkpoint, repo: str) -> str:
     words = {**BRANCH_WORDS, "fg": model.view_spec.fg.words}
     looks = " and ".join(f"**{b}** ({words[b]})" for b in model.branches)
     if len(model.branches) > 1 and "fg" in model.branches:
-        looks += " and combines the answers, so that a misleading background decides less; with no object the whole image answers"
+        looks += (
+            " and combines both, so that a misleading background matters less; if no object is found, it uses the whole image"
+        )
     return f"""# {repo.split("/")[-1]}
 
 An image classifier for {len(checkpoint.labels)} classes. It looks at {looks}. Made with
@@ -156,7 +163,7 @@ Recognition, Robustly* ([arXiv 2411.15933](https://arxiv.org/abs/2411.15933)).
 def _details(checkpoint: Checkpoint, source: Source, facts: CardMetadata) -> str:
     model, spec = checkpoint.model, checkpoint.model.view_spec
     fusion = model.fusion.config()
-    numbers = ", ".join(f"{k} {v}" for k, v in fusion.items() if k not in ("name", "batch"))
+    settings = ", ".join(f"{k} {v}" for k, v in fusion.items() if k not in ("name", "batch"))
     start = "random weights"
     if source.name:
         address = f"https://huggingface.co/{quote(source.hub_id or '')}"
@@ -165,11 +172,11 @@ def _details(checkpoint: Checkpoint, source: Source, facts: CardMetadata) -> str
         start = f"{whose}{code(source.name)}{where}, license: {plain(source.license or 'not stated, see its page')}"
     rows = {
         "architecture": f"{code(model.pretrained_cfg['architecture'])}, backbone {code(model.backbone_name)}, "
-        + ("shared by the branches" if model.shared else "one for each branch"),
+        + ("shared by the branches" if model.shared else "one per branch"),
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
         "views": f"{spec.size} x {spec.size} pixels{_fg_views(checkpoint)}",
         "branches": ", ".join(model.branches),
-        "fusion": f"`{fusion['name']}`" + (f" ({numbers})" if numbers else ""),
+        "fusion": f"`{fusion['name']}`" + (f" ({settings})" if settings else ""),
         "started from": start,
         "license of these weights": plain(facts.license or "not stated"),
     }
@@ -186,7 +193,7 @@ Classes: {_label_list(checkpoint.labels)}
 
 def _label_list(labels: Sequence[str]) -> str:
     shown = ", ".join(code(label) for label in labels[:30])
-    return shown if len(labels) <= 30 else f"{shown}, ... ({len(labels)} in all, see `label_names` in config.json)"
+    return shown if len(labels) <= 30 else f"{shown}, ... ({len(labels)} in total, see `label_names` in config.json)"
 
 
 def _fg_views(checkpoint: Checkpoint) -> str:
@@ -205,7 +212,7 @@ def _training(checkpoint: Checkpoint, facts: CardMetadata) -> str:
         with_box = f", {plain(data['with_box'])} of them with a usable box or mask" if "with_box" in data else ""
         lines.append(f"{plain(data['images'])} training images{with_box}.")
     if training.get("derived_from"):
-        lines.append("Not trained: backbone and heads are those of the source, whose fg head has never seen a crop.")
+        lines.append("Not trained: backbone and heads are those of the source, so the fg head has never seen a crop.")
     if fit := training.get("fusion_fit"):
         lines.append(_fit_sentence(fit, checkpoint.model.fusion.count()))
     keys = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing", "box_jitter", "seed", "box_threshold")
@@ -214,13 +221,13 @@ def _training(checkpoint: Checkpoint, facts: CardMetadata) -> str:
     return "## Training\n\n" + ("\n".join(lines) or "Not recorded.") + table + "\n"
 
 
-def _fit_sentence(fit: Mapping[str, Any], numbers: int) -> str:
-    """What the fusion was chosen and fitted on; the rows of a fit are views, not images."""
+def _fit_sentence(fit: Mapping[str, Any], parameters: int) -> str:
+    """What the fusion was chosen and fitted on; a fit counts views, not images."""
     chosen = fit.get("method") == BEST
-    if not chosen and not numbers:
-        return "The fusion was set by hand; nothing of it is fitted."
-    done = " and ".join(word for word, holds in (("chosen", chosen), ("fitted", numbers > 0)) if holds)
-    together = f", those of one {plain(fit['group'])} kept together" if chosen and fit.get("group") else ""
+    if not chosen and not parameters:
+        return "The fusion was set by hand and has no fitted parameters."
+    done = " and ".join(word for word, holds in (("chosen", chosen), ("fitted", parameters > 0)) if holds)
+    together = f", those of the same {plain(fit['group'])} kept together" if chosen and fit.get("group") else ""
     backgrounds = FIT_WORDS.get(str(fit.get("backgrounds", "plain")), "")
     rows = f"{plain(fit.get('rows'))} views of the split {plain(fit.get('split'))}"
     return f"The fusion was {done} on {rows}{backgrounds}{together}."
@@ -228,7 +235,7 @@ def _fit_sentence(fit: Mapping[str, Any], numbers: int) -> str:
 
 def _figures(evaluations: Sequence[Mapping[str, Any]], facts: CardMetadata) -> str:
     if not evaluations:
-        return "## Evaluation\n\nNothing was measured.\n"
+        return "## Evaluation\n\nNot evaluated.\n"
     return "## Evaluation\n\n" + "\n".join(_figures_of(e, facts) for e in evaluations)
 
 
@@ -239,7 +246,7 @@ def _figures_of(evaluation: Mapping[str, Any], facts: CardMetadata) -> str:
     title = f"{data}, split {plain(evaluation['split'])}: {evaluation['images']} images"
     if evaluation.get("with_object") is not None:
         title += f", {evaluation['with_object']} with an object found"
-    title += "; in %, with 95 % confidence intervals where there are any"
+    title += "; in %, with 95 % confidence intervals if available"
     lines = [f"**{title}**", "", "| | " + " | ".join(COLUMNS[c] for c in shown) + " |", "|---|" + "---:|" * len(shown)]
     for name, row in rows.items():
         cells = ["" if row.get(c) is None else f"{100 * row[c]:.1f}{_interval(row, c)}" for c in shown]
@@ -250,13 +257,13 @@ def _figures_of(evaluation: Mapping[str, Any], facts: CardMetadata) -> str:
 
 
 def _interval(row: Mapping[str, Any], column: str) -> str:
-    """The 95 % confidence interval of a figure, where the evaluation has one."""
+    """The 95 % confidence interval of a metric, if the evaluation has one."""
     ends = (row.get("intervals") or {}).get(column)
     return f" ({100 * ends[0]:.1f} to {100 * ends[1]:.1f})" if isinstance(ends, (list, tuple)) and len(ends) == 2 else ""
 
 
 def _by_group(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Accuracy by the values of the column that the evaluation was grouped by: how much the background decides."""
+    """Accuracy per group, e.g. per background."""
     with_groups = {name: row["by_group"] for name, row in rows.items() if row.get("by_group")}
     if not with_groups:
         return []
@@ -269,14 +276,14 @@ def _by_group(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _limits(checkpoint: Checkpoint, facts: CardMetadata) -> str:
     lines = [
-        "It knows the classes above and no other: whatever it is shown, it names one of them.",
-        "Figures are those of the data above; on other cameras, places and seasons they will differ. Measure on your own images.",
+        "It only knows the classes above, and predicts one of them for any image.",
+        "The metrics hold for the data above; with other cameras, places and seasons they will differ. Evaluate on your images.",
     ]
     if checkpoint.model.finds_object:
-        lines.append("The object is what the network takes for it; where that is nothing, the whole image answers.")
+        lines.append("The network finds the object itself, and may be wrong; if it finds none, it uses the whole image.")
     elif takes_boxes(checkpoint.model):
-        without = "answers" if "full" in checkpoint.model.branches else "counts as the object"
-        lines.append(f"The object's view is as good as its box; without a box the whole image {without}, background included.")
+        without = "it uses the whole image" if "full" in checkpoint.model.branches else "the whole image counts as the object"
+        lines.append(f"The object's view is as good as its box; without a box {without}, including the background.")
     if facts.limits:
         lines.append(plain(facts.limits))
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"

@@ -1,4 +1,4 @@
-"""The part of a model card on how the model is used, and what finds the boxes for it."""
+"""The parts of a model card on usage and on the localizer."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from .metadata import CardMetadata
 
 
 def takes_boxes(model: L2R2) -> bool:
-    """Whether boxes change what the model sees."""
+    """Whether boxes affect the views of the model."""
     return model.branches != ("full",) and not model.finds_object
 
 
 def usage(checkpoint: Checkpoint, repo: str, facts: CardMetadata) -> str:
-    """How to call the model: snippets that run as pasted."""
+    """Write the section on usage, with snippets that run as pasted."""
     model = checkpoint.model
     with_boxes = _predictor_usage(model, repo, _localizer_spec(checkpoint, facts)) if model.in_chans == 3 else ""
     alone = "is the whole-image head alone" if model.branches[0] == "full" else f"is the {model.branches[0]} head alone"
     if model.finds_object:
-        alone = "gives the fused answer, and needs no boxes: it finds the object itself"
+        alone = "gives the fused prediction, and needs no boxes: it finds the object itself"
     elif model.branches == ("full",):
-        alone = "gives the same answer"
-    too = ", and so transformers' `pipeline` uses it" if model.in_chans == 3 else ""
+        alone = "gives the same prediction"
+    too = ", as it does in transformers' `pipeline`" if model.in_chans == 3 else ""
     channels = "" if model.in_chans == 3 else f" (in_chans={model.in_chans})"
     return f"""## Use
 
@@ -44,13 +44,13 @@ model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
 
 
 def _predictor_usage(model: L2R2, repo: str, localizer: str | None) -> str:
-    """The answer with a box: given by hand, or of the model's own box head."""
+    """The snippet for `Predictor`, with a given box or the model's own box head."""
     options = boxes = comment = other = ""
     if localizer == "head":
-        options, comment = ', localizer="head"', "  # its own box head finds the object"
+        options, comment = ', localizer="head"', "  # the box head of the model finds the object"
     elif takes_boxes(model):
-        without = "the whole image answers" if "full" in model.branches else "the whole image counts as the object"
-        boxes, comment = ", boxes=[[130, 42, 410, 380]]", f"  # xyxy pixels of the object; without boxes {without}"
+        without = "it uses the whole image" if "full" in model.branches else "the whole image counts as the object"
+        boxes, comment = ", boxes=[[130, 42, 410, 380]]", f"  # xyxy pixels of the object; without boxes, {without}"
         if localizer:
             other = f'# finds the boxes itself: Predictor.from_pretrained("{repo}", localizer={literal(localizer)})\n'
     return f"""
@@ -67,13 +67,13 @@ print(answer.label, answer.score, answer.reason)
 
 
 def localizer_facts(checkpoint: Checkpoint, facts: CardMetadata) -> dict[str, Any]:
-    """The localizer that the model is meant for: what is told now goes before what the checkpoint keeps."""
-    told = {"spec": facts.localizer, "prompt": facts.prompt, "license": facts.localizer_license}
-    return {**checkpoint.localizer, **{k: v for k, v in told.items() if v}}
+    """Return the localizer the model is meant for; the author's metadata overrides the checkpoint's."""
+    given = {"spec": facts.localizer, "prompt": facts.prompt, "license": facts.localizer_license}
+    return {**checkpoint.localizer, **{k: v for k, v in given.items() if v}}
 
 
 def _localizer_spec(checkpoint: Checkpoint, facts: CardMetadata) -> str | None:
-    """The localizer as `Predictor` takes it; None where there is none that others can have, such as a file of boxes."""
+    """The localizer as `Predictor` takes it; None if others cannot use it, as with a box file."""
     known = localizer_facts(checkpoint, facts)
     try:
         spec = LocalizerSpec.parse(str(known.get("spec", "")))
@@ -91,14 +91,14 @@ def _localizer_spec(checkpoint: Checkpoint, facts: CardMetadata) -> str | None:
 
 
 def localizer_part(checkpoint: Checkpoint, facts: CardMetadata) -> str:
-    """What finds the boxes; nothing for a model that takes none."""
+    """Write the section on the localizer; empty for a model that takes no boxes."""
     if not takes_boxes(checkpoint.model):
         return ""
     if _localizer_spec(checkpoint, facts) == "head":
         return "## Localizer\n\nMeant for the boxes of its own box head, which is part of the model.\n"
     known = localizer_facts(checkpoint, facts)
     if not known.get("spec"):
-        return "## Localizer\n\nThe model takes boxes and brings no localizer: what finds the objects is yours to choose.\n"
-    asked = f" with the prompt {code(known['prompt'])}" if known.get("prompt") else ""
+        return "## Localizer\n\nThe model takes boxes, but comes without a localizer; use any that finds the objects.\n"
+    prompt = f" with the prompt {code(known['prompt'])}" if known.get("prompt") else ""
     license = plain(known.get("license") or "not stated")
-    return f"## Localizer\n\nMeant for boxes of {code(known['spec'])}{asked}; license of the localizer: {license}.\n"
+    return f"## Localizer\n\nMeant for boxes of {code(known['spec'])}{prompt}; license of the localizer: {license}.\n"

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CardMetadata:
-    """What a card says that a run does not know.
+    """Author-supplied metadata, which a run does not record.
 
     Attributes:
-        license: of the published weights, as the Hub writes it (`apache-2.0`, `cc-by-nc-4.0`, ...).
+        license: license of the published weights, as the Hub spells it (`apache-2.0`, `cc-by-nc-4.0`, ...).
         data, data_license: name and license of the data set.
-        localizer, prompt, localizer_license: what finds the boxes that the model is meant for.
-        limits: one sentence of the author's about what the model is not for.
+        localizer, prompt, localizer_license: the localizer that the model is meant for.
+        limits: a sentence on what the model should not be used for.
     """
 
     license: str | None = None

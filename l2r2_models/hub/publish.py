@@ -1,4 +1,4 @@
-"""`l2r2 publish` without its printing: check a checkpoint, show what would go up, push it in one commit and read it back."""
+"""Publish a checkpoint: prepare and check the files, push them in one commit, and verify the upload."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ PATHS = re.compile(rf"(?<![\w.~-])/(?:{HOMES})/[^\s\"'`|)]+|(?<!\w)[A-Za-z]:\\[^
 
 @dataclass(frozen=True)
 class Package:
-    """What goes up, and what stands against it.
+    """The files to publish, and the problems found in them.
 
     Attributes:
         repo: `org/name`.
-        folder: where the files lie; it holds nothing else.
+        folder: folder with these files and no others.
         files: SHA-256 of each file by its path in the repository.
-        problems: sentences; a package with problems is not pushed.
-        hub_config: of a checkpoint that is to be a tag of its architecture.
+        problems: error messages; a package with problems is not pushed.
+        hub_config: registers the checkpoint as a tag of its architecture, or None.
     """
 
     repo: str
@@ -56,7 +56,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where it went: the repository's page, the commit, and the pull request where one was opened."""
+    """The result of a push: URL of the repository, commit, and URL of the pull request if one was opened."""
 
     url: str
     commit: str
@@ -73,20 +73,22 @@ def prepare(
     without_metrics: bool = False,
     tag: str | None = None,
 ) -> Package:
-    """Write what would go up into `folder` and check it: loads it, compares its logits with the run's, looks for secrets.
+    """Write the files to publish into `folder` and check them.
+
+    The files are loaded again, their logits compared with the run's, and their texts searched for secrets and local paths. What
+    the author can fix is listed in `problems`, not raised.
 
     Args:
-        run: a run's folder.
-        repo: Hub id to publish under.
-        folder: an empty folder; it gets weights (linked where that is possible), config and card.
-        facts: see `CardMetadata`.
-        metrics: evaluations beside those that the run keeps, see `read_evaluations`.
-        without_metrics: no evaluation is fine; the card then says that nothing was measured.
-        tag: makes the hub config of a tag of the architecture.
+        run: a run folder.
+        repo: Hub id, `org/name`.
+        folder: an empty folder; gets the weights (hard-linked if possible), config and card.
+        facts: author-supplied metadata.
+        metrics: evaluation files besides those in the run, see `read_evaluations`.
+        without_metrics: allow a card without an evaluation.
+        tag: also make the hub config of this tag of the architecture.
 
     Raises:
-        L2R2Error: the run is no checkpoint that can be loaded, or `repo` is not of the form org/name. What the author can
-            mend is not raised but listed in `problems`.
+        L2R2Error: when the run cannot be loaded, or `repo` is not of the form org/name.
     """
     run = Path(run)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
@@ -105,7 +107,7 @@ def prepare(
         *_logit_problems(checkpoint, load_checkpoint(folder)),
     ]
     if not evaluations and not without_metrics:
-        problems.append("There are no figures: run `l2r2 evaluate`, give --metrics FILE, or --without-metrics.")
+        problems.append("There are no metrics: run `l2r2 evaluate`, or give --metrics FILE or --without-metrics.")
     files = {name: file_sha256(folder / name) for name in (CONFIG, CARD, WEIGHTS)}
     config = hub_config(checkpoint, repo, tag, facts, evaluations, _command(run)) if tag else None
     return Package(repo, folder, files, tuple(problems), config)
@@ -121,19 +123,25 @@ def push(
     message: str = "Upload with l2r2-models",
     replaces: str | None = None,
 ) -> Pushed:
-    """Push in one commit, then compare the Hub's hashes with ours. What was uploaded before a failure is not sent again.
+    """Push in one commit, then compare the hashes on the Hub with the local ones.
+
+    After a failure, files that were already uploaded are not sent again.
 
     Args:
-        package: without problems.
-        private: make a repository that does not exist yet private; one that is public already is refused.
-        revision: branch, made where it does not exist; default main.
+        package: a package without problems.
+        private: create the repository as private; an existing public one is refused.
+        revision: branch, created if it does not exist; defaults to main.
         create_pr: open a pull request against main instead of committing to it.
-        repo_type: of the Hub, `model` or `kernel`.
-        message: of the commit.
-        replaces: a folder there, e.g. `build/`; what it holds and the package does not is deleted in the same commit.
+        repo_type: `model` or `kernel`.
+        message: commit message.
+        replaces: a folder of the repository, e.g. `build/`; its files that are not in the package are deleted in the same commit.
+
+    Returns:
+        The repository, commit and pull request.
 
     Raises:
-        L2R2Error: problems, no login, no right to write, a broken connection, or other hashes there than here.
+        L2R2Error: when the package has problems, the login is missing or may not write, the connection fails, or the hashes
+            differ after the upload.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
@@ -142,7 +150,7 @@ def push(
     if create_pr and revision not in (None, "main"):
         raise L2R2Error("A pull request goes to main; leave --revision out.")
     if get_token() is None:
-        raise L2R2Error("The Hub needs to know who publishes: log in with `hf auth login`.")
+        raise L2R2Error("You are not logged in to the Hub; run `hf auth login`.")
     api = HfApi()
     try:
         api.create_repo(package.repo, repo_type=repo_type, private=private or None, exist_ok=True)
@@ -160,11 +168,11 @@ def push(
         there = _files_there(api, package.repo, commit.oid, repo_type)
     except L2R2Error:
         raise
-    except Exception as error:  # those of huggingface_hub and of the HTTP client under it have no common base
+    except Exception as error:  # huggingface_hub and its HTTP client share no base class
         raise L2R2Error(f"{package.repo}: not pushed ({_reason(error)}); the same command tries again.") from error
     for path, digest in package.files.items():
         if path not in there or not _is_same(package.folder / path, digest, there[path]):
-            raise L2R2Error(f"{package.repo}: the Hub's {path} differs from the one that was sent; push it again.")
+            raise L2R2Error(f"{package.repo}: the Hub's {path} differs from the local file; push it again.")
     return Pushed(str(commit.repo_url), commit.oid, commit.pr_url)
 
 
@@ -178,12 +186,12 @@ def _reason(error: Exception) -> str:
 
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     if status in (401, 403):
-        return "the login may not write there; `hf auth login` with a token that may"
+        return "no permission to write; run `hf auth login` with a token that has it"
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _is_same(file: Path, digest: str, entry: Any) -> bool:
-    """A large file is known there by its SHA-256, any other by the SHA-1 that git gives it."""
+    """Compare by SHA-256 for an LFS file, and by git's SHA-1 for any other."""
     if entry.lfs is not None:
         return entry.lfs.sha256 == digest
     content = file.read_bytes()
@@ -194,7 +202,7 @@ def _link(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
-    except OSError:  # another disk
+    except OSError:  # another file system
         shutil.copyfile(source, target)
 
 
@@ -202,7 +210,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _clean_config(config: dict[str, Any], checkpoint: Checkpoint, facts: CardMetadata) -> dict[str, Any]:
-    """The config without paths of this machine, with the localizer and the license as published."""
+    """The config without local paths, with the localizer and the license of the card."""
     ours = {**config["l2r2"], "training": _without_paths(config["l2r2"].get("training", {}))}
     ours["localizer"] = localizer_facts(replace(checkpoint, localizer=_without_paths(checkpoint.localizer)), facts)
     source = {k: v for k, v in config.get("pretrained_cfg", {}).items() if k != "license"}
@@ -210,7 +218,7 @@ def _clean_config(config: dict[str, Any], checkpoint: Checkpoint, facts: CardMet
 
 
 def _without_paths(value: Any) -> Any:
-    """Strings that are paths of this machine become their last part."""
+    """Reduce local paths in strings to their last part."""
     if isinstance(value, Mapping):
         return {k: _without_paths(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -225,16 +233,16 @@ def _without_paths(value: Any) -> Any:
 
 
 def _command(run: Path) -> str:
-    """The command that made the run, its paths by their last part."""
+    """The command that made the run, with paths reduced to their last part."""
     record = record_of(run)
     words = str(record.get("command") or "").split()
     return " ".join(_without_paths(words)) or "not recorded"
 
 
 def _validation(run: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any], ...]:
-    """The figures that `finetune` took on its validation rows, as an evaluation; nothing where there were none.
+    """The validation metrics of `finetune` as an evaluation; empty if there were none.
 
-    Without the fused one where `l2r2 fuse` has replaced the fusion since.
+    The fused row is left out if `l2r2 fuse` has replaced the fusion since.
     """
     record = record_of(run)
     metrics, files = record.get("metrics") or {}, record.get("val_files") or []
@@ -261,24 +269,24 @@ def _license_problems(facts: CardMetadata, source: Source) -> list[str]:
         suggestion = f" The weights it started from are under {source.license}." if source.license else ""
         return [f"There is no license: give --license, e.g. apache-2.0.{suggestion}"]
     if not re.fullmatch(r"[a-z0-9.-]+", facts.license):
-        return [f'"{facts.license}" is not a license as the Hub writes it, in small letters without spaces, e.g. apache-2.0.']
+        return [f'"{facts.license}" is not a license as the Hub spells it, in lowercase without spaces, e.g. apache-2.0.']
     if source.license and "-nc" in source.license.lower() and "-nc" not in facts.license.lower():
-        return [f"It started from weights under {source.license}, which {facts.license} would open to commercial use."]
+        return [f"The weights it started from are under {source.license}, so they cannot be published under {facts.license}."]
     return []
 
 
 def _record_problems(run: Path, checkpoint: Checkpoint) -> list[str]:
     problems = []
     if not read_json(run / CONFIG).get("label_names"):
-        problems.append(f"{run / CONFIG} has no label_names.")
+        problems.append(f"{run / CONFIG} has no label_names; train the run again.")
     elif list(checkpoint.labels) == [str(i) for i in range(len(checkpoint.labels))] and len(checkpoint.labels) > 1:
-        problems.append("The labels are 0, 1, ..., as where a list of names is missing: whoever uses the model needs names.")
+        problems.append("The labels are 0, 1, ...; users of the model need class names.")
     if (run / RUN).exists() and not isinstance(record_of(run).get("metrics"), dict):
-        problems.append(f"{run}: the training has not finished; the same `l2r2 finetune` continues it.")
+        problems.append(f"{run}: the training has not finished; run the same `l2r2 finetune` again to continue it.")
     if changed_weights(run, checkpoint.digest):
-        problems.append(f"{run / WEIGHTS} is not what the run wrote: its SHA-256 differs from {RUN}. Train it again.")
+        problems.append(f"{run / WEIGHTS} has been changed: its SHA-256 differs from {RUN}. Train the run again.")
     if not all(value.isfinite().all() for value in checkpoint.model.state_dict().values()):
-        problems.append(f"{run / WEIGHTS} holds values that are not finite.")
+        problems.append(f"{run / WEIGHTS} holds values that are not finite. Train the run again with a lower learning rate.")
     return problems
 
 
@@ -290,10 +298,20 @@ def _content_problems(folder: Path) -> list[str]:
 
 
 def text_problems(texts: Mapping[str, str]) -> list[str]:
-    """Sentences about secrets and about paths of this machine in texts that are to be published; secrets are not repeated."""
+    """Search texts for secrets and local paths.
+
+    Args:
+        texts: contents by file name.
+
+    Returns:
+        One message per problem; secrets are not repeated in it.
+
+    >>> text_problems({"README.md": "trained on /home/me/data"})
+    ['README.md holds a path of this machine (/home/me/data); remove it.']
+    """
     problems = []
     for name, text in texts.items():
-        text = re.sub(r"\\([\W_])", r"\1", text)  # as it is read: Markdown's escapes stand inside of names
+        text = re.sub(r"\\([\W_])", r"\1", text)  # without Markdown escapes
         if SECRETS.search(text):
             problems.append(f"{name} holds what looks like an access token or a private key; remove it.")
         if found := PATHS.search(text):
@@ -303,10 +321,10 @@ def text_problems(texts: Mapping[str, str]) -> list[str]:
 
 @torch.inference_mode()
 def _logit_problems(run: Checkpoint, sent: Checkpoint) -> list[str]:
-    """The checkpoint that would be sent answers as the run does, on noise: whole, with a box and without one."""
+    """Check that the prepared checkpoint has the same outputs as the run, on noise, with and without boxes."""
     size = run.model.view_spec.size
     images = torch.rand(2, run.model.in_chans, size, size, generator=torch.Generator().manual_seed(0))
     boxes = torch.tensor([[0.1 * size, 0.1 * size, 0.9 * size, 0.9 * size], [torch.nan] * 4])
     outputs = [torch.cat([model(images), model(images, boxes)]) for model in (run.model, sent.model)]
     same = run.labels == sent.labels and torch.equal(*outputs) and run.model.view_spec == sent.model.view_spec
-    return [] if same else ["The checkpoint that would be sent does not answer as the run does."]
+    return [] if same else ["The prepared checkpoint does not give the same outputs as the run."]

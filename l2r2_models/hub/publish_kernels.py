@@ -1,8 +1,8 @@
-"""`l2r2 publish-kernels` without its printing: the kernels in the layout of the Kernel Hub, checked, pushed and read back.
+"""Publish the kernels in the layout of the Kernel Hub: prepare and check the files, push them, and verify the upload.
 
-A kernel repository holds one folder a backend, `build/torch-cpu`, `build/torch-cuda`, ...; each is the package itself with a
-`metadata.json`. They live on the branch of the kernel's version (`v1`), the card on `main`. Kernel Hub's own kernel-builder
-makes the same of `build.toml`; this needs nothing but Python, as the kernels are Python only.
+A kernel repository has one folder per backend (`build/torch-cpu`, `build/torch-cuda`, ...), each with the package and a
+`metadata.json`. The builds are on the branch of the kernel's version (`v1`), the card on `main`. The Kernel Hub's kernel-builder
+makes the same from `build.toml`; for kernels that are Python only, this module needs no other tool.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ def add_op_namespace_prefix(op_name: str) -> str:
 
 
 def prepare_kernels(source: str | Path, folder: Path, repo: str | None = None) -> tuple[Package, Package, str]:
-    """Write the repository into `folder` and check it: loads the CPU build beside the installed kernels and compares.
+    """Write the repository into `folder`, and compare its CPU build with the installed kernels.
 
     Args:
         source: folder with `build.toml`, `CARD.md` and `torch-ext/`.
         folder: an empty folder.
-        repo: Hub id; by default that of `build.toml`, in whose place the card names it.
+        repo: Hub id, which also replaces that of `build.toml` in the card; defaults to that of `build.toml`.
 
     Returns:
         The card (for main), the builds, and the branch of the builds.
 
     Raises:
-        L2R2Error: not a folder of kernels, or kernels that have to be compiled.
+        L2R2Error: when the folder holds no kernels, or kernels that must be compiled.
     """
     source = Path(source)
     general = _read_settings(source)
@@ -49,7 +49,7 @@ def prepare_kernels(source: str | Path, folder: Path, repo: str | None = None) -
     package = source / "torch-ext" / module
     files = sorted(p.relative_to(package) for p in package.rglob("*.py"))
     if Path("__init__.py") not in files:
-        raise L2R2Error(f"{package}: is not a package.")
+        raise L2R2Error(f"{package}: is not a Python package; give the folder that holds build.toml.")
     named = str(general.get("hub", {}).get("repo-id") or "")
     repo = repo or named
     if not repo or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
@@ -72,7 +72,7 @@ def prepare_kernels(source: str | Path, folder: Path, repo: str | None = None) -
         }
         write_json(build / "metadata.json", metadata)
     card_text = (source / "CARD.md").read_text(encoding="utf-8")
-    if named:  # what the card says to load is what is published
+    if named:  # the card should load the published repository
         card_text = card_text.replace(f'"{named}"', f'"{repo}"')
     write_text(folder / CARD, card_text)
     builds = sorted(p.relative_to(folder).as_posix() for p in (folder / "build").rglob("*") if p.is_file())
@@ -100,7 +100,11 @@ def new_folder(folder: Path) -> Path:
 
 
 def push_kernels(card: Package, builds: Package, branch: str, *, private: bool = False) -> Pushed:
-    """Push the builds to their branch in one commit, which replaces what `build/` held there, and the card to main.
+    """Push the builds to their branch in one commit that replaces `build/`, and the card to main.
+
+    Args:
+        card, builds, branch: see `prepare_kernels`.
+        private: see `push`.
 
     Raises:
         L2R2Error: see `push`.
@@ -123,14 +127,14 @@ def _read_settings(source: Path) -> dict[str, Any]:
         raise L2R2Error(f"{file}: cannot be read ({' '.join(str(error).split())}).") from error
     general = settings.get("general", {})
     if missing := [key for key in ("name", "version", "license", "backends") if key not in general]:
-        raise L2R2Error(f"{file}: has no {missing[0]} under general.")
+        raise L2R2Error(f"{file}: has no {missing[0]} in the section general.")
     if "torch-noarch" not in settings or "kernel" in settings:
         raise L2R2Error(f"{file}: has kernels that must be compiled; publish them with kernel-builder.")
     return general
 
 
 def _compare(build: Path, name: str) -> list[str]:
-    """The build, loaded from where it lies under a name of its own as the `kernels` package does, cuts as the installed one."""
+    """Load the build under its own name, as the `kernels` package does, and compare its output with the installed kernels."""
     import l2r2_kernels
 
     spec = importlib.util.spec_from_file_location(name, build / "__init__.py", submodule_search_locations=[str(build)])
@@ -142,9 +146,9 @@ def _compare(build: Path, name: str) -> list[str]:
         image = torch.randint(0, 256, (40, 60, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         boxes = torch.tensor([[3.0, 4.0, 50.0, 39.0]])
         ours, theirs = (m.roi_views([image], boxes, size=16)[0] for m in (l2r2_kernels, loaded))
-    except Exception as error:  # whatever a broken package raises
+    except Exception as error:  # a broken package can raise anything
         return [f"{build.name} cannot be used ({' '.join(str(error).split())[:200]})."]
     finally:
         for module in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:
             del sys.modules[module]
-    return [] if torch.equal(ours, theirs) else [f"{build.name} does not cut as the installed kernels do."]
+    return [] if torch.equal(ours, theirs) else [f"{build.name} does not give the same views as the installed kernels."]

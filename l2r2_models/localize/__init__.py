@@ -1,4 +1,4 @@
-"""Ways to a box, behind one protocol: prompted detectors, segmenters, the backbone itself, a trained head, and controls."""
+"""Localizers behind one protocol: prompted detectors, segmenters, the backbone itself, a trained box head, and controls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LOCALIZERS", "Localizer", "LocalizerSpec", "create_localizer"]
 
-# name -> module and class; imported when it is asked for, because most need a heavy library
+# name -> module and class; imported on use, because most need a heavy library
 LOCALIZERS = {
     "owlv2": ("prompted", "Owlv2"),
     "grounding-dino": ("prompted", "GroundingDino"),
@@ -36,16 +36,24 @@ DEFAULT = "owlv2:google/owlv2-base-patch16-ensemble"
 def create_localizer(
     spec: str | LocalizerSpec, *, device: str | torch.device | None = None, checkpoint: Checkpoint | None = None
 ) -> Localizer:
-    """A localizer from its spec (see `localize.base`).
+    """Create a localizer from its spec.
 
     Args:
-        spec: e.g. `owlv2:google/owlv2-base-patch16-ensemble?prompt=mushroom`; the option `masks=sam:...` or `masks=sam2:...`
-            adds masks to any kind.
-        device: default cuda where there is one; under torchrun each process has its own.
-        checkpoint: for `head`, `ncut`, `cam` and `parts` without a source: the model to look with.
+        spec: a `LocalizerSpec` or its text (see `localize.base`), e.g.
+            `owlv2:google/owlv2-base-patch16-ensemble?prompt=mushroom`. The option `masks=sam:...` or `masks=sam2:...` adds
+            masks to the boxes of any localizer.
+        device: defaults to CUDA if available, one GPU per process under torchrun.
+        checkpoint: the model that `head`, `ncut`, `cam` and `parts` use if the spec has no source.
+
+    Returns:
+        The localizer; call it with a list of images.
 
     Raises:
-        L2R2Error: an unknown kind, option, value or device, or a network that is not there; the message says what to do.
+        L2R2Error: when the name, an option, a value or the device is invalid, or a network cannot be loaded.
+
+    >>> from PIL import Image
+    >>> create_localizer("center?share=0.5", device="cpu")([Image.new("RGB", (80, 40))])[0].boxes.tolist()
+    [[20.0, 10.0, 60.0, 30.0]]
     """
     import torch
 
@@ -58,12 +66,12 @@ def create_localizer(
         device = f"cuda:{number}" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         raise L2R2Error(f'The device "{device}" cannot be used ({str(error).splitlines()[0][:200]}).') from error
     context = Context(torch.device(device), checkpoint)
     masks = spec.options.get("masks", ())
     if "masks" in spec.options and len(masks) != 1:
-        raise L2R2Error(f'The localizer "{spec}" has {len(masks)} values of masks; give one.')
+        raise L2R2Error(f'The localizer "{spec}" has {len(masks)} values for masks; give one.')
     module, name = LOCALIZERS[spec.name]
     bare = replace(spec, options={k: v for k, v in spec.options.items() if k != "masks"})
     localizer: Localizer = getattr(import_module(f".{module}", __name__), name)(bare, context)

@@ -1,4 +1,4 @@
-"""The protocol of a localizer, the spec string that names one, and what is done to every localizer's boxes.
+"""The localizer protocol, the spec string that names a localizer, and the postprocessing of raw boxes.
 
 A spec is `NAME[:SOURCE][?option=value&...]`, as in a URL:
 
@@ -7,8 +7,8 @@ A spec is `NAME[:SOURCE][?option=value&...]`, as in a URL:
     grounding-dino:IDEA-Research/grounding-dino-tiny?prompt=crack&masks=sam:facebook/sam-vit-base
     boxes:file.json    ncut:runs/fungi    cam:runs/fungi    head:runs/fungi    center    full
 
-It is stored in box files, runs and checkpoints, always in its canonical form: options that have their default value are left
-out, the others stand in a fixed order.
+Box files, runs and checkpoints store it in canonical form: options with their default value are left out, the others are in a
+fixed order.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LocalizerSpec:
-    """A localizer in words.
+    """The name, source and options of a localizer.
 
     Attributes:
-        name: of the kind, e.g. `owlv2`.
-        source: hub id, folder or file, "" where the kind needs none.
-        options: values by name as text, several values of an option in order.
+        name: a key of `LOCALIZERS`, e.g. `owlv2`.
+        source: Hub id, folder or file; "" if the localizer needs none.
+        options: values by option name, as text; an option given several times has several values.
+
+    >>> LocalizerSpec.parse("owlv2:org/name?prompt=bird&prompt=bat").options
+    {'prompt': ('bird', 'bat')}
     """
 
     name: str
@@ -48,42 +51,45 @@ class LocalizerSpec:
 
     @classmethod
     def parse(cls, text: str) -> LocalizerSpec:
-        """From `NAME[:SOURCE][?option=value&...]`; `%`-escapes as in a URL, in the source too; `+` stays itself.
+        """Parse `NAME[:SOURCE][?option=value&...]`.
+
+        Source and options may be percent-encoded as in a URL; `+` is a literal plus.
 
         Raises:
-            L2R2Error: no name, or options that are not `option=value`.
+            L2R2Error: when the name is missing or an option is not of the form `option=value`.
         """
         head, _, query = text.partition("?")
         name, _, source = head.partition(":")
         if not name.strip():
-            raise L2R2Error(f'"{text}" names no localizer; the form is NAME[:SOURCE][?option=value&...].')
+            raise L2R2Error(f'"{text}" names no localizer; write NAME[:SOURCE][?option=value&...].')
         options: dict[str, tuple[str, ...]] = {}
         try:
             pairs = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True, strict_parsing=True) if query else []
         except ValueError:
-            raise L2R2Error(f'"{text}": what follows the ? must be option=value, joined by &; a ? in a name is %3F.') from None
+            raise L2R2Error(f'"{text}": after the ?, write option=value pairs joined by &; write a ? in a name as %3F.') from None
         for key, value in pairs:
             options[key] = (*options.get(key, ()), value)
         return cls(name.strip(), unquote(source), options)
 
     def __str__(self) -> str:
         pairs = [f"{key}={quote(v, safe=' /:,.@+()')}" for key, values in self.options.items() for v in values]
-        source = self.source.replace("%", "%25").replace("?", "%3F")  # and no more: most paths stay as they are
+        source = self.source.replace("%", "%25").replace("?", "%3F")  # nothing else, so that most paths stay readable
         return self.name + (f":{source}" if source else "") + ("?" + "&".join(pairs) if pairs else "")
 
     def with_option(self, key: str, *values: str) -> LocalizerSpec:
+        """Return a copy with one option set."""
         return replace(self, options={**self.options, key: values})
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a kind: how its text is read, its default, and what else is asked of it.
+    """How an option of a localizer is parsed and described.
 
     Attributes:
-        read: text -> value; a ValueError refuses.
-        default: the value where the spec has none.
-        what: ends the sentence "NAME must be ...".
-        many: whether it may be given several times; its value is then a tuple.
+        read: parses the text; raises ValueError if it is invalid.
+        default: the value if the spec does not set the option.
+        what: completes the error message "NAME must be ...".
+        many: whether the option may be given several times; its value is then a tuple.
     """
 
     read: Callable[[str], Any]
@@ -93,7 +99,7 @@ class Option:
 
 
 def number(low: float, high: float) -> Callable[[str], float]:
-    """A reader of finite numbers in [low, high]."""
+    """Make a parser of finite numbers in [low, high]."""
 
     def read(text: str) -> float:
         value = float(text)
@@ -105,7 +111,7 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
-    """A reader of whole numbers in [low, high]."""
+    """Make a parser of integers in [low, high]."""
 
     def read(text: str) -> int:
         if not low <= int(text) <= high:
@@ -116,6 +122,8 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def one_of(*names: str) -> Callable[[str], str]:
+    """Make a parser that accepts only these names."""
+
     def read(text: str) -> str:
         if text not in names:
             raise ValueError(text)
@@ -126,24 +134,24 @@ def one_of(*names: str) -> Callable[[str], str]:
 
 @dataclass(frozen=True)
 class Context:
-    """Where a localizer runs, and the checkpoint it belongs to, for the kinds that can look with its network."""
+    """The device of a localizer, and the checkpoint whose network it may use."""
 
     device: torch.device
     checkpoint: Checkpoint | None = None
 
 
 class Localizer(ABC):
-    """Finds objects: `localizer(images) -> list[Detections]`, one for each image, best box first, clipped to the image.
+    """Finds objects: `localizer(images) -> list[Detections]`, one per image, best box first, clipped to the image.
 
     Subclasses declare `name`, `known_options` and what their `source` is, and implement `find`.
 
     Attributes:
-        spec: canonical; makes an equal localizer again.
-        options: the spec's values, read.
+        spec: canonical spec; `create_localizer(spec)` makes an equal localizer.
+        options: parsed values by option name.
     """
 
     name: ClassVar[str]
-    source: ClassVar[str] = ""  # what the source is, where the kind has one
+    source: ClassVar[str] = ""  # what kind of source it takes, for messages; "" if none
     known_options: ClassVar[dict[str, Option]] = {}
     prompted: ClassVar[bool] = False
 
@@ -156,15 +164,18 @@ class Localizer(ABC):
     def __call__(
         self, images: Sequence[Image], *, names: Sequence[str] | None = None, prompts: Sequence[str] | None = None
     ) -> list[Detections]:
-        """Detections of images, boxes in pixels of each.
+        """Find the objects in images.
 
         Args:
             images: upright RGB images (`images.load_image`) of any sizes.
-            names: their paths; `boxes:FILE` finds its entries by them.
-            prompts: one for each image instead of the spec's: the true label is an oracle, for analysis only.
+            names: their paths, by which `boxes:FILE` finds its entries.
+            prompts: one prompt per image, instead of the spec's. Prompting with the true label is an oracle, for analysis only.
+
+        Returns:
+            One `Detections` per image, with boxes in pixels of that image.
 
         Raises:
-            L2R2Error: the network gives nothing but NaN; names or prompts are missing or not taken.
+            L2R2Error: when all scores are NaN, names or a prompt are missing, or the localizer takes no prompts.
         """
         if prompts is not None and not self.prompted:
             raise L2R2Error(f"The localizer {self.spec} takes no prompt.")
@@ -172,18 +183,18 @@ class Localizer(ABC):
 
     @abstractmethod
     def find(self, images: list[Image], names: Sequence[str] | None, prompts: Sequence[str] | None) -> list[Detections]:
-        """What `__call__` gives, for one image or more."""
+        """Implement `__call__` for at least one image."""
 
     @property
     def lacks_prompt(self) -> bool:
-        """Whether the spec would have to say what to look for, and does not."""
+        """Whether the localizer needs a prompt that its spec does not have."""
         return False
 
     def check_prompt(self) -> None:
-        """To be called before the work, where no prompts of each image are given.
+        """Check, before any work starts, that the spec has a prompt if the localizer needs one.
 
         Raises:
-            L2R2Error: see `lacks_prompt`.
+            L2R2Error: when the prompt is missing.
         """
         if self.lacks_prompt:
             how = f'"{self.spec.name}:...?prompt=mushroom"; `l2r2 localize` also takes --prompt mushroom'
@@ -191,31 +202,31 @@ class Localizer(ABC):
 
     @property
     def weights(self) -> str | None:
-        """A digest of what the boxes depend on beside the spec; None where there is nothing."""
+        """Digest of the weights that the boxes depend on; None if there are none."""
         return None
 
     def about(self, name: str) -> str | None:
-        """What the boxes of one image depend on beside the image, the spec and the weights; None where there is nothing."""
+        """What else the boxes of this image depend on, besides image, spec and weights; None if nothing."""
         return None
 
     @property
     def info(self) -> dict[str, Any]:
-        """What a box file says of its origin."""
+        """What a box file records about how its boxes were made."""
         return {"localizer": str(self.spec), "weights": self.weights}
 
     def _read(self, spec: LocalizerSpec) -> dict[str, Any]:
         if unknown := sorted(set(spec.options) - set(self.known_options)):
             known = ", ".join(self.known_options) or "none"
-            raise L2R2Error(f'The localizer "{spec}" has no option {unknown[0]}; it has {known}.')
+            raise L2R2Error(f'The localizer "{spec}" has no option {unknown[0]}; its options are: {known}.')
         if spec.source and not self.source:
-            raise L2R2Error(f'The localizer {spec.name} takes nothing after its name, got "{spec.source}".')
+            raise L2R2Error(f'The localizer {spec.name} takes no source after its name, got "{spec.source}".')
         if self.source and not spec.source and self.context.checkpoint is None:
-            raise L2R2Error(f'The localizer {spec.name} needs {self.source}: "{spec.name}:...".')
+            raise L2R2Error(f'The localizer {spec.name} needs {self.source}; write "{spec.name}:...".')
         values = {key: option.default for key, option in self.known_options.items()}
         for key, texts in spec.options.items():
             option = self.known_options[key]
             if len(texts) > 1 and not option.many:
-                raise L2R2Error(f'The localizer "{spec}" has {len(texts)} values of {key}; give one.')
+                raise L2R2Error(f'The localizer "{spec}" has {len(texts)} values for {key}; give one.')
             try:
                 read = tuple(option.read(text) for text in texts)
             except ValueError:
@@ -234,8 +245,10 @@ def tidy(
     nms_iou: float = 1.0,
     max_boxes: int | None = None,
 ) -> Detections:
-    """Raw boxes as Detections: scores below the threshold and NaN go, boxes are clipped, those without a pixel go, overlapping
-    ones go by non-maximum suppression over all labels, best first.
+    """Turn raw boxes into `Detections`.
+
+    Drops NaN scores, scores below the threshold and boxes without a pixel inside the image; clips the rest, applies
+    class-agnostic non-maximum suppression, and sorts by score.
 
     Args:
         boxes: `[N, 4]` xyxy pixels.
@@ -243,14 +256,14 @@ def tidy(
         image_size: `(height, width)`.
         labels: N strings.
         threshold: lowest score that is kept.
-        nms_iou: of two boxes that overlap more than this the worse one goes; 1 keeps all.
-        max_boxes: so many at most.
+        nms_iou: of two boxes with a higher IoU than this, the one with the lower score is dropped; 1 keeps all.
+        max_boxes: largest number of boxes that is kept; None keeps all.
 
     Raises:
-        L2R2Error: there are scores, and all of them are NaN.
+        L2R2Error: when there are boxes and all scores are NaN.
     """
     if len(scores) and bool(scores.isnan().all()):
-        raise L2R2Error("the localizer gives nothing but NaN; run it with dtype=float32, or its weights are damaged.")
+        raise L2R2Error("All scores of the localizer are NaN; try dtype=float32, or check its weights.")
     found = Detections(boxes.detach().float().cpu(), scores.detach().float().cpu().clamp(max=1), image_size, tuple(labels))
     found = found.above(threshold).usable().clipped().sorted()
     if nms_iou < 1:
@@ -259,5 +272,5 @@ def tidy(
 
 
 def size_of(image: Image) -> tuple[int, int]:
-    """`(height, width)`."""
+    """Return `(height, width)` of an image."""
     return image.height, image.width

@@ -1,4 +1,4 @@
-"""Localizers without a network: given boxes, and the controls that any other must beat (METHOD.md 6)."""
+"""Localizers without a network: boxes from a file, and the controls of `docs/method.md`, section 6."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from .base import Context, Localizer, LocalizerSpec, Option, number, size_of
 
 
 class Full(Localizer):
-    """The whole image is the box: what a fg branch gains without any localizing."""
+    """The whole image is the box: a control for what fg gains without localization."""
 
     name = "full"
 
     def find(self, images: list[Image], names: Any, prompts: Any) -> list[Detections]:
+        """Return the whole image as the box."""
         return [Detections.from_lists([[0, 0, image.width, image.height]], size_of(image)) for image in images]
 
 
 class Center(Localizer):
-    """The middle of the image, `share` of its width and height: it zooms and does not localize."""
+    """The center of the image, `share` of its width and height: a control that zooms but does not localize."""
 
     name = "center"
-    known_options: ClassVar = {"share": Option(number(0.01, 1), 0.5, "a part of the side between 0.01 and 1")}
+    known_options: ClassVar = {"share": Option(number(0.01, 1), 0.5, "a number between 0.01 and 1")}
 
     def find(self, images: list[Image], names: Any, prompts: Any) -> list[Detections]:
+        """Return the center box."""
         share = self.options["share"]
 
         def box(width: int, height: int) -> list[float]:
@@ -40,7 +42,7 @@ class Center(Localizer):
 
 
 class Boxes(Localizer):
-    """Boxes of a file (see `box_files`), joined by path."""
+    """Boxes from a file (see `boxes.read_boxes`), matched to images by path."""
 
     name = "boxes"
     source = "a box file"
@@ -48,11 +50,11 @@ class Boxes(Localizer):
     def __init__(self, spec: LocalizerSpec, context: Context) -> None:
         super().__init__(spec, context)
         if not spec.source:
-            raise L2R2Error('The localizer boxes needs a box file: "boxes:FILE".')
+            raise L2R2Error('The localizer boxes needs a box file; write "boxes:FILE".')
         self.table = read_boxes(spec.source)
 
     def about(self, name: str) -> str | None:
-        """The image's entry: a file that grows changes nothing for the others."""
+        """The image's entry in the file, so that changes to other entries do not matter."""
         try:
             return repr(self.table.find(name))
         except L2R2Error as error:
@@ -60,16 +62,17 @@ class Boxes(Localizer):
 
     @property
     def info(self) -> dict[str, Any]:
+        """As for any localizer, with the mark `oracle` of the box file."""
         return {**super().info, **({"oracle": True} if self.table.info.get("oracle") else {})}
 
     def find(self, images: list[Image], names: Sequence[str] | None, prompts: Any) -> list[Detections]:
-        """An image without an entry has no box.
+        """Look up the boxes of each image; an image without an entry has none.
 
         Raises:
-            L2R2Error: names are missing, or an entry is a failure or of another image size.
+            L2R2Error: when names are missing, or an entry records a failure or another image size.
         """
         if names is None:
-            raise L2R2Error(f"The localizer {self.spec} finds boxes by file name; give it files, not images.")
+            raise L2R2Error(f"The localizer {self.spec} finds boxes by file name; give files, not images.")
         entries = [self.table.find(name) or BoxEntry() for name in names]
         if failed := next((e.failure for e in entries if e.failure is not None), None):
             raise L2R2Error(f"{Path(self.spec.source).name}: {failed}")

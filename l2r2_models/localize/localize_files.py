@@ -1,8 +1,8 @@
-"""Boxes of many images into one box file: in batches, resumable at any moment, on one process or several.
+"""Localize many images into one box file, in batches, resumable at any time, on one or several processes.
 
-While the work goes on, finished images lie in a journal beside the file (`boxes.json.parts/`, see `journal`); at the end the
-journal and what the file held before become the new file, in the order of the images. So a killed run loses at most one batch,
-and the file is the same as that of a run that was never interrupted.
+Finished images are first written to a journal beside the file (`boxes.json.parts/`, see `journal`); at the end, the journal and
+the previous contents of the file become the new file, in the order of the images. A killed run loses at most one batch, and the
+result is the same as without an interruption.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from ..locks import only_writer
 from .base import Localizer
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
-LOADERS = 4  # threads that decode the next batch
+LOADERS = 4  # threads that decode the next batch of images
 
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What a file of boxes holds after a call.
+    """The contents of a box file after `localize_to_file`.
 
     Attributes:
-        entries: of the images asked for, in order.
-        kept: how many of them were there before.
+        entries: entries of the requested images by name, in order.
+        kept: how many of them the file already held.
     """
 
     entries: dict[str, BoxEntry]
@@ -47,10 +47,12 @@ class CacheReport:
 
     @property
     def failures(self) -> dict[str, str]:
+        """Error messages by image name."""
         return {name: entry.failure for name, entry in self.entries.items() if entry.failure is not None}
 
     @property
     def with_box(self) -> int:
+        """Number of images with at least one box."""
         return sum(bool(entry.boxes) for entry in self.entries.values())
 
 
@@ -64,21 +66,25 @@ def localize_to_file(
     prompts: Mapping[str, str] | None = None,
     progress: Progress = lambda steps, _: steps,
 ) -> CacheReport:
-    """Localize images into a box file; images that it holds are kept, failures are tried again.
+    """Localize images into a box file; entries that it already holds are kept, failed images are tried again.
 
-    Under torchrun each process takes every n-th image, and the first one writes the file when all are done.
+    Under torchrun each process takes every n-th image, and the first process writes the file when all are done.
 
     Args:
         localizer: see `create_localizer`.
-        paths: images.
-        out: the file, `.json` or `.parquet`.
-        format: of a JSON file, `megadetector` or `coco`.
-        batch_size: images in one call of the localizer.
-        prompts: one prompt for each path instead of the spec's (oracle); the file says so.
-        progress: wraps the batches.
+        paths: image files.
+        out: the box file, `.json` or `.parquet`.
+        format: format of a JSON file, `megadetector` or `coco`.
+        batch_size: images per call of the localizer.
+        prompts: one prompt per path instead of the spec's; the file is then marked `oracle`.
+        progress: wraps the iteration over the batches.
+
+    Returns:
+        The entries of the images, and how many of them were there before.
 
     Raises:
-        L2R2Error: the file was made otherwise, or cannot be written; an unknown format; no prompt says what to look for.
+        L2R2Error: when the file was made with other settings or cannot be written, the format is unknown, or a prompt is
+            missing.
     """
     if prompts is None:
         localizer.check_prompt()
@@ -96,7 +102,7 @@ def localize_to_file(
         kept = {name for name in names if _holds(before, name, stamps)}
         todo = [name for name in names[rank::world] if name not in kept]
         if world > 1:
-            _wait_for_all()  # until all have read what there was
+            _wait_for_all()  # until every process has read the old state
         if todo:
             journal.start({"info": info})
         try:
@@ -109,7 +115,7 @@ def localize_to_file(
             _wait_for_all()
         if rank == 0:
             table = _known(out, journal, info, stamps)
-            order = {**dict.fromkeys(names), **table.entries}  # earlier answers for other images stay, behind
+            order = {**dict.fromkeys(names), **table.entries}  # entries of other images stay, at the end
             table.entries = {name: table.entries[name] for name in order}
             write_boxes(table, out, format)
             journal.remove()
@@ -122,7 +128,7 @@ def localize_to_file(
 
 @contextmanager
 def _one_run(out: Path, rank: int, world: int) -> Iterator[None]:
-    """The first process has the lock of the file for all; where it cannot have it, the others end too."""
+    """Let the first process lock the file on behalf of all; if it cannot, the others exit too."""
     refused: L2R2Error | None = None
     with ExitStack() as held:
         try:
@@ -130,43 +136,44 @@ def _one_run(out: Path, rank: int, world: int) -> Iterator[None]:
                 held.enter_context(only_writer(out))
         except L2R2Error as error:
             refused = error
-        said = [refused is not None]
+        failed = [refused is not None]
         if world > 1:
             import torch.distributed as dist
 
-            dist.broadcast_object_list(said, 0)
+            dist.broadcast_object_list(failed, 0)
         if refused is not None:
             raise refused
-        if said[0]:
+        if failed[0]:
             raise SystemExit(1)
         yield
 
 
 def _format_of(out: Path, format: str) -> str:
-    """What the file is written as.
+    """The format to write.
 
     Raises:
-        L2R2Error: nothing that can be continued.
+        L2R2Error: when the name or the format is unknown, or the format cannot store scores and failures.
     """
     suffix = out.suffix.lower()
     if suffix not in (".json", ".parquet"):
-        raise L2R2Error(f"{out}: is no name of a box file; it must end in .json or .parquet.")
+        raise L2R2Error(f"{out}: the name of a box file must end in .json or .parquet.")
     if format == "xyxy":
-        raise L2R2Error("The format xyxy has no room for scores and failures; choose megadetector or coco.")
+        raise L2R2Error("The format xyxy cannot store scores and failures; choose megadetector or coco.")
     if format not in (known := [name for name in FORMATS if name not in ("xyxy", "parquet")]):
-        raise L2R2Error(f'Unknown box format "{format}" of a .json; choose from {", ".join(known)}.')
+        raise L2R2Error(f'Unknown box format "{format}" for a .json file; choose from {", ".join(known)}.')
     return "parquet" if suffix == ".parquet" else format
 
 
 def _known(out: Path, journal: Journal, info: dict[str, Any], stamps: Mapping[str, str]) -> BoxTable:
-    """What the file and its journal say, the newest last; an answer that still holds is never replaced. An image that is asked
-    for by another path than before (`data/a.png`, `/home/me/data/a.png`) has the name that it is asked for by.
+    """Read the file and its journal; an entry that is still valid is never replaced.
+
+    An image that is requested by another path than before (`data/a.png`, `/home/me/data/a.png`) gets the requested name.
 
     Args:
-        stamps: of the images asked for, as they are now.
+        stamps: stamps of the requested images as they are now.
 
     Raises:
-        L2R2Error: one of them was made with another localizer, or not by this function.
+        L2R2Error: when one of them was made with another localizer, or not by this function.
     """
     by_place = {os.path.abspath(name): name for name in stamps}
     table = BoxTable({}, info=info)
@@ -180,13 +187,13 @@ def _known(out: Path, journal: Journal, info: dict[str, Any], stamps: Mapping[st
 
 
 def _holds(table: BoxTable, name: str, stamps: Mapping[str, str]) -> bool:
-    """Whether the table has an answer for an image as it is now."""
+    """Whether the table has a valid entry for an image as it is now."""
     entry = table.entries.get(name)
     return entry is not None and entry.failure is None and name in stamps and table.stamps.get(name) == stamps[name]
 
 
 def _records(out: Path, journal: Journal, info: dict[str, Any]) -> Iterator[tuple[str, BoxEntry, str | None]]:
-    """Name, entry and stamp of all that is there."""
+    """Name, entry and stamp of every entry in the file and the journal."""
     if out.exists():
         with _quiet():
             table = read_boxes(out)
@@ -201,7 +208,7 @@ def _records(out: Path, journal: Journal, info: dict[str, Any]) -> Iterator[tupl
         for _, record in part.records():
             try:
                 yield record["file"], entry_of(record), record.get("stamp")
-            except (L2R2Error, KeyError, TypeError, ValueError):  # damaged: done again
+            except (L2R2Error, KeyError, TypeError, ValueError):  # damaged: localized again
                 continue
 
 
@@ -219,7 +226,7 @@ def _other(place: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 def _localize(
     localizer: Localizer, names: Sequence[str], size: int, prompts: Mapping[str, str] | None, progress: Progress
 ) -> Iterator[dict[str, BoxEntry]]:
-    """Entries of one batch after the other; the next batch is decoded while one is looked at."""
+    """Yield the entries of each batch; the next batch is decoded meanwhile."""
     batches = [names[i : i + size] for i in range(0, len(names), size)]
     with ThreadPoolExecutor(LOADERS) as pool:
 
@@ -236,7 +243,7 @@ def _localize(
 
 
 def _load(name: str) -> Image.Image | str:
-    """The image, or why there is none."""
+    """The image, or the error message."""
     try:
         return load_image(name)
     except L2R2Error as error:
@@ -244,12 +251,12 @@ def _load(name: str) -> Image.Image | str:
 
 
 def _entries(localizer: Localizer, images: Mapping[str, Image.Image], prompts: Mapping[str, str] | None) -> dict[str, BoxEntry]:
-    """Entries of a batch; where it fails as a whole, each image is tried alone."""
-    asked = None if prompts is None else [prompts[name] for name in images]
+    """The entries of a batch; if it fails, each image is tried separately."""
+    own_prompts = None if prompts is None else [prompts[name] for name in images]
     try:
-        found = localizer(list(images.values()), names=list(images), prompts=asked)
+        found = localizer(list(images.values()), names=list(images), prompts=own_prompts)
         return {name: _entry_of(detections) for name, detections in zip(images, found)}
-    except (L2R2Error, RuntimeError, MemoryError) as error:  # RuntimeError: torch, among them a full GPU
+    except (L2R2Error, RuntimeError, MemoryError) as error:  # RuntimeError: torch, e.g. out of GPU memory
         if len(images) == 1:
             return {name: BoxEntry(failure=" ".join(str(error).split())[:300]) for name in images}
     return {k: v for name, image in images.items() for k, v in _entries(localizer, {name: image}, prompts).items()}
@@ -257,12 +264,12 @@ def _entries(localizer: Localizer, images: Mapping[str, Image.Image], prompts: M
 
 def _entry_of(found: Detections) -> BoxEntry:
     if not (found.boxes.isfinite().all() and found.scores.isfinite().all()):
-        return BoxEntry(failure="the localizer gives boxes that are not finite; run it with dtype=float32.")
+        return BoxEntry(failure="The boxes of the localizer are not finite; try dtype=float32.")
     return BoxEntry.from_detections(found)
 
 
 def _process() -> tuple[int, int]:
-    """Rank and number of processes, as torchrun says; with several, they can wait for one another afterwards."""
+    """Rank and number of processes from torchrun; with several, initialize the process group."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         import torch.distributed as dist
@@ -280,7 +287,7 @@ def _wait_for_all() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No note of every part that is read."""
+    """Silence the warnings about every part of the file that is read."""
     logger = logging.getLogger("l2r2_models.boxes.read")
     level = logger.level
     logger.setLevel(logging.ERROR)

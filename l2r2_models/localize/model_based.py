@@ -1,4 +1,4 @@
-"""Localizers that look with a checkpoint's own network: its box head, and the parts of an ifam model."""
+"""Localizers that use a checkpoint's own network: its box head, or the parts of an iFAM model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .regions import box_of, largest_region, one_box
 
 
 class ModelLocalizer(Localizer):
-    """A localizer with a checkpoint: the source, or without one the checkpoint it was made for."""
+    """Base class of localizers that run a checkpoint: the spec's source, or the checkpoint given to `create_localizer`."""
 
     source = "a run or a Hub id"
 
@@ -31,10 +31,19 @@ class ModelLocalizer(Localizer):
 
     @property
     def weights(self) -> str | None:
+        """Digest of the checkpoint's weights."""
         return self.checkpoint.digest
 
     def full_views(self, images: Sequence[Image], size: int | None = None) -> tuple[Tensor, list[ViewMap]]:
-        """Full views `[B, 3, S, S]` of the model's own kind, and how each maps back to its image."""
+        """Cut the full views of images as the model expects them.
+
+        Args:
+            images: B images.
+            size: side S of the views; defaults to the model's.
+
+        Returns:
+            Views `[B, 3, S, S]`, and for each the mapping back to its image.
+        """
         spec = self.model.view_spec
         spec = spec if size is None else ViewSpec.from_dict({**spec.to_dict(), "size": size})
         views = make_views(images, None, spec, branches=("full",), device=self.context.device)
@@ -43,15 +52,15 @@ class ModelLocalizer(Localizer):
 
 
 def full_view_map(image: Image, spec: ViewSpec) -> ViewMap:
-    """Where the full view of an image comes from."""
+    """Return the mapping between an image and its full view."""
     return ViewMap((0, 0, image.width, image.height), (spec.size, spec.size), spec.square)
 
 
 class Head(ModelLocalizer):
-    """One box an image; its score is the objectness, so that a threshold can refuse it."""
+    """The box head of a checkpoint: one box per image, whose score is the objectness."""
 
     name = "head"
-    source = "a run that was trained with `l2r2 finetune --box-head`"
+    source = "a run trained with `l2r2 finetune --box-head`"
 
     def __init__(self, spec: LocalizerSpec, context: Context) -> None:
         super().__init__(spec, context)
@@ -60,35 +69,45 @@ class Head(ModelLocalizer):
 
     @torch.inference_mode()
     def find(self, images: list[Image], names: Any, prompts: Any) -> list[Detections]:
+        """Predict one box per image."""
         views, _ = self.full_views(images)
         return detections_of(self.model.locate(views), images, self.model.view_spec)
 
 
 def detections_of(found: FoundBoxes, images: Sequence[Image], spec: ViewSpec) -> list[Detections]:
-    """What a box head found in the full views of images, in pixels of each image.
+    """Map what a box head found in full views back to the images.
+
+    Args:
+        found: boxes and objectness of B views.
+        images: the B images.
+        spec: how the views were cut.
+
+    Returns:
+        One box per image, in pixels of that image.
 
     Raises:
-        L2R2Error: a box or score is not finite.
+        L2R2Error: when a box is not finite.
     """
     boxes, scores = found.in_pixels(spec.size, spec.size, 0.0).cpu(), found.objectness.float().sigmoid().tolist()
     if not bool(boxes.isfinite().all()):
-        raise L2R2Error("the box head gives numbers that are not finite; its training has diverged.")
+        raise L2R2Error("The boxes of the box head are not finite; its training has diverged.")
     maps = [full_view_map(image, spec) for image in images]
     return [one_box(m.boxes_to_image(box), score, image) for m, box, score, image in zip(maps, boxes, scores, images)]
 
 
 class Parts(ModelLocalizer):
-    """What stage 1 of an ifam model keeps: its largest region gives the box, all of it the mask."""
+    """The patches that stage 1 of an iFAM model keeps: all of them are the mask, their largest region gives the box."""
 
     name = "parts"
 
     def __init__(self, spec: LocalizerSpec, context: Context) -> None:
         super().__init__(spec, context)
         if not self.model.finds_object:
-            raise L2R2Error(f"{self.checkpoint.name}: finds no parts; that is what the ifam models do.")
+            raise L2R2Error(f"{self.checkpoint.name}: finds no parts; use an iFAM model, see `l2r2 list`.")
 
     @torch.inference_mode()
     def find(self, images: list[Image], names: Any, prompts: Any) -> list[Detections]:
+        """Find the kept patches of each image; one box with its mask, or none."""
         views, maps = self.full_views(images)
         kept = self.model.find_parts(views).keep.cpu()  # type: ignore[operator]
         found = []

@@ -1,4 +1,4 @@
-"""Networks of transformers' hub layout: loaded from an id or a folder, safetensors only, and errors that say what to do."""
+"""Load networks of transformers from a Hub id or a folder, with safetensors weights only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A network in eval mode, its processor, and a digest of its weights (a hub's commit, or the SHA-256 of the files)."""
+    """A network in eval mode, its processor, and a digest of its weights (the Hub's commit, or the SHA-256 of the files)."""
 
     model: Any
     processor: Any
@@ -31,14 +31,14 @@ def load_pretrained(
     """Load a network and its processor.
 
     Args:
-        source: hub id or folder.
-        classes: names of transformers' classes of the model and its processor.
-        model_types: what its config may call itself.
-        dtype: of `DTYPES`.
-        device: where to.
+        source: Hub id or folder.
+        classes: names of the transformers classes of the model and its processor.
+        model_types: accepted values of `model_type` in its config.
+        dtype: one of `DTYPES`.
+        device: device of the network.
 
     Raises:
-        L2R2Error: transformers is missing, the network cannot be had, is of another kind, or has no safetensors.
+        L2R2Error: when transformers is missing, or the network cannot be loaded, is of another type, or has no safetensors.
     """
     try:
         import transformers
@@ -47,7 +47,7 @@ def load_pretrained(
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         if config.model_type not in model_types:
-            raise L2R2Error(f"{source}: is a model of type {config.model_type}, where {' or '.join(model_types)} is needed.")
+            raise L2R2Error(f"{source}: is a model of type {config.model_type}; use one of type {' or '.join(model_types)}.")
         of_model, of_processor = (getattr(transformers, name) for name in classes)
         processor = of_processor.from_pretrained(source)
         model = of_model.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True)
@@ -61,10 +61,10 @@ def load_pretrained(
 def _sentence(source: str, error: Exception) -> str:
     what = " ".join(str(error).split())[:200]
     if Path(source).is_dir():
-        return f"{source}: cannot be loaded as a model of transformers with safetensors ({what})."
+        return f"{source}: cannot be loaded as a transformers model with safetensors weights ({what})."
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        return f"{source}: no such folder, and not a hub id of the form org/name."
-    how = f"where there is a network run `hf download {source}` once, then give the folder"
+        return f"{source}: no such folder, and not a Hub id of the form org/name."
+    how = f"on a machine with network access, run `hf download {source}`, then give the folder"
     return f"{source}: cannot be downloaded; {how} ({what})."
 
 

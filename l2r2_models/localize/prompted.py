@@ -1,8 +1,8 @@
-"""Detectors that are told in words what to look for: OWLv2, Grounding DINO and MM-Grounding-DINO, through transformers.
+"""Open-vocabulary detectors: OWLv2, Grounding DINO and MM-Grounding-DINO, through transformers.
 
-Any hub id or local folder in transformers' layout with safetensors. METHOD.md 6: one meta-prompt, or several: OWLv2 averages
-their normalized text embeddings and normalizes again (L2R2 B.2); Grounding DINO fuses text early, so there several are one
-text "a. b.".
+The source is a Hub id or a local folder with safetensors weights. One prompt, or several: OWLv2 averages their normalized text
+embeddings and normalizes the mean (L2R2, appendix B.2); Grounding DINO fuses text early, so there several prompts are one text
+"a. b.". See `docs/method.md`, section 6.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ COMMON = {
 
 
 def _is_empty(prompt: str) -> bool:
-    """Whether nothing is left of it without full stops, between which Grounding DINO reads its prompts."""
+    """Whether a prompt holds nothing but spaces and full stops, which separate the prompts of Grounding DINO."""
     return not prompt.strip(" .")
 
 
 class Prompted(Localizer):
-    """What the prompted detectors share: prompts are checked, networks loaded, raw boxes tidied.
+    """Base class of the prompted detectors: checks prompts, loads the network, postprocesses raw boxes.
 
-    Options: `prompt` (once or more), `threshold` (lowest score), `nms` (highest IoU of two boxes), `max_boxes` an image, `dtype`.
+    Options: `prompt` (may be given several times), `threshold` (lowest score), `nms` (highest IoU of two boxes), `max_boxes`
+    (per image), `dtype`.
     """
 
-    source = "a hub id or the folder of a model"
+    source = "a Hub id or the folder of a model"
     known_options: ClassVar = COMMON
     prompted = True
     model_types: ClassVar[tuple[str, ...]]
@@ -51,19 +52,22 @@ class Prompted(Localizer):
     def __init__(self, spec: LocalizerSpec, context: Context) -> None:
         super().__init__(spec, context)
         if any(map(_is_empty, self.options["prompt"])):
-            raise L2R2Error(f'The localizer "{spec}" has an empty prompt; say what to look for.')
+            raise L2R2Error(f'The localizer "{spec}" has an empty prompt; give a word such as prompt=mushroom.')
         classes = "AutoModelForZeroShotObjectDetection", "AutoProcessor"
         self.network = load_pretrained(spec.source, classes, self.model_types, self.options["dtype"], context.device)
 
     @property
     def weights(self) -> str | None:
+        """Digest of the detector's weights."""
         return self.network.digest
 
     @property
     def lacks_prompt(self) -> bool:
+        """Whether the spec has no prompt."""
         return not self.options["prompt"]
 
     def find(self, images: list[Image], names: Any, prompts: Sequence[str] | None) -> list[Detections]:
+        """Search each image for the spec's prompts together, or for its own prompt."""
         if prompts is None:
             self.check_prompt()
         elif any(map(_is_empty, prompts)):
@@ -72,23 +76,33 @@ class Prompted(Localizer):
         return [found for (found,) in self.search(images, [[query] for query in queries])]
 
     def by_prompt(self, images: Sequence[Image], prompts: Sequence[Sequence[str]]) -> list[list[Detections]]:
-        """What each of an image's prompts finds by itself; every image has as many prompts, and is looked at once if the
-        network allows it."""
+        """Search for each prompt of an image separately; the image is encoded only once if the network allows it.
+
+        Args:
+            images: B images.
+            prompts: for each image, the same number of prompts.
+
+        Returns:
+            For each image, one `Detections` per prompt.
+        """
         return self.search(list(images), [[(prompt,) for prompt in of_image] for of_image in prompts])
 
     @abstractmethod
     def search(self, images: list[Image], queries: list[list[tuple[str, ...]]]) -> list[list[Detections]]:
-        """Detections for each image and each of its queries; a query is one or more prompts that are searched for together."""
+        """Search each image for each of its queries; a query is one or more prompts that are searched for together."""
 
     def tidy(self, boxes: Tensor, scores: Tensor, image: Image, labels: Sequence[str]) -> Detections:
+        """Apply `localize.base.tidy` with the limits of the options."""
         limits = {"threshold": self.options["threshold"], "nms_iou": self.options["nms"], "max_boxes": self.options["max_boxes"]}
         return tidy(boxes, scores, size_of(image), labels, **limits)
 
 
 class Owlv2(Prompted):
-    """OWLv2 (Minderer et al. 2023). Texts are encoded once, images once however many queries they have.
+    """OWLv2 (Minderer et al. 2023).
 
-    Options: as `Prompted`; `score=objectness` takes the network's class-free score and needs no prompt.
+    Each text is encoded once, and each image once, however many queries it has.
+
+    Options: those of `Prompted`; `score=objectness` uses the network's class-agnostic score and takes no prompt.
     """
 
     name = "owlv2"
@@ -102,19 +116,22 @@ class Owlv2(Prompted):
         super().__init__(spec, context)
         self.texts: dict[str, Tensor] = {}
         if self.options["score"] == "objectness" and self.options["prompt"]:
-            raise L2R2Error(f'The localizer "{spec}" scores by objectness, which no prompt changes; leave one of both out.')
+            raise L2R2Error(f'The localizer "{spec}" scores by objectness, which ignores the prompt; use one or the other.')
 
     @property
     def lacks_prompt(self) -> bool:
+        """Whether scoring by prompt lacks a prompt."""
         return self.options["score"] == "prompt" and super().lacks_prompt
 
     def find(self, images: list[Image], names: Any, prompts: Sequence[str] | None) -> list[Detections]:
+        """Search by prompt, or for anything with a high objectness."""
         if self.options["score"] == "prompt":
             return super().find(images, names, prompts)
         return [found for (found,) in self.search(images, [[]] * len(images))]
 
     @torch.inference_mode()
     def search(self, images: list[Image], queries: list[list[tuple[str, ...]]]) -> list[list[Detections]]:
+        """Detect on one encoding of each image; queries are `[B][Q]`, none with `score=objectness`."""
         model = self.network.model
         pixels = self.network.processor(images=images, return_tensors="pt")["pixel_values"]
         grid, _ = model.image_embedder(pixels.to(self.context.device, model.dtype))  # [B, h, w, D]
@@ -136,12 +153,13 @@ class Owlv2(Prompted):
 
     @torch.inference_mode()
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """The direction of one query `[D]`: the mean of its prompts' normalized text embeddings, normalized again."""
+        """Embed one query as `[D]`: the normalized mean of its prompts' normalized text embeddings."""
         for prompt in (p for p in prompts if p not in self.texts):
             tokens = self.network.processor.tokenizer([prompt], padding="max_length", return_tensors="pt")
             longest = self.network.model.config.text_config.max_position_embeddings
             if tokens["input_ids"].shape[1] > longest:
-                raise L2R2Error(f'The prompt "{prompt}" has {tokens["input_ids"].shape[1]} tokens; OWLv2 reads {longest}.')
+                count = tokens["input_ids"].shape[1]
+                raise L2R2Error(f'The prompt "{prompt}" has {count} tokens; OWLv2 takes at most {longest}, so shorten it.')
             encoded = self.network.model.owlv2.get_text_features(**tokens.to(self.context.device))
             self.texts[prompt] = normalize(encoded.pooler_output[0].float(), dim=-1)
         return normalize(torch.stack([self.texts[p] for p in prompts]).mean(0), dim=-1)
@@ -150,8 +168,8 @@ class Owlv2(Prompted):
 class GroundingDino(Prompted):
     """Grounding DINO (Liu et al. 2023) and MM-Grounding-DINO (Zhao et al. 2024).
 
-    Text and image meet early, so each query is a pass of its own. Only images of one size share a batch: padding would
-    change what the network says of the smaller ones.
+    Text and image features are fused early, so each query takes its own forward pass. Only images of the same size share a
+    batch: padding would change the predictions for the smaller ones.
     """
 
     name = "grounding-dino"
@@ -160,15 +178,16 @@ class GroundingDino(Prompted):
 
     @torch.inference_mode()
     def search(self, images: list[Image], queries: list[list[tuple[str, ...]]]) -> list[list[Detections]]:
+        """Detect with one forward pass per query and image, batched by image size."""
         found: dict[tuple[int, int], Detections] = {}
         by_size: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for i, of_image in enumerate(queries):
             by_size.setdefault(images[i].size, []).extend((i, j) for j in range(len(of_image)))
         for same in by_size.values():
-            for start in range(0, len(same), len(images)):  # no batch is larger than the one asked for
+            for start in range(0, len(same), len(images)):  # no larger than the caller's batch
                 part = same[start : start + len(images)]
-                asked = [queries[i][j] for i, j in part]
-                found.update(zip(part, self._pass([images[i] for i, _ in part], asked)))
+                of_part = [queries[i][j] for i, j in part]
+                found.update(zip(part, self._pass([images[i] for i, _ in part], of_part)))
         return [[found[i, j] for j in range(len(of_image))] for i, of_image in enumerate(queries)]
 
     def _pass(self, images: list[Image], queries: Sequence[tuple[str, ...]]) -> list[Detections]:
@@ -191,15 +210,15 @@ class GroundingDino(Prompted):
         if inputs["input_ids"].shape[1] > longest:
             raise L2R2Error(
                 f'The prompts "{max(text, key=len)[:80]}" have {inputs["input_ids"].shape[1]} tokens; '
-                f"{self.name} reads {longest}."
+                f"{self.name} takes at most {longest}, so shorten them."
             )
 
 
 def _labels(scores: Tensor, tokens: Tensor, tokenizer: Any, query: tuple[str, ...]) -> list[str]:
-    """For each box the prompt whose words have its highest score; "" where the text does not split at its full stops.
+    """For each box, the prompt with the highest token score; "" if the tokens cannot be assigned to prompts.
 
     Args:
-        scores: `[boxes, T]`, T at least the number of tokens.
+        scores: `[boxes, T]`, with T at least the number of tokens.
         tokens: `[tokens]` ids of "a. b.".
     """
     if len(query) == 1:

@@ -13,14 +13,27 @@ from ..errors import L2R2Error
 
 
 def largest_region(mask: Tensor, weight: Tensor) -> Tensor:
-    """The 4-connected region of a mask `[h, w]` that holds the most of `weight`; nothing of an empty mask."""
+    """Select the 4-connected region of a mask with the largest total weight.
+
+    Args:
+        mask: `[h, w]` bool.
+        weight: `[h, w]`.
+
+    Returns:
+        `[h, w]` bool; empty if the mask is.
+    """
     regions = label_regions(mask)
     sums = torch.zeros(int(regions.max()) + 1, dtype=torch.double).index_add_(0, regions.flatten(), weight.double().flatten())
-    sums[0] = -1.0  # what is not in the mask
+    sums[0] = -1.0  # the region outside the mask
     return (regions == int(sums.argmax())) & mask
 
 
 def label_regions(mask: Tensor) -> Tensor:
+    """Number the 4-connected regions of a mask: `[h, w]` int64, 0 outside the mask.
+
+    Raises:
+        L2R2Error: when scipy is missing.
+    """
     try:
         from scipy.ndimage import label
     except ImportError as error:
@@ -29,7 +42,16 @@ def label_regions(mask: Tensor) -> Tensor:
 
 
 def inside_view(view: ViewMap, image: Image, grid: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Rows and columns of a grid over the view whose middles show the image and not its padding; at least one of each."""
+    """Find the cells of a grid over the view whose centers show the image and not its padding.
+
+    Args:
+        view: the mapping between image and view.
+        image: the image.
+        grid: `(rows, columns)`.
+
+    Returns:
+        `(start, end)` of the rows and of the columns; at least one of each.
+    """
     x0, y0, x1, y1 = view.boxes_to_view(torch.tensor([0.0, 0, image.width, image.height])).tolist()
 
     def cells(start: float, end: float, side: int, count: int) -> tuple[int, int]:
@@ -41,7 +63,18 @@ def inside_view(view: ViewMap, image: Image, grid: Sequence[int]) -> tuple[tuple
 
 
 def box_of(mask: Tensor, offset: tuple[int, int], grid: Sequence[int], view: ViewMap, image: Image) -> Detections:
-    """The box around a mask that lies at `offset` (row, column) in a grid over the view."""
+    """Compute the box around a mask on a grid over the view.
+
+    Args:
+        mask: `[h, w]` bool, a window of the grid.
+        offset: `(row, column)` of the window in the grid.
+        grid: `(rows, columns)`.
+        view: the mapping between image and view.
+        image: the image.
+
+    Returns:
+        One box in pixels of the image with score 1; none for an empty mask.
+    """
     found = Detections.from_mask(mask)
     if not len(found):
         return Detections.from_lists([], (image.height, image.width))
@@ -51,6 +84,6 @@ def box_of(mask: Tensor, offset: tuple[int, int], grid: Sequence[int], view: Vie
 
 
 def one_box(box: Tensor, score: float, image: Image) -> Detections:
-    """A box `[4]` in pixels of the image, clipped to it; none where nothing of it is inside."""
+    """Make `Detections` of one box `[4]` in pixels, clipped to the image; empty if it lies outside."""
     found = Detections(box[None].float().cpu(), torch.tensor([score]), (image.height, image.width))
     return found.usable().clipped()

@@ -1,5 +1,7 @@
-"""Localizing without knowing the class: the full branch's best classes are the prompts (METHOD.md 6 `topk_prompts`, L2R2's
-"No GT" on Hard ImageNet)."""
+"""Localizing without knowing the class: the top-k classes of the full branch are the prompts.
+
+Source: L2R2 on Hard ImageNet without ground truth; formulas in `docs/method.md`, section 6, `topk_prompts`.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,14 @@ from .segment import Masked
 
 @dataclass(frozen=True)
 class Candidates:
-    """What was found for the k best classes of each of B images.
+    """One candidate for each of the top-k classes of B images.
 
     Attributes:
-        classes: `[B, k]` int64, the full branch's best first.
-        scores: `[B, k]` mean of the class's logit in full, in fg on the crop found for it, and in bg where the model has it.
-        boxes: `[B, k, 4]` pixels of the image, NaN where nothing was found: fg saw the whole image then.
-        box_scores: `[B, k]`, the localizer's.
-        branches: logits `[B, k, classes]` of fg (and bg), `[B, classes]` of full.
+        classes: `[B, k]` int64, in the order in which the full branch ranks them.
+        scores: `[B, k]` mean of the class's logits: full, fg on the crop found for the class, and bg if the model has it.
+        boxes: `[B, k, 4]` xyxy pixels of the image; NaN if nothing was found, and fg saw the whole image.
+        box_scores: `[B, k]` scores of the localizer; 0 if nothing was found.
+        branches: logits by branch, `[B, k, classes]` for fg (and bg), `[B, classes]` for full.
     """
 
     classes: Tensor
@@ -39,13 +41,15 @@ class Candidates:
 
 
 def check_promptable(localizer: Localizer, model: L2R2) -> Prompted:
-    """Raises:
-    L2R2Error: the localizer takes no prompts, or the model lacks full or fg.
+    """Check that a localizer and a model can be used for top-k prompts.
+
+    Raises:
+        L2R2Error: when the localizer takes no prompts or adds masks, or the model lacks the branch full or fg.
     """
     if isinstance(localizer, Masked) or not isinstance(localizer, Prompted):
-        raise L2R2Error(f"top-k prompts need a localizer that is told what to look for, without masks; not {localizer.spec}.")
+        raise L2R2Error(f"Top-k prompts need a localizer that takes prompts and adds no masks, e.g. owlv2; got {localizer.spec}.")
     if not {"full", "fg"} <= set(model.branches):
-        raise L2R2Error(f"top-k prompts need the branches full and fg; this model has {', '.join(model.branches)}.")
+        raise L2R2Error(f"Top-k prompts need the branches full and fg; this model has {', '.join(model.branches)}.")
     return localizer
 
 
@@ -53,19 +57,22 @@ def check_promptable(localizer: Localizer, model: L2R2) -> Prompted:
 def topk_prompts(
     model: L2R2, labels: Sequence[str], localizer: Prompted, images: Sequence[Image], k: int, box_threshold: float = 0.0
 ) -> Candidates:
-    """The candidates of each image; the one with the best score wins.
+    """Find and score one candidate per class that the full branch ranks highest; the best-scoring candidate wins.
 
     Args:
-        model: in eval mode.
-        labels: of its classes; `_` is read as a space in the prompt.
-        localizer: see `check_promptable`.
-        images: upright RGB.
-        k: how many classes are looked for, at most all.
+        model: in eval mode, with the branches full and fg.
+        labels: class names; `_` becomes a space in the prompt.
+        localizer: a prompted localizer, see `check_promptable`.
+        images: B upright RGB images.
+        k: number of classes to look for, at most all.
         box_threshold: boxes with a lower score count as not found.
+
+    Returns:
+        The candidates, k per image.
     """
     device, spec = next(model.parameters()).device, model.view_spec
-    whole = make_views(images, None, spec, branches=("full",), device=device).full
-    full = model.forward_branches(full=whole)["full"]
+    full_view = make_views(images, None, spec, branches=("full",), device=device).full
+    full = model.forward_branches(full=full_view)["full"]
     classes = full.topk(min(k, len(labels))).indices  # [B, k]
     count = classes.shape[1]
     prompts = [[labels[c].replace("_", " ") for c in row] for row in classes.tolist()]
@@ -76,13 +83,17 @@ def topk_prompts(
     views = make_views(images, boxes, spec, branches=others, image_index=index, device=device)
     logits = model.forward_views(**views.inputs()).branches()
     branches = {b: z.unflatten(0, (-1, count)) for b, z in logits.items()}  # [B, k, classes]
-    said = [full.gather(1, classes), *(z.gather(2, classes[..., None])[..., 0] for z in branches.values())]
+    class_logits = [full.gather(1, classes), *(z.gather(2, classes[..., None])[..., 0] for z in branches.values())]
     shape = (len(images), count)
     return Candidates(
-        classes, torch.stack(said).mean(0), boxes.reshape(*shape, 4), box_scores.reshape(shape), {"full": full, **branches}
+        classes,
+        torch.stack(class_logits).mean(0),
+        boxes.reshape(*shape, 4),
+        box_scores.reshape(shape),
+        {"full": full, **branches},
     )
 
 
 def _best(found: Detections, threshold: float) -> tuple[Tensor, float]:
-    sure = found.above(threshold).usable()
-    return (sure.boxes[0], float(sure.scores[0])) if len(sure) else (torch.full((4,), float("nan")), 0.0)
+    usable = found.above(threshold).usable()
+    return (usable.boxes[0], float(usable.scores[0])) if len(usable) else (torch.full((4,), float("nan")), 0.0)

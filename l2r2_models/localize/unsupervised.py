@@ -1,5 +1,8 @@
-"""Boxes without a detector, from what a classifier's own network knows (METHOD.md 6): a normalized cut of its patch features,
-the class activation map of its full branch, the parts of an ifam model. None of them gives a confidence: every score is 1."""
+"""Boxes without a detector, from a classifier's own network (`docs/method.md`, section 6).
+
+A normalized cut of its patch features, or the class activation map of its full branch. Neither gives a confidence: every score
+is 1.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +27,21 @@ from .base import Context, Localizer, LocalizerSpec, Option, number, whole
 from .model_based import ModelLocalizer
 from .regions import box_of, inside_view, label_regions, largest_region
 
-MAX_STRIDE = 16  # of the feature map that is cut: the last one of a pyramid is too coarse to find a small object in
+MAX_STRIDE = 16  # of the feature map that is cut; the last map of a CNN is too coarse for small objects
 
 
 class NormalizedCut(ModelLocalizer):
-    """TokenCut (Wang et al., CVPR 2022), from its description: patches that look alike are joined, the graph is cut in two,
-    the part with the most extreme patch is the object, its connected region around that patch gives the box.
+    """TokenCut: a normalized cut of the similarity graph of patch features.
 
-    Source: a run, a Hub id, or `timm:NAME.TAG` (`timm:vit_small_patch16_224.dino` is what the paper takes; without `timm:` too,
-    where no folder is called so). A ViT is cut by the keys of its last attention, as in the paper; other networks by their last
-    feature map of stride 16 or less, less its mean (this project's).
+    Patches whose features are similar are connected, and the graph is cut in two. The side with the most extreme patch is the
+    object; its connected region around that patch gives the box. Implemented from the description in Wang et al. (CVPR 2022).
 
-    Options: `tau` (cosine similarity above which patches are joined), `size` (side of the view, default the model's; a ViT's
-    position embeddings are resampled to it).
+    The source is a run, a Hub id, or `timm:NAME.TAG`; the paper uses `timm:vit_small_patch16_224.dino`. The prefix `timm:` may
+    be left out if there is no folder of that name. A ViT is cut by the keys of its last attention layer, as in the paper; other
+    networks by their last feature map of stride 16 or less, with its mean subtracted (an addition of this project).
+
+    Options: `tau` (cosine similarity above which patches are connected), `size` (side of the view in pixels, by default the
+    model's; the position embeddings of a ViT are resampled to it).
     """
 
     name = "ncut"
@@ -64,17 +69,19 @@ class NormalizedCut(ModelLocalizer):
         name = spec.source.removeprefix("timm:")
         try:
             backbone: Any = create_pretrained(name, num_classes=0)
-        except Exception as error:  # timm, the hub and torch each have their own
-            raise L2R2Error(f"{name}: timm cannot load it ({' '.join(str(error).split())[:200]}).") from error
+        except Exception as error:  # timm, huggingface_hub and torch each raise their own
+            raise L2R2Error(f"{name}: timm cannot load this model ({' '.join(str(error).split())[:200]}).") from error
         views = ViewSpec.from_pretrained_cfg(backbone.pretrained_cfg)
         self.model = SimpleNamespace(backbone=backbone.to(context.device).eval(), view_spec=views)  # type: ignore[assignment]
 
     @property
     def weights(self) -> str | None:
+        """Digest of the checkpoint; None for a model of timm, whose name says which weights it has."""
         return None if self.spec.source.startswith("timm:") else super().weights
 
     @torch.inference_mode()
     def find(self, images: list[Image], names: Any, prompts: Any) -> list[Detections]:
+        """Cut the patch features of each image; at most one box per image."""
         views, maps = self.full_views(images, self.options["size"])
         features = _finite(patch_features(self.model.backbone, views))  # [B, C, h, w]
         found = []
@@ -86,20 +93,21 @@ class NormalizedCut(ModelLocalizer):
 
 
 class ActivationMap(ModelLocalizer):
-    """Grad-CAM (Selvaraju et al., ICCV 2017) of the most probable class of the full branch; the region above a level that
-    holds the most of it gives the box.
+    """Grad-CAM of the most probable class of the full branch (Selvaraju et al., ICCV 2017).
 
-    A network that pools by the mean is looked at in its last feature map, a ViT with a class token before its last attention.
+    Of the regions in which the map exceeds a level, the one with the largest sum gives the box. The map is that of the last
+    feature map for networks with average pooling, and of the input to the last attention layer for a ViT with a class token.
 
-    Options: `level`: `otsu`, or a part of the map's maximum.
+    Options: `level` (`otsu`, or a share of the map's maximum).
     """
 
     name = "cam"
     known_options: ClassVar = {
-        "level": Option(lambda text: text if text == "otsu" else number(0, 1)(text), "otsu", "otsu or a part between 0 and 1")
+        "level": Option(lambda text: text if text == "otsu" else number(0, 1)(text), "otsu", "otsu or a number between 0 and 1")
     }
 
     def find(self, images: list[Image], names: Any, prompts: Any) -> list[Detections]:
+        """Threshold the activation map of each image; at most one box per image."""
         views, maps = self.full_views(images)
         size = views.shape[-1]
         cams = _finite(activation_map(self.model, views))[:, None]
@@ -115,30 +123,39 @@ class ActivationMap(ModelLocalizer):
 
 @torch.no_grad()
 def _for_views(backbone: Any, views: Tensor, name: str) -> Any:
-    """The backbone, or a copy of it, that takes such views `[1, C, S, S]`.
+    """The backbone, or a resized copy of it, that takes views like `[1, C, S, S]`.
 
     Raises:
-        L2R2Error: it takes none of that size.
+        L2R2Error: when the backbone does not take that size.
     """
     try:
         if hasattr(backbone, "set_input_size"):
-            backbone = copy.deepcopy(backbone)  # whoever else holds the network keeps its size
+            backbone = copy.deepcopy(backbone)  # the original may be in use elsewhere
             backbone.set_input_size(tuple(views.shape[-2:]))
         patch_features(backbone, views)
     except (AssertionError, RuntimeError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
-        raise L2R2Error(f"{name}: this network takes no views of {views.shape[-1]} pixels ({why}).") from error
+        raise L2R2Error(f"{name}: this network does not take views of {views.shape[-1]} pixels ({why}).") from error
     return backbone
 
 
 def _finite(values: Tensor) -> Tensor:
     if not bool(values.isfinite().all()):
-        raise L2R2Error("the network gives numbers that are not finite; its training has diverged.")
+        raise L2R2Error("The network's features are not finite; its training has diverged.")
     return values
 
 
 def patch_features(backbone: Any, views: Tensor) -> Tensor:
-    """`[B, C, h, w]`: keys of a ViT's last attention, else the last feature map of stride 16 or less minus its mean."""
+    """Compute the features that are cut.
+
+    Args:
+        backbone: a timm model.
+        views: `[B, C, S, S]`.
+
+    Returns:
+        `[B, D, h, w]`: the keys of a ViT's last attention layer; for other networks, the last feature map of stride 16 or less
+        minus its mean.
+    """
     attention: Any = getattr(backbone.blocks[-1], "attn", None) if hasattr(backbone, "blocks") else None
     if hasattr(backbone, "num_prefix_tokens") and hasattr(attention, "qkv"):
         seen: list[Tensor] = []
@@ -147,7 +164,7 @@ def patch_features(backbone: Any, views: Tensor) -> Tensor:
             backbone.forward_features(views)
         finally:
             handle.remove()
-        if seen:  # some networks (EVA) take the weights of the layer without calling it
+        if seen:  # some networks (EVA) use the weights of the layer without calling it
             return feature_map(backbone, seen[0].chunk(3, -1)[1], views)
     info = list(backbone.feature_info.info if hasattr(backbone.feature_info, "info") else backbone.feature_info)
     level = max((i for i, f in enumerate(info) if f["reduction"] <= MAX_STRIDE), default=len(info) - 1)
@@ -156,7 +173,15 @@ def patch_features(backbone: Any, views: Tensor) -> Tensor:
 
 
 def normalized_cut(features: Tensor, tau: float) -> Tensor:
-    """Features `[C, h, w]` of one image -> `[h, w]` bool, its object."""
+    """Segment the object by a normalized cut of the patch graph.
+
+    Args:
+        features: `[C, h, w]` of one image.
+        tau: cosine similarity above which two patches are connected.
+
+    Returns:
+        `[h, w]` bool, True on the object.
+    """
     height, width = features.shape[1:]
     nodes = normalize(features.flatten(1).T.double(), dim=1)
     joined = torch.where(nodes @ nodes.T > tau, 1.0, 1e-5).double()
@@ -171,7 +196,15 @@ def normalized_cut(features: Tensor, tau: float) -> Tensor:
 
 
 def activation_map(model: Any, views: Tensor) -> Tensor:
-    """Grad-CAM `[B, h, w]` of the first branch's most probable class, for views `[B, C, S, S]`; not below 0."""
+    """Compute Grad-CAM for the most probable class of the model's first branch.
+
+    Args:
+        model: an `L2R2` in eval mode.
+        views: `[B, C, S, S]`.
+
+    Returns:
+        `[B, h, w]`, at least 0.
+    """
     branch = model.branches[0]
     backbone, seen = model.backbone_of(branch), []
 
@@ -181,8 +214,8 @@ def activation_map(model: Any, views: Tensor) -> Tensor:
 
     by_token = getattr(backbone, "global_pool", "") == "token" and hasattr(backbone, "blocks")
     with torch.inference_mode(False), torch.enable_grad():
-        x = views.clone()  # a tensor of inference mode has no gradients
-        if by_token:  # after the last block the patches no longer reach the class token
+        x = views.clone()  # a tensor made in inference mode has no gradients
+        if by_token:  # after the last attention, patches no longer reach the class token
             handle = backbone.blocks[-1].norm1.register_forward_hook(keep)
             try:
                 pooled = backbone(x)
@@ -197,7 +230,7 @@ def activation_map(model: Any, views: Tensor) -> Tensor:
 
 
 def otsu(values: Tensor, bins: int = 256) -> float:
-    """The level that splits values into two classes of least variance within each (Otsu 1979)."""
+    """Compute the threshold that minimizes the variance within the two classes it separates (Otsu 1979)."""
     low, high = float(values.min()), float(values.max())
     if low == high:
         return low

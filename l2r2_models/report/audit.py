@@ -1,4 +1,4 @@
-"""The HTML page of an audit, from the building blocks of `report`."""
+"""The HTML report of an audit (`l2r2 audit --report`)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ..audit.metrics import Estimate
 from ..audit.perturbations import L2_LEVELS, STD_LEVELS, Donors, plan
 from ..audit.samples import Subjects
 from .figures import bars_by_group
-from .html import Picture, Section, gallery, percent, table, write_page
+from .html import Cell, Picture, Section, gallery, percent, table, write_page
 
-# figure -> what it is called, in the order of the table
+# metric -> its title, in the order of the table
 MEASURES = {
     "accuracy": "accuracy",
     "mixed_same": "Mixed-Same",
@@ -36,7 +36,7 @@ MEASURES = {
 }
 BARS = ("accuracy", "mixed_same", "mixed_rand", "mixed_next", "fg_only", "bg_only_mask", "bg_only_box", "tiled")
 SHOWN = {
-    "original": "the image itself",
+    "original": "unchanged",
     "mixed_same": "Mixed-Same",
     "mixed_rand_0": "Mixed-Rand",
     "fg_only": "fg only",
@@ -46,48 +46,61 @@ SHOWN = {
     "noise_bg_90": "noise on the background (90)",
 }
 EXAMPLES = 3  # images whose changes are shown
-WHAT_THEY_ARE = (
-    "Mixed-Same, Mixed-Rand, Mixed-Next: the object on the object-free background of another image of its own class, of a random "
-    "class, of the next class. BG-Gap = Mixed-Same - Mixed-Rand: what hangs on the class of the background. Challenge: right on "
-    "the background of every other image; sampled: on every random background that was drawn for the object, an upper bound.",
-    "fg only: the background is painted over with the mean color. bg only: the object's mask, or its box, is painted over. "
-    "Tiled: the object's box is filled from its surroundings. Who is right without an object answers by the background.",
-    "RFS and iRFS: noise on the object against noise on the background, from -1 (only the background matters) to 1 (only the "
-    "object does); iRFS by the probability of each image's true class.",
-    "In small print: 95 % confidence intervals over images. Every image keeps its box: what a localizer would find in the "
-    "changed image is not part of this audit.",
+ABOUT_METRICS = (
+    "Mixed-Same, Mixed-Rand and Mixed-Next: the object on the object-free background of another image of its own class, of a "
+    "random class, or of the next class. BG-Gap: Mixed-Same minus Mixed-Rand, the part of the loss that is due to the class of "
+    "the background. Challenge: correct on the background of every other image; sampled: correct on all random backgrounds "
+    "that were drawn for the object, which is an upper bound.\n"
+    "fg only: the background is replaced by the mean color. bg only: the object's mask, or its box, is replaced. Tiled: the "
+    "object's box is filled from its surroundings. A high accuracy without the object means that the model recognizes the "
+    "background.\n"
+    "RFS and iRFS compare noise on the object with noise on the background, from -1 (only the background matters) to 1 (only the "
+    "object matters); iRFS is computed from the probability of the true class of each image.\n"
+    "In small print: 95 % confidence intervals over images. Every image keeps its box; what a localizer would find in the "
+    "changed image is not part of this audit."
+)
+ABOUT_NOISE = (
+    "Gaussian noise is added to the object or to the background. A model that relies on the object loses more with noise on the "
+    "object.\n"
+    "Equal standard deviation: every pixel gets the same noise. Equal L2 norm: object and background get the same amount of "
+    "noise in total, however large they are; the level is its root mean square over the whole image. Levels are on a scale of 0 "
+    "to 255."
 )
 
 
 def write_report(path: Path, run: AuditRun) -> None:
-    """Write the page.
+    """Write the report of an audit.
 
     Args:
-        path: the file.
+        path: the HTML file.
         run: an audit, with the images that it was computed from.
 
     Raises:
-        L2R2Error: not writable, or matplotlib is missing.
+        L2R2Error: when the file cannot be written, or matplotlib is missing.
     """
     audit = run.result
     counts = f"{audit.images} images of {audit.split}, {audit.classes} classes, seed {audit.settings['seed']}."
     others = list(audit.verdicts.values())[:-1]
+    text = "\n".join((counts, *others))
     sections = [
-        Section(
-            "Accuracy when the image is changed", "\n".join((counts, *others, *WHAT_THEY_ARE)), [_measures(audit), _bars(audit)]
-        ),
-        Section("Noise", "Accuracy in % with noise on the object and on the background, by level.", _noise(audit)),
+        Section("Accuracy when the image is changed", text, [_bars(audit), _measures(audit)], ABOUT_METRICS),
+        Section("Noise", "Accuracy with noise on the object and on the background, by level.", _noise(audit), ABOUT_NOISE),
     ]
     if audit.groups:
         sections.append(Section(f"Accuracy by {audit.groups}", "", [_groups(audit)]))
     pictures = _examples(audit, run.subjects, run.answers, run.size)
-    text = "Images that were right and are wrong on another background come first. p: probability of the true class."
-    sections.append(Section("What the model was shown", text, [gallery(pictures, len(pictures))]))
+    text = "Images that become wrong on another background come first; p is the probability of the true class."
+    sections.append(Section("Examples", text, [gallery(pictures, len(pictures))]))
     write_page(path, f"Background audit of {audit.model}", audit.verdict, sections, audit.warnings)
 
 
 def cell(figure: Estimate | None, name: str) -> Markup:
-    """A figure with its interval: in % where it is a share, else as it is."""
+    """Format an estimate with its interval, in percent unless it is a sensitivity.
+
+    Args:
+        figure: the estimate; None gives an empty cell.
+        name: name of the metric.
+    """
     if figure is None:
         return Markup("")
     if name.startswith(("rfs", "irfs")):
@@ -96,9 +109,10 @@ def cell(figure: Estimate | None, name: str) -> Markup:
 
 
 def _measures(audit: Audit) -> Markup:
-    names = [n for n in MEASURES if any(n in figures for figures in audit.answers.values())]
-    rows = [[answer, *(cell(figures.get(n), n) for n in names)] for answer, figures in audit.answers.items()]
-    return table(["in %, RFS from -1 to 1", *(MEASURES[n] for n in names)], rows, strong=[len(rows) - 1])
+    """One row per metric, so that the table stays narrow."""
+    names = [n for n in MEASURES if any(n in estimates for estimates in audit.answers.values())]
+    rows = [[MEASURES[n], *(cell(estimates.get(n), n) for estimates in audit.answers.values())] for n in names]
+    return table(["", *audit.answers], rows, caption="in %; RFS and iRFS from -1 to 1")
 
 
 def _bars(audit: Audit) -> Markup:
@@ -110,16 +124,16 @@ def _bars(audit: Audit) -> Markup:
 
 def _noise(audit: Audit) -> list[Markup]:
     blocks = []
-    kinds = (("", STD_LEVELS, "standard deviation of 255"), ("l2_", L2_LEVELS, "same L2 norm; root mean square of 255"))
+    kinds = (("", STD_LEVELS, "equal standard deviation"), ("l2_", L2_LEVELS, "equal L2 norm"))
     for kind, levels, caption in kinds:
-        rows = []
+        rows: list[list[Cell]] = []
         for answer, figures in audit.answers.items():
-            for where, words in (("fg", "on the object"), ("bg", "on the background")):
+            for where, words in (("fg", "noise on object"), ("bg", "noise on background")):
                 names = [f"noise_{kind}{where}_{level}" for level in levels]
                 rows.append([f"{answer}: {words}", *(cell(figures.get(n), n) for n in names)])
             names = [f"rfs_{kind}{level}" for level in levels]
             rows.append([f"{answer}: RFS", *(cell(figures.get(n), n) for n in names)])
-        blocks.append(table([caption, *map(str, levels)], rows))
+        blocks.append(table(["level", *map(str, levels)], rows, caption=f"{caption}; in %, RFS from -1 to 1"))
     return blocks
 
 
@@ -134,7 +148,7 @@ def _groups(audit: Audit) -> Markup:
 
 
 def _examples(audit: Audit, subjects: Subjects, answers: Answers, grain: int) -> list[Picture]:
-    """Changed images of a few subjects: those first that the model's own answer gets right and then wrong on Mixed-Rand."""
+    """Changed images of a few subjects, first those whose own prediction becomes wrong on Mixed-Rand."""
     right, _ = answers.of(answers.names[-1])
     fooled = right["original"] - right.get("mixed_rand_0", right["original"]).nan_to_num(nan=0.0)
     order = torch.argsort(fooled, descending=True, stable=True).tolist()
@@ -150,13 +164,13 @@ def _examples(audit: Audit, subjects: Subjects, answers: Answers, grain: int) ->
         made = {names[place]: pixels for place, pixels in islice(changed, len(names)) if names[place] in SHOWN}
         for name, words in SHOWN.items():
             if name in made:
-                said = _said(answers, i, names.index(name))
+                predictions = _predictions(answers, i, names.index(name))
                 box = subject.boxes[0].tolist() if name == "original" else None
                 title = f"{subjects.labels[i]}: {words}"
-                pictures.append(Picture(Image.fromarray(made[name].numpy()), title, box, said, subjects.keys[i]))
+                pictures.append(Picture(Image.fromarray(made[name].numpy()), title, box, predictions, subjects.keys[i]))
     return pictures
 
 
-def _said(answers: Answers, row: int, place: int) -> list[tuple[str, str, bool | None]]:
+def _predictions(answers: Answers, row: int, place: int) -> list[tuple[str, str, bool | None]]:
     values: Tensor = answers.values[row, :, place]
     return [(name, f"p = {p:.2f}", bool(right)) for name, (right, p) in zip(answers.names, values.tolist())]

@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG inside the page, in the page's own text color."""
+"""Figures of a report, as inline SVG in the text color of the page."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from ..fusion.calibration import expected_calibration_error
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK = "#0a0b0d"  # stands for the page's text color, whatever that is
-COLORS = ("#e69f00", "#0086c9", "#00a37a", "#d55e00", "#cc79a7", "#8c8c8c")  # for color-blind eyes too, on white and black
+INK = "#0a0b0d"  # placeholder for the text color of the page
+COLORS = ("#e69f00", "#0086c9", "#00a37a", "#d55e00", "#cc79a7", "#8c8c8c")  # safe for color-blind readers, on white and black
 STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-    "svg.fonttype": "none",  # text stays text: it can be searched, and the browser has every script
+    "svg.fonttype": "none",  # text stays searchable, and the browser's fonts cover every script
     "text.parse_math": False,
     "font.family": "sans-serif",
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
 MOST_GROUPS, MOST_CLASSES = 40, 40
+DENSE = 20  # classes above which the confusion table is set smaller, to fit the page
 
 
 def bars_by_group(
@@ -38,14 +39,17 @@ def bars_by_group(
     *,
     title: str = "accuracy in %",
 ) -> Markup:
-    """Horizontal bars: one block a group, one bar a series, with confidence intervals where they are given.
+    """Draw horizontal bars, one block per group and one bar per series, with confidence intervals if given.
+
+    Of more than 40 groups, the 40 in which the last series is worst are shown.
 
     Args:
         values: shares of 1 by series and group; every series has the same groups.
         intervals: `(low, high)` by series and group.
-        title: what the axis shows.
+        title: label of the axis.
 
-    More than 40 groups: the 40 in which the last series is worst.
+    Raises:
+        L2R2Error: when matplotlib is missing.
     """
     last = list(values.values())[-1]
     groups = sorted(last, key=lambda g: last[g])[:MOST_GROUPS]
@@ -75,9 +79,16 @@ def bars_by_group(
 
 
 def reliability_diagram(logits: Mapping[str, Tensor], labels: Tensor) -> Markup:
-    """One panel a set of logits `[N, classes]`: how often answers of a confidence are right, and how many answers have it.
+    """Draw a reliability diagram per output: accuracy by confidence, and the share of images per bin.
 
-    Bars under the diagonal: surer than it should be. Bins as in `expected_calibration_error`.
+    Bars below the diagonal are overconfident. The bins are those of `expected_calibration_error`.
+
+    Args:
+        logits: `[N, classes]` by output.
+        labels: `[N]` class indices.
+
+    Raises:
+        L2R2Error: when matplotlib is missing.
     """
     with _figure(2.7 * len(logits) + 0.3, 3.2) as figure:
         grid = figure.subplots(2, len(logits), squeeze=False, sharex=True, height_ratios=(4, 1))
@@ -93,7 +104,7 @@ def reliability_diagram(logits: Mapping[str, Tensor], labels: Tensor) -> Markup:
             below.bar(left, [100 * n / max(len(labels), 1) for n in rows], width * 0.92, align="edge", color=COLORS[-1])
             below.set_xlim(0, 100)
             below.set_xlabel("confidence in %")
-        grid[0][0].set_ylabel("right in %")
+        grid[0][0].set_ylabel("accuracy in %")
         grid[1][0].set_ylabel("images\nin %")
         figure.align_ylabels()
         figure.tight_layout()
@@ -101,10 +112,15 @@ def reliability_diagram(logits: Mapping[str, Tensor], labels: Tensor) -> Markup:
 
 
 def confusion(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> Markup:
-    """What was answered (columns) for what it was (rows), in images: a table up to 40 classes, above that a picture.
+    """Make a confusion matrix of true (rows) and predicted classes (columns): a table up to 40 classes, else a figure.
 
     Args:
-        logits: `[N, classes]`, labels: `[N]`, classes: their names. Only classes that occur or are answered are shown.
+        logits: `[N, classes]`.
+        labels: `[N]` class indices.
+        classes: class names; those that neither occur nor are predicted are left out.
+
+    Raises:
+        L2R2Error: when matplotlib is missing.
     """
     counts = confusion_matrix(logits.argmax(-1), labels, len(classes))
     shown = ((counts.sum(0) + counts.sum(1)) > 0).nonzero()[:, 0]
@@ -120,9 +136,9 @@ def confusion(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> Markup:
             for n, part, color in zip(row, share[i], colors)
         )
         lines.append(Markup("<tr><th scope=row>{}</th>{}</tr>").format(name, cells))
-    head = Markup("").join(Markup("<th scope=col>{}</th>").format(name) for name in ("truth ↓ answer →", *names))
-    form = Markup('<div class="scroll"><table class="matrix"><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>')
-    return form.format(head, Markup("\n").join(lines))
+    head = Markup("").join(Markup("<th scope=col>{}</th>").format(name) for name in ("true ↓ predicted →", *names))
+    form = Markup('<div class="scroll"><table class="{}"><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>')
+    return form.format("matrix dense" if len(names) > DENSE else "matrix", head, Markup("\n").join(lines))
 
 
 def _confusion_picture(counts: Tensor) -> Markup:
@@ -130,22 +146,22 @@ def _confusion_picture(counts: Tensor) -> Markup:
         axes = figure.subplots()
         shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
         picture = axes.imshow(100 * shares.numpy(), cmap="cividis", vmin=0, vmax=100, interpolation="nearest")
-        axes.set_xlabel("answer (class number)")
-        axes.set_ylabel("truth (class number)")
+        axes.set_xlabel("predicted class (index)")
+        axes.set_ylabel("true class (index)")
         figure.colorbar(picture, label="% of the class's images")
         return _svg(figure, f"confusion of {len(counts)} classes")
 
 
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[Figure]:
-    """A figure in inches, outside of pyplot: nothing of the caller's own plots is touched but for the time of drawing."""
+    """A figure, sized in inches, without pyplot, so that the caller's own plots are not affected."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
         raise L2R2Error('A report needs more packages: pip install "l2r2-models[train]".') from error
     with rc_context(STYLE), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # matplotlib's font lacks a glyph; the browser's does not
+        warnings.simplefilter("ignore", UserWarning)  # glyphs missing in matplotlib's font are drawn by the browser's
         yield Figure(figsize=(width, height))
 
 
@@ -153,16 +169,16 @@ def _svg(figure: Figure, alt: str) -> Markup:
     from matplotlib import rc_context
 
     buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": alt}):  # names inside are the same every time, and others in another figure
+    with rc_context({"svg.hashsalt": alt}):  # ids are reproducible, and unique to the figure
         figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # names that nothing refers to, the same in every figure of the page
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # unreferenced ids that repeat in every figure
     return Markup('<figure role="img" aria-label="{}">{}</figure>').format(alt, Markup(svg))
 
 
 def _clean(name: str, longest: int = 40) -> str:
-    """A user's name as one line of text that an SVG can hold."""
+    """A user's name as one line of text that is valid in SVG."""
     text = "".join(c if c.isprintable() else " " for c in name.encode("utf-8", "backslashreplace").decode()).strip()
     return (text if len(text) <= longest else f"{text[: longest - 1]}…") or "(empty)"

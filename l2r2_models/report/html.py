@@ -1,7 +1,7 @@
-"""Building blocks of one self-contained HTML page: no script, no link to the outside, readable in light and dark and on paper.
+"""Building blocks of a self-contained HTML page without scripts or external links, for light and dark screens and for print.
 
-Titles, texts, cells and captions are plain text and are escaped here: class and file names come from users. A block of HTML is a
-`Markup`, which only the helpers of this module and of `report_figures` make.
+Titles, texts, cells and captions are plain text and escaped here, because class and file names come from users. A block of HTML
+is a `Markup`, made only by the helpers of this module and of `report.figures`.
 """
 
 from __future__ import annotations
@@ -23,17 +23,25 @@ from ..images import load_image
 from ..io import write_text
 from ..versions import version_of
 
-THUMBNAIL = 256  # longer side in pixels; some 10 kB as JPEG
+THUMBNAIL = 256  # longer side in pixels; about 10 kB as JPEG
 Cell = str | Markup | None
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: a heading, paragraphs (plain text, one a line), and blocks made by the helpers."""
+    """A section of a page.
+
+    Attributes:
+        title: the heading.
+        text: plain text, one paragraph per line.
+        html: blocks made by the helpers.
+        about: definitions, one paragraph per line, folded behind "What is this?" below the blocks.
+    """
 
     title: str
     text: str = ""
     html: Sequence[Markup] = ()
+    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,11 +49,11 @@ class Picture:
     """One card of a gallery.
 
     Attributes:
-        image: a file (read by `load_image`) or an image.
+        image: an image, or a file read by `load_image`.
         title: one line.
-        box: xyxy pixels of the image, drawn on it; None where there is none.
-        answers: who said what, and whether that was right (None where that is no question).
-        note: a last line, e.g. the file's name.
+        box: xyxy pixels of the image, drawn on it; None for no box.
+        answers: output, prediction, and whether it is correct (None if that does not apply).
+        note: a last line, e.g. the file name.
     """
 
     image: Path | Image.Image
@@ -59,13 +67,13 @@ def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Secti
     """Write one HTML page atomically.
 
     Args:
-        path: the file; folders are made.
-        title, lead: the heading and the sentences that say what was found; plain text.
-        sections: see `Section`; links to them stand at the top where there are more than two.
-        notes: warnings, shown before everything else.
+        path: the file; missing folders are created.
+        title, lead: the heading, and the main result in a few sentences; plain text.
+        sections: see `Section`; links to them are at the top if there are more than two.
+        notes: warnings, shown before the sections.
 
     Raises:
-        L2R2Error: not writable.
+        L2R2Error: when the file cannot be written.
     """
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
@@ -74,7 +82,11 @@ def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Secti
 
 
 def percent(value: float | None, interval: tuple[float, float] | None = None) -> Markup:
-    """A share of 1 as a cell in per cent, its confidence interval in small print under it; empty for None."""
+    """Format a share of 1 in percent, with its confidence interval in small print below; empty for None.
+
+    >>> percent(0.5, (0.4, 0.6))
+    Markup('50.0<small>40.0–60.0</small>')
+    """
     if value is None:
         return Markup("")
     if interval is None:
@@ -95,14 +107,16 @@ def table(
     strong: Sequence[int] = (),
     words: Sequence[int] = (),
 ) -> Markup:
-    """A table that scrolls where it is too wide.
+    """Make a table.
+
+    Titles and names wrap, so that it fits the page; a table with very many columns scrolls.
 
     Args:
-        head: a title a column.
-        rows: cells, the first of a row is its name; None is an empty cell.
-        caption: what it shows, plain text.
-        strong: numbers of the rows to be read first.
-        words: numbers of the columns that hold words (the first always does); the others are aligned as numbers.
+        head: one title per column.
+        rows: cells; the first one of a row is its name, None is an empty cell.
+        caption: plain text above the table.
+        strong: indices of the rows in bold.
+        words: indices of the columns of text, besides the first; the others are aligned as numbers.
     """
     kinds = [Markup(' class="words"') if i in words else "" for i in range(len(head))]
     top = Markup("").join(Markup("<th scope=col{}>{}</th>").format(*cell) for cell in zip(kinds, head))
@@ -118,7 +132,12 @@ def table(
 
 
 def gallery(pictures: Iterable[Picture], limit: int = 24) -> Markup:
-    """Cards with a small picture, the box drawn on it, and who said what; the first `limit` of them, taken one by one."""
+    """Make cards with a thumbnail, the box drawn on it, and the predictions.
+
+    Args:
+        pictures: the cards; an iterator is only consumed up to the limit.
+        limit: largest number of cards.
+    """
     cards = [_card(picture) for picture in islice(pictures, limit)]
     return Markup('<div class="gallery">{}</div>').format(Markup("\n").join(cards))
 
@@ -129,18 +148,18 @@ def _card(picture: Picture) -> Markup:
         kind = "" if right is None else "right" if right else "wrong"
         sign = "" if right is None else "✓ " if right else "✗ "  # not by color alone
         answers.append(Markup('<tr><th scope=row>{}</th><td class="{}">{}{}</td></tr>').format(who, kind, sign, what))
-    said = Markup("<table>{}</table>").format(Markup("").join(answers)) if answers else ""
+    predictions = Markup("<table>{}</table>").format(Markup("").join(answers)) if answers else ""
     note = Markup("<small>{}</small>").format(picture.note) if picture.note else ""
-    words = Markup('<div class="words"><b>{}</b>{}{}</div>').format(picture.title, said, note)
+    words = Markup('<div class="words"><b>{}</b>{}{}</div>').format(picture.title, predictions, note)
     return Markup("<div>{}{}</div>").format(_thumbnail(picture), words)
 
 
 def _thumbnail(picture: Picture) -> Markup:
     try:
         image = picture.image if isinstance(picture.image, Image.Image) else load_image(picture.image)
-    except L2R2Error as error:  # gone or damaged since it was judged: the words are still worth reading
+    except L2R2Error as error:  # deleted or damaged since: the text is still worth reading
         return Markup('<div class="lost">{}</div>').format(str(error))
-    scale = THUMBNAIL / max(image.size)  # a smaller image grows, so that the line of the box stays thin
+    scale = THUMBNAIL / max(image.size)  # smaller images are enlarged, so that the box is drawn thin
     size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
     small = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     if picture.box is not None:

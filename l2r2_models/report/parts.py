@@ -1,4 +1,4 @@
-"""The parts of an ifam model on the page of `l2r2 evaluate --report`: how much of the images each has, and where it lies."""
+"""The parts of an iFAM model in the report of an evaluation: their size, and where they lie."""
 
 from __future__ import annotations
 
@@ -13,35 +13,43 @@ from ..evaluate.logits import Progress
 from ..evaluate.parts import FoundParts, find_parts
 from .html import Cell, Picture, Section, gallery, percent, table
 
-MOST, SHOWN = 128, 12  # images that are looked at, and of them drawn
-SIDE = 256  # of a drawn image in pixels
-TINT, DARK = 0.5, 0.6  # how much of a part's color lies over its patches, how much of black over dropped ones
+MOST, SHOWN = 128, 12  # images that are measured, and those of them that are drawn
+SIDE = 256  # side of a drawn image in pixels
+TINT, DARK = 0.5, 0.6  # opacity of a part's color on its patches, and of black on dropped patches
 
 
 def parts_section(judged: Judged, progress: Progress) -> list[Section]:
-    """A section for an ifam model, none for others."""
+    """Make the section on the parts of an iFAM model.
+
+    Args:
+        judged: an evaluated run, with its predictions.
+        progress: wraps the batches while the parts are computed.
+
+    Returns:
+        One section, or none for other models.
+    """
     model = judged.checkpoint.model
     if not model.finds_object:
         return []
     found = find_parts(judged.checkpoint, judged.data.table, MOST, progress)
     kept = 100 * found.keep.float().mean().item()
     text = (
-        f"Stage 1 finds {found.num_parts} parts without boxes or masks; stage 2 sees their patches only, here {kept:.0f} % of "
-        f"all (from {len(found.rows):,} images, evenly chosen). A part's number is what --drop-parts takes."
+        f"Stage 1 finds {found.num_parts} parts without boxes or masks; stage 2 only sees their patches, here {kept:.0f} % of "
+        f"all (on {len(found.rows):,} images, evenly sampled). The index of a part is what --drop-parts takes."
     )
     if empty := int((~found.keep.any((1, 2))).sum()):
-        text += f"\nIn {empty:,} of them nothing is kept; there stage 1 answers alone."
+        text += f"\nIn {empty:,} of them no patch is kept; the prediction is that of stage 1."
     shares, occurrence = found.shares(), found.occurrence()
     names: list[Cell] = [_swatch(k, found.num_parts) for k in range(found.num_parts)]
     rows = [[name, percent(s), percent(o)] for name, s, o in zip([*names, "background"], shares, occurrence)]
-    blocks = [table(["part", "of the patches", "in images"], rows, caption="in %")]
+    blocks = [table(["part", "share of patches", "share of images"], rows, caption="in %")]
     if agreement := found.agreement():
-        titles = {"iou": "IoU", "iou_of_everything": "IoU of keeping all", "object_kept": "of the object kept"}
-        titles["background_kept"] = "of the rest kept"
+        titles = {"iou": "IoU", "iou_of_everything": "IoU of keeping all", "object_kept": "object kept"}
+        titles["background_kept"] = "background kept"
         values: list[Cell] = ["stage 2", *(percent(agreement[name]) for name in titles)]
         caption = f"kept patches against the true masks of {int(found.has_mask.sum()):,} images, means in %"
         blocks.append(table(["", *titles.values()], [values], caption=caption))
-    text += "\nPictures: what stage 2 does not see is dark."
+    text += "\nIn the pictures, patches that stage 2 does not see are dark."
     return [Section("Parts", text, [*blocks, gallery(_pictures(judged, found), SHOWN)])]
 
 
@@ -60,15 +68,15 @@ def _pictures(judged: Judged, found: FoundParts) -> Iterator[Picture]:
     for n in (k * len(found.rows) // count for k in range(count)):
         i = found.rows[n]
         truth = int(judged.data.labels[i])
-        said = []
+        predictions = []
         for output in judged.own if judged.data.has_fg[i] else judged.own[-1:]:
-            answer = int(judged.outputs[output][i].argmax())
-            said.append((output.split(":")[0], judged.labels[answer], answer == truth))
-        yield Picture(draw_parts(found, n), judged.labels[truth], None, said, names[i])
+            predicted = int(judged.outputs[output][i].argmax())
+            predictions.append((output.split(":")[0], judged.labels[predicted], predicted == truth))
+        yield Picture(draw_parts(found, n), judged.labels[truth], None, predictions, names[i])
 
 
 def draw_parts(found: FoundParts, n: int) -> Image.Image:
-    """The n-th image with its parts tinted and numbered, and what is dropped dark."""
+    """Draw the n-th image with its parts tinted and numbered, and dropped patches dark."""
     image = Image.fromarray(found.views[n].permute(1, 2, 0).numpy()).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     part, keep = found.part[n], found.keep[n]
     rows, columns = part.shape
@@ -83,7 +91,7 @@ def draw_parts(found: FoundParts, n: int) -> Image.Image:
     for k in range(found.num_parts):
         at = (keep & (part == k)).nonzero().float()
         if len(at):
-            middle = at[(at - at.mean(0)).square().sum(1).argmin()]  # a patch of the part, also where it is a ring
+            middle = at[(at - at.mean(0)).square().sum(1).argmin()]  # a patch of the part, even if the part is a ring
             place = (float(middle[1] + 0.5) * SIDE / columns, float(middle[0] + 0.5) * SIDE / rows)
             draw.text(place, str(k), "white", ImageFont.load_default(18), "mm", stroke_width=2, stroke_fill="black")
     return image

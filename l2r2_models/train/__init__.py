@@ -1,0 +1,1 @@
+"""Fine-tuning: recipes, the training loop, and the run folder it writes."""

@@ -1,4 +1,4 @@
-"""Which rows make up each batch: the same ones whatever the number of processes, of parts, or of interruptions."""
+"""Batches of rows that do not depend on the number of processes, accumulation steps or interruptions."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from torch.utils.data import Sampler
 
 
 class EpochBatches(Sampler[list[int]]):
-    """Row numbers of one process, part of a batch by part of a batch.
+    """Batch sampler of one process; yields the row indices of one part of a batch after the other.
 
-    The order of an epoch is drawn from (seed, epoch). A last batch with fewer than two rows a process is left out, because batch
-    norm cannot take one row.
+    The order of an epoch depends only on seed and epoch. A last batch with fewer than two rows per process is dropped, because
+    batch norm needs two rows.
 
     Args:
-        targets: class number of each row.
-        batch_size: rows of a whole batch.
-        seed: of the order.
-        balanced: equally many rows of every class (up to one); those of small classes are repeated, none before all others
+        targets: class index of each row.
+        batch_size: rows per batch, over all processes and parts.
+        seed: random seed of the order.
+        balanced: draw equally many rows per class (up to one). Rows of small classes are repeated, but none before all others
             of its class were drawn.
-        parts: a batch is computed in so many parts, or in as many as leave two rows to each process in each.
-        rank, world: number of this process, and of all.
+        parts: number of parts per batch; lowered if a process would get fewer than two rows per part.
+        rank, world: index of this process, and number of processes.
+
+    >>> [len(rows) for rows in EpochBatches([0, 1] * 4, batch_size=4, parts=2)]
+    [2, 2, 2, 2]
     """
 
     def __init__(
@@ -44,15 +47,16 @@ class EpochBatches(Sampler[list[int]]):
         self.rows = len(targets) - (last if len(targets) > batch_size and last < min(smallest, batch_size) else 0)
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch whose order is drawn."""
         self.epoch = epoch
 
     @property
     def steps(self) -> int:
-        """Batches of an epoch."""
+        """Number of batches, and so of optimizer steps, per epoch."""
         return -(-self.rows // self.batch_size)
 
     def __len__(self) -> int:
-        """Parts of an epoch; only the last batch can have fewer of them than the others."""
+        """Number of parts per epoch; only the last batch can have fewer parts than the others."""
         return (self.steps - 1) * self.parts + self._parts_of(self.rows - (self.steps - 1) * self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -63,12 +67,12 @@ class EpochBatches(Sampler[list[int]]):
             yield from (batch[part * self.world + self.rank :: count * self.world] for part in range(count))
 
     def order(self) -> torch.Tensor:
-        """`[N]` row numbers of the epoch."""
+        """Draw the row indices `[N]` of the epoch."""
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {self.epoch}").getrandbits(63))
         if not self.balanced:
             return torch.randperm(len(self.targets), generator=generator)
         classes = torch.unique(self.targets)
-        classes = classes[torch.randperm(len(classes), generator=generator)]  # who gets the rows that are left over
+        classes = classes[torch.randperm(len(classes), generator=generator)]  # the first classes get the remaining rows
         each, more = divmod(len(self.targets), len(classes))
         drawn = []
         for i, number in enumerate(classes):
@@ -79,5 +83,5 @@ class EpochBatches(Sampler[list[int]]):
         return joined[torch.randperm(len(joined), generator=generator)]
 
     def _parts_of(self, rows: int) -> int:
-        """As many parts as leave two rows to each process in each."""
+        """The number of parts that leaves each process at least two rows per part."""
         return max(1, min(self.parts, rows // (2 * self.world)))

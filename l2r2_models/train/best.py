@@ -1,4 +1,4 @@
-"""Which epoch is kept, and when to stop: read off the log of the run, so that an interrupted run decides as one that was not."""
+"""Choose the best epoch and when to stop, from the log of the run, so that interruptions change nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ Log = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Best:
-    """The best epoch so far (counted from 1; the first of equals), its figure, and how many epochs were measured."""
+    """The best epoch so far.
+
+    Attributes:
+        epoch: its number, counted from 1; the first of equals.
+        value: its metric.
+        epochs: number of evaluated epochs.
+    """
 
     epoch: int
     value: float
@@ -19,15 +25,27 @@ class Best:
 
     @property
     def is_last(self) -> bool:
+        """Whether the last evaluated epoch is the best."""
         return self.epoch == self.epochs
 
     def exhausted(self, patience: int) -> bool:
-        """Whether so many epochs came after it that it is time to stop; never with patience 0."""
+        """Whether `patience` epochs brought no improvement; never with patience 0."""
         return bool(patience) and self.epochs - self.epoch >= patience
 
 
 def best_of(log: Log, metric: str) -> Best | None:
-    """The best epoch by a figure in which more is better, from the Trainer's `log_history`; None before the first one."""
+    """Find the best epoch by a metric for which higher is better.
+
+    Args:
+        log: the Trainer's `log_history`.
+        metric: name without `eval_`.
+
+    Returns:
+        The best epoch; None before the first evaluation.
+
+    >>> best_of([{"eval_accuracy": 0.5}, {"eval_accuracy": 0.7}, {"eval_accuracy": 0.6}], "accuracy")
+    Best(epoch=2, value=0.7, epochs=3)
+    """
     values = [entry[f"eval_{metric}"] for entry in log if f"eval_{metric}" in entry]
     if not values:
         return None

@@ -1,4 +1,4 @@
-"""`finetune`: a data set and a recipe in, a run's folder with a checkpoint out, on transformers' Trainer."""
+"""Fine-tune a model on a data set, and write a run folder with a checkpoint."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ Progress = Callable[[Iterable[None], int], Iterable[None]]
 
 @dataclass(frozen=True)
 class Result:
-    """What `finetune` made.
+    """The outcome of `finetune`.
 
     Attributes:
-        folder: the run's folder.
-        metrics: accuracies on the validation split, empty without one.
-        images, with_box: training images, and how many of them have an object that fg can see.
-        skipped: images left out, with the reason.
-        was_finished: nothing was done, the run had been finished before.
-        notes: sentences about look-alikes across splits and about the choice of the weights.
+        folder: the run folder.
+        metrics: accuracies on the validation split; empty without one.
+        images, with_box: number of training images, and of those with an object that fg can see.
+        skipped: excluded images, with the reason.
+        was_finished: whether the run was already finished, and nothing was done.
+        notes: notes on the initialization, on look-alikes across splits, and on the choice of the epoch.
     """
 
     folder: Path
@@ -71,26 +71,34 @@ def finetune(
     tensorboard: bool = False,
     progress: Progress = lambda steps, _: steps,
 ) -> Result:
-    """Train a model on a user's images and write a checkpoint in timm's layout.
+    """Train a model on labeled images and write a checkpoint in timm's layout.
 
-    Interrupted, the same call continues after the last finished epoch; finished, it does nothing. Without a `best_metric` in the
-    recipe no validation row is used for anything but the figures at the end: the weights are those after the last epoch. Under
-    torchrun the processes share each batch; the first one checks, writes and prints.
+    The same call continues an interrupted run after its last finished epoch, and does nothing for a finished one. Unless the
+    recipe has a `best_metric`, the validation rows are only used for the metrics at the end, and the weights are those after the
+    last epoch. Under torchrun the processes share each batch; the first process checks the images and writes.
 
     Args:
-        data: folder, see `read_table`.
+        data: folder of images, see `read_table`.
         recipe: see `Recipe`.
-        out: the run's folder.
+        out: the run folder.
         boxes, metadata: see `read_table`.
-        train_split, val_split: names in the metadata or folders; by default `train` (all images if there are no splits) and,
-            where there is one, `val` or `validation`.
-        skip_bad: leave unreadable images out instead of stopping.
-        overwrite: delete the run that `out` holds, once the new one can start.
-        tensorboard: write figures for tensorboard into the run's folder `logs`.
-        progress: wraps the steps while images are checked.
+        train_split, val_split: names of splits; by default `train` (all images if there are no splits), and `val` or
+            `validation` if there is one.
+        skip_bad: skip unreadable images instead of stopping.
+        overwrite: delete the run in `out` as soon as the new one can start.
+        tensorboard: write logs for TensorBoard to `out/logs`.
+        progress: wraps the iteration while images are checked.
+
+    Returns:
+        The run folder, its validation metrics, and notes.
 
     Raises:
-        L2R2Error: unusable data, an unknown model, or a folder that holds another run or is written by another process.
+        L2R2Error: when the data or the model is unusable, the training diverges, or `out` holds another run or is being written
+            by another process.
+
+    >>> recipe = Recipe.default("l2r2_convnextv2_tiny", pretrained=True, epochs=10)  # doctest: +SKIP
+    >>> finetune("data/", recipe, "runs/fungi", boxes="boxes.json").metrics  # doctest: +SKIP
+    {'fused_accuracy': 0.91, ...}
     """
     out, began = Path(out), time.monotonic()
     trainer = _trainer_module(tensorboard)
@@ -99,11 +107,11 @@ def finetune(
     start = processes.together(lambda: _start(recipe, out, settings))
     with ExitStack() as held:
         if (done := processes.on_first(lambda: _claim(out, Path(data), settings, overwrite, held))) is not None:
-            said = tuple(done.get("notes", []))
-            return Result(out, done["metrics"], len(train), done["data"]["with_box"], {}, was_finished=True, notes=said)
+            earlier = tuple(done.get("notes", []))
+            return Result(out, done["metrics"], len(train), done["data"]["with_box"], {}, was_finished=True, notes=earlier)
 
         classes = train.classes()
-        # before the slow check of the images: a wrong name shows at once
+        # before the slow check of the images, so that a wrong name is reported at once
         model, notes = processes.together(lambda: _model(recipe, classes, start, trainer))
         notes += _seen_before(start, val, classes)
         check = processes.on_first(lambda: _check(train, val, recipe, model, skip_bad, progress))
@@ -112,7 +120,7 @@ def finetune(
         processes.on_first(lambda: _begin(out, recipe, settings, overwrite))
         trained = trainer.train(model, recipe, train, val, classes, out, tensorboard=tensorboard)
         if not all(value.isfinite().all() for value in model.state_dict().values()):
-            raise L2R2Error(f"{out}: the training has diverged, its weights are not finite; --overwrite it with a lower --lr.")
+            raise L2R2Error(f"{out}: the training has diverged; train again with --overwrite and a lower --lr.")
         with_box = sum(row.path in check.with_box for row in train.rows)
         settings["data"]["with_box"] = with_box
         record = {
@@ -145,7 +153,7 @@ def _trainer_module(tensorboard: bool) -> Any:
 def _plan(
     table: ImageTable, recipe: Recipe, train_split: str | None, val_split: str | None
 ) -> tuple[ImageTable, ImageTable | None, dict[str, Any]]:
-    """Training and validation rows, and what makes this run this one."""
+    """Training and validation rows, and the settings that identify the run."""
     train, val = _split(table, train_split, val_split, recipe)
     about = {"train": rows_digest(train), "images": len(train), "classes": list(train.classes())}
     if table.boxes_from:
@@ -161,7 +169,7 @@ def _plan(
 
 
 def _claim(out: Path, data: Path, settings: dict[str, Any], overwrite: bool, held: ExitStack) -> dict[str, Any] | None:
-    """The record of the run if it is finished; otherwise its folder is ours until `held` ends."""
+    """The record of a finished run, or None; then the folder is locked until `held` is closed."""
     if (done := _finished(out, data, settings, overwrite)) is None:
         held.enter_context(only_writer(out))
         if out.is_dir():
@@ -177,7 +185,7 @@ def _finished(out: Path, data: Path, settings: dict[str, Any], overwrite: bool) 
 
 
 def _model(recipe: Recipe, classes: Sequence[str], start: InitCheckpoint | None, trainer: Any) -> tuple[L2R2, list[str]]:
-    """The model, and what is to be said of where it started."""
+    """The model, and a note on its initialization."""
     trainer.check_device(recipe)
     check_optimizer(recipe.optimizer)
     model = create_model(recipe, len(classes), start)
@@ -185,7 +193,7 @@ def _model(recipe: Recipe, classes: Sequence[str], start: InitCheckpoint | None,
 
 
 def _start(recipe: Recipe, out: Path, settings: dict[str, Any]) -> InitCheckpoint | None:
-    """The checkpoint to start from; it makes the run this one, so the settings say which it is."""
+    """The checkpoint to start from, which becomes part of the run's settings."""
     if recipe.init is None:
         return None
     start = InitCheckpoint.read(recipe.init)
@@ -199,7 +207,7 @@ def _seen_before(start: InitCheckpoint | None, val: ImageTable | None, classes: 
     seen = set(val.names()) & set(start.files(classes)) if start and val else set()
     if not (start and val and seen):
         return []
-    return [f"{len(seen)} of {len(val)} validation images were in the training of {start.name}: their figures are too good"]
+    return [f"{len(seen)} of {len(val)} validation images were trained on by {start.name}: their metrics are optimistic"]
 
 
 def _begin(out: Path, recipe: Recipe, settings: dict[str, Any], overwrite: bool) -> None:
@@ -210,7 +218,7 @@ def _begin(out: Path, recipe: Recipe, settings: dict[str, Any], overwrite: bool)
 
 
 def _localizer(recipe: Recipe, boxes_from: dict[str, Any]) -> dict[str, Any]:
-    """What finds the boxes that the model is meant for: its own head, or what made the box file."""
+    """The localizer the model was trained for: its own box head, or the one that made the box file."""
     spec = "head" if recipe.box_head else boxes_from.get("localizer")
     return {} if spec is None else {"spec": spec, **({"oracle": True} if boxes_from.get("oracle") else {})}
 
@@ -218,27 +226,27 @@ def _localizer(recipe: Recipe, boxes_from: dict[str, Any]) -> dict[str, Any]:
 def _finish(
     out: Path, recipe: Recipe, model: L2R2, classes: Sequence[str], settings: dict[str, Any], record: dict[str, Any]
 ) -> None:
-    if recipe.init is not None:  # the config may be published: no folder of this machine
+    if recipe.init is not None:  # the config may be published, so no paths of this machine
         settings = {**settings, "recipe": {**settings["recipe"], "init": settings["init"]["name"]}}
     try:
         localizer = _localizer(recipe, settings["data"].get("boxes_from", {}))
         digest = save_checkpoint(model, out, classes, settings, localizer=localizer)
     except OSError as error:
         raise L2R2Error(f"{out}: cannot be written ({error.strerror or error}); the same call again finishes the run.") from error
-    write_json(out / RUN, {**record, "weights_sha256": digest})  # last: it says that the run is finished
+    write_json(out / RUN, {**record, "weights_sha256": digest})  # written last: it marks the run as finished
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
 
 def _notes(recipe: Recipe, trained: Any) -> list[str]:
     notes, best = [], trained.best
     if recipe.trainable == "head" and not recipe.pretrained:
-        notes.append("the backbone is random and was not trained: only the heads have learned anything")
+        notes.append("the backbone is random and was not trained; only the heads were")
     if best is not None:
         name = recipe.best_metric.replace("_", " ")
         notes.append(f"kept epoch {best.epoch} of {best.epochs}: best {name} on the validation rows ({100 * best.value:.1f} %)")
         if best.epochs < recipe.epochs:
-            notes.append(f"stopped before epoch {recipe.epochs}: no better one in {recipe.patience} epochs")
-        notes.append("the validation rows chose the epoch, so their figures are a little too good")
+            notes.append(f"stopped early: no improvement in {recipe.patience} epochs")
+        notes.append("the epoch was chosen on the validation rows, so their metrics are slightly optimistic")
     return notes
 
 
@@ -249,32 +257,32 @@ def _split(table: ImageTable, train: str | None, val: str | None, recipe: Recipe
     train, val = train or known(TRAIN_NAMES) or ("train" if table.splits else None), val or known(VAL_NAMES)
     train_table = table.of_split(train) if train else table
     if val and val == train:
-        raise L2R2Error(f"{table.root}: the split {val} cannot be both trained on and validated on.")
+        raise L2R2Error(f"{table.root}: the split {val} cannot be used for both training and validation; choose another one.")
     if val and recipe.val_fraction:
-        raise L2R2Error(f"{table.root}: has the validation split {val}; leave the val_fraction out.")
+        raise L2R2Error(f"{table.root}: already has the validation split {val}; leave val_fraction out.")
     if not recipe.val_fraction:
         return train_table, table.of_split(val) if val else None
-    train_table.classes()  # labels must be there before they are split
+    train_table.classes()  # check the labels before splitting
     return hold_out(train_table, recipe.val_fraction, group=recipe.val_group, take=recipe.val_from, seed=recipe.seed)
 
 
 def _check(train: ImageTable, val: ImageTable | None, recipe: Recipe, model: L2R2, skip_bad: bool, progress: Progress) -> Check:
-    """Decode every image once; what is left without the bad ones must be enough to train on."""
+    """Decode every image once, and check that enough usable images remain."""
     rows = train.rows + (val.rows if val else ())
     check = check_images(replace(train, rows=rows), progress, recipe.box_threshold, lambda sample: _shows(model, sample))
     if check.bad and not skip_bad:
         count = f"{len(check.bad)} of {len(rows)} images cannot be used"
-        raise L2R2Error(f"{count}, e.g. {next(iter(check.bad.values()))} Mend them, or leave them out with --skip-bad.")
+        raise L2R2Error(f"{count}, e.g. {next(iter(check.bad.values()))} Fix them, or skip them with --skip-bad.")
     left = {str(row.label) for row in train.rows if row.path not in check.bad}
     if left != set(train.classes()):
         names = ", ".join(sorted(left)) or "none"
-        raise L2R2Error(f"{train.root}: a class lost all of its images; the classes left are {names}.")
+        raise L2R2Error(f"{train.root}: a class has no usable images; the classes left are {names}.")
     if val and all(row.path in check.bad for row in val.rows):
         raise L2R2Error(f"{val.root}: no validation image can be read.")
     looks_at_objects = [b for b in recipe.branches if b != "full" and not model.finds_object]
     if looks_at_objects and not any(row.path in check.with_box for row in train.rows):
         raise L2R2Error(
-            f"{train.root}: no training image has a box or mask that can be used (inside the image, not empty, score at "
+            f"{train.root}: no training image has a usable box or mask (inside the image, not empty, score at "
             f"least {recipe.box_threshold:g}), so {' and '.join(looks_at_objects)} would learn nothing; "
             "give --boxes FILE, or train a plain classifier with --branches full."
         )
@@ -282,7 +290,7 @@ def _check(train: ImageTable, val: ImageTable | None, recipe: Recipe, model: L2R
 
 
 def _shows(model: L2R2, sample: Sample) -> bool:
-    """Whether the model's fg sees anything of a sample's object: of a small one, token masks may keep no patch."""
+    """Whether fg sees anything of a sample's object: token masks may keep no patch of a small one."""
     spec = model.view_spec
     if "fg" not in model.branches or not (spec.fg.erases or spec.fg.takes_mask):
         return sample.has_box
@@ -295,7 +303,7 @@ def _shows(model: L2R2, sample: Sample) -> bool:
 
 
 def _other_rows(table: ImageTable, train: ImageTable, val: ImageTable | None) -> dict[str, ImageTable]:
-    """Rows that are not trained on, by split."""
+    """The rows that are not trained on, by split."""
     ours = {train.rows[0].split}
     others = {} if val is None else {HELD_OUT if val.rows[0].split in ours else str(val.rows[0].split): val}
     return {**{name: table.of_split(name) for name in table.splits if name not in ours}, **others}

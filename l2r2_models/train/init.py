@@ -1,4 +1,4 @@
-"""Where a training starts: the weights, and without a named model also the settings, of a checkpoint (`init` of a recipe)."""
+"""Initialize a training from a checkpoint (`init` of a recipe): its weights and, if no model is named, its settings."""
 
 from __future__ import annotations
 
@@ -23,18 +23,25 @@ from ..models.registry import backbone_weights, classifier_name
 from ..runs import RUN, record_of
 from ..views import ViewSpec
 
-OF_RECIPE = ("fg_mode", "margin", "late_stage", "late_pool", "coverage", "size")  # what a recipe says of the views
+OF_RECIPE = (
+    "fg_mode",
+    "margin",
+    "late_stage",
+    "late_pool",
+    "coverage",
+    "size",
+)  # the fields of a ViewSpec that a recipe always sets
 NOT_OF_BACKBONE = ("views", "fusion", "format_version", "in_chans", "img_size", "num_classes")
 
 
 @dataclass(frozen=True)
 class InitCheckpoint:
-    """A checkpoint to start from: one of L2R2 (a run's folder, a Hub repository), or one of a timm classifier in timm's layout.
+    """A checkpoint to start from: an L2R2 run or Hub repository, or a timm classifier in timm's layout.
 
     Attributes:
-        name: what it was asked for by.
-        folder: where its files are.
-        config: its config.json.
+        name: the folder or Hub id it was read from.
+        folder: folder of its files.
+        config: contents of its config.json.
     """
 
     name: str
@@ -43,8 +50,14 @@ class InitCheckpoint:
 
     @classmethod
     def read(cls, name: str) -> InitCheckpoint:
-        """Raises:
-        L2R2Error: no checkpoint, of a newer format, with pickled weights, or not reachable.
+        """Open a checkpoint.
+
+        Args:
+            name: a folder or a Hub id.
+
+        Raises:
+            L2R2Error: when there is no checkpoint, it cannot be downloaded, its config is unusable or of a newer format, or its
+                weights are pickled.
         """
         folder, config = open_checkpoint(name)
         if "l2r2" in config:
@@ -55,16 +68,17 @@ class InitCheckpoint:
         if not wrong and config["architecture"] == "l2r2" and not isinstance(config.get("model_args", {}).get("backbone"), str):
             wrong.append("model_args (no backbone)")
         if wrong:
-            raise L2R2Error(f"{name}: has an unusable {wrong[0]} in its config.json.")
+            raise L2R2Error(f"{name}: config.json has an invalid {wrong[0]}; save the checkpoint again.")
         return cls(name, folder, config)
 
     @property
     def is_ours(self) -> bool:
+        """Whether it is a checkpoint of this project, and not of timm."""
         return "l2r2" in self.config
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Class names in the order of the logits, empty where the checkpoint does not say them."""
+        """Class names in the order of the logits; empty if the checkpoint does not list them."""
         return tuple(self.config.get("label_names") or ())
 
     @property
@@ -74,7 +88,7 @@ class InitCheckpoint:
     # ---- its settings ----
 
     def recipe_keys(self) -> dict[str, Any]:
-        """The keys of a `Recipe` that make a model like the checkpoint's."""
+        """Return the `Recipe` keys that make a model like the checkpoint's."""
         arguments, architecture = dict(self.config.get("model_args", {})), self.config["architecture"]
         keys: dict[str, Any] = {}
         if self.is_ours:
@@ -93,21 +107,27 @@ class InitCheckpoint:
         return {"model": architecture, "backbone": backbone or None, **keys}
 
     def views(self) -> dict[str, Any]:
-        """How the images look that the weights are used to, as far as no recipe says it: fields of a `ViewSpec`."""
+        """Return the fields of a `ViewSpec` that no recipe sets, such as the normalization that the weights expect.
+
+        Raises:
+            L2R2Error: when mean or std in config.json are invalid.
+        """
         if self.is_ours:
             spec = ViewSpec.from_dict(self.config["model_args"]["views"])
             return {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in OF_RECIPE}
         found = {key: self._cfg[key] for key in ("mean", "std", "interpolation") if key in self._cfg}
         colors = [found[key] for key in ("mean", "std") if key in found]
         if not all(isinstance(c, list) and len(c) == 3 and all(isinstance(x, (int, float)) for x in c) for c in colors):
-            raise L2R2Error(f"{self.name}: its config.json has no usable mean and std of three colors.")
+            raise L2R2Error(f"{self.name}: mean and std in config.json must be lists of three numbers.")
         return found
 
     def about(self) -> dict[str, Any]:
-        """What a run records of where it started. The fusion's numbers do not belong to it: they are never taken over.
+        """Return what a run records about its initialization: name, digest and source of the weights.
+
+        The fitted values of the fusion are left out of the digest, because they are never copied.
 
         Raises:
-            L2R2Error: damaged weights, or not those that the Hub announced.
+            L2R2Error: when the weights are damaged or differ from the SHA-256 on the Hub.
         """
         digest = hashlib.sha256()
         for key, value in sorted(self._weights().items()):
@@ -117,12 +137,12 @@ class InitCheckpoint:
         return {"name": self._short_name(), "digest": digest.hexdigest(), "source": asdict(self._source())}
 
     def _short_name(self) -> str:
-        """Without folders of this machine."""
+        """The name without parent folders of this machine."""
         folder = local_folder(self.name)
         return self.name.removeprefix("hf-hub:") if folder is None else folder.resolve().name
 
     def _source(self) -> Source:
-        """For the model card: a run of this machine is what it started from itself; what was published has its own license."""
+        """For the model card: a local run inherits its own source; a published checkpoint has its own license."""
         upstream = source_of_training(self._training())
         if self.is_ours and (self.folder / RUN).exists():
             return upstream
@@ -137,8 +157,10 @@ class InitCheckpoint:
         return self.config["l2r2"].get("training", {}) if self.is_ours else {}
 
     def files(self, classes: Sequence[str]) -> list[str]:
-        """Names of the images that the weights have learned from, where the checkpoint is a run of the same classes: such a run
-        is likely to be of the same data, in others a name like `1.jpg` means another image."""
+        """Return the names of the images that the weights were trained on, if the checkpoint is a run with the same classes.
+
+        Such a run is probably on the same data; in other data, a name like `1.jpg` means another image.
+        """
         if not (self.folder / RUN).exists() or self.labels != tuple(classes):
             return []
         record = record_of(self.folder)
@@ -147,18 +169,17 @@ class InitCheckpoint:
     # ---- its weights ----
 
     def give(self, model: L2R2, classes: Sequence[str]) -> str:
-        """Put the weights into a model: those of the backbones, those of its other modules that fit, and the heads where the
-        classes are the same.
+        """Copy the weights into a model: backbones, other modules of the same shape, and the heads if the classes are the same.
 
         Args:
-            model: a new one.
+            model: a new model; changed in place.
             classes: names of its classes.
 
         Returns:
-            A sentence about what was taken.
+            A note on what was copied.
 
         Raises:
-            L2R2Error: another backbone, or damaged weights.
+            L2R2Error: when the backbones differ or the weights are damaged.
         """
         state, own = self._weights(), model.state_dict()
         taken: dict[str, Tensor] = {}
@@ -185,7 +206,7 @@ class InitCheckpoint:
             raise L2R2Error(f"{self.name}: its weights cannot be read ({' '.join(str(error).split())[:200]}).") from None
 
     def _prefix(self, state: Mapping[str, Tensor], branch: str) -> str:
-        """Where the checkpoint has the backbone of a branch."""
+        """Prefix of a branch's backbone in the checkpoint."""
         own = f"branch_backbones.{branch}."
         return own if any(k.startswith(own) for k in state) else "backbone." if self.is_ours else ""
 
@@ -194,7 +215,7 @@ class InitCheckpoint:
         misfit = f"{self.name}: the weights of {self.config['architecture']} do not fit {model.backbone_name}"
         try:
             converted = backbone_weights(source, model)
-        except Exception as error:  # timm's filters expect their own networks
+        except Exception as error:  # timm's filters fail in many ways on other networks
             raise L2R2Error(f"{misfit}.") from error
         found = {k: v for k, v in converted.items() if k in wanted and v.shape == wanted[k].shape}
         # a network without a classifier may have no norm before it
@@ -203,9 +224,9 @@ class InitCheckpoint:
         return {prefix + k: v for k, v in found.items()}
 
     def _heads(self, state: Mapping[str, Tensor], model: L2R2, own: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """By branch the head that belongs to the backbone which that branch got: its own one, or else that of another branch.
+        """By branch, the head that was trained on the backbone this branch gets: its own, or else that of another branch.
 
-        Stage 1 of iFAM has a head of another kind, for parts.
+        The head of iFAM's stage 1 is of another kind, on parts.
         """
         if self.is_ours:
             of_parts = "full" if _has_parts(state) and not model.finds_object else None
@@ -231,7 +252,7 @@ class InitCheckpoint:
 
 
 def _branch_of(prefix: str, model: L2R2) -> str:
-    """The branch whose backbone has this prefix; the first one where it is shared."""
+    """The branch whose backbone has this prefix; the first branch if it is shared."""
     return prefix.split(".")[1] if prefix.startswith("branch_backbones.") else model.branches[0]
 
 

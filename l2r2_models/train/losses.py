@@ -1,4 +1,4 @@
-"""What is minimized: the losses of the branches."""
+"""The training loss: the sum of the branches' losses."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .mixup import ViewMixup
 
 
 class BranchLoss(nn.Module):
-    """A model with its training loss: the sum of the branches' cross-entropies (METHOD.md 3).
+    """A model with its training loss, the sum of the branches' cross-entropies (`docs/method.md`, section 3).
 
-    Rows without a box count for the full branch only; their fg view is the whole image.
+    Rows without an object count for the full branch only.
 
     Args:
-        model: with the branches that views are given for.
+        model: the model to train.
         label_smoothing: see `torch.nn.functional.cross_entropy`.
-        mix: mixes the views while training.
-        head_only: train the heads; the backbones stay as they are, batch-norm statistics included.
-        channels_last: memory layout of the views.
-        part_weights: weights of the losses that shape the parts of an ifam model while it is trained.
+        mix: mixup or cutmix of the views in training.
+        head_only: train the heads only; the backbones are frozen, including their batch-norm statistics.
+        channels_last: memory layout of weights and views.
+        part_weights: weights of the losses on the parts of an iFAM model.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class BranchLoss(nn.Module):
         return [self.model.backbone, self.model.branch_backbones] if self.head_only else []
 
     def train(self, mode: bool = True) -> BranchLoss:
+        """Set training or evaluation mode; frozen backbones stay in evaluation mode."""
         super().train(mode)
         for backbone in self._frozen():
             backbone.eval()
@@ -65,17 +66,21 @@ class BranchLoss(nn.Module):
         looked_for: Tensor | None = None,
         counts: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Views `[B, C, S, S]`, labels `[B]` -> loss, and the logits `[B, classes]` by branch and fused.
-
-        For figures, rows without a box have the full branch's logits in every branch, as a Prediction has.
+        """Compute the loss and the logits.
 
         Args:
-            labels, has_fg: `[B]`.
-            full, fg, bg, mask: the views of the branches, see `L2R2.forward_views`.
-            box: `[B, 4]`, what the model's box head should find, see `ViewDataset`; its loss is added, see `box_losses`.
-            looked_for: `[B]`, False where nobody knows whether there is an object: nothing is learned there of where it is.
-            counts: `[2]`, what to divide the sums over rows and over rows with an object by, where this is a part of a batch;
-                None: by how many there are here.
+            labels: `[B]` class indices.
+            has_fg: `[B]` bool, whether an object was found.
+            full, fg, bg: `[B, C, S, S]` views of the branches, see `L2R2.forward_views`.
+            mask: see `L2R2.forward_views`.
+            box: `[B, 4]` target of the model's box head, see `ViewDataset`; its loss is added, see `box_losses`.
+            looked_for: `[B]` bool, False for rows that were not localized; they are ignored by the box head's objectness loss.
+            counts: `[2]`, the number of rows and of rows with an object to divide by, if this is a part of a batch; None divides
+                by the numbers in this batch.
+
+        Returns:
+            `loss`, and logits `[B, classes]`: `fused`, and one entry per branch. Rows without an object have the logits of the
+            full branch in every branch, as in a `Prediction`.
         """
         given = {"full": full, "fg": fg, "bg": bg}
         views = {b: v.contiguous(memory_format=self.memory_format) for b, v in given.items() if v is not None}
@@ -85,7 +90,7 @@ class BranchLoss(nn.Module):
             for branch in views:
                 views[branch], targets[branch] = self.mix(views[branch], labels, rows[branch])
         out = self.model.forward_views(**views, has_fg=has_fg, mask=mask)
-        rows.update(fg=out.has_fg, bg=out.has_fg)  # without the rows whose mask keeps nothing in the network
+        rows.update(fg=out.has_fg, bg=out.has_fg)  # without rows whose mask keeps no patch in the network
         logits = {branch: z.float() for branch, z in out.branches().items()}  # float32 under autocast too
         losses = []
         for branch, z in logits.items():
@@ -107,5 +112,5 @@ class BranchLoss(nn.Module):
 
 
 def _count(rows: Tensor, counts: Tensor | None, which: int) -> Tensor:
-    """What a sum over rows is divided by."""
+    """The divisor of a sum over rows."""
     return rows.sum().clamp(min=1) if counts is None else counts[which]

@@ -1,4 +1,4 @@
-"""Mixup and cutmix of one branch's views."""
+"""Mixup and cutmix of the views of a branch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 
 class ViewMixup:
-    """Mixup or cutmix of views, with targets to match; each branch has draws of its own.
+    """Mixup or cutmix of views and their targets, drawn separately for each branch.
 
     Source: mixup (arXiv 1710.09412), cutmix (arXiv 1905.04899), through torchvision's transforms.
 
     Args:
-        classes: how many.
-        mixup, cutmix: alpha of the Beta distribution that the shares are drawn from; 0 is off. With both on, either is drawn.
-        probability: part of the batches that are mixed.
+        classes: number of classes.
+        mixup, cutmix: alpha of the Beta distribution of the mixing ratio; 0 turns it off. With both on, one is drawn per batch.
+        probability: probability that a batch is mixed.
     """
 
     def __init__(self, classes: int, mixup: float, cutmix: float, probability: float = 1.0) -> None:
@@ -25,15 +25,15 @@ class ViewMixup:
         self.classes, self.probability = classes, probability
 
     def __call__(self, view: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """ViewMixup the rows that count for a branch among each other, so that no view without an object leaks into one with.
+        """Mix the rows that count for a branch with each other, so that no view without an object enters one with an object.
 
         Args:
             view: `[B, C, S, S]`.
-            labels: `[B]` class numbers.
-            rows: `[B]` bool.
+            labels: `[B]` class indices.
+            rows: `[B]` bool, the rows to mix.
 
         Returns:
-            Views, and targets `[B, classes]` that sum to one.
+            Views `[B, C, S, S]`, and targets `[B, classes]` that sum to one.
         """
         targets = nn.functional.one_hot(labels, self.classes).to(torch.float32)
         if torch.rand(()) >= self.probability or int(rows.sum()) < 2:

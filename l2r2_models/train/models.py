@@ -1,4 +1,4 @@
-"""The model that a recipe names, tried out before anything slow begins."""
+"""Create the model of a recipe, and try it out before anything slow starts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,19 @@ from .recipe import Recipe
 
 
 def create_model(recipe: Recipe, num_classes: int, start: InitCheckpoint | None = None) -> L2R2:
-    """The recipe's model with its views; it has the weights of the tag, but not yet those of `start`.
+    """Create the recipe's model and set how its views are cut.
+
+    Args:
+        recipe: see `Recipe`.
+        num_classes: number of classes.
+        start: checkpoint to start from; its weights are not loaded here, see `InitCheckpoint.give`.
+
+    Returns:
+        The model, with the weights of its tag if the recipe is pretrained and `start` is None.
 
     Raises:
-        L2R2Error: unknown name, weights that cannot be had, or a size that the backbone does not take.
+        L2R2Error: when the name is unknown, settings contradict each other, the weights cannot be loaded, or the backbone does
+            not take the size.
     """
     name, backbone = recipe.model, {}
     if name.startswith("timm:"):
@@ -36,16 +45,16 @@ def create_model(recipe: Recipe, num_classes: int, start: InitCheckpoint | None 
         num_classes=num_classes, branches=list(recipe.branches), shared=recipe.shared, fusion=recipe.fusion_config(), **backbone
     )
     if own := sorted({*options, "num_parts", "box_head"} & set(recipe.backbone or {})):
-        raise L2R2Error(f"backbone: {own[0]} is no argument of the timm backbone; it has its own place.")
+        raise L2R2Error(f"backbone: {own[0]} is not an argument of the timm backbone; set it as a recipe key.")
     options.update(recipe.backbone or {})
     options.update({key: rate for key, rate in (("drop_rate", recipe.drop), ("drop_path_rate", recipe.drop_path)) if rate})
     if recipe.box_head:
         if model_class(architecture).finds_object:
-            raise L2R2Error(f"{recipe.model} finds its object itself; a box head belongs to models that cut fg out.")
+            raise L2R2Error(f"{recipe.model} finds its object itself; leave box_head out.")
         options["box_head"] = True
     if recipe.num_parts is not None:
         if not model_class(architecture).finds_object:
-            raise L2R2Error(f"num_parts belongs to the ifam models, not to {recipe.model}.")
+            raise L2R2Error(f"num_parts is for iFAM models, not for {recipe.model}; leave it out.")
         options["num_parts"] = recipe.num_parts
     if recipe.size and cfg is not None and cfg.fixed_input_size:
         options["img_size"] = recipe.size
@@ -53,21 +62,21 @@ def create_model(recipe: Recipe, num_classes: int, start: InitCheckpoint | None 
         model = cast(L2R2, timm.create_model(name, pretrained=recipe.pretrained and start is None, **options))
     except L2R2Error:
         raise
-    except (OSError, RuntimeError, AssertionError, ValueError, TypeError) as error:  # hub, torch and timm errors
+    except (OSError, RuntimeError, AssertionError, ValueError, TypeError) as error:  # errors of the Hub, torch and timm
         what = " ".join(str(error).split())[:200]
         downloads = recipe.pretrained and start is None
-        hint = "; weights that cannot be downloaded are left out with --no-pretrained" if downloads else ""
+        hint = "; without network access, pass --no-pretrained" if downloads else ""
         raise L2R2Error(f"{recipe.model} cannot be created ({what}){hint}.") from error
     changes = {name: getattr(recipe, name) for name in ("margin", "late_stage", "late_pool", "coverage")}
     given = {name: getattr(recipe, name) for name in ("bg", "square", "fill", "interpolation", "mode", "size")}
     changes["fg_mode"] = recipe.fg_mode or model.view_spec.fg_mode
     changes.update({name: value for name, value in given.items() if value is not None})
-    used_to = start.views() if start else {}
-    changes = {**(used_to if start and start.is_ours else {}), **changes}
-    model.view_spec = ViewSpec.from_pretrained_cfg({**model.pretrained_cfg, **used_to}, **changes)
+    from_start = start.views() if start else {}
+    changes = {**(from_start if start and start.is_ours else {}), **changes}
+    model.view_spec = ViewSpec.from_pretrained_cfg({**model.pretrained_cfg, **from_start}, **changes)
     fg = model.view_spec.fg
     if (recipe.mixup or recipe.cutmix) and fg.in_network:
-        raise L2R2Error(f'mixup and cutmix mix images, but not the masks that fg_mode "{fg.name}" needs; leave them out.')
+        raise L2R2Error(f'mixup and cutmix cannot mix the masks that fg_mode "{fg.name}" needs; leave them out.')
     if fg.drops_tokens and (recipe.backbone or {}).get("attn_drop_rate"):
         raise L2R2Error(f'attn_drop_rate does not work with fg_mode "{fg.name}", which drops tokens; use one or the other.')
     _try_out(model, recipe)
@@ -82,7 +91,7 @@ def create_model(recipe: Recipe, num_classes: int, start: InitCheckpoint | None 
 
 
 def _try_out(model: L2R2, recipe: Recipe) -> None:
-    """One pass in evaluation, so that a size that the backbone does not take shows before the images are read."""
+    """Run one forward pass, so that an unsupported size is reported before the images are read."""
     model.eval()
     try:
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""timm's optimizers for a recipe."""
+"""timm optimizers for a recipe."""
 
 from __future__ import annotations
 
@@ -13,21 +13,25 @@ from .recipe import Recipe
 
 
 def check_optimizer(name: str) -> None:
-    """Raises:
-    L2R2Error: timm has no optimizer of that name.
+    """Check that timm has an optimizer of this name.
+
+    Raises:
+        L2R2Error: when it has not.
     """
     known = [str(optimizer) for optimizer in timm.optim.list_optimizers()]
     if name.lower().removeprefix("lookahead_") not in known:
         close = get_close_matches(name, known, 5)
-        hint = f"close names: {', '.join(close)}" if close else "timm.optim.list_optimizers() names them"
+        hint = f"close names: {', '.join(close)}" if close else "timm.optim.list_optimizers() lists them"
         raise L2R2Error(f'Unknown optimizer "{name}"; {hint}.')
 
 
 def create_optimizer(model: L2R2, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer for the trainable parameters; norms, biases and what the backbone names have no weight decay.
+    """Create the recipe's optimizer for the trainable parameters.
+
+    Norms, biases and the parameters that the backbone excludes have no weight decay.
 
     Raises:
-        L2R2Error: an unknown name, or one that cannot be made for this model.
+        L2R2Error: when the name is unknown or timm cannot create the optimizer for this model.
     """
     check_optimizer(recipe.optimizer)
     try:
@@ -40,7 +44,7 @@ def create_optimizer(model: L2R2, recipe: Recipe) -> torch.optim.Optimizer:
             layer_decay=recipe.layer_decay if recipe.layer_decay < 1 else None,
         )
     except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
-        raise L2R2Error(f"The optimizer {recipe.optimizer} cannot be made ({' '.join(str(error).split())[:200]}).") from error
+        raise L2R2Error(f"The optimizer {recipe.optimizer} cannot be created ({' '.join(str(error).split())[:200]}).") from error
     for group in optimizer.param_groups:
         group["lr"] = recipe.lr * group.get("lr_scale", 1.0)  # timm leaves this to its own schedulers
     return optimizer

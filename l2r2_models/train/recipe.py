@@ -1,4 +1,4 @@
-"""How a model is trained: one flat, serialized recipe. It is saved with the run, and a run continues only under the same one."""
+"""Training recipes: one flat, serializable dataclass, saved with the run. A run can only be continued with the same recipe."""
 
 from __future__ import annotations
 
@@ -32,46 +32,51 @@ class Recipe:
     """All settings of one training run.
 
     Attributes:
-        model: registered architecture, with or without a tag; or a timm backbone for the generic model as `timm:NAME`.
-        pretrained: start from weights instead of random ones: those of `init`, or of the tag (downloaded once by timm).
-        init: start from a checkpoint: a run's folder, a Hub repository, or a timm classifier saved in timm's layout. Its backbone
-            must be the model's; its heads are taken where the classes are the same. It must stay until the run is finished.
-        backbone: more arguments of the timm backbone, e.g. `{patch_size: 8, depth: 6}` for a small ViT from scratch.
+        model: registered architecture, with or without a tag; or `timm:NAME` for any timm backbone.
+        pretrained: start from the weights of `init`, or of the tag (downloaded once by timm), instead of random ones.
+        init: start from a checkpoint: a run folder, a Hub repository, or a timm classifier saved in timm's layout. The backbones
+            must match; heads are copied if the classes are the same. The checkpoint must stay in place until the run is finished.
+        backbone: additional arguments of the timm backbone, e.g. `{patch_size: 8, depth: 6}` for a small ViT from scratch.
         branches, shared, fusion, threshold: see `L2R2`; `threshold` is that of the `robust` fusion.
-        drop, drop_path: dropout before the heads; stochastic depth in the backbone (arXiv 1603.09382), where timm has it.
-        box_head: also train a head that finds the object's box, from the boxes of the rows; rows in which none was found are its
-            negatives, those where nobody looked (a localizer failed, a box file does not name the image) teach it nothing.
-        grad_checkpointing: compute activations again in the backward pass instead of keeping them; less memory.
-        fg_mode, bg, square, fill, interpolation, mode: see `ViewSpec`; None is the model's own.
-        margin, late_stage, late_pool, coverage, size: see `ViewSpec`; fg_mode None is the model's own kind, size None its own
-            input size.
+        fusion_inputs: branches that are fused; None for all.
+        drop, drop_path: dropout before the heads; stochastic depth in the backbone (arXiv 1603.09382), if timm supports it.
+        box_head: also train a head that predicts the object's box from the full view. Rows in which no object was found are its
+            negatives; rows that were not localized (a localizer failed, or the box file has no entry) are ignored.
+        grad_checkpointing: recompute activations in the backward pass to save memory.
+        fg_mode, bg, square, fill, interpolation, mode: see `ViewSpec`; None for the model's default.
+        margin, late_stage, late_pool, coverage, size: see `ViewSpec`; size None for the model's input size.
         box_threshold: boxes with a lower score count as not found.
-        val_fraction, val_group, val_from: hold so many training rows out for validation, see `hold_out` (`take` is val_from); 0
-            holds none out.
-        num_parts: of an ifam model; None is the model's own number.
+        val_fraction, val_group, val_from: hold out this fraction of the training rows for validation, see `hold_out` (`val_from`
+            is its `take`); 0 holds out none.
+        num_parts: number of parts of an iFAM model; None for the model's default.
         part_presence, part_equivariance, part_variation, part_entropy, part_orthogonality, part_background: weights of the losses
-            that shape an ifam model's parts, see `PartWeights`.
-        trainable: `all`, or `head`: the backbones stay as they are, their batch-norm statistics included.
-        epochs: passes over the rows.
-        batch_size: rows of one step of the optimizer, of all processes and parts together.
-        grad_accumulation: parts that a batch is computed in, one after the other, to fit into memory. The result is that of one
-            part, but for batch norm, which sees one part at a time.
-        balanced: draw rows so that each epoch has equally many of every class; as many rows an epoch as without.
-        optimizer: a name of `timm.optim.list_optimizers()`; norms, biases and what the backbone names have no weight decay.
-        lr, weight_decay, momentum, warmup, clip_grad: the peak rate is reached after a linear warm-up (a part of all steps), then
-            falls as a cosine to zero; momentum is for optimizers that take one; gradients are clipped to this norm, 0 never.
-        layer_decay: factor of the rate from each layer of the backbone to the one before it (arXiv 2106.08254); 1: none.
+            on the parts of an iFAM model, see `PartWeights`.
+        trainable: `all`, or `head` to freeze the backbones, including their batch-norm statistics.
+        epochs: passes over the training rows.
+        batch_size: rows per optimizer step, over all processes and accumulation steps.
+        grad_accumulation: forward and backward passes per optimizer step, each on a part of the batch, to save memory. The
+            result is the same, except for batch norm, which sees one part at a time.
+        balanced: sample all classes equally often; the number of rows per epoch stays the same.
+        optimizer: one of `timm.optim.list_optimizers()`. Norms, biases and the parameters that the backbone excludes have no
+            weight decay.
+        lr, weight_decay, momentum, warmup, clip_grad: `lr` is the peak learning rate, reached after a linear warm-up over this
+            fraction of all steps and followed by cosine decay to zero; momentum is for optimizers that take one; gradients are
+            clipped to the norm `clip_grad`, 0 for no clipping.
+        layer_decay: factor of the learning rate from each layer of the backbone to the one before (arXiv 2106.08254); 1 for none.
         label_smoothing: see `torch.nn.functional.cross_entropy`.
         scale, flip, color, box_jitter, occlusion: see `Augment`.
-        background_swap: probability of a training image to get the background of another, see `ViewDataset`.
-        mixup, cutmix, mix_probability: see `ViewMixup`; alphas, 0 is off.
-        ema: decay of an exponential moving average of the weights, which is then what is evaluated and saved; 0: none.
-        best_metric: keep the epoch that is best by this figure on the validation rows; `none` keeps the last epoch.
-        patience: stop after so many epochs without a new best one; 0 never.
-        precision: fp32, or bf16 or fp16 under autocast; the weights stay fp32.
-        channels_last: memory layout of images and filters; the same result up to rounding, quicker for most convolutions.
-        seed: of weights, order and augmentation.
-        workers: processes that load images; the result does not depend on it.
+        background_swap: probability that a training image gets the background of another one, see `ViewDataset`.
+        mixup, cutmix, mix_probability: see `ViewMixup`; alpha 0 turns either off.
+        ema: decay of an exponential moving average of the weights, which is then evaluated and saved; 0 for none.
+        best_metric: keep the epoch that is best by this metric on the validation rows; `none` keeps the last epoch.
+        patience: stop after this many epochs without improvement of `best_metric`; 0 never stops early.
+        precision: fp32, or bf16 or fp16 autocast; the weights stay fp32.
+        channels_last: memory layout; the same result up to rounding, and faster for most convolutional networks.
+        seed: random seed of initialization, order of rows and augmentation.
+        workers: number of data-loading processes; does not affect the result.
+
+    >>> Recipe("l2r2_convnextv2_tiny", lr=1e-4).epochs
+    20
     """
 
     model: str
@@ -150,16 +155,18 @@ class Recipe:
         if (self.val_group or self.val_from != "random") and not self.val_fraction:
             raise L2R2Error(f"val_{'group' if self.val_group else 'from'} says how to hold rows out; give a val_fraction too.")
         if self.grad_accumulation > self.batch_size:
-            raise L2R2Error(f"grad_accumulation {self.grad_accumulation} is more than the {self.batch_size} rows of a batch.")
+            raise L2R2Error(
+                f"grad_accumulation {self.grad_accumulation} is more than the {self.batch_size} rows of a batch; lower it."
+            )
         self._check_best()
         if self.init is not None and not self.pretrained:
-            raise L2R2Error("init gives the weights to start from, so pretrained cannot be false; leave one of both out.")
+            raise L2R2Error("init starts from given weights, pretrained false from random ones; use one or the other.")
         if self.box_head and (self.mixup or self.cutmix):
-            raise L2R2Error("mixup and cutmix mix images, but not the boxes that a box head learns from; leave one of both out.")
+            raise L2R2Error("mixup and cutmix cannot mix the boxes that a box head is trained on; use one or the other.")
         self.augment()
         self.part_weights()
         if self.fusion in FUSIONS and FUSIONS[self.fusion].needs_fit:
-            raise L2R2Error(f'Fusion "{self.fusion}" must be fitted: train with another one, then `l2r2 fuse` it.')
+            raise L2R2Error(f'Fusion "{self.fusion}" must be fitted: train with another fusion, then run `l2r2 fuse`.')
         if self.threshold is not None and self.fusion != "robust":
             raise L2R2Error(f'threshold belongs to the fusion "robust", not to "{self.fusion}".')
 
@@ -168,7 +175,7 @@ class Recipe:
             if not 1 <= getattr(self, name) <= most:
                 raise L2R2Error(f"{name} must lie between 1 and {most:,}, got {getattr(self, name)}.")
         if self.workers > 256:
-            raise L2R2Error(f"workers are processes of this machine, at most 256, got {self.workers}.")
+            raise L2R2Error(f"workers must lie between 0 and 256, got {self.workers}.")
         for name in ("box_threshold", "warmup", "label_smoothing", "mix_probability", "layer_decay", "background_swap"):
             if not 0 <= getattr(self, name) <= 1:
                 raise L2R2Error(f"{name} must lie between 0 and 1, got {getattr(self, name)}.")
@@ -198,30 +205,36 @@ class Recipe:
             has = ", ".join(self.branches)
             raise L2R2Error(f"best_metric {self.best_metric} needs the branch {branch}; this model has {has}.")
         if self.patience and self.best_metric == NO_METRIC:
-            raise L2R2Error("patience counts epochs without a new best one; give a best_metric too, e.g. fused_accuracy.")
+            raise L2R2Error("patience counts epochs without improvement; give a best_metric too, e.g. fused_accuracy.")
 
     @classmethod
     def default(cls, model: str, pretrained: bool, **changes: Any) -> Recipe:
-        """The built-in recipe `finetune` for pretrained weights, else `scratch`; `changes` that are None are left out."""
+        """Make the default recipe of a model.
+
+        Args:
+            model: see `Recipe`.
+            pretrained: whether to take the built-in recipe `finetune` or `scratch`.
+            changes: keys to override; None leaves the recipe's value.
+        """
         given = {key: value for key, value in changes.items() if value is not None}
         return cls.read("finetune" if pretrained else "scratch", {"model": model, "pretrained": pretrained, **given})
 
     @classmethod
     def read(cls, source: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
-        """A built-in recipe by its name, or a YAML file such as the recipe.yaml of a run, with changes.
+        """Read a built-in recipe, or a YAML file such as the recipe.yaml of a run.
 
-        Without a model but with an `init`, the model and its views are those of that checkpoint, where no key says otherwise.
+        If an `init` but no model is given, the model and its views are those of that checkpoint, unless a key says otherwise.
 
         Args:
             source: one of `builtin_recipes()`, or a file.
-            changes: keys that override.
+            changes: keys to override.
 
         Raises:
-            L2R2Error: no such recipe or file, an unknown key, a value of another kind, no model, or an `init` without one.
+            L2R2Error: when there is no such recipe or file, a key is unknown, a value is invalid, or the model is missing.
         """
         values = {**read_keys(source), **(changes or {})}
         if values.get("init") and not values.get("model"):
-            from .init import InitCheckpoint  # knows the models, which take seconds to import
+            from .init import InitCheckpoint  # imports the models, which takes seconds
 
             given = {key: value for key, value in values.items() if key != "model"}
             values = {**InitCheckpoint.read(str(values["init"])).recipe_keys(), **given}
@@ -231,42 +244,52 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
-        """From plain values, as `to_dict` gives them.
+        """Make a recipe from plain values, the inverse of `to_dict`.
 
         Raises:
-            L2R2Error: an unknown key, or a value of another kind.
+            L2R2Error: when a key is unknown or a value is invalid.
         """
         return config.from_dict(cls, data, "recipe key", parse_numbers=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON or YAML."""
+        """Return plain values for JSON or YAML."""
         return config.to_dict(self)
 
     def to_yaml(self) -> str:
-        """What `read` takes for this very recipe."""
+        """Return the recipe as YAML that `read` accepts."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def augment(self) -> Augment:
+        """Return the augmentation of the training images."""
         return Augment(self.scale, self.flip, self.color, self.box_jitter, occlusion=self.occlusion)
 
     def part_weights(self) -> PartWeights:
+        """Return the weights of the losses on the parts of an iFAM model."""
         return PartWeights(**{f.name: getattr(self, f"part_{f.name}") for f in fields(PartWeights)})
 
     def fusion_config(self) -> dict[str, Any]:
+        """Return the config of the fusion, as `L2R2` takes it."""
         given = {"threshold": self.threshold, "inputs": None if self.fusion_inputs is None else list(self.fusion_inputs)}
         return {"name": self.fusion, **{key: value for key, value in given.items() if value is not None}}
 
 
 def builtin_recipes() -> tuple[str, ...]:
-    """Names of the recipes that come with the package."""
+    """List the recipes that come with the package.
+
+    >>> builtin_recipes()
+    ('finetune', 'head_only', 'scratch')
+    """
     return tuple(sorted(f.name.removesuffix(".yaml") for f in _builtin_folder().iterdir() if f.name.endswith(".yaml")))
 
 
 def read_keys(source: str | Path) -> dict[str, Any]:
-    """The keys that a recipe sets, see `Recipe.read`.
+    """Read the keys that a recipe sets.
+
+    Args:
+        source: see `Recipe.read`.
 
     Raises:
-        L2R2Error: no such recipe or file, or no mapping in it.
+        L2R2Error: when there is no such recipe or file, or it does not hold a mapping.
     """
     name, file = str(source), Path(source)
     if name in builtin_recipes():
@@ -284,10 +307,13 @@ def read_keys(source: str | Path) -> dict[str, Any]:
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
-    """`["lr=1e-3", "branches=[full]"]` -> keys and values, each value read as YAML.
+    """Parse `key=value` settings, with values in YAML.
 
     Raises:
-        L2R2Error: no `key=value`, a key given twice, or no YAML.
+        L2R2Error: when a setting is not of this form, a key is given twice, or a value is not YAML.
+
+    >>> parse_settings(["lr=0.1", "branches=[full]"])
+    {'lr': 0.1, 'branches': ['full']}
     """
     values: dict[str, Any] = {}
     for setting in settings:

@@ -1,4 +1,4 @@
-"""The training loop: transformers' Trainer with this project's data, loss, optimizer and choice of the weights."""
+"""The training loop: transformers' Trainer with this project's data, loss, optimizer and checkpoint selection."""
 
 from __future__ import annotations
 
@@ -40,8 +40,14 @@ AVERAGE, BEST = "average.safetensors", "best.safetensors"
 
 @dataclass(frozen=True)
 class Trained:
-    """What the training gave: accuracies on the validation rows (empty without any), the best epoch if one was chosen, how many
-    epochs were trained, and how many of them before this call."""
+    """The outcome of a training.
+
+    Attributes:
+        metrics: accuracies on the validation rows; empty without any.
+        best: the chosen epoch; None if no epoch was chosen.
+        epochs: number of epochs trained.
+        continued: how many of them before this call.
+    """
 
     metrics: dict[str, float]
     best: Best | None
@@ -50,10 +56,10 @@ class Trained:
 
 
 class BranchTrainer(Trainer):
-    """The Trainer on `BranchLoss`.
+    """A transformers Trainer for `BranchLoss`.
 
-    One step of the optimizer takes the gradient of the mean over its whole batch, however it is split over parts and
-    processes. Evaluation and the best checkpoint use the average of the weights where the recipe has one.
+    Each optimizer step uses the gradient of the mean over the whole batch, however it is split over accumulation steps and
+    processes. Evaluation and the best checkpoint use the averaged weights if the recipe has an EMA.
     """
 
     model: BranchLoss
@@ -63,11 +69,13 @@ class BranchTrainer(Trainer):
         super().__init__(model, callbacks=[_EachStep(self)], **arguments)
         self.recipe, self.batches = recipe, batches
         self.average = WeightEMA(model, recipe.ema) if recipe.ema else None
-        if self.accelerator.num_processes != processes.world():  # each would train for itself, and nobody would know
-            raise L2R2Error(f"{processes.world()} processes were started, but the Trainer sees {self.accelerator.num_processes}.")
-        self.model_accepts_loss_kwargs = True  # the loss is divided by get_batch_samples' counts, not by the number of parts
+        if self.accelerator.num_processes != processes.world():  # else each would silently train on its own
+            seen = self.accelerator.num_processes
+            raise L2R2Error(f"{processes.world()} processes were started, but the Trainer sees {seen}; start them with torchrun.")
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the counts of get_batch_samples
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Make the loader that follows `EpochBatches`."""
         return DataLoader(
             self.train_dataset,
             batch_sampler=self.batches,
@@ -77,12 +85,19 @@ class BranchTrainer(Trainer):
         )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the recipe's optimizer once."""
         if self.optimizer is None:
             self.optimizer = create_optimizer(self.model.model, self.recipe)
         return self.optimizer
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list, Tensor]:
-        """The parts of a batch, and what each process divides its sums by: rows, and rows with an object, see `BranchLoss`."""
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """Return the parts of a batch, and its counts.
+
+        Counts are `[2]`: the rows and the rows with an object in the whole batch, by which each process divides its sums, see
+        `BranchLoss`.
+        """
         parts, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         rows = [sum(len(part["has_fg"]) for part in parts), sum(int(part["has_fg"].sum()) for part in parts)]
         counts = torch.tensor(rows, dtype=torch.float32, device=device)
@@ -91,12 +106,14 @@ class BranchTrainer(Trainer):
         return parts, counts.clamp(min=1) / processes.world()  # gradients are averaged over the processes
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """Compute the loss, normalized by the counts in training."""
         outputs = model(**inputs, counts=num_items_in_batch if model.training else None)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate with the averaged weights if there are any, and keep the weights if this epoch is the best."""
         if processes.world() > 1:
-            for buffer in self.model.buffers():  # batch norm's statistics differ since the last step
+            for buffer in self.model.buffers():  # batch-norm statistics differ between processes
                 torch.distributed.broadcast(buffer, 0)
         with self.average.in_place() if self.average else contextlib.nullcontext():
             metrics = super().evaluate(*args, **kwargs)
@@ -105,6 +122,7 @@ class BranchTrainer(Trainer):
         return metrics
 
     def best(self) -> Best | None:
+        """Return the best epoch so far; None if the recipe does not choose one."""
         return None if self.recipe.best_metric == NO_METRIC else best_of(self.state.log_history, self.recipe.best_metric)
 
     def _keep_if_best(self) -> None:
@@ -116,17 +134,17 @@ class BranchTrainer(Trainer):
             self.control.should_training_stop = True
 
     def use_chosen_weights(self) -> None:
-        """Give the model the best epoch's weights where one was chosen, else the average of them where there is one."""
+        """Load the weights of the best epoch if one was chosen, else the averaged weights if there are any."""
         if self.best() is not None:
             self.accelerator.wait_for_everyone()
             self.model.load_state_dict(load_file(Path(str(self.args.output_dir)) / BEST))
         elif self.average is not None:
             self.average.exchange()
         self.average = None
-        self.model.to(memory_format=torch.contiguous_format)  # as safetensors saves it
+        self.model.to(memory_format=torch.contiguous_format)  # safetensors saves contiguous tensors only
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, tensors_of(self.model))  # as they are, shared and channels_last weights cannot be saved
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, tensors_of(self.model))  # shared and channels_last weights cannot be saved as they are
         if self.average is not None and self.args.should_save:
             self.average.save(Path(str(output_dir)) / AVERAGE)
 
@@ -137,7 +155,7 @@ class BranchTrainer(Trainer):
 
 
 class _EachStep(TrainerCallback):
-    """Tells the order of rows and the augmentation the epoch, and the average each step."""
+    """Passes the epoch on to the batches and the augmentation, and each step to the moving average."""
 
     def __init__(self, trainer: BranchTrainer) -> None:
         self.trainer = trainer
@@ -153,14 +171,16 @@ class _EachStep(TrainerCallback):
 
 
 def check_device(recipe: Recipe) -> None:
-    """Raises:
-    L2R2Error: this machine does not have the recipe's precision.
+    """Check that this machine supports the recipe's precision.
+
+    Raises:
+        L2R2Error: when it does not.
     """
     cuda = torch.cuda.is_available()
     if recipe.precision == "fp16" and not cuda:
-        raise L2R2Error("precision fp16 needs a GPU; on a CPU take bf16 or fp32.")
+        raise L2R2Error("precision fp16 needs a GPU; on a CPU, use bf16 or fp32.")
     if recipe.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise L2R2Error("precision bf16 is not supported by this GPU; take fp16 or fp32.")
+        raise L2R2Error("precision bf16 is not supported by this GPU; use fp16 or fp32.")
 
 
 def train(
@@ -173,10 +193,21 @@ def train(
     *,
     tensorboard: bool = False,
 ) -> Trained:
-    """Train the model in place, or go on where an earlier call was interrupted.
+    """Train the model in place, or continue where an earlier call was interrupted.
+
+    Args:
+        model: the model to train.
+        recipe: see `Recipe`.
+        train, val: rows; without `val` nothing is evaluated.
+        classes: class names, in the order of the logits.
+        out: folder of the run.
+        tensorboard: write logs for TensorBoard to `out/logs`.
+
+    Returns:
+        Metrics and epochs; the model has the chosen weights.
 
     Raises:
-        L2R2Error: the training stopped; the message says why.
+        L2R2Error: when the training fails.
     """
     trainer = _trainer(model, recipe, train, val, classes, out)
     if tensorboard:
@@ -185,11 +216,11 @@ def train(
         trainer.add_callback(callback)
     checkpoint = processes.on_first(lambda: last_checkpoint(out / CHECKPOINTS))
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints its losses; stdout is for the result
+        with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints losses; stdout is for the result
             return _run(trainer, checkpoint)
     except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
         what = " ".join(str(error).split())[:300]
-        raise L2R2Error(f"{out}: training stopped ({what}); what was finished before is kept.") from error
+        raise L2R2Error(f"{out}: training stopped ({what}); finished epochs are kept, and the same call continues.") from error
 
 
 def _run(trainer: BranchTrainer, checkpoint: str | None) -> Trained:
@@ -199,14 +230,14 @@ def _run(trainer: BranchTrainer, checkpoint: str | None) -> Trained:
         trainer.state.log_history, trainer.state.global_step = state["log_history"], state["global_step"]
         continued = state["global_step"] // steps
     best = trainer.best()
-    if best is None or not best.exhausted(trainer.recipe.patience):  # else it was killed after its last epoch
+    if best is None or not best.exhausted(trainer.recipe.patience):  # exhausted: it was killed after its last epoch
         trainer.train(resume_from_checkpoint=checkpoint)
     best, epochs = trainer.best(), trainer.state.global_step // steps
     trainer.use_chosen_weights()
     rows = DataLoader(trainer.train_dataset.without_augmentation(), trainer.recipe.batch_size, num_workers=trainer.recipe.workers)
     trainer.model.model.after_training({k: v.to(trainer.args.device) for k, v in item.items()} for item in rows)
-    measured = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    metrics = {k.removeprefix("eval_"): v for k, v in measured.items() if k.endswith("accuracy")}
+    values = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    metrics = {k.removeprefix("eval_"): v for k, v in values.items() if k.endswith("accuracy")}
     return Trained(metrics, best, epochs, continued)
 
 
@@ -229,7 +260,9 @@ def _trainer(
         world=processes.world(),
     )
     if min(batches.rows, recipe.batch_size) < batches.world:
-        raise L2R2Error(f"{batches.world} processes cannot share batches of {min(batches.rows, recipe.batch_size)} images.")
+        raise L2R2Error(
+            f"{batches.world} processes cannot share batches of {min(batches.rows, recipe.batch_size)} images; start fewer."
+        )
     mix = ViewMixup(len(classes), recipe.mixup, recipe.cutmix, recipe.mix_probability) if recipe.mixup or recipe.cutmix else None
     loss = BranchLoss(
         model,
@@ -271,24 +304,32 @@ def _arguments(recipe: Recipe, batches: EpochBatches, out: Path, *, validate: bo
         seed=recipe.seed,
         bf16=recipe.precision == "bf16",
         fp16=recipe.precision == "fp16",
-        # said openly, or the Trainer refuses bf16 and does not see the other processes
+        # explicit, or the Trainer rejects bf16 and does not see the other processes
         use_cpu=not torch.cuda.is_available() and (recipe.precision == "bf16" or batches.world > 1),
         average_tokens_across_devices=False,
-        ddp_find_unused_parameters=not recipe.grad_checkpointing,  # the two do not go together
+        ddp_find_unused_parameters=not recipe.grad_checkpointing,  # incompatible with checkpointing
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs work through torchrun, never through nn.DataParallel
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs need torchrun; never nn.DataParallel
     return arguments
 
 
 def accuracies(names: Sequence[str], prediction: Any) -> dict[str, float]:
-    """Accuracy and macro accuracy by the name of each output of `BranchLoss`, for the Trainer."""
+    """Compute accuracy and macro accuracy for each output of `BranchLoss`.
+
+    Args:
+        names: names of the outputs, in order.
+        prediction: transformers' `EvalPrediction`.
+
+    Returns:
+        Shares in [0, 1], as `NAME_accuracy` and `NAME_macro_accuracy`.
+    """
     from sklearn.metrics import recall_score
 
     labels, found = prediction.label_ids, {}
     for name, z in zip(names, prediction.predictions):
-        answers = z.argmax(-1)
-        found[f"{name}_accuracy"] = float((answers == labels).mean())
-        found[f"{name}_macro_accuracy"] = float(recall_score(labels, answers, labels=np.unique(labels), average="macro"))
+        predicted = z.argmax(-1)
+        found[f"{name}_accuracy"] = float((predicted == labels).mean())
+        found[f"{name}_macro_accuracy"] = float(recall_score(labels, predicted, labels=np.unique(labels), average="macro"))
     return found

@@ -42,7 +42,7 @@ def test_a_model_of_the_object_and_one_of_the_background_get_opposite_verdicts(t
     middle = audit(write_model(tmp_path / "middle", "middle"), data)
     corner = audit(write_model(tmp_path / "corner", "corner"), data)
     assert middle.verdict.endswith("loses nothing: the object decides.")
-    assert corner.verdict.endswith("the background decides many of its answers.")
+    assert corner.verdict.endswith("the background decides many of its predictions.")
     m, c = middle.answers["full"], corner.answers["full"]
     assert m["accuracy"].value == c["accuracy"].value == 1
     assert m["bg_gap"].value == 0 and c["bg_gap"].low > 0.4 and c["bg_gap"].value == pytest.approx(2 / 3, abs=0.15)
@@ -173,7 +173,7 @@ def test_one_class_and_few_images_end_in_words(tmp_path, data):
     (data / "metadata.csv").write_text("\n".join([head, *(row for row in rows if ",red," in row)]) + "\n")
     result = audit(model, data)
     assert "bg_gap" not in result.answers["full"] and "swap_loss" not in result.answers["full"]
-    assert result.verdict.startswith("Only 4 images") and any("one class only" in w for w in result.warnings)
+    assert result.verdict.startswith("Only 4 images") and any("a single class" in w for w in result.warnings)
     assert audit(model, data, limit=1).images == 1
 
 
@@ -189,7 +189,7 @@ def test_without_any_box_the_error_says_where_boxes_come_from(tmp_path, data):
     rows = [f"images/{i:03d}.png,{list(OBJECTS)[i % 3]}\n" for i in range(12)]
     (data / "metadata.csv").write_text("file_name,label\n" + "".join(rows))
     model = write_model(tmp_path / "middle", "middle")
-    with pytest.raises(L2R2Error, match=r"none of the 12 images can be audited \(12 no box or mask\); boxes come with --boxes"):
+    with pytest.raises(L2R2Error, match=r"none of the 12 images can be audited \(12 no box or mask\); give boxes with --boxes"):
         audit(model, data)
     (tmp_path / "boxes.json").write_text(json.dumps({f"{i:03d}.png": [[8, 8, 24, 24]] for i in range(12)}))
     assert audit(model, data, boxes=tmp_path / "boxes.json").images == 12
@@ -204,7 +204,7 @@ def test_classes_are_matched_by_name_or_by_a_map(tmp_path, data):
     assert audit(model, data, classes=tmp_path / "map.csv").answers["full"]["accuracy"].value == 1
     with open(tmp_path / "map.csv", "a", newline="") as file:
         csv.writer(file).writerow(("green", "Signal_Red"))
-    with pytest.raises(L2R2Error, match="two classes of the data mean its class Signal_Red"):
+    with pytest.raises(L2R2Error, match="two classes of the data match its class Signal_Red"):
         audit(model, data, classes=tmp_path / "map.csv")
     (tmp_path / "map.csv").write_text("a,b\n1,2\n")
     with pytest.raises(L2R2Error, match=r"map\.csv: every row needs class and model_class"):
@@ -247,6 +247,7 @@ def test_the_command_prints_a_table_or_json_and_writes_one_page(l2r2, tmp_path):
     assert "BG-Gap" in result.stdout and "worst site" in result.stdout and "the background decides" in result.stdout
     text = (tmp_path / "audit.html").read_text()
     page = Page(text)
+    assert page.tags.count("details") == 2 and "Mixed-Same, Mixed-Rand and Mixed-Next" in text
     assert not page.links and page.tags.count("img") >= 18 and "script" not in page.tags and "site" in text
     found = json.loads(l2r2("audit", model, data, "--json").stdout)
     assert found["answers"]["full"]["bg_gap"]["low"] > 0.4 and found["images"] == 24 and found["verdict"] in result.stdout

@@ -209,9 +209,9 @@ def figures(loss, accuracy=(0.9, 0.88, 0.92), gap=None):
     ("found", "images", "says"),
     [
         (figures((0.41, 0.36, 0.46), gap=(0.35, 0.3, 0.4)), 400, "41 points (36 to 46) of its 90 % accuracy, and 35 points"),
-        (figures((0.41, 0.36, 0.46)), 400, "the background decides many of its answers"),
+        (figures((0.41, 0.36, 0.46)), 400, "the background decides many of its predictions"),
         (figures((0.21, 0.19, 0.23)), 400, "it leans on the background"),
-        (figures((0.21, 0.19, 0.23), gap=(0.01, -0.01, 0.03)), 400, "so any change does, pasting included"),
+        (figures((0.21, 0.19, 0.23), gap=(0.01, -0.01, 0.03)), 400, "so any change has this effect, including the pasting"),
         (figures((0.02, 0.00, 0.04)), 400, "the object decides"),
         (figures((-0.02, -0.03, 0.0)), 400, "loses nothing: the object decides"),
         (figures((0.06, 0.01, 0.11)), 40, "40 images are too few to tell whether that is more than 5 points"),

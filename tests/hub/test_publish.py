@@ -180,16 +180,16 @@ def test_the_validation_figures_of_a_fusion_that_was_fitted_since_are_left_out(f
         file.unlink()
     text = (made(finished, tmp_path).folder / "README.md").read_text()
     assert "| fg | 50.0 |" in text and "fused: robust" not in text
-    assert "chosen and fitted on 72 views of the split val, half of them the images as they are, half each object on" in text
-    assert "those of one plant kept together" in text
+    assert "chosen and fitted on 72 views of the split val, half of them unchanged images, half objects on" in text
+    assert "those of the same plant kept together" in text
 
 
 def test_what_stands_against_publishing(tmp_path):
     run = write_run(tmp_path / "run")
     found = " ".join(made(run, tmp_path, CardMetadata()).problems)
-    assert "There is no license" in found and "There are no figures" in found
+    assert "There is no license" in found and "There are no metrics" in found
     package = prepare(run, "org/x", tmp_path / "b", CardMetadata("mit"), without_metrics=True)
-    assert package.problems == () and "Nothing was measured" in (tmp_path / "b" / "README.md").read_text()
+    assert package.problems == () and "Not evaluated." in (tmp_path / "b" / "README.md").read_text()
     (run / "run.json").write_text("{}")
     assert "the training has not finished" in prepare(run, "org/x", tmp_path / "c", FACTS, without_metrics=True).problems[0]
     with pytest.raises(L2R2Error, match="not a Hub id of the form org/name"):
@@ -206,12 +206,12 @@ def test_every_kind_of_model_can_be_published(tmp_path, kind):
 
 
 SAID = {  # what the card says of each kind of model, and what it must not
-    "ifam": (["gives the fused answer, and needs no boxes", "what the network takes for it"], ["boxes=", "Localizer"]),
-    "tokens": (["so that a misleading background decides less", "fg: tokens |", "boxes=[["], ["margin"]),
+    "ifam": (["gives the fused prediction, and needs no boxes", "The network finds the object itself"], ["boxes=", "Localizer"]),
+    "tokens": (["so that a misleading background matters less", "fg: tokens |", "boxes=[["], ["margin"]),
     "late": (["masked in the network", "is the whole-image head alone"], ["cut out of it"]),
     "box head": (["boxes of its own box head", 'localizer="head")', "predict(photo).objects"], ["not stated.", "boxes=[["]),
     "gray": (["As a plain timm model (in_chans=1) it"], ["Predictor", "`pipeline`"]),
-    "full": (["(the whole image). Made", "gives the same answer"], ["misleading", "fg:", "boxes", "Localizer"]),
+    "full": (["(the whole image). Made", "gives the same prediction"], ["misleading", "fg:", "boxes", "Localizer"]),
     "fg": (["is the fg head alone", "without a box the whole image counts as the object"], ["misleading", "whole-image head"]),
 }
 
@@ -245,7 +245,7 @@ def test_the_usage_names_a_localizer_that_others_can_have(run):
     [
         ("best_on_val", "average", "The fusion was chosen on 24 views of the split val."),
         ("robust", "robust", "The fusion was fitted on 24 views of the split val."),
-        ("average", "average", "The fusion was set by hand; nothing of it is fitted."),
+        ("average", "average", "The fusion was set by hand and has no fitted parameters."),
     ],
 )
 def test_the_card_says_what_the_fusion_was_fitted_or_chosen_on(tmp_path, method, fusion, sentence):
@@ -258,7 +258,7 @@ def test_the_card_says_what_the_fusion_was_fitted_or_chosen_on(tmp_path, method,
 @pytest.mark.parametrize("license", ["Apache 2", "MIT", "apache_2.0", "mit\n"])
 def test_a_license_is_written_as_the_hub_writes_it(run, tmp_path, license):
     (problem,) = prepare(run, "org/x", tmp_path / "package", CardMetadata(license), without_metrics=True).problems
-    assert "is not a license as the Hub writes it" in problem
+    assert "is not a license as the Hub spells it" in problem
 
 
 def test_the_license_of_the_source_is_respected(tmp_path):

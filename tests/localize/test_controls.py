@@ -39,13 +39,13 @@ def test_specs_are_canonical():
     [
         ("center", 'Unknown localizer "center"; choose from owlv2'),
         ("", "names no localizer"),
-        ("center?share", "must be option=value"),
+        ("center?share", "write option=value pairs joined by &"),
         ("boxes:a?b.json", "a ? in a name is %3F"),
-        ("center?share=2", 'share must be a part of the side between 0.01 and 1, got "2"'),
+        ("center?share=2", 'share must be a number between 0.01 and 1, got "2"'),
         ("center?share=nan", "share must be"),
-        ("center?share=0.2&share=0.3", "2 values of share; give one"),
-        ("center?size=3", "has no option size; it has share"),
-        ("full:x", "takes nothing after its name"),
+        ("center?share=0.2&share=0.3", "2 values for share; give one"),
+        ("center?size=3", "has no option size; its options are: share"),
+        ("full:x", "takes no source after its name"),
         ("boxes", "needs a box file"),
         ("boxes:nowhere.json", "nowhere.json: no such box file"),
     ],
@@ -82,7 +82,7 @@ def test_boxes_of_a_file_are_found_by_name(tmp_path):
     assert first.boxes.tolist() == [[0, 0, 10, 40]] and len(second) == 0  # clipped; those outside and strangers have none
     (tmp_path / "a?b.json").write_text((tmp_path / "b.json").read_text())
     assert len(create_localizer(f"boxes:{tmp_path}/a%3Fb.json").table.entries) == 2
-    with pytest.raises(L2R2Error, match="give it files"):
+    with pytest.raises(L2R2Error, match="give files, not images"):
         localizer(IMAGES)
 
 
@@ -96,6 +96,6 @@ def test_tidy_thresholds_clips_drops_and_suppresses():
     assert tidy(boxes, scores, (40, 40), threshold=0.2, max_boxes=1).scores.tolist() == pytest.approx([0.9])
     scores[1] = nan
     assert tidy(boxes, scores, (40, 40), list("abcdefg"), threshold=0.2, nms_iou=0.5).labels == ("a", "c")
-    with pytest.raises(L2R2Error, match="nothing but NaN; run it with dtype=float32"):
+    with pytest.raises(L2R2Error, match="All scores of the localizer are NaN; try dtype=float32"):
         tidy(boxes, scores * nan, (40, 40))
     assert len(tidy(torch.zeros(0, 4), torch.zeros(0), (40, 40))) == 0

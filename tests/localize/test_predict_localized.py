@@ -184,7 +184,7 @@ def test_top_k_prompts_go_on_where_the_localizer_fails_on_one_image(run, paths, 
 
 
 def test_top_k_prompts_need_what_they_need(run, tiny, tmp_path):
-    with pytest.raises(L2R2Error, match="told what to look for"):
+    with pytest.raises(L2R2Error, match="a localizer that takes prompts"):
         Predictor.from_pretrained(run, localizer="center", topk_prompts=2)
     with pytest.raises(L2R2Error, match="for a localizer that is given too"):
         Predictor.from_pretrained(run, topk_prompts=2)

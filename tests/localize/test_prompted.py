@@ -160,7 +160,7 @@ def test_nan_is_never_a_box(tiny, pictures, kind):
     with torch.no_grad():
         for parameter in localizer.network.model.parameters():
             parameter.fill_(float("nan"))
-    with pytest.raises(L2R2Error, match="nothing but NaN"):
+    with pytest.raises(L2R2Error, match="All scores of the localizer are NaN"):
         localizer(pictures[:1])
 
 
@@ -183,7 +183,7 @@ def test_half_precision_and_the_class_free_score(tiny, pictures):
         ("prompt=bird&prompt=. .", "has an empty prompt"),
         ("prompt=bird&threshold=2", "threshold must be a number between 0 and 1"),
         ("prompt=bird&dtype=int8", "dtype must be one of float32, float16, bfloat16"),
-        ("prompt=bird&score=objectness", "leave one of both out"),
+        ("prompt=bird&score=objectness", "use one or the other"),
         ("prompt=bird&max_boxes=0", "max_boxes must be a whole number"),
     ],
 )
@@ -193,24 +193,24 @@ def test_options_that_make_no_sense_are_refused(tiny, options, message):
 
 
 def test_prompts_that_the_network_cannot_read_are_refused(tiny, pictures):
-    with pytest.raises(L2R2Error, match="tokens; OWLv2 reads 16"):
+    with pytest.raises(L2R2Error, match="tokens; OWLv2 takes at most 16"):
         create_localizer(spec(tiny, "owlv2", "prompt=abcdefghijklmnopqrstuvwxyz"))(pictures)
-    with pytest.raises(L2R2Error, match="tokens; grounding-dino reads 32"):
+    with pytest.raises(L2R2Error, match="tokens; grounding-dino takes at most 32"):
         create_localizer(spec(tiny, "grounding-dino", f"prompt={' '.join(['bird'] * 40)}"))(pictures)
 
 
 def test_networks_that_cannot_be_had_are_one_sentence(tiny, tmp_path):
-    with pytest.raises(L2R2Error, match="run `hf download nobody/nothing` once, then give the folder"):
+    with pytest.raises(L2R2Error, match="run `hf download nobody/nothing`, then give the folder"):
         create_localizer("owlv2:nobody/nothing?prompt=a")
-    with pytest.raises(L2R2Error, match="no such folder, and not a hub id"):
+    with pytest.raises(L2R2Error, match="no such folder, and not a Hub id"):
         create_localizer("owlv2:./models/owl?prompt=a")
-    with pytest.raises(L2R2Error, match="is a model of type owlv2, where grounding-dino or mm-grounding-dino is needed"):
+    with pytest.raises(L2R2Error, match="is a model of type owlv2; use one of type grounding-dino or mm-grounding-dino"):
         create_localizer(f"grounding-dino:{tiny('owlv2')}?prompt=a")
-    with pytest.raises(L2R2Error, match="needs a hub id or the folder of a model"):
+    with pytest.raises(L2R2Error, match="needs a Hub id or the folder of a model"):
         create_localizer("owlv2?prompt=a")
     model = create_localizer(spec(tiny, "owlv2", "prompt=a")).network.model
     model.config.save_pretrained(tmp_path)
     create_localizer(spec(tiny, "owlv2", "prompt=a")).network.processor.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")  # weights there are, but pickled
-    with pytest.raises(L2R2Error, match="cannot be loaded as a model of transformers with safetensors"):
+    with pytest.raises(L2R2Error, match="cannot be loaded as a transformers model with safetensors weights"):
         create_localizer(f"owlv2:{tmp_path}?prompt=a")

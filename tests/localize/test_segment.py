@@ -65,7 +65,7 @@ def test_masks_go_through_a_box_file_into_the_views(tiny, dataset, tmp_path):
         ("sam3:x", "Masks come from sam:SOURCE or sam2:SOURCE"),
         ("sam", "Masks come from sam:SOURCE"),
         ("sam:nobody/nothing", "hf download nobody/nothing"),
-        ("a&masks=b", "2 values of masks"),
+        ("a&masks=b", "2 values for masks"),
     ],
 )
 def test_segmenters_that_cannot_be_had_are_refused(masks, message):

@@ -42,6 +42,15 @@ def test_what_users_name_is_shown_and_never_run(tmp_path, logits):
     assert len(page.ids) == len(set(page.ids)) > 5
 
 
+def test_definitions_are_folded_away_below_the_blocks(tmp_path):
+    sections = [Section("s", "text", [table(["a"], [["cell"]])], about=f"{EVIL}\nsecond"), Section("plain", "no definitions")]
+    write_page(tmp_path / "r.html", "t", "l", sections)
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert page.tags.count("details") == page.tags.count("summary") == 1 and "script" not in page.tags
+    places = [page.words.index(word) for word in ("text", "cell", "What is this?", EVIL, "second", "no definitions")]
+    assert places == sorted(places)
+
+
 def test_a_page_fetches_nothing(tmp_path, logits):
     z, labels = logits
     image = Image.fromarray(np.zeros((20, 30, 3), dtype=np.uint8))
@@ -109,7 +118,7 @@ def test_the_confusion_table_counts_what_scikit_learn_counts(tmp_path, logits):
     page = page_of(tmp_path, confusion(spread, labels + (labels == 2), names))
     assert "never" not in page.words
     many = page_of(tmp_path, confusion(torch.eye(50), torch.arange(50), [str(i) for i in range(50)]))
-    assert "answer (class number)" in many.words and any(a.startswith("data:image/png") for a in many.addresses)
+    assert "predicted class (index)" in many.words and any(a.startswith("data:image/png") for a in many.addresses)
 
 
 def test_numbers_in_cells():

@@ -72,12 +72,12 @@ def test_the_lead_says_what_can_be_said_and_no_more(judged, tmp_path):
     bad, one = wrong.clone(), wrong.clone()
     bad[:2], one[:3] = truth[:2], truth[:3]
     page = page_of(saying(judged, full=(bad, 0.5), fg=(truth, 0.5), fused=(one, 0.5)), tmp_path)
-    assert "The fused answer (robust) is right in 12.5 % of 24 images" in page.words
+    assert "The fused prediction (robust) is correct in 12.5 % of 24 images" in page.words
     assert "too close to tell from these images" in page.words  # three images against two
-    assert "The object alone would be right more often, by +75.0 to +100.0 points." in page.words
+    assert "The object alone would be more accurate, by +75.0 to +100.0 points." in page.words
     page = page_of(saying(judged, full=(bad, 0.5), fg=(truth, 0.5), fused=(truth, 0.5)), tmp_path)
-    assert "That is +91.7 points" in page.words and "too close" not in page.words and "would be right" not in page.words
-    assert "No branch" not in page.words
+    assert "That is +91.7 points" in page.words and "too close" not in page.words and "would be more accurate" not in page.words
+    assert "Wherever a branch" not in page.words
 
 
 def test_images_without_an_object_are_shown_wrong_ones_first(judged, tmp_path):
@@ -88,8 +88,11 @@ def test_images_without_an_object_are_shown_wrong_ones_first(judged, tmp_path):
     has_fg[[2, 4]] = False
     said = saying(judged, **dict.fromkeys(("full", "fg", "fused"), (answers, 0.5)))
     page = page_of(replace(said, data=replace(said.data, has_fg=has_fg)), tmp_path)
-    assert "In 2 of 24 images; 50.0 % of them are answered right, against 100.0 % of the others." in page.words
-    assert cards(page) == ["004", "002"] and "No branch and the fused answer (robust) ever disagree" in page.words
+    assert "In 2 of 24 images; the accuracy is 50.0 % on these, and 100.0 % on the others." in page.words
+    assert (
+        cards(page) == ["004", "002"]
+        and "Wherever a branch or the fused prediction (robust) is right, all of them are." in page.words
+    )
     assert "no object found" in page.words
 
 

@@ -58,7 +58,9 @@ def test_the_weights_of_the_best_epoch_are_kept_and_it_is_recorded(dataset, tmp_
     answers = branch_logits(load_checkpoint(tmp_path / "run"), read_table(dataset).of_split("val"))
     correct = (answers.logits["full"].argmax(1) == answers.labels).float().mean().item()
     assert correct == pytest.approx(best["value"]) == result.metrics["full_accuracy"]
-    assert any(f"kept epoch {best['epoch']} of 5" in n for n in result.notes) and any("too good" in n for n in result.notes)
+    assert any(f"kept epoch {best['epoch']} of 5" in n for n in result.notes) and any(
+        "slightly optimistic" in n for n in result.notes
+    )
     assert finetune(dataset, chosen, tmp_path / "run").notes == result.notes
 
 
@@ -85,7 +87,7 @@ def test_layers_that_share_weights_train_save_and_load(dataset, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has fp16")
 def test_fp16_on_a_cpu_says_what_to_do(dataset, tmp_path):
-    with pytest.raises(L2R2Error, match="precision fp16 needs a GPU; on a CPU take bf16 or fp32"):
+    with pytest.raises(L2R2Error, match="precision fp16 needs a GPU; on a CPU, use bf16 or fp32"):
         finetune(dataset, recipe(precision="fp16"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -105,7 +105,7 @@ def test_boxes_that_cannot_be_used_never_train_an_fg_branch_silently(tmp_path, c
     lines = [",".join(line.split(",")[:3]) for line in (data / "metadata.csv").read_text().splitlines()]
     text = "\n".join([lines[0] + ",score,x0,y0,x1,y1", *(line + columns for line in lines[1:])])
     (data / "metadata.csv").write_text(text)
-    with pytest.raises(L2R2Error, match="no training image has a box or mask that can be used"):
+    with pytest.raises(L2R2Error, match="no training image has a usable box or mask"):
         finetune(data, recipe(), tmp_path / "run")
 
 

@@ -173,7 +173,7 @@ def test_validation_rows_that_the_start_was_trained_on_are_named(dataset, tmp_pa
     first = Recipe.read("scratch", {"model": "timm:resnet10t", "size": 32, "epochs": 1})
     finetune(dataset, first, tmp_path / "first", train_split="val", val_split="test")
     result = finetune(dataset, Recipe.read("finetune", {"init": str(tmp_path / "first"), "epochs": 1}), tmp_path / "second")
-    assert any("12 of 12 validation images were in the training of" in note for note in result.notes)
+    assert any("12 of 12 validation images were trained on by" in note for note in result.notes)
     assert "12 of the 12 images of val were trained on" in evaluate_run(tmp_path / "second", dataset, "val").warnings[0]
     third = finetune(dataset, Recipe.read("finetune", {"init": str(tmp_path / "second"), "epochs": 1}), tmp_path / "third")
     assert any("12 of 12 validation images" in note for note in third.notes)
@@ -227,7 +227,7 @@ def test_odd_configs(tmp_path, change):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"pretrained": False}, "leave one of both out"),
+        ({"pretrained": False}, "use one or the other"),
         ({"model": "timm:resnet18"}, "the weights of l2r2 do not fit resnet18"),
         ({"model": "timm:test_convnext"}, "the weights of l2r2 do not fit test_convnext"),
         ({"model": "timm:test_vit"}, "the weights of l2r2 do not fit test_vit"),

@@ -102,5 +102,5 @@ def test_channels_last_and_grad_checkpointing_change_nothing_but_rounding():
 
 
 def test_arguments_of_the_backbone_replace_none_of_the_model():
-    with pytest.raises(L2R2Error, match="num_classes is no argument of the timm backbone"):
+    with pytest.raises(L2R2Error, match="num_classes is not an argument of the timm backbone"):
         create_model(Recipe.default("timm:test_vit", False, size=32, backbone={"num_classes": 7}), CLASSES)

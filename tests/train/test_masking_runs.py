@@ -146,7 +146,7 @@ def test_finetune_counts_the_images_whose_object_fg_can_see(tmp_path, kind, side
     if seen:
         assert finetune(tmp_path / "data", recipe, tmp_path / "run").with_box == seen
     else:
-        with pytest.raises(L2R2Error, match=r"no training image has .* can be used \(inside the image, not empty"):
+        with pytest.raises(L2R2Error, match=r"no training image has a usable box or mask \(inside the image, not empty"):
             finetune(tmp_path / "data", recipe, tmp_path / "run")
 
 
