@@ -13,10 +13,10 @@ All networks are trained with the same recipe (batch 16, bf16), and evaluated wi
 pretrained`, the default: EfficientNet-Lite0 from the installed ImageNet weights, recipe `finetune`, 128 pixels, 10 epochs
 (composites: 4). With `--start scratch`: ResNet-18, recipe `scratch`, 96 pixels, 20 epochs (composites: 64 pixels, 4 epochs).
 
-Fusions are fitted and chosen (by regret, see `l2r2 fuse`) on `val` (plain), on `val` with the backgrounds of other training images
-(swapped), and on both; `adapted` fuses random groups of images of one test split together. On composites, the cross-validation keeps
-physical objects together (`l2r2 fuse --group object`). Nothing is fitted or chosen on a test split. The same command continues an
-interrupted benchmark. Writes benchmarks/results/background_shift_NAME_START.csv.
+Fusions are fitted and chosen (by regret, see `l2r2 fuse`) on `val` (plain), on `val` with the backgrounds of other training
+images (swapped), and on both; `adapted` fuses random groups of images of one test split together. On composites, the
+cross-validation keeps physical objects together (`l2r2 fuse --group object`). Nothing is fitted or chosen on a test split. The
+same command continues an interrupted benchmark. Writes benchmarks/results/background_shift_NAME_START.csv.
 """
 
 from __future__ import annotations
