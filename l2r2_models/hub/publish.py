@@ -306,8 +306,8 @@ def text_problems(texts: Mapping[str, str]) -> list[str]:
     Returns:
         One message per problem; secrets are not repeated in it.
 
-    >>> text_problems({"README.md": "trained on /home/me/data"})
-    ['README.md holds a path of this machine (/home/me/data); remove it.']
+    >>> text_problems({"README.md": "trained on ~/photos"})
+    ['README.md holds a path of this machine (~/photos); remove it.']
     """
     problems = []
     for name, text in texts.items():

@@ -263,7 +263,7 @@ def tidy(
         L2R2Error: when there are boxes and all scores are NaN.
     """
     if len(scores) and bool(scores.isnan().all()):
-        raise L2R2Error("All scores of the localizer are NaN; try dtype=float32, or check its weights.")
+        raise L2R2Error("all scores of the localizer are NaN; try dtype=float32, or check its weights.")
     found = Detections(boxes.detach().float().cpu(), scores.detach().float().cpu().clamp(max=1), image_size, tuple(labels))
     found = found.above(threshold).usable().clipped().sorted()
     if nms_iou < 1:

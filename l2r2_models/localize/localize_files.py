@@ -264,7 +264,7 @@ def _entries(localizer: Localizer, images: Mapping[str, Image.Image], prompts: M
 
 def _entry_of(found: Detections) -> BoxEntry:
     if not (found.boxes.isfinite().all() and found.scores.isfinite().all()):
-        return BoxEntry(failure="The boxes of the localizer are not finite; try dtype=float32.")
+        return BoxEntry(failure="the boxes of the localizer are not finite; try dtype=float32.")
     return BoxEntry.from_detections(found)
 
 

@@ -90,7 +90,7 @@ def detections_of(found: FoundBoxes, images: Sequence[Image], spec: ViewSpec) ->
     """
     boxes, scores = found.in_pixels(spec.size, spec.size, 0.0).cpu(), found.objectness.float().sigmoid().tolist()
     if not bool(boxes.isfinite().all()):
-        raise L2R2Error("The boxes of the box head are not finite; its training has diverged.")
+        raise L2R2Error("the boxes of the box head are not finite; its training has diverged.")
     maps = [full_view_map(image, spec) for image in images]
     return [one_box(m.boxes_to_image(box), score, image) for m, box, score, image in zip(maps, boxes, scores, images)]
 

@@ -44,7 +44,7 @@ class Segmenter:
         sizes = {key: inputs.pop(key).cpu() for key in ("original_sizes", "reshaped_input_sizes") if key in inputs}
         out = self.network.model(**inputs, multimask_output=False)  # a box prompt is not ambiguous
         if not bool(out.pred_masks.isfinite().all()):
-            raise L2R2Error("The masks of the segmenter are not finite; check its weights.")
+            raise L2R2Error("the masks of the segmenter are not finite; check its weights.")
         masks = processor.post_process_masks(out.pred_masks.cpu(), **sizes)[0]  # [N, 1, H, W] bool
         return replace(found, masks=masks[:, 0].bool())
 

@@ -141,7 +141,7 @@ def _for_views(backbone: Any, views: Tensor, name: str) -> Any:
 
 def _finite(values: Tensor) -> Tensor:
     if not bool(values.isfinite().all()):
-        raise L2R2Error("The network's features are not finite; its training has diverged.")
+        raise L2R2Error("the network's features are not finite; its training has diverged.")
     return values
 
 

@@ -97,8 +97,8 @@ def finetune(
             by another process.
 
     >>> recipe = Recipe.default("l2r2_convnextv2_tiny", pretrained=True, epochs=10)  # doctest: +SKIP
-    >>> finetune("data/", recipe, "runs/fungi", boxes="boxes.json").metrics  # doctest: +SKIP
-    {'fused_accuracy': 0.91, ...}
+    >>> result = finetune("data/", recipe, "runs/fungi", boxes="boxes.json")  # doctest: +SKIP
+    >>> print(result.folder, result.metrics)  # doctest: +SKIP
     """
     out, began = Path(out), time.monotonic()
     trainer = _trainer_module(tensorboard)

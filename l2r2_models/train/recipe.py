@@ -108,7 +108,7 @@ class Recipe:
     val_fraction: float = 0.0
     val_group: str | None = None
     val_from: str = "random"
-    # parts of an ifam model
+    # parts of an iFAM model
     num_parts: int | None = None
     part_presence: float = 1.0
     part_equivariance: float = 1.0

@@ -96,6 +96,6 @@ def test_tidy_thresholds_clips_drops_and_suppresses():
     assert tidy(boxes, scores, (40, 40), threshold=0.2, max_boxes=1).scores.tolist() == pytest.approx([0.9])
     scores[1] = nan
     assert tidy(boxes, scores, (40, 40), list("abcdefg"), threshold=0.2, nms_iou=0.5).labels == ("a", "c")
-    with pytest.raises(L2R2Error, match="All scores of the localizer are NaN; try dtype=float32"):
+    with pytest.raises(L2R2Error, match="all scores of the localizer are NaN; try dtype=float32"):
         tidy(boxes, scores * nan, (40, 40))
     assert len(tidy(torch.zeros(0, 4), torch.zeros(0), (40, 40))) == 0

@@ -100,7 +100,7 @@ def test_finetune_learns_a_head_by_its_flag_and_refuses_what_would_mislead_it(l2
     base = ["finetune", dataset, "--model", "timm:resnet10t", "--no-pretrained", "--size", 32, "--epochs", 1, "--box-head"]
     assert l2r2(*base, "-o", tmp_path / "run").returncode == 0
     assert hub.load_checkpoint(tmp_path / "run").model.box_head is not None
-    assert "mixup and cutmix mix images" in sentence(l2r2(*base, "--set", "mixup=0.2", "-o", tmp_path / "mix"))
+    assert "mixup and cutmix cannot mix the boxes" in sentence(l2r2(*base, "--set", "mixup=0.2", "-o", tmp_path / "mix"))
     assert "A box head needs a full branch" in sentence(l2r2(*base, "--branches", "fg", "-o", tmp_path / "fg"))
     with pytest.raises(L2R2Error, match="finds its object itself"):
         from l2r2_models.train.models import create_model

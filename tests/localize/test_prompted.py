@@ -160,7 +160,7 @@ def test_nan_is_never_a_box(tiny, pictures, kind):
     with torch.no_grad():
         for parameter in localizer.network.model.parameters():
             parameter.fill_(float("nan"))
-    with pytest.raises(L2R2Error, match="All scores of the localizer are NaN"):
+    with pytest.raises(L2R2Error, match="all scores of the localizer are NaN"):
         localizer(pictures[:1])
 
 

@@ -250,7 +250,7 @@ def test_a_predictor_looks_with_its_own_network(run, dataset):
         ("ncut", "needs a run, a Hub id or timm:NAME"),
         ("cam", "needs a run or a Hub id"),
         ("head:nowhere/at-all", "hf download nowhere/at-all"),
-        ("ncut:timm:resnet1800", "timm cannot load it"),
+        ("ncut:timm:resnet1800", "timm cannot load this model"),
         ("cam:x?level=2", "level must be otsu or a number between 0 and 1"),
         ("ncut:x?tau=7", "tau must be a cosine"),
     ],
