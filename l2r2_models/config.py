@@ -1,4 +1,4 @@
-"""Strict loading of configurations: one dataclass to and from plain values (JSON, YAML, the command line)."""
+"""Strict conversion between a dataclass and plain values (JSON, YAML, the command line)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from .errors import L2R2Error
 
 T = TypeVar("T")
-KINDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
+KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any], what: str, *, parse_numbers: bool = False) -> T:
-    """Build a dataclass from plain values; nothing unknown is ignored and nothing is guessed.
+    """Build a dataclass from plain values, rejecting unknown keys and values of the wrong type.
 
     Args:
-        cls: a dataclass whose fields are text, numbers, flags, tuples, mappings or literals.
+        cls: a dataclass whose fields are strings, numbers, booleans, tuples, mappings or literals.
         data: values by field name.
-        what: what a field is called in messages, e.g. `recipe key`.
-        parse_numbers: numbers may come as text, because YAML reads `1e-3` as text.
+        what: what messages call a field, e.g. `recipe key`.
+        parse_numbers: accept numbers given as strings, because YAML reads `1e-3` as a string.
 
     Raises:
-        L2R2Error: an unknown or missing key, or a value of the wrong type.
+        L2R2Error: when a key is unknown or missing, or a value has the wrong type.
 
     >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True)
@@ -48,18 +48,27 @@ def from_dict(cls: type[T], data: Mapping[str, Any], what: str, *, parse_numbers
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as plain values for JSON or YAML; tuples become lists."""
+    """Convert a dataclass to plain values for JSON or YAML; tuples become lists."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
 
 
 def as_type(name: str, value: Any, kind: Any, parse_numbers: bool = False) -> Any:
-    """A value of YAML or JSON as the type of its field.
+    """Convert a value from YAML or JSON to the type of its field.
+
+    Args:
+        name: the field's name, for messages.
+        value: the plain value.
+        kind: the field's type annotation.
+        parse_numbers: accept numbers given as strings.
 
     Raises:
-        L2R2Error: it is of another type; the message begins with `name`.
+        L2R2Error: when the value does not have that type.
+
+    >>> as_type("epochs", 3.0, int)
+    3
     """
     origin, options = get_origin(kind), get_args(kind)
-    if kind is Any or origin is Literal:  # the dataclass checks its choices itself
+    if kind is Any or origin is Literal:  # the dataclass validates its own choices
         return value
     if origin in (Union, UnionType):
         given = [option for option in options if option is not type(None)]

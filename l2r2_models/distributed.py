@@ -1,4 +1,4 @@
-"""One run on several processes (torchrun): what all do, what the first does alone, and one error said once."""
+"""Work shared by the processes of torchrun: run on every rank, or on rank 0, and report errors once."""
 
 from __future__ import annotations
 
@@ -12,25 +12,31 @@ import torch
 from .errors import L2R2Error
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=12)  # the others wait while the first one reads all images
+PATIENCE = timedelta(hours=12)  # the other ranks wait while rank 0 reads all images
 
 
 def world() -> int:
-    """How many processes train together, as torchrun says."""
+    """The number of processes, as set by torchrun; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """The number of this process; 0 writes and prints."""
+    """The rank of this process; rank 0 writes and prints."""
     return int(os.environ.get("RANK", "0"))
 
 
 def together(work: Callable[[], T]) -> T:
-    """`work()` on every process. An error of any one ends all, and only the first that met it says so.
+    """Run `work` on every rank; an error on any rank ends all of them and is reported once.
+
+    Args:
+        work: called without arguments.
+
+    Returns:
+        The result of `work` on this rank.
 
     Raises:
-        L2R2Error: `work` raised it here.
-        SystemExit: it was raised on another process.
+        L2R2Error: when `work` raised it on this rank, and on no lower one.
+        SystemExit: when a lower rank, or only another rank, raised.
     """
     if world() == 1:
         return work()
@@ -51,10 +57,11 @@ def together(work: Callable[[], T]) -> T:
 
 
 def on_first(work: Callable[[], T]) -> T:
-    """`work()` on process 0 alone; all get its result, and wait for it.
+    """Run `work` on rank 0 only; every rank waits for its result and returns it.
 
     Raises:
-        L2R2Error, SystemExit: see `together`.
+        L2R2Error: when `work` raised it, on rank 0.
+        SystemExit: when `work` raised, on every other rank.
     """
     found = together(lambda: work() if rank() == 0 else None)
     if world() > 1:

@@ -1,21 +1,21 @@
-"""Invalid user input: the one exception class, and text that a terminal may be shown."""
+"""The exception for invalid user input, and text that is safe to print on a terminal."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """Text with control characters written out: a file name may hold escape codes that a terminal obeys.
+    r"""Escape control characters, since a file name may hold codes that a terminal obeys.
 
     >>> printable("a\x1b[2Jb")
-    'a\\\\x1b[2Jb'
+    'a\\x1b[2Jb'
     """
     return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text)
 
 
 class L2R2Error(ValueError):
-    """Invalid user input. The message is one sentence that says what to do.
+    """Invalid user input.
 
-    Commands print it without a traceback and exit with status 1.
+    The message is one sentence that says what to do. Commands print it without a traceback and exit with status 1.
     """
 
     def __str__(self) -> str:

@@ -1,6 +1,6 @@
-"""The image loader: whatever a user's folder holds becomes an upright 8-bit RGB image, or one clear error.
+"""The image loader: any file in a user's folder becomes an upright 8-bit RGB image, or one clear error.
 
-Every part of the project that opens an image calls `load_image`, so that boxes always refer to the same pixels.
+Everything that opens an image calls `load_image`, so that boxes always refer to the same pixels.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 from .errors import L2R2Error
 from .io import MAX_BYTES, check_readable
 
-FILL = (124, 116, 104)  # ImageNet's mean color, in levels of 255
+FILL = (124, 116, 104)  # ImageNet's mean color, RGB levels 0-255
 MAX_PIXELS = 100_000_000  # largest image that is decoded; 300 MB as RGB
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif")
 )
-BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of a TIFF
-# What Pillow may decode: the formats of the suffixes above. It knows others that run programs (EPS starts Ghostscript).
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
+# Pillow decodes only the formats of the suffixes above, because some others run programs (EPS starts Ghostscript).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 
 
@@ -46,18 +46,21 @@ def load_image(
 ) -> Image.Image:
     """Open an image as upright 8-bit RGB.
 
-    EXIF orientation is applied; 16-bit images are rescaled to 8 bit (not clipped); transparent pixels are composited on
-    `fill`; of an animation the first frame is taken. The size is checked before anything is decoded.
+    EXIF orientation is applied, 16-bit images are rescaled to 8 bits (not clipped), transparent pixels are composited on `fill`,
+    and an animation yields its first frame. The size is checked before anything is decoded.
 
     Args:
         source: path, encoded bytes, binary file object, PIL image, or pixels as a uint8 array or tensor `[H, W, 3]` or `[H, W]`.
         fill: RGB color (0-255) under transparent pixels.
-        max_pixels: width * height above which the image is refused; Pillow's own limit (179 million) holds beside it.
+        max_pixels: largest width * height that is accepted; Pillow's own limit (179 million) applies as well.
         name: what error messages call the image (default: the path).
 
     Raises:
-        ImageError: missing, empty, truncated, too large, or not an image; the message names the file.
-        TypeError: none of these kinds of source.
+        ImageError: when the file is missing, empty, truncated, too large, or not an image.
+        TypeError: when the source is none of these types.
+
+    >>> load_image(np.zeros((2, 3), dtype=np.uint8)).size
+    (3, 2)
     """
     name = name or (str(source) if isinstance(source, (str, Path)) else "image")
     try:
@@ -68,38 +71,48 @@ def load_image(
     except (ImageError, TypeError):
         raise
     except Image.DecompressionBombError:
-        limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))  # Pillow refuses from twice its own number
-        raise ImageError(f"{name}: more pixels than the limit of {limit:,}; make it smaller first.") from None
-    except Exception as error:  # decoders raise almost anything on damaged files
+        limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))  # Pillow refuses above twice MAX_IMAGE_PIXELS
+        raise ImageError(f"{name}: has more pixels than the limit of {limit:,}; make it smaller first.") from None
+    except Exception as error:  # decoders raise all kinds of exceptions on damaged files
         raise ImageError(f"{name}: cannot be decoded ({_one_line(error)}); the file is damaged or truncated.") from error
 
 
 def load_mask(path: str | Path, image_size: tuple[int, int]) -> Tensor:
-    """A mask file as `[H, W]` bool: True where it is brighter than half; all black is an empty mask.
+    """Load a mask file as `[H, W]` bool, True where it is brighter than half; an all-black file is an empty mask.
+
+    Args:
+        path: the mask file.
+        image_size: `(height, width)` that the mask must have.
 
     Raises:
-        ImageError: unreadable, not of the image's `(height, width)`, or dark throughout (object and background as 1 and 0).
+        ImageError: when the file is unreadable, of another size, or not black but dark throughout (e.g. saved as 0 and 1).
     """
     gray = np.asarray(load_image(path).convert("L"))
     if gray.shape != image_size:
-        raise ImageError(f"{path}: the mask is {gray.shape[1]}x{gray.shape[0]}, its image {image_size[1]}x{image_size[0]}.")
+        raise ImageError(
+            f"{path}: the mask is {gray.shape[1]}x{gray.shape[0]}, but its image is {image_size[1]}x{image_size[0]}."
+        )
     if 0 < gray.max() <= 127:
         raise ImageError(f"{path}: the mask's brightest level is {gray.max()}; save the object as white (255) on black.")
     return torch.from_numpy(gray > 127)
 
 
 def image_tensor(image: Image.Image) -> Tensor:
-    """The image's pixels as a uint8 tensor `[H, W, 3]`."""
+    """The pixels of an RGB image as a uint8 tensor `[H, W, 3]`.
+
+    >>> image_tensor(Image.new("RGB", (4, 2))).shape
+    torch.Size([2, 4, 3])
+    """
     return torch.from_numpy(np.array(image, dtype=np.uint8))
 
 
 def list_images(sources: Iterable[str | Path]) -> list[Path]:
-    """Image files among `sources`, in order; folders are searched recursively and sorted, hidden files are left out.
+    """List the image files in `sources`, in order; folders are searched recursively and sorted, hidden files are skipped.
 
-    A file that is named explicitly is kept whatever its suffix, so that a bad one is reported instead of ignored.
+    A file that is named explicitly is kept whatever its suffix, so that a bad one is reported rather than ignored.
 
     Raises:
-        ImageError: a source does not exist, or a folder holds no image.
+        ImageError: when a source does not exist, or a folder contains no image.
     """
     found: list[Path] = []
     for source in map(Path, sources):
@@ -116,15 +129,19 @@ def list_images(sources: Iterable[str | Path]) -> list[Path]:
 
 
 def is_image_path(path: Path) -> bool:
-    """Whether a (relative) path looks like an image that a user means: known suffix, no hidden part."""
+    """Whether a relative path has an image suffix and no hidden part.
+
+    >>> is_image_path(Path("a/b.JPG")), is_image_path(Path(".cache/b.jpg"))
+    (True, False)
+    """
     return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") and part != ".." for part in path.parts)
 
 
 class _Quiet:
-    """No warnings: Pillow only warns of sizes that our own limit refuses, and of odd EXIF.
+    """Suppress Pillow's warnings, which are about sizes that our own limit refuses and about malformed EXIF.
 
-    Threads that load at the same time share one `catch_warnings`: it would otherwise restore what another thread had set, and
-    leave the whole process without warnings.
+    Threads that load at the same time share one `catch_warnings`; with one each, a thread would restore the filters of another
+    and could silence warnings in the whole process.
     """
 
     lock = threading.Lock()
@@ -147,10 +164,10 @@ class _Quiet:
 
 
 def _read(source: ImageSource) -> str | Path | bytes | Image.Image:
-    """The source as one of the kinds that `_open` knows.
+    """Convert the source to one of the types that `_open` takes.
 
     Raises:
-        TypeError: it is none.
+        TypeError: when that is not possible.
     """
     if isinstance(source, (str, Path, bytes, Image.Image)):
         return source
@@ -164,7 +181,7 @@ def _read(source: ImageSource) -> str | Path | bytes | Image.Image:
         return Image.fromarray(np.ascontiguousarray(pixels))
     if callable(getattr(source, "read", None)) and isinstance(data := source.read(MAX_BYTES + 1), bytes):
         if len(data) > MAX_BYTES:
-            raise ImageError(f"image: has more than the limit of {MAX_BYTES / 2**20:,.0f} MB.")
+            raise ImageError(f"image: is larger than the limit of {MAX_BYTES / 2**20:,.0f} MB; use a smaller file.")
         return data
     raise TypeError(
         "An image must be a path, bytes, a binary file, a PIL image, or a uint8 array or tensor [H, W, 3], "
@@ -193,7 +210,7 @@ def _open(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
         Image.init()
         return Image.open(io.BytesIO(source), formats=[f for f in FORMATS if f in Image.OPEN])
     except Image.UnidentifiedImageError:
-        kind = "a ZIP archive" if source[:2] == b"PK" else "not an image in a format that is read here"
+        kind = "a ZIP archive" if source[:2] == b"PK" else "not an image in a supported format"
         raise ImageError(f"{name}: is {kind}.") from None
 
 
@@ -211,12 +228,12 @@ def _upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # the pixels are sound, only the EXIF block is not: it names no orientation
+    except Exception:  # malformed EXIF gives no orientation, but the pixels are fine
         return image
 
 
 def _grey_scale(image: Image.Image) -> tuple[int, bool]:
-    """The white level of an image of more than 8 bits, and whether 0 is white: Pillow keeps a TIFF's levels as stored."""
+    """The white level of an image with more than 8 bits, and whether 0 is white: Pillow keeps a TIFF's levels as stored."""
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
     return (2**bits - 1 if 8 < bits < 16 else 65535), tags.get(PHOTOMETRIC) == 0
@@ -235,13 +252,13 @@ def _to_rgb(image: Image.Image, fill: tuple[int, ...], name: str, scale: tuple[i
 
 
 def _eight_bit(pixels: np.ndarray, name: str, white: int, inverted: bool) -> np.ndarray:
-    """Rescale grayscale of more than 8 bits by its format's range, never by its content: equal gray stays equal."""
+    """Rescale grayscale to 8 bits by the range of its format, not of its content, so that images stay comparable."""
     if pixels.dtype.kind == "f":
         if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 1:
-            raise ImageError(f"{name}: a floating-point image outside [0, 1]; save it as 8 or 16 bit.")
+            raise ImageError(f"{name}: is a floating-point image with values outside [0, 1]; save it as 8 or 16 bit.")
         levels = np.rint(pixels * 255).astype(np.uint8)
     elif pixels.min() < 0 or pixels.max() > white:
-        raise ImageError(f"{name}: gray levels outside of 0 to {white}; save it as 8 or 16 bit.")
+        raise ImageError(f"{name}: has gray levels outside 0 to {white}; save it as 8 or 16 bit.")
     else:
         levels = ((pixels.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
     return 255 - levels if inverted else levels

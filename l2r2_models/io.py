@@ -1,4 +1,4 @@
-"""Reading files that are files, and writing them so that a killed process never leaves half of one."""
+"""Safe reading of regular files, and atomic writes: a killed process never leaves a partial file."""
 
 from __future__ import annotations
 
@@ -18,39 +18,47 @@ from .errors import L2R2Error
 
 _umask = os.umask(0)
 os.umask(_umask)
-MODE = 0o666 & ~_umask  # of a new file
-MAX_BYTES = 512 * 1024 * 1024  # of a file that is read whole: an image, a box file, a configuration
+MODE = 0o666 & ~_umask  # permissions of a new file
+MAX_BYTES = 512 * 1024 * 1024  # limit for files that are read into memory: images, box files, configurations
 
 
 def check_readable(path: str | Path, *, most: int | None = MAX_BYTES) -> None:
-    """Refuse what is no regular file (a pipe would wait forever, a device never ends) and files that are too large.
+    """Refuse files that are too large or not regular: a pipe would block forever, a device never ends.
+
+    A missing file passes, because the caller that opens it can report it better.
 
     Args:
-        path: links are followed.
-        most: bytes; None for no limit.
+        path: the file; links are followed.
+        most: largest size in bytes; None for no limit.
 
     Raises:
-        L2R2Error: not a regular file, or larger; what does not exist passes, for whoever opens it knows better what is missing.
+        L2R2Error: when the file is not regular, or larger than `most`.
     """
     try:
         found = os.stat(path)
     except (OSError, ValueError):
         return
     if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
-        raise L2R2Error(f"{path}: is not a regular file (a pipe or a device?); give a file.")
+        raise L2R2Error(f"{path}: is not a regular file (a pipe or a device?); pass a regular file.")
     if most is not None and stat.S_ISREG(found.st_mode) and found.st_size > most:
-        raise L2R2Error(f"{path}: has {found.st_size / 2**20:,.0f} MB, more than the limit of {most / 2**20:,.0f} MB.")
+        raise L2R2Error(
+            f"{path}: is {found.st_size / 2**20:,.0f} MB, over the limit of {most / 2**20:,.0f} MB; use a smaller file."
+        )
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
     """Call `write(temporary)` and move the result to `path` in one step; `path` keeps its old content until then.
 
+    Args:
+        path: the file to write; missing parent folders are created.
+        write: writes the content to the temporary path that it is given.
+
     Raises:
-        L2R2Error: the folder cannot be written to.
+        L2R2Error: when the file cannot be written.
     """
     path = Path(path)
     try:
-        check_readable(path, most=None)  # /dev/null would be replaced by a file
+        check_readable(path, most=None)  # os.replace would turn /dev/null into a regular file
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
@@ -58,7 +66,7 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
         raise L2R2Error(f"{path}: cannot be written ({error.strerror or error}).") from error
     try:
         write(Path(temporary))
-        os.chmod(temporary, stat.S_IMODE(path.stat().st_mode) if path.exists() else MODE)  # mkstemp makes private files
+        os.chmod(temporary, stat.S_IMODE(path.stat().st_mode) if path.exists() else MODE)  # mkstemp creates private files
         os.replace(temporary, path)
     except OSError as error:
         raise L2R2Error(f"{path}: cannot be written ({error.strerror or error}).") from error
@@ -67,8 +75,8 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
 
 
 def remove_stale(path: Path) -> None:
-    """Remove what a killed `write_atomic` left of `path`; only for its one writer, see `locks`."""
-    if len(path.name) > 40:  # a longer name shares its temporary names with others
+    """Remove temporary files that a killed `write_atomic` left for `path`; call it only while holding its lock (`locks`)."""
+    if len(path.name) > 40:  # the prefix is truncated, so it may belong to another file
         return
     with os.scandir(path.parent) as found:
         for entry in found:
@@ -77,17 +85,29 @@ def remove_stale(path: Path) -> None:
 
 
 def is_temporary(path: Path, name: str) -> bool:
-    """Whether a file is what `write_atomic` writes before it is `name`."""
+    """Whether `path` is a temporary file of `write_atomic` for a file called `name`.
+
+    >>> is_temporary(Path(".run.json.abcd1234.tmp"), "run.json")
+    True
+    """
     return re.fullmatch(rf"\.{re.escape(name)}\.[a-z0-9_]{{8}}\.tmp", path.name) is not None
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically; bytes of a file name that are not UTF-8 become escapes that JSON reads back."""
+    """Write UTF-8 text atomically; characters that UTF-8 cannot encode become escapes that JSON reads back.
+
+    Raises:
+        L2R2Error: when the file cannot be written.
+    """
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file's content atomically."""
+    """Write bytes atomically.
+
+    Raises:
+        L2R2Error: when the file cannot be written.
+    """
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(data)
@@ -99,7 +119,7 @@ def write_json(path: str | Path, data: Any) -> None:
     """Write indented JSON atomically.
 
     Raises:
-        L2R2Error: not writable, or the data hold NaN or infinity, which JSON has not.
+        L2R2Error: when the file cannot be written, or the data contain NaN or infinity, which JSON does not allow.
     """
     try:
         text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
@@ -112,14 +132,14 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        L2R2Error: missing or not JSON; the message names the file.
+        L2R2Error: when the file is missing or not JSON.
     """
     check_readable(path)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise L2R2Error(f"{path}: no such file.") from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of 4,300 digits
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or over 4,300 digits
         raise L2R2Error(f"{path}: is not readable JSON ({' '.join(str(error).split())}).") from error
 
 
@@ -127,7 +147,7 @@ def read_text(path: str | Path) -> str:
     """Read a UTF-8 text file, with or without a byte order mark.
 
     Raises:
-        L2R2Error: missing, not a regular file, too large, or not UTF-8; the message names the file.
+        L2R2Error: when the file is missing, not regular, too large, or not UTF-8.
     """
     check_readable(path)
     try:
@@ -137,33 +157,36 @@ def read_text(path: str | Path) -> str:
 
 
 class _NoAliases(yaml.SafeLoader):
-    """Plain YAML: an alias may stand for itself, or nine of them in nine lists for gigabytes."""
+    """YAML without aliases, which can refer to themselves or expand to gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not read here; write the value out")
+            raise yaml.YAMLError("aliases (*name) are not supported; write the value out")
         return super().compose_node(parent, index)
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Read YAML.
+    """Parse YAML text; `name` starts the error message.
 
     Raises:
-        L2R2Error: not YAML, or nested too deeply; the message begins with `name`.
+        L2R2Error: when the text is not YAML, uses aliases, or is nested too deeply.
+
+    >>> parse_yaml("epochs: 3", "recipe.yaml")
+    {'epochs': 3}
     """
     try:
         return yaml.load(text, _NoAliases)
     except RecursionError:
         raise L2R2Error(f"{name}: is nested too deeply.") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist, a number of 4,300 digits
-        raise L2R2Error(f"{name}: is not YAML ({' '.join(str(error).split())[:200]}).") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an invalid date, or over 4,300 digits
+        raise L2R2Error(f"{name}: is not valid YAML ({' '.join(str(error).split())[:200]}).") from None
 
 
 def file_sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file's content.
+    """Hexadecimal SHA-256 of a file's content.
 
     Raises:
-        L2R2Error: the file cannot be read.
+        L2R2Error: when the file cannot be read.
     """
     check_readable(path, most=None)
     try:

@@ -1,7 +1,7 @@
-"""Work done so far, one record for each image, in files that only grow, in the folder `OUT.parts` beside an output.
+"""Append-only record of finished work, one record per image, in the folder `OUT.parts` beside an output.
 
-Saving costs the same however much was saved before. Each run and each of its processes has a file of its own, so nothing is ever
-changed; a line that a killed process left half-written is passed over, and its image is done again.
+Saving a record costs the same no matter how many there are. Every run and process appends to its own file, so nothing is ever
+rewritten; a line that a killed process left incomplete is skipped, and its image is processed again.
 """
 
 from __future__ import annotations
@@ -22,13 +22,18 @@ from .io import check_readable
 
 @dataclass(frozen=True)
 class Part:
-    """One file of a journal: what its records were made with, and the records."""
+    """One file of a journal.
+
+    Attributes:
+        file: its path.
+        header: the settings that its records were made with.
+    """
 
     file: Path
     header: Any
 
     def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Each record, and where in the file it is."""
+        """Byte offset and content of each record."""
         for offset, line in whole_lines(self.file):
             if offset and isinstance(record := parse(line), dict) and isinstance(record.get("file"), str):
                 yield offset, record
@@ -38,8 +43,8 @@ class Journal:
     """The journal of an output.
 
     Args:
-        out: the output.
-        process: rank of this process, where several share the work.
+        out: the output file or folder.
+        process: rank of this process when several share the work.
     """
 
     def __init__(self, out: Path, process: int = 0) -> None:
@@ -50,17 +55,17 @@ class Journal:
         self._end = 0
 
     def parts(self) -> Iterator[Part]:
-        """The files that hold anything, the oldest first."""
+        """The files that have a header, oldest first."""
         for file in self._files():
             header = next((parse(line) for _, line in whole_lines(file)), None)
             if header is not None:
                 yield Part(file, header)
 
     def start(self, header: Any) -> None:
-        """Begin a file; a place that cannot be written to shows here, before the work.
+        """Begin a new file, so that an unwritable folder is reported before the work starts.
 
         Raises:
-            L2R2Error: not writable.
+            L2R2Error: when the folder cannot be written to.
         """
         number = 1 + max((int(file.name.split("-")[1]) for file in self._files()), default=0)
         try:
@@ -73,10 +78,13 @@ class Journal:
         self.add(header)
 
     def add(self, record: Any) -> tuple[Path, int]:
-        """Append a record; once this returns, it outlives the process. Gives the file and where in it the record begins.
+        """Append a record; once this returns, the record survives a killed process.
+
+        Returns:
+            The file, and the record's byte offset in it.
 
         Raises:
-            L2R2Error: not writable, e.g. because the disk is full.
+            L2R2Error: when the file cannot be written, e.g. because the disk is full.
         """
         assert self._stream is not None
         line, offset = json.dumps(record, allow_nan=False) + "\n", self._end
@@ -88,12 +96,14 @@ class Journal:
         return self._file, offset
 
     def close(self) -> None:
+        """Close the current file; does nothing if none is open."""
         if self._stream is not None:
-            with contextlib.suppress(OSError):  # a full disk has been said already
+            with contextlib.suppress(OSError):  # `add` has already reported a full disk
                 self._stream.close()
             self._stream = None
 
     def remove(self) -> None:
+        """Delete the journal's folder, once the output is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self) -> list[Path]:
@@ -104,10 +114,10 @@ class Journal:
 
 
 def whole_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Offset and content of each line that has its end.
+    """Byte offset and content of each complete line.
 
     Raises:
-        L2R2Error: the file cannot be read.
+        L2R2Error: when the file cannot be read.
     """
     check_readable(file, most=None)
     try:
@@ -122,7 +132,11 @@ def whole_lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def parse(line: bytes) -> Any:
-    """The JSON of a line; None where it is none."""
+    """Parse a line as JSON; None if it is not JSON.
+
+    >>> parse(b'{"file": "a.jpg"}'), parse(b'{"fil')
+    ({'file': 'a.jpg'}, None)
+    """
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
@@ -130,12 +144,12 @@ def parse(line: bytes) -> Any:
 
 
 def digest_of(file: str | Path, *facts: Any) -> str:
-    """Of the size and modification time of an image file, and of what else its result depends on."""
+    """A digest of an image file's size and modification time, and of anything else that its result depends on."""
     return hashlib.sha256(repr((state_of(file), *facts)).encode()).hexdigest()[:16]
 
 
 def state_of(file: str | Path | None) -> tuple[int, int] | None:
-    """Size and modification time; None without a file."""
+    """Size in bytes and modification time in nanoseconds; None if there is no such file."""
     try:
         about = os.stat(file) if file is not None else None
     except (OSError, ValueError):

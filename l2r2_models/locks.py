@@ -1,7 +1,7 @@
-"""One writer for each output that is continued: a second process is told who writes it.
+"""One writer per resumable output: a second process is told which one is writing it.
 
-The lock is an flock on a file beside the output. The kernel releases it when its process ends, by SIGKILL too, so no lock is ever
-stale; on NFS the server keeps it, so that it holds between hosts. What the file says is for people only.
+The lock is an flock on a file beside the output. The kernel releases it when its process ends, even by SIGKILL, so it is never
+stale; on NFS the server holds it, so that it works across hosts. The content of the lock file is only for people to read.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ try:
 except ImportError:  # Windows
     fcntl: Any = None  # type: ignore[no-redef]
 
-NO_LOCK = "%s: cannot be locked (%s); see to it that no other process writes it"
+NO_LOCK = "%s: cannot be locked (%s); make sure that no other process writes to it"
 logger = logging.getLogger(__name__)
 _held: set[int] = set()
 
 
 @contextlib.contextmanager
 def only_writer(out: Path) -> Iterator[None]:
-    """Hold the lock of an output, a file or a folder; temporary files that a killed writer left beside it are removed.
+    """Hold the lock of an output file or folder, and remove temporary files that a killed writer left beside it.
 
     Raises:
-        L2R2Error: another process writes the output, or its folder cannot be written to.
+        L2R2Error: when another process is writing the output, or its folder cannot be written to.
     """
     place = Path(os.path.abspath(out))  # a folder may be "."
     lock = place.with_name(f"{place.name}.lock")
@@ -44,7 +44,7 @@ def only_writer(out: Path) -> Iterator[None]:
     _held.add(handle)
     try:
         since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
-        with contextlib.suppress(OSError):  # a full disk shows where it matters
+        with contextlib.suppress(OSError):  # if the disk is full, writing the output itself reports it
             os.ftruncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on host {socket.gethostname()} since {since}".encode())
             remove_stale(place)
@@ -57,7 +57,7 @@ def only_writer(out: Path) -> Iterator[None]:
 
 
 def _take(out: Path, lock: Path) -> int | None:
-    """The open and locked file; None where a folder can be written to, but nothing beside it (a mounted volume)."""
+    """The open, locked file; None if the output folder is writable but its parent is not (a mounted volume)."""
     while True:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def _take(out: Path, lock: Path) -> int | None:
         except OSError as error:
             logger.warning(NO_LOCK, out, error.strerror)
             return handle
-        with contextlib.suppress(FileNotFoundError):  # the writer before removed it after we had opened it: try again
+        with contextlib.suppress(FileNotFoundError):  # the previous writer removed it after we opened it: try again
             if os.path.samestat(os.fstat(handle), os.stat(lock)):
                 return handle
         os.close(handle)
@@ -85,11 +85,11 @@ def _take(out: Path, lock: Path) -> int | None:
 
 def _taken(out: Path, lock: Path, holder: str) -> str:
     elsewhere = "" if f" on host {socket.gethostname()} " in holder else f" If that host is gone for good, remove {lock}."
-    return f"{out} is being written by {holder}; wait for it, or write elsewhere.{elsewhere}"
+    return f"{out} is being written by {holder}; wait for it to finish, or choose another output.{elsewhere}"
 
 
 def _let_go() -> None:
-    """A forked child (a process that loads images) would hold the lock beyond the end of its parent."""
+    """Close inherited handles: a forked data-loading worker would keep the lock after its parent has ended."""
     for handle in _held:
         os.close(handle)
     _held.clear()

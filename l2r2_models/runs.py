@@ -1,4 +1,4 @@
-"""What the folder of a run holds: its record, checkpoints to continue from, and evaluations. The only module that knows."""
+"""The layout of a run folder: its record, checkpoints to resume from, and evaluations. No other module knows it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .versions import version_of
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # a run is a checkpoint in timm's layout
 RUN, RECIPE, CHECKPOINTS, LOGS = "run.json", "recipe.yaml", "checkpoints", "logs"
 LOGITS, EVALUATIONS = "logits", "evaluations"
-FREE = ("workers",)  # recipe keys that change nothing in the result: a run may continue with others
-KINDS = {  # of the fields of a record that others read
+FREE = ("workers",)  # recipe keys that do not affect the result, so a run may be resumed with other values
+KINDS = {  # fields of the record that other modules read
     **dict.fromkeys(("train_files", "init_files", "val_files", "fit_files", "notes"), "names"),
     "metrics": "numbers",
     "recipe": "mapping",
@@ -30,35 +30,49 @@ KINDS = {  # of the fields of a record that others read
 
 
 def check_place(out: Path, data: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """`out` must be new, empty, or this very run; to be overwritten it must at least be a run."""
+    """Check that `out` is new, empty, or the same run; with `overwrite`, any run.
+
+    Args:
+        out: the run's folder.
+        data: the data set's folder, which must not lie inside `out`.
+        settings: what the run is made from: `recipe`, `data` and `init`.
+        overwrite: accept a run that was made with other settings.
+
+    Raises:
+        L2R2Error: when `out` is something else, or a run with other settings.
+    """
     if not out.exists() or (out.is_dir() and all(is_temporary(path, RUN) for path in out.iterdir())):
-        return  # new, empty, or of a process that was killed while it wrote the first file of its run
+        return  # new, empty, or left by a process that was killed while it wrote the run's first file
     if not (out / RUN).is_file() or data.resolve().is_relative_to(out.resolve()):
-        raise L2R2Error(f"{out}: exists and is not a run of finetune; choose another -o.")
+        raise L2R2Error(f"{out}: exists and is not a run of `l2r2 finetune`; choose another -o.")
     if overwrite:
         return
     old = read_json(out / RUN)
     recipe, old_data = (old.get(k) if isinstance(old, dict) else None for k in ("recipe", "data"))
     if not isinstance(recipe, dict) or not isinstance(old_data, dict):
-        raise L2R2Error(f"{out / RUN}: is damaged; --overwrite the run.")
+        raise L2R2Error(f"{out / RUN}: is damaged; start the run again with --overwrite.")
     changed = [k for k, v in settings["recipe"].items() if recipe.get(k) != v and k not in FREE]
     changed += ["data set"] if any(old_data.get(k) != v for k, v in settings["data"].items()) else []
     changed += ["init"] if old.get("init") != settings.get("init") and "init" not in changed else []
     if changed:
-        raise L2R2Error(f"{out}: holds a run with another {', '.join(changed)}; choose another -o, or --overwrite it.")
+        raise L2R2Error(f"{out}: holds a run with another {', '.join(changed)}; choose another -o, or pass --overwrite.")
 
 
 def record_of(run: Path | str) -> dict[str, Any]:
-    """What `finetune` wrote of a run; empty for a Hub id or a folder without it."""
+    """Read the record that `finetune` wrote for a run; empty for a Hub id, or a folder without one.
+
+    Raises:
+        L2R2Error: when the record is damaged.
+    """
     file = Path(run) / RUN
     record = read_json(file) if file.exists() else {}
     if not isinstance(record, dict) or not all(_fits(record[key], kind) for key, kind in KINDS.items() if key in record):
-        raise L2R2Error(f"{file}: is damaged.")
+        raise L2R2Error(f"{file}: is damaged; train the run again.")
     return record
 
 
 def _fits(value: Any, kind: str) -> bool:
-    """Whether a field of a record holds names, numbers by name, or anything by name."""
+    """Whether a field of the record is a list of names, a mapping to numbers, or any mapping."""
     if kind == "names":
         return isinstance(value, list) and all(isinstance(name, str) for name in value)
     numbers = kind != "numbers" or (isinstance(value, dict) and all(type(number) in (int, float) for number in value.values()))
@@ -66,17 +80,21 @@ def _fits(value: Any, kind: str) -> bool:
 
 
 def finished(out: Path) -> dict[str, Any] | None:
-    """The record of a finished run: it is written after everything else."""
+    """The record of a finished run, which is written last; None if the run is not finished.
+
+    Raises:
+        L2R2Error: when the record is damaged.
+    """
     if not all((out / name).is_file() for name in (RUN, CONFIG, WEIGHTS)):
         return None
     record = record_of(out)
     data = record.get("data")
-    whole = isinstance(record.get("metrics"), dict) and isinstance(data, dict) and isinstance(data.get("with_box"), int)
-    return record if whole else None
+    complete = isinstance(record.get("metrics"), dict) and isinstance(data, dict) and isinstance(data.get("with_box"), int)
+    return record if complete else None
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint; those that a killed process left half-written are removed."""
+    """Path of the newest complete checkpoint, or None; incomplete ones that a killed process left are removed."""
     numbered = {int(p.name.split("-")[1]): p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit()}
     for _, checkpoint in sorted(numbered.items(), reverse=True):
         try:
@@ -90,7 +108,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def surroundings() -> dict[str, Any]:
-    """What a run was made with: command line, versions, device, processes."""
+    """The environment of a run: command line, package versions, device, threads and processes."""
     names = ("l2r2-models", "torch", "torchvision", "timm", "transformers")
     found = {"python": platform.python_version(), **{name: version_of(name) for name in names}}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
@@ -104,20 +122,30 @@ def surroundings() -> dict[str, Any]:
 
 
 def changed_weights(folder: Path, digest: str) -> bool:
-    """Whether the weights of a run, whose SHA-256 is `digest`, are others than those that it recorded."""
+    """Whether the SHA-256 `digest` of a run's weights differs from what the run recorded.
+
+    Raises:
+        L2R2Error: when the record cannot be read.
+    """
     record = read_json(folder / RUN) if (folder / RUN).is_file() else {}
     known = record.get("weights_sha256", digest) if isinstance(record, dict) else digest
     return digest not in (known if isinstance(known, list) else [known])
 
 
 def store_evaluation(run: str | Path, data: str | Path, digest: str, evaluation: dict[str, Any]) -> Path:
-    """Keep an evaluation in the run's folder; a later one of the same data set and split replaces it.
+    """Store an evaluation in the run's folder, replacing an earlier one of the same data set and split.
 
     Args:
         run: the run's folder.
-        data: the data set's folder, whose name is kept and not its path.
-        digest: SHA-256 of the weights that were judged.
+        data: the data set's folder; its name is stored, not its path.
+        digest: SHA-256 of the evaluated weights.
         evaluation: `Evaluation.to_dict()`.
+
+    Returns:
+        The path of the stored file.
+
+    Raises:
+        L2R2Error: when the file cannot be written.
     """
     name = Path(data).resolve().name
     safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in f"{name}.{evaluation['split']}")
@@ -127,19 +155,19 @@ def store_evaluation(run: str | Path, data: str | Path, digest: str, evaluation:
 
 
 def read_evaluations(run: str | Path, more: Iterable[str | Path] = (), digest: str | None = None) -> tuple[dict[str, Any], ...]:
-    """The run's evaluations and those of other files.
+    """Read the evaluations stored in a run, and those in other files.
 
     Args:
         run: the run's folder.
-        more: files that `l2r2 evaluate --json` printed.
-        digest: SHA-256 of the weights; a kept evaluation of other weights (from before `l2r2 fuse`, or of an overwritten run) is
-            left out.
+        more: files with the output of `l2r2 evaluate --json`.
+        digest: SHA-256 of the weights; stored evaluations of other weights (from before `l2r2 fuse`, or of an overwritten run)
+            are skipped.
 
     Raises:
-        L2R2Error: a file is not an evaluation; the message names it.
+        L2R2Error: when a file is not an evaluation.
     """
-    kept = [_check_evaluation(read_json(file), file) for file in sorted((Path(run) / EVALUATIONS).glob("*.json"))]
-    own = [e for e in kept if digest is None or e.get("weights", digest) == digest]
+    stored = [_check_evaluation(read_json(file), file) for file in sorted((Path(run) / EVALUATIONS).glob("*.json"))]
+    own = [e for e in stored if digest is None or e.get("weights", digest) == digest]
     return (*own, *(_check_evaluation(read_json(file), Path(file)) for file in more))
 
 
@@ -147,9 +175,9 @@ def _check_evaluation(data: Any, file: Path) -> dict[str, Any]:
     rows: Any = data.get("rows") if isinstance(data, dict) else None
     fits = isinstance(rows, dict) and rows and isinstance(data.get("split"), str) and isinstance(data.get("images"), int)
     if not fits:
-        raise L2R2Error(f"{file}: is not what `l2r2 evaluate --json` prints.")
+        raise L2R2Error(f"{file}: is not the output of `l2r2 evaluate --json`.")
     for name, row in rows.items():
         accuracy = row.get("accuracy") if isinstance(row, dict) else None
         if isinstance(accuracy, bool) or not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
-            raise L2R2Error(f"{file}: the row {name} has no accuracy from 0 to 1.")
+            raise L2R2Error(f"{file}: the row {name} has no accuracy between 0 and 1.")
     return data

@@ -1,4 +1,4 @@
-"""Versions of packages, for what a run records of its making."""
+"""Versions of installed packages, for the record of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def version_of(package: str) -> str:
-    """The installed version of a package; "unknown" where it runs from a folder without metadata.
+    """The installed version of a package; "unknown" if it has no metadata.
 
     >>> version_of("no-such-package")
     'unknown'

@@ -88,7 +88,7 @@ def test_a_mask_of_zeros_and_ones_is_refused_instead_of_read_as_empty(tmp_path):
 
 def test_a_mask_of_another_size_is_refused(tmp_path):
     Image.new("L", (4, 3)).save(tmp_path / "m.png")
-    with pytest.raises(ImageError, match=r"m\.png: the mask is 4x3, its image 3x4"):
+    with pytest.raises(ImageError, match=r"m\.png: the mask is 4x3, but its image is 3x4"):
         load_mask(tmp_path / "m.png", (4, 3))
 
 

@@ -37,7 +37,10 @@ def test_a_second_writer_is_told_who_the_first_is(tmp_path):
     out = tmp_path / "new" / "predictions.json"
     process = hold(out)
     said = f"predictions.json is being written by process {process.pid} on host {socket.gethostname()} since 20"
-    with pytest.raises(L2R2Error, match=re.escape(said) + r"[-: 0-9]+; wait for it, or write elsewhere\.$"), only_writer(out):
+    with (
+        pytest.raises(L2R2Error, match=re.escape(said) + r"[-: 0-9]+; wait for it to finish, or choose another output\.$"),
+        only_writer(out),
+    ):
         pass
     with only_writer(tmp_path / "new" / "other.json"):  # another output is another lock
         pass
@@ -101,7 +104,7 @@ def test_a_folder_beside_which_nothing_can_be_written_is_used_with_a_warning(tmp
     (tmp_path / "volume").mkdir()
     monkeypatch.setattr("l2r2_models.locks.os.open", refuse)
     with only_writer(tmp_path / "volume"):
-        assert "volume: cannot be locked (Permission denied); see to it that no other process writes it" in caplog.text
+        assert "volume: cannot be locked (Permission denied); make sure that no other process writes to it" in caplog.text
     refused = pytest.raises(L2R2Error, match=r"boxes\.json: cannot be written \(Permission denied\)")
     with refused, only_writer(tmp_path / "boxes.json"):
         pass

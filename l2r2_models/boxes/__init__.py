@@ -1,4 +1,4 @@
-"""Box files: the formats in the wild, read into one table and written from it. Boxes are joined to images by path."""
+"""Box files: reading and writing the common formats as one table, and joining its entries to images by path."""
 
 from .read import entries_of_rows, read_boxes, read_rows
 from .rle import Rle

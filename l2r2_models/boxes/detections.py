@@ -1,7 +1,7 @@
-"""Boxes of one image: what a localizer found, and the geometry between the image and a view cut from it.
+"""Boxes of one image, and the mapping between an image and a view cut from it.
 
-Everywhere inside the project boxes are `[..., 4]` float32 xyxy in absolute pixels of the upright image, exclusive end.
-Other forms exist only in `box_files`.
+Throughout the project, boxes are `[..., 4]` float32 xyxy in absolute pixels of the upright image, with an exclusive end. Other
+formats exist only in box files, which `boxes.read` and `boxes.write` convert.
 """
 
 from __future__ import annotations
@@ -15,19 +15,26 @@ from torch import Tensor
 
 from ..errors import L2R2Error
 
-BOX_THRESHOLD = 0.2  # boxes with a lower score count as not found, where nothing else is said
+BOX_THRESHOLD = 0.2  # default: boxes with a lower score count as not found
 
 
 @dataclass(frozen=True)
 class Detections:
-    """Everything found in one image, best first.
+    """The boxes found in one image, best first.
 
     Attributes:
         boxes: `[N, 4]` float32 xyxy pixels.
         scores: `[N]` float32 in [0, 1].
-        image_size: `(height, width)` of the image the boxes refer to.
-        labels: N strings, "" where the localizer names none.
+        image_size: `(height, width)` of the image that the boxes refer to.
+        labels: N strings, "" where the localizer gives none.
         masks: `[N, H, W]` bool, or None.
+
+    Raises:
+        L2R2Error: when the shapes do not match.
+
+    >>> found = Detections.from_lists([[0, 0, 4, 4], [2, 2, 8, 6]], image_size=(6, 8), scores=[0.1, 0.9])
+    >>> found.above(0.5).boxes
+    tensor([[2., 2., 8., 6.]])
     """
 
     boxes: Tensor
@@ -41,11 +48,11 @@ class Detections:
             raise L2R2Error(f"Detections need boxes [N, 4], got {list(self.boxes.shape)}.")
         count = len(self.boxes)
         if self.scores.shape != (count,):
-            raise L2R2Error(f"Detections need one score a box, got {list(self.scores.shape)} for {count}.")
+            raise L2R2Error(f"Detections need one score per box, got {list(self.scores.shape)} for {count} boxes.")
         if self.labels == () and count:
             object.__setattr__(self, "labels", ("",) * count)
         if len(self.labels) != count:
-            raise L2R2Error(f"Detections need one label a box, got {len(self.labels)} for {count}.")
+            raise L2R2Error(f"Detections need one label per box, got {len(self.labels)} for {count} boxes.")
         if self.masks is not None and tuple(self.masks.shape) != (count, *self.image_size):
             raise L2R2Error(f"Detections need masks [N, H, W] = {[count, *self.image_size]}, got {list(self.masks.shape)}.")
 
@@ -59,12 +66,19 @@ class Detections:
         *,
         sort: bool = True,
     ) -> Detections:
-        """From plain numbers; a missing score is 1 (a box given by a person). By default sorted by score, best first.
+        """Create detections from plain numbers.
+
+        Args:
+            boxes: N boxes xyxy in pixels.
+            image_size: `(height, width)` of the image.
+            scores: N scores; by default 1, as for boxes drawn by a person.
+            labels: N labels; by default "".
+            sort: sort by score, best first.
 
         Raises:
-            L2R2Error: a box is not four numbers, or the scores or labels are not one a box.
+            L2R2Error: when a box is not four numbers, or there is not one score and one label per box.
         """
-        try:  # by way of float64, because float32 refuses what is too large for it
+        try:  # through float64, because torch refuses numbers too large for float32
             box_tensor = torch.as_tensor(boxes, dtype=torch.float64).float()
             score_tensor = torch.ones(len(boxes)) if scores is None else torch.as_tensor(scores, dtype=torch.float64).float()
         except (TypeError, ValueError, RuntimeError):
@@ -76,7 +90,11 @@ class Detections:
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Detections:
-        """The tight box of an object mask `[H, W]` bool, with score 1; none where the mask is empty."""
+        """The tight box of an object mask `[H, W]` bool, with score 1; no box if the mask is empty.
+
+        >>> Detections.from_mask(torch.eye(4, 6, dtype=torch.bool)).boxes
+        tensor([[0., 0., 4., 4.]])
+        """
         rows, columns = (mask.any(axis).nonzero()[:, 0].tolist() for axis in (1, 0))
         boxes = [[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]] if rows else []
         return cls.from_lists(boxes, (mask.shape[0], mask.shape[1]))
@@ -96,37 +114,44 @@ class Detections:
         )
 
     def sorted(self) -> Detections:
-        """Best score first; equal scores keep their order, NaN comes last."""
+        """Sort by score, best first; equal scores keep their order, NaN comes last."""
         return self.select(torch.argsort(self.scores.nan_to_num(nan=-torch.inf), descending=True, stable=True))
 
     def above(self, threshold: float) -> Detections:
-        """Those whose score is at least `threshold`; NaN scores go."""
+        """The detections whose score is at least `threshold`; NaN scores are dropped."""
         return self.select(self.scores >= threshold)
 
     def clipped(self) -> Detections:
-        """Boxes clipped to the image."""
+        """Clip the boxes to the image."""
         height, width = self.image_size
         return replace(self, boxes=self.boxes.clamp(min=0).minimum(self.boxes.new_tensor([width, height, width, height])))
 
     def usable(self) -> Detections:
-        """Without the boxes that cover no pixel of the image, or that are not finite."""
+        """Drop boxes that are not finite or cover no pixel of the image."""
         _, valid = self.windows()
         return self.select(valid)
 
     def windows(self, margin: float = 0.0) -> tuple[Tensor, Tensor]:
-        """The integer boxes that a view is cut from, `[N, 4]` int64, and which of them hold a pixel, `[N]` bool."""
+        """The integer boxes that views are cut from, `[N, 4]` int64, and which of them contain a pixel, `[N]` bool.
+
+        Args:
+            margin: how far each box is grown at each end, relative to its side.
+        """
         height, width = (torch.tensor(side).expand(len(self.boxes)) for side in self.image_size)
         return integer_boxes(self.boxes, height, width, margin)
 
 
 @dataclass(frozen=True)
 class ViewMap:
-    """Where a square view comes from in its image; maps points, boxes and maps of the view back.
+    """The mapping between a view and its image, for boxes and dense maps.
 
     Attributes:
-        window: `(x0, y0, x1, y1)` integer box the view was cut from.
+        window: `(x0, y0, x1, y1)` integer box that the view was cut from.
         view_size: `(height, width)` of the view.
         square: whether the window was padded to a square before the resize.
+
+    >>> ViewMap(window=(10, 10, 30, 20), view_size=(40, 40)).boxes_to_image(torch.tensor([0.0, 10.0, 40.0, 30.0]))
+    tensor([10., 10., 30., 20.])
     """
 
     window: tuple[int, int, int, int]
@@ -135,7 +160,7 @@ class ViewMap:
 
     @property
     def canvas(self) -> tuple[int, int, int, int]:
-        """The window with its padding, in image coordinates; may lie partly outside of the image."""
+        """The window with its padding, in image coordinates; it may extend beyond the image."""
         x0, y0, x1, y1 = self.window
         width, height = x1 - x0, y1 - y0
         if not self.square:
@@ -145,19 +170,19 @@ class ViewMap:
         return left, top, left + side, top + side
 
     def boxes_to_image(self, boxes: Tensor) -> Tensor:
-        """Boxes `[..., 4]` xyxy in pixels of the view -> pixels of the image."""
+        """Map boxes `[..., 4]` xyxy from pixels of the view to pixels of the image."""
         x0, y0, x1, y1 = self.canvas
         scale = boxes.new_tensor([(x1 - x0) / self.view_size[1], (y1 - y0) / self.view_size[0]]).repeat(2)
         return boxes * scale + boxes.new_tensor([x0, y0, x0, y0])
 
     def boxes_to_view(self, boxes: Tensor) -> Tensor:
-        """Boxes `[..., 4]` xyxy in pixels of the image -> pixels of the view."""
+        """Map boxes `[..., 4]` xyxy from pixels of the image to pixels of the view."""
         x0, y0, x1, y1 = self.canvas
         scale = boxes.new_tensor([self.view_size[1] / (x1 - x0), self.view_size[0] / (y1 - y0)]).repeat(2)
         return (boxes - boxes.new_tensor([x0, y0, x0, y0])) * scale
 
     def map_to_image(self, values: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """A map `[h, w]` over the view (saliency, probability) -> `[H, W]` over the image, 0 where the view saw nothing."""
+        """Resize a map `[h, w]` over the view (e.g. saliency) to `[H, W]` over the image, 0 outside the view."""
         x0, y0, x1, y1 = self.canvas
         height, width = y1 - y0, x1 - x0
         canvas = torch.nn.functional.interpolate(

@@ -1,4 +1,4 @@
-"""A table of boxes as one Parquet file: one row an image, for data sets whose JSON would be gigabytes."""
+"""Boxes as one Parquet file with one row per image, for data sets whose JSON would take gigabytes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ INSTALL = 'Parquet needs pyarrow: pip install "l2r2-models[detect]".'
 
 
 def write_parquet(table: BoxTable, path: Path) -> None:
-    """Columns file, width, height, normalized, failure, stamp, boxes (xyxy), scores, labels, masks (COCO RLE); `info` in the
-    schema.
+    """Write a table as Parquet, atomically.
+
+    The columns are file, width, height, normalized, failure, stamp, boxes (xyxy), scores, labels and masks (COCO RLE); `info` is
+    stored in the schema's metadata.
 
     Raises:
-        L2R2Error: not writable, a name that is not UTF-8, or pyarrow is missing.
+        L2R2Error: when the file cannot be written, a name is not UTF-8, or pyarrow is missing.
     """
     pa, parquet = pyarrow()
     mask = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
@@ -45,7 +47,7 @@ def write_parquet(table: BoxTable, path: Path) -> None:
 
 
 def record_of(file: str, entry: BoxEntry) -> dict[str, Any]:
-    """An entry as plain values; `read.entry_of` reads it back."""
+    """Convert an entry to plain values; `read.entry_of` is the inverse."""
     height, width = entry.image_size or (None, None)
     masks = [None if m is None else m.to_coco() for m in entry.masks]
     return {
@@ -62,23 +64,23 @@ def record_of(file: str, entry: BoxEntry) -> dict[str, Any]:
 
 
 def check_names(path: Path, names: Iterable[str]) -> None:
-    """Parquet holds text, and a file name may be any bytes.
+    """Check that all names are UTF-8, as Parquet requires; a file name may be any bytes.
 
     Raises:
-        L2R2Error: a name is not UTF-8.
+        L2R2Error: when a name is not UTF-8.
     """
     for name in names:
         try:
             name.encode()
         except UnicodeEncodeError:
-            raise L2R2Error(f"{path}: Parquet cannot hold {name!r}, which is not UTF-8; rename it, or write .json.") from None
+            raise L2R2Error(f"{path}: Parquet cannot store {name!r}, which is not UTF-8; rename it, or write .json.") from None
 
 
 def read_parquet(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows and `info` of a file of `write_parquet`.
+    """Read the rows and `info` of a file from `write_parquet`.
 
     Raises:
-        L2R2Error: not Parquet, other columns, or pyarrow is missing.
+        L2R2Error: when the file is not such Parquet, or pyarrow is missing.
     """
     pa, parquet = pyarrow()
     check_readable(path, most=None)
@@ -88,15 +90,15 @@ def read_parquet(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         raise L2R2Error(f"{path}: is not readable Parquet ({' '.join(str(error).split())[:200]}).") from error
     ours = (table.schema.metadata or {}).get(KEY)
     if ours is None:
-        raise L2R2Error(f"{path}: is not a box file of `l2r2 localize`; Parquet of others is not known here.")
+        raise L2R2Error(f"{path}: is not a box file of `l2r2 localize`; other Parquet files are not supported.")
     return table.to_pylist(), json.loads(ours)
 
 
 def pyarrow() -> tuple[Any, Any]:
-    """pyarrow and its parquet.
+    """Import `pyarrow` and `pyarrow.parquet`.
 
     Raises:
-        L2R2Error: it is missing.
+        L2R2Error: when pyarrow is missing.
     """
     try:
         import pyarrow as pa

@@ -1,4 +1,4 @@
-"""The formats of box files in the wild, read into one table."""
+"""Reading the common box file formats into one table."""
 
 from __future__ import annotations
 
@@ -17,39 +17,20 @@ from .parquet import read_parquet
 from .rle import Rle
 from .table import BoxEntry, BoxTable
 
-RELATIVE = "all coordinates lie in [0, 1], but this format is in pixels; write pixels or use MegaDetector's format."
+RELATIVE = "all coordinates lie in [0, 1], but this format uses pixels; write pixels or use MegaDetector's format."
 CORNERS = tuple(names.split() for names in ("x0 y0 x1 y1", "xmin ymin xmax ymax", "x1 y1 x2 y2", "left top right bottom"))
 SIDES = tuple(f"{start} {sides}".split() for start in ("x y", "left top", "xmin ymin") for sides in ("w h", "width height"))
 COLUMNS = "name its columns x0,y0,x1,y1 or xmin,ymin,xmax,ymax or left,top,right,bottom or x,y,width,height, in pixels"
 _KNOWN = {name for columns in (*CORNERS, *SIDES) for name in columns}
-_OF_A_BOX = _KNOWN - {"x", "y", "w", "h", "width", "height", "left", "top", "right", "bottom"}  # these may mean anything
-# boxes in forms that are not read: as one column, by their center, or by names that are rare
+_OF_A_BOX = _KNOWN - {"x", "y", "w", "h", "width", "height", "left", "top", "right", "bottom"}  # too generic alone
+# unsupported forms: a box in one column, a center and size, or rare names
 _LIKE_A_BOX = {
-    "bbox",
-    "box",
-    "bboxes",
-    "boxes",
-    "boundingbox",
-    "cx",
-    "cy",
-    "xc",
-    "yc",
-    "xcenter",
-    "ycenter",
-    "centerx",
-    "centery",
-    "xtl",
-    "ytl",
-    "xbr",
-    "ybr",
-    "xleft",
-    "ytop",
-    "xright",
-    "ybottom",
-    "minx",
-    "miny",
-    "maxx",
-    "maxy",
+    name
+    for names in (
+        "bbox box bboxes boxes boundingbox cx cy xc yc xcenter ycenter centerx centery",
+        "xtl ytl xbr ybr xleft ytop xright ybottom minx miny maxx maxy",
+    )
+    for name in names.split()
 }
 _FILES = {"filename", "file", "image", "imagename", "imagepath", "filepath", "path", "img"}
 SCORES = ("score", "confidence", "conf")
@@ -57,14 +38,14 @@ logger = logging.getLogger(__name__)
 
 
 def read_boxes(path: str | Path) -> BoxTable:
-    """Read a box file; its format is recognized by its content and logged.
+    """Read a box file; its format is detected from its content and logged.
 
-    Known: metadata CSV and JSONL, COCO (`annotations`), MegaDetector (`detection_categories` or `info`), SpeciesNet
-    (`predictions`), plain JSON: `{"a.jpg": [[x0, y0, x1, y1], ...]}` in pixels, and the Parquet of `write_boxes`. Masks are
-    read where they are COCO RLE; polygons are passed over.
+    Supported formats: metadata CSV and JSONL, COCO (`annotations`), MegaDetector (`detection_categories` or `info`), SpeciesNet
+    (`predictions`), plain JSON `{"a.jpg": [[x0, y0, x1, y1], ...]}` in pixels, and the Parquet of `write_boxes`. Masks are read
+    if they are COCO RLE; polygons are ignored.
 
     Raises:
-        L2R2Error: unreadable, unknown or ambiguous; the message names the file and the entry.
+        L2R2Error: when the file is unreadable, of an unknown format, or ambiguous; the message names the file and the entry.
     """
     path = Path(path)
     info: dict[str, Any] = {}
@@ -74,7 +55,7 @@ def read_boxes(path: str | Path) -> BoxTable:
     if path.suffix.lower() in (".csv", ".jsonl"):
         rows = read_rows(path)
         if box_columns(rows, str(path)) is None and not any("objects" in row or "boxes" in row for row in rows):
-            raise L2R2Error(f"{path}: no column is a box; {COLUMNS}.")
+            raise L2R2Error(f"{path}: has no box columns; {COLUMNS}.")
         kind, entries = "metadata", entries_of_rows(rows, str(path))
     elif path.suffix.lower() == ".parquet":
         records, info = read_parquet(path)
@@ -96,11 +77,11 @@ def _checked(kind: str, read: Callable[[Any], Iterable[tuple[str, BoxEntry]]], d
     except L2R2Error as error:
         raise L2R2Error(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise L2R2Error(f"{path}: looks like {kind}, but is not well formed ({type(error).__name__}: {error}).") from error
+        raise L2R2Error(f"{path}: looks like {kind}, but is malformed ({type(error).__name__}: {error}).") from error
 
 
 def _info(data: dict[str, Any]) -> dict[str, Any]:
-    """What `l2r2 localize` writes of itself; empty for other files."""
+    """The metadata that `l2r2 localize` writes about itself; empty for other files."""
     info = data.get("info")
     ours = info.get("l2r2") if isinstance(info, dict) else None
     return ours if isinstance(ours, dict) else {}
@@ -111,10 +92,10 @@ def _stamps(images: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a metadata .csv or .jsonl as dicts.
+    """Read the rows of a metadata .csv or .jsonl file as dicts.
 
     Raises:
-        L2R2Error: unreadable, empty, or without the column file_name; the message names file and line.
+        L2R2Error: when the file is unreadable or empty, or a row has no `file_name`; the message names the file and the line.
     """
     path = Path(path)
     check_readable(path)
@@ -135,8 +116,20 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def entries_of_rows(rows: Iterable[Mapping[str, Any]], source: str) -> dict[str, BoxEntry]:
-    """Boxes in metadata rows: four columns (see `box_columns`) and score, several rows per image for several boxes;
-    `boxes` = list of xyxy; or `objects: {bbox: [[x, y, w, h]], score: [...], label: [...]}` as Hugging Face's imagefolder has it.
+    """Read the boxes in metadata rows, by image path.
+
+    A row gives its boxes in one of three ways: four columns (see `box_columns`) and an optional score, with one row per box;
+    `boxes`, a list of xyxy; or `objects: {bbox: [[x, y, w, h]], score: [...], label: [...]}`, as in Hugging Face's imagefolder.
+
+    Args:
+        rows: dicts with `file_name`.
+        source: the file's name, for messages.
+
+    Raises:
+        L2R2Error: when a box is malformed or incomplete, or all boxes lie in [0, 1].
+
+    >>> entries_of_rows([{"file_name": "a.jpg", "x0": 1, "y0": 2, "x1": 3, "y1": 4}], "metadata.csv")["a.jpg"].boxes
+    ((1.0, 2.0, 3.0, 4.0),)
     """
     rows = list(rows)
     columns = box_columns(rows, source)
@@ -167,7 +160,7 @@ def _sniff(data: Any, source: str) -> str:
         if data and all(isinstance(v, list) for v in data.values()):
             return "plain xyxy"
     raise L2R2Error(
-        f"{source}: no box format that is known here; use MegaDetector, SpeciesNet or COCO JSON, metadata CSV or JSONL, "
+        f"{source}: is not in a supported box format; use MegaDetector, SpeciesNet or COCO JSON, metadata CSV or JSONL, "
         'or {"image.jpg": [[x0, y0, x1, y1]]}.'
     )
 
@@ -176,7 +169,7 @@ def _table(found: Iterable[tuple[str, BoxEntry]]) -> dict[str, BoxEntry]:
     entries: dict[str, BoxEntry] = {}
     for file, entry in found:
         if not isinstance(file, str) or not file:
-            raise L2R2Error(f"the image name {file!r} is not a path.")
+            raise L2R2Error(f"the image name {file!r} is not a path; give each entry the path of its image.")
         if file in entries:
             raise L2R2Error(f"there are two entries for {file}; merge them.")
         entries[file] = entry
@@ -199,7 +192,7 @@ def _read_megadetector(data: dict[str, Any]) -> Iterable[tuple[str, BoxEntry]]:
 
 def _read_speciesnet(data: dict[str, Any]) -> Iterable[tuple[str, BoxEntry]]:
     for image in data["predictions"]:
-        failures = None if image.get("detections") else image.get("failures")  # the classifier may fail where boxes are found
+        failures = None if image.get("detections") else image.get("failures")  # the classifier may fail on an image with boxes
         failure = ", ".join(failures) if isinstance(failures, list) else failures
         yield image["filepath"], _relative_entry(image, {}, failure, image["filepath"])
 
@@ -208,8 +201,8 @@ def _relative_entry(image: dict[str, Any], names: dict[str, str], failure: str |
     found = image.get("detections") or []
     boxes = [(x, y, x + w, y + h) for x, y, w, h in (d["bbox"] for d in found)]
     labels = [d.get("label") or names.get(str(d.get("category", "")), "") for d in found]
-    if any(abs(v) > 10 for box in boxes for v in box):  # a little outside is usual, this is not
-        raise L2R2Error(f"the boxes of {file} are in pixels, where this format has fractions of the image's width and height.")
+    if any(abs(v) > 10 for box in boxes for v in box):  # slightly outside [0, 1] is common, this far is not
+        raise L2R2Error(f"the boxes of {file} are in pixels, but this format uses fractions of the image's width and height.")
     masks = [d.get("mask") for d in found]
     return _entry(boxes, [d.get("conf", 1.0) for d in found], labels, file, True, _image_size(image, file), failure, masks)
 
@@ -220,7 +213,7 @@ def _read_coco(data: dict[str, Any]) -> Iterable[tuple[str, BoxEntry]]:
     for annotation in data["annotations"]:
         by_image.setdefault(annotation["image_id"], []).append(annotation)
     if by_image and not any(image["id"] in by_image for image in data["images"]):
-        raise L2R2Error("no annotation's image_id is the id of one of its images.")
+        raise L2R2Error("no annotation's image_id matches the id of an image; check that both come from the same file.")
     for image in data["images"]:
         found = by_image.get(image["id"], [])
         boxes = [(x, y, x + w, y + h) for x, y, w, h in (a["bbox"] for a in found)]
@@ -241,10 +234,13 @@ def _read_parquet(records: list[dict[str, Any]]) -> Iterable[tuple[str, BoxEntry
 
 
 def entry_of(record: Mapping[str, Any]) -> BoxEntry:
-    """The entry that `parquet.record_of` made a record of.
+    """Convert a record of `parquet.record_of` back to an entry.
 
     Raises:
-        L2R2Error, KeyError, TypeError, ValueError: not such a record.
+        L2R2Error: when a value is not valid.
+        KeyError: when a field is missing.
+        TypeError: when a field has the wrong type.
+        ValueError: when a field cannot be converted.
     """
     about = (record["normalized"], _image_size(record, record["file"]), record["failure"], record["masks"])
     return _entry(record["boxes"], record["scores"], record["labels"], record["file"], *about)
@@ -259,19 +255,27 @@ _READERS: dict[str, Callable[[Any], Iterable[tuple[str, BoxEntry]]]] = {
 
 
 class BoxColumns(NamedTuple):
-    """The columns of rows that are a box: two of its first corner, then two of its second, or of its width and height."""
+    """The four columns that hold a box.
+
+    Attributes:
+        names: the columns of the first corner, then those of the second corner, or of width and height.
+        has_sides: whether the last two are width and height.
+    """
 
     names: tuple[str, ...]
     has_sides: bool
 
 
 def box_columns(rows: Iterable[Mapping[str, Any]], source: str) -> BoxColumns | None:
-    """The four columns of the rows that are a box, by their usual names; None where there are none.
+    """Find the four columns that hold a box, by their usual names; None if there are none.
 
     Case, spaces, underscores and the prefixes `bbox` and `box` do not matter.
 
     Raises:
-        L2R2Error: a box is incomplete, or two columns or two sets of columns could be meant.
+        L2R2Error: when the columns of a box are incomplete, ambiguous, or in an unsupported form.
+
+    >>> box_columns([{"file_name": "a.jpg", "bbox_x": 1, "bbox_y": 2, "bbox_w": 3, "bbox_h": 4}], "metadata.csv")
+    BoxColumns(names=('bbox_x', 'bbox_y', 'bbox_w', 'bbox_h'), has_sides=True)
     """
     names: dict[str, str] = {}
     seen = dict.fromkeys(name for row in rows for name in row if isinstance(name, str) and name != "boxes")
@@ -279,44 +283,47 @@ def box_columns(rows: Iterable[Mapping[str, Any]], source: str) -> BoxColumns | 
         plain = re.sub(r"[\s_-]", "", name.lower())
         plain = re.sub(r"^b?box(?=.)", "", plain)
         if plain in _KNOWN and names.setdefault(plain, name) != name:
-            raise L2R2Error(f"{source}: the columns {names[plain]} and {name} could both be of the box; remove one of them.")
-    whole = [columns for columns in CORNERS if set(columns) <= set(names)]
-    whole = whole or [columns for columns in SIDES if set(columns) <= set(names)]
-    if len(whole) > 1:
-        raise L2R2Error(f"{source}: both {', '.join(whole[0])} and {', '.join(whole[1])} could be the box; remove one of them.")
-    if whole:
-        return BoxColumns(tuple(names[column] for column in whole[0]), whole[0] in SIDES)
-    if strange := [name for name in seen if re.sub(r"[\s_-]", "", name.lower()) in _LIKE_A_BOX]:
-        raise L2R2Error(f"{source}: {', '.join(strange)} looks like a box in a form that is not read; {COLUMNS}.")
+            raise L2R2Error(f"{source}: the columns {names[plain]} and {name} could both belong to the box; remove one of them.")
+    complete = [columns for columns in CORNERS if set(columns) <= set(names)]
+    complete = complete or [columns for columns in SIDES if set(columns) <= set(names)]
+    if len(complete) > 1:
+        first, second = (", ".join(columns) for columns in complete[:2])
+        raise L2R2Error(f"{source}: both {first} and {second} could be the box; remove one of them.")
+    if complete:
+        return BoxColumns(tuple(names[column] for column in complete[0]), complete[0] in SIDES)
+    if unsupported := [name for name in seen if re.sub(r"[\s_-]", "", name.lower()) in _LIKE_A_BOX]:
+        raise L2R2Error(f"{source}: {', '.join(unsupported)} looks like a box in an unsupported form; {COLUMNS}.")
     if partial := [names[column] for column in names if column in _OF_A_BOX]:
-        raise L2R2Error(f"{source}: the box is not complete, there is only {', '.join(partial)}; {COLUMNS}.")
+        raise L2R2Error(f"{source}: the box is incomplete, with only {', '.join(partial)}; {COLUMNS}.")
     return None
 
 
 def _csv_rows(file: Iterable[str], path: Path) -> list[dict[str, Any]]:
-    """Rows of a CSV without the spaces around names and values.
+    """Rows of a CSV, stripped of spaces around names and values.
 
     Raises:
-        L2R2Error: a header that repeats a name or is separated otherwise, or a row of more values than names.
+        L2R2Error: when the header repeats a name or is not separated by commas, or a row has more values than the header.
     """
     reader = csv.DictReader(file, skipinitialspace=True)
     header = [name.strip() for name in reader.fieldnames or ()]
     if repeated := [name for name in header if name and header.count(name) > 1]:
         raise L2R2Error(f"{path}: has two columns called {repeated[0]}; rename or remove one.")
     if len(header) == 1 and (separator := next((c for c in ";\t|" if c in header[0]), None)):
-        raise L2R2Error(f"{path}: its columns are separated by {separator!r}; write it with commas.")
+        raise L2R2Error(f"{path}: its columns are separated by {separator!r}; separate them with commas.")
     if "file_name" not in header and (usual := [name for name in header if re.sub(r"[\s_-]", "", name.lower()) in _FILES]):
         raise L2R2Error(f"{path}: has no column file_name; rename {usual[0]}.")
     rows = []
     for row in reader:
         if None in row:
-            raise L2R2Error(f"{path}: line {reader.line_num} has more values than the header has names.")
+            raise L2R2Error(
+                f"{path}: line {reader.line_num} has more values than the header has names; quote values with commas."
+            )
         rows.append({name.strip(): value.strip() if isinstance(value, str) else value for name, value in row.items()})
     return rows
 
 
 def _row_boxes(row: Mapping[str, Any], columns: BoxColumns | None) -> tuple[list[Any], list[float], list[str]]:
-    """Boxes xyxy, scores, and labels."""
+    """Boxes xyxy, scores and labels of one row."""
     if (objects := row.get("objects")) is not None:
         boxes = [(x, y, x + w, y + h) for x, y, w, h in objects["bbox"]]
         scores, labels = objects.get("score"), objects.get("label")
@@ -351,13 +358,13 @@ def _entry(
     if not len(boxes) == len(scores) == len(labels):
         raise L2R2Error(f"{file} has {len(boxes)} boxes and {len(scores)} scores.")
     for score in scores:
-        if not _is_number(score) or not 0 <= score <= 1.001:  # rounding may carry a little beyond 1
-            raise L2R2Error(f"the score {score!r} of {file} does not lie between 0 and 1.")
+        if not _is_number(score) or not 0 <= score <= 1.001:  # rounding may exceed 1 slightly
+            raise L2R2Error(f"the score {score!r} of {file} is not between 0 and 1.")
     if not all(isinstance(text, str) for text in (*labels, failure or "")):
         raise L2R2Error(f"a label or the failure of {file} is not text.")
     numbers = [tuple(map(float, box)) for box in boxes], [float(score) for score in scores]
     objects: list[Any] = list(zip(*numbers, labels, masks or [None] * len(boxes)))
-    objects = list({repr(one): one for one in objects}.values())  # one that is listed twice is one
+    objects = list({repr(one): one for one in objects}.values())  # drop exact duplicates
     pixels = tuple(box for box, *_ in objects)
     try:
         runs = tuple(None if mask is None else Rle.from_coco(mask) for *_, mask in objects)
@@ -368,12 +375,12 @@ def _entry(
 
 
 def _image_size(image: Mapping[str, Any], file: str) -> tuple[int, int] | None:
-    """`(height, width)` where both are given."""
+    """`(height, width)`, or None unless both are given."""
     height, width = image.get("height"), image.get("width")
     if height is None or width is None:
         return None
     if not all(_is_number(side) and side >= 1 and side == int(side) for side in (height, width)):
-        raise L2R2Error(f"the size of {file}, {width!r}x{height!r}, is not in whole pixels.")
+        raise L2R2Error(f"the size of {file}, {width!r}x{height!r}, is not a whole number of pixels.")
     return int(height), int(width)
 
 

@@ -1,4 +1,4 @@
-"""COCO's run-length encoding of masks: runs down the columns, zeros first, as a list of lengths or as a compressed string."""
+"""COCO's run-length encoding of masks: column-major runs, zeros first, as a list of lengths or a compressed string."""
 
 from __future__ import annotations
 
@@ -15,14 +15,23 @@ from ..errors import L2R2Error
 
 @dataclass(frozen=True)
 class Rle:
-    """One mask: `size` = (height, width), `counts` = COCO's compressed string."""
+    """A run-length encoded mask.
+
+    Attributes:
+        size: `(height, width)`.
+        counts: COCO's compressed string.
+
+    >>> mask = torch.eye(3, dtype=torch.bool)
+    >>> torch.equal(Rle.encode(mask).decode(), mask)
+    True
+    """
 
     size: tuple[int, int]
     counts: str
 
     @classmethod
     def encode(cls, mask: Tensor) -> Rle:
-        """From `[H, W]` bool."""
+        """Encode a mask `[H, W]` bool."""
         flat = mask.cpu().numpy().astype(bool).ravel(order="F")
         changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
         lengths = np.diff([0, *changes.tolist(), flat.size]).tolist()
@@ -30,33 +39,34 @@ class Rle:
 
     @classmethod
     def from_coco(cls, data: Any) -> Rle:
-        """From `{"size": [H, W], "counts": string or list}`.
+        """Create a mask from COCO's `{"size": [H, W], "counts": string or list}`.
 
         Raises:
-            L2R2Error: not of that form, or the runs do not fill the size.
+            L2R2Error: when the data are not in that form, or the runs do not add up to the size.
         """
         try:
             height, width = (int(side) for side in data["size"])
             counts = data["counts"]
             lengths = _decompress(counts) if isinstance(counts, str) else [int(c) for c in counts]
         except (TypeError, ValueError, KeyError, IndexError, OverflowError):
-            raise L2R2Error("a mask is not COCO RLE, {size: [height, width], counts: ...}.") from None
+            raise L2R2Error("a mask is not COCO RLE; write {size: [height, width], counts: ...}.") from None
         if min(height, width) < 1 or any(c < 0 for c in lengths) or sum(lengths) != height * width:
-            raise L2R2Error(f"the runs of a mask do not fill its {width}x{height} pixels.")
+            raise L2R2Error(f"the runs of a mask do not add up to its {width}x{height} pixels.")
         return cls((height, width), counts if isinstance(counts, str) else _compress(lengths))
 
     def to_coco(self) -> dict[str, Any]:
+        """The mask as COCO stores it in JSON."""
         return {"size": list(self.size), "counts": self.counts}
 
     def decode(self) -> Tensor:
-        """`[H, W]` bool."""
+        """Decode to a mask `[H, W]` bool."""
         lengths = _decompress(self.counts)
         flat = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
         return torch.from_numpy(np.ascontiguousarray(flat.reshape(self.size, order="F")))
 
 
 def _compress(lengths: Sequence[int]) -> str:
-    """From the third run on each is stored as its difference to the run two before; six bits a character, sign in the last."""
+    """Encode lengths as COCO does: differences to the run two before, six bits per character, the sign in the last one."""
     out = []
     for i, length in enumerate(lengths):
         value = length - lengths[i - 2] if i > 2 else length

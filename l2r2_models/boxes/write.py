@@ -1,4 +1,4 @@
-"""Box files are written here: MegaDetector 1.6, COCO, plain xyxy, Parquet; always in one step."""
+"""Writing box files: MegaDetector 1.6, COCO, plain xyxy or Parquet, always atomically."""
 
 from __future__ import annotations
 
@@ -16,10 +16,16 @@ from .table import Box, BoxEntry, BoxTable
 def write_boxes(table: BoxTable, path: str | Path, format: str = "megadetector") -> None:
     """Write a table as `megadetector` (1.6), `coco` or `xyxy` JSON, or as `parquet`, atomically.
 
-    Masks are COCO RLE: MegaDetector's detections get a key `mask`, COCO's annotations their `segmentation`; xyxy has none.
+    Masks are written as COCO RLE: under `mask` in MegaDetector's detections, under `segmentation` in COCO's annotations. The
+    format xyxy has no masks and no failures.
+
+    Args:
+        table: the boxes.
+        path: the file to write.
+        format: one of `FORMATS`.
 
     Raises:
-        L2R2Error: unknown format, or an entry without the image size that the format needs.
+        L2R2Error: when the format is unknown, an entry lacks the image size that it needs, or the file cannot be written.
     """
     if format not in FORMATS:
         raise L2R2Error(f'Unknown box format "{format}"; choose from {", ".join(FORMATS)}.')
@@ -61,7 +67,7 @@ def _to_coco(table: BoxTable) -> dict[str, Any]:
     annotations: list[dict[str, Any]] = []
     for number, (file, entry) in enumerate(table.entries.items(), 1):
         image: dict[str, Any] = {"id": number, "file_name": file, **_stamp(table, file)}
-        if entry.failure is not None:  # an image that could not be read has no size
+        if entry.failure is not None:  # the size of an unreadable image is unknown
             images.append({**image, "failure": entry.failure})
             continue
         height, width = _size(entry, file, "coco")
@@ -83,7 +89,7 @@ def _to_coco(table: BoxTable) -> dict[str, Any]:
 
 
 def _to_xyxy(table: BoxTable) -> dict[str, Any]:
-    found = {file: entry for file, entry in table.entries.items() if entry.failure is None}  # the format has no failures
+    found = {file: entry for file, entry in table.entries.items() if entry.failure is None}
     return {file: [list(box) for box in _pixels(entry, file)] for file, entry in found.items()}
 
 
@@ -110,5 +116,5 @@ def _pixels(entry: BoxEntry, file: str) -> list[Box]:
 
 def _size(entry: BoxEntry, file: str, format: str) -> tuple[int, int]:
     if entry.image_size is None:
-        raise L2R2Error(f"{file}: its image size is not known, which the {format} format needs.")
+        raise L2R2Error(f"{file}: the {format} format needs its image size, which is unknown; choose another format.")
     return entry.image_size

@@ -1,4 +1,4 @@
-"""Checkpoints in timm's layout: `model.safetensors` + `config.json`, saved, loaded, downloaded, converted and exported."""
+"""Checkpoints in timm's layout (`model.safetensors` and `config.json`): saving, loading, download, conversion and export."""
 
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 

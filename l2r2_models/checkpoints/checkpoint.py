@@ -1,4 +1,4 @@
-"""Checkpoints in timm's layout: `model.safetensors` + `config.json`, what is ours under the key `l2r2`. Never a pickle."""
+"""Checkpoints in timm's layout: `model.safetensors` and `config.json`, with our settings under the key `l2r2`. Never a pickle."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Checkpoint:
     """A loaded checkpoint.
 
     Attributes:
-        model: in eval mode.
+        model: the model, in eval mode.
         labels: class names in the order of the logits.
-        training: the configuration it was trained with, empty where unknown.
-        name: what it was loaded from.
+        training: the configuration it was trained with; empty if unknown.
+        name: the folder or Hub id that it was loaded from.
         digest: SHA-256 of the weights.
-        localizer: the localizer that the model is meant for (its spec, default prompt, license), empty where unknown.
+        localizer: the localizer to use with the model (its spec, default prompt and license); empty if unknown.
     """
 
     model: L2R2
@@ -50,7 +50,7 @@ class Checkpoint:
 
     @property
     def box_threshold(self) -> float:
-        """Boxes with a lower score count as not found, as in training; 0.2 where the checkpoint does not say."""
+        """The score below which a box counts as not found, as in training; 0.2 if the checkpoint does not say."""
         return self.training.get("recipe", {}).get("box_threshold", BOX_THRESHOLD)
 
 
@@ -63,34 +63,37 @@ def save_checkpoint(
     localizer: dict[str, Any] | None = None,
     before: Callable[[str], None] = lambda digest: None,
 ) -> str:
-    """Write a checkpoint that timm, transformers and `load_checkpoint` read.
+    """Write a checkpoint that timm, transformers and `load_checkpoint` can load.
 
-    Each file is replaced in one step, the weights first: a folder with `config.json` never lacks its weights.
+    Each file is replaced atomically, the weights first, so a folder with `config.json` always has its weights.
 
     Args:
         model: an L2R2 made by `timm.create_model`.
-        folder: where to; made if missing.
-        labels: one name a class.
+        folder: the folder to write to; created if missing.
+        labels: one name per class.
         training: the configuration it was trained with.
-        localizer: the localizer that the model is meant for: its spec, default prompt, license.
+        localizer: the localizer to use with the model: its spec, default prompt and license.
         before: called with the SHA-256 of the new weights before they replace the old ones.
 
     Returns:
         The SHA-256 of the weights.
 
     Raises:
-        L2R2Error: the number of labels differs from the model's classes, or the model was not made by timm.
+        L2R2Error: when the number of labels differs from the number of classes, or the model was not made by timm.
+
+    >>> model = timm.create_model("l2r2_resnet18", num_classes=2)
+    >>> save_checkpoint(model, "runs/fungi", ["edible", "poisonous"])  # doctest: +SKIP
     """
     if not model.pretrained_cfg.get("architecture"):
-        raise L2R2Error("Only a model made by timm.create_model can be saved, because its name is what loads it again.")
+        raise L2R2Error("Only a model made by timm.create_model can be saved, because its name is needed to load it.")
     if len(labels) != model.num_classes:
-        raise L2R2Error(f"{len(labels)} labels for {model.num_classes} classes.")
+        raise L2R2Error(f"Got {len(labels)} labels for {model.num_classes} classes; pass one label per class.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for abandoned in folder.glob(".saving-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     spec = model.view_spec.to_dict()
-    arguments = {**model.arguments(), "format_version": FORMAT_VERSION}  # timm passes on no other part of the config
+    arguments = {**model.arguments(), "format_version": FORMAT_VERSION}  # the only part of the config that timm passes on
     if model.pretrained_cfg["architecture"] == "l2r2":
         arguments["backbone"] = model.backbone_name
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
@@ -99,7 +102,7 @@ def save_checkpoint(
         save_for_hf(model, temporary, {"label_names": list(labels), "l2r2": ours}, arguments, safe_serialization=True)
         hook.remove()
         config = read_json(Path(temporary) / CONFIG)
-        # transformers passes num_classes itself and fails where model_args holds it too
+        # transformers passes num_classes itself, and fails if model_args has it too
         config["model_args"] = {k: v for k, v in {**config.get("model_args", {}), **arguments}.items() if k != "num_classes"}
         size = spec["size"]
         config["pretrained_cfg"].update(
@@ -114,7 +117,7 @@ def save_checkpoint(
         )
         for stale in ("test_input_size", "test_crop_pct", "test_pool_size"):
             config["pretrained_cfg"].pop(stale, None)
-        config["pretrained_cfg"]["pool_size"] = None  # holds for the source's input size only
+        config["pretrained_cfg"]["pool_size"] = None  # only valid for the source's input size
         os.chmod(Path(temporary) / WEIGHTS, MODE)
         digest = file_sha256(Path(temporary) / WEIGHTS)
         before(digest)
@@ -124,12 +127,12 @@ def save_checkpoint(
 
 
 def _untie(model: Any, state: dict[str, Any], *_: Any) -> None:
-    """A copy of each tensor: safetensors takes no two names of one piece of memory, as layers that share weights have."""
+    """Copy each tensor, because safetensors refuses tensors that share memory."""
     state.update({name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()})
 
 
 def _temperatures(model: L2R2) -> dict[str, Any]:
-    """Fitted temperatures by branch (one, or one a class), for people who read the config; the buffers are what counts."""
+    """Fitted temperatures by branch (one, or one per class), for people who read the config; loading uses the buffers."""
     fitted = getattr(model.fusion, "temperatures", None)
     if fitted is None:
         return {}
@@ -139,15 +142,17 @@ def _temperatures(model: L2R2) -> dict[str, Any]:
 
 
 def load_checkpoint(source: str | Path, *, any_fusion: bool = False) -> Checkpoint:
-    """Load a run's folder, or a Hub repository (`org/name` or `hf-hub:org/name[@revision]`).
+    """Load a checkpoint from a run's folder or a Hub repository.
 
     Args:
-        source: folder or Hub id.
-        any_fusion: accept weights whose fusion is not the one that the config names, in order to fit it anew.
+        source: a folder, or a Hub id (`org/name` or `hf-hub:org/name[@revision]`).
+        any_fusion: accept weights whose fusion differs from the config's, in order to fit it again.
 
     Raises:
-        L2R2Error: not a checkpoint, of a newer format, damaged, with pickled weights, or not reachable; the message says
-            what to do.
+        L2R2Error: when the source is not a checkpoint, has a newer format or pickled weights, is damaged, or cannot be reached.
+
+    >>> load_checkpoint("runs/fungi").labels  # doctest: +SKIP
+    ('edible', 'poisonous')
     """
     name = str(source)
     folder, config = open_checkpoint(name)
@@ -161,20 +166,20 @@ def load_checkpoint(source: str | Path, *, any_fusion: bool = False) -> Checkpoi
         model = cast(L2R2, timm.create_model(f"local-dir:{folder}", pretrained=True))
     except L2R2Error as error:
         raise L2R2Error(f"{name}: {error}") from error
-    except Exception as error:  # safetensors, torch and timm each have their own for a damaged file
+    except Exception as error:  # safetensors, torch and timm each raise their own for a damaged file
         raise L2R2Error(f"{name}: the checkpoint cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
     if not any_fusion:
         _check_fusion(model, folder / WEIGHTS, name)
     labels = tuple(config.get("label_names") or (str(i) for i in range(model.num_classes)))
     if len(labels) != model.num_classes:
-        raise L2R2Error(f"{name}: {len(labels)} label_names for {model.num_classes} classes in {CONFIG}.")
+        raise L2R2Error(f"{name}: {CONFIG} has {len(labels)} label_names for {model.num_classes} classes; list one per class.")
     ours = config["l2r2"]
     return Checkpoint(model.eval(), labels, ours.get("training", {}), name, digest, ours.get("localizer", {}))
 
 
 def _check_fusion(model: L2R2, weights: Path, name: str) -> None:
-    """A save that was killed between its two files leaves a fusion of one kind with the numbers of another."""
+    """Check that weights and config have the same fusion, which a save that was killed between its two files breaks."""
     with safe_open(weights, "pt") as file:
         saved = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys() if k.startswith("fusion.")}  # noqa: SIM118
     if saved != {f"fusion.{k}": tuple(v.shape) for k, v in model.fusion.state_dict().items()}:
-        raise L2R2Error(f"{name}: {WEIGHTS} and {CONFIG} are of different saves; fit the fusion again with `l2r2 fuse`.")
+        raise L2R2Error(f"{name}: {WEIGHTS} and {CONFIG} are from different saves; fit the fusion again with `l2r2 fuse`.")

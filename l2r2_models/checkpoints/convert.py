@@ -1,4 +1,4 @@
-"""Checkpoints without training: L2R2 out of any timm classifier, and one model out of independent networks and back."""
+"""Conversion of checkpoints without training: from any timm classifier, and between one model and independent networks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..views import ViewSpec
 from .checkpoint import CONFIG, load_checkpoint, save_checkpoint
 
 ORDER = ("full", "fg", "bg")
-# fields of a ViewSpec that say how one branch alone looks
+# fields of a ViewSpec that only affect one branch
 OWN_VIEWS = {"fg": ("fg_mode", "margin", "late_stage", "late_pool", "coverage"), "bg": ("bg",)}
 
 
@@ -34,19 +34,23 @@ def derive(
     shared: bool = True,
     fusion: str = "robust",
 ) -> tuple[L2R2, tuple[str, ...]]:
-    """Save an L2R2 model whose backbone and heads are those of a timm classifier. Its fg head has never seen a crop.
+    """Save an L2R2 model with the backbone and classifier of a timm model; its fg head has not been trained on crops.
 
     Args:
-        name: timm model, with or without a tag; its weights are downloaded once.
-        out: the run's folder; it must not hold a checkpoint.
-        labels: one name a class; by default ImageNet's, where the weights are of one of its label sets.
-        branches, shared, fusion: see `L2R2`.
+        name: a timm model, with or without a tag; its weights are downloaded once.
+        out: the run's folder; it must not contain a checkpoint.
+        labels: one name per class; by default ImageNet's, if the weights use one of its label sets.
+        branches: see `L2R2`.
+        shared: see `L2R2`.
+        fusion: see `L2R2`.
 
     Returns:
-        The model and its labels.
+        The model, in eval mode, and its labels.
 
     Raises:
-        L2R2Error: no such model, weights without a classifier, a download that fails, or unknown labels.
+        L2R2Error: when the model is unknown, its weights have no classifier, the download fails, or the labels are unknown.
+
+    >>> model, labels = derive("resnet18.a1_in1k", "runs/resnet18")  # doctest: +SKIP
     """
     out = Path(out)
     _check_free(out)
@@ -58,9 +62,9 @@ def derive(
     except RuntimeError as error:
         raise L2R2Error(f"{error}") from None
     if cfg is None or not cfg.has_weights:
-        raise L2R2Error(f"timm has no weights of {name}.")
+        raise L2R2Error(f"timm has no weights of {name}; choose a tag from timm.list_pretrained().")
     if not cfg.num_classes:
-        raise L2R2Error(f"The weights of {name} have no classifier, so there is nothing to answer with: fine-tune them.")
+        raise L2R2Error(f"The weights of {name} have no classifier; fine-tune them instead.")
     registered = f"l2r2_{stem}" if ARCHITECTURES.get(f"l2r2_{stem}") == stem else None
     architecture: dict[str, Any] = {"model_name": f"{registered}.{cfg.tag}"} if registered and cfg.tag else {}
     try:
@@ -76,8 +80,8 @@ def derive(
         )
     except L2R2Error:
         raise
-    except Exception as error:  # of timm, torch, huggingface_hub and its HTTP client
-        raise L2R2Error(f"{name}: cannot be derived from ({' '.join(str(error).split())[:200]}).") from error
+    except Exception as error:  # from timm, torch, huggingface_hub or its HTTP client
+        raise L2R2Error(f"{name}: cannot be converted ({' '.join(str(error).split())[:200]}).") from error
     model.view_spec = ViewSpec.from_pretrained_cfg(model.pretrained_cfg)
     named = tuple(labels) if labels is not None else imagenet_labels(model.num_classes, cfg.to_dict(), name)
     source = f"timm:{stem}.{cfg.tag}" if cfg.tag else f"timm:{stem}"
@@ -86,16 +90,24 @@ def derive(
 
 
 def imagenet_labels(num_classes: int, cfg: dict[str, Any], name: str) -> tuple[str, ...]:
-    """ImageNet's class names in the order of timm's weights; names that two classes share get their WordNet id added.
+    """ImageNet's class names in the order of timm's weights; a name of several classes gets its WordNet id appended.
+
+    Args:
+        num_classes: the number of classes of the weights.
+        cfg: the pretrained cfg of the weights.
+        name: the timm model.
 
     Raises:
-        L2R2Error: the weights are of none of ImageNet's label sets.
+        L2R2Error: when the weights do not use one of ImageNet's label sets.
+
+    >>> imagenet_labels(1000, {}, "resnet18")[:2]
+    ('tench', 'goldfish')
     """
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     subset = infer_imagenet_subset({**cfg, "num_classes": num_classes, "architecture": name})
     if not subset:
-        raise L2R2Error(f"The names of the {num_classes} classes of {name} are not known; give --labels FILE, one a line.")
+        raise L2R2Error(f"The names of the {num_classes} classes of {name} are unknown; pass --labels FILE, one name per line.")
     info = ImageNetInfo(subset)
     names = [info.index_to_description(i).split(",")[0] for i in range(num_classes)]  # the first of several synonyms
     ids = [info.index_to_label_name(i) for i in range(num_classes)]
@@ -108,7 +120,7 @@ def imagenet_labels(num_classes: int, cfg: dict[str, Any], name: str) -> tuple[s
 
 @dataclass(frozen=True)
 class _Part:
-    """One network: its backbone by name and arguments, its weights without a prefix, and what it was trained for."""
+    """One network: its backbone's name and arguments, its weights without a prefix, its labels and views."""
 
     source: str
     backbone: str
@@ -121,16 +133,21 @@ class _Part:
 
 
 def join(parts: dict[str, str | Path], out: str | Path, *, fusion: str = "robust") -> L2R2:
-    """One `shared=False` model out of independently trained networks, as in the paper (METHOD.md 3).
+    """Join independently trained networks into one `shared=False` model, as in the paper (`docs/method.md`, Training).
 
     Args:
-        parts: run or folder of a plain timm checkpoint, by the branch (full, fg, bg) that it is to be. How the object or
-            the background is shown (`OWN_VIEWS`) is as the network for it has it.
-        out: the run's folder; it must not hold a checkpoint.
+        parts: a run, or a folder with a plain timm checkpoint, by branch (full, fg, bg). The view settings of one branch alone
+            (`OWN_VIEWS`) are taken from that branch's network.
+        out: the run's folder; it must not contain a checkpoint.
         fusion: see `L2R2`.
 
+    Returns:
+        The model, in eval mode.
+
     Raises:
-        L2R2Error: a source has several branches, or the sources differ in backbone, class names or how whole images are shown.
+        L2R2Error: when a source has several branches, or the sources differ in backbone, class names or full views.
+
+    >>> model = join({"full": "runs/full", "fg": "runs/fg"}, "runs/joined")  # doctest: +SKIP
     """
     out = Path(out)
     _check_free(out)
@@ -165,15 +182,22 @@ def join(parts: dict[str, str | Path], out: str | Path, *, fusion: str = "robust
 
 
 def split(run: str | Path, out: str | Path) -> dict[str, Path]:
-    """A `shared=False` model's networks as checkpoints of one branch each, in `out/full`, `out/fg`, ...
+    """Split a `shared=False` model into checkpoints of one branch each, in `out/full`, `out/fg`, ...
+
+    Args:
+        run: the run's folder, or a Hub id.
+        out: the folder to write to.
+
+    Returns:
+        The new folders by branch.
 
     Raises:
-        L2R2Error: the model shares its backbone, or one of the folders holds a checkpoint.
+        L2R2Error: when the branches share one backbone, or one of the folders contains a checkpoint.
     """
     checkpoint = load_checkpoint(run)
     model = checkpoint.model
     if model.shared or len(model.branches) < 2:
-        raise L2R2Error(f"{run}: its branches share one backbone; only independent networks can be taken apart.")
+        raise L2R2Error(f"{run}: its branches share one backbone; only a model with shared=False can be split.")
     folders = {branch: Path(out) / branch for branch in model.branches}
     for folder in folders.values():
         _check_free(folder)
@@ -198,7 +222,7 @@ def split(run: str | Path, out: str | Path) -> dict[str, Path]:
 
 def _check_free(folder: Path) -> None:
     if (folder / CONFIG).exists():
-        raise L2R2Error(f"{folder}: holds a checkpoint already; choose another -o.")
+        raise L2R2Error(f"{folder}: already contains a checkpoint; choose another -o.")
 
 
 def _check_alike(first: _Part, other: _Part) -> None:
@@ -215,7 +239,7 @@ def _check_alike(first: _Part, other: _Part) -> None:
         if a != b
     ]
     if differs:
-        raise L2R2Error(f"{first.source} and {other.source} have different {' and '.join(differs)}.")
+        raise L2R2Error(f"{first.source} and {other.source} have different {' and '.join(differs)}, so they cannot be joined.")
 
 
 def _read_part(source: str) -> _Part:
@@ -226,7 +250,7 @@ def _read_part(source: str) -> _Part:
     checkpoint = load_checkpoint(source)
     model = checkpoint.model
     if len(model.branches) != 1:
-        raise L2R2Error(f"{source}: has the branches {', '.join(model.branches)}; a network of one branch is needed.")
+        raise L2R2Error(f"{source}: has the branches {', '.join(model.branches)}; use a network with one branch.")
     body, head = model.backbone.state_dict(), next(iter(model.heads.values())).state_dict()
     return _Part(
         source, model.backbone_name, dict(model.backbone_kwargs), body, head, checkpoint.labels, model.view_spec, model.in_chans
@@ -237,14 +261,14 @@ def _read_timm(folder: Path, config: dict[str, Any]) -> _Part:
     """A plain timm checkpoint with `label_names`."""
     labels = config.get("label_names")
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise L2R2Error(f"{folder / CONFIG}: has no label_names.")
+        raise L2R2Error(f"{folder / CONFIG}: has no label_names; add the list of class names.")
     try:
         model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except Exception as error:  # safetensors, torch and timm each have their own for a damaged file
+    except Exception as error:  # safetensors, torch and timm each raise their own for a damaged file
         raise L2R2Error(f"{folder}: the checkpoint cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
     classifier = model.get_classifier()
     if not isinstance(classifier, nn.Linear) or classifier.out_features != len(labels):
-        raise L2R2Error(f"{folder}: has no linear classifier for its {len(labels)} label_names.")
+        raise L2R2Error(f"{folder}: has no linear classifier with {len(labels)} outputs, one per label name; use another model.")
     head = dict(classifier.state_dict())
     spec = ViewSpec.from_pretrained_cfg(model.pretrained_cfg)
     in_chans = model.pretrained_cfg.get("input_size", (3,))[0]

@@ -1,4 +1,4 @@
-"""A run as one file for other runtimes: ONNX or torch.export, its views or the image itself going in."""
+"""Export of a run as one file for other runtimes, as ONNX or torch.export, with views or the image itself as input."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from .checkpoint import Checkpoint, load_checkpoint
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2"}
 INPUTS = ("views", "image")
-TOLERANCE = {False: 1e-4, True: 5e-2}  # largest difference of a logit, relative to the largest of the batch where that is above 1
+TOLERANCE = {False: 1e-4, True: 5e-2}  # by fp16: largest difference of a logit, relative to the largest in the batch if above 1
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """An exported model.
 
     Attributes:
-        file: the exported model.
-        inputs, outputs: names in order.
+        file: the file.
+        inputs: names of the inputs, in order.
+        outputs: names of the outputs, in order.
         difference: largest difference of a logit from PyTorch's, on images and boxes of several sizes.
     """
 
@@ -44,10 +45,14 @@ class Exported:
 
 
 class ViewsIn(nn.Module):
-    """Views in, logits out: what is left of a model when somebody else cuts.
+    """A model whose inputs are views that the caller has cut.
 
-    Takes the views `[B, 3, S, S]` of the model's branches in their order and, where there is more than one branch, `has_fg`
-    `[B]` bool; gives the logits `[B, classes]` fused and of every branch.
+    Its inputs are the views `[B, 3, S, S]` of the model's branches in order and, with more than one branch, `has_fg` `[B]` bool.
+    Its outputs are the logits `[B, classes]`, fused and of each branch.
+
+    Attributes:
+        inputs: names of the inputs.
+        outputs: names of the outputs.
     """
 
     def __init__(self, model: L2R2, half: bool = False) -> None:
@@ -58,23 +63,26 @@ class ViewsIn(nn.Module):
         self.outputs = ("fused", *model.branches)
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """Compute the outputs from the inputs, both in the order of their names."""
         views = dict(zip(self.model.branches, given))
         has_fg = given[-1] if len(self.model.branches) > 1 else None
         return self.answers({branch: self.branch(branch, view) for branch, view in views.items()}, has_fg)
 
     def branch(self, branch: str, view: Tensor) -> Tensor:
-        """Float32 logits of one branch; an own pass each, because views may be of different numbers."""
+        """Float32 logits of one branch, in a pass of its own, because branches may have different numbers of views."""
         view = view.half() if self.half_precision else view
         return self.model.forward_branches(**{branch: view})[branch].float()
 
     def answers(self, logits: dict[str, Tensor], has_fg: Tensor | None) -> tuple[Tensor, ...]:
+        """The fused logits, followed by those of each branch."""
         return (self.model.fuse(logits, has_fg), *(logits[branch] for branch in self.model.branches))
 
 
 class ImageIn(ViewsIn):
-    """One image `[H, W, 3]` uint8 and its boxes `[V, 4]` in (a NaN row has none), cut inside; logits `[V, classes]` out.
+    """A model whose inputs are one image `[H, W, 3]` uint8 and its boxes `[V, 4]`; a NaN row has no box.
 
-    Gives `has_fg` `[V]` bool too. It cuts as `make_views` does without masks, to float32 accuracy.
+    Its outputs are logits `[V, classes]`, fused and of each branch, and `has_fg` `[V]` bool. The views are cut inside the graph
+    as by `make_views` without masks, to float32 accuracy.
     """
 
     def __init__(self, model: L2R2, half: bool = False) -> None:
@@ -83,17 +91,21 @@ class ImageIn(ViewsIn):
         self.outputs = ("fused", *model.branches, "has_fg")
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """See `ViewsIn.forward`."""
         image, boxes = given
         views, has_fg = cut_in_graph(image, boxes, self.model.view_spec, self.model.branches)
         logits = {branch: self.branch(branch, view) for branch, view in views.items()}
-        if "full" in logits:  # once an image, however many boxes it has
+        if "full" in logits:  # computed once per image, however many boxes it has
             logits["full"] = logits["full"].expand(boxes.shape[0], -1)
         return (*self.answers(logits, has_fg), has_fg)
 
 
 class MaskIn(ViewsIn):
-    """The whole image's view `[B, 3, S, S]` and the object's mask in it `[B, h, w]` in 0..1, for an fg that is masked inside the
-    network. Gives `has_fg` `[B]` bool too: False where the mask keeps nothing."""
+    """A model with an fg that is masked inside the network.
+
+    Its inputs are full views `[B, 3, S, S]` and the object's mask in each, `[B, h, w]` in [0, 1]. Its outputs are logits, and
+    `has_fg` `[B]` bool, False where the mask keeps nothing.
+    """
 
     def __init__(self, model: L2R2, half: bool = False) -> None:
         super().__init__(model, half)
@@ -101,6 +113,7 @@ class MaskIn(ViewsIn):
         self.outputs = ("fused", *model.branches, "has_fg")
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """See `ViewsIn.forward`."""
         view, mask = given
         view = view.half() if self.half_precision else view
         whole = "full" if "full" in self.model.branches else "fg"
@@ -110,33 +123,40 @@ class MaskIn(ViewsIn):
 
 
 class PartsIn(MaskIn):
-    """The whole image's view `[B, 3, S, S]`, for a model that finds the object itself."""
+    """A model that finds the object itself; its only input is the full view `[B, 3, S, S]`."""
 
     def __init__(self, model: L2R2, half: bool = False) -> None:
         super().__init__(model, half)
         self.inputs = ("full_view",)
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """See `ViewsIn.forward`."""
         out = self.model.forward_views(given[0].half() if self.half_precision else given[0])
         return (*self.answers({branch: z.float() for branch, z in out.branches().items()}, out.has_fg), out.has_fg)
 
 
 def export_run(run: str | Path, out: str | Path, *, format: str = "onnx", takes: str = "views", fp16: bool = False) -> Exported:
-    """Export a checkpoint and compare what the written file answers with PyTorch.
+    """Export a checkpoint, and compare the outputs of the written file with PyTorch's.
 
-    Label names and the ViewSpec travel in the file: ONNX as metadata `labels` and `view_spec` (JSON), torch.export as the extra
-    file `l2r2.json`.
+    The file includes the label names and the ViewSpec: ONNX in its metadata (`labels` and `view_spec`, as JSON), torch.export in
+    the extra file `l2r2.json`.
 
     Args:
         run: a run's folder or a Hub id.
-        out: file to write.
+        out: the file to write.
         format: `onnx` or `torch-export`.
-        takes: `views`, or `image` (one image and its boxes, cut inside the graph).
-        fp16: weights and network in half precision; inputs and logits stay float32.
+        takes: the input, `views` or `image` (one image and its boxes, cut inside the graph).
+        fp16: whether the network runs in half precision; inputs and logits stay float32.
+
+    Returns:
+        The exported file and its largest difference from PyTorch.
 
     Raises:
-        L2R2Error: unknown format or input, a model that cannot be exported so, missing packages, or a file that does not answer
-            as PyTorch within 1e-4 (fp16: 5e-2); then nothing is written.
+        L2R2Error: when the format or input is unknown, the model does not support it, packages are missing, or the outputs differ
+            from PyTorch's by more than 1e-4 (fp16: 5e-2); then nothing is written.
+
+    >>> export_run("runs/fungi", "fungi.onnx").inputs  # doctest: +SKIP
+    ('full_view', 'fg_view', 'has_fg')
     """
     for what, value, choices in (("format", format, tuple(FORMATS)), ("input", takes, INPUTS)):
         if value not in choices:
@@ -144,13 +164,13 @@ def export_run(run: str | Path, out: str | Path, *, format: str = "onnx", takes:
     checkpoint = load_checkpoint(run)
     _check_kind(checkpoint, takes)
     kind = _kind_of(checkpoint.model, takes)
-    trials = [_trial(checkpoint.model, takes, count) for count in (2, 3)]  # 1 would be taken for a constant
+    trials = [_trial(checkpoint.model, takes, count) for count in (2, 3)]  # torch.export would specialize a size of 1
     with torch.inference_mode():
         exact = kind(checkpoint.model)
         wanted = [exact(*inputs) for inputs in trials]
     if fp16:
         for name, part in checkpoint.model.named_children():
-            if name != "fusion":  # its numbers are fitted to float32
+            if name != "fusion":  # its parameters are fitted in float32
                 part.half()
     module = kind(checkpoint.model, fp16).eval()
     differences: list[float] = []
@@ -161,7 +181,7 @@ def export_run(run: str | Path, out: str | Path, *, format: str = "onnx", takes:
         with torch.inference_mode():
             differences.extend(_difference(run_file(inputs), values) for inputs, values in zip(trials, wanted))
         if not max(differences) <= TOLERANCE[fp16]:
-            raise L2R2Error(f"{out}: the exported model differs from PyTorch by {max(differences):.2g}; not written.")
+            raise L2R2Error(f"{out}: not written, because the exported model differs from PyTorch by {max(differences):.2g}.")
 
     write_atomic(out, write)
     return Exported(Path(out), module.inputs, module.outputs, max(differences))
@@ -170,10 +190,10 @@ def export_run(run: str | Path, out: str | Path, *, format: str = "onnx", takes:
 def _check_kind(checkpoint: Checkpoint, takes: str) -> None:
     spec = checkpoint.model.view_spec
     if takes == "image" and "fg" in checkpoint.model.branches and spec.fg.in_network:
-        what = "finds its object itself" if spec.fg.finds_object else "takes the object's mask"
+        what = "finds the object itself" if spec.fg.finds_object else "takes the object's mask"
         raise L2R2Error(f"{checkpoint.name}: {what} inside the network; export it with --input views.")
     if takes == "image" and spec.mode == "pil":
-        raise L2R2Error(f"{checkpoint.name}: cuts in the mode pil, which has no graph; export it with --input views.")
+        raise L2R2Error(f'{checkpoint.name}: its view mode "pil" cannot be exported; export it with --input views.')
     if takes == "image" and checkpoint.model.in_chans != 3:
         raise L2R2Error(f"{checkpoint.name}: takes {checkpoint.model.in_chans} channels; export it with --input views.")
 
@@ -197,7 +217,7 @@ def _metadata(checkpoint: Checkpoint, takes: str) -> dict[str, str]:
 
 
 def _trial(model: L2R2, takes: str, count: int) -> tuple[Tensor, ...]:
-    """Inputs to compare by: noise images of another size each, boxes inside, across and beyond the border, the last one NaN."""
+    """Inputs for the comparison: a noise image whose size depends on `count`, and boxes inside and across its border, or NaN."""
     generator = torch.Generator().manual_seed(count)
     height, width = 40 + 31 * count, 150 - 20 * count
     image = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
@@ -238,7 +258,7 @@ def _dynamic_shapes(module: ViewsIn) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters print their progress and warn about each other's deprecations."""
+    """Silence the exporters' progress output and deprecation warnings."""
     level = logging.getLogger("torch.onnx").level
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
@@ -258,7 +278,7 @@ def _write_torch(
     module: ViewsIn, inputs: tuple[Tensor, ...], file: Path, metadata: dict[str, str]
 ) -> Callable[[tuple[Tensor, ...]], Any]:
     with _quiet():
-        # the archive's format is told by the file's name
+        # saved through memory, because torch infers the format from the file's name
         content = io.BytesIO()
         torch.export.save(_export_program(module, inputs), content, extra_files={"l2r2.json": json.dumps(metadata)})
         file.write_bytes(content.getvalue())

@@ -1,4 +1,4 @@
-"""Which public weights a checkpoint started from."""
+"""The public weights that a checkpoint was initialized from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from ..models.hub_configs import load_hub_configs
 
 @dataclass(frozen=True)
 class Source:
-    """The public weights that a training started from; all None for one from scratch."""
+    """The public weights that a model was initialized from; all None if it was trained from scratch.
+
+    Attributes:
+        name: the timm model with its tag.
+        hub_id: their repository on the Hub.
+        license: their license.
+    """
 
     name: str | None = None
     hub_id: str | None = None
@@ -21,8 +27,14 @@ class Source:
 
 
 def source_of_training(training: Mapping[str, Any]) -> Source:
-    """Which public weights a checkpoint started from, by what its config says of its training: by the checkpoint that it was
-    to start from, by its recipe, or by how it was derived."""
+    """Find the public weights that a checkpoint was initialized from.
+
+    Args:
+        training: the training section of its config, whose initial checkpoint, recipe or derivation names them.
+
+    >>> source_of_training({"recipe": {"model": "l2r2_resnet18", "pretrained": False}})
+    Source(name=None, hub_id=None, license=None)
+    """
     if isinstance(started := training.get("init"), dict) and isinstance(found := started.get("source"), dict):
         return Source(**{f.name: found[f.name] for f in fields(Source) if isinstance(found.get(f.name), str)})
     recipe = training.get("recipe", {})

@@ -1,4 +1,4 @@
-"""Augmentation that moves image, box and mask together, at the image's own resolution; cutting comes after it."""
+"""Augmentation of image, box and mask together, at the image's own resolution, before views are cut."""
 
 from __future__ import annotations
 
@@ -18,17 +18,24 @@ TRIES = 10
 class Augment:
     """Random crop, flip and color of the whole image, then occlusion of the object and jitter of its box.
 
-    A crop that hides most of the object is drawn again; after ten tries the image stays uncropped, so that a box never
-    leaves its image. All draws come from one seed.
+    A crop that hides most of the object is drawn again; after ten tries the image is not cropped, so that a box never leaves its
+    image.
 
     Attributes:
-        scale: smallest area of the random crop relative to the image; 1 switches it off.
+        scale: smallest area of the random crop, relative to the image; 1 turns it off.
         flip: probability of a horizontal flip.
-        color: strength of brightness, contrast and saturation jitter; 0 switches it off.
-        box_jitter: how far each edge of the box moves at most, relative to its side.
-        occlusion: probability that a rectangle on the object is covered by noise, in all views alike (Random Erasing, Zhong et
-            al. 2020, kept inside the box: 5 to 40 % of it).
-        min_visible: smallest part of the box's area that a crop must keep.
+        color: strength of the brightness, contrast and saturation jitter; 0 turns it off.
+        box_jitter: largest shift of each edge of the box, relative to the box's side.
+        min_visible: smallest share of the box's area that a crop must keep.
+        occlusion: probability that noise covers a rectangle inside the box, 5 to 40 % of it, in all views alike (Random Erasing,
+            Zhong et al. 2020).
+
+    Raises:
+        L2R2Error: when a value is outside [0, 1].
+
+    >>> augment = Augment(scale=1.0, flip=1.0, color=0.0, box_jitter=0.0)
+    >>> augment(torch.zeros(4, 8, 3, dtype=torch.uint8), torch.tensor([0.0, 0.0, 2.0, 4.0]), None, seed=(0,))[1]
+    tensor([6., 0., 8., 4.])
     """
 
     scale: float = 0.5
@@ -46,9 +53,19 @@ class Augment:
     def __call__(
         self, pixels: Tensor, box: Tensor, mask: Tensor | None, *, seed: tuple[int, ...]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Augment uint8 `[H, W, 3]` pixels with their box `[4]` (NaN: none) and mask `[H, W]`; same seed, same result."""
+        """Augment an image.
+
+        Args:
+            pixels: uint8 `[H, W, 3]`.
+            box: `[4]` xyxy in pixels; NaN if there is none.
+            mask: `[H, W]` bool, or None.
+            seed: the same seed gives the same result.
+
+        Returns:
+            The new pixels, box and mask.
+        """
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(random.Random(str(seed)).getrandbits(63))  # the CPU's only: much quicker
+            torch.default_generator.manual_seed(random.Random(str(seed)).getrandbits(63))  # CPU only, which is much faster
             return self._draw(pixels, box, mask)
 
     def _draw(self, pixels: Tensor, box: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -96,9 +113,9 @@ class Augment:
 
 
 def _occlude(image: Tensor, box: Tensor) -> None:
-    """Cover a rectangle inside the box `[4]` of uint8 `[H, W, 3]` pixels with noise, in place."""
+    """Cover a rectangle inside the box `[4]` with noise, in place, in uint8 pixels `[H, W, 3]`."""
     share, stretch, left, top = torch.rand(4).tolist()
-    area, aspect = 0.05 + 0.35 * share, 3 ** (2 * stretch - 1)  # of the box; width over height relative to the box's
+    area, aspect = 0.05 + 0.35 * share, 3 ** (2 * stretch - 1)  # both relative to the box
     across, down = min(1.0, math.sqrt(area * aspect)), min(1.0, math.sqrt(area / aspect))
     x0, y0, x1, y1 = box.tolist()
     x, y = x0 + left * (1 - across) * (x1 - x0), y0 + top * (1 - down) * (y1 - y0)

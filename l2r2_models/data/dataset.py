@@ -1,4 +1,4 @@
-"""Rows of a table as training items: decoded, augmented, and cut into the views of each branch."""
+"""The training data set: rows of a table, decoded, augmented, and cut into the views of each branch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ from .table import ImageTable, Row
 
 @dataclass(frozen=True)
 class Check:
-    """What `check_images` found: images that cannot be used, with the reason, those with a usable box, and perceptual hashes."""
+    """The result of `check_images`.
+
+    Attributes:
+        bad: images that cannot be used, with the reason.
+        with_box: images with a usable object.
+        hashes: perceptual hash of each readable image.
+    """
 
     bad: dict[Path, str]
     with_box: frozenset[Path]
@@ -40,13 +46,13 @@ def check_images(
     box_threshold: float = 0.0,
     usable: Callable[[Sample], bool] = lambda sample: sample.has_box,
 ) -> Check:
-    """Decode every image once, look for its object and hash it.
+    """Decode every image once, check whether it has an object, and hash it.
 
     Args:
-        table: what to check.
-        progress: wraps an iterable of that many steps to show progress.
+        table: the rows to check.
+        progress: wraps an iterable of a given length to show progress.
         box_threshold: see `sample_of`.
-        usable: whether an image's object can be used; by default, whether it has a box.
+        usable: whether a sample's object can be used; by default, whether it has a box.
     """
     bad: dict[Path, str] = {}
     with_box: list[Path] = []
@@ -69,8 +75,14 @@ def check_images(
 
 @dataclass(frozen=True)
 class Sample:
-    """One decoded image: uint8 `[H, W, 3]`, the box `[4]` of its object (NaN where there is none), its mask or None, and the
-    localizer's score of the box (1 where there is none)."""
+    """One decoded image.
+
+    Attributes:
+        pixels: uint8 `[H, W, 3]`.
+        box: `[4]` xyxy in pixels; NaN if there is no object.
+        mask: `[H, W]` bool, or None.
+        score: the localizer's score of the box; 1 without a localizer.
+    """
 
     pixels: Tensor
     box: Tensor
@@ -79,21 +91,24 @@ class Sample:
 
     @property
     def has_box(self) -> bool:
+        """Whether there is an object."""
         return bool(self.box.isfinite().all())
 
 
 def sample_of(row: Row, fill: Sequence[int], box_threshold: float = 0.0, draw: random.Random | None = None) -> Sample:
-    """Decode a row's image, take one usable box, and exchange the background if the row names another.
+    """Decode a row's image, choose one usable box, and swap the background if the row has another.
 
     Args:
-        row: the row. With a `background`, the object lies on the object-free background of that row, at its own place; unless one
-            of the two has no object, then the image stays as it is. A background without boxes and mask is taken as a whole.
+        row: the row. With a `background`, the object is pasted at its own place onto the object-free background of that row,
+            unless one of the two has no object; then the image is unchanged. A background without boxes and mask is taken as
+            it is.
         fill: color under transparent pixels.
         box_threshold: boxes with a lower score count as not found.
-        draw: picks one of several boxes; None takes the best.
+        draw: chooses one of several boxes at random; None takes the best.
 
     Raises:
-        ImageError, L2R2Error: unreadable image or mask, or boxes made for another image size.
+        ImageError: when an image or mask cannot be read.
+        L2R2Error: when the boxes were made for another image size.
     """
     pixels, found, mask = _decode(row, fill, box_threshold)
     if not len(found):
@@ -111,7 +126,7 @@ def sample_of(row: Row, fill: Sequence[int], box_threshold: float = 0.0, draw: r
 
 
 def _decode(row: Row, fill: Sequence[int], box_threshold: float) -> tuple[Tensor, Detections, Tensor | None]:
-    """Pixels `[H, W, 3]`, all usable objects, and the mask file's mask; a mask without boxes gives the box."""
+    """Pixels `[H, W, 3]`, all usable objects, and the mask file's mask; without boxes, the box is that of the mask."""
     image = load_image(row.path, fill=fill)
     size = (image.height, image.width)
     mask = load_mask(row.mask_file, size) if row.mask_file else None
@@ -125,7 +140,7 @@ def _decode(row: Row, fill: Sequence[int], box_threshold: float) -> tuple[Tensor
 
 
 def _of_box(mask: Tensor | None, found: Detections, pick: int) -> Tensor | None:
-    """The part of an image's mask that belongs to one of its several objects."""
+    """The part of an image's mask that belongs to one of its objects."""
     if mask is None or len(found) == 1:
         return mask
     x0, y0, x1, y1 = found.windows()[0][pick].tolist()
@@ -139,26 +154,28 @@ def _was_looked_for(row: Row) -> bool:
 
 
 class ViewDataset(Dataset):
-    """Rows as training items: the views of each branch, `has_fg`, and the class number.
+    """Rows as training items: the views of each branch, `has_fg`, and the class index as `labels`.
 
-    Augmentation draws from (seed, epoch, row), so an item is the same whichever worker makes it, and whether or not the
-    run was interrupted before. With it, one of an image's several boxes is drawn anew in each epoch; without, the best is taken.
+    Random numbers depend on (seed, epoch, row), so an item does not depend on the worker that loads it, or on interruptions. With
+    augmentation, one of an image's boxes is drawn in each epoch; without, the best is used.
 
     Args:
         table: the rows, with labels.
-        classes: all labels, in the order of their numbers.
-        spec, branches: see `make_views`.
-        augment: for training only.
-        background_swap: probability that an item's object is laid on the object-free background of another random image of the
-            table (of any class), before `augment`. Rows without an object stay as they are.
+        classes: all labels, in the order of their indices.
+        spec: see `make_views`.
+        branches: see `make_views`.
+        augment: the augmentation, for training only.
+        background_swap: probability that an item's object is pasted onto the object-free background of another random image of
+            the table (of any class), before `augment`. Rows without an object are unchanged.
         box_threshold: see `sample_of`.
-        objectness: also give `objectness`, the box's score.
-        locate: also give `box` `[4]`, where the object is in the full view, xyxy as parts of its sides; NaN where nowhere; and
-            `looked_for`, whether anybody looked: not where the localizer failed, or the box file does not name the image.
-        seed: of every draw.
+        objectness: whether items include `objectness`, the box's score.
+        locate: whether items include `box` `[4]`, the object in the full view, xyxy relative to its sides (NaN if there is none),
+            and `looked_for`, which is False if the localizer failed or the box file does not list the image.
+        seed: random seed.
 
     Raises:
-        L2R2Error: a row without a label, or with one that `classes` lacks; a background swap without two images with an object.
+        L2R2Error: when a row has no label, or one that is not in `classes`, or when backgrounds should be swapped and fewer than
+            two images have an object.
     """
 
     def __init__(
@@ -179,7 +196,7 @@ class ViewDataset(Dataset):
         if any(row.label is None for row in table.rows):
             raise L2R2Error(f"{table.root}: an image of the split {table.rows[0].split} has no label.")
         if unknown := sorted({str(row.label) for row in table.rows} - set(index)):
-            raise L2R2Error(f"{table.root}: label {unknown[0]} does not occur in training.")
+            raise L2R2Error(f"{table.root}: the label {unknown[0]} does not occur in training.")
         self.rows, self.spec, self.branches, self.augment = table.rows, spec, tuple(branches), augment
         self.targets = [index[str(row.label)] for row in table.rows]
         self.box_threshold, self.locate, self.seed, self.epoch = box_threshold, locate, seed, 0
@@ -191,13 +208,13 @@ class ViewDataset(Dataset):
             )
 
     def without_augmentation(self) -> ViewDataset:
-        """The same rows as they are, for what is measured on the training rows."""
+        """A copy without augmentation and background swaps, for measurements on the training rows."""
         plain = copy.copy(self)
         plain.augment, plain.background_swap = None, 0.0
         return plain
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer, through accelerate's loader, at the start of each epoch."""
+        """Set the epoch that random numbers depend on; called by the Trainer at the start of each epoch."""
         self.epoch = int(epoch)
 
     def __len__(self) -> int:
@@ -221,7 +238,7 @@ class ViewDataset(Dataset):
 
     def _sample(self, i: int) -> Sample:
         row, of_item = self.rows[i], (self.seed, self.epoch, i)
-        draw = random.Random(f"sample {of_item}")  # not the numbers that `augment` draws from
+        draw = random.Random(f"sample {of_item}")  # independent of the random numbers of `augment`
         if draw.random() < self.background_swap:
             row = replace(row, background=self._donor(row, draw))
         sample = sample_of(row, self.spec.fill, self.box_threshold, draw if self.augment else None)

@@ -1,8 +1,8 @@
-"""A data set made on the spot from real pixels: handwritten digits pasted on photographs that come with pip packages.
+"""A demo data set, generated from real pixels: handwritten digits on photographs, both from installed packages.
 
-Each digit is a card lying somewhere on a photograph, and each has a home photograph. In `train` and `test_usual` most digits lie
-on their home, in `test_swapped` on another's; writers and photograph regions of the test rows do not occur in training. Position,
-size and colors of a card say nothing about its class, and its box is known.
+Each image shows a card with a digit on a photograph, and each class has a home photograph. In `train` and `test_usual`, most
+cards lie on the home photograph of their class, in `test_swapped` on that of another class. The digits and photograph regions of
+the test rows do not occur in training. Position, size and colors of a card are independent of its class, and its box is known.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ..errors import L2R2Error
 from ..io import write_text
 
 PHOTOGRAPHS = ("coffee", "grass", "brick", "gravel", "rocket", "retina", "china", "flower", "immunohistochemistry", "chelsea")
-SIDE = 96  # pixels of an image
-AT_HOME = 0.97  # part of the training digits that lie on their class's photograph
+SIDE = 96  # of an image, in pixels
+AT_HOME = 0.97  # share of training digits on their home photograph
 COLUMNS = ("file_name", "label", "split", "x0", "y0", "x1", "y1", "background")
 
 
@@ -27,15 +27,18 @@ def make_demo_data(folder: str | Path, *, train: int = 600, test: int = 300, see
     """Write the data set as an imagefolder with metadata.csv.
 
     Args:
-        folder: where to; the images go into `folder/images`.
-        train, test: images in `train`, and in each of `test_usual` and `test_swapped`.
-        seed: of everything drawn.
+        folder: the folder to write to; the images go into `folder/images`.
+        train: number of images in `train`.
+        test: number of images in each of `test_usual` and `test_swapped`.
+        seed: random seed.
 
     Returns:
         `folder`.
 
     Raises:
-        L2R2Error: scikit-learn or scikit-image is missing.
+        L2R2Error: when scikit-learn or scikit-image is missing.
+
+    >>> make_demo_data("digits", train=60, test=30)  # doctest: +SKIP
     """
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -60,12 +63,12 @@ def make_demo_data(folder: str | Path, *, train: int = 600, test: int = 300, see
             rows.append((name, label, split, *box, PHOTOGRAPHS[where]))
     lines = io.StringIO()
     csv.writer(lines, lineterminator="\n").writerows([COLUMNS, *rows])
-    write_text(folder / "metadata.csv", lines.getvalue())  # last and in one step: it says that the data are whole
+    write_text(folder / "metadata.csv", lines.getvalue())  # written last, so it marks the data set as complete
     return folder
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """Ink in [0, 1] `[N, 8, 8]` and labels of scikit-learn's handwritten digits."""
+    """Intensities `[N, 8, 8]` in [0, 1] and labels of scikit-learn's handwritten digits."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -75,7 +78,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _photograph(name: str) -> np.ndarray:
-    """An RGB photograph that comes with scikit-learn (china, flower) or scikit-image, at about 250 pixels height."""
+    """An RGB photograph from scikit-learn (china, flower) or scikit-image, 250 pixels high."""
     if name in ("china", "flower"):
         from sklearn.datasets import load_sample_image
 
@@ -91,7 +94,7 @@ def _photograph(name: str) -> np.ndarray:
 
 
 def _region(photograph: np.ndarray, training: bool, rng: np.random.Generator) -> np.ndarray:
-    """A random square of the photograph: of its left 60 % for training, of its right 40 % for testing."""
+    """A random square of the photograph, from its left 60 % for training or its right 40 % for testing."""
     border = round(0.6 * photograph.shape[1])
     part = photograph[:, :border] if training else photograph[:, border:]
     side = min(SIDE, part.shape[1])
@@ -100,7 +103,7 @@ def _region(photograph: np.ndarray, training: bool, rng: np.random.Generator) ->
 
 
 def _paste(image: np.ndarray, ink: np.ndarray, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Lay the digit into the image in place, a card with paper and ink of random colors, and return the card's box."""
+    """Draw the digit into the image in place, on a card with random paper and ink colors; return the card's box."""
     side = int(rng.integers(28, 45))
     glyph = Image.fromarray((255 * ink).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     opacity = np.asarray(glyph, dtype=np.float64)[:, :, None] / 255

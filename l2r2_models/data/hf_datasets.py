@@ -1,8 +1,8 @@
-"""Data sets of the Hugging Face Hub, and such saved on disk, as folders: everything else works by path.
+"""Data sets of the Hugging Face Hub, or saved on disk by `datasets`, as folders of images.
 
-`hf:org/name` is loaded by `datasets` (a local folder of Parquet or the like is `hf:path`); a folder that `save_to_disk` wrote is
-recognized. Their images are written once, byte for byte, beside the cache of `datasets`, with a metadata.jsonl; later calls find
-them there.
+`hf:org/name` is loaded by `datasets` (`hf:path` for a local folder of Parquet or similar); a folder written by `save_to_disk` is
+detected. The images are written once, byte for byte, next to the cache of `datasets`, with a metadata.jsonl; later calls reuse
+them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..images import FORMATS, IMAGE_SUFFIXES
 from ..io import check_readable, write_bytes, write_text
 
 PREFIX = "hf:"
-SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
+SAVED = ("dataset_dict.json", "state.json")  # files that identify a folder of save_to_disk
 OPTIONS = ("config", "revision", "image", "label", "mask")
 LABELS = ("label", "labels", "class", "category", "target", "fine_label")
 MASKS = ("mask", "segmentation_mask", "segmentation", "annotation")
@@ -30,7 +30,15 @@ MASKS = ("mask", "segmentation_mask", "segmentation", "annotation")
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column holds what; `others` are plain values that become metadata."""
+    """The roles of a data set's columns.
+
+    Attributes:
+        image: the image.
+        label: the label, or None.
+        mask: the mask image, or None.
+        objects: the boxes, or None.
+        others: columns with plain values, which become metadata.
+    """
 
     image: str
     label: str | None
@@ -40,28 +48,32 @@ class Columns:
 
 
 def is_source(data: str | Path) -> bool:
-    """Whether `data` must be made a folder first."""
+    """Whether `data` must be converted to a folder first.
+
+    >>> is_source("hf:org/name")
+    True
+    """
     return str(data).startswith(PREFIX) or any((Path(data) / name).is_file() for name in SAVED)
 
 
 def as_folder(data: str | Path) -> Path:
-    """The folder with the images of a data set, an `imagefolder` with metadata.jsonl. Interrupted, the next call continues.
+    """Write a data set as an `imagefolder` with metadata.jsonl, unless that was done before; an interrupted call is resumed.
 
     Args:
-        data: `hf:org/name`, `hf:folder`, or a folder of `save_to_disk`. After a `?` may follow `config` and `revision`, and,
-            where they cannot be told, the columns `image`, `label`, `mask`: `hf:org/name?config=full&label=species`.
+        data: `hf:org/name`, `hf:folder`, or a folder of `save_to_disk`. Options follow after a `?`: `config` and `revision`, and
+            the columns `image`, `label` and `mask` if they are ambiguous, e.g. `hf:org/name?config=full&label=species`.
 
     Returns:
-        A folder that `read_table` reads: splits, labels (by name), `objects` with `bbox` (x, y, width, height in pixels, as the
-        Hub's `imagefolder` has it), `score`, and `category` or `label`; a mask column; other plain columns.
+        A folder that `read_table` reads, with splits, label names, `objects` with `bbox` (x, y, width, height in pixels, as in
+        the Hub's `imagefolder`), `score` and `label`, a mask column, and other plain columns.
 
     Raises:
-        L2R2Error: it cannot be loaded, there is no image column or several, or an unknown option.
+        L2R2Error: when the data set cannot be loaded, its image column is missing or ambiguous, or an option is unknown.
     """
     try:
         import datasets
     except ImportError as error:
-        raise L2R2Error('Data sets of the Hub need more packages: pip install "l2r2-models[train]".') from error
+        raise L2R2Error('Data sets from the Hub need more packages: pip install "l2r2-models[train]".') from error
     name, _, query = str(data).removeprefix(PREFIX).partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     if unknown := sorted(set(options) - set(OPTIONS)):
@@ -78,7 +90,7 @@ def as_folder(data: str | Path) -> Path:
 
 
 def _load(name: str, options: Mapping[str, str]) -> dict[str, Any]:
-    """Splits by name; "" where there are none."""
+    """The splits by name; a single one named "" if the data set has no splits."""
     import datasets
 
     try:
@@ -86,9 +98,9 @@ def _load(name: str, options: Mapping[str, str]) -> dict[str, Any]:
             loaded = datasets.load_from_disk(name)
         else:
             loaded = datasets.load_dataset(name, options.get("config"), revision=options.get("revision"))
-    except Exception as error:  # datasets, the Hub, the file system: each has its own
+    except Exception as error:  # datasets, the Hub and the file system each raise their own
         what = " ".join(str(error).split())[:200] or type(error).__name__
-        hint = "" if Path(name).exists() else "; an id is org/name, and must be loaded once where there is a network"
+        hint = "" if Path(name).exists() else "; an id is org/name, and the first call needs network access"
         raise L2R2Error(f"{PREFIX}{name}: cannot be loaded ({what.rstrip('.')}){hint}.") from error
     return dict(loaded) if isinstance(loaded, dict) else {"": loaded}
 
@@ -98,7 +110,7 @@ def _columns(features: Any, options: Mapping[str, str], data: str) -> Columns:
 
     def chosen(what: str) -> str | None:
         if (name := options.get(what)) is not None and name not in features:
-            raise L2R2Error(f'{data}: has no column "{name}"; there are {", ".join(features)}.')
+            raise L2R2Error(f'{data}: has no column "{name}"; choose from {", ".join(features)}.')
         return name
 
     images = [name for name, kind in features.items() if isinstance(kind, Image)]
@@ -107,12 +119,12 @@ def _columns(features: Any, options: Mapping[str, str], data: str) -> Columns:
     image = chosen("image") or ("image" if "image" in rest else rest[0] if len(rest) == 1 else None)
     if image is None:
         found = f"several image columns, {', '.join(rest)}" if rest else "no image column"
-        raise L2R2Error(f"{data}: has {found}; name the one to use, {PREFIX}ID?image=COLUMN.")
+        raise L2R2Error(f"{data}: has {found}; name the one to use as {PREFIX}ID?image=COLUMN.")
     named = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
     plain = [n for n, kind in features.items() if isinstance(kind, (ClassLabel, Value)) and n not in (image, mask)]
     label = chosen("label") or next((n for n in LABELS if n in plain), named[0] if len(named) == 1 else None)
     if label is not None and label not in plain:
-        raise L2R2Error(f'{data}: the column "{label}" does not hold one label an image.')
+        raise L2R2Error(f'{data}: the column "{label}" does not have one label per image; choose another column.')
     others = tuple(n for n in plain if n not in (label, "file_name", "split", "label", "mask_file", "boxes", "objects"))
     boxed = "objects" in features and "bbox" in _kinds(features["objects"])
     return Columns(image, label, mask, "objects" if boxed else None, others)
@@ -136,11 +148,11 @@ def _export(splits: Mapping[str, Any], options: Mapping[str, str], folder: Path,
             if columns.mask and row[columns.mask] is not None:
                 record["mask_file"] = _write(row[columns.mask], folder, f"masks/{PurePath(file).with_suffix('')}.png")
             lines.append(json.dumps(record, ensure_ascii=False))
-    write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")  # last: it says that the folder is whole
+    write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")  # written last, so it marks the folder as complete
 
 
 class _Names:
-    """Names of the written images: the original ones, so that box files fit, and never one twice."""
+    """Unique names of the written images: the original ones where possible, so that box files match."""
 
     def __init__(self) -> None:
         self.taken: set[str] = set()
@@ -157,7 +169,7 @@ class _Names:
 
 
 def _bytes(stored: Mapping[str, Any] | None) -> bytes:
-    """An image's file; nothing where a row has none, which the check of the images then reports by name."""
+    """An image's encoded bytes; empty for a row without an image, which `check_images` then reports by name."""
     if stored is None:
         return b""
     if stored.get("bytes") is not None:
@@ -172,7 +184,7 @@ def _suffix_of(content: bytes) -> str:
     try:
         with Image.open(io.BytesIO(content), formats=[f for f in FORMATS if f in Image.OPEN]) as image:
             return f".{str(image.format).lower()}".replace(".jpeg2000", ".jp2").replace(".mpo", ".jpg").replace(".dib", ".bmp")
-    except Exception:  # damaged or unknown: `check_images` says what is wrong with it
+    except Exception:  # `check_images` reports a damaged or unknown file
         return ".img"
 
 
@@ -194,7 +206,7 @@ def _values(row: Mapping[str, Any], columns: Columns, features: Any) -> dict[str
 
 
 def _objects(objects: Any, kind: Any) -> dict[str, Any]:
-    """`{bbox, score, label}` of a row's objects, whichever of the two ways it lists them."""
+    """`{bbox, score, label}` of a row's objects, given as a list of records or a record of lists."""
     kinds = _kinds(kind)
     if isinstance(objects, list):
         objects = {name: [each.get(name) for each in objects] for name in kinds}
@@ -210,7 +222,7 @@ def _objects(objects: Any, kind: Any) -> dict[str, Any]:
 
 
 def _kinds(kind: Any) -> dict[str, Any]:
-    """The features of a list of records, or of a record of lists; none of anything else."""
+    """The features of a list of records, or of a record of lists; empty for anything else."""
     kind = _inner(kind)
     return dict(kind) if isinstance(kind, Mapping) else {}
 
@@ -222,7 +234,7 @@ def _inner(kind: Any) -> Any:
 
 
 def _named(kind: Any, value: Any) -> Any:
-    """A class number as its name; -1 is how the Hub's test splits hide theirs."""
+    """Convert a class index to its name; -1, which hides the labels of the Hub's test splits, becomes None."""
     if hasattr(kind, "int2str") and isinstance(value, int):
         return kind.int2str(value) if value >= 0 else None
     return value

@@ -1,4 +1,4 @@
-"""Near-duplicates on both sides of a split: neighboring frames, copies, crops saved twice. They make figures too good."""
+"""Near-duplicates across splits: neighboring frames, copies and repeated crops. They make metrics too optimistic."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from ..errors import L2R2Error
 from ..images import load_image
 from .table import ImageTable, Row
 
-SIDE, LOW = 64, 16  # pixels that an image is shrunk to; frequencies a direction that are kept
-# Of 256 bits; independent images differ in about 128 (standard deviation 8). Measured: on fod_a_shift (video frames) 42 of 360
-# test_id images come this near to a training image of their class, all of them the same object on the same ground, and none of
-# 1,079 test_ood. On ETH-80 63 of 504 do, which show another pear or apple in the same pose: a warning, not a proof.
+SIDE, LOW = 64, 16  # side of the shrunk image in pixels; number of frequencies kept per direction
+# Of 256 bits; independent images differ in about 128 (standard deviation 8). Measured: on fod_a_shift (video frames), 42 of 360
+# test_id images are this close to a training image of their class, all with the same object on the same ground, and none of the
+# 1,079 test_ood images. On ETH-80, 63 of 504 are, with another pear or apple in the same pose: a warning, not a proof.
 ALIKE = 60
 HELD_OUT = "held-out"  # validation rows that `hold_out` took from the training rows
-LOOKED_AT = 2000  # images of a split other than train and val; more would make every start wait for all of them to be decoded
+LOOKED_AT = 2000  # images per split other than train and val; more would delay every start, because all are decoded
 
 
 @dataclass(frozen=True)
 class Leak:
-    """How many images of a split look like a training image.
+    """The images of a split that look like training images.
 
     Attributes:
-        split: its name, or `HELD_OUT`.
-        images: how many were compared.
-        alike: how many of them are within `ALIKE` bits of a training image with the same label.
-        example: the most similar pair, the split's image first; paths relative to the data set.
+        split: the split's name, or `HELD_OUT`.
+        images: number of images compared.
+        alike: number of them within `ALIKE` bits of a training image with the same label.
+        example: the most similar pair, the split's image first, as paths relative to the data set.
     """
 
     split: str
@@ -43,27 +43,35 @@ class Leak:
     example: tuple[str, str]
 
     def sentence(self) -> str:
+        """A warning for people."""
         advice = "hold whole groups out (--val-group), or the end of each class (--val-from end)"
         if self.split != HELD_OUT:
             advice = "put all images of one take, site or object into the same split"
         return (
             f"{self.alike} of {self.images} {self.split} images look like training images of their class (e.g. {self.example[0]} "
-            f"~ {self.example[1]}); figures on {self.split} may be too good: {advice}."
+            f"~ {self.example[1]}); metrics on {self.split} may be too optimistic: {advice}."
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
         return {**asdict(self), "example": list(self.example)}
 
 
 def perceptual_hash(image: Image.Image) -> bytes:
-    """256 bits that hardly change with size, compression or small shifts: which low frequencies are above their median.
+    """Hash an image to 256 bits that hardly change with size, compression or small shifts.
 
-    A discrete cosine transform of the image in gray at 64x64, the 16x16 lowest frequencies (pHash takes 8x8; 64 bits did not tell
-    two stretches of concrete apart).
+    The bits tell which of the 16x16 lowest frequencies of the gray image at 64x64 are above their median. (pHash uses 8x8, but 64
+    bits did not distinguish two stretches of concrete.)
+
+    Returns:
+        32 bytes.
+
+    >>> perceptual_hash(Image.new("RGB", (40, 30))) == perceptual_hash(Image.new("RGB", (80, 60)))
+    True
     """
     gray = np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float64)
     waves = np.cos(np.pi * (2 * np.arange(SIDE) + 1) * np.arange(LOW)[:, None] / (2 * SIDE))
-    spectrum = np.rint(waves @ gray @ waves.T)  # rounded, for a flat image would be hashed by its rounding errors
+    spectrum = np.rint(waves @ gray @ waves.T)  # without rounding, a flat image would be hashed by its numerical errors
     return np.packbits(spectrum > np.median(spectrum)).tobytes()
 
 
@@ -73,16 +81,16 @@ def find_leaks(
     hashes: Mapping[Path, bytes] | None = None,
     progress: Callable[[Iterable[None], int], Iterable[None]] = lambda steps, _: steps,
 ) -> list[Leak]:
-    """Compare the images of other splits with the training images of the same class (with all, where a label is missing).
+    """Compare the images of other splits with the training images of the same class (with all of them without a label).
 
     Args:
         train: the training rows.
-        others: rows by split; of a large one `LOOKED_AT` evenly spaced images are compared.
-        hashes: those that are known already (`check_images`); the other images are decoded. Unreadable ones are left out.
+        others: rows by split; for a large split, `LOOKED_AT` evenly spaced images are compared.
+        hashes: known hashes (from `check_images`); other images are decoded. Unreadable images are skipped.
         progress: wraps the steps while images are decoded.
 
     Returns:
-        The splits with look-alikes.
+        One `Leak` per split with near-duplicates.
     """
     paths = {name: _some(dict.fromkeys(row.path for row in table.rows)) for name, table in others.items()}
     known = dict(hashes or {})
@@ -111,7 +119,7 @@ def find_leaks(
 
 
 def _labels(rows: Iterable[Row]) -> dict[Path, str | None]:
-    """The label of each image; None where it has none, or where its objects have several."""
+    """The label of each image; None if it has none, or if its objects have several."""
     labels: dict[Path, str | None] = {}
     for row in rows:
         labels[row.path] = row.label if labels.get(row.path, row.label) == row.label else None
@@ -130,7 +138,7 @@ def _name(path: Path, table: ImageTable) -> str:
 def _nearest(
     images: list[Path], base: list[Path], hashes: Mapping[Path, bytes], labels: Mapping[Path, str | None]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each image the nearest of `base` that may be of its class, and in how many bits they differ."""
+    """For each image, the nearest of `base` that can have the same class, and the number of bits that differ."""
     index, distance = [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
     codes = {label: i for i, label in enumerate(dict.fromkeys(labels.values()))}
     ours, theirs = (np.array([codes[labels[path]] for path in paths]) for paths in (images, base))
@@ -146,5 +154,5 @@ def _nearest(
 
 
 def _bits(hashes: Iterable[bytes]) -> np.ndarray:
-    """`[N, 256]` float32 of -1 and 1: the product of two rows is 256 - 2 * the number of bits that differ."""
+    """Hashes as `[N, 256]` float32 of -1 and 1, so that the product of two rows is 256 - 2 * the number of differing bits."""
     return np.unpackbits(np.array([np.frombuffer(h, dtype=np.uint8) for h in hashes]), axis=1).astype(np.float32) * 2 - 1

@@ -1,7 +1,8 @@
-"""Composites: cut-out objects on photographed scenes, where the scene tells the class in training and misleads in the test.
+"""Composites of cut-out objects on photographed scenes, which predict the class in training and mislead in the test.
 
-The protocol of Spawrious, one-to-one (Lynch et al. 2023, 3): each class has a home scene; training images of two environments lie
-on it with two different probabilities; the test scenes are permuted among the classes. Here with real pixels of other data sets.
+This is the one-to-one protocol of Spawrious (Lynch et al. 2023, section 3) with real pixels of other data sets: each class has a
+home scene, where the training images of two environments lie with two different probabilities; the test scenes are permuted among
+the classes.
 """
 
 from __future__ import annotations
@@ -43,13 +44,22 @@ COLUMNS = (
     "object_file",
     "scene_file",
 )
-LONG_SIDE = (0.35, 0.75)  # of an object, relative to the image's; drawn independently of the class, as its place is
-VAL_SCENES = 0.15  # part of each kind's training scenes that only validation images lie on
+LONG_SIDE = (0.35, 0.75)  # range of an object's longer side relative to the image; independent of the class, like its position
+VAL_SCENES = 0.15  # share of each kind's training scenes that is used only for validation
 
 
 @dataclass(frozen=True)
 class Composite:
-    """One image to make."""
+    """One image to create.
+
+    Attributes:
+        name: file name without suffix.
+        split: its split.
+        environment: its environment, such as `97%`.
+        photo: the photograph of the object.
+        object: the physical object.
+        scene: the photograph of the scene.
+    """
 
     name: str
     split: str
@@ -72,30 +82,30 @@ def composites(
     seed: int = 0,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda steps, _: steps,
 ) -> Path:
-    """Write an imagefolder with images/, masks/ and metadata.csv; the same call finishes an interrupted one, to the byte.
+    """Write composites as an imagefolder with images/, masks/ and metadata.csv; an interrupted call is resumed.
 
-    Splits: `train` and `val` (other physical objects of the training photographs on other scene photographs, correlated alike),
-    `test_id` (test objects on their home scene) and `test_ood` (on the home scene of another class). Home scenes are drawn, as
-    evenly as classes and kinds of scenes allow.
+    The splits are `train`, `val` (other physical objects on other scene photographs, with the same correlations), `test_id` (test
+    objects on their home scene) and `test_ood` (on the home scene of another class). Home scenes are assigned at random, as
+    evenly as the numbers of classes and kinds of scenes allow.
 
     Args:
         objects: a data set (see `read_table`) with labels, masks, splits `train` and `test`, and a column of the physical object.
         scenes: a data set with the kind of scene as label, and splits `train` and `test`.
-        out: a new folder, or one of the same call.
-        correlation: for each training environment, how many of a class's images lie on its home scene (met to the image); every
-            training photograph occurs in each environment. The rest lies on other scenes, evenly drawn.
+        out: a new folder, or that of an interrupted call.
+        correlation: for each training environment, the exact share of a class's images on its home scene; the others are spread
+            evenly over other scenes. Every training photograph occurs in each environment.
         size: side of the images in pixels.
-        copies: composites of a photograph, in each environment or test split.
-        val_objects: physical objects of each class that are held out for `val`; 0 makes no such split.
+        copies: number of composites per photograph, in each environment or test split.
+        val_objects: number of physical objects per class that are held out for `val`; 0 omits that split.
         object_column: the objects' metadata column that names the physical object.
-        seed: of every draw.
+        seed: random seed.
         progress: wraps the images while they are written.
 
     Returns:
         `out`.
 
     Raises:
-        L2R2Error: data that do not fit, a setting out of range, or a folder that holds something else.
+        L2R2Error: when the data are not suitable, a setting is out of range, or `out` contains something else.
     """
     out = Path(out)
     settings: dict[str, Any] = dict(size=size, copies=copies, val_objects=val_objects, object_column=object_column, seed=seed)
@@ -120,7 +130,7 @@ def composites(
         mask = f"masks/{item.name}.png"
         where = (item.scene.label, item.environment, item.object, *files)
         writer.writerow([f"images/{item.name}.png", item.photo.label, item.split, *box, mask, *where])
-    write_text(out / METADATA, lines.getvalue())  # last and in one step: it says that the data are whole
+    write_text(out / METADATA, lines.getvalue())  # written last, so it marks the data set as complete
     return out
 
 
@@ -128,7 +138,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
     if not settings["correlation"] or not all(0 <= p <= 1 for p in settings["correlation"]):
         raise L2R2Error("correlation must be one or more numbers between 0 and 1, e.g. 0.97,0.87.")
     if len(set(settings["correlation"])) < len(settings["correlation"]):
-        raise L2R2Error("correlation must be different numbers, one an environment; for more images of one give copies.")
+        raise L2R2Error("correlation must be distinct numbers, one per environment; for more images of one, pass copies.")
     for name, low, high in (("size", 16, 4096), ("copies", 1, 1000), ("val_objects", 0, 1000), ("seed", 0, 2**32 - 1)):
         if not low <= settings[name] <= high:
             raise L2R2Error(f"{name} must lie between {low} and {high}, got {settings[name]}.")
@@ -138,23 +148,23 @@ def _check_out(out: Path, about: dict[str, Any]) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / ABOUT).is_file():
-        raise L2R2Error(f"{out}: exists and holds no composites; choose another -o.")
+        raise L2R2Error(f"{out}: exists and contains no composites; choose another -o.")
     if read_json(out / ABOUT) != about:
-        raise L2R2Error(f"{out}: holds composites of other data or settings; choose another -o.")
+        raise L2R2Error(f"{out}: contains composites of other data or settings; choose another -o.")
 
 
 def _plan(objects: ImageTable, scenes: ImageTable, settings: dict[str, Any]) -> list[Composite]:
-    """Which photograph lies on which scene, in the order of the metadata."""
+    """Assign photographs to scenes, in the order of the metadata."""
     draw = random.Random(f"plan {settings['seed']}")
     train, val = _hold_objects_out(objects.of_split("train"), settings["object_column"], settings["val_objects"], draw)
     test = objects.of_split("test")
     for row in (*train.rows, *test.rows):
         if row.mask_file is None:
-            raise L2R2Error(f"{objects.root}: {row.path.name} has no mask_file; composites need the objects' outlines.")
+            raise L2R2Error(f"{objects.root}: {row.path.name} has no mask_file; composites need a mask for each object.")
     classes = objects.classes()
     kinds = scenes.of_split("train").classes()
     if missing := set(kinds) - set(scenes.of_split("test").label_counts()):
-        raise L2R2Error(f"{scenes.root}: no test scene of the kind {min(missing)}.")
+        raise L2R2Error(f"{scenes.root}: there is no test scene of the kind {min(missing)}; add one, or remove that kind.")
     near, held = _by_kind(scenes.of_split("train"), draw)
     far = _by_kind(scenes.of_split("test"), draw, held_out=0.0)[0]
     home, away = _homes(classes, kinds, draw)
@@ -168,7 +178,7 @@ def _plan(objects: ImageTable, scenes: ImageTable, settings: dict[str, Any]) -> 
 
 
 def _homes(classes: Sequence[str], kinds: Sequence[str], draw: random.Random) -> tuple[dict[str, str], dict[str, str]]:
-    """The home scene of each class, and the one it has in `test_ood`: that of other classes, never its own."""
+    """The home scene of each class, and its scene in `test_ood`, which is the home of another class."""
     order = draw.sample(list(kinds), len(kinds))
     used = order[: len(classes)]
     home = {label: used[i % len(used)] for i, label in enumerate(draw.sample(list(classes), len(classes)))}
@@ -187,7 +197,7 @@ def _environment(
     correlation: float,
     draw: random.Random,
 ) -> list[Composite]:
-    """`copies` composites of each photograph; of each class the part `correlation` on its home scene."""
+    """`copies` composites of each photograph, with the share `correlation` of each class on its home scene."""
     made = []
     names = photos.column(column) if len(photos) else []
     for label in sorted(photos.label_counts()):
@@ -209,7 +219,7 @@ def _hold_objects_out(train: ImageTable, column: str, count: int, draw: random.R
     for label in train.classes():
         mine = sorted({name for row, name in zip(train.rows, names) if row.label == label})
         if count >= len(mine):
-            raise L2R2Error(f"{train.root}: {label} has {len(mine)} training objects, so {count} cannot be held out for val.")
+            raise L2R2Error(f"{train.root}: {label} has only {len(mine)} training objects, too few to hold {count} out for val.")
         held.update(draw.sample(mine, count))
     parts = [tuple(row for row, name in zip(train.rows, names) if (name in held) == side) for side in (False, True)]
     return replace(train, rows=parts[0]), replace(train, rows=parts[1])
@@ -218,7 +228,7 @@ def _hold_objects_out(train: ImageTable, column: str, count: int, draw: random.R
 def _by_kind(
     scenes: ImageTable, draw: random.Random, held_out: float = VAL_SCENES
 ) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
-    """Scenes by kind, and those held out for validation; a single one serves both."""
+    """Scenes by kind, and those held out for validation; if a kind has a single scene, it is used for both."""
     stay: dict[str, list[Row]] = {}
     held: dict[str, list[Row]] = {}
     for kind in sorted(scenes.label_counts()):
@@ -230,11 +240,11 @@ def _by_kind(
 
 
 def _make(item: Composite, out: Path, size: int, seed: int) -> tuple[int, ...]:
-    """Write one image with its mask; the object's box."""
+    """Write one image and its mask, and return the object's box."""
     image, mask = out / "images" / f"{item.name}.png", out / "masks" / f"{item.name}.png"
     pixels, shown = _compose(item, size, random.Random(f"place {seed} {item.name}"))
     for file, content in ((image, pixels), (mask, shown.to(torch.uint8) * 255)):
-        if not file.is_file():  # each is written in one step, so what is there is whole
+        if not file.is_file():  # writes are atomic, so an existing file is complete
             write_atomic(file, _Png(content))
     return tuple(int(v) for v in Detections.from_mask(shown).boxes[0].tolist())
 
@@ -248,15 +258,15 @@ class _Png:
 
 
 def _compose(item: Composite, size: int, draw: random.Random) -> tuple[Tensor, Tensor]:
-    """Pixels `[size, size, 3]` of the composite, and where the object is, `[size, size]` bool."""
+    """Pixels `[size, size, 3]` of the composite, and the object's mask `[size, size]` bool."""
     sample = sample_of(item.photo, FILL)
     if sample.mask is None or not sample.mask.any():
-        raise L2R2Error(f"{item.photo.path}: its mask is empty.")
+        raise L2R2Error(f"{item.photo.path}: its mask is empty; draw the object, or remove the image.")
     x0, y0, x1, y1 = (int(v) for v in Detections.from_mask(sample.mask).boxes[0].tolist())
     alpha = object_alpha(sample.mask.shape, sample.box, sample.mask)[y0:y1, x0:x1]
     scale = draw.uniform(*LONG_SIDE) * size / max(x1 - x0, y1 - y0)
     height, width = (max(1, round(scale * side)) for side in (y1 - y0, x1 - x0))
-    # colors are resized together with their weight, so that none of the studio comes along at the edge
+    # premultiplied colors are resized, so that nothing of the original background bleeds in at the edge
     layers = torch.cat([alpha[None], alpha * sample.pixels[y0:y1, x0:x1].permute(2, 0, 1).float()])
     layers = F.interpolate(layers[None], (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
     y, x = draw.randint(0, size - height), draw.randint(0, size - width)

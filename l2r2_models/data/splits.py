@@ -1,4 +1,4 @@
-"""Holding validation rows out of the training rows."""
+"""Holding out validation rows from the training rows."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ VAL_FROM = ("random", "end")
 def hold_out(
     table: ImageTable, fraction: float, *, group: str | None = None, take: str = "random", seed: int = 0
 ) -> tuple[ImageTable, ImageTable]:
-    """Split a table in two, classes in equal parts. The objects of one image stay on one side.
+    """Split a table in two, stratified by class; the objects of one image stay together.
 
     Args:
         table: rows with labels.
-        fraction: part of the rows to hold out, above 0 and up to 0.5; drawn by groups, or where images have several rows, one of
-            `1 / fraction` (rounded) equal parts.
-        group: a metadata column (site, take, physical object); rows of one value stay together, so that near-duplicates never
-            lie on both sides; groups that share an image are one.
-        take: `random` rows, or the `end` of each class in the table's order: one block, which is what frames of a video or dated
-            photographs need where no column tells the takes apart, because neighbors resemble each other.
-        seed: of the draw; `end` draws nothing.
+        fraction: share of the rows to hold out, above 0 and up to 0.5. With groups, or several rows per image, one of
+            `1 / fraction` (rounded) equal folds.
+        group: a metadata column (site, take, physical object) whose rows with the same value stay together, so that
+            near-duplicates are never on both sides; groups that share an image are merged.
+        take: `random` rows, or the `end` of each class in the table's order. The latter suits video frames or dated photographs
+            without a column for the takes, because neighbors resemble each other.
+        seed: random seed; `end` is deterministic.
 
     Returns:
-        The rows that stay, and those held out, both in the table's order.
+        The remaining rows and the held-out rows, both in the table's order.
 
     Raises:
-        L2R2Error: a class would keep no row to train on, or there are too few groups or rows.
+        L2R2Error: when a class would have no training row left, or there are too few groups or rows.
     """
     if take not in VAL_FROM:
-        raise L2R2Error(f'Rows can be held out from "random" or "end", not "{take}".')
+        raise L2R2Error(f'Unknown way to hold out rows "{take}"; choose from {", ".join(VAL_FROM)}.')
     if take == "end" and group is not None:
-        raise L2R2Error("Rows are held out from the end of each class or by a group, not both.")
+        raise L2R2Error("Rows are held out either from the end of each class or by group; use one or the other.")
     labels = np.array([str(row.label) for row in table.rows])
     held = _end_of_each_class(table, fraction) if take == "end" else _drawn(table, labels, fraction, group, seed)
     out = set(held)
@@ -46,7 +46,9 @@ def hold_out(
     stay, val = (replace(table, rows=rows) for rows in parts)
     if missing := sorted(set(labels) - {str(row.label) for row in stay.rows}):
         how = f"out by {group}" if group else f"{100 * fraction:g} % out"
-        raise L2R2Error(f"{table.root}: holding {how} would leave no training image of {missing[0]}.")
+        raise L2R2Error(
+            f"{table.root}: holding {how} would leave no training image of {missing[0]}; hold out less, or add images."
+        )
     return stay, val
 
 
@@ -58,7 +60,7 @@ def _drawn(table: ImageTable, labels: np.ndarray, fraction: float, group: str | 
     groups = _connected(table.column(group), images) if group else images
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # scikit-learn only warns of classes that are too small
+            warnings.simplefilter("error")  # scikit-learn only warns about classes that are too small
             if group is None and len(set(images)) == len(images):
                 draw = StratifiedShuffleSplit(1, test_size=fraction, random_state=seed).split(labels, labels)
             else:
@@ -71,7 +73,7 @@ def _drawn(table: ImageTable, labels: np.ndarray, fraction: float, group: str | 
 
 
 def _connected(groups: list[str], images: list[str]) -> list[int]:
-    """Numbers of the rows' groups, those that meet in an image being one."""
+    """Group indices of the rows, with groups that share an image merged."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -83,7 +85,7 @@ def _connected(groups: list[str], images: list[str]) -> list[int]:
 
 
 def _end_of_each_class(table: ImageTable, fraction: float) -> list[int]:
-    """Positions of the last rows of each class, at least one; an image with several objects goes with the first of them."""
+    """Positions of the last rows of each class, at least one; an image with several objects counts for the first one's class."""
     label_of: dict[Path, str | None] = {}
     for row in table.rows:
         label_of.setdefault(row.path, row.label)

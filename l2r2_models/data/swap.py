@@ -1,10 +1,9 @@
-"""Held-out rows with other backgrounds: what to fit and choose a fusion on, when backgrounds will differ from training.
+"""Held-out rows with swapped backgrounds, to fit and choose a fusion for backgrounds that differ from training.
 
-Plain validation rows have the training backgrounds, so whatever is fitted on them trusts the full branch too much (METHOD.md 4;
-L2R2 met it on Spawrious). `swapped(val, train)` is an ordinary table: each object of `val`, at its own place and size, on the
-object-free backgrounds of other images of `train`. It goes wherever a table goes, `evaluate.logits.branch_logits` and
-its store included; `rows_digest` tells it from the table it was made of. Without masks the crop to the box stays the same to
-the pixel, so the fg branch says what it said, and only the full branch meets something new.
+Plain validation rows have the training backgrounds, so a fusion fitted on them trusts the full branch too much (`docs/method.md`,
+Fusion; L2R2 observed it on Spawrious). `swapped(val, train)` is an ordinary table: each object of `val`, at its own place and
+size, on object-free backgrounds of other images of `train`. `rows_digest` distinguishes it from the original table. Without
+masks, the crop to the box does not change by a pixel, so only the full branch's prediction changes.
 """
 
 from __future__ import annotations
@@ -34,24 +33,25 @@ def swapped(
     """Give every row with an object the backgrounds of other images.
 
     Args:
-        table: rows with labels; those without a box or mask are left out.
-        donors: rows that give backgrounds; never rows that a figure is reported on.
-        copies: backgrounds for each object, all different.
-        classes: which donors an object may get: of `other` classes, of the `same` class, or `any` (the latter two are Mixed-Same
-            and Mixed-Rand of IN-9; Xiao et al. 2020). Its own image never; one with objects of several classes is another class.
+        table: rows with labels; those without a box or mask are skipped.
+        donors: rows that provide backgrounds; never use rows on which metrics are reported.
+        copies: number of distinct backgrounds per object.
+        classes: the classes of an object's donors: `other` classes, the `same` class, or `any` (the latter two are Mixed-Same and
+            Mixed-Rand of IN-9; Xiao et al. 2020). An image with objects of several classes counts as another class; an object
+            never gets its own image.
         box_threshold: see `sample_of`; use the same value there.
-        whole: donors without boxes and masks are backgrounds as they are (empty frames, scenes); else they give none, because an
-            object may be on them.
-        seed: of the draw; a row's backgrounds depend on it, the row's name, and the donors.
+        whole: donors without boxes and masks are backgrounds as they are (empty frames, scenes); otherwise they are skipped,
+            because an object may be in them.
+        seed: random seed; a row's backgrounds depend on it, on the row's name, and on the donors.
 
     Returns:
-        `copies` rows for each that has an object, in the table's order, the copies of a row one after another.
+        `copies` consecutive rows for each row with an object, in the table's order.
 
     Raises:
-        L2R2Error: no row has an object, or some row has fewer than `copies` donors.
+        L2R2Error: when no row has an object, or a row has fewer than `copies` donors.
     """
     if classes not in ("other", "same", "any"):
-        raise L2R2Error(f'Backgrounds can be of classes "other", "same" or "any", not "{classes}".')
+        raise L2R2Error(f'Unknown classes of backgrounds "{classes}"; choose from other, same, any.')
     able = donors_of(donors, box_threshold, whole)
     by_label: dict[str | None, list[Row]] = {}
     for row in able:
@@ -63,12 +63,14 @@ def swapped(
             continue
         pool = {"other": others[row.label], "same": by_label.get(row.label, []), "any": able}[classes]
         draw = random.Random(f"background {seed} {name} {row.label}")
-        # one more than needed, for the row's own image may be among them
+        # one more than needed, because the row's own image may be among them
         chosen = [donor for donor in draw.sample(pool, min(len(pool), copies + 1)) if donor.path != row.path][:copies]
         if len(chosen) < copies:
             which = {"other": "another class", "same": f"the class {row.label}", "any": "any class"}[classes]
-            raise L2R2Error(f"{donors.root}: {name} needs {copies} backgrounds of {which}, {len(chosen)} images can give one.")
+            raise L2R2Error(
+                f"{donors.root}: {name} needs {copies} backgrounds of {which}, but only {len(chosen)} images have one."
+            )
         made += [replace(row, background=donor) for donor in chosen]
     if not made:
-        raise L2R2Error(f"{table.root}: no image has a box or mask, so there is no object to lay on another background.")
+        raise L2R2Error(f"{table.root}: no image has a box or mask, so there is no object to paste; run `l2r2 localize` first.")
     return replace(table, rows=tuple(made))

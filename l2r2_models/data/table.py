@@ -1,4 +1,4 @@
-"""A user's folder as a table: one row an image, with its label, split, boxes and other columns."""
+"""Reading a user's folder as a table with one row per image: its label, split, boxes and other columns."""
 
 from __future__ import annotations
 
@@ -23,9 +23,16 @@ SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "dev", "test
 
 @dataclass(frozen=True)
 class Row:
-    """One item of a data set: its image, what it shows, where the object is (`entry`), and its other columns.
+    """One item of a data set.
 
-    `background` is another row on whose object-free background the object is to be laid, see `sample_of` and `swap.swapped`.
+    Attributes:
+        path: the image file.
+        label: its class, or None.
+        split: its split, or None.
+        entry: its boxes, or None.
+        mask_file: the file of the object's mask, or None.
+        columns: its other metadata, as pairs of name and value.
+        background: another row whose object-free background replaces this one's, see `sample_of` and `swap.swapped`.
     """
 
     path: Path
@@ -37,7 +44,7 @@ class Row:
     background: Row | None = None
 
     def may_have_object(self, box_threshold: float) -> bool:
-        """Whether a mask, or a box of at least this score, is named; whether it lies in the image shows when it is decoded."""
+        """Whether the row has a mask, or a box with at least this score; whether it lies in the image is not checked."""
         return self.mask_file is not None if self.entry is None else any(s >= box_threshold for s in self.entry.scores)
 
     @property
@@ -48,7 +55,13 @@ class Row:
 
 @dataclass(frozen=True)
 class ImageTable:
-    """Images of one data set in a fixed order; `boxes_from` is the `BoxTable.info` of the file that their boxes are of."""
+    """The images of one data set, in a fixed order.
+
+    Attributes:
+        root: the data set's folder.
+        rows: the rows.
+        boxes_from: `BoxTable.info` of the file that the boxes come from.
+    """
 
     root: Path
     rows: tuple[Row, ...]
@@ -59,13 +72,14 @@ class ImageTable:
 
     @property
     def splits(self) -> tuple[str, ...]:
+        """Names of the splits, in order of appearance."""
         return tuple(dict.fromkeys(row.split for row in self.rows if row.split))
 
     def of_split(self, name: str) -> ImageTable:
         """The rows of one split.
 
         Raises:
-            L2R2Error: no row belongs to it.
+            L2R2Error: when it has no rows.
         """
         rows = tuple(row for row in self.rows if row.split == name)
         if not rows:
@@ -82,7 +96,7 @@ class ImageTable:
         """The values of a metadata column.
 
         Raises:
-            L2R2Error: some row does not have it.
+            L2R2Error: when a row does not have it.
         """
         columns = [dict(row.columns) for row in self.rows]
         if lacking := [row for row, values in zip(self.rows, columns) if name not in values]:
@@ -91,15 +105,15 @@ class ImageTable:
         return [values[name] for values in columns]
 
     def classes(self) -> tuple[str, ...]:
-        """Sorted labels.
+        """The labels, sorted.
 
         Raises:
-            L2R2Error: an image without a label, or fewer than two classes.
+            L2R2Error: when an image has no label, or there are fewer than two classes.
         """
         if missing := [row for row in self.rows if not row.label]:
             raise L2R2Error(
                 f"{self.root}: {len(missing)} of {len(self.rows)} images have no label, the first is {missing[0].path.name}; "
-                "give a `label` column in the metadata, or one folder a class."
+                "add a `label` column to the metadata, or use one folder per class."
             )
         labels = tuple(sorted({str(row.label) for row in self.rows}))
         if len(labels) < 2:
@@ -111,7 +125,7 @@ class ImageTable:
         return [Path(os.path.relpath(row.path, self.root)).as_posix() for row in self.rows]
 
     def entries(self) -> dict[str, BoxEntry]:
-        """The boxes by image path, for the images that have an entry; those of an image's several rows together."""
+        """Boxes by image path, for the images that have an entry; the boxes of an image's rows are merged."""
         joined: dict[str, BoxEntry] = {}
         for row in self.rows:
             if row.entry is not None:
@@ -120,7 +134,7 @@ class ImageTable:
         return joined
 
     def whole_images(self) -> list[Row]:
-        """One row an image with the boxes of all of its rows; without a label where they have several."""
+        """One row per image with the boxes of all of its rows, and no label if they have several."""
         entries = self.entries()
         first: dict[Path, Row] = {}
         for row in self.rows:
@@ -130,6 +144,7 @@ class ImageTable:
         return list(first.values())
 
     def label_counts(self) -> Counter[str]:
+        """Number of rows per label."""
         return Counter(str(row.label) for row in self.rows)
 
 
@@ -138,26 +153,29 @@ def read_table(
 ) -> ImageTable:
     """Read a data set.
 
-    Known forms: an `imagefolder` with metadata.csv or .jsonl, there or in each of its folders train, val, test (columns
-    file_name, label, and if there split, mask_file, and boxes as `box_files.entries_of_rows` knows them); one folder a class,
-    where the first folder is the class; the latter inside folders train, val, test; a data set of the Hugging Face Hub or one
-    saved on disk, see `sources.as_folder`.
+    Supported layouts: an `imagefolder` with metadata.csv or .jsonl, at the root or in each of its folders train, val and test
+    (columns file_name and label, optionally split, mask_file, and boxes as in `boxes.entries_of_rows`); one folder per class, at
+    the root or in folders train, val and test; a data set of the Hugging Face Hub or one saved on disk, see
+    `hf_datasets.as_folder`.
 
-    One row an image; but where boxes that a person gave (score 1) are labeled with classes, one row a box of an image without a
-    label of its own, and only the boxes of its class for an image with one. A localizer's labels choose no box.
+    There is one row per image, unless people labeled its boxes (score 1) with classes: then an image without a label gets one row
+    per box, and an image with a label keeps only the boxes of its class. The labels of a localizer are ignored.
 
     Args:
         root: the folder, or `hf:` and an id.
-        metadata: another metadata file for the images of that folder; file names stay relative to the folder.
+        metadata: another metadata file for the folder's images; file names stay relative to the folder.
         boxes: a box file that replaces the boxes of the metadata, joined by path.
-        missing_ok: keep rows whose image is missing.
+        missing_ok: whether to keep rows whose image is missing.
 
     Raises:
-        L2R2Error: nothing usable, a listed image is missing, rows contradict each other, or the boxes belong to no image.
+        L2R2Error: when there are no images, a listed image is missing, rows contradict each other, or the boxes match no image.
+
+    >>> read_table("data/").splits  # doctest: +SKIP
+    ('train', 'test')
     """
     root = as_folder(root) if is_source(root) else Path(root)
     if not root.is_dir():
-        hint = f"; a data set of the Hub is {PREFIX}ORG/NAME" if len(root.parts) == 2 and not root.is_absolute() else ""
+        hint = f"; for a data set on the Hub, use {PREFIX}ORG/NAME" if len(root.parts) == 2 and not root.is_absolute() else ""
         raise L2R2Error(f"{root}: no such folder{hint}.")
     rows = _rows_of(root, Path(metadata) if metadata else _metadata_in(root), missing_ok)
     info: dict[str, Any] = {}
@@ -169,11 +187,11 @@ def read_table(
 
 
 def _distinct(rows: list[Row], source: str) -> list[Row]:
-    """The rows without those that say the same again; one object cannot be of two classes."""
+    """Remove duplicate rows; one object cannot have two classes."""
     seen: dict[tuple[Path, BoxEntry | None, Path | None], Row] = {}
     for row in rows:
         if seen.setdefault((row.path, row.entry, row.mask_file), row).label != row.label:
-            raise L2R2Error(f"{source}: {row.path.name} has objects of several labels and no box for each of them.")
+            raise L2R2Error(f"{source}: {row.path.name} has several labels, but not a box for each; give each its own box.")
     return list(seen.values())
 
 
@@ -202,7 +220,7 @@ def _rows_of_metadata(root: Path, file: Path | None, missing_ok: bool) -> list[R
     for i, record in enumerate(records):
         name = record["file_name"]
         if not missing_ok and name not in by_file and not _exists(root / name):
-            raise L2R2Error(f"{file}: lists {name}, which is not in {root}.")
+            raise L2R2Error(f"{file}: lists {name}, which is not in {root}; add the image, or remove the row.")
         texts = {k: None if record.get(k) in (None, "") else str(record[k]) for k in ("label", "split", "mask_file")}
         row = Row(
             root / name,
@@ -219,18 +237,18 @@ def _rows_of_metadata(root: Path, file: Path | None, missing_ok: bool) -> list[R
 
 
 def _of_one_image(rows: list[Row], entry: BoxEntry | None, name: str, file: Path) -> list[Row]:
-    """The rows of one image: one with all of its boxes, or one a line of the metadata, where each has its own box and label."""
+    """The rows of one image: one with all of its boxes, or one per line of the metadata if each has its own box and label."""
     own_boxes = all(row.entry is not None and row.entry.boxes for row in rows)
     for what in ("split",) if own_boxes else ("split", "label", "mask_file"):
         if len(values := list(dict.fromkeys(getattr(row, what) for row in rows))) > 1:
-            raise L2R2Error(f"{file}: gives {name} two values of {what}, {values[0]} and {values[1]}.")
+            raise L2R2Error(f"{file}: gives {name} two values of {what}, {values[0]} and {values[1]}; keep one of them.")
     if len({(row.label, row.mask_file) for row in rows}) > 1:
         return rows
     return [replace(rows[0], entry=entry)]
 
 
 def _by_object(rows: list[Row]) -> list[Row]:
-    """Rows with the boxes told apart that a person labeled with a class, see `read_table`."""
+    """Split or filter rows by the boxes that people labeled with a class, see `read_table`."""
 
     def labels_of(row: Row) -> tuple[str, ...]:
         return row.entry.labels if row.entry is not None and all(score == 1 for score in row.entry.scores) else ()
@@ -238,21 +256,21 @@ def _by_object(rows: list[Row]) -> list[Row]:
     classes = {label for row in rows for label in labels_of(row) if label}
     if any(row.label for row in rows):
         classes &= {str(row.label) for row in rows}
-    told_apart = []
+    split_rows = []
     for row in rows:
         labels = labels_of(row)
         if row.entry is None or classes.isdisjoint(labels):
-            told_apart.append(row)
+            split_rows.append(row)
         elif row.label:
-            told_apart.append(replace(row, entry=_only(row.entry, [i for i, label in enumerate(labels) if label == row.label])))
+            split_rows.append(replace(row, entry=_only(row.entry, [i for i, label in enumerate(labels) if label == row.label])))
         else:
             boxes = [(i, label) for i, label in enumerate(labels) if label in classes]
-            told_apart += [replace(row, label=label, entry=_only(row.entry, [i])) for i, label in boxes]
-    return told_apart
+            split_rows += [replace(row, label=label, entry=_only(row.entry, [i])) for i, label in boxes]
+    return split_rows
 
 
 def _together(first: BoxEntry, second: BoxEntry) -> BoxEntry:
-    """The boxes of two entries of one image, each once."""
+    """The distinct boxes of two entries of one image."""
     new = [i for i, box in enumerate(second.boxes) if box not in first.boxes]
     more = _only(second, new)
     masks = tuple(mask for entry in (first, more) for mask in (entry.masks or (None,) * len(entry.boxes)))
@@ -277,7 +295,7 @@ def _only(entry: BoxEntry, keep: list[int]) -> BoxEntry:
 
 
 def _rows_of_folders(root: Path) -> list[Row]:
-    """The first folder is the class; where every first folder is called like a split, the second one is."""
+    """The label is the first folder, or the second if all first folders have the name of a split."""
     paths = sorted(p for p in root.rglob("*") if is_image_path(p.relative_to(root)) and p.is_file())
     if not paths:
         raise L2R2Error(f"{root}: no image in this folder.")
@@ -293,16 +311,16 @@ def _rows_of_folders(root: Path) -> list[Row]:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # a name that no file can have
+    except OSError:  # e.g. a name that is too long
         return False
 
 
 def rows_digest(table: ImageTable, *, times: bool = False) -> str:
-    """SHA-256 over names, labels, boxes with their scores, backgrounds, and sizes of images and masks: other data, other digest.
+    """SHA-256 over a table's names, labels, boxes with scores, backgrounds, and the sizes of its image and mask files.
 
     Args:
         table: the rows.
-        times: also over when the files were changed, for what must be computed anew after any change.
+        times: whether to include modification times, for results that any change of a file makes invalid.
     """
     digest = hashlib.sha256()
     for name, row in zip(table.names(), table.rows):

@@ -1,0 +1,1 @@
+"""The models: two-branch classifiers on timm backbones, registered with timm."""

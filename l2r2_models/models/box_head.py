@@ -1,7 +1,8 @@
-"""The trained box head: one class-agnostic box and how sure it is, from the last feature maps of the full view's pass.
+"""A trained box head: one class-agnostic box and its objectness, from the last feature maps of the full view.
 
-It makes a network that finds its own object: one full pass gives the box, fg is cut from the original image, no detector. The
-design is this project's: each position of the map proposes a box, a softmax over the positions averages them.
+With it a network needs no detector: the pass over the full view gives the box, and fg is cut from the original image. The design
+is this project's: each position of the map proposes a box, and a softmax over the positions averages them (`docs/method.md`,
+Training).
 """
 
 from __future__ import annotations
@@ -17,40 +18,62 @@ from torchvision.ops import generalized_box_iou_loss
 
 from .backbones import feature_info
 
-GIOU, L1, OBJECTNESS = 2.0, 5.0, 1.0  # as in DETR (arXiv 2005.12872), but L1 is the mean over the four ends
+GIOU, L1, OBJECTNESS = 2.0, 5.0, 1.0  # loss weights as in DETR (arXiv 2005.12872), but L1 is the mean over the four edges
 
 
 class FoundBoxes(NamedTuple):
-    """One box a view: `boxes` `[B, 4]` xyxy as parts of the view's sides, `objectness` `[B]` logits."""
+    """One box per view.
+
+    Attributes:
+        boxes: `[B, 4]` xyxy, relative to the view's sides.
+        objectness: `[B]` logits.
+    """
 
     boxes: Tensor
     objectness: Tensor
 
     def in_pixels(self, height: int, width: int, threshold: float) -> Tensor:
-        """`[B, 4]` xyxy pixels of a view of that size, clipped to it; NaN where the object is less sure than the threshold."""
+        """Convert to pixels of a view.
+
+        Args:
+            height: of the view.
+            width: of the view.
+            threshold: smallest objectness, as a probability, of a box that counts as found.
+
+        Returns:
+            `[B, 4]` xyxy pixels, clipped to the view; NaN where the objectness is below the threshold.
+
+        >>> FoundBoxes(torch.tensor([[0.0, 0.0, 0.5, 1.0]]), torch.tensor([3.0])).in_pixels(10, 20, threshold=0.5)
+        tensor([[ 0.,  0., 10., 10.]])
+        """
         boxes = self.boxes.float().clamp(0, 1) * self.boxes.new_tensor([width, height, width, height]).float()
         return boxes.masked_fill((self.objectness.float().sigmoid() < threshold)[:, None], float("nan"))
 
 
 class BoxHead(nn.Module):
-    """Feature maps of one view, coarse to fine, each `[B, C, h, w]` -> `FoundBoxes`.
+    """Predict one box from the feature maps of a view.
 
-    Less than 1 % of the operations of any backbone in the zoo: 32 channels, fewer where the backbone's own are few, one 3x3
-    convolution on the finest map.
+    It costs less than 1 % of the operations of any backbone in the zoo: at most 32 channels, and one 3x3 convolution on the
+    finest map.
 
     Args:
-        channels: of each map, see `map_channels`.
+        channels: channels of each map, see `map_channels`.
+
+    >>> head = BoxHead([64, 32])
+    >>> head([torch.rand(2, 64, 4, 4), torch.rand(2, 32, 8, 8)]).boxes.shape
+    torch.Size([2, 4])
     """
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
         hidden = min(32, max(8, channels[-1] // 8))
         self.reduce = nn.ModuleList(nn.Conv2d(c, hidden, 1) for c in channels)
-        self.norm = nn.ModuleList(nn.GroupNorm(1, hidden) for _ in channels)  # features of some backbones come unnormalized
+        self.norm = nn.ModuleList(nn.GroupNorm(1, hidden) for _ in channels)  # some backbones' features are not normalized
         self.mix = nn.Conv2d(hidden, hidden, 3, padding=1)
         self.out = nn.Conv2d(hidden, 6, 1)  # weight, objectness, center x and y, width, height
 
     def forward(self, maps: Sequence[Tensor]) -> FoundBoxes:
+        """Find the box in feature maps `[B, C, h, w]`, ordered coarse to fine."""
         size = maps[-1].shape[-2:]
         same = [functional.interpolate(n(r(m)), size) for r, n, m in zip(self.reduce, self.norm, maps)]
         x = functional.gelu(torch.stack(same).sum(0))
@@ -71,14 +94,14 @@ def _centers(count: int, like: Tensor) -> Tensor:
 
 
 def box_losses(found: FoundBoxes, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each row: GIoU + L1 of the box, and cross-entropy of its objectness.
+    """The losses per row: GIoU + L1 of the box, and binary cross-entropy of the objectness.
 
     Args:
-        found: of B views.
-        boxes: `[B, 4]` xyxy as parts of the view's sides; a NaN row has no object.
+        found: the boxes found in B views.
+        boxes: ground truth `[B, 4]` xyxy, relative to the view's sides; a NaN row has no object.
 
     Returns:
-        `[B]` loss of the box, 0 where there is no object, and `[B]` loss of the objectness.
+        `[B]` box loss, 0 where there is no object, and `[B]` objectness loss.
     """
     has_box = boxes.isfinite().all(1)
     target = torch.where(has_box[:, None], boxes, found.boxes.detach()).float().clamp(0, 1)
@@ -89,9 +112,9 @@ def box_losses(found: FoundBoxes, boxes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _finer_stage(backbone: Any) -> int | None:
-    """Index of the last stage with a map twice as fine as the last one's; None where there is none (plain ViTs).
+    """Index of the last stage whose map is twice as fine as the final one, or None (plain ViTs).
 
-    A 96-pixel view leaves a ResNet nine positions in its last map, too few to tell where an object ends.
+    For a 96-pixel view, a ResNet's final map has nine positions, too few to locate an object's edges.
     """
     stages = feature_info(backbone)
     finer = [i for i, stage in enumerate(stages) if 2 * stage["reduction"] == stages[-1]["reduction"]]
@@ -99,24 +122,32 @@ def _finer_stage(backbone: Any) -> int | None:
 
 
 def map_channels(backbone: Any) -> list[int]:
-    """Channels of the maps that `features_and_maps` gives."""
+    """Channels of the maps that `features_and_maps` returns."""
     stage = _finer_stage(backbone)
     return [int(backbone.num_features), *([] if stage is None else [int(feature_info(backbone)[stage]["num_chs"])])]
 
 
 def features_and_maps(backbone: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """A timm backbone's `forward_features` of views `[B, C, H, W]`, and from the same pass the maps for a box head."""
+    """Run a timm backbone's `forward_features` once, and return the maps for a box head too.
+
+    Args:
+        backbone: the timm model.
+        x: views `[B, C, H, W]`.
+
+    Returns:
+        The features, and the maps `[B, C, h, w]`, coarse to fine.
+    """
     stage = _finer_stage(backbone)
     if stage is None:
         features = backbone.forward_features(x)
         return features, [feature_map(backbone, features, x)]
-    last = len(feature_info(backbone)) - 1  # asked for too, since some backbones (hiera) stop at the last one asked for
+    last = len(feature_info(backbone)) - 1  # requested too, since some backbones (hiera) stop at the last requested stage
     features, (finer, _) = backbone.forward_intermediates(x, indices=[stage, last])
     return features, [feature_map(backbone, features, x), finer]
 
 
 def feature_map(backbone: Any, features: Tensor, view: Tensor) -> Tensor:
-    """A timm backbone's `forward_features` of views `[B, C, H, W]` as a map `[B, C, h, w]`, prefix tokens left out."""
+    """Convert a timm backbone's features of views `[B, C, H, W]` to a map `[B, C, h, w]`, without prefix tokens."""
     if features.ndim == 4:
         return features.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else features
     patches = features[:, getattr(backbone, "num_prefix_tokens", 0) :]

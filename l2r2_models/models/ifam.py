@@ -1,6 +1,6 @@
-"""iFAM: a ViT that finds the parts of the object, and a second pass that sees nothing but these."""
+"""iFAM: a ViT that finds the object's parts, and a second pass that sees only those."""
 
-# no `from __future__ import annotations`: see model.py
+# no `from __future__ import annotations`: see l2r2.py
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,27 +19,32 @@ from .parts import PartDiscovery, PartMaps, PartWeights, part_losses
 
 
 class IFAM(L2R2):
-    """Two-stage ViT with hard masks (iFAM, METHOD.md 8), as an `L2R2` whose fg branch finds its object itself.
+    """Two-stage ViT with hard masks, an `L2R2` whose fg branch finds the object itself.
 
-    Stage 1 is the branch `full`: it sees the whole image, finds K parts and answers from them. Stage 2 is the branch `fg`: the
-    same images again, without the patches that belong to no part; they are dropped before its first block. Nothing but images
-    and labels is needed; boxes and masks are not used unless a mask is given by hand. The answer, also that of `model(x)`, is
-    the fusion of both, by default stage 2 wherever it sees anything (`robust` with threshold 0). In evaluation there is no
-    noise: the same image gives the same answer.
+    Stage 1 is the branch `full`: it sees the whole image, finds K parts and classifies from them. Stage 2 is the branch `fg`: it
+    sees the same image without the patches that belong to no part, which are dropped before its first block. Training needs only
+    images and labels; boxes and masks are not used, unless a mask is passed explicitly. The prediction, also of `model(x)`, is
+    the fusion of both stages, by default stage 2 wherever it sees a patch (`robust` with threshold 0). Evaluation is
+    deterministic. A traced, compiled, exported or scripted model runs stage 2 on all tokens with masked keys.
 
-    A traced, compiled, exported or scripted model runs stage 2 on all tokens with masked keys.
+    Source: iFAM (Aniraj et al. 2025); see `docs/method.md`, iFAM.
 
     Args:
         backbone: a plain timm ViT.
-        num_classes, in_chans, shared, views, drop_rate: see `L2R2`; `shared=False` gives stage 2 its own ViT.
-        branches: (full, fg), the only choice.
-        fusion: see `L2R2`; a `robust` without a threshold gets 0.
-        num_parts: K.
-        part_dropout: probability that a part has no say in stage 1's answer in training.
-        **backbone_kwargs: passed on to the backbone.
+        num_classes: see `L2R2`.
+        in_chans: see `L2R2`.
+        branches: must be (full, fg).
+        fusion: see `L2R2`; `robust` without a threshold gets threshold 0.
+        num_parts: number of parts K.
+        part_dropout: probability that stage 1 ignores a part in training.
+        **options: other arguments of `L2R2`, and of the backbone; `shared=False` gives stage 2 its own ViT.
 
     Raises:
-        L2R2Error: see `L2R2`.
+        L2R2Error: when the backbone, branches, fusion or views are not valid.
+
+    >>> model = IFAM("vit_tiny_patch16_224", num_classes=10, num_parts=4).eval()
+    >>> model.forward_views(full=torch.rand(1, 3, 224, 224)).parts.maps.shape
+    torch.Size([1, 5, 14, 14])
     """
 
     fresh = ("fusion.", "parts.", "heads.full.")
@@ -72,14 +77,20 @@ class IFAM(L2R2):
     # ---- the two stages ----
 
     def forward(self, x: Tensor, boxes: Optional[Tensor] = None, localize: Optional[str] = None) -> Tensor:  # noqa: UP045
-        """Logits `[B, classes]` of normalized images `[B, C, H, W]`: the fused answer, in training the mean of both stages.
+        """Fused logits `[B, classes]` of normalized images, or in training the mean of both stages.
 
-        With `boxes` (`[B, 4]` xyxy in pixels of x; a NaN row has none) stage 2 sees what is inside of the box instead.
+        Args:
+            x: images `[B, C, H, W]`.
+            boxes: `[B, 4]` xyxy in pixels of `x`; stage 2 then sees what is inside the box, and nothing in a NaN row.
+            localize: must be None.
+
+        Raises:
+            L2R2Error: when `localize` is given, or a shape is not valid.
         """
         if isinstance(x, torch.fx.Proxy):
             x, boxes, localize = self._traced(x, boxes, localize), None, None
         if localize is not None:
-            raise L2R2Error("An ifam model finds its object itself; leave localize out.")
+            raise L2R2Error("An ifam model finds the object itself; leave localize out.")
         mask, has_fg = (None, None) if boxes is None else batch_masks(x, boxes)
         out = self.forward_views(x, has_fg=has_fg, mask=mask)
         return torch.stack([out.full, out.fg]).mean(0) if self.training else out.fused  # type: ignore[list-item]
@@ -98,19 +109,20 @@ class IFAM(L2R2):
 
         Args:
             full: normalized images `[B, C, S, S]`.
-            fg, bg: none; stage 2 sees `full`.
-            has_fg: `[B]` bool, False where stage 2 is not to be asked.
-            mask: `[B, h, w]`, bool or in 0..1: what stage 2 sees instead of the parts.
+            fg: must be None; stage 2 sees `full`.
+            has_fg: `[B]` bool, False in rows where stage 2 should be ignored.
+            bg: must be None.
+            mask: `[B, h, w]`, bool or in [0, 1]: what stage 2 sees instead of the parts.
             objectness: `[B]` in [0, 1], see `L2R2.forward_views`.
 
         Returns:
             L2R2Output; `has_fg` is False where stage 2 kept no patch.
 
         Raises:
-            L2R2Error: no whole image, other views, or a side that is not a multiple of the patch size.
+            L2R2Error: when `full` is missing, another view is given, or a side is not a multiple of the patch size.
         """
         if full is None or fg is not None or bg is not None:
-            raise L2R2Error("An ifam model looks for the object itself: give the whole image as full, and nothing else.")
+            raise L2R2Error("An ifam model finds the object itself; pass only the whole image, as full.")
         grid = patch_grid(self.backbone, full.shape[-2], full.shape[-1])
         tokens, found = self._stage1(full, grid)
         found = self._intervened(found)
@@ -126,11 +138,11 @@ class IFAM(L2R2):
         return L2R2Output(z_full, z_fg, fused, None, seen, found)
 
     def forward_branches(self, mask: Tensor | None = None, **views: Tensor | None) -> dict[str, Tensor]:
-        """Logits `[B, classes]` of `full` and `fg`; see `forward_views`."""
+        """Logits `[B, classes]` of both stages by branch; see `forward_views`."""
         return self.forward_views(mask=mask, **views).branches()
 
     def find_parts(self, x: Tensor) -> PartMaps:
-        """Stage 1 alone: the parts in images `[B, C, H, W]`, under the interventions that are set."""
+        """Run stage 1 alone: the parts in images `[B, C, H, W]`, after the current interventions."""
         return self._intervened(self._stage1(x, patch_grid(self.backbone, x.shape[-2], x.shape[-1]))[1])
 
     def _intervened(self, found: PartMaps) -> PartMaps:
@@ -139,7 +151,7 @@ class IFAM(L2R2):
         return self.parts.without(found, self.dropped_parts, self.token_quantile)
 
     def _stage1(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, PartMaps]:
-        """The tokens that enter the first block, and the parts."""
+        """The tokens before the first block, and the parts."""
         vit = self.backbone
         tokens = embed_tokens(vit, x)
         features = vit.norm(checkpoint_seq(vit.blocks, tokens) if vit.grad_checkpointing else vit.blocks(tokens))
@@ -148,10 +160,9 @@ class IFAM(L2R2):
     def _stage2(self, tokens: Tensor, found: PartMaps, *, by_hand: bool) -> tuple[Tensor, Tensor]:
         """Stage 2's logits, and `[B]` bool whether it saw a patch.
 
-        In training every patch has a weight as a key (and in a mean), 1 if it is kept and 0 if not, whose gradient is that of
-        the foreground map (straight-through): the loss of stage 2 tells stage 1 which patches it should have left out, and
-        which it should have kept. The weight stands where leaving a patch out acts; a factor of the token itself would be
-        canceled by the norm before the first attention.
+        In training each patch is weighted as a key (and in the mean), by 1 if it is kept and 0 if not, with the gradient of the
+        foreground map (straight-through), so that the loss of stage 2 reaches dropped patches too. The weight is not applied to
+        the token itself, because the norm before the first attention would cancel it.
         """
         vit, keep, weights = self.backbone_of("fg"), found.keep.flatten(1), None
         if self.training and not by_hand:
@@ -161,35 +172,39 @@ class IFAM(L2R2):
         return self.heads["fg"](pool_tokens(vit, seen)), keep.any(1)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script` compiles instead of this module.
+        """The module that `torch.jit.script` compiles instead of this one.
 
         Raises:
-            L2R2Error: an intervention is set.
+            L2R2Error: when an intervention is set.
         """
         if self.interventions():
-            raise L2R2Error("Parts are left out by `intervene`, which a scripted model does not know; call intervene() first.")
+            raise L2R2Error("A scripted model does not support interventions; call intervene() without arguments first.")
         first, second = self.backbone_of("full"), self.backbone_of("fg")
         return ScriptedIFAM(first, second, self.parts, self.heads["full"], self.heads["fg"], self.fusion)
 
     # ---- interventions ----
 
     def intervene(self, drop_parts: Iterable[int] = (), token_quantile: float = 0.0) -> None:
-        """From now on: without some parts (by number, 0 to K - 1), and without the patches whose logit is below this quantile of
-        their part's logits in training. Without arguments: as before.
+        """Remove parts or low-confidence patches from now on; without arguments, remove nothing again.
+
+        Args:
+            drop_parts: indices of the parts to remove, 0 to K - 1.
+            token_quantile: remove patches whose logit is below this quantile of their part's training logits; 0 removes none.
 
         Raises:
-            L2R2Error: an unknown part, every part, a quantile outside of 0..1, or a checkpoint that has none.
+            L2R2Error: when a part is unknown, all parts are removed, the quantile is outside [0, 1], or the checkpoint has no
+                quantiles.
         """
         drop_parts = tuple(drop_parts)
         if wrong := [k for k in drop_parts if isinstance(k, bool) or not isinstance(k, int)]:
-            raise L2R2Error(f"Parts are given by their numbers, got {wrong[0]!r}.")
+            raise L2R2Error(f"Parts must be given by their indices, got {wrong[0]!r}.")
         parts = tuple(sorted(set(drop_parts)))
         self.parts.check_intervention(parts, token_quantile)
         self.dropped_parts, self.token_quantile = parts, token_quantile
 
     @contextmanager
     def intervened(self, drop_parts: Iterable[int] = (), token_quantile: float = 0.0) -> Iterator["IFAM"]:
-        """`intervene`, for as long as the `with` lasts."""
+        """`intervene` within a `with` block; see `intervene` for the arguments and errors."""
         before = self.dropped_parts, self.token_quantile
         self.intervene(drop_parts, token_quantile)
         try:
@@ -198,23 +213,24 @@ class IFAM(L2R2):
             self.dropped_parts, self.token_quantile = before
 
     def interventions(self) -> dict[str, Any]:
+        """The arguments of `intervene` that are in effect; empty without interventions."""
         given = {"drop_parts": list(self.dropped_parts), "token_quantile": self.token_quantile}
         return {name: value for name, value in given.items() if value}
 
     @torch.jit.ignore
     def extra_losses(self, out: L2R2Output, views: Mapping[str, Tensor], weights: PartWeights) -> dict[str, Tensor]:
-        """The losses that shape the parts, see `part_losses`."""
+        """The losses on the parts, see `part_losses`."""
         assert out.parts is not None
         return part_losses(out.parts, weights, views["full"], self.find_parts)
 
     @torch.jit.ignore
     def after_training(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
-        """Store the quantiles of the parts' logits over the training images."""
+        """Store the quantiles of the part logits over the training images."""
         self.store_quantiles(batch["full"] for batch in batches)
 
     @torch.no_grad()
     def store_quantiles(self, images: Iterable[Tensor]) -> None:
-        """Store the quantiles that `intervened(token_quantile=...)` needs, over training images `[B, C, S, S]`."""
+        """Store the quantiles that `intervene(token_quantile=...)` needs, from training images `[B, C, S, S]`."""
         training = self.training
         self.eval()
         self.parts.store_quantiles(self.find_parts(x) for x in images)
@@ -224,15 +240,17 @@ class IFAM(L2R2):
 
     def _check_views(self, spec: ViewSpec) -> None:
         if not spec.fg.finds_object:
-            raise L2R2Error(f'An ifam model finds its object itself: its fg_mode is "parts", not "{spec.fg_mode}".')
+            raise L2R2Error(f'An ifam model finds the object itself: its fg_mode must be "parts", got "{spec.fg_mode}".')
         for branch in self.branches:
             check_tokens_backbone(self.backbone_of(branch), self.backbone_name)
 
     def arguments(self) -> dict[str, Any]:
+        """See `L2R2.arguments`."""
         return {**super().arguments(), "num_parts": self.parts.num_parts, "part_dropout": self.part_dropout}
 
     @torch.jit.ignore
     def prune_intermediate_layers(self, indices: Any = 1, prune_norm: bool = False, prune_head: bool = True) -> Any:
+        """See `TimmContract.prune_intermediate_layers`."""
         if prune_head:
             self.parts = None  # type: ignore[assignment]
         return super().prune_intermediate_layers(indices, prune_norm, prune_head)
@@ -241,7 +259,7 @@ class IFAM(L2R2):
         return with_threshold(super()._unfitted())
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Stage 1's answer from the backbone's tokens; with `pre_logits` its pooled features."""
+        """Stage 1's logits from the backbone's tokens, or with `pre_logits` its pooled features."""
         if pre_logits:
             return self.backbone.forward_head(x, pre_logits=True)
         patches = x[:, self.backbone.num_prefix_tokens :]
@@ -255,5 +273,9 @@ class IFAM(L2R2):
 
 
 def with_threshold(fusion: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a fusion; a `robust` without a threshold gets 0, with which stage 2 answers wherever it sees anything."""
+    """Complete a fusion's config: `robust` without a threshold gets 0, so that stage 2 wins wherever it sees a patch.
+
+    >>> with_threshold({"name": "robust"})
+    {'threshold': 0.0, 'name': 'robust'}
+    """
     return {**({"threshold": 0.0} if fusion.get("name") == "robust" else {}), **fusion}

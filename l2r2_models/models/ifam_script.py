@@ -1,4 +1,4 @@
-"""What `torch.jit.script` compiles of an iFAM model."""
+"""The TorchScript form of an iFAM model."""
 
 # no `from __future__ import annotations`: jit needs annotations as types, not as strings
 
@@ -11,13 +11,15 @@ from ..fusion import fall_back
 
 
 class ScriptedIFAM(nn.Module):
-    """The prediction of an `IFAM` without boxes, written with what TorchScript knows: stage 2 sees all tokens, masked as keys.
+    """The evaluation pass of an `IFAM` without boxes, in TorchScript: stage 2 runs on all tokens with masked keys.
 
     Args:
-        first, second: the ViTs of the two stages; they may be one.
+        first: the ViT of stage 1.
+        second: the ViT of stage 2; it may be the same.
         parts: the `PartDiscovery` of stage 1.
-        full, fg: the heads.
-        fusion: of the two.
+        full: the head of stage 1.
+        fg: the head of stage 2.
+        fusion: the fusion of both.
     """
 
     def __init__(self, first: Any, second: Any, parts: Any, full: nn.Module, fg: nn.Module, fusion: nn.Module) -> None:
@@ -30,9 +32,13 @@ class ScriptedIFAM(nn.Module):
         self.train(first.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fused logits `[B, classes]` of normalized images `[B, C, S, S]`."""
+        """Fused logits `[B, classes]` of normalized images `[B, C, S, S]`.
+
+        Raises:
+            RuntimeError: when the model is in training mode.
+        """
         if self.training:
-            raise RuntimeError("a scripted ifam model only predicts; call eval() on it")
+            raise RuntimeError("a scripted ifam model cannot be trained; call eval() on it")
         tokens = self.first.norm_pre(self.first._pos_embed(self.first.patch_embed(x)))
         patches = self.first.norm(self.first.blocks(tokens))[:, self.prefix :].float()
         prototypes = self.prototypes.float()
@@ -52,7 +58,7 @@ class ScriptedIFAM(nn.Module):
         return fall_back(self.fusion(fg, full[None]), full, seen)
 
     def _pool(self, tokens: Tensor, keep: Tensor) -> Tensor:
-        """The class token, or the mean of kept patches, as the ViT pools."""
+        """The class token or the mean of kept patches, depending on the ViT's pooling."""
         if self.by_token:
             return tokens[:, 0]
         prefix, patches = tokens[:, : self.prefix], tokens[:, self.prefix :]

@@ -1,4 +1,4 @@
-"""The two-branch classifier: one timm backbone, a head a branch, a fusion; and the contract of a timm model around it."""
+"""The two-branch classifier: a timm backbone, one head per branch, and a fusion, behind the interface of a timm model."""
 
 # no `from __future__ import annotations`: FX and jit need forward's annotations as types, not as strings
 
@@ -25,10 +25,14 @@ BRANCHES = ("full", "fg", "bg")
 
 
 class L2R2Output(NamedTuple):
-    """Logits `[B, classes]` of each branch and of their fusion; None for a branch that the model does not have.
+    """The output of `L2R2.forward_views`.
 
-    `has_fg` `[B]` bool tells in which rows fg saw an object: what was given, without the rows whose mask keeps nothing inside
-    the network. `located` is what a box head found in the full view.
+    Attributes:
+        full, fg, bg: logits `[B, classes]`, or None if the branch was not computed.
+        fused: logits `[B, classes]` of the fusion.
+        has_fg: `[B]` bool, the rows in which fg saw an object: those given, minus those whose mask keeps nothing.
+        parts: the parts that an `IFAM` found.
+        located: the boxes that a box head found in the full view.
     """
 
     full: Tensor | None
@@ -40,48 +44,57 @@ class L2R2Output(NamedTuple):
     located: FoundBoxes | None = None
 
     def branches(self) -> dict[str, Tensor]:
-        """The branches' logits by name."""
+        """The logits of the computed branches, by name."""
         return {b: z for b, z in (("full", self.full), ("fg", self.fg), ("bg", self.bg)) if z is not None}
 
 
 @torch.fx.wrap  # for plain FX
 @register_notrace_function  # for timm's
 def whole_image_only(x: Tensor, boxes: Optional[Tensor], localize: Optional[str] = None) -> Tensor:  # noqa: UP045  (for jit)
-    """An FX graph has no box path: boxes given to it, or asked for, are refused instead of ignored."""
+    """Refuse boxes in an FX graph, which has no box path, instead of ignoring them.
+
+    Raises:
+        ValueError: when boxes or `localize` are given.
+    """
     if boxes is not None or localize is not None:
-        raise ValueError("an FX-traced L2R2 sees whole images only; give boxes to the untraced model")
+        raise ValueError("an FX-traced L2R2 takes whole images only; pass boxes to the untraced model")
     return x
 
 
 class L2R2(TimmContract):
-    """Localize to Recognize Robustly: a classifier that looks at the whole image and at the object cut out of it.
+    """Localize to Recognize Robustly: a classifier that sees the whole image, and the object cut out of it.
 
-    `model(x)` is an ordinary timm classifier (the full head). `forward_views` is the real entrance. Views of one batch go
-    through the shared backbone as one batch, so a backbone with batch norm sees the statistics of the mixture while it is
-    trained, and keeps those running statistics for either view in evaluation; `shared=False` separates them.
-    Source: L2R2 (arXiv 2411.15933) sections 3 and B; the shared backbone is this project's.
+    `model(x)` is an ordinary timm classifier, the head of the first branch. `forward_views` takes the views of all branches. With
+    a shared backbone, the views pass through it as one batch, so batch norm is trained on the statistics of both;
+    `shared=False` separates them. Source: L2R2 (arXiv 2411.15933), section 3 and appendix B; the shared backbone is this
+    project's (`docs/method.md`, Training).
 
     Args:
         backbone: name of a timm model that can be built with `num_classes=0`.
         num_classes: classes of every head; 0 returns pooled features.
-        in_chans: channels of the input.
-        branches: which of full, fg, bg the model has. The first one answers `model(x)`; `("full",)` is the plain classifier.
-        shared: one backbone for all branches; False gives each branch its own (the paper's independent networks).
+        in_chans: input channels.
+        branches: which of full, fg and bg the model has. `model(x)` uses the first; `("full",)` is a plain classifier.
+        shared: whether the branches share one backbone; False gives each its own, like the paper's independent networks.
         fusion: name or config of a fusion (`l2r2_models.fusion`). The default threshold of `robust` is not fitted.
-        views: how views are cut, a `ViewSpec` or its dict; by default made from the pretrained cfg.
-        fg_mode: what the fg branch sees, the `fg` of `ViewSpec`; replaces that of `views`.
-        box_head: a trained head finds the object's box in the full view, see `BoxHead`.
+        views: how views are cut, a `ViewSpec` or its dict; by default derived from the pretrained cfg.
+        fg_mode: what the fg branch sees, see `ViewSpec`; replaces that of `views`.
+        box_head: whether a trained head finds the object's box in the full view, see `BoxHead`.
         drop_rate: dropout before the heads.
-        device, dtype: of every parameter and buffer.
-        **backbone_kwargs: passed on to the timm backbone (`drop_path_rate`, `img_size`, `global_pool`, ...).
+        device, dtype: of all parameters and buffers.
+        **backbone_kwargs: arguments of the timm backbone (`drop_path_rate`, `img_size`, `global_pool`, ...).
 
     Raises:
-        L2R2Error: an unknown backbone, branch, fusion or view field, or a backbone that cannot be masked as asked for.
+        L2R2Error: when a backbone, branch, fusion or view field is unknown, or the backbone does not support the fg mode.
+
+    >>> model = L2R2("resnet18", num_classes=10).eval()
+    >>> out = model.forward_views(full=torch.rand(2, 3, 64, 64), fg=torch.rand(2, 3, 64, 64))
+    >>> out.fused.shape, model(torch.rand(2, 3, 64, 64)).shape
+    (torch.Size([2, 10]), torch.Size([2, 10]))
     """
 
     __jit_unused_properties__ = ("view_spec", "takes_mask")
     finds_object = False  # whether the network finds its object itself, without boxes or masks
-    fresh: tuple[str, ...] = ("fusion.", "box_head.")  # what no checkpoint of timm has: these stay as the model was built
+    fresh: tuple[str, ...] = ("fusion.", "box_head.")  # parameters that no timm checkpoint has, which stay as initialized
 
     def __init__(
         self,
@@ -101,7 +114,7 @@ class L2R2(TimmContract):
         **backbone_kwargs: Any,
     ) -> None:
         super().__init__()
-        self.pretrained_cfg: dict[str, Any] = {}  # timm sets it
+        self.pretrained_cfg: dict[str, Any] = {}  # set by timm
         self.branches = check_branches(branches)
         if not timm.is_model(backbone.split(".")[0]):
             raise L2R2Error(unknown_backbone(backbone))
@@ -115,7 +128,7 @@ class L2R2(TimmContract):
         self._view_spec = ViewSpec.from_dict({**spec.to_dict(), "fg_mode": fg_mode}) if spec is not None and fg_mode else spec
         self._fg_mode = fg_mode or "crop"
 
-        def build() -> Any:  # a timm model has more methods than nn.Module knows
+        def build() -> Any:  # a timm model has methods beyond those of nn.Module
             return timm.create_model(backbone, num_classes=0, in_chans=in_chans, drop_rate=drop_rate, **backbone_kwargs)
 
         with contextlib.nullcontext() if device is None else torch.device(device):
@@ -129,7 +142,7 @@ class L2R2(TimmContract):
         self.heads = nn.ModuleDict({b: self._new_head(b) for b in self.branches})
         self.fusion: Fusion = create_fusion(fusion, self.branches, num_classes)
         self.box_head = BoxHead(map_channels(self.backbone)) if box_head else None
-        if hasattr(self.backbone, "set_input_size"):  # timm asks by the name whether a model can do it
+        if hasattr(self.backbone, "set_input_size"):  # timm tests for the attribute
             self.set_input_size = self._set_input_size
         self._check_views(self.view_spec)
         self.to(device=device, dtype=dtype)
@@ -137,16 +150,23 @@ class L2R2(TimmContract):
     # ---- inference and training ----
 
     def forward(self, x: Tensor, boxes: Optional[Tensor] = None, localize: Optional[str] = None) -> Tensor:  # noqa: UP045  (jit)
-        """Logits `[B, classes]` of normalized images `[B, C, H, W]`.
+        """Logits `[B, classes]` of normalized images.
 
-        Without boxes: the first head (full) exactly; in training the mean of the heads on one pass, so that any timm
-        training script trains every parameter. With `boxes` (`[B, 4]` xyxy in pixels of x; a NaN row has none): the
-        fused logits, fg cut out of `x`. With `localize="head"`: the same with the boxes of the model's own box head. Prefer
-        `forward_views` with views cut from the original image: a 224-pixel tensor has thrown most of the object away.
+        Without boxes, the first head (full) exactly; in training the mean of the heads, so that any timm script trains every
+        parameter. With boxes, the fused logits, with fg cut out of `x`. Prefer `forward_views` with views cut from the original
+        image, because a 224-pixel tensor has lost most of the object's detail.
+
+        Args:
+            x: images `[B, C, H, W]`.
+            boxes: `[B, 4]` xyxy in pixels of `x`; a NaN row has no box.
+            localize: `head` takes the boxes of the model's own box head.
+
+        Raises:
+            L2R2Error: when both `boxes` and `localize` are given, or one is not valid.
         """
         if boxes is not None or localize is not None:
             if torch.jit.is_scripting():
-                raise RuntimeError("a scripted L2R2 sees whole images only; give boxes to the unscripted model")
+                raise RuntimeError("a scripted L2R2 takes whole images only; pass boxes to the unscripted model")
             else:
                 if not isinstance(boxes, torch.fx.Proxy) and not isinstance(localize, torch.fx.Proxy):
                     return self.forward_boxes(x, boxes, localize)
@@ -171,9 +191,9 @@ class L2R2(TimmContract):
 
     @torch.jit.ignore
     def forward_boxes(self, x: Tensor, boxes: Tensor | None, localize: str | None = None) -> Tensor:
-        """Fused logits with the views cut out of the normalized batch itself; see `forward`."""
+        """Fused logits, with the views cut from the normalized batch itself; see `forward`."""
         if localize not in (None, "head") or (boxes is None) == (localize is None):
-            raise L2R2Error(f'Give boxes, or localize="head", and not both; got localize={localize!r}.')
+            raise L2R2Error(f'Pass either boxes or localize="head", got localize={localize!r}.')
         if boxes is None:
             boxes = self.locate(x).in_pixels(x.shape[2], x.shape[3], BOX_THRESHOLD)
         views, has_fg, spec = {}, None, self.view_spec
@@ -189,9 +209,13 @@ class L2R2(TimmContract):
 
     @torch.jit.ignore
     def locate(self, full: Tensor) -> FoundBoxes:
-        """Where the box head sees the object in full views `[B, C, S, S]`."""
+        """Find the object in full views `[B, C, S, S]` with the box head.
+
+        Raises:
+            L2R2Error: when the model has no box head.
+        """
         if self.box_head is None:
-            raise L2R2Error("This model has no box head; train one with `l2r2 finetune --box-head`, or give boxes.")
+            raise L2R2Error("This model has no box head; train one with `l2r2 finetune --box-head`, or pass boxes.")
         return self.box_head(features_and_maps(self.backbone_of("full"), full)[1])
 
     @torch.jit.ignore
@@ -206,22 +230,22 @@ class L2R2(TimmContract):
         objectness: Tensor | None = None,
         full_logits: Tensor | None = None,
     ) -> L2R2Output:
-        """Logits of the branches whose view is given, and their fusion.
+        """Logits of the branches whose view is given, and their fusion (`docs/method.md`, Fallback).
 
         Args:
             full, fg, bg: normalized views `[B, C, S, S]`.
-            has_fg: `[B]` bool, False where no object was found; those rows are exactly the full branch's. None: all found.
-            mask: `[B, h, w]` of any size (see `masking.coverage`), bool or in 0..1, the object in the whole image, for an fg
-                that is masked inside the network (`late`, `tokens`). The image is `fg` if that is given too, else `full`. A
-                row whose mask keeps nothing counts as not found.
-            full_logits: `[B, classes]`, what an earlier pass gave for the full branch, instead of `full`.
-            objectness: `[B]` in [0, 1], the boxes' scores, for a fusion that weighs them; None: every box counts as certain.
+            has_fg: `[B]` bool, False where no object was found; those rows equal the full branch exactly. None: all found.
+            mask: the object in the whole image, for an fg that is masked in the network (`late`, `tokens`): `[B, h, w]` of any
+                size (see `masking.coverage`), bool or in [0, 1]. The image is `fg` if given, else `full`. A row whose mask keeps
+                nothing counts as not found.
+            full_logits: `[B, classes]`, logits of the full branch from an earlier pass, instead of `full`.
+            objectness: `[B]` in [0, 1], the boxes' scores, for a fusion that uses them. None: every score is 1.
 
         Returns:
             L2R2Output of `[B, classes]` logits. With one view given, `fused` is that branch.
 
         Raises:
-            L2R2Error: a branch that the model lacks, no view, or a mask that does not fit.
+            L2R2Error: when a branch is not in the model, no view is given, or the mask does not match.
         """
         views = {"full": full, "fg": fg, "bg": bg}
         known = {} if full_logits is None else {"full": full_logits}
@@ -244,19 +268,19 @@ class L2R2(TimmContract):
 
     @torch.jit.ignore
     def _branch_logits(self, views: Mapping[str, Tensor | None], mask: Tensor | None) -> tuple[dict[str, Tensor], Any, Any]:
-        """Logits by branch; with a mask, `[B]` bool: whether it kept anything; with a box head and a full view, its boxes."""
+        """Logits by branch, `[B]` bool whether the mask kept anything (or None), and the box head's boxes (or None)."""
         given = {b: v for b, v in views.items() if v is not None}
         if unknown := set(given) - set(self.branches):
             raise L2R2Error(f"This model has the branches {', '.join(self.branches)}, not {', '.join(sorted(unknown))}.")
         if not given:
-            raise L2R2Error(f"Give at least one view of {', '.join(self.branches)}.")
+            raise L2R2Error(f"Pass at least one view of {', '.join(self.branches)}.")
         features, seen = ({}, None) if mask is None else self._masked_features(given, mask)
         pooled, located = self._features({b: v for b, v in given.items() if b not in features})
         features.update(pooled)
         return {b: self.heads[b](features[b]) for b in self.branches if b in features}, seen, located
 
     def _features(self, views: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], FoundBoxes | None]:
-        """Pooled features by branch, one `[nB, C, S, S]` pass where the backbone is shared; and the box head's boxes."""
+        """Pooled features by branch, in one `[nB, C, S, S]` pass if the backbone is shared, and the box head's boxes."""
         groups = [list(views)] if self.shared else [[b] for b in views]
         pooled: dict[str, Tensor] = {}
         located = None
@@ -273,13 +297,13 @@ class L2R2(TimmContract):
         return pooled, located
 
     def _masked_features(self, given: Mapping[str, Tensor], mask: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        """fg features of the object in the whole image; late masking has those of `full` from the same pass."""
+        """The fg features of the object in the whole image; late masking gives those of `full` in the same pass."""
         spec = self.view_spec
         if not self.takes_mask:
-            raise L2R2Error(f'A mask belongs to an fg branch of mode "late" or "tokens"; this model has "{spec.fg_mode}".')
+            raise L2R2Error(f'A mask needs an fg branch of mode "late" or "tokens"; this model has "{spec.fg_mode}".')
         image = given.get("fg", given.get("full"))
         if image is None:
-            raise L2R2Error("A mask needs the whole image: give full, or fg.")
+            raise L2R2Error("A mask needs the whole image; pass it as full, or as fg.")
         mask = check_mask(mask, image.shape[0]).to(image.device)
         backbone = self.backbone_of("fg")
         if spec.fg.drops_tokens:
@@ -291,7 +315,7 @@ class L2R2(TimmContract):
 
     @torch.jit.ignore
     def fuse(self, logits: Mapping[str, Tensor], has_fg: Tensor | None = None, objectness: Tensor | None = None) -> Tensor:
-        """Fuse branch logits `[B, classes]` that were computed before, as `forward_views` does; see `fuse_branches`."""
+        """Fuse stored branch logits `[B, classes]` as `forward_views` does; see `fuse_branches`."""
         return fuse_branches(self.fusion, logits, has_fg, objectness)
 
     @property
@@ -301,16 +325,16 @@ class L2R2(TimmContract):
 
     @torch.jit.ignore
     def extra_losses(self, out: L2R2Output, views: Mapping[str, Tensor], weights: PartWeights) -> dict[str, Tensor]:
-        """Losses beside the branches' cross-entropies in training, by name; none for most models."""
+        """Additional training losses by name, besides the branches' cross-entropies; none for most models."""
         return {}
 
     @torch.jit.ignore
     def after_training(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
-        """What the model computes from its training views, without augmentation, once it is trained; nothing for most."""
+        """Hook that is called once after training with the training views, without augmentation; does nothing by default."""
 
     @property
     def view_spec(self) -> ViewSpec:
-        """How this model's views are cut; saved with the checkpoint."""
+        """How this model's views are cut; stored in the checkpoint."""
         side = self.backbone_kwargs.get("img_size")
         own = {"size": side} if isinstance(side, int) else {}
         return self._view_spec or ViewSpec.from_pretrained_cfg(self.pretrained_cfg, fg_mode=self._fg_mode, **own)
@@ -321,31 +345,33 @@ class L2R2(TimmContract):
         self._view_spec = spec
 
     def _check_views(self, spec: ViewSpec) -> None:
-        """Whether the backbone takes views of this size, and can be masked as the spec says."""
+        """Check that the backbone takes views of this size and supports the spec's fg mode."""
         check_view_size(self.backbone, self.backbone_name, spec.size)
         if self.box_head is not None and ("full" not in self.branches or spec.fg.in_network):
             raise L2R2Error(
-                f'A box head needs a full branch and an fg that is cut out, not fg_mode "{spec.fg_mode}" of {self.branches}.'
+                f'A box head needs a full branch and an fg that is cropped, not fg_mode "{spec.fg_mode}" with {self.branches}.'
             )
         if spec.fg.finds_object:
-            raise L2R2Error('fg_mode "parts" belongs to the ifam models, which find the parts of an object; choose another kind.')
+            raise L2R2Error(
+                'fg_mode "parts" is only for the ifam models, which find the parts of an object; choose another mode.'
+            )
         if "fg" in self.branches and spec.fg.drops_tokens:
             check_tokens_backbone(self.backbone_of("fg"), self.backbone_name)
         if "fg" in self.branches and spec.fg_mode == "late":
             check_late_backbone(self.backbone_of("fg"), self.backbone_name, spec)
 
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments that build this model again, besides the classes: what a checkpoint's config keeps."""
+        """The keyword arguments, besides the classes, that rebuild this model; stored in a checkpoint's config."""
         views = self.view_spec.to_dict()
         ours = {"branches": list(self.branches), "shared": self.shared, "fusion": self.fusion.config(), "views": views}
         return {**self.backbone_kwargs, **ours, **({} if self.box_head is None else {"box_head": True})}
 
     def intervene(self, drop_parts: Iterable[int] = (), token_quantile: float = 0.0) -> None:
-        """See `IFAM.intervene`."""
-        raise L2R2Error("Only the ifam models have parts and token quantiles to intervene on.")
+        """See `IFAM.intervene`; other models raise an `L2R2Error`."""
+        raise L2R2Error("Only the ifam models have parts and token quantiles to intervene on; load one of them.")
 
     def interventions(self) -> dict[str, Any]:
-        """What `intervene` set; empty where nothing is."""
+        """The arguments of `intervene` that are in effect; empty for models without parts."""
         return {}
 
     def backbone_of(self, branch: str) -> nn.Module:
@@ -358,14 +384,17 @@ class L2R2(TimmContract):
 
 
 def check_branches(branches: str | Sequence[str]) -> tuple[str, ...]:
-    """Branches as a tuple.
+    """Check the branches and return them as a tuple.
 
     Raises:
-        L2R2Error: unknown, repeated or no branch.
+        L2R2Error: when a branch is unknown or repeated, or there is none.
+
+    >>> check_branches(["full", "fg"])
+    ('full', 'fg')
     """
     branches = (branches,) if isinstance(branches, str) else tuple(branches)
     if unknown := [b for b in branches if b not in BRANCHES]:
         raise L2R2Error(f'Unknown branch "{unknown[0]}"; choose from {", ".join(BRANCHES)}.')
     if not branches or len(set(branches)) != len(branches):
-        raise L2R2Error(f"Branches must be one or more different ones of {', '.join(BRANCHES)}, got {branches}.")
+        raise L2R2Error(f"Branches must be one or more of {', '.join(BRANCHES)}, without repetition, got {branches}.")
     return branches

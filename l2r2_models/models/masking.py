@@ -1,6 +1,9 @@
-"""fg from inside the network: late masking of features, and token masks that take patches out of a ViT's attention."""
+"""Masking inside the network: late masking of features, and token masks that remove patches from a ViT's attention.
 
-# no `from __future__ import annotations`: see model.py
+Source: Aniraj et al. 2023; see `docs/method.md`, Masking inside the network.
+"""
+
+# no `from __future__ import annotations`: see l2r2.py
 
 import math
 from collections.abc import Iterator
@@ -19,9 +22,13 @@ from .backbones import feature_info
 
 
 class Tokens(NamedTuple):
-    """A ViT's tokens after its last norm: prefix `[B, P, C]`, patches `[B, N, C]`, keep `[B, N]` bool.
+    """A ViT's tokens after its last norm.
 
-    weights: `[B, N]`, how much a patch counts in a mean (see `run_tokens`); without, dropped patches are 0.
+    Attributes:
+        prefix: `[B, P, C]`, class and register tokens.
+        patches: `[B, N, C]`; dropped patches are 0 unless there are weights.
+        keep: `[B, N]` bool.
+        weights: `[B, N]`, the weight of each patch in a mean (see `run_tokens`), or None.
     """
 
     prefix: Tensor
@@ -34,31 +41,38 @@ class Tokens(NamedTuple):
 
 
 def check_mask(mask: Tensor, batch: int) -> Tensor:
-    """An object mask as float `[B, h, w]`.
+    """Convert an object mask to float `[B, h, w]`.
 
     Raises:
-        L2R2Error: not `[B, h, w]` with B images, or values that are NaN or outside of 0..1 (an image file's 255 is).
+        L2R2Error: when the mask is not `[B, h, w]`, or has values that are not in [0, 1] (such as an image file's 255).
     """
     if mask.ndim != 3 or mask.shape[0] != batch:
         raise L2R2Error(f"A mask must be [B, h, w] with B = {batch} images, got {list(mask.shape)}.")
     if mask.dtype != torch.bool and not torch.compiler.is_compiling() and not bool(((mask >= 0) & (mask <= 1)).all()):
-        raise L2R2Error("A mask's values must lie between 0 and 1 (NaN does not); true or 1 is the object.")
+        raise L2R2Error("Mask values must be finite and in [0, 1]; true or 1 marks the object.")
     return mask if mask.is_floating_point() else mask.float()
 
 
 def coverage(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """How much of each cell of a grid `(rows, columns)` a mask `[B, h, w]` of any size covers: its mean over the cell.
+    """Resize a mask to a grid, as its mean over each cell; a mask that already has that size is returned as is.
 
-    THE rule by which a mask of another size is resized. A mask that is already on the grid stays as it is.
+    All masks inside the network are resized by this function.
+
+    Args:
+        mask: `[B, h, w]` in [0, 1].
+        grid: `(rows, columns)`.
 
     Returns:
-        `[B, rows, columns]` float in 0..1.
+        `[B, rows, columns]` float in [0, 1].
+
+    >>> coverage(torch.tensor([[[1.0, 1.0], [0.0, 1.0]]]), (1, 1))
+    tensor([[[0.7500]]])
     """
     return mask if tuple(mask.shape[1:]) == grid else nn.functional.adaptive_avg_pool2d(mask[:, None], grid)[:, 0]
 
 
 def kept_patches(mask: Tensor, grid: tuple[int, int], threshold: float) -> Tensor:
-    """`[B, N]` bool: the patches that a mask `[B, h, w]` covers by at least `threshold` (and by more than nothing)."""
+    """`[B, N]` bool: the patches of which a mask `[B, h, w]` covers at least the share `threshold`, and more than 0."""
     covered = coverage(mask, grid).flatten(1)
     return (covered >= threshold) & (covered > 0)
 
@@ -67,31 +81,31 @@ def kept_patches(mask: Tensor, grid: tuple[int, int], threshold: float) -> Tenso
 
 
 def check_tokens_backbone(backbone: nn.Module, name: str) -> None:
-    """Whether token masks can run on a backbone.
+    """Check that a backbone supports token masks.
 
     Raises:
-        L2R2Error: it is not a plain ViT, or pools otherwise than by its class token or the mean; the message names it.
+        L2R2Error: when it is not a plain ViT that pools by its class token or the mean.
     """
     reason = ""
     if not isinstance(backbone, VisionTransformer):
-        reason = "it is not one of timm's plain ViTs (RoPE, Eva and hierarchical backbones are not)"
+        reason = "it is not one of timm's plain ViTs (no RoPE, Eva or hierarchical backbones)"
     elif any(getattr(type(backbone), m) is not getattr(VisionTransformer, m) for m in ("forward_features", "forward_head")):
-        reason = f"its {type(backbone).__name__} does more than timm's plain ViT"
+        reason = f"its class {type(backbone).__name__} changes the forward pass of timm's plain ViT"
     elif backbone.global_pool not in ("token", "avg"):
         reason = f'its pooling "{backbone.global_pool}" is neither the class token nor the mean'
     elif not isinstance(backbone.patch_embed, PatchEmbed):
-        reason = f"its patches come out of a {type(backbone.patch_embed).__name__}, which mixes them before they can be dropped"
+        reason = f"its {type(backbone.patch_embed).__name__} mixes patches before they can be dropped"
     elif getattr(backbone.patch_drop, "prob", 0):
-        reason = "it drops random patches (patch_drop_rate), so a mask would not find its patches"
+        reason = "it drops random patches (patch_drop_rate), so a mask would no longer match"
     if reason:
-        raise L2R2Error(f'{name} cannot drop tokens: {reason}; choose fg "late", or "masked_crop".')
+        raise L2R2Error(f'{name} cannot drop tokens: {reason}; choose fg_mode "late" or "masked_crop".')
 
 
 def patch_grid(vit: Any, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of patches of an image.
+    """The patch grid `(rows, columns)` of an image.
 
     Raises:
-        L2R2Error: a side is not a multiple of the patch size.
+        L2R2Error: when a side is not a multiple of the patch size.
     """
     return _grid(vit.patch_embed.patch_size, height, width)
 
@@ -103,32 +117,35 @@ def _grid(patch_size: tuple[int, int], height: int, width: int) -> tuple[int, in
     for side, patch in ((height, rows), (width, columns)):
         if side % patch:
             near = (side // patch + 1) * patch
-            raise L2R2Error(f"A side of {side} pixels does not divide into patches: give a multiple of {patch}, e.g. {near}.")
+            raise L2R2Error(f"A side of {side} pixels does not divide into patches; use a multiple of {patch}, e.g. {near}.")
     return height // rows, width // columns
 
 
 def embed_tokens(vit: Any, x: Tensor) -> Tensor:
-    """Images `[B, C, H, W]` -> tokens `[B, P + N, C]` as they enter the first block: positions added, prefix first."""
+    """Embed images `[B, C, H, W]` as tokens `[B, P + N, C]` for the first block, with positions, prefix first."""
     return vit.norm_pre(vit._pos_embed(vit.patch_embed(x)))
 
 
 def run_tokens(vit: Any, tokens: Tensor, keep: Tensor, *, packed: bool = True, weights: Tensor | None = None) -> Tokens:
-    """The blocks and the last norm of a ViT, with dropped patches as keys in no block (iFAM; Masking).
+    """Run the blocks and the last norm of a ViT with dropped patches as keys in no block.
 
     Args:
         vit: see `check_tokens_backbone`.
-        tokens: `[B, P + N, C]` of `embed_tokens`.
+        tokens: `[B, P + N, C]` from `embed_tokens`.
         keep: `[B, N]` bool. Prefix tokens (class, registers) are always kept.
-        packed: drop the tokens before block 1; otherwise compute all of them with dropped ones never as keys. Both give the
-            same prefix and kept patches, the first in less time. A traced, compiled or exported model always takes the second,
-            whose shapes do not depend on the mask.
-        weights: `[B, N]`, 1 for kept and 0 for dropped patches, a straight-through mask: how much each patch counts as a key
-            and in a mean. It changes no value, and its gradient reaches dropped patches too, so all tokens are computed.
+        packed: whether to drop the tokens before block 1, or to compute all and mask dropped ones as keys. Both give the
+            same prefix and kept patches; the first is faster. A traced, compiled or exported model always does the second, whose
+            shapes do not depend on the mask.
+        weights: `[B, N]`, a straight-through mask that is 1 for kept and 0 for dropped patches: the weight of each patch as a key
+            and in the mean. It changes no value, but its gradient reaches dropped patches too, so all tokens are computed.
+
+    Returns:
+        The tokens after the last norm.
 
     Raises:
-        L2R2Error: a block that cannot run so.
+        L2R2Error: when a block is not supported, or the model is traced by `torch.jit`.
     """
-    if torch.jit.is_tracing():  # it would keep this mask, and answer another one with NaN
+    if torch.jit.is_tracing():  # the trace would bake in this mask, and give NaN for others
         raise L2R2Error("A network that drops tokens cannot be traced by torch.jit; use torch.export or `l2r2 export`.")
     prefixes = vit.num_prefix_tokens
     weight = None if weights is None else nn.functional.pad(weights, (prefixes, 0), value=1.0)
@@ -136,7 +153,9 @@ def run_tokens(vit: Any, tokens: Tensor, keep: Tensor, *, packed: bool = True, w
     options = {"num_prefix": prefixes, "checkpoint": bool(vit.grad_checkpointing)}
     try:
         if packed and weights is None and not _is_traced(tokens):
-            capacity = None if mask.device.type == "cpu" else "sync"  # counting is one wait, and what makes packing pay
+            capacity = (
+                None if mask.device.type == "cpu" else "sync"
+            )  # one synchronization, without which packing does not pay off
             _, out = run_packed(vit.blocks, tokens, mask, capacity=capacity, unpacked=True, **options)
             assert out is not None
         else:
@@ -149,12 +168,12 @@ def run_tokens(vit: Any, tokens: Tensor, keep: Tensor, *, packed: bool = True, w
 
 
 def _is_traced(tokens: Tensor) -> bool:
-    """Whether shapes must not depend on the mask: in a graph by FX, torch.compile or torch.export, and on the meta device."""
+    """Whether shapes must not depend on the mask: under FX, torch.compile or torch.export, and on the meta device."""
     return isinstance(tokens, torch.fx.Proxy) or tokens.is_meta or torch.compiler.is_compiling()
 
 
 def pool_tokens(vit: Any, tokens: Tokens) -> Tensor:
-    """Pooled features `[B, C]` after the head norm: the class token, or the (weighted) mean of kept patches, as the ViT pools."""
+    """Pooled features `[B, C]` after the head norm: the class token, or the (weighted) mean of kept patches."""
     if vit.global_pool == "token":
         pooled = tokens.prefix[:, 0]
     else:
@@ -170,10 +189,20 @@ def pool_tokens(vit: Any, tokens: Tokens) -> Tensor:
 
 
 def token_features(vit: Any, x: Tensor, mask: Tensor, threshold: float, *, packed: bool = True) -> tuple[Tensor, Tensor]:
-    """What a ViT sees of images `[B, C, H, W]` in the patches that a mask `[B, h, w]` covers.
+    """Pooled features of the patches that a mask covers.
+
+    Args:
+        vit: see `check_tokens_backbone`.
+        x: images `[B, C, H, W]`.
+        mask: `[B, h, w]` in [0, 1].
+        threshold: the smallest share of a patch that the mask must cover.
+        packed: see `run_tokens`.
 
     Returns:
-        Features `[B, C]`, and `[B]` bool: whether any patch was kept. Where none was, the features are those of the whole image.
+        Features `[B, C]`, and `[B]` bool whether any patch was kept; if none was, the features are those of the whole image.
+
+    Raises:
+        L2R2Error: when a side is not a multiple of the patch size, or `run_tokens` raises it.
     """
     keep = kept_patches(mask, patch_grid(vit, *x.shape[-2:]), threshold)
     seen = keep.any(1)
@@ -185,14 +214,14 @@ def token_features(vit: Any, x: Tensor, mask: Tensor, threshold: float, *, packe
 
 
 def check_late_backbone(backbone: nn.Module, name: str, spec: ViewSpec) -> None:
-    """Whether a backbone can be masked late in the way of `spec`.
+    """Check that a backbone supports the late masking of `spec`.
 
     Raises:
-        L2R2Error: the pooling asked for does not exist there; the message names the backbone.
+        L2R2Error: when it does not support the requested pooling.
     """
     tokens = hasattr(backbone, "fc_norm") and hasattr(backbone, "num_prefix_tokens")
     if not tokens and not hasattr(backbone, "forward_head"):
-        raise L2R2Error(f"{name} cannot be masked late: it has no features before its head.")
+        raise L2R2Error(f"{name} cannot be masked late: it has no features before its head; choose another fg_mode.")
     if spec.late_pool == "token":
         if not tokens or not backbone.num_prefix_tokens:
             raise L2R2Error(f'{name} has no class token; choose late_pool "mask" or "all".')
@@ -200,28 +229,29 @@ def check_late_backbone(backbone: nn.Module, name: str, spec: ViewSpec) -> None:
             raise L2R2Error('After the last stage a mask does not change the class token; choose late_stage "before_last".')
     kinds = {str(m.pool_type) for m in backbone.modules() if isinstance(getattr(m, "pool_type", None), str)} - {""}
     if spec.late_pool == "mask" and not tokens and not kinds <= {"avg", "fast"}:
-        raise L2R2Error(f'{name} pools by {", ".join(sorted(kinds))}, of which there is no masked mean; choose late_pool "all".')
+        raise L2R2Error(f'{name} pools by {", ".join(sorted(kinds))}, which has no masked mean; choose late_pool "all".')
 
 
 def late_features(backbone: Any, x: Tensor, mask: Tensor, spec: ViewSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Pooled features of the whole image and of the object, in one pass (late masking; Masking, ICCVW 2023).
+    """Pooled features of the whole image and of the object in one pass.
+
+    Late masking does not remove the background that the features have already mixed in.
 
     Args:
         backbone: any timm model with 4-D features or ViT tokens.
-        x: `[B, C, H, W]`.
-        mask: `[B, h, w]` in 0..1.
-        spec: `late_stage` and `late_pool` are used.
+        x: images `[B, C, H, W]`.
+        mask: `[B, h, w]` in [0, 1].
+        spec: only its `late_stage` and `late_pool` are used.
 
     Returns:
-        full `[B, C]`, fg `[B, C]`, and `[B]` bool: whether the mask has an object. Where it has none, fg is the whole image's.
-        Late masking does not remove the background that the features have already mixed in.
+        full `[B, C]`, fg `[B, C]`, and `[B]` bool whether the mask has an object; if it has none, fg equals the whole image's.
 
     Raises:
-        L2R2Error: a backbone whose features are no grid of the image.
+        L2R2Error: when the backbone's features do not form a grid over the image, or its last stage cannot be masked.
     """
     seen = (mask > 0).flatten(1).any(1)
     mask = torch.where(seen[:, None, None], mask, 1.0)
-    # the grid of a ViT is found by the mask's proportions
+    # a ViT's grid is inferred from the mask's aspect ratio
     if hasattr(backbone, "num_prefix_tokens") and mask.shape[1] * x.shape[3] != mask.shape[2] * x.shape[2]:
         mask = coverage(mask, (x.shape[2], x.shape[3]))
     if spec.late_stage == "last":
@@ -231,10 +261,10 @@ def late_features(backbone: Any, x: Tensor, mask: Tensor, spec: ViewSpec) -> tup
     with _doubled_before_last_stage(backbone, mask) as done:
         features = backbone.forward_features(x)
     name = type(backbone).__name__
-    if backbone.training and getattr(backbone, "grad_checkpointing", False):  # the backward runs without the hook
-        raise L2R2Error(f"{name} cannot be masked before its last stage with gradient checkpointing; leave one of both out.")
+    if backbone.training and getattr(backbone, "grad_checkpointing", False):  # recomputation runs without the hook
+        raise L2R2Error(f"{name} cannot be masked before its last stage with gradient checkpointing; use one or the other.")
     if not done:
-        raise L2R2Error(f'{name} cannot be masked before its last stage: it does not call it as a whole; use late_stage "last".')
+        raise L2R2Error(f'{name} cannot be masked before its last stage, which is not one module; use late_stage "last".')
     whole, masked = features.chunk(2)
     full = backbone.forward_head(whole, pre_logits=True)
     if spec.late_pool == "mask":
@@ -246,7 +276,7 @@ def late_features(backbone: Any, x: Tensor, mask: Tensor, spec: ViewSpec) -> tup
 
 @contextmanager
 def _doubled_before_last_stage(backbone: Any, mask: Tensor) -> Iterator[list[bool]]:
-    """The input of the last stage becomes the batch itself and, after it, the masked batch; the list tells that it did."""
+    """Append the masked batch to the input of the last stage; the list is filled once that has happened."""
     done: list[bool] = []
 
     def double(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -267,10 +297,10 @@ def _doubled_before_last_stage(backbone: Any, mask: Tensor) -> Iterator[list[boo
 
 
 def _times(backbone: Any, features: Tensor, mask: Tensor) -> Tensor:
-    """Features times the resized mask; prefix tokens stay."""
+    """Multiply features by the resized mask, except for prefix tokens."""
     if features.ndim == 3:  # [B, P + N, C]
         if not all(hasattr(backbone, name) for name in ("num_prefix_tokens", "fc_norm", "head_drop")):
-            raise L2R2Error(f"{type(backbone).__name__} cannot be masked late: it does not pool its tokens as timm's ViTs do.")
+            raise L2R2Error(f"{type(backbone).__name__} cannot be masked late: it does not pool tokens like timm's ViTs.")
         prefixes = backbone.num_prefix_tokens
         weights = coverage(mask, _grid_of(features.shape[1] - prefixes, mask, backbone)).flatten(1)
         weights = torch.cat([weights.new_ones(weights.shape[0], prefixes), weights], 1)
@@ -281,7 +311,7 @@ def _times(backbone: Any, features: Tensor, mask: Tensor) -> Tensor:
 
 
 def _pool_masked(backbone: Any, features: Tensor, mask: Tensor, pool: str) -> Tensor:
-    """Pool features that are 0 outside of the mask: over all positions, or divided by how much of them the mask covers."""
+    """Pool features that are 0 outside the mask, over all positions, or over the area that the mask covers."""
     if features.ndim == 3:
         patches = features[:, backbone.num_prefix_tokens :]
         covered = coverage(mask, _grid_of(patches.shape[1], mask, backbone)).flatten(1).sum(1, keepdim=True)
@@ -291,14 +321,14 @@ def _pool_masked(backbone: Any, features: Tensor, mask: Tensor, pool: str) -> Te
         channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
         grid = features.shape[1:3] if channels_last else features.shape[2:]
         mean = coverage(mask, (grid[0], grid[1])).mean((1, 2)).clamp_min(1e-6)
-        features = features / mean[:, None, None, None].to(features.dtype)  # the head's mean becomes the masked mean
+        features = features / mean[:, None, None, None].to(features.dtype)  # turns the head's mean into the masked mean
     return backbone.forward_head(features, pre_logits=True)
 
 
 def _grid_of(patches: int, mask: Tensor, backbone: Any) -> tuple[int, int]:
-    """Rows and columns of so many patches of an image with the mask's proportions."""
+    """The grid `(rows, columns)` of a number of patches, for an image with the mask's aspect ratio."""
     rows = round(math.sqrt(patches * mask.shape[1] / mask.shape[2]))
     if rows < 1 or patches % rows:
         name, sides = type(backbone).__name__, f"{mask.shape[1]} x {mask.shape[2]}"
-        raise L2R2Error(f"{name} cannot be masked late: its {patches} tokens are no grid of an image of proportions {sides}.")
+        raise L2R2Error(f"{name} cannot be masked late: its {patches} tokens do not form a grid over an image of {sides}.")
     return rows, patches // rows

@@ -1,10 +1,10 @@
-"""iFAM's stage 1: parts of objects found without masks, the hard mask that they make, and the losses that shape them.
+"""iFAM's stage 1: discovery of object parts without masks, the hard mask that results, and the losses on the parts.
 
-Source: iFAM (METHOD.md 8), from its description; the formulas of presence, background presence and equivariance are
-reconstructed [R].
+Source: iFAM (Aniraj et al. 2025), implemented from the paper's description; see `docs/method.md`, iFAM. The formulas of the
+presence, background and equivariance losses are reconstructed [R].
 """
 
-# no `from __future__ import annotations`: see model.py
+# no `from __future__ import annotations`: see l2r2.py
 
 import math
 from collections.abc import Callable, Iterable
@@ -20,16 +20,17 @@ from torch import Tensor, nn
 from ..errors import L2R2Error
 
 QUANTILES = 101  # stored levels of each part's training logits: 0, 0.01, ..., 1
-MAX_LOGITS = 1_000_000  # of one part, more of them change no quantile that matters
+MAX_LOGITS = 1_000_000  # per part; more samples hardly change the quantiles
 
 
 class PartMaps(NamedTuple):
-    """What stage 1 found in B images on a grid of h x w patches.
+    """The parts found in B images, on a grid of h x w patches.
 
-    logits: `[B, K + 1, h, w]`, minus the squared distance of each patch to each prototype; the last one is the background.
-    maps: `[B, K + 1, h, w]`, their softmax, with Gumbel noise in training; sums to 1 over parts and background.
-    vectors: `[B, K, C]`, the map-weighted mean of the patches of each part.
-    keep: `[B, h, w]` bool, the patches that stage 2 sees.
+    Attributes:
+        logits: `[B, K + 1, h, w]`, minus the squared distance of each patch to each prototype; the last is the background.
+        maps: `[B, K + 1, h, w]`, their softmax, with Gumbel noise in training; sums to 1 over parts and background.
+        vectors: `[B, K, C]`, the map-weighted mean of the patches of each part.
+        keep: `[B, h, w]` bool, the patches that stage 2 sees.
     """
 
     logits: Tensor
@@ -38,20 +39,24 @@ class PartMaps(NamedTuple):
     keep: Tensor
 
     def foreground(self) -> Tensor:
-        """`[B, h, w]` in 0..1: how much of each patch belongs to any part."""
+        """`[B, h, w]` in [0, 1]: how much of each patch belongs to any part."""
         return self.maps[:, :-1].sum(1)
 
 
 class PartDiscovery(nn.Module):
-    """K part prototypes and one of the background, over the patches of a ViT.
+    """K part prototypes and a background prototype over the patches of a ViT.
 
     Args:
         dim: channels of a patch.
-        num_parts: K, at least 1.
-        dropout: probability that a part is left out of stage 1's answer in training.
+        num_parts: number of parts K, at least 1.
+        dropout: probability that stage 1 ignores a part in training.
 
     Raises:
-        L2R2Error: fewer than one part, or a dropout outside of 0..1.
+        L2R2Error: when `num_parts` is below 1, or `dropout` is not in [0, 1).
+
+    >>> found = PartDiscovery(dim=16, num_parts=3).eval()(torch.rand(2, 12, 16), grid=(3, 4))
+    >>> found.maps.shape, found.keep.shape
+    (torch.Size([2, 4, 3, 4]), torch.Size([2, 3, 4]))
     """
 
     quantiles: Tensor
@@ -66,10 +71,10 @@ class PartDiscovery(nn.Module):
         self.prototypes = nn.Parameter(torch.empty(num_parts + 1, dim))
         trunc_normal_(self.prototypes, std=0.02)
         self.norm = nn.LayerNorm(dim)
-        self.register_buffer("quantiles", torch.zeros(num_parts, QUANTILES))  # of logits, which are below 0
+        self.register_buffer("quantiles", torch.zeros(num_parts, QUANTILES))  # logits are negative, so 0 means not stored
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> PartMaps:
-        """Patches `[B, N, C]` of a grid `(rows, columns)` -> part maps. Without noise in evaluation: the same every time."""
+        """Find the parts among patches `[B, N, C]` of a grid `(rows, columns)`; deterministic in evaluation."""
         logits, maps, vectors, keep = assign_parts(patches, self.prototypes, self.training)
         return PartMaps(logits.unflatten(2, grid), maps.unflatten(2, grid), vectors, keep.unflatten(1, grid))
 
@@ -79,33 +84,36 @@ class PartDiscovery(nn.Module):
         Args:
             vectors: `[B, K, C]`.
             head: the layer that all parts share.
-            dropped: numbers of parts that have no say.
+            dropped: indices of parts to ignore.
         """
         logits = head(self.norm(vectors.to(self.norm.weight.dtype)))  # [B, K, classes]
         return mean_over_parts(logits, list(dropped), self.dropout if self.training else 0.0)
 
     def check_intervention(self, dropped: tuple[int, ...], quantile: float) -> None:
-        """Whether `without` can do this.
+        """Check the arguments of `without`.
 
         Raises:
-            L2R2Error: an unknown part, every part, a quantile outside of 0..1, or one that was never stored.
+            L2R2Error: when a part is unknown, all parts are dropped, the quantile is outside [0, 1], or none were stored.
         """
         if wrong := [k for k in dropped if not 0 <= k < self.num_parts]:
-            raise L2R2Error(f"There is no part {wrong[0]}; this model has 0 to {self.num_parts - 1}.")
-        if len(set(dropped)) == self.num_parts:  # logits of 0 would name the first class for every image
-            raise L2R2Error(f"Without all {self.num_parts} parts nothing is left to answer from; keep at least one.")
+            raise L2R2Error(f"There is no part {wrong[0]}; this model has parts 0 to {self.num_parts - 1}.")
+        if len(set(dropped)) == self.num_parts:  # logits of 0 would predict the first class for every image
+            raise L2R2Error(f"All {self.num_parts} parts are dropped, so there is nothing to classify; keep at least one.")
         if not 0 <= quantile <= 1:
             raise L2R2Error(f"token_quantile must lie between 0 and 1, got {quantile}.")
         if quantile and not self.quantiles.any():
-            raise L2R2Error("This checkpoint has no quantiles of part logits; `l2r2 finetune` stores them at its end.")
+            raise L2R2Error("This checkpoint has no quantiles of part logits; use one that `l2r2 finetune` has finished.")
 
     def without(self, found: PartMaps, dropped: tuple[int, ...], quantile: float) -> PartMaps:
-        """The mask after an intervention: without the patches of some parts, and without those of low confidence.
+        """Remove the patches of some parts, and those of low confidence, from the mask.
 
         Args:
-            found: of `forward`.
-            dropped: numbers of parts, 0 to K - 1.
-            quantile: drop the patches whose logit lies below this quantile of their part's training logits; 0 drops none.
+            found: the output of `forward`.
+            dropped: indices of parts, 0 to K - 1.
+            quantile: drop patches whose logit is below this quantile of their part's training logits; 0 drops none.
+
+        Returns:
+            `found` with the new `keep`.
         """
         best, part = found.logits.max(1)  # [B, h, w]
         keep = found.keep & ~torch.isin(part, torch.tensor(dropped, dtype=part.dtype, device=part.device))
@@ -116,7 +124,7 @@ class PartDiscovery(nn.Module):
 
     @torch.no_grad()
     def store_quantiles(self, batches: Iterable[PartMaps]) -> None:
-        """Store the quantiles of each part's logits over the patches that it won (of one that won none, all are doubtful)."""
+        """Store the quantiles of each part's logits over the patches assigned to it; 0, which drops all, if there are none."""
         won: list[list[Tensor]] = [[] for _ in range(self.num_parts)]
         for found in batches:
             best, part = found.logits.max(1)
@@ -128,15 +136,21 @@ class PartDiscovery(nn.Module):
             self.quantiles[k] = torch.quantile(few, levels).to(self.quantiles) if len(few) else 0.0
 
 
-# one node each of an FX graph, and left as Python where such a graph is scripted
+# each is one node of an FX graph, and stays Python when such a graph is scripted
 
 
 @torch.fx.wrap
 @torch.jit.ignore
 def assign_parts(patches: Tensor, prototypes: Tensor, noise: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Patches `[B, N, C]`, prototypes `[K + 1, C]` -> logits and maps `[B, K + 1, N]`, vectors `[B, K, C]`, keep `[B, N]`.
+    """Assign patches to parts, see `PartMaps`.
 
-    See `PartMaps`. `noise` draws the parts by Gumbel noise, as in training.
+    Args:
+        patches: `[B, N, C]`.
+        prototypes: `[K + 1, C]`.
+        noise: whether to add Gumbel noise to the logits, as in training.
+
+    Returns:
+        Logits `[B, K + 1, N]`, maps `[B, K + 1, N]`, vectors `[B, K, C]` and keep `[B, N]`.
     """
     kind = patches.device.type
     on = torch.is_autocast_enabled(kind) if kind != "meta" else False  # differences of large squares need float32
@@ -154,18 +168,22 @@ def assign_parts(patches: Tensor, prototypes: Tensor, noise: bool) -> tuple[Tens
 @torch.fx.wrap
 @torch.jit.ignore
 def mean_over_parts(logits: Tensor, dropped: list[int], dropout: float) -> Tensor:
-    """Logits of each part `[B, K, classes]` -> their mean over the parts that have a say, `[B, classes]`."""
-    weights = torch.ones_like(logits[:, :, 0], dtype=torch.float32)  # of each row: export keeps the batch dynamic
+    """Average logits `[B, K, classes]` over the parts that are neither `dropped` nor dropped at random: `[B, classes]`."""
+    weights = torch.ones_like(logits[:, :, 0], dtype=torch.float32)  # one per row, so that export keeps the batch dynamic
     weights[:, dropped] = 0.0
     if dropout > 0:
         draws = weights * (torch.rand_like(weights) >= dropout)
-        weights = torch.where(draws.sum(1, keepdim=True) > 0, draws, weights)  # never all of them
+        weights = torch.where(draws.sum(1, keepdim=True) > 0, draws, weights)  # never drop all parts
     return ((logits * weights[:, :, None]).sum(1) / weights.sum(1, keepdim=True).clamp_min(1)).to(logits.dtype)
 
 
 @dataclass(frozen=True)
 class PartWeights:
-    """Weights of the losses that shape the parts (METHOD.md 8); 0 leaves one out."""
+    """Weights of the losses on the parts (`docs/method.md`, iFAM); 0 omits a loss.
+
+    Raises:
+        L2R2Error: when a weight is negative or not finite.
+    """
 
     presence: float = 1.0
     equivariance: float = 1.0
@@ -185,9 +203,9 @@ def part_losses(found: PartMaps, weights: PartWeights, image: Tensor, stage1: Ca
 
     Args:
         found: the parts of the images.
-        weights: of the losses.
-        image: `[B, C, S, S]`, the images.
-        stage1: finds the parts of other images; called once, for equivariance.
+        weights: the weights of the losses.
+        image: the images `[B, C, S, S]`.
+        stage1: finds the parts in images; called once, on transformed images, for the equivariance loss.
     """
     terms: dict[str, Callable[[], Tensor]] = {
         "presence": lambda: presence_loss(found.maps),
@@ -201,33 +219,36 @@ def part_losses(found: PartMaps, weights: PartWeights, image: Tensor, stage1: Ca
 
 
 def presence_loss(maps: Tensor) -> Tensor:
-    """Each part is somewhere in the batch: 1 - the mean over parts of the largest smoothed value of its map [R].
+    """Encourage each part to occur in the batch: 1 minus the mean over parts of the largest smoothed value of its map [R].
 
     Args:
-        maps: `[B, K + 1, h, w]`, the background last; so in all of these.
+        maps: `[B, K + 1, h, w]`, the background last; likewise in the other losses.
+
+    >>> presence_loss(torch.full((2, 4, 6, 6), 0.25))
+    tensor(0.7500)
     """
     return 1 - _smooth(maps[:, :-1]).amax((0, 2, 3)).mean()
 
 
 def background_loss(maps: Tensor) -> Tensor:
-    """The background is near the edges of every image: -log of its largest smoothed value, weighted 1 there, 0 inside [R]."""
+    """Encourage background near each image's edges: -log of its largest smoothed value, weighted 1 there and 0 inside [R]."""
     rows, columns = (torch.linspace(-1, 1, n, device=maps.device).square() for n in maps.shape[2:])
     edge = (rows[:, None] + columns[None]) / 2
     return -(_smooth(maps[:, -1:])[:, 0] * edge).amax((1, 2)).clamp_min(1e-6).log().mean()
 
 
 def variation_loss(maps: Tensor) -> Tensor:
-    """Total variation: the mean absolute difference of neighbors, summed over the two directions."""
+    """Total variation: the mean absolute difference of neighbors, summed over both directions."""
     return sum((maps.diff(dim=d).abs().sum(1).mean() for d in (2, 3) if maps.shape[d] > 1), maps.new_zeros(()))
 
 
 def entropy_loss(maps: Tensor) -> Tensor:
-    """Each patch belongs to one part: the mean entropy over parts and background, relative to the largest possible."""
+    """Encourage each patch to belong to one part: the mean entropy over parts and background, relative to its maximum."""
     return -(maps * maps.clamp_min(1e-8).log()).sum(1).mean() / math.log(maps.shape[1])
 
 
 def orthogonality_loss(vectors: Tensor) -> Tensor:
-    """Parts differ: the mean absolute cosine between the vectors `[B, K, C]` of two parts of an image; 0 for one part."""
+    """Encourage parts to differ: the mean absolute cosine between the vectors `[B, K, C]` of an image; 0 for one part."""
     parts = vectors.shape[1]
     if parts < 2:
         return vectors.new_zeros(())
@@ -237,9 +258,9 @@ def orthogonality_loss(vectors: Tensor) -> Tensor:
 
 
 def equivariance_loss(maps: Tensor, image: Tensor, stage1: Callable[[Tensor], PartMaps]) -> Tensor:
-    """Parts move with the image: 1 - the mean cosine between the moved maps and the maps of the moved image, inside of it [R].
+    """Encourage parts to move with the image: 1 minus the mean cosine of the moved maps and the maps of the moved image [R].
 
-    Rotation up to 30 degrees, shift up to a tenth of the side, scale 0.8 to 1.25, drawn for each image.
+    Each image gets a random rotation up to 30 degrees, shift up to a tenth of the side, and scale from 0.8 to 1.25.
     """
     theta = draw_moves(len(image), image.device)
     moved = stage1(move(image, theta)).maps
@@ -249,20 +270,20 @@ def equivariance_loss(maps: Tensor, image: Tensor, stage1: Callable[[Tensor], Pa
 
 
 def draw_moves(count: int, device: Any = None) -> Tensor:
-    """`[B, 2, 3]` random rotations, shifts and scales, as `affine_grid` takes them."""
+    """Draw random rotations, shifts and scales `[B, 2, 3]` for `affine_grid`."""
     angle = (torch.rand(count, device=device) * 2 - 1) * math.pi / 6
     scale = torch.exp((torch.rand(count, device=device) * 2 - 1) * math.log(1.25))
-    shift = (torch.rand(count, 2, device=device) * 2 - 1) * 0.2  # the side is 2
+    shift = (torch.rand(count, 2, device=device) * 2 - 1) * 0.2  # the side has length 2
     cos, sin = scale * angle.cos(), scale * angle.sin()
     return torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
 
 
 def move(x: Tensor, theta: Tensor) -> Tensor:
-    """Images or maps `[B, C, h, w]` moved by `theta`; 0 comes in from outside."""
+    """Transform images or maps `[B, C, h, w]` by `theta` `[B, 2, 3]`, with 0 outside."""
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid.to(x.dtype), padding_mode="zeros", align_corners=False)
 
 
 def _smooth(maps: Tensor) -> Tensor:
-    """The mean over 3 x 3 patches: one patch alone is not a part."""
+    """Average over 3 x 3 patches, because a single patch is not a part."""
     return F.avg_pool2d(maps, 3, 1, 1, count_include_pad=False)

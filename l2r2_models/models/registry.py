@@ -1,4 +1,4 @@
-"""The registered architectures and their pretrained tags. Importing this module makes them known to timm."""
+"""The registered architectures and their pretrained tags; importing this module registers them with timm."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from .ifam import IFAM
 from .l2r2 import L2R2, check_branches
 from .weights import forget, overlay
 
-__all__: list[str] = []  # nothing for `import *`: timm reads it
+__all__: list[str] = []  # timm appends to it
 
 FORMAT_VERSION = 1  # of a checkpoint's model_args
 
-MASKED, PARTS = "l2r2_masked_", "ifam_"  # fg drops tokens of a ViT by a mask; finds the object's parts itself
+MASKED, PARTS = "l2r2_masked_", "ifam_"  # prefixes: fg drops a ViT's tokens by a mask; the model finds parts itself
 
-# architecture -> timm backbone; the table from which entrypoints, tags and hub_configs are made
+# architecture -> timm backbone; the entrypoints, tags and hub_configs are generated from this table
 ARCHITECTURES: dict[str, str] = {
     f"l2r2_{backbone}": backbone
     for backbone in (
@@ -55,25 +55,29 @@ ARCHITECTURES |= {f"{PARTS}{vit}": vit for vit in ("vit_tiny_patch16_224", *_VIT
 
 
 def model_class(architecture: str) -> type[L2R2]:
-    """The class of a registered architecture."""
+    """The class of a registered architecture.
+
+    >>> model_class("l2r2_resnet18").__name__
+    'L2R2'
+    """
     return IFAM if architecture.startswith(PARTS) else L2R2
 
 
 def timm_cfgs(backbone: str) -> dict[str, PretrainedCfg]:
-    """timm's weights of a backbone by name with tag, those only that the Hub serves."""
+    """The pretrained cfgs of a timm backbone whose weights are on the Hub, by name with tag."""
     return {name: cfg for name, cfg in get_arch_pretrained_cfgs(backbone).items() if cfg.hf_hub_id and "." in name}
 
 
 def derive_cfg(source: PretrainedCfg) -> PretrainedCfg:
-    """An L2R2 pretrained cfg that loads a plain timm classifier's weights: backbone prefixed, classifier in each head.
+    """Derive the pretrained cfg of an L2R2 model that starts from a timm classifier's weights.
 
-    Its names are those of the default model; `_create` extends them to other branches.
+    Its parameter names are those of the default branches; `_create` extends them to others.
     """
     return dataclasses.replace(
         source,
         architecture=None,
         tag=None,
-        url=None,  # the Hub copy is safetensors; timm's other urls may be pickles
+        url=None,  # the Hub's copy is safetensors, timm's other URLs may be pickles
         custom_load=False,
         first_conv=_first_convs(source, ("backbone.",)),  # type: ignore[arg-type]  # timm takes one name or several
         classifier=("heads.full", "heads.fg"),  # type: ignore[arg-type]
@@ -81,7 +85,7 @@ def derive_cfg(source: PretrainedCfg) -> PretrainedCfg:
 
 
 def _first_convs(source: PretrainedCfg | None, prefixes: Sequence[str]) -> str | tuple[str, ...] | None:
-    """The input convolutions of a model, which timm adapts to another number of channels."""
+    """The names of a model's input convolutions, which timm adapts to another number of channels."""
     if source is None or not source.first_conv:
         return None
     names = (source.first_conv,) if isinstance(source.first_conv, str) else source.first_conv
@@ -90,12 +94,12 @@ def _first_convs(source: PretrainedCfg | None, prefixes: Sequence[str]) -> str |
 
 
 def _default_cfgs() -> dict[str, dict[str, Any] | PretrainedCfg]:
-    """`architecture.tag` -> cfg for every hub config whose source the installed timm knows; `*` marks the default tag."""
+    """Cfgs by `architecture.tag` for all hub configs whose source the installed timm has; `*` marks the default tag."""
     cfgs: dict[str, dict[str, Any] | PretrainedCfg] = {}
     known = {backbone: timm_cfgs(backbone) for backbone in ARCHITECTURES.values()}
     for config in load_hub_configs():
         if config.architecture not in ARCHITECTURES:
-            raise L2R2Error(f"The hub config of {config.name}: there is no such architecture.")
+            raise L2R2Error(f"The hub config of {config.name} names an unknown architecture; add it to ARCHITECTURES.")
         if config.trained:
             cfgs[config.name] = _trained_cfg(config)
             continue
@@ -106,7 +110,7 @@ def _default_cfgs() -> dict[str, dict[str, Any] | PretrainedCfg]:
 
 
 def _trained_cfg(config: HubConfig) -> dict[str, Any]:
-    """The cfg of an L2R2 checkpoint on the Hub, from its hub config."""
+    """The pretrained cfg of an L2R2 checkpoint on the Hub."""
     views = ViewSpec.from_dict((config.model_args or {}).get("views", {}))
     return dict(
         hf_hub_id=config.hub_id,
@@ -126,14 +130,21 @@ default_cfgs = generate_default_cfgs(_default_cfgs())
 
 
 def load_filter(state_dict: dict[str, Tensor], model: L2R2) -> dict[str, Tensor]:
-    """Turn a plain timm checkpoint into one of `model`; one of our own passes, but for the fusion's numbers.
+    """Convert a timm checkpoint to the parameters of `model`; one of an L2R2 model passes through, except for its fusion.
 
-    The classifier is copied to every head, the rest goes to every backbone after the backbone's own timm filter. What a
-    headless checkpoint lacks (`head.norm`) and what no classifier has (`model.fresh`) stay as the model was built.
+    The classifier is copied to every head, and the rest to every backbone, after timm's own filter for the backbone. Parameters
+    that a headless checkpoint (`head.norm`) or any classifier (`model.fresh`) lacks keep their initial values.
+
+    Args:
+        state_dict: the checkpoint.
+        model: the model to load.
+
+    Returns:
+        A complete state dict of `model`.
     """
     own = model.state_dict()
     if any(key.startswith("backbone.") for key in state_dict):
-        # a fusion chosen at load time replaces the saved one together with its numbers
+        # a fusion chosen at load time replaces the saved one and its parameters
         kept = {k: v for k, v in state_dict.items() if not k.startswith("fusion.") or (k in own and v.shape == own[k].shape)}
         return {**{k: v for k, v in own.items() if k.startswith("fusion.")}, **kept}
 
@@ -153,17 +164,21 @@ def load_filter(state_dict: dict[str, Tensor], model: L2R2) -> dict[str, Tensor]
 
 
 def backbone_weights(state_dict: dict[str, Tensor], model: L2R2) -> dict[str, Tensor]:
-    """A timm checkpoint of the model's backbone as the backbone names and shapes it: after timm's own filter for it."""
+    """Apply timm's own checkpoint filter for the model's backbone, so that names and shapes match it."""
     module = sys.modules[model_entrypoint(model.backbone_name.split(".")[0]).__module__]
     convert: Callable[..., dict[str, Tensor]] = getattr(module, "checkpoint_filter_fn", lambda sd, _: sd)
     return convert(state_dict, model.backbone)
 
 
 def classifier_name(model: L2R2) -> str:
-    """Name of the classifier in the timm backbone's own checkpoints, e.g. `head.fc`."""
+    """Name of the classifier in the timm backbone's checkpoints, e.g. `head.fc`.
+
+    Raises:
+        L2R2Error: when the backbone has no single classifier.
+    """
     name = model.backbone.default_cfg.get("classifier")
     if not isinstance(name, str):
-        raise L2R2Error(f"{model.backbone_name} has no single classifier, so the heads cannot start from its weights.")
+        raise L2R2Error(f"{model.backbone_name} has no single classifier to initialize the heads from; use another backbone.")
     return name
 
 
@@ -171,13 +186,13 @@ TRAINED = {config.name: dict(config.model_args or {}) for config in load_hub_con
 
 
 def check_format(version: Any) -> None:
-    """Whether a checkpoint of this format can be read.
+    """Check that a checkpoint's format can be read.
 
     Raises:
-        L2R2Error: a newer format, or no format at all.
+        L2R2Error: when the format is newer than this version's, or not a format.
     """
     if type(version) is not int or version < 1:  # True is an int
-        raise L2R2Error(f"a checkpoint's format_version is a whole number from 1, not {version!r}.")
+        raise L2R2Error(f"format_version must be a whole number from 1, got {version!r}.")
     if version > FORMAT_VERSION:
         raise L2R2Error(f"checkpoint format {version} is newer than {FORMAT_VERSION}; upgrade l2r2-models.")
 
@@ -191,12 +206,12 @@ def _create(
     format_version: int = FORMAT_VERSION,
     **kwargs: Any,
 ) -> L2R2:
-    """Build a model; `source` is the timm model with tag that `pretrained` starts from, by default that of the tag."""
+    """Build a model; `source` is the timm model with tag whose weights `pretrained` loads, by default that of the cfg's tag."""
     check_format(format_version)
     if source is None and isinstance(tag := kwargs.get("pretrained_cfg"), (str, type(None))):
         cfg = get_pretrained_cfg(architecture)
         source = f"{backbone}.{tag or (cfg.tag if cfg else '')}"
-    if isinstance(tag := kwargs.get("pretrained_cfg"), str):  # a trained checkpoint's own branches, fusion and views
+    if isinstance(tag := kwargs.get("pretrained_cfg"), str):  # a trained checkpoint brings its branches, fusion and views
         kwargs = {**TRAINED.get(f"{architecture}.{tag}", {}), **kwargs}
     branches = check_branches(kwargs.get("branches") or ("full", "fg"))
     prefixes = ["backbone.", *(f"branch_backbones.{b}." for b in branches[1:] if not kwargs.get("shared", True))]
@@ -222,7 +237,7 @@ def _create(
 
 
 def _feature_indices(backbone: str) -> tuple[int, ...]:
-    """features_only's default levels: all stages of a hierarchical network, timm's usual three of a ViT."""
+    """Default levels of `features_only`: all stages of a hierarchical network, the last three blocks of a ViT, as in timm."""
     if backbone.startswith(("resnet", "efficientnet", "tf_efficientnet")):
         return (0, 1, 2, 3, 4)
     return (-3, -2, -1) if backbone.startswith("vit_") else (0, 1, 2, 3)
@@ -231,7 +246,7 @@ def _feature_indices(backbone: str) -> tuple[int, ...]:
 def _entrypoint(architecture: str, backbone: str) -> Callable[..., L2R2]:
     def create(pretrained: bool = False, **kwargs: Any) -> L2R2:
         if "backbone" in kwargs:
-            raise L2R2Error(f"The backbone of {architecture} is {backbone}; only the generic model l2r2 takes another.")
+            raise L2R2Error(f"The backbone of {architecture} is {backbone}; use the generic model l2r2 for another one.")
         return _create(architecture, pretrained, backbone=backbone, **kwargs)
 
     create.__name__ = create.__qualname__ = architecture
@@ -248,12 +263,21 @@ for _architecture, _backbone in ARCHITECTURES.items():
 def l2r2(pretrained: bool = False, backbone: str = "resnet18", **kwargs: Any) -> L2R2:
     """L2R2 on any timm backbone: `timm.create_model("l2r2", backbone="convnext_nano.in12k_ft_in1k", pretrained=True)`.
 
-    With `pretrained=True` backbone and heads start from that timm tag (the default one where no tag is given).
+    Args:
+        pretrained: whether backbone and heads start from the weights of the backbone's tag, or of its default tag.
+        backbone: a timm model, with or without a tag.
+        **kwargs: other arguments of `L2R2`.
+
+    Raises:
+        L2R2Error: when the backbone is unknown, or a tag is given for `l2r2` itself.
+
+    >>> timm.create_model("l2r2", backbone="resnet18", num_classes=5).branches
+    ('full', 'fg')
     """
     if not is_model(backbone.split(".")[0]):
         raise L2R2Error(unknown_backbone(backbone))
     if isinstance(kwargs.get("pretrained_cfg"), str):
-        raise L2R2Error(f'The generic model l2r2 has no tag "{kwargs["pretrained_cfg"]}"; give one with backbone="name.tag".')
+        raise L2R2Error(f'The generic model l2r2 has no tag "{kwargs["pretrained_cfg"]}"; pass one with backbone="name.tag".')
     source = None
     if kwargs.get("pretrained_cfg") is None:
         source = backbone

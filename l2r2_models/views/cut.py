@@ -1,4 +1,4 @@
-"""THE place that cuts: from images and boxes to the views that the branches see, as one serialized `ViewSpec` says."""
+"""Cutting the branches' views from images and boxes, as a serialized `ViewSpec` defines. No other module cuts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,18 @@ if TYPE_CHECKING:
 
 
 class Views(NamedTuple):
-    """Normalized views `[V, 3, S, S]` by branch (None where not asked for), `has_fg` `[V]` bool, and for an fg that is masked
-    inside the network the object's mask `[V, S, S]`, its part of each pixel of the whole image's view in 0..1.
+    """The views of V boxes, by branch.
 
-    Such an fg looks at `full`; `fg` then is the whole image only where `full` is not asked for. Where `has_fg` is False the
-    fg view shows the whole image, so that the batch holds real images only.
+    An fg that is masked inside the network sees `full`; `fg` is then the whole image, and only made if `full` is not requested.
+    Where `has_fg` is False, the fg view shows the whole image, so that the batch contains only real images.
+
+    Attributes:
+        full: normalized views `[V, 3, S, S]`, or None if not requested; likewise `fg` and `bg`.
+        fg: see `full`.
+        bg: see `full`.
+        has_fg: `[V]` bool, whether an object was found.
+        mask: for an fg that is masked inside the network, `[V, S, S]`: how much of each pixel of `full` the object covers, in
+            [0, 1].
     """
 
     full: Tensor | None
@@ -33,7 +40,7 @@ class Views(NamedTuple):
     mask: Tensor | None = None
 
     def inputs(self) -> dict[str, Tensor]:
-        """What there is, by the argument names of `L2R2.forward_views`."""
+        """The tensors that are not None, by the argument names of `L2R2.forward_views`."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
@@ -47,23 +54,28 @@ def make_views(
     masks: Sequence[Tensor | None] | None = None,
     device: torch.device | str | None = None,
 ) -> Views:
-    """Cut the views of every box, from the original images.
+    """Cut the views of every box from the original images (`docs/method.md`, Views).
 
     Args:
         images: upright RGB images, PIL or uint8 tensors `[H, W, 3]`, of any sizes.
-        boxes: `[V, 4]` xyxy pixels of the original image; a NaN row has no box. None: no image has one.
+        boxes: `[V, 4]` xyxy pixels of the original image; a NaN row has no box. None: no image has a box.
         spec: how to cut.
         branches: which views to make.
         image_index: `[V]` int64, the image of each box; by default box i belongs to image i.
-        masks: V masks `[H, W]` bool (True = object) or None.
+        masks: V masks `[H, W]` bool (True on the object) or None.
         device: where to cut (default: where the images are).
 
     Returns:
-        Views of V rows. A row without a usable box, or whose mask is empty (for `masked_crop`: inside the crop), has
-        `has_fg` False (METHOD.md 2). With fg `parts` boxes and masks are not used, and every row has True.
+        Views of V rows. `has_fg` is False for a row without a usable box, or whose mask is empty (for `masked_crop`: inside the
+        crop); see `docs/method.md`, Fallback. With fg mode `parts`, boxes and masks are not used and every row is True.
 
     Raises:
-        L2R2Error: boxes, index or masks do not fit the images.
+        L2R2Error: when boxes, index or masks do not match the images.
+
+    >>> image = torch.zeros(30, 40, 3, dtype=torch.uint8)
+    >>> views = make_views([image], torch.tensor([[5.0, 5.0, 20.0, 25.0]]), ViewSpec(size=8))
+    >>> views.full.shape, views.fg.shape, views.has_fg
+    (torch.Size([1, 3, 8, 8]), torch.Size([1, 3, 8, 8]), tensor([True]))
     """
     pixels = [_pixels(image).to(device) for image in images]
     place = pixels[0].device if pixels else torch.device("cpu")
@@ -72,9 +84,9 @@ def make_views(
     index = torch.arange(len(pixels), device=place) if image_index is None else image_index.to(place)
     rows = len(index) if boxes is None else len(boxes)
     if image_index is None and rows != len(pixels):
-        raise L2R2Error(f"{rows} boxes for {len(pixels)} images; give image_index where they differ.")
+        raise L2R2Error(f"Got {rows} boxes for {len(pixels)} images; pass image_index, the image of each box.")
     if rows == 0:
-        raise L2R2Error("No image to cut views from.")
+        raise L2R2Error("There is no image to cut views from; pass at least one.")
     if image_index is not None:
         _check_index(image_index, rows, len(pixels))
     sizes = torch.tensor([p.shape[:2] for p in pixels], device=place)[index]  # [V, 2] height, width
@@ -91,7 +103,7 @@ def make_views(
     objects = _Objects(boxes, sizes, has_fg, keep)
     parts: dict[str, _Part] = {}
     if "full" in branches:
-        parts["full"] = _whole_images(pixels)  # once an image, however many boxes it has
+        parts["full"] = _whole_images(pixels)  # once per image, however many boxes it has
     if in_network and "full" not in branches:
         parts["fg"] = _Part(whole, index)
     if "fg" in branches and not in_network:
@@ -111,16 +123,23 @@ def make_views(
 
 
 def cut_batch(x: Tensor, boxes: Tensor, spec: ViewSpec, branch: str) -> tuple[Tensor, Tensor]:
-    """Cut fg or bg out of a normalized batch, at its own size; differentiable in `x`.
+    """Cut the fg or bg views from a normalized batch, at its own size; differentiable in `x`.
 
     Args:
-        x: `[B, C, H, W]` normalized images; the fill color is taken as 0, the mean.
-        boxes: `[B, 4]` xyxy in pixels of x; a NaN row has no box.
-        spec: margin, square and interpolation are used.
-        branch: `fg` or `bg` (without masks: the box is the object).
+        x: `[B, C, H, W]` normalized images; the fill color is 0, their mean.
+        boxes: `[B, 4]` xyxy in pixels of `x`; a NaN row has no box.
+        spec: only its fg mode, margin, square and interpolation are used.
+        branch: `fg` or `bg`. There are no masks, so the box is the object.
 
     Returns:
-        Views `[B, C, H, W]` and `has_fg` `[B]` bool; a row without a box is the whole image.
+        Views `[B, C, H, W]`, and `has_fg` `[B]` bool; a row without a box shows the whole image.
+
+    Raises:
+        L2R2Error: when the boxes are not `[B, 4]`.
+
+    >>> views, has_fg = cut_batch(torch.rand(2, 3, 8, 8), torch.tensor([[0.0, 0, 4, 4], [torch.nan] * 4]), ViewSpec(), "fg")
+    >>> views.shape, has_fg
+    (torch.Size([2, 3, 8, 8]), tensor([ True, False]))
     """
     window, has_fg = _windows(x, boxes)
     batch, channels, height, width = x.shape
@@ -132,7 +151,7 @@ def cut_batch(x: Tensor, boxes: Tensor, spec: ViewSpec, branch: str) -> tuple[Te
     if branch == "bg" or not spec.fg.crops:
         return x, has_fg
     where = torch.where(has_fg[:, None], boxes.to(whole), whole)
-    three = channels == 3  # the kernel cuts three channels; any other number goes through it channel by channel
+    three = channels == 3  # the kernel takes three channels; other inputs are cut one channel at a time
     views, _ = roi_views(
         x if three else x.flatten(0, 1)[:, None].expand(-1, 3, -1, -1),
         where if three else where.repeat_interleave(channels, 0),
@@ -149,24 +168,32 @@ def cut_batch(x: Tensor, boxes: Tensor, spec: ViewSpec, branch: str) -> tuple[Te
 
 
 def batch_masks(x: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """The boxes of a batch as masks `[B, H, W]` bool, for an fg that is masked inside the network, and `has_fg` `[B]` bool.
+    """Turn the boxes of a batch into masks, for an fg that is masked inside the network.
 
-    Args and errors as for `cut_batch`; the mask of a row without a box is True everywhere.
+    Args:
+        x: `[B, C, H, W]` images.
+        boxes: `[B, 4]` xyxy in pixels of `x`; a NaN row has no box.
+
+    Returns:
+        Masks `[B, H, W]` bool, True everywhere in a row without a box, and `has_fg` `[B]` bool.
+
+    Raises:
+        L2R2Error: when the boxes are not `[B, 4]`.
     """
     window, has_fg = _windows(x, boxes)
     return _rectangles(window, x.shape[2], x.shape[3]) | ~has_fg[:, None, None], has_fg
 
 
 def _windows(x: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Integer boxes `[B, 4]` in a batch, and which of them hold a pixel."""
-    batch, _, height, width = x.shape  # shape, not len(): export keeps the batch dynamic
+    """Integer boxes `[B, 4]` in a batch, and which of them contain a pixel."""
+    batch, _, height, width = x.shape  # not len(x), which export would fix
     if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.shape[0] != batch:
         raise L2R2Error(f"boxes must be [B, 4] = [{batch}, 4], got {list(boxes.shape)}.")
     return integer_boxes(boxes, boxes.new_full((batch,), height), boxes.new_full((batch,), width), 0.0)
 
 
 class _Part(NamedTuple):
-    """The views of one branch: `[V, 4]` boxes, `[V]` images, V masks (True = pixel kept) or None."""
+    """What to cut for one branch: `[V, 4]` boxes, `[V]` image indices, V masks (True where a pixel is kept) or None."""
 
     boxes: Tensor
     images: Tensor
@@ -174,14 +201,14 @@ class _Part(NamedTuple):
 
 
 def _cut(pixels: list[Tensor], parts: Mapping[str, _Part], spec: ViewSpec) -> dict[str, Tensor]:
-    """All parts in one launch of the kernel; the margin leaves whole images as they are, because they are clipped."""
+    """Cut all parts in one kernel launch; the margin does not change whole images, because boxes are clipped."""
     if not parts:
         return {}
     masks: list[Tensor | None] = []
     for part in parts.values():
         masks += part.masks or [None] * len(part.boxes)
     views, _ = roi_views(
-        [p.permute(2, 0, 1) if len(p) == 3 else p for p in pixels],  # an image 3 pixels high is not [3, H, W]
+        [p.permute(2, 0, 1) if len(p) == 3 else p for p in pixels],  # the kernel would take a 3-pixel-high image for [3, H, W]
         torch.cat([part.boxes for part in parts.values()]),
         torch.cat([part.images for part in parts.values()]),
         masks=None if all(mask is None for mask in masks) else masks,
@@ -198,7 +225,7 @@ def _cut(pixels: list[Tensor], parts: Mapping[str, _Part], spec: ViewSpec) -> di
 
 
 def _cut_masks(masks: list[Tensor], whole: Tensor, spec: ViewSpec) -> Tensor:
-    """Object masks `[H, W]` bool, cut as the whole image is: `[V, S, S]` in 0..1, 0 in the padding."""
+    """Cut object masks `[H, W]` bool like whole images: `[V, S, S]` in [0, 1], 0 in the padding."""
     plain = replace(spec, fill=(0, 0, 0), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), interpolation="bilinear")
     pixels = [mask[..., None].to(torch.uint8).mul(255).expand(-1, -1, 3).contiguous() for mask in masks]
     part = _Part(whole, torch.arange(len(pixels), device=whole.device))
@@ -212,7 +239,7 @@ def _whole_images(pixels: list[Tensor]) -> _Part:
 
 
 class _Objects(NamedTuple):
-    """Where the object of each row is: in its mask, or in its box; nowhere where nothing was found."""
+    """The object of each row: its mask, or else its box; nothing where `has_fg` is False."""
 
     boxes: Tensor
     sizes: Tensor
@@ -220,7 +247,7 @@ class _Objects(NamedTuple):
     masks: list[Tensor | None] | None
 
     def kept(self, boxes_only: bool = False) -> list[Tensor]:
-        """`[H, W]` bool of each row, True on the object; True everywhere where nothing was found."""
+        """`[H, W]` bool per row, True on the object, or everywhere if nothing was found."""
         windows, _ = integer_boxes(self.boxes, self.sizes[:, 0], self.sizes[:, 1], 0.0)
         given = [None] * len(windows) if self.masks is None or boxes_only else self.masks
         return [
@@ -229,10 +256,12 @@ class _Objects(NamedTuple):
         ]
 
     def erased(self, boxes_only: bool) -> list[Tensor]:
-        """`[H, W]` bool of each row, False on the object, or with `boxes_only` on one rectangle that holds box and mask; True
-        everywhere where nothing was found."""
+        """`[H, W]` bool per row, False on the object, or True everywhere if nothing was found.
+
+        With `boxes_only` it is False on the smallest rectangle that contains box and mask.
+        """
         kept, found = self.kept(boxes_only), self.has_fg.tolist()
-        if boxes_only and self.masks is not None:  # nothing of an object may stick out of the box that hides it
+        if boxes_only and self.masks is not None:  # no part of the object may stick out of the box that hides it
             kept = [keep if mask is None else _tight(keep | mask) for keep, mask in zip(kept, self.masks)]
         return [~keep if has else torch.ones_like(keep) for keep, has in zip(kept, found)]
 
@@ -251,7 +280,7 @@ def _pixels(image: Image | Tensor) -> Tensor:
 
 def _check_index(index: Tensor, rows: int, images: int) -> None:
     if index.shape != (rows,) or index.is_floating_point() or index.dtype == torch.bool:
-        raise L2R2Error(f"image_index must be {rows} integers, one a box, got {index.dtype} {list(index.shape)}.")
+        raise L2R2Error(f"image_index must be {rows} integers, one per box, got {index.dtype} {list(index.shape)}.")
     if index.min() < 0 or index.max() >= images:
         raise L2R2Error(f"image_index must lie in 0..{images - 1}, got {int(index.min())}..{int(index.max())}.")
 
@@ -260,15 +289,15 @@ def _object_masks(masks: Sequence[Tensor | None] | None, sizes: Tensor) -> list[
     if masks is None:
         return None
     if len(masks) != len(sizes):
-        raise L2R2Error(f"{len(masks)} masks for {len(sizes)} boxes.")
+        raise L2R2Error(f"Got {len(masks)} masks for {len(sizes)} boxes; pass one mask (or None) per box.")
     for row, (mask, size) in enumerate(zip(masks, sizes.tolist())):
         if mask is not None and list(mask.shape) != size:
-            raise L2R2Error(f"Mask {row} is {list(mask.shape)}, its image {size}.")
+            raise L2R2Error(f"Mask {row} is {list(mask.shape)}, but its image is {size}.")
     return [None if m is None else m.to(sizes.device).bool() for m in masks]
 
 
 def _not_empty(masks: Sequence[Tensor | None], windows: Tensor | None, device: torch.device) -> Tensor:
-    """`[V]` bool: whether each mask holds a pixel, inside its window where there are windows; True without a mask."""
+    """`[V]` bool: whether each mask contains a pixel, inside its window if there are windows; True without a mask."""
     parts = list(masks)
     if windows is not None:
         parts = [None if m is None else m[y0:y1, x0:x1] for m, (x0, y0, x1, y1) in zip(masks, windows.tolist())]
@@ -276,7 +305,7 @@ def _not_empty(masks: Sequence[Tensor | None], windows: Tensor | None, device: t
 
 
 def _tight(mask: Tensor) -> Tensor:
-    """The smallest rectangle that holds a mask `[H, W]`, as a mask."""
+    """The smallest rectangle around a mask `[H, W]`, as a mask."""
     rows, columns = (mask.any(axis).long() for axis in (1, 0))
     inside = [ends.cumsum(0).bool() & ends.flip(0).cumsum(0).flip(0).bool() for ends in (rows, columns)]
     return inside[0][:, None] & inside[1][None]

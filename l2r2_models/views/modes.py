@@ -1,4 +1,4 @@
-"""THE table of fg modes: what the fg branch sees, and what follows from it for every other module."""
+"""The table of fg modes: what the fg branch sees, and what other modules need to know about it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FgMode:
-    """One way to show the object to the fg branch (`docs/method.md`, section 1).
+    """One way to show the object to the fg branch (`docs/method.md`, Views).
 
     Attributes:
-        name: its name in a `ViewSpec`, a recipe and on the command line.
+        name: the mode's name in a `ViewSpec`, a recipe and on the command line.
         words: what the branch sees, for a model card.
-        crops: the view is cut to the object's box.
-        erases: the background is replaced by the fill color before the view is cut.
-        in_network: the branch looks at the whole image and the network masks it, so the view is that of `full`.
-        takes_mask: the network is given the object's mask.
-        finds_object: the network finds the object itself; boxes and masks are not used.
-        drops_tokens: masked patches never enter the blocks of a ViT.
+        crops: whether the view is cut to the object's box.
+        erases: whether the background is replaced by the fill color before the view is cut.
+        in_network: whether the branch sees the whole image, masked inside the network, so that its view is that of `full`.
+        takes_mask: whether the network needs the object's mask.
+        finds_object: whether the network finds the object itself, without boxes or masks.
+        drops_tokens: whether masked patches never enter the blocks of a ViT.
+
+    >>> [name for name, mode in FG_MODES.items() if mode.takes_mask]
+    ['late', 'tokens']
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""How views are cut, in one serialized `ViewSpec`."""
+"""The settings for cutting views, `ViewSpec`, which are stored in the checkpoint."""
 
 from __future__ import annotations
 
@@ -24,28 +24,36 @@ MOST_SIZE = 4096
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """How views are cut. Saved in the checkpoint; training, prediction, evaluation and export all cut by it.
+    """How views are cut; training, prediction, evaluation and export all use the spec stored in the checkpoint.
 
-    The order is: mask, crop to the box, pad to a centerd square with `fill`, resize, normalize (METHOD.md 1; L2R2 B.2).
+    The order is mask, crop to the box, pad to a centered square with `fill`, resize, normalize (`docs/method.md`, Views; L2R2,
+    appendix B.2).
 
     Attributes:
         size: side of the square view in pixels.
         fg_mode: `crop` (cut to the box), `masked_crop` (background replaced by `fill`, then cut) or `masked` (background
-            replaced, not cut); or masked inside the network, which gets the whole image with the object's mask: `late`
-            (features outside of the object are zeroed), `tokens` (patches outside are left out of a ViT) or `parts` (the
-            network finds the object itself, see `IFAM`). Where no mask is given, the box is the mask.
-        bg: `shape` (object pixels replaced; without a mask the same as `box`) or `box` (its box replaced, which a mask that
-            sticks out of it makes larger).
-        margin: how far the fg box grows at each end, relative to its side.
-        square: pad to a square before the resize; False stretches. Holds for the full view too.
+            replaced, not cut); or masked inside the network, which sees the whole image: `late` (features outside the object are
+            zeroed), `tokens` (patches outside are dropped from a ViT) or `parts` (the network finds the object itself, see
+            `IFAM`). Without a mask, the box is the mask.
+        bg: `shape` (object pixels replaced; the same as `box` without a mask) or `box` (the object's box replaced, grown to
+            contain the mask if there is one).
+        margin: how far the fg box is grown at each end, relative to its side.
+        square: whether to pad to a square before the resize, for the full view too; False stretches.
         fill: RGB levels (0-255) of padding and of replaced pixels.
         interpolation: `bilinear` or `bicubic`, antialiased.
-        mode: `float`, or `pil`, which rounds as Pillow does, bit for bit (squares only).
-        mean, std: normalization of pixels in [0, 1].
-        late_stage: `late` masks the output of the `last` stage, or of the one `before_last`, which then runs twice.
-        late_pool: `late` pools by the masked mean (`mask`), over all positions with zeros outside (`all`), or by a ViT's
-            class token (`token`, with before_last).
-        coverage: `tokens` keeps a patch that the object covers by at least so much of its area.
+        mode: `float`, or `pil`, which rounds exactly as Pillow does (square views only).
+        mean: mean per channel of pixels in [0, 1], for normalization.
+        std: standard deviation per channel of pixels in [0, 1], for normalization.
+        late_stage: whether `late` masks the output of the `last` stage, or of the one `before_last`; the last then runs twice.
+        late_pool: whether `late` pools by the masked mean (`mask`), over all positions with zeros outside (`all`), or by a ViT's
+            class token (`token`, needs `before_last`).
+        coverage: the smallest share of a patch's area that the object must cover for `tokens` to keep the patch.
+
+    Raises:
+        L2R2Error: when a value is out of range or not one of the choices.
+
+    >>> ViewSpec(size=96, fg_mode="masked_crop").fg.crops
+    True
     """
 
     size: int = 224
@@ -67,11 +75,11 @@ class ViewSpec:
             if getattr(self, name) not in choices:
                 raise L2R2Error(f'Unknown {name} "{getattr(self, name)}" of a view; choose from {", ".join(choices)}.')
         if not isinstance(self.size, int) or isinstance(self.size, bool) or not 1 <= self.size <= MOST_SIZE:
-            raise L2R2Error(f"A view's size must lie between 1 and {MOST_SIZE} pixels, got {self.size!r}.")
+            raise L2R2Error(f"A view's size must be between 1 and {MOST_SIZE} pixels, got {self.size!r}.")
         if not _is_number(self.margin) or not 0 <= self.margin <= 10:
-            raise L2R2Error(f"A view's margin must lie between 0 and 10 box sides, got {self.margin!r}.")
+            raise L2R2Error(f"A view's margin must be between 0 and 10 box sides, got {self.margin!r}.")
         if not _is_number(self.coverage) or not 0 <= self.coverage <= 1:
-            raise L2R2Error(f"A view's coverage must lie between 0 and 1, got {self.coverage!r}.")
+            raise L2R2Error(f"A view's coverage must be between 0 and 1, got {self.coverage!r}.")
         if not isinstance(self.square, bool):
             raise L2R2Error(f"A view's square must be true or false, got {self.square!r}.")
         for name in ("fill", "mean", "std"):
@@ -88,22 +96,40 @@ class ViewSpec:
 
     @property
     def fg(self) -> FgMode:
-        """What follows from `fg_mode`."""
+        """The entry of `fg_mode` in the table of modes."""
         return FG_MODES[self.fg_mode]
 
     @property
     def crop_mode(self) -> str:
-        """timm's name for how the full view is made: padded to a square, or stretched; timm's default would cut the sides off."""
+        """The full view's crop mode in timm's terms: padded to a square or stretched (timm's default crops the sides)."""
         return "border" if self.square else "squash"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ViewSpec:
-        """From a config; an unknown field is an error."""
+        """Build a spec from a checkpoint's config.
+
+        Raises:
+            L2R2Error: when a field is unknown or its value is invalid.
+
+        >>> ViewSpec.from_dict({"size": 96}).size
+        96
+        """
         return config.from_dict(cls, data, "view field")
 
     @classmethod
     def from_pretrained_cfg(cls, cfg: Mapping[str, Any], **changes: Any) -> ViewSpec:
-        """The views that suit a timm model: its input size, interpolation, mean and std; `fill` is the mean color."""
+        """Build the spec that matches a timm model: its input size, interpolation, mean and std; `fill` is the mean color.
+
+        Args:
+            cfg: the model's `pretrained_cfg`.
+            **changes: fields that replace those of the cfg.
+
+        Raises:
+            L2R2Error: when a value is invalid.
+
+        >>> ViewSpec.from_pretrained_cfg({"input_size": (3, 288, 288), "mean": (0.5, 0.5, 0.5)}).fill
+        (128, 128, 128)
+        """
         mean = tuple(cfg.get("mean", cls.mean))
         std = tuple(cfg.get("std", cls.std))
         interpolation = cfg.get("interpolation", "bicubic")
@@ -117,7 +143,7 @@ class ViewSpec:
         return cls(**{**values, **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON or YAML."""
+        """Convert to plain values for JSON or YAML."""
         return config.to_dict(self)
 
 

@@ -1,7 +1,7 @@
-"""What `make_views` does without masks, in plain tensor operations of one image, for graphs that leave PyTorch.
+"""`make_views` for one image without masks, in plain tensor operations that can be exported from PyTorch.
 
-An antialiased resize is a matrix for each axis; the crop, the padding and a rectangle that is kept or erased are zeros in it, so
-that no size depends on a box. The kernels are many times faster; this is for runtimes that do not have them.
+An antialiased resize is one matrix per axis; the crop, the padding and a kept or erased rectangle are zeros in it, so that no
+shape depends on a box. The kernels are much faster; this is for runtimes without them.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from .spec import ViewSpec
 
 
 def cut_in_graph(image: Tensor, boxes: Tensor, spec: ViewSpec, branches: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
-    """Views by branch and `has_fg`; no size or branch of the computation depends on a value.
+    """Cut the views of one image without data-dependent shapes or control flow.
 
     Args:
         image: `[H, W, 3]` uint8, upright RGB.
         boxes: `[V, 4]` xyxy in pixels of the image; a NaN row has no box.
-        spec: of mode `float`.
-        branches: of full, fg, bg.
+        spec: how to cut; its mode must be `float`.
+        branches: any of full, fg, bg.
 
     Returns:
-        full `[1, 3, S, S]`; fg and bg `[V, 3, S, S]`, the whole image where there is no box; `has_fg` `[V]` bool.
+        Normalized views by branch: full `[1, 3, S, S]`, fg and bg `[V, 3, S, S]`, which show the whole image in a row without a
+        box; and `has_fg` `[V]` bool.
     """
     height, width = image.shape[0], image.shape[1]
     boxes = boxes.float()
@@ -51,12 +52,12 @@ def cut_in_graph(image: Tensor, boxes: Tensor, spec: ViewSpec, branches: Sequenc
 
 
 def _resized(pixels: Tensor, window: Tensor, keep: Tensor, spec: ViewSpec) -> Tensor:
-    """`[V, 3, S, S]` of pixels `[3, H, W]`: each window's canvas resized, the pixels outside of `keep` as fill."""
+    """Resize each window's canvas of pixels `[3, H, W]` to `[V, 3, S, S]`, with fill outside `keep`."""
     x0, y0, x1, y1 = window.double().unbind(1)
     kx0, ky0, kx1, ky1 = keep.double().unbind(1)
     w, h = x1 - x0, y1 - y0
     side_x, side_y = (torch.maximum(w, h),) * 2 if spec.square else (w, h)
-    taps = pixels.shape[1] + pixels.shape[2]  # no canvas is longer
+    taps = pixels.shape[1] + pixels.shape[2]  # an upper bound for the side of a canvas
     rows = _axis(y0, h, side_y, ky0, ky1, pixels.shape[1], taps, spec)  # [V, S, H]
     columns = _axis(x0, w, side_x, kx0, kx1, pixels.shape[2], taps, spec)  # [V, S, W]
     return rows[:, None] @ (pixels[None] @ columns[:, None].transpose(2, 3))  # [V, 3, H, S], then [V, 3, S, S]
@@ -65,7 +66,7 @@ def _resized(pixels: Tensor, window: Tensor, keep: Tensor, spec: ViewSpec) -> Te
 def _axis(
     start: Tensor, length: Tensor, side: Tensor, keep0: Tensor, keep1: Tensor, pixels: int, taps: int, spec: ViewSpec
 ) -> Tensor:
-    """Weights `[V, S, pixels]` of one axis: output s of a canvas of `side` taps, in which the window starts after a padding."""
+    """Resize weights `[V, S, pixels]` of one axis, for a canvas of `side` taps that contains the window and its padding."""
     scale = side[:, None, None] / spec.size
     center = (torch.arange(spec.size, dtype=torch.float64)[None, :, None] + 0.5) * scale  # [V, S, 1]
     stretch = scale.clamp(min=1.0)

@@ -87,8 +87,8 @@ def test_a_box_without_a_mask_among_others_is_its_own_mask():
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        ({"size": [4, 4], "counts": [3, 2]}, "do not fill its 4x4 pixels"),
-        ({"size": [4, 4], "counts": [20, -4]}, "do not fill"),
+        ({"size": [4, 4], "counts": [3, 2]}, "do not add up to its 4x4 pixels"),
+        ({"size": [4, 4], "counts": [20, -4]}, "do not add up"),
         ({"size": [4], "counts": [16]}, "is not COCO RLE"),
         ({"size": [4, 4], "counts": "é"}, "is not COCO RLE"),
         ({"size": [4, 4], "counts": "o"}, "is not COCO RLE"),

@@ -105,19 +105,19 @@ def test_refusals_name_the_file_and_say_why(tmp_path):
     run = write_run(tmp_path / "run")
     cases = {
         "is newer than": lambda c: c["model_args"].update(format_version=99),
-        "from 1, not True": lambda c: c["model_args"].update(format_version=True),
-        "from 1, not 0": lambda c: c["model_args"].update(format_version=0),
-        "from 1, not None": lambda c: c["model_args"].pop("format_version"),
+        "from 1, got True": lambda c: c["model_args"].update(format_version=True),
+        "from 1, got 0": lambda c: c["model_args"].update(format_version=0),
+        "from 1, got None": lambda c: c["model_args"].pop("format_version"),
         "run: The backbone of l2r2_resnet18 is resnet18": lambda c: c.update(architecture="l2r2_resnet18"),
         "no l2r2 section": lambda c: c.pop("l2r2"),
         'Unknown fusion "magic"': lambda c: c["model_args"].update(fusion={"name": "magic"}),
         "Unknown model": lambda c: c.update(architecture="l2r2_resnat18"),
-        "no usable views under model_args": lambda c: c["model_args"].update(views=3),
-        "no usable branches under model_args": lambda c: c["model_args"].pop("branches"),
-        "unknown color under l2r2": lambda c: c["l2r2"].update(color="red"),
-        "unusable localizer under l2r2": lambda c: c["l2r2"].update(localizer="owlv2"),
+        "no valid views under model_args": lambda c: c["model_args"].update(views=3),
+        "no valid branches under model_args": lambda c: c["model_args"].pop("branches"),
+        "unknown key color under l2r2": lambda c: c["l2r2"].update(color="red"),
+        "invalid localizer under l2r2": lambda c: c["l2r2"].update(localizer="owlv2"),
         r"architecture resnet10t in config\.json is not": lambda c: c.update(architecture="resnet10t"),
-        "names weights elsewhere": lambda c: c["pretrained_cfg"].update(url="https://example.org/model.pth"),
+        "points to external weights": lambda c: c["pretrained_cfg"].update(url="https://example.org/model.pth"),
         "model_args as a mapping": lambda c: c.update(model_args=[]),
         "2 label_names for 3 classes": lambda c: c.update(label_names=["a", "b"]),
     }
@@ -202,7 +202,7 @@ def test_damaged_or_missing_files_are_refused(tmp_path):
 
 
 def test_names_that_lead_nowhere_say_what_to_do():
-    with pytest.raises(L2R2Error, match="no such folder; a repository on the Hub is hf-hub:org/name"):
+    with pytest.raises(L2R2Error, match="no such folder; for a repository on the Hub, use hf-hub:org/name"):
         hub.load_checkpoint("no/such/folder/here")
     with pytest.raises(L2R2Error, match="hf download nobody/nothing"):
         Predictor.from_pretrained("nobody/nothing")  # offline in tests

@@ -56,7 +56,7 @@ def test_the_command_derives(there, tmp_path, monkeypatch, capsys):
     code, text = l2r2("derive", "timm:resnet10t", *options)
     assert code == 0 and "1000 classes, not trained" in text
     assert hub.load_checkpoint(tmp_path / "run").model.branches == ("full", "fg", "bg")
-    for source, sentence in (("timm:resnet10t", "holds a checkpoint already"), ("resnet10t", "give timm:NAME")):
+    for source, sentence in (("timm:resnet10t", "already contains a checkpoint"), ("resnet10t", "give timm:NAME")):
         code, text = l2r2("derive", source, "-o", tmp_path / "run")
         assert code == 1 and sentence in text and "Traceback" not in text
 
@@ -66,7 +66,7 @@ def test_what_cannot_be_derived(there, tmp_path):
         ("resnat18", "Unknown timm backbone"),
         ("resnet18.nonsense", "nonsense"),
         ("vit_small_patch14_reg4_dinov2.lvd142m", "have no classifier"),
-        ("resnet34.a1_in1k", "resnet34.a1_in1k: cannot be derived from"),  # the Hub does not have it
+        ("resnet34.a1_in1k", "resnet34.a1_in1k: cannot be converted"),  # the Hub does not have it
     ):
         with pytest.raises(L2R2Error, match=sentence):
             derive.derive(name, tmp_path / "run")

@@ -78,7 +78,7 @@ def test_revisions_by_tag_branch_and_commit(hub_of, runs):
     assert same_weights(hub.load_checkpoint("hf-hub:org/name@v1").model, runs[0])
     commit = hub_of.repos["org/name"].refs["v1"]
     assert same_weights(timm.create_model(f"hf-hub:org/name@{commit}", pretrained=True), runs[0])
-    with pytest.raises(L2R2Error, match="the Hub's org/name has no revision v9"):
+    with pytest.raises(L2R2Error, match="org/name on the Hub has no revision v9"):
         hub.load_checkpoint("org/name@v9")
 
 
@@ -109,9 +109,9 @@ def test_config_and_weights_are_of_one_commit(hub_of, runs, monkeypatch):
 
 def test_private_gated_and_missing_repositories(hub_of, runs, monkeypatch):
     for name, sentence in (
-        ("org/private", "has no org/private, or it is private: log in with `hf auth login`"),
-        ("org/nothing", "has no org/nothing, or it is private"),
-        ("org/gated", "access to org/gated must be asked for"),
+        ("org/private", "org/private is not on the Hub, or is private; if it is yours, run `hf auth login`"),
+        ("org/nothing", "org/nothing is not on the Hub, or is private"),
+        ("org/gated", "org/gated is gated; request access"),
     ):
         with pytest.raises(L2R2Error, match=sentence) as caught:
             Predictor.from_pretrained(name)
@@ -139,7 +139,7 @@ def test_a_download_that_breaks_off_continues(hub_of, runs, caplog):
 def test_a_download_that_never_arrives_leaves_nothing_to_load(hub_of, runs, tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub_of.break_downloads = 1000
-    with pytest.raises(L2R2Error, match=r"org/name: the download stopped .*; the same call continues it"):
+    with pytest.raises(L2R2Error, match=r"org/name: the download stopped .*; run the same command again to resume it"):
         hub.load_checkpoint("org/name")
     cache = tmp_path / "home" / "hub"
     assert not list(cache.rglob("snapshots/*/model.safetensors"))
@@ -149,7 +149,7 @@ def test_a_download_that_never_arrives_leaves_nothing_to_load(hub_of, runs, tmp_
 
 def test_content_with_another_hash_is_refused(hub_of, runs, tmp_path):
     hub_of.damage.add("model.safetensors")
-    with pytest.raises(L2R2Error, match=r"its SHA-256 differs\); get it again with `hf download org/name --force-download`"):
+    with pytest.raises(L2R2Error, match=r"its SHA-256 differs\); download it again with `hf download org/name --force-download`"):
         hub.load_checkpoint("org/name")
     hub_of.damage.clear()
     from huggingface_hub import hf_hub_download
@@ -170,7 +170,7 @@ def test_a_path_that_does_not_exist_never_asks_the_hub(name, tmp_path, monkeypat
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("l2r2_models.checkpoints.download.download", lambda name: pytest.fail(f"asked the Hub for {name}"))
-    with pytest.raises(L2R2Error, match=r"no such folder; a repository on the Hub is hf-hub:org/name"):
+    with pytest.raises(L2R2Error, match=r"no such folder; for a repository on the Hub, use hf-hub:org/name"):
         hub.load_checkpoint(name)
 
 
@@ -187,5 +187,5 @@ def test_what_may_be_a_hub_id_says_so_before_the_hub_is_asked(name, tmp_path, mo
     monkeypatch.setattr("l2r2_models.checkpoints.download.download", download)
     with caplog.at_level("INFO"), pytest.raises(L2R2Error, match="stop"):
         hub.load_checkpoint(name)
-    sentence = f"{name}: no such folder here, asking the Hub for org/fungi"
+    sentence = f"{name}: no such folder, looking for org/fungi on the Hub"
     assert asked == [(name, [] if name.startswith("hf-hub:") else [sentence])]

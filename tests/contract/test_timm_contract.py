@@ -261,7 +261,7 @@ def test_another_patch_size_is_loaded_again(tmp_path):
 
 
 def test_views_of_another_size_than_the_backbone_was_built_for_are_refused_when_it_is_built():
-    with pytest.raises(L2R2Error, match=r"was built for 64 x 64 pixels, the views have 96 x 96; give img_size=96"):
+    with pytest.raises(L2R2Error, match=r"was built for 64 x 64 pixels, but the views have 96 x 96; pass img_size=96"):
         build("l2r2_vit_tiny_patch16_224", views={"size": 96})
     assert build("l2r2_vit_tiny_patch16_224", views={"size": 96}, dynamic_img_size=True).view_spec.size == 96
 

@@ -80,11 +80,11 @@ def test_an_image_that_is_all_object_has_the_mean_color_as_background():
 
 
 def test_a_box_outside_of_the_image_and_a_mask_of_another_size_are_refused():
-    with pytest.raises(L2R2Error, match="covers no pixel of an image of 64x48"):
+    with pytest.raises(L2R2Error, match="covers no pixel of its 64x48 image"):
         background_of(noise(), torch.tensor([70.0, 0.0, 90.0, 20.0]))
-    with pytest.raises(L2R2Error, match="mask is 60x48, its image 64x48"):
+    with pytest.raises(L2R2Error, match="mask is 60x48, but its image is 64x48"):
         background_of(noise(), BOX, torch.ones(48, 60, dtype=torch.bool))
-    with pytest.raises(L2R2Error, match="mask is 60x48, its image 64x48"):
+    with pytest.raises(L2R2Error, match="mask is 60x48, but its image is 64x48"):
         paste_object(noise(), BOX, torch.ones(48, 60, dtype=torch.bool), noise())
     with pytest.raises(L2R2Error, match="feather must lie"):
         paste_object(noise(), BOX, None, noise(), feather=0.7)

@@ -126,11 +126,11 @@ def test_the_same_call_repeats_the_bytes_finishes_what_was_begun_and_another_is_
     before = kept.stat().st_mtime_ns
     composites(*sources, again, correlation=(0.75, 0.5), size=64)
     assert contents(again) == contents(made) and kept.stat().st_mtime_ns == before
-    with pytest.raises(L2R2Error, match="holds composites of other data or settings"):
+    with pytest.raises(L2R2Error, match="contains composites of other data or settings"):
         composites(*sources, again, correlation=(0.75, 0.5), size=64, seed=1)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("keep")
-    with pytest.raises(L2R2Error, match="exists and holds no composites"):
+    with pytest.raises(L2R2Error, match="exists and contains no composites"):
         composites(*sources, tmp_path / "mine")
 
 
@@ -170,10 +170,10 @@ def test_more_classes_than_scenes_share_homes_and_full_correlation_leaves_no_exc
     [
         ({"correlation": (1.2,)}, "correlation must be one or more numbers between 0 and 1"),
         ({"correlation": ()}, "correlation must be one or more"),
-        ({"correlation": (0.9, 0.9)}, "correlation must be different numbers"),
+        ({"correlation": (0.9, 0.9)}, "correlation must be distinct numbers"),
         ({"size": 4}, "size must lie between 16 and 4096"),
         ({"copies": 0}, "copies must lie between"),
-        ({"val_objects": 3}, "ant has 3 training objects, so 3 cannot be held out"),
+        ({"val_objects": 3}, "ant has only 3 training objects, too few to hold 3 out"),
         ({"object_column": "id"}, 'no column "id"'),
     ],
 )

@@ -122,7 +122,7 @@ def test_an_image_is_never_its_own_background(dataset):
     val = split(dataset, "val")
     made = swapped(val, val, copies=3, classes="same")  # each class has four images
     assert all(row.background.path != row.path for row in made.rows)
-    with pytest.raises(L2R2Error, match=r"val_000\.png needs 4 backgrounds of the class red, 3 images can give one"):
+    with pytest.raises(L2R2Error, match=r"val_000\.png needs 4 backgrounds of the class red, but only 3 images have one"):
         swapped(val, val, copies=4, classes="same")
 
 
@@ -132,9 +132,9 @@ def test_rows_without_an_object_are_left_out_of_a_swapped_split(dataset):
     assert len(swapped(some, train)) == len(val) / 2
     with pytest.raises(L2R2Error, match="no image has a box or mask"):
         swapped(replace(val, rows=tuple(replace(row, entry=None) for row in val.rows)), train)
-    with pytest.raises(L2R2Error, match="another class, 0 images can give one"):
+    with pytest.raises(L2R2Error, match="another class, but only 0 images have one"):
         swapped(val, replace(train, rows=tuple(replace(row, entry=None) for row in train.rows)))
-    with pytest.raises(L2R2Error, match='not "others"'):
+    with pytest.raises(L2R2Error, match='backgrounds "others"'):
         swapped(val, train, classes="others")
 
 
@@ -177,7 +177,7 @@ def test_all_objects_of_a_donor_are_gone_whichever_row_it_is(dataset):
         mixed = levels_of(sample_of(row, (0, 0, 0)).pixels)
         assert tuple(COLORS[third.label]) in mixed
         assert not mixed & {tuple(COLORS[first.label]), tuple(COLORS[second.label])}
-    with pytest.raises(L2R2Error, match="needs 2 backgrounds of any class, 1 images"):
+    with pytest.raises(L2R2Error, match="needs 2 backgrounds of any class, but only 1 images"):
         swapped(replace(train, rows=(third,)), donors, classes="any", copies=2)
     items = ViewDataset(
         replace(train, rows=(third, first, other)), train.classes(), ViewSpec(size=40), ("full",), background_swap=1.0

@@ -98,13 +98,13 @@ def test_a_local_folder_of_parquet_can_be_an_id(tmp_path):
 def test_columns_that_cannot_be_told_are_asked_for_and_named_in_the_id(tmp_path):
     more = {"depth": (datasets.Image(), [{"bytes": encoded(i + 90), "path": None} for i in range(6)])}
     made(image="photo", label="species", **more).save_to_disk(tmp_path / "two")
-    with pytest.raises(L2R2Error, match=r"several image columns, photo, depth; name the one to use, hf:ID\?image=COLUMN"):
+    with pytest.raises(L2R2Error, match=r"several image columns, photo, depth; name the one to use as hf:ID\?image=COLUMN"):
         read_table(tmp_path / "two")
     table = read_table(f"hf:{tmp_path / 'two'}?image=depth&label=site")
     assert table.classes() == ("s0", "s1", "s2") and table.rows[3].path.read_bytes() == encoded(93)
     assert table.column("species") == ["cat", "dog"] * 3
     for query, message in (
-        ("image=rgb", 'no column "rgb"; there are photo, species'),
+        ("image=rgb", 'no column "rgb"; choose from photo, species'),
         ("colum=x", 'unknown option "colum"; choose'),
     ):
         with pytest.raises(L2R2Error, match=message):
@@ -158,9 +158,7 @@ def test_masks_and_labeled_objects_come_along(tmp_path):
 
 @pytest.mark.parametrize("name", ["hf:nobody/nothing-of-that-name", "hf:no/such/folder/at-all"])
 def test_an_id_that_is_not_there_is_one_sentence(name):
-    with pytest.raises(
-        L2R2Error, match=r"cannot be loaded \(.*\); an id is org/name, and must be loaded once where there is a network"
-    ):
+    with pytest.raises(L2R2Error, match=r"cannot be loaded \(.*\); an id is org/name, and the first call needs network access"):
         read_table(name)
 
 
@@ -172,7 +170,10 @@ def test_a_damaged_saved_data_set_and_a_forgotten_prefix_are_named(tmp_path, mon
     monkeypatch.setattr("sys.argv", ["l2r2", "finetune", "org/name", "--model", "timm:resnet10t", "-o", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 1 and "org/name: no such folder; a data set of the Hub is hf:ORG/NAME" in capsys.readouterr().err
+    assert (
+        ended.value.code == 1
+        and "org/name: no such folder; for a data set on the Hub, use hf:ORG/NAME" in capsys.readouterr().err
+    )
 
 
 def test_metadata_may_lie_beside_each_split(tmp_path):
@@ -274,7 +275,7 @@ def test_of_annotated_boxes_only_those_of_the_images_class_are_used_and_a_locali
 def test_a_box_file_that_cannot_tell_the_objects_of_an_image_apart_is_refused(tmp_path):
     data = three_objects(tmp_path / "d")
     (tmp_path / "boxes.json").write_text('{"a.png": [[1, 1, 20, 20]]}')
-    with pytest.raises(L2R2Error, match=r"boxes\.json: a\.png has objects of several labels and no box for each of them"):
+    with pytest.raises(L2R2Error, match=r"boxes\.json: a\.png has several labels, but not a box for each"):
         read_table(data, boxes=tmp_path / "boxes.json")
     named = read_table(data, boxes=coco(tmp_path / "named.json", ["cat", "dog"]))
     assert [(row.label, row.entry.boxes[0][0]) for row in named.rows] == [("cat", 0), ("dog", 10)]
@@ -288,5 +289,5 @@ def test_columns_that_only_sound_like_labels_or_boxes_are_not_taken_for_them(tmp
         assert table.label_counts() == {"cat": 3, "dog": 3} and not table.entries()
     made(label="species", labels=(datasets.List(texts), [["a", "b"]] * 6)).save_to_disk(tmp_path / "named")
     assert read_table(tmp_path / "named").label_counts() == {"cat": 3, "dog": 3}
-    with pytest.raises(L2R2Error, match='the column "labels" does not hold one label an image'):
+    with pytest.raises(L2R2Error, match='the column "labels" does not have one label per image'):
         read_table(f"hf:{tmp_path / 'named'}?label=labels")

@@ -98,9 +98,9 @@ def test_the_end_of_each_class_is_held_out_as_one_block(dataset):
     assert val.names() == table.names()[-3:] and set(val.names()).isdisjoint(stay.names())
     assert hold_out(table, 0.01, take="end")[1].names() == table.names()[-3:]  # one of each class at least
     assert hold_out(table, 0.25, take="end", seed=5)[1] == val
-    with pytest.raises(L2R2Error, match='"random" or "end", not "start"'):
+    with pytest.raises(L2R2Error, match='"start"; choose from random, end'):
         hold_out(table, 0.2, take="start")
-    with pytest.raises(L2R2Error, match="not both"):
+    with pytest.raises(L2R2Error, match="use one or the other"):
         hold_out(table, 0.2, take="end", group="label")
     alone = replace(table, rows=(*table.rows, replace(table.rows[0], path=table.rows[0].path.with_name("z.png"), label="gray")))
     with pytest.raises(L2R2Error, match="holding 20 % out would leave no training image of gray"):

@@ -39,7 +39,7 @@ def test_waterbirds_without_cub_has_no_boxes_and_an_unknown_code_is_refused(tmp_
     assert all(row.entry is None and row.mask_file is None for row in read_table(tmp_path / "plain").rows)
     file = folder / "waterbird_complete95_forest2water2/metadata.csv"
     file.write_text(file.read_text().replace("I_1.jpg,0,0,", "I_1.jpg,0,3,"))
-    with pytest.raises(L2R2Error, match=r'metadata.csv: split is "3"; known are 0, 1, 2'):
+    with pytest.raises(L2R2Error, match=r'metadata.csv: split is "3"; it must be one of 0, 1, 2'):
         import_published("waterbirds", folder, tmp_path / "out")
 
 

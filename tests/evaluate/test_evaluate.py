@@ -95,7 +95,7 @@ def test_weights_and_config_of_different_saves_are_refused_and_mended_by_fitting
     weights = (own_run / "model.safetensors").read_bytes()
     fit_run(own_run, dataset, "val", method="scaled_average")
     (own_run / "model.safetensors").write_bytes(weights)  # as if killed between the two files
-    with pytest.raises(L2R2Error, match="are of different saves; fit the fusion again"):
+    with pytest.raises(L2R2Error, match="are from different saves; fit the fusion again"):
         Predictor.from_pretrained(own_run)
     fit_run(own_run, dataset, "val", method="robust")
     assert Predictor.from_pretrained(own_run).model.fusion.name == "robust"

@@ -37,7 +37,7 @@ def test_specs_are_canonical():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("center", 'Unknown localizer "center"; choose from owlv2'),
+        ("middle", 'Unknown localizer "middle"; choose from owlv2'),
         ("", "names no localizer"),
         ("center?share", "write option=value pairs joined by &"),
         ("boxes:a?b.json", "a ? in a name is %3F"),

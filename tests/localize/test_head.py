@@ -78,7 +78,7 @@ def test_forward_uses_the_head_when_asked_and_cuts_what_it_found():
     with pytest.raises(L2R2Error, match="has no box head; train one"):
         make()(x, localize="head")
     for wrong in (dict(localize="detector"), dict(localize="head", boxes=boxes)):
-        with pytest.raises(L2R2Error, match="Give boxes, or localize"):
+        with pytest.raises(L2R2Error, match="Pass either boxes or localize"):
             model(x, **wrong)
 
 

@@ -96,7 +96,7 @@ def test_training_without_boxes_is_the_mean_of_the_heads_and_reaches_every_param
 def test_mistakes_are_sentences():
     with pytest.raises(L2R2Error, match='Unknown branch "background"; choose from full, fg, bg'):
         L2R2("resnet10t", branches=("full", "background"))
-    with pytest.raises(L2R2Error, match="one or more different"):
+    with pytest.raises(L2R2Error, match="without repetition"):
         L2R2("resnet10t", branches=("full", "full"))
     with pytest.raises(L2R2Error, match='Unknown fusion "rubust"'):
         L2R2("resnet10t", fusion="rubust")
@@ -106,7 +106,7 @@ def test_mistakes_are_sentences():
         timm.create_model("l2r2", backbone="resnat18")
     with pytest.raises(L2R2Error, match="has the branches full, fg, not bg"):
         tiny().forward_branches(bg=torch.randn(1, 3, 32, 32))
-    with pytest.raises(L2R2Error, match="Give at least one view"):
+    with pytest.raises(L2R2Error, match="Pass at least one view"):
         tiny().forward_branches()
     with pytest.raises(L2R2Error, match=r"boxes must be \[B, 4\]"):
         tiny()(torch.randn(2, 3, 32, 32), torch.zeros(3, 4))

@@ -116,7 +116,7 @@ def test_weights_that_do_not_fit_are_refused_by_file_and_package(offered, tensor
     else:
         tensors["zzz"] = tensors.pop(name)
     file = offered(tensors)
-    sentence = "does not hold the tensors of test_resnet; install another version of some-weights"
+    sentence = "does not contain the tensors of test_resnet; install another version of some-weights"
     with pytest.raises(L2R2Error, match=sentence) as error:
         timm.create_model("l2r2", backbone="test_resnet", pretrained=True)
     assert str(file) in str(error.value)
@@ -156,6 +156,6 @@ def test_a_pickle_with_more_than_tensors_is_not_loaded(offered, tensors, tmp_pat
             return (open, (str(tmp_path / "harmed"), "w"))
 
     offered({**tensors, "zzz": Harmful()}, in_order=True)
-    with pytest.raises(L2R2Error, match="holds more than tensors"):
+    with pytest.raises(L2R2Error, match="contains more than tensors"):
         load_packaged("test_resnet")
     assert not (tmp_path / "harmed").exists()

@@ -60,7 +60,7 @@ def test_another_recipe_or_other_data_never_mix_with_a_run(dataset, tmp_path):
 def test_a_folder_that_is_no_run_is_never_touched(dataset, tmp_path, overwrite):
     (tmp_path / "thesis.txt").write_text("years of work")
     for out in (tmp_path, dataset):
-        with pytest.raises(L2R2Error, match="is not a run of finetune"):
+        with pytest.raises(L2R2Error, match="is not a run of `l2r2 finetune`"):
             finetune(dataset, recipe(), out, overwrite=overwrite)
     assert (tmp_path / "thesis.txt").read_text() == "years of work" and (dataset / "metadata.csv").exists()
 

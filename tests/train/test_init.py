@@ -232,7 +232,7 @@ def test_odd_configs(tmp_path, change):
         ({"model": "timm:test_convnext"}, "the weights of l2r2 do not fit test_convnext"),
         ({"model": "timm:test_vit"}, "the weights of l2r2 do not fit test_vit"),
         ({"init": "nowhere"}, "no such folder"),
-        ({"init": 3}, "no such folder|must be a text"),
+        ({"init": 3}, "no such folder|must be text"),
     ],
 )
 def test_what_cannot_start(run, keys, said):

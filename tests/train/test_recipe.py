@@ -39,7 +39,7 @@ def test_settings_are_yaml_and_numbers_may_be_written_as_people_write_them():
         ({"balanced": 1}, "balanced must be true or false, got 1"),
         ({"lr": True}, "lr must be a number, got True"),
         ({"branches": {"full": 1}}, "branches must be a list of names"),
-        ({"optimizer": None}, "optimizer must be a text, got None"),
+        ({"optimizer": None}, "optimizer must be text, got None"),
         ({"ema": 1}, "ema must be at least 0 and below 1"),
         ({"layer_decay": 0}, "layer_decay must be above 0"),
         ({"precision": "int8"}, 'Unknown precision "int8"; choose from fp32, bf16, fp16'),
@@ -59,8 +59,8 @@ def test_slips_are_sentences(changes, message):
     ("text", "message"),
     [
         ("- a list", "a recipe is a YAML mapping"),
-        ("a: [", "is not YAML"),
-        ("lr: !!python/object/apply:os.getcwd []", "is not YAML"),  # nothing in a recipe is ever run
+        ("a: [", "is not valid YAML"),
+        ("lr: !!python/object/apply:os.getcwd []", "is not valid YAML"),  # nothing in a recipe is ever run
         (b"\xff\xfe\x00", "cannot be read .*; give a YAML file or one of"),
         ("a: &x [1, 2]\nb: *x", "aliases .* are not read"),
         ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
@@ -75,7 +75,9 @@ def test_files_that_are_no_recipe_are_sentences(tmp_path, text, message):
         Recipe.read("fintune", {"model": "m"})
 
 
-@pytest.mark.parametrize(("setting", "message"), [("lr", "takes key=value"), ("=1", "takes key=value"), ("a=[", "is not YAML")])
+@pytest.mark.parametrize(
+    ("setting", "message"), [("lr", "takes key=value"), ("=1", "takes key=value"), ("a=[", "is not valid YAML")]
+)
 def test_settings_that_are_none_are_sentences(setting, message):
     with pytest.raises(L2R2Error, match=message):
         parse_settings([setting])

@@ -266,8 +266,8 @@ def test_boxes_that_do_not_fit_the_images():
     refused("3 boxes for 2 images", images, torch.zeros(3, 4), spec)
     refused(r"\[V, 4\]", images, torch.zeros(2, 5), spec)
     refused(r"\[V, 4\]", images, torch.zeros(4), spec)
-    refused("No image", [], None, spec)
-    refused("No image", images, torch.zeros(0, 4), spec, image_index=torch.zeros(0, dtype=torch.int64))
+    refused("no image", [], None, spec)
+    refused("no image", images, torch.zeros(0, 4), spec, image_index=torch.zeros(0, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("index", [[0, 2], [-1, 0], [0], [0, 1, 1], [0.0, 1.0], [True, False], [[0], [1]]])

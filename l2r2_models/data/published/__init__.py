@@ -1,6 +1,6 @@
-"""Published benchmarks of background shift, from their own archives to an imagefolder that `read_table` reads.
+"""Importing published benchmarks of background shift from their archives as an imagefolder that `read_table` reads.
 
-Nothing is downloaded: the user unpacks an archive and names the folder. One file per set says where its layout is documented.
+Nothing is downloaded: the user unpacks an archive and passes the folder. Each set's module cites the source of its layout.
 """
 
 from __future__ import annotations
@@ -41,7 +41,12 @@ BOX = ("x0", "y0", "x1", "y1")
 
 @dataclass(frozen=True)
 class PublishedSet:
-    """How a set is read, and what a second folder may add to it."""
+    """A published set.
+
+    Attributes:
+        read: reads the items of an unpacked archive.
+        extra: what an optional second folder provides; "" if the set takes none.
+    """
 
     read: Callable[..., list[Item]]
     extra: str = ""
@@ -68,7 +73,14 @@ SETS = {
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import made: the folder, images by split, and how many files were linked and copied by this call."""
+    """The result of an import.
+
+    Attributes:
+        folder: the imagefolder.
+        splits: number of images per split.
+        linked: number of files that this call linked.
+        copied: number of files that this call copied.
+    """
 
     folder: Path
     splits: dict[str, int]
@@ -85,24 +97,27 @@ def import_published(
     copy: bool = False,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda steps, _: steps,
 ) -> Imported:
-    """Write a published set as an imagefolder: images/, masks/ where it has some, and metadata.csv; the same call continues it.
+    """Write a published set as an imagefolder with images/, masks/ (if any) and metadata.csv; an interrupted call is resumed.
 
-    Images become hard links to the user's files, copies where the file system has no such links; masks in another form than
-    a white object on black are written anew.
-
-    >>> sorted(SETS)[:3]
-    ['counteranimal', 'cub', 'eth80']
+    Images are hard links to the user's files, or copies if the file system does not support links. Masks that are not a white
+    object on black are converted.
 
     Args:
         name: one of `SETS`.
         folder: the unpacked archive.
-        out: a new folder, or one of the same call.
+        out: a new folder, or that of an interrupted call.
         extra: a second folder, see `PublishedSet.extra`.
-        copy: copy the images, so that neither folder changes with the other.
+        copy: whether to copy the images, so that the two folders are independent.
         progress: wraps the images while they are written.
 
+    Returns:
+        The folder and what was written.
+
     Raises:
-        L2R2Error: an unknown set, a folder of another layout, missing files, or an output that holds something else.
+        L2R2Error: when the set is unknown, the folder has another layout, files are missing, or `out` contains something else.
+
+    >>> sorted(SETS)[:3]
+    ['counteranimal', 'cub', 'eth80']
     """
     if name not in SETS:
         raise L2R2Error(f'Unknown set "{name}"; choose from {", ".join(SETS)}.')
@@ -119,14 +134,14 @@ def import_published(
         write_json(out / ABOUT, about)
         for item in progress(items, len(items)):
             done.update([_place(item.image, out / "images" / item.name, copy), _place_mask(item, out, copy)])
-        write_text(out / METADATA, lines)  # last and in one step: it says that the data are whole
+        write_text(out / METADATA, lines)  # written last, so it marks the data set as complete
     return Imported(out, dict(Counter(item.columns["split"] for item in items)), done["linked"], done["copied"])
 
 
 def _check_files(items: list[Item], folder: Path) -> None:
     missing = [path for item in items for path in (item.image, item.mask) if path is not None and not path.is_file()]
     if missing:
-        raise L2R2Error(f"{folder}: {len(missing)} files are missing, the first is {missing[0]}; is the archive unpacked whole?")
+        raise L2R2Error(f"{folder}: {len(missing)} files are missing, the first is {missing[0]}; unpack the whole archive.")
 
 
 def _metadata(items: list[Item]) -> str:
@@ -148,7 +163,7 @@ def _mask_name(item: Item) -> str:
 
 
 def _digest(items: list[Item], lines: str) -> str:
-    """SHA-256 over the metadata and the sizes of all files: another set or another version of it has another one."""
+    """SHA-256 over the metadata and all file sizes, which identifies a set and its version."""
     digest = hashlib.sha256(lines.encode("utf-8", errors="backslashreplace"))
     for item in items:
         digest.update(repr([path.stat().st_size for path in (item.image, item.mask) if path is not None]).encode())
@@ -159,13 +174,13 @@ def _check_out(out: Path, about: dict[str, Any]) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / ABOUT).is_file():
-        raise L2R2Error(f"{out}: exists and holds no import; choose another -o.")
+        raise L2R2Error(f"{out}: exists and is not an import; choose another -o.")
     if read_json(out / ABOUT) != about:
-        raise L2R2Error(f"{out}: holds an import of another set, or of other files; choose another -o.")
+        raise L2R2Error(f"{out}: is an import of another set, or of other files; choose another -o.")
 
 
 def _place(source: Path, target: Path, copy: bool) -> str:
-    """Link or copy a file, each in one step, so that what is there is whole."""
+    """Link or copy a file atomically, so that an existing target is complete."""
     if target.is_file():
         return "kept"
     if not copy:
@@ -173,7 +188,7 @@ def _place(source: Path, target: Path, copy: bool) -> str:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.link(os.path.realpath(source), target)
             return "linked"
-        except OSError:  # another disk, or a file system or owner that does not allow it
+        except OSError:  # another disk, or links are not supported or not permitted
             pass
     write_atomic(target, partial(shutil.copyfile, source))
     return "copied"

@@ -1,4 +1,4 @@
-"""What the readers of published sets share: finding the unpacked archive, reading its tables, and one record per image."""
+"""Shared code of the readers of published sets: finding the unpacked archive, reading its tables, and the record of an image."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Item:
     """One image of a published set.
 
     Attributes:
-        image: the file.
-        name: its relative path in the imported set, below `images/`.
-        columns: its metadata; `label` and `split` first.
-        box: of the object, xyxy in pixels with an exclusive end.
-        mask: a file that shows the object.
-        read_mask: reads `mask` as a bool array `[H, W]`; None where it already is a white object on black.
+        image: the image file.
+        name: its path in the imported set, relative to `images/`.
+        columns: its metadata, `label` and `split` first.
+        box: the object's box, xyxy in pixels with an exclusive end.
+        mask: the file of the object's mask.
+        read_mask: reads `mask` as a bool array `[H, W]`; None if it already is a white object on black.
     """
 
     image: Path
@@ -37,10 +37,16 @@ class Item:
 
 
 def find_root(folder: Path, title: str, needed: tuple[str, ...], below: tuple[str, ...] = ()) -> Path:
-    """The folder that holds all of `needed`: `folder` itself, or one of the subfolders `below`.
+    """Find the folder that contains all of `needed`: `folder` itself, or one of the subfolders `below`.
+
+    Args:
+        folder: the folder that the user gave.
+        title: the set's name, for messages.
+        needed: files and folders that identify the set.
+        below: names of subfolders to try.
 
     Raises:
-        L2R2Error: none does; the message says what was looked for.
+        L2R2Error: when there is none.
     """
     if not folder.is_dir():
         raise L2R2Error(f"{folder}: no such folder.")
@@ -52,10 +58,10 @@ def find_root(folder: Path, title: str, needed: tuple[str, ...], below: tuple[st
 
 
 def read_csv(file: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:
-    """Rows of a CSV with a header.
+    """Read the rows of a CSV with a header.
 
     Raises:
-        L2R2Error: unreadable, empty, or a column of `needed` is missing or has no value in some row.
+        L2R2Error: when the file is unreadable or empty, or a row has no value in a column of `needed`.
     """
     check_readable(file)
     try:
@@ -72,10 +78,10 @@ def read_csv(file: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:
 
 
 def read_numbered(file: Path) -> dict[str, str]:
-    """Lines `ID VALUE...` as a dict, the form of CUB's text files.
+    """Read lines `ID VALUE...` as a dict, as in CUB's text files.
 
     Raises:
-        L2R2Error: unreadable, or a line without a value.
+        L2R2Error: when the file is unreadable, or a line has no value.
     """
     values = {}
     for number, line in enumerate(read_text(file).splitlines(), 1):
@@ -91,36 +97,42 @@ def value_of(names: dict[str, str], code: str, file: Path, column: str) -> str:
     """The name of a coded value.
 
     Raises:
-        L2R2Error: a code that the set does not document.
+        L2R2Error: when the code is unknown.
+
+    >>> value_of({"0": "land", "1": "water"}, "1", Path("metadata.csv"), "place")
+    'water'
     """
     if code not in names:
-        raise L2R2Error(f'{file}: {column} is "{code}"; known are {", ".join(names)}.')
+        raise L2R2Error(f'{file}: {column} is "{code}"; it must be one of {", ".join(names)}.')
     return names[code]
 
 
 def relative(name: str, file: Path) -> str:
-    """A path that a table lists, which must stay inside the set's folder.
+    r"""Check that a path in a table stays inside the set's folder.
 
     Raises:
-        L2R2Error: it is absolute or leads out.
+        L2R2Error: when the path is absolute or leads outside.
+
+    >>> relative("images\\a.jpg", Path("metadata.csv"))
+    'images/a.jpg'
     """
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise L2R2Error(f"{file}: lists {name}, which is not a path inside its folder.")
+        raise L2R2Error(f"{file}: lists {name}, which is not a path inside its folder; correct the table.")
     return path.as_posix()
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Image files directly in a folder, sorted; none where there is no such folder."""
+    """Image files directly in a folder, sorted; empty if the folder does not exist."""
     return sorted(p for p in folder.iterdir() if is_image_path(Path(p.name)) and p.is_file()) if folder.is_dir() else []
 
 
 def folders_in(folder: Path) -> Iterator[Path]:
-    """Its subfolders that are not hidden, sorted; none where there is no such folder."""
+    """Subfolders that are not hidden, sorted; empty if the folder does not exist."""
     if folder.is_dir():
         yield from (p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith("."))
 
 
 def nonzero(file: Path) -> np.ndarray:
-    """A mask image as `[H, W]` bool: whatever is not black."""
+    """Read a mask image as `[H, W]` bool, True where it is not black."""
     return np.asarray(load_image(file)).max(-1) > 0

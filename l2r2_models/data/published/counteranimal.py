@@ -1,5 +1,6 @@
-"""CounterAnimal (Wang et al. 2024, A Sober Look at the Robustness of CLIPs to Spurious Features): ImageNet's animals, each on a
-common background and on an unusual one. For testing only.
+"""CounterAnimal (Wang et al. 2024): ImageNet's animals on common and on unusual backgrounds, for testing only.
+
+Source: "A Sober Look at the Robustness of CLIPs to Spurious Features".
 
 Layout, from public loaders of the set: `LAION-final/ID NAME/common-BACKGROUND/` and `.../counter-BACKGROUND/` with the images,
 where ID is the number of ImageNet's class, e.g. `10 brambling/common-grass`. No boxes.
@@ -16,7 +17,14 @@ SPLITS = {"common": "test_common", "counter": "test_counter"}
 
 
 def read_counteranimal(folder: Path) -> list[Item]:
-    """Label: the animal. Splits: test_common, test_counter. Columns background, and imagenet_class (0 to 999)."""
+    """Read the items of CounterAnimal.
+
+    The label is the animal, the splits are test_common and test_counter, and the columns are background and imagenet_class (0 to
+    999).
+
+    Raises:
+        L2R2Error: when the folder has another layout.
+    """
     root = folder / "LAION-final" if (folder / "LAION-final").is_dir() else folder
     items = []
     for place in folders_in(root):

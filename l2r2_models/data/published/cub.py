@@ -2,8 +2,8 @@
 
 Layout, from the README in the archive: `images/`, and text files of one line per image or class: `images.txt` (id, file),
 `image_class_labels.txt` (id, class id), `classes.txt` (class id, name), `train_test_split.txt` (id, 1 for training),
-`bounding_boxes.txt` (id, x, y, width, height). The masks are an archive of their own, `segmentations/` with a PNG for each
-image, unpacked into this folder or beside it.
+`bounding_boxes.txt` (id, x, y, width, height). The masks are a separate archive, `segmentations/` with one PNG per image,
+unpacked into this folder or beside it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ FILES = ("images.txt", "image_class_labels.txt", "classes.txt", "train_test_spli
 
 
 def read_cub(folder: Path) -> list[Item]:
-    """Label: the species. Splits: train, test. Boxes, and masks where `segmentations/` is there."""
+    """Read the items of CUB-200-2011.
+
+    The label is the species, the splits are train and test. There are boxes, and masks if `segmentations/` exists.
+
+    Raises:
+        L2R2Error: when the folder has another layout, or a file is damaged.
+    """
     root = cub_root(folder)
     files, classes, splits, labels = (
         read_numbered(root / name) for name in ("images.txt", "classes.txt", "train_test_split.txt", "image_class_labels.txt")
@@ -35,19 +41,19 @@ def read_cub(folder: Path) -> list[Item]:
 
 
 def cub_root(folder: Path) -> Path:
-    """The folder with the text files.
+    """Find the folder with the text files.
 
     Raises:
-        L2R2Error: they are not there.
+        L2R2Error: when they are missing.
     """
     return find_root(folder, "CUB-200-2011", (*FILES, "images"), ("CUB_200_2011",))
 
 
 def boxes_of(root: Path) -> dict[str, Box]:
-    """Boxes xyxy in pixels by file name.
+    """Boxes xyxy in pixels, by file name.
 
     Raises:
-        L2R2Error: a line is not four numbers.
+        L2R2Error: when a box is not four numbers.
     """
     files, boxes = read_numbered(root / "images.txt"), {}
     for key, text in read_numbered(root / "bounding_boxes.txt").items():
@@ -61,16 +67,17 @@ def boxes_of(root: Path) -> dict[str, Box]:
 
 
 def masks_folder(root: Path) -> Path | None:
-    """`segmentations/` in the folder or beside it."""
+    """The folder `segmentations/` in `root` or beside it, or None."""
     return next((p for p in (root / "segmentations", root.parent / "segmentations") if p.is_dir()), None)
 
 
 def mask_of(masks: Path | None, name: str) -> Path | None:
+    """The mask file of an image, or None without masks."""
     return None if masks is None else masks / Path(name).with_suffix(".png")
 
 
 def species(folder: str) -> str:
-    """The species in the name of a class.
+    """The species in a class name.
 
     >>> species("001.Black_footed_Albatross")
     'Black_footed_Albatross'

@@ -1,10 +1,10 @@
-"""FOD-A (Munyer et al. 2021, arXiv 2110.03072), as the natural background shift of this project's tables (`fod_a_shift`).
+"""FOD-A (Munyer et al. 2021, arXiv 2110.03072), as the natural background shift of this project's benchmarks (`fod_a_shift`).
 
 Layout of the Pascal VOC release 2.1 (300x300), from the authors' repository FOD-UNOmaha/FOD-data (README, FODtoPASCAL,
 FODExpansionTool) and public loaders of it: `VOC2007/JPEGImages/NNNNNN.jpg`, `VOC2007/Annotations/NNNNNN.xml` (object: name,
 bndbox), and the conditions of each image in `VOC2007/ImageSets/Main/CategorizationData/FOD_categorization_annotations.csv`
-(File; Weather: 0 dry, 1 wet; Light: 0 bright, 1 dim, 2 dark). The release's own random split puts neighboring video frames on
-both sides, and is not used.
+(File; Weather: 0 dry, 1 wet; Light: 0 bright, 1 dim, 2 dark). The release's random split is not used, because it puts neighboring
+video frames on both sides.
 """
 
 from __future__ import annotations
@@ -34,16 +34,19 @@ CLASSES = (
     "Wire",
     "Wrench",
 )
-TRAIN, TEST = 60, 30  # frames of a class in a condition
+TRAIN, TEST = 60, 30  # frames per class and condition
 TABLE = "ImageSets/Main/CategorizationData/FOD_categorization_annotations.csv"
 
 
 def read_fod_a(folder: Path) -> list[Item]:
-    """Label: 12 of the 31 classes. Background: weather and light. Boxes.
+    """Read 12 of FOD-A's 31 classes, with boxes; the background is the condition, weather and light.
 
-    Each class has a home condition, three classes share one. Of a class's frames in a condition, in their order, 60 evenly taken
-    out of the first 70 % are `train` at home and `train_minority` elsewhere; 30 out of the last 25 % are `test_id` at home and
-    `test_ood` elsewhere. Frames with several objects are left out.
+    Each class has a home condition, shared by three classes. Of a class's frames in a condition, in order, 60 evenly spaced ones
+    from the first 70 % are `train` at home and `train_minority` elsewhere; 30 from the last 25 % are `test_id` at home and
+    `test_ood` elsewhere. Frames with several objects are skipped.
+
+    Raises:
+        L2R2Error: when the folder has another layout, or a file is damaged.
     """
     root = find_root(
         folder,
@@ -66,7 +69,7 @@ def read_fod_a(folder: Path) -> list[Item]:
                     columns = {"label": label, "split": split, "background": condition, "home_background": home}
                     items.append(Item(root / "JPEGImages" / f"{stem}.jpg", f"{stem}.jpg", columns, box))
     if not items:
-        raise L2R2Error(f"{root}: no frame of {CLASSES[0]}, {CLASSES[1]}, ... with one object; is the archive unpacked whole?")
+        raise L2R2Error(f"{root}: has no frame of {CLASSES[0]}, {CLASSES[1]}, ... with one object; unpack the whole archive.")
     return items
 
 
@@ -91,7 +94,7 @@ def _conditions(file: Path) -> dict[str, str]:
 
 
 def _object(file: Path) -> tuple[str, Box] | None:
-    """Class and box of a frame's only object; None where there are several."""
+    """Class and box of a frame's only object; None if there are several."""
     check_readable(file)
     try:
         objects = ElementTree.parse(file).getroot().findall("object")

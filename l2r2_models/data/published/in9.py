@@ -1,10 +1,10 @@
-"""ImageNet-9 and its Backgrounds Challenge (Xiao et al. 2021, Noise or Signal): nine classes on exchanged backgrounds.
+"""ImageNet-9 and its Backgrounds Challenge (Xiao et al. 2021, Noise or Signal): nine classes on swapped backgrounds.
 
 Layout, from the authors' repository MadryLab/backgrounds_challenge (README, in9_eval.py, challenge_eval.py): the release
-`bg_challenge/` has a folder for each variation, with `val/NN_class/*.JPEG`, and `fg_mask/val/NN_class/*.npy`, arrays `[H, W]`
-that are 1 on the object of the image of that name in `original`. Training sets are archives of their own (`in9l/`,
-`original/`, `mixed_rand/`, ...) with `train/` and `val/`. Mixed images are called fg_ID_bg_ID.JPEG, with the ImageNet ids of the
-photos that object and background come from; the object stays where it was.
+`bg_challenge/` has one folder per variation with `val/NN_class/*.JPEG`, and `fg_mask/val/NN_class/*.npy`, arrays `[H, W]` that
+are 1 on the object of the image of that name in `original`. Training sets are separate archives (`in9l/`, `original/`,
+`mixed_rand/`, ...) with `train/` and `val/`. Mixed images are named fg_ID_bg_ID.JPEG, with the ImageNet ids of the photos that
+object and background come from; the object keeps its position.
 """
 
 from __future__ import annotations
@@ -23,10 +23,17 @@ OBJECT, BACKGROUND = re.compile(r"(?:fg_)?(n\d+_\d+)"), re.compile(r"_bg_(n\d+)_
 
 
 def read_in9(folder: Path, training: Path | None = None) -> list[Item]:
-    """Label: one of nine. Splits: test_VARIATION; train and val from `training`, one of the training archives.
+    """Read the items of ImageNet-9.
 
-    Masks for the variations that show the object, where `fg_mask/` is there. Background: the class that a mixed image's
-    background comes from.
+    The label is one of nine classes, the splits are test_VARIATION, and the background is the class that a mixed image's
+    background comes from. Variations that show the object have masks if `fg_mask/` exists.
+
+    Args:
+        folder: the unpacked release.
+        training: one of the training archives, which adds the splits train and val.
+
+    Raises:
+        L2R2Error: when a folder has another layout.
     """
     root = find_root(folder, "the Backgrounds Challenge", ("original/val", "mixed_rand/val", "mixed_same/val"), ("bg_challenge",))
     classes = {path.name.split("_")[0]: label for label, path in _images(root / "original/val")}  # ImageNet's id: our class
@@ -48,7 +55,7 @@ def read_in9(folder: Path, training: Path | None = None) -> list[Item]:
 
 
 def _images(folder: Path) -> list[tuple[str, Path]]:
-    """Label and file: `02_wheeled vehicle` is the class "wheeled vehicle"."""
+    """Labels and files; the folder `02_wheeled vehicle` has the label "wheeled vehicle"."""
     return [(place.name.partition("_")[2] or place.name, path) for place in folders_in(folder) for path in images_in(place)]
 
 
@@ -64,5 +71,5 @@ def _read_mask(file: Path) -> np.ndarray:
     except (OSError, ValueError, EOFError) as error:
         raise L2R2Error(f"{file}: is not a NumPy array ({error}).") from error
     if mask.ndim != 2:
-        raise L2R2Error(f"{file}: is a mask of shape {mask.shape}; height and width were expected.")
+        raise L2R2Error(f"{file}: is a mask of shape {mask.shape}, but must be [height, width].")
     return mask > 0

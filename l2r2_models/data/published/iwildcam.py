@@ -1,9 +1,9 @@
-"""iWildCam 2020 as in WILDS (Koh et al. 2021; Beery et al. 2020, arXiv 2004.10340): camera traps, split by the trap.
+"""iWildCam 2020 as in WILDS (Koh et al. 2021; Beery et al. 2020, arXiv 2004.10340): camera traps, split by trap.
 
 Layout, from the package p-lambda/wilds (wilds/datasets/iwildcam_dataset.py, dataset_preprocessing/iwildcam/create_split.py):
 `iwildcam_v2.0/` with all images in `train/`, `metadata.csv` (split: train, val, test, id_val, id_test; location_remapped,
-sequence_remapped, y, datetime, filename, ...), and `categories.csv` (y, category_id, name). val and test are of other traps than
-train, id_val and id_test of the same ones on other days. No boxes: the MegaDetector's result file can be given as `--boxes`.
+sequence_remapped, y, datetime, filename, ...), and `categories.csv` (y, category_id, name). val and test are from other traps
+than train, id_val and id_test from the same ones on other days. There are no boxes; pass MegaDetector's results as `--boxes`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ NEEDED = ("split", "location_remapped", "sequence_remapped", "y", "filename")
 
 
 def read_iwildcam(folder: Path) -> list[Item]:
-    """Label: the species, or empty. Column site: the camera trap. Column sequence: frames of one burst."""
+    """Read the items of iWildCam.
+
+    The label is the species, or empty; the columns are site (the camera trap) and sequence (the frames of one burst).
+
+    Raises:
+        L2R2Error: when the folder has another layout, or a table is damaged.
+    """
     root = find_root(folder, "iWildCam of WILDS", ("metadata.csv", "categories.csv", "train"), ("iwildcam_v2.0",))
     names = {row["y"]: row["name"] for row in read_csv(root / "categories.csv", ("y", "name"))}
     file = root / "metadata.csv"

@@ -1,8 +1,8 @@
-"""UrbanCars (Li et al. 2023, A Whac-A-Mole Dilemma): cars pasted on urban or country backgrounds beside a typical object.
+"""UrbanCars (Li et al. 2023, A Whac-A-Mole Dilemma): cars pasted on urban or country backgrounds with a co-occurring object.
 
 Layout, from the authors' repository facebookresearch/Whac-A-Mole (create_datasets/urbancars/gen_urbancars.py, dataset/
-urbancars.py): `bg-0.95_co_occur_obj-0.95/train/` and `bg-0.5_co_occur_obj-0.5/{val,test}/`, in them folders
-`obj-A_bg-B_co_occur_obj-C/` with A, B, C urban or country, and in these `000.jpg`, its car's mask `000_mask.png` and
+urbancars.py): `bg-0.95_co_occur_obj-0.95/train/` and `bg-0.5_co_occur_obj-0.5/{val,test}/` contain folders
+`obj-A_bg-B_co_occur_obj-C/`, where A, B and C are urban or country, with `000.jpg`, its car's mask `000_mask.png` and
 `000_co_occur_obj_mask.png`.
 """
 
@@ -22,7 +22,13 @@ GROUP = re.compile(r"obj-(\w+)_bg-(\w+)_co_occur_obj-(\w+)")
 
 
 def read_urbancars(folder: Path) -> list[Item]:
-    """Label: the car, urban or country. Columns background and co_occurring_object. Masks of the car."""
+    """Read the items of UrbanCars.
+
+    The label is the kind of car, urban or country; the columns are background and co_occurring_object. There are masks of cars.
+
+    Raises:
+        L2R2Error: when the folder has another layout.
+    """
     root = find_root(folder, "UrbanCars", tuple(PARTS.values()), ("urbancars", "urbancars_images"))
     items = []
     for split, part in PARTS.items():

@@ -2,8 +2,8 @@
 
 Layout, from the authors' repository kohpangwei/group_DRO (README, dataset_scripts/generate_waterbirds.py) and the WILDS package:
 `waterbird_complete95_forest2water2/` with `metadata.csv` (img_id, img_filename, y: 1 for waterbirds, split: 0 train, 1 val,
-2 test, place: 1 for water, place_filename) and the images at `img_filename`. An image has the size of CUB's photo and its bird
-at the same place (the background is what is cropped and resized), so that CUB's boxes and segmentations hold for it.
+2 test, place: 1 for water, place_filename) and the images at `img_filename`. Size and position of the bird are those of CUB's
+photo (only the background is cropped and resized), so CUB's boxes and segmentations apply.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ SPLITS = {"0": "train", "1": "val", "2": "test"}
 
 
 def read_waterbirds(folder: Path, cub: Path | None = None) -> list[Item]:
-    """Label: landbird or waterbird. Background: land or water. Boxes and masks from `cub`, the folder of CUB-200-2011."""
+    """Read the items of Waterbirds.
+
+    The label is landbird or waterbird, the background is land or water, and the column is species.
+
+    Args:
+        folder: the unpacked archive.
+        cub: the folder of CUB-200-2011, which provides boxes and masks.
+
+    Raises:
+        L2R2Error: when a folder has another layout, or a table is damaged.
+    """
     below = ("waterbird_complete95_forest2water2", "waterbirds_v1.0")
     root = find_root(folder, "Waterbirds", ("metadata.csv",), below)
     file = root / "metadata.csv"
