@@ -153,7 +153,8 @@ class L2R2(TimmContract):
         """Logits `[B, classes]` of normalized images.
 
         Without boxes, the first head (full) exactly; in training the mean of the heads, so that timm's scripts train all
-        parameters. With boxes, the fused logits, with fg cut out of `x`; `forward_views` with crops of the original image is better.
+        parameters. With boxes, the fused logits, with fg cut out of `x`; views cut from the original image (`forward_views`)
+        show more detail.
 
         Args:
             x: images `[B, C, H, W]`.
