@@ -64,8 +64,8 @@ def as_type(name: str, value: Any, kind: Any, parse_numbers: bool = False) -> An
     Raises:
         L2R2Error: when the value does not have that type.
 
-    >>> as_type("epochs", 3.0, int)
-    3
+    >>> as_type("lr", 1, float)
+    1.0
     """
     origin, options = get_origin(kind), get_args(kind)
     if kind is Any or origin is Literal:  # the dataclass validates its own choices

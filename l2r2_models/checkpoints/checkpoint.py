@@ -51,7 +51,8 @@ class Checkpoint:
     @property
     def box_threshold(self) -> float:
         """The score below which a box counts as not found, as in training; 0.2 if the checkpoint does not say."""
-        return self.training.get("recipe", {}).get("box_threshold", BOX_THRESHOLD)
+        threshold: float = self.training.get("recipe", {}).get("box_threshold", BOX_THRESHOLD)
+        return threshold
 
 
 def save_checkpoint(

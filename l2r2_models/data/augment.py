@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,7 @@ class Augment:
         cut_mask = item["mask"].as_subclass(Tensor)[0].contiguous() if mask is not None else None
         return image, moved, cut_mask
 
-    def _crop(self, item: dict, has_box: bool) -> dict:
+    def _crop(self, item: dict[str, Any], has_box: bool) -> dict[str, Any]:
         from torchvision.transforms import v2
 
         if self.scale >= 1:

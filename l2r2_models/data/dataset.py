@@ -153,7 +153,7 @@ def _was_looked_for(row: Row) -> bool:
     return row.mask_file is not None if row.entry is None else row.entry.failure is None
 
 
-class ViewDataset(Dataset):
+class ViewDataset(Dataset[dict[str, Any]]):
     """Rows as training items: the views of each branch, `has_fg`, and the class index as `labels`.
 
     Random numbers depend on (seed, epoch, row), so an item does not depend on the worker that loads it, or on interruptions. With

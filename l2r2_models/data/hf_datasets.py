@@ -172,8 +172,9 @@ def _bytes(stored: Mapping[str, Any] | None) -> bytes:
     """An image's encoded bytes; empty for a row without an image, which `check_images` then reports by name."""
     if stored is None:
         return b""
-    if stored.get("bytes") is not None:
-        return stored["bytes"]
+    content: bytes | None = stored.get("bytes")
+    if content is not None:
+        return content
     check_readable(stored["path"])
     return Path(stored["path"]).read_bytes()
 

@@ -261,7 +261,7 @@ class IFAM(L2R2):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Stage 1's logits from the backbone's tokens, or with `pre_logits` its pooled features."""
         if pre_logits:
-            return self.backbone.forward_head(x, pre_logits=True)
+            return super().forward_head(x, pre_logits=True)
         patches = x[:, self.backbone.num_prefix_tokens :]
         return self.parts.answer(self.parts(patches, (patches.shape[1], 1)).vectors, self.heads["full"], self.dropped_parts)
 

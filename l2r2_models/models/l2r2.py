@@ -152,9 +152,9 @@ class L2R2(TimmContract):
     def forward(self, x: Tensor, boxes: Optional[Tensor] = None, localize: Optional[str] = None) -> Tensor:  # noqa: UP045  (jit)
         """Logits `[B, classes]` of normalized images.
 
-        Without boxes, the first head (full) exactly; in training the mean of the heads, so that any timm script trains every
-        parameter. With boxes, the fused logits, with fg cut out of `x`. Prefer `forward_views` with views cut from the original
-        image, because a 224-pixel tensor has lost most of the object's detail.
+        Without boxes, the first head (full) exactly; in training the mean of the heads, so that timm's scripts train all
+        parameters. With boxes, the fused logits, with fg cut out of `x`; views cut from the original image (`forward_views`)
+        show more detail.
 
         Args:
             x: images `[B, C, H, W]`.

@@ -123,7 +123,8 @@ def _grid(patch_size: tuple[int, int], height: int, width: int) -> tuple[int, in
 
 def embed_tokens(vit: Any, x: Tensor) -> Tensor:
     """Embed images `[B, C, H, W]` as tokens `[B, P + N, C]` for the first block, with positions, prefix first."""
-    return vit.norm_pre(vit._pos_embed(vit.patch_embed(x)))
+    tokens: Tensor = vit.norm_pre(vit._pos_embed(vit.patch_embed(x)))
+    return tokens
 
 
 def run_tokens(vit: Any, tokens: Tensor, keep: Tensor, *, packed: bool = True, weights: Tensor | None = None) -> Tokens:
@@ -185,7 +186,8 @@ def pool_tokens(vit: Any, tokens: Tokens) -> Tensor:
         if vit.pool_include_prefix:
             pooled, count = pooled + tokens.prefix.sum(1), count + tokens.prefix.shape[1]
         pooled = pooled / count.clamp_min(1)
-    return vit.head_drop(vit.fc_norm(pooled))
+    features: Tensor = vit.head_drop(vit.fc_norm(pooled))
+    return features
 
 
 def token_features(vit: Any, x: Tensor, mask: Tensor, threshold: float, *, packed: bool = True) -> tuple[Tensor, Tensor]:
@@ -316,13 +318,15 @@ def _pool_masked(backbone: Any, features: Tensor, mask: Tensor, pool: str) -> Te
         patches = features[:, backbone.num_prefix_tokens :]
         covered = coverage(mask, _grid_of(patches.shape[1], mask, backbone)).flatten(1).sum(1, keepdim=True)
         count = covered.clamp_min(1e-6) if pool == "mask" else patches.shape[1]
-        return backbone.head_drop(backbone.fc_norm(patches.sum(1) / count))
+        pooled: Tensor = backbone.head_drop(backbone.fc_norm(patches.sum(1) / count))
+        return pooled
     if pool == "mask":
         channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
         grid = features.shape[1:3] if channels_last else features.shape[2:]
         mean = coverage(mask, (grid[0], grid[1])).mean((1, 2)).clamp_min(1e-6)
         features = features / mean[:, None, None, None].to(features.dtype)  # turns the head's mean into the masked mean
-    return backbone.forward_head(features, pre_logits=True)
+    pooled = backbone.forward_head(features, pre_logits=True)
+    return pooled
 
 
 def _grid_of(patches: int, mask: Tensor, backbone: Any) -> tuple[int, int]:

@@ -231,7 +231,7 @@ def presence_loss(maps: Tensor) -> Tensor:
 
 
 def background_loss(maps: Tensor) -> Tensor:
-    """Encourage background near each image's edges: -log of its largest smoothed value, weighted 1 there and 0 inside [R]."""
+    """Encourage background near each image's edges: -log of its largest smoothed value, weighted 1 in corners, 0 inside [R]."""
     rows, columns = (torch.linspace(-1, 1, n, device=maps.device).square() for n in maps.shape[2:])
     edge = (rows[:, None] + columns[None]) / 2
     return -(_smooth(maps[:, -1:])[:, 0] * edge).amax((1, 2)).clamp_min(1e-6).log().mean()

@@ -40,12 +40,16 @@ class TimmContract(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The backbone's unpooled features of images `[B, C, H, W]`."""
-        return self.backbone.forward_features(x)
+        features: Tensor = self.backbone.forward_features(x)
+        return features
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The first head's logits from unpooled features, or with `pre_logits` the pooled features."""
-        features = self.backbone.forward_head(x, pre_logits=pre_logits)
-        return features if pre_logits else self.heads[self.branches[0]](features)
+        features: Tensor = self.backbone.forward_head(x, pre_logits=pre_logits)
+        if pre_logits:
+            return features
+        logits: Tensor = self.heads[self.branches[0]](features)
+        return logits
 
     @torch.jit.ignore
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -63,7 +67,8 @@ class TimmContract(nn.Module):
     @torch.jit.ignore
     def get_classifier(self) -> nn.ModuleDict:
         """The heads by branch."""
-        return self.heads
+        heads: nn.ModuleDict = self.heads
+        return heads
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:

@@ -250,9 +250,9 @@ def test_images_without_an_entry_are_left_out():
 def test_boxes_made_for_another_size_are_refused():
     entry = BoxEntry(image_size=(200, 400))
     assert len(entry.detections((200, 400), "a.jpg")) == 0
-    with pytest.raises(L2R2Error, match=r"^a\.jpg: .* 400x200 image, this one is 401x200\.$"):
+    with pytest.raises(L2R2Error, match=r"^a\.jpg: .* 400x200 image, but this one is 401x200; use boxes made for this file\.$"):
         entry.detections((200, 401), "a.jpg")
-    with pytest.raises(L2R2Error, match=r"^a\.jpg: .* 400x200 image, this one is 200x400; .*EXIF"):
+    with pytest.raises(L2R2Error, match=r"^a\.jpg: .* 400x200 image, but this one is 200x400; .*EXIF"):
         entry.detections((400, 200), "a.jpg")
 
 

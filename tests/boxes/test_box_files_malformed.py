@@ -208,7 +208,7 @@ def test_random_damage_is_read_or_refused(save, tmp_path, content, seed):
             try:
                 write_boxes(table, tmp_path / "out.json", format)
             except L2R2Error as error:
-                assert "size is not known" in str(error), error
+                assert "needs its image size" in str(error), error
         if table.entries:
             assert table.join([next(iter(table.entries))])
 

@@ -99,7 +99,7 @@ def test_a_box_without_a_mask_among_others_is_its_own_mask():
 def test_masks_that_do_not_fit_are_refused_with_the_images_name(tmp_path, mask, message):
     image = {"file": "a.png", "detections": [{"category": "1", "conf": 1, "bbox": [0, 0, 1, 1], "mask": mask}]}
     (tmp_path / "boxes.json").write_text(json.dumps({"info": {}, "images": [image]}))
-    with pytest.raises(L2R2Error, match=r"boxes.json: a\.png: .*" + message if message else "the image 6x5"):
+    with pytest.raises(L2R2Error, match=r"boxes.json: a\.png: .*" + message if message else "the image is 6x5"):
         read_boxes(tmp_path / "boxes.json").entries["a.png"].detections((5, 6), "a.png")
 
 

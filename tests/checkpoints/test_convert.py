@@ -137,7 +137,7 @@ def test_networks_that_see_whole_images_otherwise_do_not_fit(tmp_path, changes, 
 def test_networks_that_do_not_fit(tmp_path):
     full = write_run(tmp_path / "full", branches=("full",))
     both = write_run(tmp_path / "both")
-    with pytest.raises(L2R2Error, match="has the branches full, fg; a network of one branch"):
+    with pytest.raises(L2R2Error, match="has the branches full, fg; use a network with one branch"):
         derive.join({"full": full, "fg": both}, tmp_path / "joint")
     with pytest.raises(L2R2Error, match="share one backbone"):
         derive.split(both, tmp_path / "parts")

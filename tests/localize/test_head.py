@@ -140,5 +140,5 @@ def test_it_travels_with_the_checkpoint(tmp_path):
 
 def test_a_head_needs_a_full_view_and_an_fg_that_is_cut():
     for options in (dict(branches=("fg",)), dict(fg_mode="late")):
-        with pytest.raises(L2R2Error, match="A box head needs a full branch and an fg that is cut out"):
+        with pytest.raises(L2R2Error, match="A box head needs a full branch and an fg that is cropped"):
             make(box_head=True, **options)
