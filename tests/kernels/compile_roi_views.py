@@ -51,7 +51,7 @@ def entries():
             flags = {"OUT": 224, "KIND": kind, "TAPS": 8 << kind, "PIXEL": pixel, "MASKED": masked, "ASM": True}
             name = f"pil kind={kind} pixel={pixel} mixed={mixed} masked={masked}"
             yield name, triton_pil.pil_forward, {**flags, **launch.pil_config(masked, mixed)}, "*u8", "*bf16"
-        flags = {"OUT": 224, "KIND": kind, "TAPS": 8 << kind, "RAGGED": True}
+        flags = {"OUT": 224, "KIND": kind, "TAPS": 8 << kind, "RAGGED": 6}
         yield f"pil_prepare kind={kind}", triton_pil.pil_prepare, {**flags, **launch.PREPARE}, "*u8", "*bf16"
     for kind in range(4):
         for masked, dtype in itertools.product((False, True), (torch.uint8, torch.bfloat16, torch.float32)):
@@ -65,7 +65,7 @@ def entries():
             config = launch.backward_config(kind, masked)
             name = f"backward kind={kind} masked={masked}"
             yield name, triton_backward.backward, {**size, "KIND": kind, "MASKED": masked, **config}, "*fp32", "*fp32"
-        flags = {"KIND": kind, "RAGGED": True, "SQUARE": True}
+        flags = {"KIND": kind, "RAGGED": 6, "SQUARE": True}
         yield f"prepare kind={kind}", triton_place.prepare, {**size, **flags, **launch.PREPARE}, "*u8", "*bf16"
 
 

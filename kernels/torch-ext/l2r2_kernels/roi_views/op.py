@@ -74,15 +74,16 @@ def roi_views(
     Raises:
         TypeError, ValueError: one sentence that names the argument.
     """
-    source = _source_at_once(images, backend)
+    source = None
     if isinstance(images, RaggedImages):
         count, is_uint8, device = _check_ragged(images)
+        source = from_ragged(images) if _at_once(images.pixels, backend) else None
     elif isinstance(images, Tensor):
         count, is_uint8, device = _check_batch(images)
-    elif source is not None:
-        count, is_uint8, device = source.images, True, source.pixels.device
     else:
-        count, is_uint8, device = _check_list(images)
+        if isinstance(images, (list, tuple)) and images and _at_once(images[0], backend):
+            source = from_list(images)  # None: an error is to be told
+        count, is_uint8, device = _check_list(images) if source is None else (source.images, True, source.pixels.device)
     spec = make_spec(
         is_uint8=is_uint8, size=size, margin=margin, square=square, fill=fill, interpolation=interpolation,
         antialias=antialias, mode=mode, mean=mean, std=std, scale=scale, dtype=dtype, memory_format=memory_format,
@@ -100,17 +101,10 @@ def roi_views(
     return _batch_op(images, *rest) if isinstance(images, Tensor) else _ragged_op(images, *rest)
 
 
-def _source_at_once(images: Sequence[Tensor] | RaggedImages | Tensor, backend: str | None) -> Source | None:
-    """The source of a list that Triton will take, looked at once and without the operator, which takes each image apart again.
-
-    None where the operator is needed (under torch.compile, for other backends), or something about the list is to be told.
-    """
-    if torch.compiler.is_compiling() or not isinstance(images, (list, tuple)) or isinstance(images, RaggedImages) or not images:
-        return None
-    first = images[0]
-    if type(first) is not Tensor or not (backend == "triton" or (not backend and first.is_cuda)):
-        return None
-    return from_list(images)
+def _at_once(first: Tensor, backend: str | None) -> bool:
+    """Whether Triton takes uint8 images without the operator, which costs the host time for each image of a list."""
+    chosen = backend == "triton" or (not backend and isinstance(first, Tensor) and first.is_cuda)
+    return chosen and type(first) is Tensor and not torch.compiler.is_compiling()
 
 
 def _check_backend(backend: str | None, device: torch.device, spec: Spec) -> None:

@@ -61,8 +61,8 @@ class RaggedImages(NamedTuple):
 class Source(NamedTuple):
     """What the launchers need to know about the pixels.
 
-    pixels: a tensor of their dtype, the batch itself if not ragged. images: how many. table: int64 [B, ROW] on the device, if
-    ragged.
+    pixels: a tensor of their dtype, the batch itself if not ragged. images: how many. ragged: int64 a row of the table
+    [B, ragged] on the device, 0 for a batch.
     size: (height, width, columns that may be read) and strides: (image, channel, row, pixel), of a batch.
     largest: no image is (higher, wider). span: elements that the pixels of a tile's rows may lie apart, at most.
     layouts: steps from pixel to pixel that occur. held: copies that must live until the kernels are queued.
@@ -70,7 +70,7 @@ class Source(NamedTuple):
 
     pixels: Tensor
     table: Tensor
-    ragged: bool
+    ragged: int
     images: int
     size: tuple[int, int, int]
     strides: tuple[int, int, int, int]
@@ -166,7 +166,7 @@ def from_list(images: Sequence[Tensor]) -> Source | None:
     table = known.table[:]
     table[::ROW] = array("q", map(Tensor.data_ptr, images))
     return Source(
-        images[0], _to_device(table, images[0].device), True, len(images), (0, 0, 0), (0, 0, 0, 0),
+        images[0], _to_device(table, images[0].device), ROW, len(images), (0, 0, 0), (0, 0, 0, 0),
         known.largest, known.span, known.layouts, tuple(held),
     )  # fmt: skip
 
@@ -182,20 +182,16 @@ def from_batch(batch: Tensor) -> Source:
     empty = torch.empty(0, dtype=torch.int64, device=batch.device)
     span = _span(channel, row) if batch.dtype == torch.uint8 else 128 * max(row, pixel)
     return Source(
-        whole, empty, False, batch.shape[0], (height, width, columns), (image, channel, row, pixel), (height, width), span,
+        whole, empty, 0, batch.shape[0], (height, width, columns), (image, channel, row, pixel), (height, width), span,
         (_layout(channel),), (whole,),
     )  # fmt: skip
 
 
 def from_ragged(images: RaggedImages) -> Source:
-    """The source of images in one buffer; the table is made on the device."""
-    start, height, width = images.places.unbind(1)
-    table = torch.stack(
-        [start + images.pixels.data_ptr(), height, width, torch.ones_like(start), 3 * width, width.clamp_min(READABLE)], 1
-    )
+    """The source of images in one buffer."""
     return Source(
-        images.pixels, table, True, table.shape[0], (0, 0, 0), (0, 0, 0, 0), (images.max_height, images.max_width),
-        _span(1, 3 * images.max_width), (3,), (),
+        images.pixels, images.places.contiguous(), 3, images.places.shape[0], (0, 0, 0), (0, 0, 0, 0),
+        (images.max_height, images.max_width), _span(1, 3 * images.max_width), (3,), (),
     )  # fmt: skip
 
 

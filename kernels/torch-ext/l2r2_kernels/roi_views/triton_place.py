@@ -22,8 +22,8 @@ def place(boxes, index, table, n_images, batch_h, batch_w, margin, v, RAGGED: tl
     b = tl.load(index + v)
     known = (b >= 0) & (b < n_images)
     if RAGGED:
-        image_h = tl.load(table + b * 6 + 1, mask=known, other=0).to(tl.float32)
-        image_w = tl.load(table + b * 6 + 2, mask=known, other=0).to(tl.float32)
+        image_h = tl.load(table + b * RAGGED + 1, mask=known, other=0).to(tl.float32)
+        image_w = tl.load(table + b * RAGGED + 2, mask=known, other=0).to(tl.float32)
     else:
         image_h = tl.cast(batch_h, tl.float32)
         image_w = tl.cast(batch_w, tl.float32)
@@ -60,15 +60,20 @@ def store_record(
     record, valid_out, images, index, table, stride_b, stride_c, stride_y, stride_x, columns, v,
     valid, x0, y0, w, h, canvas_w, canvas_h, pad_x, pad_y, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Write one view's record and validity."""
+    """Write one view's record and validity. RAGGED: int64 a row of the table, 0 for a batch."""
     size: tl.constexpr = images.dtype.element_ty.primitive_bitwidth // 8
     b = tl.where(valid, tl.load(index + v), 0)  # an invalid view may name no image
-    if RAGGED:
-        row = table + b * 6
+    row = table + b * RAGGED
+    if RAGGED == 6:  # see source.from_list
         start = tl.load(row)
         stride_c, stride_y = tl.load(row + 3), tl.load(row + 4)
         stride_x = tl.where(stride_c == 1, 3, 1).to(tl.int64)
         columns = tl.load(row + 5)
+    elif RAGGED == 3:  # see source.RaggedImages
+        start = images.to(tl.int64) + tl.load(row)
+        width = tl.load(row + 2)
+        stride_c, stride_y, stride_x = width * 0 + 1, 3 * width, width * 0 + 3
+        columns = tl.maximum(width, 16)
     else:
         start = images.to(tl.int64) + b * stride_b * size
     start += (y0.to(tl.int64) * stride_y + x0.to(tl.int64) * stride_x) * size
