@@ -12,16 +12,17 @@ from .models.l2r2 import L2R2, L2R2Output
 from .views import Views, ViewSpec, make_views
 
 if TYPE_CHECKING:
+    from .explain.explainer import Explainer
     from .predict.prediction import Prediction
     from .predict.predictor import Predictor
 
 __version__ = "0.1.0"
 __all__ = [
-    "IFAM", "L2R2", "Detections", "ImageError", "L2R2Error", "L2R2Output", "Prediction", "Predictor", "ViewSpec", "Views",
-    "load_image", "make_views", "zoo",
+    "IFAM", "L2R2", "Detections", "Explainer", "ImageError", "L2R2Error", "L2R2Output", "Prediction", "Predictor", "ViewSpec",
+    "Views", "load_image", "make_views", "zoo",
 ]  # fmt: skip
 
-_LAZY = {"Predictor": ".predict.predictor", "Prediction": ".predict.prediction"}
+_LAZY = {"Explainer": ".explain.explainer", "Predictor": ".predict.predictor", "Prediction": ".predict.prediction"}
 
 
 def __getattr__(name: str) -> Any:

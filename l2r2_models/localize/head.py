@@ -11,9 +11,9 @@ from PIL.Image import Image
 from ..boxes.detections import Detections
 from ..errors import L2R2Error
 from ..models.box_head import FoundBoxes
-from ..views import ViewSpec
-from .base import Context, Spec
-from .model_based import Looking, full_view_map, one_box
+from ..views import ViewSpec, view_map
+from .base import Context, Spec, size_of
+from .model_based import Looking, one_box
 
 
 class Head(Looking):
@@ -42,5 +42,5 @@ def detections_of(found: FoundBoxes, images: Sequence[Image], spec: ViewSpec) ->
     boxes, scores = found.in_pixels(spec.size, spec.size, 0.0).cpu(), found.objectness.float().sigmoid().tolist()
     if not bool(boxes.isfinite().all()):
         raise L2R2Error("the box head gives numbers that are not finite; its training has diverged.")
-    maps = [full_view_map(image, spec) for image in images]
+    maps = [view_map("full", spec, size_of(image)) for image in images]
     return [one_box(m.boxes_to_image(box), score, image) for m, box, score, image in zip(maps, boxes, scores, images)]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..boxes.detections import Detections, ViewMap
 from ..checkpoints.checkpoint import Checkpoint, load_checkpoint
-from ..views import ViewSpec, make_views
-from .base import Context, Localizer, Spec
+from ..views import ViewSpec, make_views, view_map
+from .base import Context, Localizer, Spec, size_of
 
 
 class Looking(Localizer):
@@ -34,12 +34,7 @@ class Looking(Localizer):
         spec = spec if size is None else ViewSpec.from_dict({**spec.to_dict(), "size": size})
         views = make_views(images, None, spec, branches=("full",), device=self.context.device)
         assert views.full is not None
-        return views.full, [full_view_map(image, spec) for image in images]
-
-
-def full_view_map(image: Image, spec: ViewSpec) -> ViewMap:
-    """Where the full view of an image comes from."""
-    return ViewMap((0, 0, image.width, image.height), (spec.size, spec.size), spec.square)
+        return views.full, [view_map("full", spec, size_of(image)) for image in images]
 
 
 def one_box(box: Tensor, score: float, image: Image) -> Detections:

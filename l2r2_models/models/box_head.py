@@ -6,7 +6,6 @@ design is this project's: each position of the map proposes a box, a softmax ove
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import generalized_box_iou_loss
 
-from .backbones import feature_info
+from .backbones import feature_info, feature_map
 
 GIOU, L1, OBJECTNESS = 2.0, 5.0, 1.0  # as in DETR (arXiv 2005.12872), but L1 is the mean over the four ends
 
@@ -113,12 +112,3 @@ def features_and_maps(backbone: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     last = len(feature_info(backbone)) - 1  # asked for too, since some backbones (hiera) stop at the last one asked for
     features, (finer, _) = backbone.forward_intermediates(x, indices=[stage, last])
     return features, [feature_map(backbone, features, x), finer]
-
-
-def feature_map(backbone: Any, features: Tensor, view: Tensor) -> Tensor:
-    """A timm backbone's `forward_features` of views `[B, C, H, W]` as a map `[B, C, h, w]`, prefix tokens left out."""
-    if features.ndim == 4:
-        return features.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else features
-    patches = features[:, getattr(backbone, "num_prefix_tokens", 0) :]
-    rows = round(math.sqrt(patches.shape[1] * view.shape[2] / view.shape[3]))
-    return patches.transpose(1, 2).unflatten(2, (rows, -1))
