@@ -15,6 +15,7 @@ from . import (
     derive,
     evaluate,
     evaluate_boxes,
+    explain,
     export,
     finetune,
     fuse,
@@ -35,6 +36,7 @@ app.command("fuse")(fuse.fuse)
 app.command("evaluate")(evaluate.evaluate)
 app.command("audit")(audit.audit)
 app.command("predict")(predict.predict)
+app.command("explain")(explain.explain)
 app.command("publish")(publish.publish)
 app.command("publish-kernels")(publish_kernels.publish_kernels)
 app.command("export")(export.export)

@@ -21,6 +21,7 @@ from .views import Views, ViewSpec, make_views
 if TYPE_CHECKING:
     from .checkpoints import Checkpoint, load_checkpoint, save_checkpoint
     from .evaluate.evaluator import evaluate_run
+    from .explain.explainer import Explainer
     from .predict.prediction import Prediction
     from .predict.predictor import Predictor
     from .train.finetune import finetune
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _LAZY = {  # imported when they are asked for
     "Checkpoint": "checkpoints",
+    "Explainer": "explain.explainer",
     "Prediction": "predict.prediction",
     "Predictor": "predict.predictor",
     "Recipe": "train.recipe",
@@ -42,6 +44,7 @@ __all__ = [
     "L2R2",
     "Checkpoint",
     "Detections",
+    "Explainer",
     "ImageError",
     "L2R2Error",
     "L2R2Output",

@@ -132,13 +132,13 @@ def subject_of(key: str, row: Row, fill: Sequence[int], threshold: float) -> Sub
         boxes = found.boxes
         if row.mask_file is None and found.masks is not None:
             mask = found.masks.any(0)
-    subject = _shrunk(Subject(key, sample.pixels, boxes, mask, sample.mask))
+    subject = shrunk(Subject(key, sample.pixels, boxes, mask, sample.mask))
     if subject.mask is not None and not subject.mask.any():
         return "empty mask"
     return "object fills the image" if subject.inside.all() else subject
 
 
-def _shrunk(subject: Subject) -> Subject:
+def shrunk(subject: Subject) -> Subject:
     """Downscale to `MOST_PIXELS` if it has more."""
     height, width = subject.pixels.shape[:2]
     scale = (MOST_PIXELS / (height * width)) ** 0.5

@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..boxes.detections import Detections, ViewMap
+from ..boxes.detections import Detections
 from ..errors import L2R2Error
 from ..images import image_tensor, load_image, load_mask
-from ..views import ViewSpec, make_views
+from ..views import ViewSpec, make_views, view_map
 from .augment import Augment
 from .composite import background_of, paste_object
 from .near_duplicates import perceptual_hash
@@ -232,9 +232,9 @@ class ViewDataset(Dataset[dict[str, Any]]):
 
     def _in_full_view(self, sample: Sample) -> Tensor:
         height, width = sample.pixels.shape[:2]
-        view = ViewMap((0, 0, width, height), (1, 1), self.spec.square)
+        view = view_map("full", self.spec, (height, width))
         (window,), (found,) = Detections(sample.box[None], torch.ones(1), (height, width)).windows()
-        return view.boxes_to_view(window.float()) if found else torch.full((4,), float("nan"))
+        return view.boxes_to_view(window.float()) / self.spec.size if found else torch.full((4,), float("nan"))
 
     def _sample(self, i: int) -> Sample:
         row, of_item = self.rows[i], (self.seed, self.epoch, i)

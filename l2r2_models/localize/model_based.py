@@ -14,8 +14,8 @@ from ..boxes.detections import Detections, ViewMap
 from ..checkpoints.checkpoint import Checkpoint, load_checkpoint
 from ..errors import L2R2Error
 from ..models.box_head import FoundBoxes
-from ..views import ViewSpec, make_views
-from .base import Context, Localizer, LocalizerSpec
+from ..views import ViewSpec, make_views, view_map
+from .base import Context, Localizer, LocalizerSpec, size_of
 from .regions import box_of, largest_region, one_box
 
 
@@ -48,12 +48,7 @@ class ModelLocalizer(Localizer):
         spec = spec if size is None else ViewSpec.from_dict({**spec.to_dict(), "size": size})
         views = make_views(images, None, spec, branches=("full",), device=self.context.device)
         assert views.full is not None
-        return views.full, [full_view_map(image, spec) for image in images]
-
-
-def full_view_map(image: Image, spec: ViewSpec) -> ViewMap:
-    """Return the mapping between an image and its full view."""
-    return ViewMap((0, 0, image.width, image.height), (spec.size, spec.size), spec.square)
+        return views.full, [view_map("full", spec, size_of(image)) for image in images]
 
 
 class Head(ModelLocalizer):
@@ -91,7 +86,7 @@ def detections_of(found: FoundBoxes, images: Sequence[Image], spec: ViewSpec) ->
     boxes, scores = found.in_pixels(spec.size, spec.size, 0.0).cpu(), found.objectness.float().sigmoid().tolist()
     if not bool(boxes.isfinite().all()):
         raise L2R2Error("the boxes of the box head are not finite; its training has diverged.")
-    maps = [full_view_map(image, spec) for image in images]
+    maps = [view_map("full", spec, size_of(image)) for image in images]
     return [one_box(m.boxes_to_image(box), score, image) for m, box, score, image in zip(maps, boxes, scores, images)]
 
 

@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import timm
 import torch
 from PIL.Image import Image, new
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from ..boxes.detections import Detections
 from ..errors import L2R2Error
-from ..models.box_head import feature_map
+from ..models.backbones import feature_map, last_map_through
 from ..models.weights import create_pretrained
 from ..views import ViewSpec
 from .base import Context, Localizer, LocalizerSpec, Option, number, whole
@@ -205,28 +205,20 @@ def activation_map(model: Any, views: Tensor) -> Tensor:
     Returns:
         `[B, h, w]`, at least 0.
     """
-    branch = model.branches[0]
+    branch, seat = model.branches[0], nn.Identity()
     backbone, seen = model.backbone_of(branch), []
 
     def keep(module: Any, inputs: Any, out: Tensor) -> Tensor:
         seen.append(out.detach().requires_grad_())
         return seen[0]
 
-    by_token = getattr(backbone, "global_pool", "") == "token" and hasattr(backbone, "blocks")
+    seat.register_forward_hook(keep)
     with torch.inference_mode(False), torch.enable_grad():
         x = views.clone()  # a tensor made in inference mode has no gradients
-        if by_token:  # after the last attention, patches no longer reach the class token
-            handle = backbone.blocks[-1].norm1.register_forward_hook(keep)
-            try:
-                pooled = backbone(x)
-            finally:
-                handle.remove()
-        else:
-            pooled = backbone.forward_head(keep(None, None, backbone.forward_features(x)))
-        score = model.heads[branch](pooled).amax(1).sum()
+        with last_map_through(backbone, seat, x):
+            score = model.heads[branch](backbone(x)).amax(1).sum()
         (gradient,) = torch.autograd.grad(score, seen)
-    maps, weights = (feature_map(backbone, t.detach(), views) for t in (seen[0], gradient))
-    return (weights.mean((2, 3), keepdim=True) * maps).sum(1).clamp(min=0)
+    return (gradient.mean((2, 3), keepdim=True) * seen[0].detach()).sum(1).clamp(min=0)
 
 
 def otsu(values: Tensor, bins: int = 256) -> float:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
 import timm
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import L2R2Error
 
@@ -77,3 +80,49 @@ def feature_info(backbone: Any) -> list[dict[str, Any]]:
     """Module, channels and reduction of each stage, in either form that timm stores them."""
     info = backbone.feature_info
     return list(info.info if hasattr(info, "info") else info)
+
+
+def feature_map(backbone: Any, features: Tensor, view: Tensor) -> Tensor:
+    """A timm backbone's `forward_features` of views `[B, C, H, W]` as a map `[B, C, h, w]`, prefix tokens left out."""
+    if features.ndim == 4:
+        return features.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else features
+    patches = features[:, getattr(backbone, "num_prefix_tokens", 0) :]
+    rows = round(math.sqrt(patches.shape[1] * view.shape[2] / view.shape[3]))
+    return patches.transpose(1, 2).unflatten(2, (rows, -1))
+
+
+@contextmanager
+def last_map_through(backbone: Any, seat: nn.Module, view: Tensor) -> Iterator[None]:
+    """For as long as the `with` lasts, the map `[B, C, h, w]` that a class activation map is read from passes through `seat`.
+
+    Of a ViT that answers by its class token this is what enters the last attention: afterwards its patches no longer reach the
+    answer. Of every other network it is what `forward_head` gets.
+
+    Args:
+        backbone: any timm model.
+        seat: a module from map to map, e.g. an `nn.Identity` with hooks; never called where the features are no map.
+        view: `[B, C, H, W]`, whose proportions the map of a token network has.
+    """
+
+    def routed(features: Tensor) -> Tensor:
+        if features.ndim == 4:
+            out = seat(feature_map(backbone, features, view))
+            return out.permute(0, 2, 3, 1) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else out
+        if features.ndim != 3:
+            return features
+        patches = seat(feature_map(backbone, features, view)).flatten(2).transpose(1, 2)
+        return torch.cat([features[:, : getattr(backbone, "num_prefix_tokens", 0)], patches], 1)
+
+    if getattr(backbone, "global_pool", "") == "token" and hasattr(backbone, "blocks"):
+        handle = backbone.blocks[-1].norm1.register_forward_hook(lambda module, inputs, out: routed(out))
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+    original = backbone.forward_head
+    backbone.forward_head = lambda features, *args, **options: original(routed(features), *args, **options)
+    try:
+        yield
+    finally:
+        del backbone.forward_head

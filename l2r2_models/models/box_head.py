@@ -7,7 +7,6 @@ Training).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import generalized_box_iou_loss
 
-from .backbones import feature_info
+from .backbones import feature_info, feature_map
 
 GIOU, L1, OBJECTNESS = 2.0, 5.0, 1.0  # loss weights as in DETR (arXiv 2005.12872), but L1 is the mean over the four edges
 
@@ -144,12 +143,3 @@ def features_and_maps(backbone: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     last = len(feature_info(backbone)) - 1  # requested too, since some backbones (hiera) stop at the last requested stage
     features, (finer, _) = backbone.forward_intermediates(x, indices=[stage, last])
     return features, [feature_map(backbone, features, x), finer]
-
-
-def feature_map(backbone: Any, features: Tensor, view: Tensor) -> Tensor:
-    """Convert a timm backbone's features of views `[B, C, H, W]` to a map `[B, C, h, w]`, without prefix tokens."""
-    if features.ndim == 4:
-        return features.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else features
-    patches = features[:, getattr(backbone, "num_prefix_tokens", 0) :]
-    rows = round(math.sqrt(patches.shape[1] * view.shape[2] / view.shape[3]))
-    return patches.transpose(1, 2).unflatten(2, (rows, -1))

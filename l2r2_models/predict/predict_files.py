@@ -42,6 +42,11 @@ class Inputs:
         """The images alone, for a localizer."""
         return replace(self, entries={}, masks={}, oracle=False)
 
+    def evenly(self, most: int | None) -> Inputs:
+        """At most so many of the images, evenly from all; None keeps all."""
+        count = len(self.paths) if most is None else min(most, len(self.paths))
+        return replace(self, paths=tuple(self.paths[i * len(self.paths) // count] for i in range(count)))
+
 
 @dataclass(frozen=True)
 class Report:

@@ -186,6 +186,25 @@ class Predictor:
             raise L2R2Error("Predictions by topk_prompts cannot be adapted to their place.")
         return Adapter(copy.deepcopy(self.model.fusion).cpu().float(), self.labels, self.top, noun)
 
+    @torch.inference_mode()
+    def look_at(
+        self, image: ImageSource, boxes: Boxes | None = None, mask: Tensor | None = None, name: str | None = None
+    ) -> tuple[Image.Image, Detections | None, Prediction]:
+        """Classify one image, and give what the answer was made from: the decoded image and its usable boxes, best first.
+
+        Args:
+            image, boxes: see `__call__`.
+            mask: `[H, W]` bool of the object, for boxes that bring none.
+            name: the file's, for a localizer that goes by it.
+        """
+        item = replace(self._given(image, boxes), name=name, mask=mask)
+        if self.localizer is not None and item.boxes is None:
+            item = self._localize([item])[0]
+        found = self._usable(item)[0]
+        if found is not None and found.masks is None and mask is not None:
+            found = replace(found, masks=mask.expand(len(found), -1, -1))
+        return item.image, found, checked(self._classify([item]))[0]
+
     def _given(self, image: ImageSource, boxes: Boxes | None) -> _Item:
         name = str(image) if isinstance(image, (str, Path)) else None
         loaded = load_image(image, fill=self.model.view_spec.fill)

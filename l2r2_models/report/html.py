@@ -142,6 +142,15 @@ def gallery(pictures: Iterable[Picture], limit: int = 24) -> Markup:
     return Markup('<div class="gallery">{}</div>').format(Markup("\n").join(cards))
 
 
+def strip(title: str, pictures: Sequence[Picture], blocks: Sequence[Markup] = (), note: str = "") -> Markup:
+    """One wide card about one image: pictures side by side with their titles under them, then blocks of HTML."""
+    form = Markup("<figure>{}<figcaption>{}</figcaption></figure>")
+    panels = Markup("\n").join(form.format(_thumbnail(picture), picture.title) for picture in pictures)
+    below = Markup("<small>{}</small>").format(note) if note else ""
+    body = Markup("").join(blocks)
+    return Markup('<div class="strip"><b>{}</b><div class="panels">{}</div>{}{}</div>').format(title, panels, body, below)
+
+
 def _card(picture: Picture) -> Markup:
     answers = []
     for who, what, right in picture.answers:

@@ -1,7 +1,7 @@
 """Views, the crops and masked images that the branches see. Only `make_views` cuts them."""
 
-from .cut import Views, batch_masks, cut_batch, make_views
+from .cut import Views, batch_masks, cut_batch, make_views, view_map
 from .modes import FG_MODES, FgMode
 from .spec import ViewSpec
 
-__all__ = ["FG_MODES", "FgMode", "ViewSpec", "Views", "batch_masks", "cut_batch", "make_views"]
+__all__ = ["FG_MODES", "FgMode", "ViewSpec", "Views", "batch_masks", "cut_batch", "make_views", "view_map"]

@@ -11,6 +11,7 @@ from l2r2_kernels import roi_views
 from l2r2_kernels.roi_views.reference import integer_boxes
 from torch import Tensor
 
+from ..boxes.detections import Detections, ViewMap
 from ..errors import L2R2Error
 from .spec import ViewSpec
 
@@ -120,6 +121,22 @@ def make_views(
     elif in_network:
         mask = _cut_masks(objects.kept(), whole, spec)
     return Views(views.get("full"), views.get("fg"), views.get("bg"), has_fg, mask)
+
+
+def view_map(branch: str, spec: ViewSpec, image_size: tuple[int, int], box: Tensor | None = None) -> ViewMap:
+    """Where in its image a view comes from that `make_views` cuts.
+
+    Args:
+        branch: `full`, `fg` or `bg`.
+        spec: how it is cut.
+        image_size: `(height, width)`.
+        box: `[4]` xyxy pixels of the object; None, or a box without a pixel in the image: the view shows the whole image.
+    """
+    window = (0, 0, image_size[1], image_size[0])
+    if branch == "fg" and spec.fg.crops and box is not None:
+        (cut,), (found,) = Detections(box[None].float().cpu(), torch.ones(1), image_size).windows(spec.margin)
+        window = tuple(cut.tolist()) if found else window
+    return ViewMap(window, (spec.size, spec.size), spec.square)
 
 
 def cut_batch(x: Tensor, boxes: Tensor, spec: ViewSpec, branch: str) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from torchvision.ops import generalized_box_iou
 
 from l2r2_models import L2R2Error
 from l2r2_models.checkpoints import checkpoint as hub
-from l2r2_models.models.box_head import BoxHead, FoundBoxes, box_losses, feature_map, features_and_maps
+from l2r2_models.models.backbones import feature_map
+from l2r2_models.models.box_head import BoxHead, FoundBoxes, box_losses, features_and_maps
 from l2r2_models.views import cut_batch
 
 BACKBONES = [

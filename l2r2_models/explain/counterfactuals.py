@@ -1,0 +1,138 @@
+"""What if: how each answer's probability of a class moves when the object, its background, or its box changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..audit.classifier import Audited
+from ..audit.perturbations import Subject, intervene, swap
+from ..boxes.detections import Detections
+from ..models.ifam import IFAM
+from ..views import make_views
+from .saliency import Question
+
+WORDS = {
+    "original": "as it is",
+    "bg_only_mask": "object's mask erased",
+    "bg_only_box": "object's box erased",
+    "tiled": "object tiled over",
+    "fg_only": "background erased",
+    "swapped": "background swapped",
+    "box_grown": "box twice as large",
+    "box_moved": "box beside the object",
+}
+INTERVENTIONS = ("original", "bg_only_mask", "bg_only_box", "tiled", "fg_only")
+MOST_PIXELS = 16_000_000  # of changed images that are held at once
+
+
+@dataclass(frozen=True)
+class Counterfactual:
+    """One change and what it does.
+
+    Attributes:
+        name: see `WORDS`, or `part_K`: without part K of an ifam model.
+        words: the change, for a table.
+        probability: of the class in question, by answer.
+        label: number of the class that the model's own answer names now.
+        pixels: the changed image, uint8 `[H, W, 3]`; None where the image stays as it is.
+    """
+
+    name: str
+    words: str
+    probability: dict[str, float]
+    label: int
+    pixels: Tensor | None = None
+
+
+@torch.inference_mode()
+def probabilities(
+    model: Audited, images: Sequence[Tensor], boxes: Tensor, masks: Sequence[Tensor | None], question: Question
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Probability of the class in question by answer, `[B]` each, and the class that the model's own answer names, `[B]`.
+
+    Args:
+        images: uint8 `[H, W, 3]`; boxes: `[B, 4]`, NaN for none; masks: `[H, W]` bool or None; see `make_views`.
+    """
+    device = next(model.network.parameters()).device
+    views = make_views(images, boxes, model.spec, branches=model.branches, masks=masks, device=device)
+    logits = {name: z.float().cpu() for name, z in model(views).items()}
+    return {name: question.probability(z) for name, z in logits.items()}, logits[model.answers[-1]].argmax(1)
+
+
+def probability_of(
+    model: Audited, answer: str, box: Tensor, mask: Tensor | None, question: Question
+) -> Callable[[list[Tensor]], Tensor]:
+    """A function from changed images to one answer's probability `[B]`, box and mask staying where they were."""
+
+    def of(images: list[Tensor]) -> Tensor:
+        size = max(1, MOST_PIXELS // images[0].numel())
+        parts = [images[start : start + size] for start in range(0, len(images), size)]
+        found = [probabilities(model, part, box.expand(len(part), 4), [mask] * len(part), question) for part in parts]
+        return torch.cat([by_answer[answer] for by_answer, _ in found])
+
+    return of
+
+
+def counterfactuals(
+    model: Audited, subject: Subject, question: Question, fill: Sequence[int], background: Tensor | None = None
+) -> list[Counterfactual]:
+    """The changes that this image allows, the image itself first.
+
+    Args:
+        model: the classifier.
+        subject: the image; its first box is the one that is explained.
+        question: whose class is followed.
+        fill: color of what is erased.
+        background: object-free background `[h, w, 3]` of another image, for `swapped`.
+    """
+    changed = {name: intervene(name, subject, fill, torch.empty(0)) for name in INTERVENTIONS}
+    if background is not None:
+        changed["swapped"] = swap(subject, background)
+    made = {name: (pixels, subject.boxes[0], subject.view_mask) for name, pixels in changed.items() if pixels is not None}
+    if "fg" in model.branches and not getattr(model.network, "finds_object", False):
+        made |= {name: (subject.pixels, box, None) for name, box in other_boxes(subject).items()}
+    found = []
+    for name, (pixels, box, mask) in made.items():  # one after another: an image may be large
+        by_answer, label = probabilities(model, [pixels], box[None], [mask], question)
+        said = {answer: float(p) for answer, p in by_answer.items()}
+        found.append(Counterfactual(name, WORDS[name], said, int(label), pixels if name in changed else None))
+    return found + without_parts(model, subject, question)
+
+
+def without_parts(model: Audited, subject: Subject, question: Question) -> list[Counterfactual]:
+    """An ifam model without each of its parts; nothing for others."""
+    network = model.network
+    if not isinstance(network, IFAM) or network.parts.num_parts < 2:
+        return []
+    found = []
+    for k in range(network.parts.num_parts):
+        with network.intervened((k,)):
+            by_answer, label = probabilities(model, [subject.pixels], subject.boxes[:1], [None], question)
+        said = {answer: float(p) for answer, p in by_answer.items()}
+        found.append(Counterfactual(f"part_{k}", f"without part {k}", said, int(label)))
+    return found
+
+
+def other_boxes(subject: Subject) -> dict[str, Tensor]:
+    """`box_grown`: twice as large around its middle; `box_moved`: of the same size, where it shares least with any object.
+
+    A box that has no room beside the objects is not moved.
+    """
+    height, width = subject.pixels.shape[:2]
+    x0, y0, x1, y1 = subject.boxes[0].tolist()
+    w, h = x1 - x0, y1 - y0
+    grown = [x0 - w / 2, y0 - h / 2, x1 + w / 2, y1 + h / 2]
+    found = {"box_grown": Detections.from_lists([grown], (height, width)).clipped().boxes[0]}
+    corners = [(x, y) for y in (0.0, height - h) for x in (0.0, width - w) if x >= 0 and y >= 0]
+    shared = []
+    for x, y in corners:
+        ((left, top, right, bottom),) = Detections.from_lists([[x, y, x + w, y + h]], (height, width)).windows()[0].tolist()
+        shared.append(float(subject.in_boxes[top:bottom, left:right].float().mean()))
+    if shared and min(shared) < 0.05:
+        x, y = corners[shared.index(min(shared))]
+        found["box_moved"] = torch.tensor([x, y, x + w, y + h])
+    return found

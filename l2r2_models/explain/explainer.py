@@ -1,0 +1,373 @@
+"""Explanations of predictions: what each branch saw, where it looked, and what would have changed its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..audit.classifier import Audited
+from ..audit.perturbations import Subject, number_of
+from ..audit.samples import shrunk
+from ..boxes.detections import Detections
+from ..checkpoints.checkpoint import Checkpoint, load_checkpoint
+from ..errors import L2R2Error
+from ..images import ImageSource, image_tensor, load_image, load_mask
+from ..localize import Localizer
+from ..predict.prediction import ObjectPrediction, Prediction
+from ..predict.predictor import Boxes, Predictor
+from ..views import Views, make_views, view_map
+from .counterfactuals import Counterfactual, counterfactuals, probability_of
+from .measures import against_mask, insertion_deletion
+from .saliency import METHODS, Question, default_method, look_of, on_image, saliency
+
+if TYPE_CHECKING:
+    from ..predict.predict_files import Inputs
+
+RUNNER_UP = "runner-up"
+TRIES = 5  # images that are asked for a background before one goes without
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One image with the reasons for its answers. Large images are shrunk to 2 megapixels; views are cut from the original.
+
+    Attributes:
+        file: its name, or None.
+        prediction: what is explained, as `Predictor` gives it.
+        truth: its label, where it is known.
+        method: how the maps were made.
+        questions: in words, by answer: "why A", or "why A and not B".
+        pixels: uint8 `[H, W, 3]`.
+        box: xyxy in these pixels, None without an object; `inside`: `[H, W]` bool, its mask or its box.
+        views: uint8 `[S, S, 3]` by branch, as the network sees them.
+        own: `[h, w]` maps of the branches, each over its own view, for its own answer.
+        maps: `[H, W]` by answer (`full`, `fg`, `bg`, `fused`), drawn on the image.
+        measures: by answer, see `measures.against_mask` and `measures.insertion_deletion`.
+        changes: counterfactuals, the image itself first.
+        disagreement: total variation distance between the probabilities of full and fg, 0 to 1; None without both.
+    """
+
+    file: str | None
+    prediction: ObjectPrediction
+    truth: str | None
+    method: str
+    questions: dict[str, str]
+    pixels: Tensor
+    box: Tensor | None
+    inside: Tensor | None
+    views: dict[str, Tensor]
+    own: dict[str, Tensor]
+    maps: dict[str, Tensor]
+    measures: dict[str, dict[str, float]]
+    changes: list[Counterfactual]
+    disagreement: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the pictures, as plain values for JSON."""
+        plain = Prediction(self.file, (self.prediction,)).to_dict()
+        return {
+            **plain,
+            "truth": self.truth,
+            "method": self.method,
+            "questions": self.questions,
+            "measures": self.measures,
+            "changes": {c.name: c.probability for c in self.changes},
+            "disagreement": self.disagreement,
+        }
+
+    @property
+    def answer(self) -> str:
+        """The model's own answer: `fused`, or its only branch."""
+        return list(self.maps)[-1]
+
+    @property
+    def outside(self) -> float | None:
+        """Part of the saliency of the model's own answer that lies outside of the object; None without an object or a map."""
+        share = self.measures[self.answer].get("share")
+        return None if share is None else 1 - share
+
+    @property
+    def error(self) -> float | None:
+        """1 less the probability of the answer where it is right, 1 plus it where it is wrong; None without a truth."""
+        if self.truth is None:
+            return None
+        return 1 + self.prediction.score * (-1 if self.prediction.label == self.truth else 1)
+
+
+class Explainer:
+    """Explains what a checkpoint says of images: paths or PIL images in, `Explanation`s out.
+
+    Args:
+        checkpoint: see `load_checkpoint`.
+        method: `gradcam`, `ig`, `occlusion`, `rollout` (plain ViTs; does not depend on the class), `parts` (ifam models), or
+            `auto`: parts for ifam models, ig where fg drops tokens, else gradcam.
+        target: classes to explain, a group counts as one; by default what each branch, and the fusion, answers.
+        against: a class for contrast ("why A and not B"), or `runner-up`. The target is then the fused answer for every branch.
+        numbers: also compute insertion and deletion, and counterfactuals: some 60 more passes an image.
+        box_threshold, localizer, device: see `Predictor`.
+
+    Raises:
+        L2R2Error: an unknown method, class or localizer, a method that does not suit the network, or captum is missing.
+
+    >>> explain = Explainer.from_pretrained("runs/fungi")  # doctest: +SKIP
+    >>> explain("photo.jpg", boxes=[[130, 42, 410, 380]]).measures["fg"]["share"]  # doctest: +SKIP
+    0.91
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        method: str = "auto",
+        target: Sequence[str] = (),
+        against: str | None = None,
+        numbers: bool = True,
+        box_threshold: float | None = None,
+        localizer: str | Localizer | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        try:
+            import captum  # noqa: F401
+            import sklearn  # noqa: F401
+        except ImportError as error:
+            raise L2R2Error('Explanations need more packages: pip install "l2r2-models[explain]".') from error
+        self.predictor = Predictor(checkpoint, box_threshold=box_threshold, localizer=localizer, device=device)
+        self.model, self.labels = self.predictor.model, checkpoint.labels
+        if method not in ("auto", *METHODS):
+            raise L2R2Error(f'Unknown method "{method}"; choose from auto, {", ".join(METHODS)}.')
+        self.method = default_method(self.model) if method == "auto" else method
+        self.target = tuple(map(self._class, target))
+        self.against = None if against in (None, RUNNER_UP) else self._class(str(against))
+        self.runner_up = against == RUNNER_UP
+        if self.against is not None and self.against in self.target:
+            raise L2R2Error(f'"{against}" is both the class to explain and the one against it; choose two.')
+        if (self.against is not None or self.runner_up) and self.method == "rollout":
+            raise L2R2Error("Attention rollout is the same for every class; for a contrast choose gradcam, ig or occlusion.")
+        self.numbers = numbers
+        names = tuple((label,) for label in self.labels)
+        threshold = self.predictor.box_threshold
+        self.audited = Audited(checkpoint.name, self.model, names, self.model.view_spec, self.model.branches, threshold)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> Explainer:
+        """From a run's folder or a Hub id (`org/name`, `hf-hub:org/name@revision`); options as for `Explainer`."""
+        return cls(load_checkpoint(source), **options)
+
+    def __call__(
+        self,
+        image: ImageSource,
+        boxes: Boxes | None = None,
+        *,
+        mask: Tensor | None = None,
+        truth: str | None = None,
+        background: Tensor | None = None,
+        name: str | None = None,
+    ) -> Explanation:
+        """Explain one image.
+
+        Args:
+            image, boxes: see `Predictor.__call__`.
+            mask: `[H, W]` bool of the object.
+            truth: its label.
+            background: uint8 `[h, w, 3]` without an object, on which the object is laid as one of the changes.
+            name: how messages and the page call the image; by default its path.
+
+        Raises:
+            ImageError, L2R2Error: an unreadable image, boxes that do not fit it, or a network whose output is not finite.
+        """
+        name = str(image) if name is None and isinstance(image, (str, Path)) else name
+        picture, found, prediction = self.predictor.look_at(image, boxes, mask, name)
+        said = prediction.failure or prediction.objects[0]
+        if isinstance(said, str):
+            raise L2R2Error(said)
+        pixels = image_tensor(picture)
+        if found is None and self.model.finds_object and (boxes is not None or mask is not None):
+            found = _given(boxes, mask, (pixels.shape[0], pixels.shape[1]))  # not what it sees, but what it is measured by
+        subject = _subject_of(name or "image", pixels, found, said)
+        return self._explain(name, said, truth, pixels, subject, background)
+
+    def _explain(
+        self,
+        name: str | None,
+        said: ObjectPrediction,
+        truth: str | None,
+        pixels: Tensor,
+        subject: Subject | None,
+        background: Tensor | None,
+    ) -> Explanation:
+        box = torch.full((4,), torch.nan) if subject is None else subject.boxes[0]
+        mask = None if subject is None else subject.view_mask
+        model, device, spec = self.model, self.predictor.device, self.model.view_spec
+        views = make_views([pixels], box[None], spec, branches=model.branches, masks=[mask], device=device)
+        score = torch.tensor([1.0 if said.box_score is None else said.box_score], device=device)
+        with torch.no_grad():
+            out = model.forward_views(**views.inputs(), objectness=score)
+        has_fg = bool(out.has_fg)
+        logits = {b: z for b, z in out.branches().items() if has_fg or b == "full"} or out.branches()
+        logits = {**logits, **({"fused": out.fused} if len(model.branches) > 1 else {})}
+        questions = {answer: self._question(z[0], out.fused[0]) for answer, z in logits.items()}
+        size = (pixels.shape[0], pixels.shape[1])
+        where = {b: view_map(b, spec, size, box if has_fg else None) for b in model.branches}
+        small = _on_small(subject, name or "image", pixels)
+        maps: dict[str, Tensor] = {}
+        own: dict[str, Tensor] = {}
+        for answer, question in questions.items():
+            found = saliency(model, views, answer, question, self.method, score)
+            own |= {answer: found[answer]} if answer in found else {}
+            drawn = on_image(found, where, size)
+            maps[answer] = _resized(drawn, small.pixels.shape)
+        inside = None if subject is None else _inside(small)
+        measures = {a: {} if inside is None else against_mask(m, inside) for a, m in maps.items()}
+        changes: list[Counterfactual] = []
+        if self.numbers:
+            for answer, values in ((a, m) for a, m in maps.items() if a in self.audited.answers):
+                of = probability_of(self.audited, answer, small.boxes[0], small.view_mask, questions[answer])
+                measures[answer] |= insertion_deletion(values, small.pixels, spec.fill, of)
+            if subject is not None and not small.inside.all():
+                changes = counterfactuals(self.audited, small, list(questions.values())[-1], spec.fill, background)
+        return Explanation(
+            name,
+            said,
+            truth,
+            self.method,
+            {a: self._words(q) for a, q in questions.items()},
+            small.pixels,
+            None if subject is None else small.boxes[0],
+            inside,
+            self._shown(views, logits),
+            own,
+            maps,
+            measures,
+            changes,
+            _distance(logits),
+        )
+
+    def explain_files(self, inputs: Inputs, *, seed: int = 0) -> Iterator[Explanation | L2R2Error]:
+        """Explain files one after another; an image that cannot be used gives its error, the others go on.
+
+        Args:
+            inputs: see `predict.predict_files.gather`.
+            seed: of the images that lend each other their backgrounds.
+        """
+        for path in inputs.paths:
+            try:
+                image, boxes, mask = self._load(path, inputs)
+                background = self._background(path, inputs, seed) if self.numbers else None
+                truth = inputs.labels.get(str(path))
+                yield self(image, boxes, mask=mask, truth=truth, background=background, name=str(path))
+            except L2R2Error as error:
+                yield error
+
+    def _load(self, path: Path, inputs: Inputs) -> tuple[Any, Detections | None, Tensor | None]:
+        image = load_image(path, fill=self.model.view_spec.fill)
+        size, name = (image.height, image.width), str(path)
+        mask = load_mask(inputs.masks[name], size) if name in inputs.masks else None
+        if (entry := inputs.entries.get(name)) is not None:
+            return image, entry.detections(size, name), mask
+        return image, None if mask is None else Detections.from_mask(mask), mask
+
+    def _background(self, path: Path, inputs: Inputs, seed: int) -> Tensor | None:
+        """The background of another image with a known object, of another class where classes are known."""
+        label = inputs.labels.get(str(path))
+        others = [p for p in inputs.paths if p != path and (str(p) in inputs.entries or str(p) in inputs.masks)]
+        others = [p for p in others if label is None or inputs.labels.get(str(p)) != label] or others
+        others.sort(key=lambda p: number_of(seed, str(path), str(p)))
+        for other in others[:TRIES]:
+            try:
+                image, boxes, mask = self._load(other, inputs)
+            except L2R2Error:
+                continue
+            usable = None if boxes is None else boxes.above(self.predictor.box_threshold).usable()
+            if usable is not None and len(usable):
+                whole = mask if usable.masks is None else usable.masks.any(0)
+                lender = shrunk(Subject(str(other), image_tensor(image), usable.boxes, whole, None))
+                return None if lender.inside.all() else lender.background
+        return None
+
+    def _question(self, logits: Tensor, fused: Tensor) -> Question:
+        contrast = self.runner_up or self.against is not None
+        target = self.target or (int((fused if contrast else logits).argmax()),)
+        if self.runner_up:
+            rest = logits.clone()
+            rest[list(target)] = -torch.inf
+            return Question(target, (int(rest.argmax()),) if len(target) < len(self.labels) else ())
+        return Question(target, () if self.against is None or self.against in target else (self.against,))
+
+    def _words(self, question: Question) -> str:
+        target, against = (" or ".join(self.labels[i] for i in group) for group in (question.target, question.against))
+        return f"why {target} and not {against}" if against else f"why {target}"
+
+    def _shown(self, views: Views, answers: dict[str, Tensor]) -> dict[str, Tensor]:
+        spec, shown = self.model.view_spec, {}
+        for branch in (b for b in self.model.branches if b in answers):
+            look = look_of(self.model, branch, views)
+            std, mean = (torch.tensor(v).view(3, 1, 1) for v in (spec.std, spec.mean))
+            pixels = (look.view[0].cpu() * std + mean).clamp(0, 1) * 255
+            if look.mask is not None:
+                pixels = pixels * (0.25 + 0.75 * look.mask[0].cpu())
+            shown[branch] = pixels.round().byte().permute(1, 2, 0)
+        return shown
+
+    def _class(self, label: str) -> int:
+        if label not in self.labels:
+            raise L2R2Error(
+                f'The model has no class "{label}"; it has {", ".join(self.labels[:8])}{", ..." * (len(self.labels) > 8)}.'
+            )
+        return self.labels.index(label)
+
+
+def _given(boxes: Boxes | None, mask: Tensor | None, size: tuple[int, int]) -> Detections | None:
+    """Usable boxes, best first, of an image whose network does not ask for them."""
+    if boxes is None:
+        found = Detections.from_mask(mask) if mask is not None else Detections.from_lists([], size)
+    else:
+        found = boxes if isinstance(boxes, Detections) else Detections.from_lists(boxes, size)
+    usable = found.usable().sorted()
+    if usable.masks is None and mask is not None:
+        usable = replace(usable, masks=mask.expand(len(usable), -1, -1))
+    return usable if len(usable) else None
+
+
+def _subject_of(key: str, pixels: Tensor, found: Detections | None, said: ObjectPrediction) -> Subject | None:
+    """The image with the object that the answer is about first; None where there is none."""
+    if found is None or (found.masks is not None and not found.masks.any()):
+        return None
+    first = 0
+    if said.box is not None:
+        first = int((found.boxes - torch.tensor(said.box)).abs().sum(1).argmin())
+    order = torch.tensor([first, *(i for i in range(len(found)) if i != first)])
+    found = found.select(order)
+    masks = found.masks
+    if masks is not None and not masks[0].any():
+        return None
+    return Subject(key, pixels, found.boxes.clone(), None if masks is None else masks.any(0), None if masks is None else masks[0])
+
+
+def _on_small(subject: Subject | None, key: str, pixels: Tensor) -> Subject:
+    """At most 2 megapixels; without an object its box is NaN."""
+    return shrunk(subject or Subject(key, pixels, torch.full((1, 4), torch.nan), None, None))
+
+
+def _inside(subject: Subject) -> Tensor:
+    """`[H, W]` bool: the mask of the explained object, or its box."""
+    if subject.view_mask is not None:
+        return subject.view_mask
+    return replace(subject, boxes=subject.boxes[:1], mask=None).in_boxes
+
+
+def _resized(values: Tensor, shape: torch.Size) -> Tensor:
+    if values.shape == shape[:2]:
+        return values
+    return torch.nn.functional.interpolate(values[None, None], (shape[0], shape[1]), mode="area")[0, 0]
+
+
+def _distance(logits: dict[str, Tensor]) -> float | None:
+    if not {"full", "fg"} <= set(logits):
+        return None
+    full, fg = (logits[b][0].float().softmax(0) for b in ("full", "fg"))
+    return float((full - fg).abs().sum() / 2)

@@ -1,0 +1,259 @@
+"""The page of `l2r2 explain`: for each image what the branches saw, where they looked, and what would have changed the answer."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from markupsafe import Markup
+from PIL import Image
+from torch import Tensor
+
+from ..errors import L2R2Error
+from ..explain.counterfactuals import WORDS
+from ..explain.explainer import Explanation
+from .html import Cell, Picture, Section, percent, strip, table, write_page
+
+SHOWN = 24  # images on a page
+MOST_SIDE = 512  # of a drawn picture
+SORTS = ("disagreement", "outside", "error")
+MEASURES = {
+    "share": "saliency on the object",
+    "iou": "IoU",
+    "delta": "Δ",
+    "ap": "pixel AP",
+    "insertion": "insertion",
+    "deletion": "deletion",
+}
+ABOUT_MAPS = (
+    "Bright is where a branch finds what speaks for its class. full and fg: each for its own answer; fused: through the fusion "
+    "back to both views, laid over each other on the image."
+)
+ABOUT_MEASURES = (
+    "Saliency on the object: the part of the map in its mask, or in its box where there is no mask; a flat map has the part "
+    "of the image that the object takes up. IoU of the map above half its maximum, Δ (mean inside less mean outside) and the "
+    "average precision of its pixels are those of RIVAL10. Insertion and deletion: area under the probability of the class while "
+    "pixels come or go, the most salient first; a faithful map has a high and a low one."
+)
+ABOUT_CHANGES = "Probability of the class that the first row names as the answer, after each change. The box stays where it was."
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What is kept of every image for the summary."""
+
+    right: bool | None
+    agree: bool | None
+    flat: float | None
+    measures: dict[str, dict[str, float]]
+    changes: dict[str, dict[str, float]]
+    kept: dict[str, bool]
+
+
+class Page:
+    """Collects explanations one by one; of all the numbers, of the first `most` in the order the pictures.
+
+    Args:
+        sort: `disagreement` (of full and fg), `outside` (saliency of the answer outside of the object) or `error` (wrong and
+            sure first, which needs labels); None keeps the order of the images.
+        most: how many images are shown.
+
+    Raises:
+        L2R2Error: an unknown order.
+    """
+
+    def __init__(self, sort: str | None = "disagreement", most: int = SHOWN) -> None:
+        if sort not in (None, *SORTS):
+            raise L2R2Error(f'Unknown order "{sort}"; choose from {", ".join(SORTS)}.')
+        self.sort, self.most = sort, most
+        self.numbers: list[Numbers] = []
+        self.method = ""
+        self._cards: list[tuple[float, int, Markup]] = []  # a heap, the last of those shown on top
+
+    def add(self, found: Explanation) -> None:
+        """Take an image into account, and draw it if it is among the first.
+
+        Raises:
+            L2R2Error: sorted by error, and the image has no label.
+        """
+        value = 0.0 if self.sort is None else getattr(found, self.sort)
+        if value is None and self.sort == "error":
+            raise L2R2Error(
+                f"{found.file}: has no label, so the errors cannot be sorted; give a data set with labels, or another --sort."
+            )
+        key = (-1.0 if value is None else float(value), -len(self.numbers))
+        self.method = found.method
+        self.numbers.append(_numbers_of(found))
+        if len(self._cards) < self.most:
+            heapq.heappush(self._cards, (*key, card(found)))
+        elif key > self._cards[0][:2]:
+            heapq.heapreplace(self._cards, (*key, card(found)))
+
+    def lead(self) -> str:
+        """The sentences that say what was found."""
+        count = len(self.numbers)
+        said = [f"{count:,} image{'s' * (count != 1)}."]
+        if known := [n.agree for n in self.numbers if n.agree is not None]:
+            said.append(f"The whole image and the object disagree in {known.count(False):,} of {len(known):,}.")
+        shares = {a: percent(v) for a in self._answers() if (v := self._mean(a, "share")) is not None}
+        if shares:
+            flat = percent(_mean([n.flat for n in self.numbers if n.flat is not None]))
+            parts = ", ".join(f"{share} % of {answer}'s" for answer, share in shares.items())
+            said.append(f"On the object, which takes up {flat} % of the image, lies {parts} saliency.")
+        return " ".join(said)
+
+    def write(self, path: str | Path, title: str, notes: Sequence[str] = ()) -> None:
+        """Write the page.
+
+        Raises:
+            L2R2Error: no image was explained, or the file cannot be written.
+        """
+        if not self.numbers:
+            raise L2R2Error(f"{path}: is not written, because no image could be explained.")
+        cards = [markup for *_, markup in sorted(self._cards, key=lambda c: c[:2], reverse=True)]
+        order = {
+            "disagreement": "most disagreement of full and fg first",
+            "outside": "most saliency off the object first",
+            "error": "wrong and sure first",
+        }.get(str(self.sort), "in their own order")
+        count = f"{len(cards)} of {len(self.numbers):,}, {order}." if len(self.numbers) > 1 else ""
+        text = "\n".join(filter(None, (count, f"{ABOUT_MAPS} Method: {self.method}.")))
+        sections = [Section("Images" if len(self.numbers) > 1 else "The image", text, cards)]
+        if len(self.numbers) > 1:
+            blocks = self._changes()
+            about = "\n".join((ABOUT_MEASURES, *([ABOUT_CHANGES] if blocks else [])))
+            sections.insert(0, Section("In numbers", about, [self._measures(), *blocks]))
+        else:
+            sections.append(Section("What is this?", "\n".join((ABOUT_MEASURES, ABOUT_CHANGES))))
+        write_page(path, title, self.lead(), sections, notes)
+
+    def _answers(self) -> list[str]:
+        return list(dict.fromkeys(a for n in self.numbers for a in n.measures))
+
+    def _mean(self, answer: str, measure: str) -> float | None:
+        return _mean([n.measures[answer][measure] for n in self.numbers if measure in n.measures.get(answer, {})])
+
+    def _measures(self) -> Markup:
+        names = [m for m in MEASURES if any(self._mean(a, m) is not None for a in self._answers())]
+        rows: list[list[Cell]] = [[a, *(percent(self._mean(a, m)) for m in names)] for a in self._answers()]
+        flat = _mean([n.flat for n in self.numbers if n.flat is not None])
+        if flat is not None:
+            rows.append(["a flat map", percent(flat)])
+        known = [n.right for n in self.numbers if n.right is not None]
+        caption = "means in %" + (f"; {known.count(True):,} of {len(known):,} are answered right" if known else "")
+        return table(["", *(MEASURES[m] for m in names)], rows, caption=caption)
+
+    def _changes(self) -> list[Markup]:
+        by_name: dict[str, list[Numbers]] = defaultdict(list)
+        for n in self.numbers:
+            for name in n.changes:
+                by_name[name].append(n)
+        if not by_name:
+            return []
+        answers = list(dict.fromkeys(a for n in self.numbers for by in n.changes.values() for a in by))
+        names = [*(w for w in WORDS if w in by_name), *(w for w in by_name if w not in WORDS)]
+        rows: list[list[Cell]] = []
+        for name in names:
+            of = by_name[name]
+            means = [percent(_mean([n.changes[name][a] for n in of if a in n.changes[name]])) for a in answers]
+            other = Counter(n.kept[name] for n in of)[False] / len(of)
+            rows.append([WORDS.get(name, name.replace("_", " ")), *means, percent(other), str(len(of))])
+        head = ["change", *answers, "other answer", "images"]
+        return [table(head, rows, caption="mean probability of the answer before the change, in %")]
+
+
+def card(found: Explanation) -> Markup:
+    """One image: the pictures, the answers with their measures, and the changes."""
+    said = found.prediction
+    truth = "" if found.truth is None else f" {'✓' if said.label == found.truth else '✗'} truth: {found.truth}"
+    title = f"{said.label} {100 * said.score:.0f} %{truth} ({said.reason})"
+    blocks = [_answers(found)]
+    if found.changes:
+        blocks.append(_changes(found))
+    return strip(title, pictures(found), blocks, found.file or "")
+
+
+def pictures(found: Explanation) -> list[Picture]:
+    """The image with its box, each branch's map, the cut view with its own, the fused map, and the swapped background."""
+    image = _picture(found.pixels)
+    box = None if found.box is None else found.box.tolist()
+    shown = [Picture(image, "the image" + (" and its box" if box else ""), box)]
+    for answer, values in found.maps.items():
+        who = f"{answer}: {_said(found, answer)}"
+        view = found.views.get(answer)
+        if answer in ("fg", "bg") and view is not None:
+            cut = _picture(view)
+            shown.append(Picture(cut, f"what {answer} sees"))
+            shown.append(Picture(heat(cut, found.own[answer]), who))
+            who = f"{answer}'s map on the image"
+        shown.append(Picture(heat(image, values), who, box))
+    for change in found.changes:
+        if change.name == "swapped" and change.pixels is not None:
+            p = list(change.probability.values())[-1]
+            shown.append(Picture(_picture(change.pixels), f"{change.words}: {found.prediction.label} {100 * p:.0f} %", box))
+    return shown
+
+
+def heat(image: Image.Image, values: Tensor) -> Image.Image:
+    """A map `[h, w]` over a picture in gray, as bright as its part of the map's maximum."""
+    from matplotlib import colormaps
+
+    grid = torch.nn.functional.interpolate(values[None, None], (image.height, image.width), mode="bilinear")[0, 0].clamp(min=0)
+    level = grid / grid.max().clamp(min=1e-12)
+    colors = torch.from_numpy(colormaps["inferno"](level.numpy())[..., :3]).float() * 255
+    gray = torch.frombuffer(bytearray(image.convert("L").tobytes()), dtype=torch.uint8).view(image.height, image.width)
+    alpha = (0.85 * level.sqrt())[..., None]
+    mixed = alpha * colors + (1 - alpha) * 0.7 * gray[..., None].float()
+    return _picture(mixed.round().to(torch.uint8))
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    image = Image.fromarray(pixels.numpy())
+    image.thumbnail((MOST_SIDE, MOST_SIDE), Image.Resampling.LANCZOS)
+    return image
+
+
+def _said(found: Explanation, answer: str) -> str:
+    said = getattr(found.prediction, answer) if answer != "fused" else found.prediction
+    said = said or found.prediction
+    return f"{said.label} {100 * said.score:.0f} %"
+
+
+def _answers(found: Explanation) -> Markup:
+    names = [m for m in MEASURES if any(m in v for v in found.measures.values())]
+    rows: list[list[Cell]] = []
+    for answer, measures in found.measures.items():
+        cells = [percent(measures.get(m)) for m in names]
+        rows.append([answer, _said(found, answer), found.questions[answer], *cells])
+    return table(
+        ["", "says", "map", *(MEASURES[m] for m in names)], rows, caption="measures in %", words=(1, 2), strong=[len(rows) - 1]
+    )
+
+
+def _changes(found: Explanation) -> Markup:
+    answers = list(found.changes[0].probability)
+    rows: list[list[Cell]] = [[c.words, *(percent(c.probability[a]) for a in answers)] for c in found.changes]
+    question = list(found.questions.values())[-1].removeprefix("why ").split(" and not ")[0]
+    return table(["change", *answers], rows, caption=f"probability of {question} in %", strong=[0])
+
+
+def _numbers_of(found: Explanation) -> Numbers:
+    said = found.prediction
+    flat = next((v["flat"] for v in found.measures.values() if "flat" in v), None)
+    before = found.changes[0].label if found.changes else -1
+    return Numbers(
+        None if found.truth is None else said.label == found.truth,
+        None if said.full is None or said.fg is None else said.full.label == said.fg.label,
+        flat,
+        found.measures,
+        {c.name: c.probability for c in found.changes},
+        {c.name: c.label == before for c in found.changes},
+    )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
