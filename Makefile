@@ -33,6 +33,10 @@ lint: $(INSTALLED)
 test: lint $(TIMM)
 	@L2R2_TIMM_CHECKOUT=$(CURDIR)/$(TIMM) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2
 
+.PHONY: docs
+docs: $(INSTALLED)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict && echo "wrote build/site/index.html"
+
 benchmark: $(INSTALLED)
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q benchmarks/speed -p no:xdist
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/speed/packed_vit.py
