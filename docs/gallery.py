@@ -13,14 +13,15 @@ from pathlib import Path
 import numpy as np
 import skimage.data
 import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
 from l2r2_cli.commands import main
 from l2r2_models import ViewSpec, load_image, make_views
 from l2r2_models.boxes import read_boxes
 from l2r2_models.data.dataset import sample_of
 from l2r2_models.data.swap import swapped
 from l2r2_models.data.table import read_table
-from PIL import Image, ImageDraw
-from torch import Tensor
 
 PICTURES = Path(__file__).parent / "pictures"
 PHOTOGRAPHS = ("coffee", "chelsea", "astronaut", "rocket")
@@ -46,7 +47,11 @@ def views() -> None:
     oval = Image.new("L", photograph.size)
     ImageDraw.Draw(oval).ellipse(CUP, fill=255)
     mask, box = torch.from_numpy(np.asarray(oval) > 0), torch.tensor([[x0, y0, x1, y1]])
-    kinds = [("full", {}), *(("fg", {"fg_mode": m}) for m in ("crop", "masked_crop", "masked")), *(("bg", {"bg": b}) for b in ("shape", "box"))]
+    kinds = [
+        ("full", {}),
+        *(("fg", {"fg_mode": m}) for m in ("crop", "masked_crop", "masked")),
+        *(("bg", {"bg": b}) for b in ("shape", "box")),
+    ]
     cells = [("image and box", boxed(photograph, CUP))]
     for branch, options in kinds:
         spec = ViewSpec(size=220, **options)
@@ -89,8 +94,19 @@ def normalized_cut(work: Path) -> None:
 
 def box_report(work: Path) -> None:
     """The sheet of `l2r2 evaluate-boxes`, smaller."""
-    l2r2("localize", work / "demo" / "data", "--split", "test_usual", "--localizer", NCUT.replace("448", "192"), "-o", work / "digits.json")
-    l2r2("evaluate-boxes", work / "digits.json", work / "demo" / "data", "--split", "test_usual", "--pictures", work / "worst.png")
+    l2r2(
+        "localize",
+        work / "demo" / "data",
+        "--split",
+        "test_usual",
+        "--localizer",
+        NCUT.replace("448", "192"),
+        "-o",
+        work / "digits.json",
+    )
+    l2r2(
+        "evaluate-boxes", work / "digits.json", work / "demo" / "data", "--split", "test_usual", "--pictures", work / "worst.png"
+    )
     worst = Image.open(work / "worst.png").convert("RGB")
     worst.resize((900, round(900 * worst.height / worst.width))).save(PICTURES / "worst_boxes.jpg", quality=85)
 
@@ -137,7 +153,9 @@ if __name__ == "__main__":
     PICTURES.mkdir(exist_ok=True)
     views()
     l2r2("demo", "-o", work / "demo")
-    Image.open(work / "demo" / "predictions.png").convert("P", palette=Image.Palette.ADAPTIVE).save(PICTURES / "predictions.png", optimize=True)
+    Image.open(work / "demo" / "predictions.png").convert("P", palette=Image.Palette.ADAPTIVE).save(
+        PICTURES / "predictions.png", optimize=True
+    )
     swaps(work / "demo" / "data")
     normalized_cut(work)
     box_report(work)

@@ -33,7 +33,8 @@ def blocks(page: Path) -> list[Block]:
 def commands(page: Path) -> list[list[str]]:
     """Arguments after `l2r2` of every command line in the page's code, without comments; torchrun's lines too."""
     text = page.read_text(encoding="utf-8")
-    code = "\n".join([m[2] for m in FENCE.finditer(text)] + [m[1] for m in re.finditer(r"^    (.*)$", FENCE.sub("", text), re.MULTILINE)])
+    indented = re.findall(r"^    (.*)$", FENCE.sub("", text), re.MULTILINE)
+    code = "\n".join([*(block.text for block in blocks(page)), *indented])
     lines = code.replace("\\\n", " ").splitlines()
     return [shlex.split(COMMAND.sub("", line.strip()), comments=True) for line in lines if COMMAND.match(line.strip())]
 
