@@ -40,6 +40,10 @@ test: lint
 test-more: $(INSTALLED) $(TIMM)
 	@L2R2_TIMM_CHECKOUT=$(CURDIR)/$(TIMM) $(PYTEST) -m "interpreter or timm_suite"
 
+.PHONY: docs
+docs: $(INSTALLED)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict && echo "wrote build/site/index.html"
+
 benchmark: $(INSTALLED)
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q benchmarks/speed -p no:xdist
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/speed/packed_vit.py

@@ -1,15 +1,9 @@
 """The house rules that a user would feel: a light import, no package called `kernels`, floors that do not import upwards."""
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
-
-from l2r2_cli.commands import app, main
-from l2r2_models.models.hub_configs import load_hub_configs
 
 ROOT = Path(__file__).parent.parent
 PRODUCT = ROOT / "l2r2_models"
@@ -118,28 +112,3 @@ print(type(transformers.AutoModel.from_pretrained({str(tmp_path)!r})).__name__)
 def test_no_file_outgrows_400_lines():
     for path in [*(ROOT / "l2r2_models").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         assert len(path.read_text().splitlines()) <= 400, path
-
-
-def test_the_readmes_model_table_is_what_the_hub_configs_say():
-    readme = (ROOT / "README.md").read_text()
-    defaults = [c for c in load_hub_configs() if c.default]
-    for c in defaults:
-        top1 = "" if c.top1 is None else f"{c.top1:.1f}"
-        row = f"| `{c.architecture}` | {c.parameters / 1e6:.1f} M | {c.input_size} | `{c.tag}` | {top1} | {c.license} |"
-        assert row in readme, c.architecture
-    assert len(re.findall(r"^\| `(l2r2|ifam)_", readme, re.MULTILINE)) == len(defaults)
-
-
-def test_the_readmes_commands_and_options_exist(capsys, monkeypatch):
-    """Every `--option` that the README names belongs to one of the commands."""
-    monkeypatch.setenv("COLUMNS", "300")
-    known = ""
-    for command in [command.name for command in app.registered_commands]:
-        monkeypatch.setattr(sys, "argv", ["l2r2", command, "--help"])
-        with pytest.raises(SystemExit):
-            main()
-        known += capsys.readouterr().out
-    others = r"python benchmarks/|torch.distributed.run|l2r2_models.timm_script"  # lines with options of other programs
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if not re.search(others, line)]
-    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(lines))):
-        assert option in known, option

@@ -1,0 +1,26 @@
+"""The notebook's cells run one after another, offline, and show what its text says."""
+
+import json
+
+import matplotlib
+import pytest
+from markdown_pages import ROOT
+
+
+@pytest.fixture
+def cells(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    backend = matplotlib.get_backend()
+    matplotlib.use("Agg")
+    yield json.loads((ROOT / "docs" / "notebook.ipynb").read_text(encoding="utf-8"))["cells"]
+    matplotlib.use(backend)
+
+
+def test_the_notebook_runs_and_fg_survives_swapped_backgrounds(cells, capsys):
+    namespace = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "notebook.ipynb", "exec"), namespace)
+    swapped = namespace["accuracy"]["test_swapped"]
+    assert swapped["fg"] > swapped["full"] + 0.2
+    assert "no box was given; the whole image answers" in capsys.readouterr().out
