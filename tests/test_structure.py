@@ -28,7 +28,8 @@ FLOORS = (
     ("checkpoints",),
     ("localize",),
     ("predict", "train", "evaluate"),
-    ("audit", "explain", "zero_shot", "scale"),
+    ("audit",),
+    ("explain", "zero_shot", "scale"),
     ("report", "hub"),
     ("demo", "app", "timm_script"),
 )

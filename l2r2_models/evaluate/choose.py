@@ -1,4 +1,4 @@
-"""Choosing a fusion by regret: never far behind the best of fg, full and their average (METHOD.md 4)."""
+"""Choosing a fusion by regret: never far behind the best of fg, full and their average (`docs/method.md`, section 4)."""
 
 from __future__ import annotations
 

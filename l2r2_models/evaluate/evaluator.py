@@ -308,7 +308,7 @@ def _outputs(
 
 
 def _ensembles(answers: Sequence[dict[str, Tensor]], labels: Sequence[Sequence[str]]) -> dict[str, Tensor]:
-    """Log of the mean probabilities of what all of the runs have: `full x full`, `fg x fg`, `fused x fused` (METHOD.md 4)."""
+    """Log of the mean probabilities of all runs: `full x full`, `fg x fg`, `fused x fused` (`docs/method.md`, section 4)."""
     said = [{"fused" if name.startswith(OWN) else name: z.double() for name, z in one.items()} for one in answers]
     order = [[list(names).index(label) for label in labels[0]] for names in labels]
     found = {}

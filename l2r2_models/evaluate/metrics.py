@@ -1,4 +1,4 @@
-"""Measures on logits (METHOD.md 9)."""
+"""Measures on logits (`docs/method.md`, section 9)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fusions that ask whether the context can be believed: by how well it agrees with fg (METHOD.md 4)."""
+"""Fusions that ask whether the context can be believed: by how well it agrees with fg (`docs/method.md`, section 4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fusing many images of one place: how many of their backgrounds mislead shows without any label (METHOD.md 4)."""
+"""Fuse many images of one place: the share of misleading backgrounds shows without labels (`docs/method.md`, section 4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Temperatures: how sure a branch says it is, brought in line with how often it is right (METHOD.md 4)."""
+"""Temperatures: how sure a branch says it is, brought in line with how often it is right (`docs/method.md`, section 4)."""
 
 from __future__ import annotations
 

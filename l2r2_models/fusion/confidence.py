@@ -1,4 +1,4 @@
-"""Fusions that compare or average the branches as they are; only `robust` has a number (L2R2 3.3 and B.3, METHOD.md 4)."""
+"""Fusions that compare or average the branches as they are; only `robust` has a parameter (L2R2 3.3 and B.3)."""
 
 from __future__ import annotations
 

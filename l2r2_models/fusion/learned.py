@@ -1,4 +1,4 @@
-"""Fusions with learned weights on the branches' logits (L2R2 3.3 and B.3, METHOD.md 4). Fit them on held-out rows."""
+"""Fusions with learned weights on the branches' logits (L2R2 3.3 and B.3). Fit them on held-out rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A fusion that asks how sure the localizer was (RCOR, METHOD.md 4)."""
+"""A fusion that asks how sure the localizer was (RCOR, `docs/method.md`, section 4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tabular metadata (site, habitat, month) as a model of the background (L2R2 5.1, METHOD.md 5) [R]."""
+"""Tabular metadata (site, habitat, month) as a model of the background (L2R2 5.1, `docs/method.md`, section 5) [R]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fusions of branches whose logits are divided by fitted temperatures first (L2R2 3.3 and B.3, METHOD.md 4)."""
+"""Fusions of branches whose logits are divided by fitted temperatures first (L2R2 3.3 and B.3, `docs/method.md`, section 4)."""
 
 from __future__ import annotations
 

@@ -359,7 +359,7 @@ class Predictor:
         return output, output.has_fg.tolist()
 
     def _usable(self, item: _Item) -> tuple[Detections | None, str]:
-        """The boxes to classify, or None and why there are none (METHOD.md 2)."""
+        """The boxes to classify, or None and why there are none (`docs/method.md`, section 2)."""
         detections = item.boxes
         if self.model.finds_object:
             return None, "the network found no part of an object"  # it looks for itself; boxes are not used

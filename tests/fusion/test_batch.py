@@ -29,7 +29,7 @@ def right(z, labels):
 
 
 def expectation_maximization(r, e, steps):
-    """METHOD.md 4: the same posterior's mode, step by step, with its log-posterior after each."""
+    """`docs/method.md`, section 4: the same posterior's mode, step by step, with its log-posterior after each."""
     found = []
     for _ in range(steps):
         found.append(float(((1 - e) * r + e).log().sum() + 0.5 * (e * (1 - e)).log()))
