@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from PIL import Image
@@ -24,33 +24,11 @@ from ..models.l2r2 import L2R2Output
 from ..views import make_views
 from .adapt import DIGITS, Adapter
 from .finite import checked
+from .items import Item, Row, is_full, merged
 from .prediction import Answer, ObjectPrediction, Prediction, product, why_full, why_fused
 
-BATCH_PIXELS = 50_000_000  # decoded originals that are held at once
 LOCALIZER_FAILED = "the localizer failed"  # how the reason of such an answer begins
 Boxes = Detections | Sequence[Sequence[float]]
-
-
-@dataclass(frozen=True)
-class _Item:
-    """One image on its way through the predictor."""
-
-    name: str | None
-    image: Image.Image
-    boxes: Detections | None
-    localizer_failure: str | None = None
-    mask: Tensor | None = None
-    full: Tensor | None = None  # logits of the full branch, where the pass that found the box gave them
-
-
-class _Row(NamedTuple):
-    """One box to classify, of image `item`; NaN where there is none, and why."""
-
-    item: int
-    box: Tensor
-    score: float | None
-    why: str
-    mask: Tensor | None
 
 
 class Predictor:
@@ -141,10 +119,10 @@ class Predictor:
         if boxes is not None and len(boxes) != len(image):
             raise L2R2Error(f"{len(boxes)} entries of boxes for {len(image)} images; give one for each, None for no boxes.")
         found: list[Prediction] = []
-        batch: list[_Item] = []
+        batch: list[Item] = []
         for one, of_one in zip(image, boxes or [None] * len(image)):
             batch.append(self._given(one, of_one))
-            if _is_full(batch, self.batch_size):
+            if is_full(batch, self.batch_size):
                 found += self._predict(batch)
                 batch = []
         return found + (self._predict(batch) if batch else [])
@@ -205,7 +183,7 @@ class Predictor:
             found = replace(found, masks=mask.expand(len(found), -1, -1))
         return item.image, found, checked(self._classify([item]))[0]
 
-    def _given(self, image: ImageSource, boxes: Boxes | None) -> _Item:
+    def _given(self, image: ImageSource, boxes: Boxes | None) -> Item:
         name = str(image) if isinstance(image, (str, Path)) else None
         loaded = load_image(image, fill=self.model.view_spec.fill)
         size = (loaded.height, loaded.width)
@@ -213,7 +191,7 @@ class Predictor:
             boxes = Detections.from_lists(boxes, size)
         if boxes is not None and boxes.image_size != size:
             raise L2R2Error(f"{name or 'image'}: boxes of a {boxes.image_size} image (height, width), this one is {size}.")
-        return _Item(name, loaded, boxes)
+        return Item(name, loaded, boxes)
 
     def predict_files(
         self, paths: Iterable[Path], boxes: Mapping[str, BoxEntry] | None = None, masks: Mapping[str, Path] | None = None
@@ -225,7 +203,7 @@ class Predictor:
             boxes: entries by `str(path)`, see `BoxTable.join`.
             masks: mask files by `str(path)`; without an entry in `boxes`, the mask's tight box is the box.
         """
-        batch: list[_Item] = []
+        batch: list[Item] = []
         done: list[Prediction | None] = []
         for path in paths:
             try:
@@ -233,21 +211,21 @@ class Predictor:
                 done.append(None)
             except L2R2Error as error:
                 done.append(Prediction(str(path), (), str(error)))
-            if _is_full(batch, self.batch_size):
-                yield from _merge(done, self._predict(batch))
+            if is_full(batch, self.batch_size):
+                yield from merged(done, self._predict(batch))
                 batch, done = [], []
-        yield from _merge(done, self._predict(batch) if batch else [])
+        yield from merged(done, self._predict(batch) if batch else [])
 
-    def _load(self, path: Path, entry: BoxEntry | None, mask_file: Path | None) -> _Item:
+    def _load(self, path: Path, entry: BoxEntry | None, mask_file: Path | None) -> Item:
         image = load_image(path, fill=self.model.view_spec.fill)
         size = (image.height, image.width)
         mask = load_mask(mask_file, size) if mask_file else None
         if entry is not None:
-            return _Item(str(path), image, entry.detections(size, str(path)), entry.failure, mask)
-        return _Item(str(path), image, None if mask is None else Detections.from_mask(mask), None, mask)
+            return Item(str(path), image, entry.detections(size, str(path)), entry.failure, mask)
+        return Item(str(path), image, None if mask is None else Detections.from_mask(mask), None, mask)
 
     @torch.inference_mode()
-    def _predict(self, items: Sequence[_Item]) -> list[Prediction]:
+    def _predict(self, items: Sequence[Item]) -> list[Prediction]:
         if self.localizer is not None:
             lacking = [i for i, item in enumerate(items) if item.boxes is None and item.localizer_failure is None]
             if self.topk_prompts is not None and len(lacking) == len(items):
@@ -256,7 +234,7 @@ class Predictor:
             items = [found.get(i, item) for i, item in enumerate(items)]
         return checked(self._classify(items))
 
-    def _localize(self, items: Sequence[_Item]) -> list[_Item]:
+    def _localize(self, items: Sequence[Item]) -> list[Item]:
         """The items with what the localizer found; where it fails on a batch, each image is tried alone."""
         assert self.localizer is not None
         images, names = [item.image for item in items], [item.name or "" for item in items]
@@ -273,7 +251,7 @@ class Predictor:
                 return [replace(items[0], localizer_failure=" ".join(str(error).split())[:300])]
         return [found for item in items for found in self._localize([item])]
 
-    def _ask(self, items: Sequence[_Item]) -> list[Prediction]:
+    def _ask(self, items: Sequence[Item]) -> list[Prediction]:
         """Predictions by `topk_prompts`; where none of an image's classes is found, the full branch answers."""
         from ..localize.topk import check_promptable, topk_prompts
 
@@ -320,15 +298,15 @@ class Predictor:
         score, index = logits.float().softmax(-1).max(-1)
         return Answer(self.labels[int(index)], round(float(score), 6))
 
-    def _classify(self, items: Sequence[_Item]) -> list[Prediction]:
+    def _classify(self, items: Sequence[Item]) -> list[Prediction]:
         found = [self._usable(item) for item in items]
-        rows: list[_Row] = []
+        rows: list[Row] = []
         for i, (usable, why) in enumerate(found):
             if usable is None:
-                rows.append(_Row(i, torch.full((4,), float("nan")), None, why, items[i].mask))
+                rows.append(Row(i, torch.full((4,), float("nan")), None, why, items[i].mask))
             else:
                 masks = usable.masks if usable.masks is not None else [items[i].mask] * len(usable)
-                rows += [_Row(i, box, s, "", mask) for box, s, mask in zip(usable.boxes, usable.scores.tolist(), masks)]
+                rows += [Row(i, box, s, "", mask) for box, s, mask in zip(usable.boxes, usable.scores.tolist(), masks)]
         answers: list[list[ObjectPrediction]] = [[] for _ in items]
         for start in range(0, len(rows), self.batch_size):
             part = rows[start : start + self.batch_size]
@@ -339,7 +317,7 @@ class Predictor:
             answers = [sorted(objects, key=product, reverse=True) for objects in answers]
         return [Prediction(item.name, tuple(objects)) for item, objects in zip(items, answers)]
 
-    def _look(self, items: Sequence[_Item], rows: Sequence[_Row]) -> tuple[L2R2Output, list[bool]]:
+    def _look(self, items: Sequence[Item], rows: Sequence[Row]) -> tuple[L2R2Output, list[bool]]:
         """What the model says of the rows, and in which of them it saw an object."""
         used = sorted({row.item for row in rows})
         known = [items[row.item].full for row in rows]
@@ -358,7 +336,7 @@ class Predictor:
         output = self.model.forward_views(**views.inputs(), objectness=scores, **known_full)
         return output, output.has_fg.tolist()
 
-    def _usable(self, item: _Item) -> tuple[Detections | None, str]:
+    def _usable(self, item: Item) -> tuple[Detections | None, str]:
         """The boxes to classify, or None and why there are none (`docs/method.md`, section 2)."""
         detections = item.boxes
         if self.model.finds_object:
@@ -375,7 +353,7 @@ class Predictor:
             return None, "every box lies outside of the image or is empty"
         return usable.sorted().select(torch.arange(min(len(usable), self.max_objects))), ""
 
-    def _answers(self, output: L2R2Output, rows: Sequence[_Row], has_fg: Sequence[bool]) -> Iterator[ObjectPrediction]:
+    def _answers(self, output: L2R2Output, rows: Sequence[Row], has_fg: Sequence[bool]) -> Iterator[ObjectPrediction]:
         given = {**output.branches(), "fused": output.fused}
         best = {b: z.float().softmax(-1).topk(self.top if b == "fused" else 1) for b, z in given.items()}
         probabilities = {b: t.values.tolist() for b, t in best.items()}
@@ -397,14 +375,3 @@ class Predictor:
                 top=tuple(said["fused"]),
                 logits={b: [round(v, DIGITS) for v in z[i].tolist()] for b, z in output.branches().items()} if keep else None,
             )
-
-
-def _is_full(batch: Sequence[_Item], size: int) -> bool:
-    """Whether decoded originals are to be predicted before the next one is decoded."""
-    return len(batch) >= size or sum(item.image.width * item.image.height for item in batch) > BATCH_PIXELS
-
-
-def _merge(done: Sequence[Prediction | None], predicted: Sequence[Prediction]) -> Iterator[Prediction]:
-    waiting = iter(predicted)
-    for prediction in done:
-        yield prediction if prediction is not None else next(waiting)

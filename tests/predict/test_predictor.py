@@ -136,7 +136,7 @@ def test_an_image_that_is_gone_is_one_failure(predictor, dataset, tmp_path):
 
 
 def test_large_images_are_not_all_held_at_once(predictor, dataset, monkeypatch):
-    monkeypatch.setattr("l2r2_models.predict.predictor.BATCH_PIXELS", 3 * 60 * 40)
+    monkeypatch.setattr("l2r2_models.predict.items.BATCH_PIXELS", 3 * 60 * 40)
     passes = []
     original = predictor._predict
     monkeypatch.setattr(predictor, "_predict", lambda items: passes.append(len(items)) or original(items))
