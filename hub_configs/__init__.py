@@ -1,1 +1,127 @@
-"""One YAML a checkpoint of the zoo; read by l2r2_models.models.hub_configs."""
+"""The pretrained tags of the zoo, which can be read without importing torch or timm.
+
+`derived.csv` has one row per tag that is derived from timm's weights. A trained checkpoint has a YAML file of its own in a
+folder that the environment variable `L2R2_HUB_CONFIGS` names, see `l2r2_models.models.hub_configs`.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+FOLDER = "L2R2_HUB_CONFIGS"  # environment variable: a folder of trained checkpoints' YAML files, e.g. an organization's own
+TABLE = Path(__file__).with_name("derived.csv")
+MASKED, PARTS = "l2r2_masked_", "ifam_"  # fg drops tokens of a ViT by a mask; finds the object's parts itself
+GENERIC = "l2r2"  # the model on any timm backbone
+
+DERIVED = "derived: the backbone and both heads start from the source's weights; no training"
+HEADLESS = "derived: the backbone starts from the source's weights, which have no classifier; heads are random"
+UNTRAINED_PARTS = "derived: the backbone and stage 2's head start from the source's weights; parts and stage 1's head are random"
+
+
+@dataclass(frozen=True)
+class HubConfig:
+    """One checkpoint of the zoo.
+
+    Attributes:
+        architecture: registered model, e.g. `l2r2_convnextv2_base`.
+        tag: pretrained tag; `timm.create_model(f"{architecture}.{tag}", pretrained=True)` loads it.
+        default: whether the bare architecture name means this tag.
+        source: timm's model and tag whose weights start the backbone and, where it has a classifier, both heads.
+        hub_id: Hub repository of the weights.
+        license: license of those weights as timm records it; None where it records none.
+        labels: name of the label set, None for weights without a classifier.
+        parameters: number of parameters with the source's classes on both heads.
+        input_size: side of the square input in pixels that the weights were trained at.
+        top1: ImageNet-1k validation accuracy in % that timm reports for the source, None where it reports none.
+        made_by: how the checkpoint comes about; of a trained one the command.
+        label_names: of a trained checkpoint: one name per class.
+        model_args: of a trained checkpoint: its branches, fusion, views and whatever else builds the model.
+        localizer: the localizer that it is meant for: spec, prompt, license.
+        metrics: what was measured: dataset, split, output (full, fg, fused), metric, value.
+    """
+
+    architecture: str
+    tag: str
+    default: bool
+    source: str
+    hub_id: str
+    license: str | None
+    labels: str | None
+    parameters: int
+    input_size: int
+    top1: float | None
+    made_by: str
+    label_names: list[str] | None = None
+    model_args: dict[str, Any] | None = None
+    localizer: dict[str, str] | None = None
+    metrics: list[dict[str, Any]] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.architecture}.{self.tag}"
+
+    @property
+    def trained(self) -> bool:
+        """Whether the weights are an L2R2 checkpoint, and not timm's that one is derived from."""
+        return self.model_args is not None
+
+    def to_yaml(self) -> str:
+        """The file of a trained checkpoint; optional keys without a value are left out."""
+        import yaml
+
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.default is MISSING or getattr(self, f.name) is not None}
+        return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+
+
+@functools.cache
+def derived_configs() -> tuple[HubConfig, ...]:
+    """The tags that are derived from timm's weights, sorted by name.
+
+    >>> [config.tag for config in derived_configs() if config.architecture == "l2r2_efficientnet_b0" and config.default]
+    ['ra4_e3600_r224_in1k']
+    """
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        return tuple(sorted(map(_derived, csv.DictReader(file)), key=lambda config: config.name))
+
+
+def _derived(row: dict[str, str]) -> HubConfig:
+    """One row of the table; what follows from its columns is not written there."""
+    source, labels = row["source"], row["labels"] or None
+    by = (UNTRAINED_PARTS if row["architecture"].startswith(PARTS) else DERIVED) if labels else HEADLESS
+    return HubConfig(
+        architecture=row["architecture"],
+        tag=source.partition(".")[2],
+        default=row["default"] == "yes",
+        source=source,
+        hub_id=f"timm/{source}",
+        license=row["license"] or None,
+        labels=labels,
+        parameters=int(row["parameters"]),
+        input_size=int(row["input_size"]),
+        top1=float(row["top1"]) if row["top1"] else None,
+        made_by=by,
+    )
+
+
+def unknown_model(name: str) -> str | None:
+    """What to tell the user about a model name that the zoo does not have, None for one that it has; the tag is not looked at.
+
+    Args:
+        name: with or without a tag, or `timm:NAME`.
+
+    >>> print(unknown_model("l2r2_resnet8"))
+    Unknown model "l2r2_resnet8"; close names: l2r2_resnet18, l2r2_resnet50. `l2r2 list` shows all; timm:NAME takes any backbone.
+    """
+    architecture = name.partition(".")[0]
+    known = {GENERIC, *(config.architecture for config in derived_configs())}
+    if name.startswith("timm:") or architecture in known:
+        return None
+    close = get_close_matches(architecture, sorted(known), 3)
+    hint = f"; close names: {', '.join(close)}. `l2r2 list` shows all" if close else "; `l2r2 list` shows the models"
+    shown = repr(name)[1:-1]  # a terminal must not obey what is in it
+    return f'Unknown model "{shown}"{hint}; timm:NAME takes any backbone.'

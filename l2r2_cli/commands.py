@@ -1,55 +1,87 @@
-"""Train, evaluate and publish image classifiers that look at the object first."""
+"""The command `l2r2`: what its commands are called, and what happens to their errors."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from . import (
-    audit,
-    composite,
-    demo,
-    derive,
-    evaluate,
-    evaluate_boxes,
-    explain,
-    export,
-    finetune,
-    fuse,
-    import_set,
-    list_models,
-    localize,
-    predict,
-    publish,
-    publish_kernels,
-)
+from .common import Refusal
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-app.command("list")(list_models.list_models)
-app.command("localize")(localize.localize)
-app.command("evaluate-boxes")(evaluate_boxes.evaluate_boxes)
-app.command("finetune")(finetune.finetune)
-app.command("fuse")(fuse.fuse)
-app.command("evaluate")(evaluate.evaluate)
-app.command("audit")(audit.audit)
-app.command("predict")(predict.predict)
-app.command("explain")(explain.explain)
-app.command("publish")(publish.publish)
-app.command("publish-kernels")(publish_kernels.publish_kernels)
-app.command("export")(export.export)
-app.command("derive")(derive.derive)
-app.command("convert")(derive.convert)
-app.command("composite")(composite.composite)
-app.command("import")(import_set.import_set)
-app.command("demo")(demo.demo)
+# name: module and function, what the list of commands says. The module is imported when its command is called.
+COMMANDS = {
+    "list": ("list_models:list_models", "Show the models and their pretrained tags."),
+    "localize": ("localize:localize", "Find objects in images and write a box file."),
+    "evaluate-boxes": ("evaluate_boxes:evaluate_boxes", "Compare a box file with the true boxes."),
+    "finetune": ("finetune:finetune", "Train a model on your images."),
+    "fuse": ("fuse:fuse", "Fit the fusion of a run on held-out images."),
+    "evaluate": ("evaluate:evaluate", "Evaluate every branch and every fusion of a run."),
+    "audit": ("audit:audit", "Measure how much a classifier relies on backgrounds."),
+    "predict": ("predict:predict", "Classify images and say why."),
+    "explain": ("explain:explain", "Show why a run predicts what it predicts."),
+    "publish": ("publish:publish", "Publish a run on the Hugging Face Hub."),
+    "publish-kernels": ("publish_kernels:publish_kernels", "Publish the kernels on the Hugging Face Hub."),
+    "export": ("export:export", "Export a run to ONNX or torch.export."),
+    "derive": ("derive:derive", "Make a run from a timm classifier, without training."),
+    "convert": ("derive:convert", "Join separately trained networks, or split a run."),
+    "composite": ("composite:composite", "Make a data set with misleading backgrounds."),
+    "import": ("import_set:import_set", "Convert a published benchmark to a data set."),
+    "demo": ("demo:demo", "Train two small models and swap the backgrounds."),
+}
+
+
+class _Command(TyperCommand):
+    """A command of which the name and one line are known; the rest is imported when it is called."""
+
+    def __init__(self, name: str, place: str, summary: str) -> None:
+        super().__init__(name, short_help=summary)
+        self.place = place
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        _set_up_logging()
+        module, _, function = self.place.partition(":")
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+        alone.command(self.name)(getattr(import_module(f".{module}", __package__), function))
+        return typer.main.get_command(alone).make_context(info_name, args, parent, **extra)
+
+
+class _Group(TyperGroup):
+    """All commands."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for name, (place, summary) in COMMANDS.items():
+            self.add_command(_Command(name, place, summary))
+
+
+# rich would double the time that --help takes
+app = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(version("l2r2-models"))
+        raise typer.Exit
+
+
+@app.callback(help="Train, evaluate and publish image classifiers that look at the object first.")
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
     """Run the command: invalid input is one sentence and exit status 1. An interruption is left to `l2r2_cli.main`."""
-    _set_up_logging()
     try:
         app()
     except BrokenPipeError:
@@ -64,6 +96,8 @@ def main() -> None:
 
 def _sentence(error: Exception) -> str | None:
     """What to tell the user about an error; None for one that is a bug of ours."""
+    if isinstance(error, Refusal):
+        return str(error)
     from l2r2_models.errors import L2R2Error, printable  # imported by whichever command raised the error
 
     if isinstance(error, L2R2Error):

@@ -1,15 +1,23 @@
-"""What several commands share: progress bars and comma-separated options."""
+"""What several commands share: what they print with, progress bars, and comma-separated options. Rich is imported when used."""
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from l2r2_models.fusion import GroupShare
+    from rich.console import Console
+
+T = TypeVar("T")
+
+
+class Refusal(Exception):
+    """Invalid input that a command finds before it imports `l2r2_models`; the message is one sentence."""
 
 
 def printable(text: str) -> str:
@@ -19,21 +27,21 @@ def printable(text: str) -> str:
     return printable(text)
 
 
-if TYPE_CHECKING:
-    from l2r2_models.fusion import GroupShare
+@functools.cache
+def _stderr() -> Console:
+    from rich.console import Console
 
-T = TypeVar("T")
-
-
-class _Errors(Console):
-    """The console of messages: nothing in them is markup, a link, or a code that the terminal obeys."""
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        options = {"highlight": False, "markup": False, "soft_wrap": True, **options}
-        super().print(*(printable(o) if isinstance(o, str) else o for o in objects), **options)
+    return Console(stderr=True)
 
 
-errors = _Errors(stderr=True)
+class _Errors:
+    """Messages on stderr, above a progress bar: nothing in them is markup, a link, or a code that the terminal obeys."""
+
+    def print(self, text: str) -> None:
+        _stderr().print(printable(text), highlight=False, markup=False, soft_wrap=True)
+
+
+errors = _Errors()
 
 
 def say(text: str, *, err: bool = False) -> None:
@@ -43,6 +51,8 @@ def say(text: str, *, err: bool = False) -> None:
 
 def show(table: Any) -> None:
     """Print a table; a pipe has no width to wrap at."""
+    from rich.console import Console
+
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(table)
 
@@ -58,13 +68,30 @@ def show_shares(shares: Mapping[str, GroupShare], most: int = 20) -> None:
 
 def cell(text: str) -> str:
     """Text of users in a table."""
+    from rich.markup import escape
+
     return escape(printable(text))
+
+
+def columns(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> Iterator[str]:
+    """Lines with the cells of each row below those of the row before.
+
+    Args:
+        rows: all of one length.
+        right: numbers of the columns that are aligned to the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = (text.rjust(width) if i in right else text.ljust(width) for i, (text, width) in enumerate(zip(row, widths)))
+        yield "  ".join(cells).rstrip()
 
 
 def track(items: Iterable[T], total: int, text: str) -> Iterator[T]:
     """Yield `items` with a progress bar on stderr (nothing where stderr is not a terminal)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, disable=not sys.stderr.isatty()) as progress:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*parts, console=_stderr(), disable=not sys.stderr.isatty()) as progress:
         yield from progress.track(items, total=total, description=text)
 
 

@@ -1,76 +1,20 @@
-"""hub_configs/: one YAML a checkpoint, read with a strict schema. The zoo's pretrained tags are made from them."""
+"""The zoo's pretrained tags: the derived ones of `hub_configs/derived.csv`, and trained checkpoints, one YAML file each."""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields
-from importlib import resources
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
+from l2r2_hub_configs import FOLDER, HubConfig, derived_configs
 
 from ..errors import L2R2Error
 from ..io import parse_yaml, read_text
 
-FOLDER = "L2R2_HUB_CONFIGS"  # environment variable: a folder with more of them, e.g. an organization's own
 METRIC = {"dataset": str, "split": str, "output": str, "metric": str, "value": (int, float)}
 LOCALIZER = ("spec", "prompt", "license")
-
-
-@dataclass(frozen=True)
-class HubConfig:
-    """One checkpoint of the zoo.
-
-    Attributes:
-        architecture: registered model, e.g. `l2r2_convnextv2_base`.
-        tag: pretrained tag; `timm.create_model(f"{architecture}.{tag}", pretrained=True)` loads it.
-        default: whether the bare architecture name means this tag.
-        source: timm's model and tag whose weights start the backbone and, where it has a classifier, both heads.
-        hub_id: Hub repository of the weights.
-        license: license of those weights as timm records it; None where it records none.
-        labels: name of the label set, None for weights without a classifier.
-        parameters: number of parameters with the source's classes on both heads.
-        input_size: side of the square input in pixels that the weights were trained at.
-        top1: ImageNet-1k validation accuracy in % that timm reports for the source, None where it reports none.
-        made_by: how the checkpoint comes about; of a trained one the command.
-        label_names: of a trained checkpoint: one name a class.
-        model_args: of a trained checkpoint: its branches, fusion, views and whatever else builds the model.
-        localizer: the localizer that it is meant for: spec, prompt, license.
-        metrics: what was measured: dataset, split, output (full, fg, fused), metric, value.
-    """
-
-    architecture: str
-    tag: str
-    default: bool
-    source: str
-    hub_id: str
-    license: str | None
-    labels: str | None
-    parameters: int
-    input_size: int
-    top1: float | None
-    made_by: str
-    label_names: list[str] | None = None
-    model_args: dict[str, Any] | None = None
-    localizer: dict[str, str] | None = None
-    metrics: list[dict[str, Any]] | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.architecture}.{self.tag}"
-
-    def to_yaml(self) -> str:
-        """The file's content; keys that only trained checkpoints have are left out where they are empty."""
-        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.default is MISSING or getattr(self, f.name) is not None}
-        return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
-
-    @property
-    def trained(self) -> bool:
-        """Whether the weights are an L2R2 checkpoint, and not timm's that one is derived from."""
-        return self.model_args is not None
 
 
 def parse_hub_config(data: Any, file: str) -> HubConfig:
@@ -118,28 +62,25 @@ def _check_trained(config: HubConfig, file: str) -> None:
 
 @functools.lru_cache(maxsize=1)
 def load_hub_configs() -> tuple[HubConfig, ...]:
-    """All hub configs that came with the package, and those in the folder that `L2R2_HUB_CONFIGS` names, sorted by name.
+    """The derived tags, and the trained checkpoints of the folder that `L2R2_HUB_CONFIGS` names, sorted by name.
 
     Raises:
         L2R2Error: a file does not fit the schema, two say the same name, or the folder does not exist.
     """
-    configs: dict[str, HubConfig] = {}
-    for name, data in _files():
-        config = parse_hub_config(data, name)
+    configs = {config.name: config for config in derived_configs()}
+    for file in _files():
+        config = parse_hub_config(parse_yaml(read_text(file), str(file)), str(file))
         if config.name in configs:
-            raise L2R2Error(f"{name}: there is another hub config of {config.name}.")
+            raise L2R2Error(f"{file}: there is another hub config of {config.name}.")
         configs[config.name] = config
     return tuple(configs[name] for name in sorted(configs))
 
 
-def _files() -> Iterator[tuple[str, Any]]:
-    """Name and content of every hub config."""
-    fast = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # our own files are read with every import of the package
-    for entry in resources.files("l2r2_models.hub_configs").iterdir():
-        if entry.name.endswith(".yaml"):
-            yield entry.name, yaml.load(entry.read_text(encoding="utf-8"), fast)
-    if folder := os.environ.get(FOLDER):
-        if not Path(folder).is_dir():
-            raise L2R2Error(f"{folder}: no such folder; {FOLDER} names it.")
-        for file in sorted(Path(folder).glob("*.yaml")):
-            yield str(file), parse_yaml(read_text(file), str(file))
+def _files() -> list[Path]:
+    """The YAML files of trained checkpoints."""
+    folder = os.environ.get(FOLDER)
+    if not folder:
+        return []
+    if not Path(folder).is_dir():
+        raise L2R2Error(f"{folder}: no such folder; {FOLDER} names it.")
+    return sorted(Path(folder).glob("*.yaml"))

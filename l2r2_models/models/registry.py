@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
+from l2r2_hub_configs import MASKED, PARTS
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -32,9 +33,7 @@ __all__: list[str] = []  # timm appends to it
 
 FORMAT_VERSION = 1  # of a checkpoint's model_args
 
-MASKED, PARTS = "l2r2_masked_", "ifam_"  # prefixes: fg drops a ViT's tokens by a mask; the model finds parts itself
-
-# architecture -> timm backbone; the entrypoints, tags and hub_configs are generated from this table
+# architecture -> timm backbone; entrypoints, tags and hub_configs/derived.csv are generated from this table
 ARCHITECTURES: dict[str, str] = {
     f"l2r2_{backbone}": backbone
     for backbone in (

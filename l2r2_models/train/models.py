@@ -6,10 +6,11 @@ from typing import Any, cast
 
 import timm
 import torch
+from l2r2_hub_configs import unknown_model
 
 from ..errors import L2R2Error
 from ..models.l2r2 import L2R2
-from ..models.registry import ARCHITECTURES, model_class
+from ..models.registry import model_class
 from ..views import ViewSpec
 from .init import InitCheckpoint
 from .recipe import Recipe
@@ -34,8 +35,8 @@ def create_model(recipe: Recipe, num_classes: int, start: InitCheckpoint | None 
     if name.startswith("timm:"):
         name, backbone = "l2r2", {"backbone": name.removeprefix("timm:")}
     architecture = name.split(".")[0]
-    if architecture not in ARCHITECTURES and architecture != "l2r2":
-        raise L2R2Error(f'Unknown model "{recipe.model}"; `l2r2 list` shows the models, and timm:NAME takes any timm backbone.')
+    if sentence := unknown_model(recipe.model):
+        raise L2R2Error(sentence)
     try:
         cfg = timm.models.get_pretrained_cfg(backbone.get("backbone", name))
     except RuntimeError as error:

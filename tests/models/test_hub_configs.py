@@ -1,18 +1,19 @@
-"""Hub configs: the strict schema, and the files that come with the package; reading and writing of files."""
+"""Hub configs: the table that comes with the package, the strict schema of YAML files; reading and writing of files."""
 
+import csv
 import hashlib
 import tempfile
 from collections import Counter
-from dataclasses import asdict, fields
-from importlib import resources
+from dataclasses import asdict
 
 import pytest
 import yaml
+from l2r2_hub_configs import TABLE, derived_configs
 from timm.models import get_pretrained_cfg
 
 from l2r2_models.errors import L2R2Error
 from l2r2_models.io import file_sha256, read_json, write_atomic, write_json, write_text
-from l2r2_models.models.hub_configs import HubConfig, load_hub_configs, parse_hub_config
+from l2r2_models.models.hub_configs import load_hub_configs, parse_hub_config
 
 GOOD = {
     "architecture": "l2r2_convnext_base",
@@ -135,10 +136,20 @@ def test_a_trained_checkpoint_that_is_not_right(change, said):
 # ---- the files ----
 
 
-def test_the_files_are_named_after_their_checkpoint():
-    folder = resources.files("l2r2_models.hub_configs")
-    files = {e.name for e in folder.iterdir() if e.name.endswith(".yaml")}
-    assert files == {f"{c.name}.yaml" for c in load_hub_configs()}
+def test_the_table_has_one_row_per_tag_in_order():
+    """A diff of the table shows what changed: rows stay sorted, and nothing is written that follows from the rest."""
+    with TABLE.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    places = [(row["architecture"], row["source"]) for row in rows]
+    assert places == sorted(set(places)) and len(places) == len(derived_configs()) > 100
+    assert {row["default"] for row in rows} == {"", "yes"} and not {"tag", "hub_id", "made_by"} & set(rows[0])
+
+
+def test_each_row_says_how_its_weights_come_about():
+    by = {c.name: c.made_by for c in derived_configs()}
+    assert "both heads start from the source's weights" in by["l2r2_resnet18.a1_in1k"]
+    assert "no classifier; heads are random" in by["l2r2_convnext_base.dinov3_lvd1689m"]
+    assert "stage 1's head are random" in by["ifam_vit_tiny_patch16_224.augreg_in21k_ft_in1k"]
 
 
 def test_names_are_unique_and_sorted():
@@ -164,11 +175,6 @@ def test_source_license_and_size_are_timms():
         assert c.license == (cfg.license or None), c.name
         assert c.input_size == cfg.input_size[-1] and c.hub_id == (cfg.hf_hub_id or c.hub_id), c.name
         assert (c.labels is None) == (not cfg.num_classes), c.name
-
-
-def test_the_schema_is_what_the_files_hold():
-    text = (resources.files("l2r2_models.hub_configs") / f"{load_hub_configs()[0].name}.yaml").read_text(encoding="utf-8")
-    assert list(yaml.safe_load(text)) == list(GOOD) == [f.name for f in fields(HubConfig)][: len(GOOD)]
 
 
 # ---- files: written whole or not at all ----

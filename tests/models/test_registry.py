@@ -9,7 +9,7 @@ from timm.models._registry import get_arch_pretrained_cfgs
 
 from l2r2_models import L2R2Error
 from l2r2_models.models.hub_configs import load_hub_configs
-from l2r2_models.models.registry import ARCHITECTURES, _trained_cfg, default_cfgs
+from l2r2_models.models.registry import ARCHITECTURES, _trained_cfg, default_cfgs, timm_cfgs
 
 # the configs were made from timm 1.0.31; older versions know fewer tags and licenses
 OLD_TIMM = tuple(int(part) for part in timm.__version__.split(".")[:3]) < (1, 0, 31)
@@ -43,6 +43,13 @@ def test_hub_configs_agree_with_timms_registry():
         assert config.tag in default_cfgs[config.architecture].cfgs
         checked += 1
     assert checked > 100
+
+
+@pytest.mark.skipif(OLD_TIMM, reason="an older timm knows fewer tags")
+def test_every_tag_that_timm_serves_is_in_the_table():
+    for architecture, backbone in ARCHITECTURES.items():
+        listed = {c.source for c in load_hub_configs() if c.architecture == architecture}
+        assert listed >= set(timm_cfgs(backbone)) and listed, architecture
 
 
 def test_a_published_tag_is_shown_whole_images():

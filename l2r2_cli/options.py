@@ -1,0 +1,41 @@
+"""The options that several commands have: one name and one meaning everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+Data = Annotated[
+    Path, typer.Argument(help="Data set: one folder per class, a folder with metadata.csv or .jsonl, or hf:ORG/NAME.")
+]
+Run = Annotated[str, typer.Argument(help="Run folder, or a Hub id (ORG/NAME).")]
+Boxes = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--boxes",
+        help="Box file: MegaDetector, SpeciesNet or COCO JSON, CSV, JSONL or Parquet.",
+        show_default="the boxes in the metadata",
+    ),
+]
+Split = Annotated[Optional[str], typer.Option("--split", help="Use only this split of the data set.", show_default="all")]
+Group = Annotated[
+    Optional[str], typer.Option("--group", help="Metadata column: also report accuracy per value, and the worst value.")
+]
+Metadata = Annotated[
+    Optional[Path], typer.Option("--metadata", help="Metadata file to use instead of the one in the data folder.")
+]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip images that cannot be used instead of stopping.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Random seed.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images per batch.")]
+Device = Annotated[
+    Optional[str], typer.Option("--device", help="Device to compute on: cpu, cuda, ...", show_default="cuda if available")
+]
+Report = Annotated[Optional[Path], typer.Option("--report", help="Write a report to this HTML file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def box_threshold(default: str | bool) -> Any:
+    """The option `--box-threshold`, which shows this default."""
+    return typer.Option("--box-threshold", min=0, max=1, help="Ignore boxes with a lower score.", show_default=default)
