@@ -40,7 +40,7 @@ def test_specs_are_canonical():
         ("middle", 'Unknown localizer "middle"; choose from owlv2'),
         ("", "names no localizer"),
         ("center?share", "write option=value pairs joined by &"),
-        ("boxes:a?b.json", "a ? in a name is %3F"),
+        ("boxes:a?b.json", "write a ? in a name as %3F"),
         ("center?share=2", 'share must be a number between 0.01 and 1, got "2"'),
         ("center?share=nan", "share must be"),
         ("center?share=0.2&share=0.3", "2 values for share; give one"),
