@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    from l2r2_models.fusion import GroupShare
     from rich.console import Console
+
+    from l2r2_models.fusion import GroupShare
 
 T = TypeVar("T")
 

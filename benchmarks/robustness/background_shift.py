@@ -255,7 +255,7 @@ def main() -> None:
     for seed in options.seeds:
         data, rows = data_of(options, seed, work)
         for name in options.models:
-            if MODELS[name].changes.get("fg") == "masked_crop" and "mask_file" not in rows[0]:
+            if MODELS[name].changes.get("fg_mode") == "masked_crop" and "mask_file" not in rows[0]:
                 continue
             control = MODELS[name].control
             file = write_rows(rows, control, work / f"rows_{control or 'given'}_s{seed}.csv", SIDE[options.name])
