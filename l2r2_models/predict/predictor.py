@@ -1,4 +1,4 @@
-"""The whole way for one image or a folder: image, boxes, views, branches, fusion, and an answer that says why."""
+"""End-to-end prediction for images and folders: boxes, views, branches, fusion, and a reason for the result."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .adapt import DIGITS, Adapter
 from .finite import checked
 from .prediction import Answer, ObjectPrediction, Prediction, product, why_full, why_fused
 
-BATCH_PIXELS = 50_000_000  # decoded originals that are held at once
-LOCALIZER_FAILED = "the localizer failed"  # how the reason of such an answer begins
+BATCH_PIXELS = 50_000_000  # of decoded originals held in memory at once
+LOCALIZER_FAILED = "the localizer failed"  # prefix of the reason of such a prediction
 Boxes = Detections | Sequence[Sequence[float]]
 
 
@@ -40,11 +40,11 @@ class _Item:
     boxes: Detections | None
     localizer_failure: str | None = None
     mask: Tensor | None = None
-    full: Tensor | None = None  # logits of the full branch, where the pass that found the box gave them
+    full: Tensor | None = None  # logits of the full branch, if the pass that found the box computed them
 
 
 class _Row(NamedTuple):
-    """One box to classify, of image `item`; NaN where there is none, and why."""
+    """One box to classify, of image `item`; NaN if there is none, with the reason in `why`."""
 
     item: int
     box: Tensor
@@ -54,21 +54,22 @@ class _Row(NamedTuple):
 
 
 class Predictor:
-    """Classifies images with a checkpoint; takes paths or PIL images in, gives `Prediction`s out.
+    """Classify images with a checkpoint.
 
     Args:
         checkpoint: see `load_checkpoint`.
         box_threshold: boxes with a lower score count as not found. Boxes given without a score have 1.
-        max_objects: how many boxes of an image are classified, best first.
-        batch_size: objects in one pass.
-        top: classes listed in `ObjectPrediction.top`.
-        device: default cuda where there is one.
-        localizer: finds the boxes of images that come without any: a spec (see `localize.base`) or a Localizer. `head` is the
-            model's own box head: one pass over the whole image, then one over what it found.
-        topk_prompts: the full branch's so many best classes are what the localizer is asked for, see `localize.topk`.
+        max_objects: maximum number of boxes to classify per image, best first.
+        batch_size: objects per forward pass.
+        top: number of classes in `ObjectPrediction.top`.
+        device: defaults to CUDA if available.
+        localizer: spec (see `localize.base`) or Localizer that finds the boxes of images given without any. `head` is the box
+            head of the model itself: one pass over the whole image, then one over the boxes that it found.
+        topk_prompts: number of top classes of the full branch to prompt the localizer with, see `localize.topk`.
 
     Raises:
-        L2R2Error: a model that does not take RGB, a number out of range, or a localizer that cannot be had or does not suit.
+        L2R2Error: when the model does not take RGB, a value is out of range, or the localizer is unavailable or does not suit
+            the model.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class Predictor:
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> Predictor:
-        """From a run's folder or a Hub id (`org/name`, `hf-hub:org/name@revision`); options as for `Predictor`."""
+        """Load from a run folder or a Hub id (`org/name`, `hf-hub:org/name@revision`); options as for `Predictor`."""
         return cls(load_checkpoint(source), **options)
 
     @overload  # bytes are a sequence too, but not of images
@@ -119,18 +120,18 @@ class Predictor:
     def __call__(self, image: Sequence[ImageSource], boxes: Sequence[Boxes | None] | None = None) -> list[Prediction]: ...
 
     def __call__(self, image: Any, boxes: Any = None) -> Prediction | list[Prediction]:
-        """Classify one image, or several.
+        """Classify one image or several.
 
         Args:
             image: path, encoded bytes, binary file object, PIL image, or a uint8 array or tensor `[H, W, 3]` or `[H, W]`; or a
-                list of any of them, which gives a list of predictions.
-            boxes: what a localizer found, or xyxy boxes in pixels of the upright image (for several images one such for each, or
-                None); None: the predictor's own localizer finds them, and without one the full branch answers.
+                list of these, which gives a list of predictions.
+            boxes: `Detections`, or xyxy boxes in pixels of the upright image; for several images, one entry (or None) per
+                image. If None, the predictor's localizer finds the boxes; without one, the full branch answers.
 
         Raises:
-            ImageError: an image cannot be read.
-            TypeError: none of these kinds of image.
-            L2R2Error: not one entry of boxes for each image, or boxes of another image size.
+            ImageError: when an image cannot be read.
+            TypeError: when an image is of another type.
+            L2R2Error: when the number of box entries is not the number of images, or boxes are for another image size.
 
         >>> predict = Predictor.from_pretrained("runs/fungi")  # doctest: +SKIP
         >>> predict("photo.jpg", boxes=[[130, 42, 410, 380]]).label  # doctest: +SKIP
@@ -152,14 +153,16 @@ class Predictor:
     def predict_many(
         self, images: Sequence[ImageSource], boxes: Sequence[Boxes | None] | None = None, *, groups: Sequence[str] | None = None
     ) -> list[Prediction]:
-        """Classify several images, knowing which of them were taken at one place.
+        """Classify several images, given which of them share a place.
 
         Args:
-            images, boxes: as for a call.
-            groups: the place of each image, e.g. the camera; None: nothing is known, and each image is classified for itself.
+            images: see `__call__`.
+            boxes: see `__call__`.
+            groups: place of each image, e.g. the camera; if None, each image is classified on its own.
 
         Raises:
-            L2R2Error: as for a call, not one group for each image, or a model whose fusion was not fitted to know its batch.
+            L2R2Error: as for `__call__`, or when the number of groups is not the number of images, or the fusion has no batch
+                rule.
         """
         if groups is None:
             return self(images, boxes)
@@ -171,16 +174,16 @@ class Predictor:
         return [replace(p, objects=tuple(replace(next(adapted), logits=None) for _ in p.objects)) for p in found]
 
     def keeping_logits(self) -> Predictor:
-        """The same predictor, which gives the branches' logits too."""
+        """Return a copy of this predictor that also returns the branch logits."""
         keeping = copy.copy(self)
         keeping.keep_logits = True
         return keeping
 
     def adapter(self, noun: str) -> Adapter:
-        """What fuses predictions of one place (a `noun`) together.
+        """Return an `Adapter` that jointly fuses the predictions of a group; `noun` is the word for a group in messages.
 
         Raises:
-            L2R2Error: the fusion was not fitted to know its batch, or `topk_prompts` are asked for, which fuse otherwise.
+            L2R2Error: when the fusion has no batch rule, or `topk_prompts` is set, which fuses differently.
         """
         if self.topk_prompts is not None:
             raise L2R2Error("Predictions by topk_prompts cannot be adapted to their place.")
@@ -190,12 +193,13 @@ class Predictor:
     def look_at(
         self, image: ImageSource, boxes: Boxes | None = None, mask: Tensor | None = None, name: str | None = None
     ) -> tuple[Image.Image, Detections | None, Prediction]:
-        """Classify one image, and give what the answer was made from: the decoded image and its usable boxes, best first.
+        """Classify one image; return the decoded image, its usable boxes (best first), and the prediction.
 
         Args:
-            image, boxes: see `__call__`.
-            mask: `[H, W]` bool of the object, for boxes that bring none.
-            name: the file's, for a localizer that goes by it.
+            image: see `__call__`.
+            boxes: see `__call__`.
+            mask: `[H, W]` bool mask of the object, for boxes without masks.
+            name: file name, for a localizer that looks boxes up by it.
         """
         item = replace(self._given(image, boxes), name=name, mask=mask)
         if self.localizer is not None and item.boxes is None:
@@ -218,12 +222,12 @@ class Predictor:
     def predict_files(
         self, paths: Iterable[Path], boxes: Mapping[str, BoxEntry] | None = None, masks: Mapping[str, Path] | None = None
     ) -> Iterator[Prediction]:
-        """Classify files in batches; an unreadable one becomes a Prediction with `failure`, the others go on.
+        """Classify files in batches; an unreadable file gives a `Prediction` with `failure` set.
 
         Args:
             paths: image files.
-            boxes: entries by `str(path)`, see `BoxTable.join`.
-            masks: mask files by `str(path)`; without an entry in `boxes`, the mask's tight box is the box.
+            boxes: box entries by `str(path)`, see `BoxTable.join`.
+            masks: mask files by `str(path)`; without an entry in `boxes`, the tight box of the mask is used.
         """
         batch: list[_Item] = []
         done: list[Prediction | None] = []
@@ -257,7 +261,7 @@ class Predictor:
         return checked(self._classify(items))
 
     def _localize(self, items: Sequence[_Item]) -> list[_Item]:
-        """The items with what the localizer found; where it fails on a batch, each image is tried alone."""
+        """Return the items with the boxes found; if the localizer fails on a batch, each image is tried alone."""
         assert self.localizer is not None
         images, names = [item.image for item in items], [item.name or "" for item in items]
         try:
@@ -274,7 +278,7 @@ class Predictor:
         return [found for item in items for found in self._localize([item])]
 
     def _ask(self, items: Sequence[_Item]) -> list[Prediction]:
-        """Predictions by `topk_prompts`; where none of an image's classes is found, the full branch answers."""
+        """Predict by `topk_prompts`; if none of the prompted classes is found, the full branch answers."""
         from ..localize.topk import check_promptable, topk_prompts
 
         assert self.localizer is not None and self.topk_prompts is not None
@@ -335,12 +339,12 @@ class Predictor:
             output, has_fg = self._look(items, part)
             for row, answer in zip(part, self._answers(output, part, has_fg)):
                 answers[row.item].append(answer)
-        if isinstance(self.model.fusion, ObjectnessMaxConfidence):  # the box that answers for the image comes first
+        if isinstance(self.model.fusion, ObjectnessMaxConfidence):  # the box that gives the image's prediction first
             answers = [sorted(objects, key=product, reverse=True) for objects in answers]
         return [Prediction(item.name, tuple(objects)) for item, objects in zip(items, answers)]
 
     def _look(self, items: Sequence[_Item], rows: Sequence[_Row]) -> tuple[L2R2Output, list[bool]]:
-        """What the model says of the rows, and in which of them it saw an object."""
+        """Run the model on the rows; return its output and whether it saw an object in each."""
         used = sorted({row.item for row in rows})
         known = [items[row.item].full for row in rows]
         scores = torch.tensor([1.0 if row.score is None else row.score for row in rows], device=self.device)
@@ -359,10 +363,10 @@ class Predictor:
         return output, output.has_fg.tolist()
 
     def _usable(self, item: _Item) -> tuple[Detections | None, str]:
-        """The boxes to classify, or None and why there are none (METHOD.md 2)."""
+        """Return the boxes to classify, or None and the reason (`docs/method.md`, section 2)."""
         detections = item.boxes
         if self.model.finds_object:
-            return None, "the network found no part of an object"  # it looks for itself; boxes are not used
+            return None, "the network found no part of an object"  # it finds the object itself; boxes are not used
         if item.localizer_failure is not None:
             return None, f"{LOCALIZER_FAILED} ({item.localizer_failure})"
         if detections is None or not len(detections):
@@ -400,7 +404,7 @@ class Predictor:
 
 
 def _is_full(batch: Sequence[_Item], size: int) -> bool:
-    """Whether decoded originals are to be predicted before the next one is decoded."""
+    """Return whether to predict the batch before decoding the next image."""
     return len(batch) >= size or sum(item.image.width * item.image.height for item in batch) > BATCH_PIXELS
 
 
