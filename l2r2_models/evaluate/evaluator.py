@@ -90,13 +90,11 @@ class Evaluation:
         images, with_object: number of evaluated images, and of those in which an object was found.
         rows: metrics (see `measure`) by output (see `Judged.outputs`).
         oracle: accuracy of always picking a correct branch if there is one.
-        fitted_on, temperatures: see `Judged`.
         labels: class names, in the order of `confusion`.
         confusion: confusion matrices (rows: ground truth, columns: prediction) of the run's own outputs.
         group, groups: metadata column that rows are grouped by, and the number of images per value.
-        shares: see `Judged.shares`.
         left_out: reasons by image that could not be used.
-        warnings, notes: see `Judged`.
+        fitted_on, temperatures, shares, warnings, notes: see `Judged`.
     """
 
     split: str

@@ -52,11 +52,12 @@ class FoundParts:
         return [(self.part == k).any((1, 2)).float().mean().item() for k in range(self.num_parts + 1)]
 
     def agreement(self) -> dict[str, float]:
-        """Means over the images with a true mask, 0 to 1; empty where there is none.
+        """Compute the agreement with the true masks, averaged over the images that have one; empty if none has.
 
-        `iou` of the kept patches with those under the mask; `iou_of_everything`: of all patches with them, which keeping
-        everything would reach; `object_kept` and `background_kept`: how much of the patches under the mask, and of the others, is
-        kept.
+        Returns:
+            `iou` of the kept patches and those under the mask; `iou_of_everything`, the IoU if all patches were kept;
+            `object_kept` and `background_kept`, the fraction of the patches under the mask, and of the others, that is kept.
+            All are in [0, 1].
         """
         if not self.has_mask.any():
             return {}
