@@ -1,1 +1,1 @@
-"""Judging: stored branch logits, the fusions that are fitted on them, and the measures of `docs/method.md`, section 9."""
+"""Evaluation: stored branch logits, fusions fitted on them, and metrics (`docs/method.md`, section 9)."""

@@ -1,8 +1,8 @@
-"""The rows that a fusion is fitted on: held-out images as they are, on other backgrounds, or both.
+"""Rows to fit a fusion on: held-out images as they are, on other backgrounds, or both.
 
-Held-out images usually have the training backgrounds, so a fusion fitted on them leans on full, and loses where backgrounds
-change (L2R2 saw this on Spawrious). Laid on other images' backgrounds, they show how sure full is where the
-background says nothing. No image of a shifted split is needed for that.
+Held-out images usually have the training backgrounds, so a fusion fitted on them favors full and loses accuracy where
+backgrounds change (L2R2 reports this on Spawrious). Pasting the objects onto the backgrounds of other images shows how
+confident full is when the background is uninformative. This needs no images of a shifted split.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ..images import list_images
 from .logits import BranchLogits, Progress, branch_logits
 
 BACKGROUNDS = ("plain", "swapped", "both")
-COPIES = 3  # backgrounds an object is laid on: one draw says little on a hundred images
+COPIES = 3  # backgrounds per object; a single draw is too noisy on a hundred images
 
 
 def backgrounds_in(folder: Path) -> ImageTable:
-    """The images of a folder as donors of backgrounds: empty frames, scenes, or a data set, whose objects are removed.
+    """List the images of a folder as background donors: empty frames, scenes, or a data set whose objects are removed.
 
     Raises:
-        L2R2Error: no image in the folder.
+        L2R2Error: when the folder contains no images.
     """
     if any((folder / name).exists() for name in METADATA):
         return read_table(folder)
@@ -35,7 +35,7 @@ def backgrounds_in(folder: Path) -> ImageTable:
 
 
 def default_backgrounds(rows: ImageTable, donors: ImageTable, box_threshold: float, whole: bool = False) -> str:
-    """`both` where rows have objects that can be laid on other backgrounds, and there are enough of these, else `plain`."""
+    """Return `both` if there are objects to paste and enough donors of backgrounds, else `plain`."""
     objects = any(row.may_have_object(box_threshold) for row in rows.rows)
     return "both" if objects and len(donors_of(donors, box_threshold, whole)) > COPIES else "plain"
 
@@ -51,20 +51,22 @@ def logits_to_fit(
     skip_bad: bool = False,
     progress: Progress = lambda batches, _: batches,
 ) -> BranchLogits:
-    """Branch logits to fit a fusion on.
+    """Compute the branch logits to fit a fusion on.
 
     Args:
         checkpoint: the model.
         rows: held-out rows with labels.
-        donors: rows that give backgrounds, e.g. those that were trained on.
-        backgrounds: `plain`: the rows as they are; `swapped`: each object on the backgrounds of three other images of any class
-            (of other classes only, the background would speak against the class, and a fusion learn to believe the contrary of
-            it); `both`: the two.
+        donors: rows that provide backgrounds, e.g. the training rows.
+        backgrounds: `plain` for the rows as they are, `swapped` for each object on the backgrounds of three other images, or
+            `both`. The other images are of any class: with other classes only, the background would be evidence against the
+            true class, and a fusion would learn to invert it.
+        store: see `branch_logits`.
         whole: see `swapped`.
-        store, skip_bad, progress: see `branch_logits`.
+        skip_bad: see `branch_logits`.
+        progress: see `branch_logits`.
 
     Raises:
-        L2R2Error: another word for `backgrounds`, or no row with an object to be laid on a background.
+        L2R2Error: when `backgrounds` is unknown, or no row has an object to paste onto a background.
     """
     if backgrounds not in BACKGROUNDS:
         raise L2R2Error(f'Unknown backgrounds "{backgrounds}"; choose from {", ".join(BACKGROUNDS)}.')

@@ -1,4 +1,4 @@
-"""Choosing a fusion by regret: never far behind the best of fg, full and their average (`docs/method.md`, section 4)."""
+"""Selection of a fusion by its regret against fg, full and their average (`docs/method.md`, section 4)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ Columns = Mapping[str, Column]
 
 @dataclass(frozen=True)
 class Choice:
-    """Which fusion was chosen, and why in one sentence; `regret` by fusion and column, in parts of one."""
+    """The chosen fusion.
+
+    Attributes:
+        name: name of the fusion.
+        reason: why it was chosen, in one sentence.
+        regret: regret by fusion and column, as a fraction.
+    """
 
     name: str
     reason: str
@@ -23,8 +29,13 @@ class Choice:
 
 
 def references(data: BranchLogits, group: str | None = None, metric: str = "accuracy") -> dict[str, dict[str, Column]]:
-    """Metrics of what a fusion is measured against: each branch alone (where no object was found, what answers there), and the
-    average of all."""
+    """Compute the metrics that fusions are compared with: those of each branch alone and of the average of all.
+
+    Args:
+        data: branch logits; a branch alone falls back to full (or bg) in rows without an object.
+        group: metadata column, see `fit`.
+        metric: `accuracy` or `macro_accuracy`.
+    """
     average = create_fusion("average", tuple(data.logits), data.classes)
     fallback = data.logits.get("full", data.logits.get("bg"))
     found = {}
@@ -35,28 +46,28 @@ def references(data: BranchLogits, group: str | None = None, metric: str = "accu
 
 
 def lead_of(data: BranchLogits, inputs: Sequence[str] | None = None) -> str:
-    """The branch that a fusion takes first: fg, where it is one of the inputs."""
+    """Return the branch that a fusion takes first: fg if it is one of the inputs."""
     return next(b for b in INPUTS if b in data.logits and (inputs is None or b in inputs))
 
 
 def lead_alone(
     data: BranchLogits, inputs: Sequence[str] | None = None, group: str | None = None, metric: str = "accuracy"
 ) -> dict[str, Fitted]:
-    """No fusion as a candidate: `robust` with the threshold 0, by the name of its branch, e.g. `fg alone`."""
+    """Return the leading branch as a candidate, e.g. `fg alone`: a `robust` fusion with threshold 0."""
     fusion = create_fusion({"name": "robust", "threshold": 0.0, "inputs": inputs}, tuple(data.logits), data.classes)
     return {lead_of(data, inputs) + ALONE: Fitted(fusion, columns_of(fuse(fusion, data), data, group, metric))}
 
 
 def choose(fitted: Mapping[str, Fitted], compared: Mapping[str, Columns], lead: str = "fg") -> Choice:
-    """The fusion with the smallest regret, on the kind of rows where its regret is largest.
+    """Choose a fusion by minimax regret over the kinds of rows (plain and swapped).
 
-    The regret on a column is the accuracy that it lacks to the best of `compared`. A fusion that is behind `lead` by more than
-    one standard error on any column is never chosen. Of those that are behind the one with the smallest regret by no more than
-    one standard error on each column, taken over images or groups (Breiman et al. 1984), the most likely one is chosen: where
-    all are right in nearly every held-out row, accuracy cannot tell them apart.
+    The regret on a column is the gap in accuracy to the best of `compared`. A fusion that is more than one standard error behind
+    `lead` on any column is excluded. Among the fusions within one standard error of the smallest maximum regret on every column,
+    over images or groups (Breiman et al. 1984), the one with the lowest NLL is chosen, because accuracy cannot separate fusions
+    that are right on nearly every held-out row. See `docs/method.md`, section 4.
 
     Args:
-        fitted: candidates with their columns; one of them should be `lead` alone, which is never excluded.
+        fitted: candidates with their columns; should include `lead` alone, which is never excluded.
         compared: see `references`.
         lead: the reference that no fusion may lose to.
     """
@@ -78,7 +89,7 @@ def choose(fitted: Mapping[str, Fitted], compared: Mapping[str, Columns], lead: 
 
 
 def _lag(top: Columns, other: Columns) -> float:
-    """By how much more than one standard error of the difference `other` is behind, on the column where that is most."""
+    """Return the largest gap over the columns by which `other` trails `top`, less one standard error of the difference."""
     differences = [top[c].right - other[c].right for c in other]
     return max(float(d.mean() - d.std() / len(d) ** 0.5) for d in differences)
 

@@ -1,4 +1,4 @@
-"""`l2r2 evaluate` without its printing: every branch and every fusion of a run on one split."""
+"""Evaluation of every branch and fusion of a run on one split, as `l2r2 evaluate` prints it."""
 
 from __future__ import annotations
 
@@ -24,28 +24,29 @@ from .logits import BranchLogits, Progress, branch_logits
 from .metrics import confusion_matrix, measure, oracle
 from .shift import adapt_run, can_fuse
 
-OWN = "fused: "  # before the name of the fusion that the run holds
+OWN = "fused: "  # prefix of the name of the run's own fusion
 Correct = Callable[[Tensor, ImageTable], Tensor]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What was said of every image of a split.
+    """Outputs of a run for every image of a split.
 
     Attributes:
-        checkpoint: what was judged. split: by which rows.
+        checkpoint, split: the evaluated checkpoint, and the name of the split.
         fitted_on: the split that temperatures and the other fusions were fitted on, or None.
-        labels: the classes' names.
-        data: what the branches say, the truth, the images, and those that could not be used.
-        outputs: logits `[N, classes]` of each branch (`full`, `fg`, `bg`; where no object was found what the full branch says, as
-            in a Prediction), of the run's own fusion (`fused: NAME`), of the other fusions, of the answers corrected by a prior,
-            and of ensembles (`full x full`).
-        fusions: the other fusions, with their fitted numbers.
+        labels: class names.
+        data: branch logits, ground truth, images, and those that could not be used.
+        outputs: logits `[N, classes]` of each branch (`full`, `fg`, `bg`; those of full where no object was found), of the run's
+            own fusion (`fused: NAME`), of the other fusions, of outputs corrected by a prior, and of ensembles (`full x full`).
+        fusions: the other fusions, fitted.
         temperatures: by output, fitted on `fitted_on`; empty without it.
-        group: the metadata column that rows are grouped by, and groups: its value of each row.
-        shares: how many backgrounds mislead, see `fuse_groups`, by the groups of `adapt`, or else by `groups`, or in the split;
-            empty where the fusion was not fitted to know its batch.
-        warnings: what makes the figures too good, or empty. notes: what else one must know to read them.
+        group: metadata column that rows are grouped by, or None.
+        groups: value of `group` per row, or None.
+        shares: fraction of misleading backgrounds (see `fuse_groups`) by the groups of `adapt`, else by `groups`, else for the
+            split; empty if the fusion has no batch rule.
+        warnings: sentences on what makes the metrics too good.
+        notes: sentences on what else is needed to interpret them.
     """
 
     checkpoint: Checkpoint
@@ -64,17 +65,17 @@ class Judged:
 
     @property
     def own(self) -> list[str]:
-        """Outputs of the run as it is: its branches, and its fusion last."""
+        """Names of the run's own outputs: its branches, then its fusion."""
         return [name for name in self.outputs if name in self.data.logits or (name.startswith(OWN) and " + " not in name)]
 
     @property
     def answer(self) -> str:
-        """The output that `predict` would give: the run's fusion, or its only branch."""
+        """Name of the output that `predict` gives: the run's fusion, or its only branch."""
         return self.own[-1]
 
     @property
     def clusters(self) -> Tensor | None:
-        """`[N]` numbers that rows of one image share, for `bootstrap_interval`; None where each row has its own image."""
+        """Image index `[N]` per row, for `bootstrap_interval`; None if each row has its own image."""
         rows = self.data.table.rows
         numbers = {path: i for i, path in enumerate(dict.fromkeys(row.path for row in rows))}
         return torch.tensor([numbers[row.path] for row in rows]) if len(numbers) < len(rows) else None
@@ -82,19 +83,18 @@ class Judged:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one split; everything that `--json` prints.
+    """Metrics of one split: everything that `--json` prints.
 
     Attributes:
-        split, images, with_object: what was judged.
-        rows: figures (see `measure`) by output, see `Judged.outputs`.
-        oracle: accuracy if one could always pick a branch that is right.
-        fitted_on, temperatures: see `Judged`.
-        labels: the classes' names, in the order of `confusion`.
-        confusion: images by truth (rows) and answer (columns), for the run's branches and its fusion.
-        group, groups: the column, and the images of each of its values.
-        shares: see `Judged.shares`.
-        left_out: images that could not be used, with the reason.
-        warnings, notes: sentences.
+        split: name of the split.
+        images, with_object: number of evaluated images, and of those in which an object was found.
+        rows: metrics (see `measure`) by output (see `Judged.outputs`).
+        oracle: accuracy of always picking a correct branch if there is one.
+        labels: class names, in the order of `confusion`.
+        confusion: confusion matrices (rows: ground truth, columns: prediction) of the run's own outputs.
+        group, groups: metadata column that rows are grouped by, and the number of images per value.
+        left_out: reasons by image that could not be used.
+        fitted_on, temperatures, shares, warnings, notes: see `Judged`.
     """
 
     split: str
@@ -114,11 +114,12 @@ class Evaluation:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 def evaluate_run(run: Path | str, data: Path, split: str, **options: Any) -> Evaluation:
-    """The figures of a run on one split; arguments and errors as `judge_run` has them."""
+    """Compute the metrics of a run on one split; arguments and errors as for `judge_run`."""
     return evaluation_of(judge_run(run, data, split, **options))
 
 
@@ -139,24 +140,24 @@ def judge_run(
     adapt: str = "off",
     progress: Progress = lambda batches, _: batches,
 ) -> Judged:
-    """Let a run answer for every image of a split, with each of its branches and with every fusion.
+    """Compute the outputs of each branch and fusion of a run for every image of a split.
 
     Args:
-        run: a run's folder (the branch logits are stored in it) or a Hub id.
+        run: run folder (the branch logits are stored in it) or Hub id.
         data, metadata, boxes: see `read_table`.
-        split: the rows to judge by. Nothing is fitted on them.
-        group: a metadata column; adds the accuracy by its values and the worst of them.
-        fit_split: held-out rows to fit every fusion and the temperature of every output on; never `split` itself.
-        prior: a metadata column; adds each branch and the run's fusion corrected by `MetadataPrior` with the run's training rows.
-        others: more runs with the same labels (e.g. other seeds); adds ensembles: the mean of the probabilities of the runs'
-            full branches, fg branches and fusions.
-        skip_bad: leave images out that cannot be used instead of stopping.
+        split: the split to evaluate. Nothing is fitted on it.
+        group: metadata column; adds the accuracy by its values and the worst of them.
+        fit_split: held-out split to fit every fusion and the temperature of every output on; never `split` itself.
+        prior: metadata column; adds each own output corrected by a `MetadataPrior` counted on the run's training rows.
+        others: more runs with the same labels (e.g. other seeds); adds ensembles, the mean probabilities over the runs of each
+            branch and of the fusions.
+        skip_bad: leave out images that cannot be used instead of stopping.
         drop_parts, token_quantile: see `IFAM.intervene`.
-        adapt: which images are of one place, see `Grouping.parse`; adds the run's fusion that knows it (`fused: NAME, by ADAPT`).
+        adapt: grouping of images, see `Grouping.parse`; adds the run's fusion by group (`fused: NAME, by ADAPT`).
         progress: wraps the batches while logits are computed.
 
     Raises:
-        L2R2Error: unusable data, an unknown column, other runs with other labels, or `fit_split` that is the split to judge by.
+        L2R2Error: when the data are unusable, a column is unknown, the labels of the runs differ, or `fit_split` is `split`.
     """
     if fit_split == split:
         raise L2R2Error(f"The split {split} cannot be both fitted on and judged by.")
@@ -171,7 +172,7 @@ def judge_run(
         _check_labels(runs[0], other, source)
     table = read_table(data, metadata=metadata, boxes=boxes)
     splits = {name: rows_of(run, table, name) for name in (split, fit_split) if name}
-    for name, rows in splits.items():  # all that can be wrong is said before the network runs
+    for name, rows in splits.items():  # invalid input is reported before the network runs
         _check_classes(runs[0], rows, name)
     if group:
         splits[split].column(group)
@@ -183,7 +184,7 @@ def judge_run(
         raise L2R2Error(f"{run}: has only the branch {', '.join(branches)}, so there is no fusion to fit on {fit_split}.")
 
     def said(name: str) -> list[BranchLogits]:
-        """What each run says of a split; all of them of the images that the first one could use."""
+        """Compute the branch logits of each run on a split, over the images that the first run could use."""
         parts: list[BranchLogits] = []
         for checkpoint, source in zip(runs, (run, *others)):
             store = Path(source) / LOGITS if Path(source).is_dir() else None
@@ -229,7 +230,7 @@ def judge_run(
 
 
 def _intervened(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What the network was kept from seeing, in words."""
+    """Describe the interventions on the network."""
     done = checkpoint.model.interventions()
     what = [f"without its parts {', '.join(map(str, done['drop_parts']))}"] if "drop_parts" in done else []
     what += [f"without patches below the quantile {done['token_quantile']:g}"] if "token_quantile" in done else []
@@ -237,7 +238,7 @@ def _intervened(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def evaluation_of(judged: Judged) -> Evaluation:
-    """The figures of what was said."""
+    """Compute metrics from stored outputs."""
     data = judged.data
     full = judged.outputs.get("full")
     common: dict[str, Any] = dict(groups=judged.groups, classes=judged.labels, clusters=judged.clusters)
@@ -267,13 +268,13 @@ def evaluation_of(judged: Judged) -> Evaluation:
 
 
 def _inputs(data: BranchLogits) -> dict[str, tuple[str, ...] | None]:
-    """What can be fused, by what is added to the name of a fusion: all branches, and of three every pair."""
+    """Return the inputs to fuse by suffix of the fusion name: all branches and, if there are three, every pair."""
     pairs = list(combinations([b for b in INPUTS if b in data.logits], 2)) if len(data.logits) > 2 else []
     return {"": None, **{f" ({' + '.join(pair)})": pair for pair in pairs}}
 
 
 def _fusions(checkpoint: Checkpoint, judged: BranchLogits, held_out: BranchLogits | None) -> dict[str, Fusion]:
-    """All fusions fitted on the held-out rows, or those that need no fitting."""
+    """Return all fusions fitted on the held-out rows or, without these, the fusions without parameters."""
     if held_out is not None:
         every = {more: fit(held_out, sorted(FUSIONS), inputs=inputs) for more, inputs in _inputs(held_out).items()}
         return {name + more: found.fusion for more, fitted in every.items() for name, found in fitted.items()}
@@ -295,7 +296,7 @@ def _outputs(
     correct: Correct | None,
     prior: str | None,
 ) -> dict[str, Tensor]:
-    """See `Judged.outputs`; parts are what each of the runs says of the same images."""
+    """Return `Judged.outputs`; `parts` are the branch logits of each run for the same images."""
     answers = [_answers(checkpoint, part) for checkpoint, part in zip(runs, parts)]
     outputs = dict(answers[0])
     if can_fuse(parts[0]):
@@ -308,7 +309,7 @@ def _outputs(
 
 
 def _ensembles(answers: Sequence[dict[str, Tensor]], labels: Sequence[Sequence[str]]) -> dict[str, Tensor]:
-    """Log of the mean probabilities of all runs: `full x full`, `fg x fg`, `fused x fused` (`docs/method.md`, section 4)."""
+    """Return log mean probabilities of the outputs that all runs have, e.g. `fg x fg` (`docs/method.md`, section 4)."""
     said = [{"fused" if name.startswith(OWN) else name: z.double() for name, z in one.items()} for one in answers]
     order = [[list(names).index(label) for label in labels[0]] for names in labels]
     found = {}
@@ -320,7 +321,7 @@ def _ensembles(answers: Sequence[dict[str, Tensor]], labels: Sequence[Sequence[s
 
 
 def _answers(checkpoint: Checkpoint, data: BranchLogits) -> dict[str, Tensor]:
-    """What a run says: its branches, and its fusion where it has one."""
+    """Return the own outputs of a run: its branches, and its fusion if it has one."""
     outputs = with_fallback(data.logits, data.has_fg)  # as in a Prediction
     if can_fuse(data):
         outputs[f"{OWN}{checkpoint.model.fusion.name}"] = fuse(checkpoint.model.fusion, data)
@@ -346,7 +347,7 @@ def _check_classes(checkpoint: Checkpoint, rows: ImageTable, split: str) -> None
 
 
 def _warnings(sources: Sequence[Path | str], judged: BranchLogits, split: str) -> tuple[str, ...]:
-    """Rows judged by that a run was trained or fitted on, boxes that nobody found, and boxes that the true labels found."""
+    """Warn of rows that a run was trained or fitted on, of missing boxes, and of boxes found with the true labels."""
     found = list(warnings_of(sources[0], judged.table, split, "say nothing about new images"))
     for other in sources[1:]:
         found += [f"{other}: {w}" for w in warnings_of(other, judged.table, split, "say nothing about new images")]
@@ -358,7 +359,7 @@ def _warnings(sources: Sequence[Path | str], judged: BranchLogits, split: str) -
 
 
 def _fitted_on_seen(sources: Sequence[Path | str], rows: ImageTable, split: str) -> tuple[str, ...]:
-    """Rows to fit on that a run was trained on: with `--val-fraction`, another seed holds other rows out."""
+    """Warn of rows to fit on that a run was trained on; with `--val-fraction`, seeds hold out different rows."""
     found = []
     for source in sources:
         if seen := trained_on(source, rows, split):

@@ -1,4 +1,4 @@
-"""`l2r2 fuse` without its printing: fit on a split, choose, save into the run's checkpoint."""
+"""Fit fusions on a split, choose one, and save it into the checkpoint of the run, as `l2r2 fuse` does."""
 
 from __future__ import annotations
 
@@ -23,23 +23,25 @@ from .choose import choose, lead_alone, lead_of, references
 from .fuse import BEST, PLAIN, SWAPPED, Column, fit, is_swapped, observations
 from .logits import BranchLogits, Progress
 
-WORSE = 0.03  # of the ECE, from plain to swapped rows: said to the user
+WORSE = 0.03  # increase in ECE from plain to swapped rows above which to warn
 
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What was fitted.
+    """Result of fitting the fusions of a run.
 
     Attributes:
-        chosen, config: the fusion that the run has now, and its settings.
-        reason: why it was chosen, in one sentence; empty where it was named.
-        table: metrics (`accuracy`, `ece`, `nll`) by column (`plain`, `swapped`) on unseen rows of the split, see `Fitted`; of
-            each branch alone, of the average, and of each fusion.
-        numbers: count of fitted numbers by fusion.
-        backgrounds: of the rows, `plain`, `swapped` or `both`.
-        rows, with_object: rows fitted on (an object on three backgrounds is three), and how many of them count for the fit.
+        chosen: name of the fusion that the run has now.
+        config: its config.
+        reason: why it was chosen, in one sentence; empty if it was named by the caller.
+        table: metrics (`accuracy`, `ece`, `nll`) by name and column (`plain`, `swapped`) on held-out folds of the split (see
+            `Fitted`), for each branch alone, the average, and each fusion.
+        numbers: number of fitted parameters by fusion.
+        backgrounds: backgrounds of the rows: `plain`, `swapped` or `both`.
+        rows: number of rows; an object on three backgrounds counts as three.
+        with_object: number of rows with an object, which are the ones fitted on.
         warnings: sentences.
-        left_out: images that could not be used, with the reason.
+        left_out: reasons by image that could not be used.
     """
 
     chosen: str
@@ -54,6 +56,7 @@ class FuseReport:
     left_out: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
         return asdict(self)
 
 
@@ -78,21 +81,21 @@ def fit_run(
     """Fit the fusions on one split and save the chosen one into the run.
 
     Args:
-        run: folder of a checkpoint; the logits are stored in it.
+        run: run folder; the branch logits are stored in it.
         data, metadata, boxes: see `read_table`.
-        split: the rows to fit on, see `rows_of`.
-        method: one fusion, or `best_on_val` (default): the one that `choose` takes.
+        split: the split to fit on, see `rows_of`.
+        method: name of a fusion, or `best_on_val` (default) for the one that `choose` selects.
         class_wise, group, metric: see `fit`.
-        inputs: the branches that are fused; by default those that the run's fusion fuses now.
-        backgrounds: `plain`, `swapped` or `both`, see `logits_to_fit`; by default `both` where objects have boxes or masks, else
-            `plain`. The images the run was trained on give backgrounds.
-        scenes: a folder whose images give them instead, see `backgrounds_in`.
+        inputs: the branches to fuse; defaults to those of the run's current fusion.
+        backgrounds: `plain`, `swapped` or `both`, see `logits_to_fit`; defaults to `both` if objects have boxes or masks, else
+            `plain`. The training images of the run provide the backgrounds.
+        scenes: folder of images that provide the backgrounds instead, see `backgrounds_in`.
         skip_bad: leave unreadable images out instead of stopping.
         save: write the checkpoint.
         progress: wraps the batches while logits are computed.
 
     Raises:
-        L2R2Error: an unknown method, an unusable run or split.
+        L2R2Error: when the method is unknown, or the run or the split is unusable.
     """
     method = method or BEST
     if method not in (BEST, *FUSIONS):
@@ -150,20 +153,20 @@ def fit_run(
 
 
 def _counts(trained: ImageTable, labels: Sequence[str]) -> Tensor | None:
-    """`[classes]` rows of each class among those that were trained on; None where none of them is known."""
+    """Return the number of training rows per class `[classes]`; None if there are none."""
     counts = trained.label_counts()
     return torch.tensor([float(counts[label]) for label in labels]) if any(counts[label] for label in labels) else None
 
 
 def _batch_rule(fusion: Fusion, data: BranchLogits, counts: Tensor | None) -> Fusion | None:
-    """What `--adapt` fuses the images of a place with, see `fuse_groups`."""
+    """Fit the batch rule that `--adapt` uses, see `fuse_groups`."""
     rows = data.select(data.has_fg)
     counts = rows.labels.bincount(minlength=rows.classes) if counts is None else counts
     return fit_batch(fusion, rows.logits, rows.labels, observations(rows), is_swapped(rows), counts)
 
 
 def _less_calibrated(every: Mapping[str, Mapping[str, Column]], chosen: str, lead: str) -> list[str]:
-    """A sentence where confidences are further from the truth on other backgrounds than on the usual ones."""
+    """Warn if the chosen fusion is calibrated worse on swapped backgrounds than on the usual ones."""
     columns = every.get(chosen, every[lead])
     if {PLAIN, SWAPPED} <= set(columns) and columns[SWAPPED].ece > columns[PLAIN].ece + WORSE:
         plain, swapped = (100 * columns[c].ece for c in (PLAIN, SWAPPED))
@@ -175,14 +178,14 @@ def _less_calibrated(every: Mapping[str, Mapping[str, Column]], chosen: str, lea
 
 
 def _save(run: Path, checkpoint: Checkpoint, training: dict[str, Any], used: Sequence[str]) -> None:
-    """Write the fitted fusion; whenever it is killed, run.json knows the SHA-256 of the weights that are there."""
+    """Write the fitted fusion; if interrupted, run.json still lists the SHA-256 of the weights on disk."""
     with only_writer(run):
         if file_sha256(run / WEIGHTS) != checkpoint.digest:
             raise L2R2Error(f"{run}: its weights were changed while the fusion was fitted; fit it again.")
         record = record_of(run)
 
         def write_record(known: Any) -> None:
-            if record:  # the fitted rows first: a warning too many is better than one too few
+            if record:  # written before the weights: better one warning too many than one too few
                 write_json(run / RUN, {**record, "fit_files": list(used), "weights_sha256": known})
 
         def before(digest: str) -> None:
@@ -193,10 +196,12 @@ def _save(run: Path, checkpoint: Checkpoint, training: dict[str, Any], used: Seq
 
 
 def rows_of(run: Path | str, table: ImageTable, split: str) -> ImageTable:
-    """The rows of a split; `val` also means the rows that the run held out of its training (`finetune --val-fraction`).
+    """Return the rows of a split.
+
+    If the table has no split `val`, it stands for the rows that the run held out of training (`finetune --val-fraction`).
 
     Raises:
-        L2R2Error: there are none.
+        L2R2Error: when the split has no rows, or the table lacks some of the held-out images.
     """
     held_out = record_of(run).get("val_files", [])
     if split == "val" and split not in table.splits and held_out:
@@ -208,7 +213,7 @@ def rows_of(run: Path | str, table: ImageTable, split: str) -> ImageTable:
 
 
 def warnings_of(run: Path | str, table: ImageTable, split: str, consequence: str) -> tuple[str, ...]:
-    """Sentences about rows to judge by that the run was trained on, its epoch chosen by, or its fusion fitted on."""
+    """Warn of evaluation rows used to train the run, to choose its epoch, or to fit its fusion."""
     record = record_of(run)
     chosen_by = record.get("val_files", []) if record.get("val_used_for") else []
     found = [
@@ -220,7 +225,7 @@ def warnings_of(run: Path | str, table: ImageTable, split: str, consequence: str
 
 
 def trained_on(run: Path | str, table: ImageTable, split: str) -> str:
-    """How many images the run, or the one it started from, was trained on, as the beginning of a sentence; empty for none."""
+    """Start a sentence on how many rows the run, or the run it started from, was trained on; empty if none."""
     record = record_of(run)
     return _seen(table, split, [*record.get("train_files", []), *record.get("init_files", [])], "trained on")
 

@@ -1,4 +1,4 @@
-"""Fitting fusions on stored branch logits, and choosing among them."""
+"""Fitting of fusions on stored branch logits, and their cross-validated metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .metrics import row_weights
 
 BEST = "best_on_val"
 FOLDS = 5
-IMAGES_A_NUMBER = 10  # the rule of ten of regression (Peduzzi et al. 1996); with fewer, neighboring frames are learned by heart
+IMAGES_A_NUMBER = 10  # images per parameter: the rule of ten (Peduzzi et al. 1996); with fewer, fits memorize similar frames
 PLAIN, SWAPPED = "plain", "swapped"  # held-out rows as they are, and on the backgrounds of other images
 
 
@@ -28,9 +28,11 @@ class Column:
     """Metrics on one kind of held-out rows.
 
     Attributes:
-        accuracy, ece, nll: of the rows; nll is the mean of `-log p(label)`. With `macro_accuracy`, `accuracy` holds that.
-        right: `[images]` or `[groups]` share of each image's or group's rows that are right; with `macro_accuracy` rows of rare
-            classes count for more.
+        accuracy: accuracy, or macro accuracy if that is the metric.
+        ece: expected calibration error.
+        nll: mean of `-log p(label)`.
+        right: `[images]` or `[groups]` fraction of correct rows per image or group; for macro accuracy, rows are weighted by
+            the inverse frequency of their class.
     """
 
     accuracy: float
@@ -41,13 +43,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A fusion fitted on all rows, and its metrics on rows that it has not seen.
+    """A fusion fitted on all rows, and its cross-validated metrics.
 
     Attributes:
-        fusion: ready to use.
-        columns: metrics by kind of rows, `plain` and `swapped`, of those that there are. Each row is fused by a fusion fitted on
-            the other folds (five of the images or groups, seed 0), so that a fusion with many numbers gains nothing by learning
-            the rows by heart.
+        fusion: the fitted fusion.
+        columns: metrics by kind of rows (`plain`, `swapped`), for the kinds present. Each row is fused by a fusion fitted on the
+            other folds (five, split by image or group, seed 0), so that memorizing rows does not help.
     """
 
     fusion: Fusion
@@ -60,7 +61,7 @@ class Fitted:
 
 
 def fuse(fusion: Fusion, data: BranchLogits) -> Tensor:
-    """Fused logits `[N, classes]`, as the model itself fuses them."""
+    """Return the fused logits `[N, classes]`, fused as in the model."""
     return fuse_branches(fusion, data.logits, data.has_fg, data.objectness)
 
 
@@ -79,17 +80,17 @@ def fit(
     Args:
         data: logits of held-out rows of a model with two branches or more, on their own backgrounds, on others (`swapped`), or
             both. The several other backgrounds of an object count as one observation.
-        methods: names; by default `affordable` ones.
-        class_wise: one temperature a class, for the fusions that scale.
+        methods: names of fusions; defaults to `affordable`.
+        class_wise: fit one temperature per class, for fusions that scale logits.
         group: a metadata column (site, physical object): its rows stay in one fold and count as one, for they are not
             independent. Rows with an empty value are groups of their own.
-        inputs: the branches that are fused; all by default.
-        metric: `accuracy` or `macro_accuracy`, by which thresholds and weights are fitted and fusions compared.
-        train_counts: `[classes]` training rows of each class; the held-out rows' by default.
+        inputs: the branches to fuse; defaults to all.
+        metric: `accuracy` or `macro_accuracy`, used to fit thresholds and weights and to compare fusions.
+        train_counts: `[classes]` training rows per class; defaults to the counts of the held-out rows.
 
     Raises:
-        L2R2Error: an unknown method or column, a model of one branch, fewer than ten images with an object or fewer than five
-            groups, or rows of one class.
+        L2R2Error: when a method or column is unknown, the model has one branch, there are fewer than ten images with an object
+            or fewer than five groups, or all rows have the same class.
     """
     if len(data.logits) < 2:
         raise L2R2Error(f"Only a model with several branches can be fused; this one has {', '.join(data.logits)}.")
@@ -109,7 +110,7 @@ def fit(
 
 
 def affordable(data: BranchLogits, inputs: Sequence[str] | None = None) -> list[str]:
-    """The fusions that may be chosen: those with at most one number to fit for ten images in which an object was found."""
+    """List the fusions that have at most one parameter per ten images with an object."""
     images = len({row.path for row, found in zip(data.table.rows, data.has_fg.tolist()) if found})
     sizes = tuple(data.logits), data.classes
     made = [create_fusion({"name": name, "inputs": inputs}, *sizes) for name in sorted(FUSIONS)]
@@ -118,7 +119,7 @@ def affordable(data: BranchLogits, inputs: Sequence[str] | None = None) -> list[
 
 @dataclass(frozen=True)
 class _Task:
-    """What every fusion is fitted on: all rows, those with an object, and the arguments of `fit`."""
+    """The inputs shared by all fits: all rows, those with an object, and the arguments of `fit`."""
 
     data: BranchLogits
     rows: BranchLogits
@@ -145,7 +146,7 @@ def _fit_one(config: Mapping[str, Any], task: _Task) -> Fitted:
         return fusion
 
     final = fitted(torch.ones(len(rows), dtype=torch.bool))
-    unit = _unit_numbers(rows, task.group)  # an image that occurs several times, on several backgrounds, stays in one fold
+    unit = _unit_numbers(rows, task.group)  # all rows of an image, on whatever background, stay in one fold
     fold = (torch.randperm(int(unit.max()) + 1, generator=torch.Generator().manual_seed(0)) % FOLDS)[unit]
     unseen = torch.empty(len(rows), rows.classes)
     for k in range(FOLDS if final.count() else 0):
@@ -157,7 +158,7 @@ def _fit_one(config: Mapping[str, Any], task: _Task) -> Fitted:
 
 
 def columns_of(logits: Tensor, data: BranchLogits, group: str | None = None, metric: str = "accuracy") -> dict[str, Column]:
-    """Metrics of `[N, classes]` logits on the plain and on the swapped rows of `data`, of those that there are."""
+    """Compute the metrics of logits `[N, classes]` on the plain and the swapped rows of `data`, if present."""
     swapped, unit = is_swapped(data), _unit_numbers(data, group)
     found = {}
     for name, rows in ((PLAIN, ~swapped), (SWAPPED, swapped)):
@@ -172,12 +173,12 @@ def columns_of(logits: Tensor, data: BranchLogits, group: str | None = None, met
 
 
 def is_swapped(data: BranchLogits) -> Tensor:
-    """`[N]` bool, which rows lie on the background of another image."""
+    """Return a mask `[N]` bool of the rows that are on the background of another image."""
     return torch.tensor([row.background is not None for row in data.table.rows], dtype=torch.bool)
 
 
 def observations(data: BranchLogits) -> Tensor:
-    """`[N]` how many observations each row stands for: an object on k other backgrounds is k rows of 1 / k."""
+    """Return the number of observations `[N]` per row: an object on k other backgrounds is k rows of 1 / k."""
     boxes = [None if row.entry is None else row.entry.boxes for row in data.table.rows]
     keys = [(row.path, b, row.mask_file, row.background is not None) for row, b in zip(data.table.rows, boxes)]
     count = Counter(keys)
@@ -185,7 +186,7 @@ def observations(data: BranchLogits) -> Tensor:
 
 
 def _unit_numbers(data: BranchLogits, group: str | None) -> Tensor:
-    """`[N]` which image each row shows, or which group it is of."""
+    """Return the index `[N]` of the image, or of the group, of each row."""
     paths = [str(row.path) for row in data.table.rows]
     units = paths if group is None else [value or path for value, path in zip(data.table.column(group), paths)]
     number = {unit: i for i, unit in enumerate(dict.fromkeys(units))}

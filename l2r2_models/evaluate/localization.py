@@ -1,4 +1,4 @@
-"""How good the boxes of a localizer are, against those of a data set; and a look at the worst of them."""
+"""Evaluation of localizer boxes against the ground truth of a data set, and a sheet of the worst ones."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from ..images import load_image, load_mask
 from ..io import write_atomic
 from .metrics import bootstrap_interval
 
-CORLOC = 0.5  # overlap from which a box is right (CorLoc, Deselaers et al. 2012)
+CORLOC = 0.5  # IoU from which a box counts as correct (CorLoc, Deselaers et al. 2012)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
 @dataclass(frozen=True)
 class JudgedBox:
-    """One image with a true box.
+    """Result for one image with a ground-truth box.
 
     Attributes:
-        path: the image.
-        truth: `[4]` xyxy, the true box that the found one overlaps most.
-        found: `[4]` xyxy, the best box of the localizer, or None.
-        iou: of both; 0 where nothing was found.
-        recall: part of the object that is inside the found box: of its mask's pixels where there is a mask, else of its box.
-        why: why nothing was found, "" where something was.
+        path: path of the image.
+        truth: xyxy in pixels, the true box with the largest overlap.
+        found: xyxy in pixels, the best box of the localizer, or None.
+        iou: IoU of the two boxes; 0 if nothing was found.
+        recall: fraction of the object inside the found box, measured on its mask if there is one, else on its box.
+        why: why nothing was found; empty if a box was found.
     """
 
     path: Path
@@ -48,20 +48,21 @@ class JudgedBox:
 
 @dataclass(frozen=True)
 class BoxReport:
-    """Figures over the images that have a true box, in 0..1 where they are parts.
+    """Metrics over the images that have a ground-truth box; fractions are in [0, 1].
 
     Attributes:
-        localizer: the spec that the box file names, or "".
-        oracle: the true labels were its prompts.
-        threshold: boxes with a lower score counted as not found.
-        images: with a true box.
-        corloc: part of them whose best box overlaps a true one by 0.5 or more; with a 95 % interval.
-        mean_iou, quantiles, histogram: of the overlap, 0 where nothing was found; ten bins of 0.1.
-        area_recall: mean part of the object that is inside the found box, 0 where nothing was found.
-        missed, failed, unlisted: images where nothing was found, where the localizer failed, which the file does not name.
-        empty, false_boxes: images without a true box, and how many of those got one nevertheless.
-        unreadable: images that could not be opened, with the reason.
-        judged: the single images, worst first.
+        localizer: localizer spec from the box file, or empty.
+        oracle: whether the true labels were used as prompts.
+        threshold: score below which a box counts as not found.
+        images: number of images with a true box.
+        corloc: fraction of images whose best box has an IoU of at least 0.5 with a true box.
+        corloc_interval: its 95 % confidence interval.
+        mean_iou, quantiles, histogram: of the IoU, which is 0 if nothing was found; the histogram has ten bins of width 0.1.
+        area_recall: mean fraction of the object inside the found box, 0 if nothing was found.
+        missed, failed, unlisted: number of images without a found box; of those, with a failed localizer, or not in the box file.
+        empty, false_boxes: number of images without a true box, and of those with a found box nevertheless.
+        unreadable: reasons by image that could not be opened.
+        judged: results per image, worst first.
     """
 
     localizer: str
@@ -83,7 +84,7 @@ class BoxReport:
     judged: tuple[JudgedBox, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; the single images are left out."""
+        """Return plain values for JSON, without the results per image."""
         data = asdict(self)
         del data["judged"]
         return data
@@ -98,18 +99,18 @@ def evaluate_boxes(
     threshold: float = BOX_THRESHOLD,
     progress: Progress = lambda steps, _: steps,
 ) -> BoxReport:
-    """Compare the best box of each image with the true ones.
+    """Compare the best box of each image with the ground truth.
 
     Args:
-        boxes: a box file.
-        data: a data set whose metadata have boxes or masks, see `read_table`.
-        split: only this split.
+        boxes: box file.
+        data: data set whose metadata have boxes or masks, see `read_table`.
+        split: use only this split.
         metadata: see `read_table`.
         threshold: boxes with a lower score count as not found.
         progress: wraps the images.
 
     Raises:
-        L2R2Error: no image has a true box, or the box file belongs to none of them.
+        L2R2Error: when no image has a true box, or the box file matches none of the images.
     """
     table, of_data = read_boxes(boxes), read_table(data, metadata=metadata)
     rows: dict[Path, list[Row]] = {}
@@ -167,7 +168,7 @@ UNLISTED = "the box file does not name it"
 
 
 def _judge(path: Path, rows: Sequence[Row], entry: BoxEntry | None, threshold: float) -> JudgedBox | bool:
-    """The image judged; without a true box, whether one was found."""
+    """Evaluate one image; if it has no true box, return whether a box was found."""
     image = load_image(path)
     size = (image.height, image.width)
     mask = load_mask(rows[0].mask_file, size) if rows[0].mask_file else None
@@ -199,7 +200,7 @@ def _best(entry: BoxEntry | None, size: tuple[int, int], name: str, threshold: f
 
 
 def _inside(truth: Tensor, found: Tensor) -> float:
-    """Part of the true box `[4]` that the found one covers."""
+    """Return the fraction of the true box `[4]` that the found box covers."""
     start, end = torch.maximum(truth[:2], found[:2]), torch.minimum(truth[2:], found[2:])
     return float((end - start).clamp(min=0).prod() / (truth[2:] - truth[:2]).prod())
 
@@ -211,10 +212,10 @@ def _mask_inside(mask: Tensor, found: Tensor) -> float:
 
 
 def draw_worst(report: BoxReport, path: str | Path, count: int = 10, side: int = 260) -> None:
-    """A sheet of the images with the worst boxes, atomically: the true box green, the found one red.
+    """Draw a sheet of the images with the worst boxes (true boxes green, found boxes red), written atomically.
 
     Raises:
-        L2R2Error: the folder cannot be written to.
+        L2R2Error: when the file cannot be written.
     """
     worst = report.judged[:count]
     columns = min(5, len(worst))

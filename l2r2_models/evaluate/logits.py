@@ -1,4 +1,4 @@
-"""Branch logits of a data set, computed once and stored, so that fusions are fitted and compared without the network."""
+"""Branch logits of a data set, computed once and stored, so that fusions can be fitted without the network."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ Progress = Callable[[Iterable[list[int]], int], Iterable[list[int]]]
 
 @dataclass(frozen=True)
 class BranchLogits:
-    """What the branches say of every image of a table, in its order.
+    """Branch logits for the rows of a table, in its order.
 
     Attributes:
         logits: `[N, classes]` float32 by branch.
-        has_fg: `[N]` bool, whether an object was found.
-        labels: `[N]` int64.
-        table: the images.
-        objectness: `[N]` scores of the boxes, 1 where there is none; None: all sure.
-        bad: images that could not be used and were left out, with the reason.
+        has_fg: `[N]` bool, True where an object was found.
+        labels: `[N]` int64 class indices.
+        table: the rows.
+        objectness: `[N]` box scores, 1 where there is none; None for 1 everywhere.
+        bad: reasons by image that could not be used and was left out.
     """
 
     logits: dict[str, Tensor]
@@ -50,10 +50,11 @@ class BranchLogits:
 
     @property
     def classes(self) -> int:
+        """Number of classes."""
         return next(iter(self.logits.values())).shape[1]
 
     def select(self, keep: Tensor) -> BranchLogits:
-        """The rows where `keep` (`[N]` bool) is True."""
+        """Return the rows where `keep` (`[N]` bool) is True."""
         rows = keep.nonzero()[:, 0]
         table = replace(self.table, rows=tuple(self.table.rows[i] for i in rows.tolist()))
         scores = None if self.objectness is None else self.objectness[rows]
@@ -69,29 +70,29 @@ def branch_logits(
     skip_bad: bool = False,
     progress: Progress = lambda batches, _: batches,
 ) -> BranchLogits:
-    """The branch logits of a table, from the store if it has them, else from the network.
+    """Load the branch logits of a table from the store, or compute them.
 
     Args:
         checkpoint: the model.
         table: images with labels of the model's classes; their best box is used.
-        store: folder for the logits, one file a model and table; None does not store.
-        batch_size: images in one pass.
-        skip_bad: leave images out that cannot be used (unreadable, or with boxes for another size) instead of stopping.
+        store: folder for the logits, one file per model and table; None to not store them.
+        batch_size: images per forward pass.
+        skip_bad: leave out images that cannot be used (unreadable, or boxes for another size) instead of stopping.
         progress: wraps the batches.
 
     Raises:
-        L2R2Error: an image that cannot be used, or none that can; a label that the model does not know.
+        L2R2Error: when an image cannot be used (without `skip_bad`), none can, a label is unknown, or logits are not finite.
     """
     model, threshold = checkpoint.model, checkpoint.box_threshold
     items = ViewDataset(table, checkpoint.labels, model.view_spec, model.branches, box_threshold=threshold, objectness=True)
-    # the fusion is not part of the key: logits stay valid when it is fitted anew
+    # the fusion is not part of the key: logits stay valid when it is fitted again
     about = [model.view_spec.to_dict(), threshold, list(checkpoint.labels), rows_digest(table, times=True)]
     about += [done] if (done := model.interventions()) else []
     key = json.dumps([_branches_digest(model), *about])
     file = None if store is None else store / f"{_short(key)}.safetensors"
     stored = None if file is None else _read(file, key, len(table), model)
     faults = {} if stored is None else _faults(items, stored)
-    if stored is None or not all(faults.values()):  # one that could not be read then, and can be now
+    if stored is None or not all(faults.values()):  # an image that could not be read then can be read now
         stored = _compute(model, items, batch_size, skip_bad, progress)
         finite = torch.stack([stored[b].isfinite().all(1) for b in model.branches]).all(0)
         if wrong := [table.rows[i].path for i in stored["used"][~finite].tolist()]:
@@ -110,7 +111,7 @@ def branch_logits(
 
 
 def _compute(model: L2R2, items: ViewDataset, batch_size: int, skip_bad: bool, progress: Progress) -> dict[str, Tensor]:
-    """Logits of the usable images by branch, `has_fg`, `objectness`, and `used`, the numbers of their rows."""
+    """Compute the logits by branch, `has_fg`, `objectness`, and `used`, the row indices of the usable images."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     found: dict[str, list[Tensor]] = {name: [] for name in (*model.branches, "has_fg", "objectness", "used")}
@@ -137,7 +138,9 @@ def _compute(model: L2R2, items: ViewDataset, batch_size: int, skip_bad: bool, p
     model.cpu()
     if not found["used"]:
         raise L2R2Error(f"None of the {len(items)} images can be used; the first: {_fault(items, 0)}")
-    return {name: torch.cat(parts).clone() for name, parts in found.items()}  # out of inference mode, to be fitted on
+    return {
+        name: torch.cat(parts).clone() for name, parts in found.items()
+    }  # copies outside inference mode, so that fusions can be fitted on them
 
 
 def _stop(reason: L2R2Error | str) -> L2R2Error:
@@ -145,7 +148,7 @@ def _stop(reason: L2R2Error | str) -> L2R2Error:
 
 
 def _fault(items: ViewDataset, i: int) -> str:
-    """Why an image cannot be used; empty if it can."""
+    """Return why an image cannot be used; empty if it can."""
     try:
         items[i]
     except L2R2Error as error:
@@ -162,12 +165,12 @@ def _write(file: Path, key: str, stored: dict[str, Tensor]) -> None:
     tensors = {**stored, "has_fg": stored["has_fg"].to(torch.uint8)}
     try:
         write_atomic(file, lambda path: save_file(tensors, path, {"key": key}))
-    except L2R2Error as error:  # a store is a convenience: a run that cannot be written to can still be judged
+    except L2R2Error as error:  # the store is only a cache: a read-only run can still be evaluated
         logger.warning("%s", error)
 
 
 def _read(file: Path, key: str, rows: int, model: L2R2) -> dict[str, Tensor] | None:
-    """What the store has for a key; nothing where there is any doubt, so that it is computed anew."""
+    """Read the stored tensors for a key; None if they are missing or invalid, so that they are computed again."""
     try:
         check_readable(file, most=None)
         with safe_open(file, "pt") as stored:
@@ -184,7 +187,7 @@ def _read(file: Path, key: str, rows: int, model: L2R2) -> dict[str, Tensor] | N
 
 
 def _branches_digest(model: L2R2) -> str:
-    """SHA-256 over the weights that make the branch logits: all but the fusion's."""
+    """Return the SHA-256 of all weights except those of the fusion."""
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith("fusion.")}
     return hashlib.sha256(save(weights)).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Measures on logits (`docs/method.md`, section 9)."""
+"""Metrics on logits (`docs/method.md`, section 9)."""
 
 from __future__ import annotations
 
@@ -12,26 +12,34 @@ from ..errors import L2R2Error
 from ..fusion.calibration import expected_calibration_error
 
 Interval = tuple[float, float]
-METRICS = ("accuracy", "macro_accuracy")  # what can be chosen by
-CHUNK = 64  # bootstrap draws that are worked on at once: 64 * 50,000 rows are 26 MB
+METRICS = ("accuracy", "macro_accuracy")  # for model selection
+CHUNK = 64  # bootstrap draws processed at once: 64 * 50,000 rows are 26 MB
 
 
 def accuracy(answers: Tensor, labels: Tensor) -> float:
-    """Part of the rows that are right; answers and labels `[N]`."""
+    """Compute the fraction of predictions `[N]` that equal the labels `[N]`.
+
+    >>> accuracy(torch.tensor([0, 1, 1, 1]), torch.tensor([0, 1, 1, 0]))
+    0.75
+    """
     return float((answers == labels).double().mean())
 
 
 def macro_accuracy(answers: Tensor, labels: Tensor) -> float:
-    """Mean recall over the classes that occur in `labels`; a class that is only answered does not count."""
+    """Compute the mean recall over the classes that occur in `labels`; other predicted classes do not count.
+
+    >>> macro_accuracy(torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 0, 1]))
+    0.5
+    """
     right = (answers == labels).double()
     return float(torch.stack([right[labels == k].mean() for k in labels.unique()]).mean())
 
 
 def row_weights(labels: Tensor, metric: str) -> Tensor:
-    """How much each row counts, `[N]` with sum N: the sum over the rows that are right, by N, is `accuracy` or `macro_accuracy`.
+    """Return weights `[N]` with sum N, such that the weighted fraction of correct rows is the metric.
 
     Raises:
-        L2R2Error: another metric.
+        L2R2Error: when the metric is not `accuracy` or `macro_accuracy`.
     """
     if metric not in METRICS:
         raise L2R2Error(f'Unknown metric "{metric}"; choose from {", ".join(METRICS)}.')
@@ -42,14 +50,14 @@ def row_weights(labels: Tensor, metric: str) -> Tensor:
 
 
 def by_group(answers: Tensor, labels: Tensor, groups: Sequence[str]) -> dict[str, float]:
-    """Accuracy by group, sorted by name; `groups` holds one name a row."""
+    """Compute the accuracy per group, sorted by name; `groups` holds one name per row."""
     right = (answers == labels).double()
     names = sorted(set(groups))
     return {name: float(right[torch.tensor([g == name for g in groups])].mean()) for name in names}
 
 
 def recalls(answers: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, float | None]:
-    """Part of each class's rows that are answered right; None for a class without rows."""
+    """Compute the recall per class; None for a class without rows."""
     right = (answers == labels).double()
     rows = {k: labels == k for k in labels.unique().tolist()}
     return {name: float(right[rows[k]].mean()) if k in rows else None for k, name in enumerate(classes)}
@@ -66,13 +74,17 @@ def measure(
     temperature: float | None = None,
     than: Tensor | None = None,
 ) -> dict[str, Any]:
-    """All figures of one set of logits `[N, classes]`; what there is no row for is None.
+    """Compute all metrics of one set of logits; a metric without rows is None.
 
     Args:
-        labels: `[N]`, has_fg: `[N]` bool, groups: one name a row, classes: their names.
+        logits: `[N, classes]`.
+        labels: `[N]` int64 class indices.
+        has_fg: `[N]` bool, True where an object was found.
+        groups: one group name per row.
+        classes: class names.
         clusters: see `bootstrap_interval`.
-        temperature: fitted on other rows.
-        than: logits to compare with.
+        temperature: temperature fitted on other rows.
+        than: `[N, classes]` logits to compare with.
 
     Returns:
         `accuracy`, `macro_accuracy`, `ece`, `with_box`, `without_box`, `recall` by class; with a temperature `ece_scaled`; with
@@ -108,7 +120,7 @@ def measure(
 
 
 def most_confused(matrix: Tensor, limit: int = 5) -> list[tuple[int, int, int]]:
-    """`(truth, answer, rows)` of the most frequent wrong answers of a confusion matrix, the most frequent first."""
+    """List `(label, prediction, rows)` of the most frequent errors in a confusion matrix, most frequent first."""
     wrong = matrix.clone().fill_diagonal_(0)
     order = wrong.flatten().argsort(descending=True, stable=True)[:limit].tolist()
     pairs = [(i // len(wrong), i % len(wrong), int(wrong.flatten()[i])) for i in order]
@@ -116,12 +128,12 @@ def most_confused(matrix: Tensor, limit: int = 5) -> list[tuple[int, int, int]]:
 
 
 def oracle(logits: Sequence[Tensor], labels: Tensor) -> float:
-    """Accuracy if one could always pick a branch that is right, where any is."""
+    """Compute the accuracy of always picking a correct branch if there is one."""
     return float(torch.stack([z.argmax(-1) == labels for z in logits]).any(0).double().mean())
 
 
 def bootstrap_counts(size: int, seed: int, draws: int) -> Iterator[Tensor]:
-    """Blocks `[D, size]` float64 of how often each of `size` units is drawn, with replacement, in each of `draws` resamples."""
+    """Yield blocks `[D, size]` float64 of how often each unit is drawn in each of `draws` bootstrap resamples."""
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, draws, CHUNK):
         drawn = torch.randint(size, (min(CHUNK, draws - start), size), generator=generator)
@@ -129,7 +141,7 @@ def bootstrap_counts(size: int, seed: int, draws: int) -> Iterator[Tensor]:
 
 
 def confidence_interval(values: Tensor) -> Interval:
-    """The 2.5 % and 97.5 % percentiles of resampled values `[draws]`."""
+    """Return the 2.5th and 97.5th percentiles of resampled values `[draws]`."""
     low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
     return low, high
 
@@ -137,20 +149,20 @@ def confidence_interval(values: Tensor) -> Interval:
 def bootstrap_interval(
     values: Tensor, seed: int = 0, draws: int = 1000, *, clusters: Tensor | None = None, classes: Tensor | None = None
 ) -> Interval:
-    """The 95 % confidence interval of a mean: percentiles of the means of rows drawn again with replacement.
+    """Compute the 95 % percentile bootstrap confidence interval of a mean.
 
-    The interval of a difference between two models is that of the difference row by row. Where all values are equal the interval
-    has no width, however few the rows are: show their number beside it.
+    For the difference between two models, pass the differences per row. If all values are equal the interval has zero width,
+    however few the rows are, so report N with it.
 
     Args:
-        values: `[N]`, one a row, e.g. 1 where the answer is right.
-        seed: the same seed gives the same interval.
-        draws: how often rows are drawn.
+        values: `[N]`, one per row, e.g. 1 where the prediction is correct.
+        seed: random seed.
+        draws: number of resamples.
         clusters: `[N]` integers; rows with the same number (e.g. objects of one image) are drawn together.
         classes: `[N]` integers; the interval is that of the mean over classes of the means within a class (macro accuracy).
 
     Raises:
-        L2R2Error: no rows.
+        L2R2Error: when there are no rows.
     """
     count = len(values)
     if count == 0:
@@ -168,7 +180,7 @@ def bootstrap_interval(
 
 
 def reliability_bins(logits: Tensor, labels: Tensor, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
-    """What a reliability diagram shows, over the bins of `expected_calibration_error`.
+    """Compute a reliability diagram over the bins of `expected_calibration_error`.
 
     Returns:
         `[bins]` each: rows, mean confidence, accuracy (both 0 in an empty bin).
@@ -181,5 +193,9 @@ def reliability_bins(logits: Tensor, labels: Tensor, bins: int = 15) -> tuple[Te
 
 
 def confusion_matrix(answers: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """`[classes, classes]` int64: row the truth, column the answer; answers and labels `[N]`."""
+    """Count rows `[classes, classes]` int64 by label (row) and prediction (column); both inputs are `[N]`.
+
+    >>> confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), 2).tolist()
+    [[1, 1], [0, 1]]
+    """
     return torch.bincount(labels * classes + answers, minlength=classes * classes).reshape(classes, classes)

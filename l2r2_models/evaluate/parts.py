@@ -1,4 +1,4 @@
-"""What an ifam model takes for the object: the part of each patch, what its second stage sees, and both against true masks."""
+"""Parts that an iFAM model finds, the patches that its second stage sees, and their agreement with true masks."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ AGREEMENT = ("iou", "iou_of_everything", "object_kept", "background_kept")
 
 @dataclass(frozen=True)
 class FoundParts:
-    """What stage 1 found in N images on a grid of h x w patches.
+    """Output of stage 1 for N images on a grid of h x w patches.
 
     Attributes:
-        rows: numbers of the images in the table.
+        rows: row indices of the images in the table.
         views: `[N, 3, S, S]` uint8, the whole images as the network sees them.
         part: `[N, h, w]` int64, the part that each patch belongs to; K is the background.
         keep: `[N, h, w]` bool, the patches that stage 2 sees (fewer than the parts have, under an intervention).
@@ -44,26 +44,27 @@ class FoundParts:
     num_parts: int
 
     def shares(self) -> list[float]:
-        """Part of all patches that belong to each part, the background last."""
+        """Return the fraction of all patches per part, the background last."""
         return torch.bincount(self.part.flatten(), minlength=self.num_parts + 1).div(max(self.part.numel(), 1)).tolist()
 
     def occurrence(self) -> list[float]:
-        """Part of the images that have a patch of each part, the background last."""
+        """Return the fraction of images that have a patch of each part, the background last."""
         return [(self.part == k).any((1, 2)).float().mean().item() for k in range(self.num_parts + 1)]
 
     def agreement(self) -> dict[str, float]:
-        """Means over the images with a true mask, 0 to 1; empty where there is none.
+        """Compute the agreement with the true masks, averaged over the images that have one; empty if none has.
 
-        `iou` of the kept patches with those under the mask; `iou_of_everything`: of all patches with them, which keeping
-        everything would reach; `object_kept` and `background_kept`: how much of the patches under the mask, and of the others, is
-        kept.
+        Returns:
+            `iou` of the kept patches and those under the mask; `iou_of_everything`, the IoU if all patches were kept;
+            `object_kept` and `background_kept`, the fraction of the patches under the mask, and of the others, that is kept.
+            All are in [0, 1].
         """
         if not self.has_mask.any():
             return {}
         keep, true = (x[self.has_mask].flatten(1) for x in (self.keep, self.true))
 
         def share(of: Tensor, among: Tensor) -> Tensor:
-            """NaN for a share of no patches."""
+            """Return the fraction of `among` that is in `of`; NaN if `among` is empty."""
             return (of & among).sum(1) / among.sum(1)
 
         figures = torch.stack([share(keep & true, keep | true), true.float().mean(1), share(keep, true), share(keep, ~true)])
@@ -80,13 +81,13 @@ def find_parts(
     """Run stage 1 on images, under the interventions that the model has.
 
     Args:
-        checkpoint: of an ifam model.
+        checkpoint: checkpoint of an iFAM model.
         table: images; those that cannot be read are left out. Masks that a localizer made are not taken for true ones.
-        most: at most so many images, evenly from all.
+        most: maximum number of images, evenly spaced over the table; None for all.
         progress: wraps the batches.
 
     Raises:
-        L2R2Error: not an ifam model, or no image can be read.
+        L2R2Error: when the model is not an iFAM model, or no image can be read.
     """
     if not checkpoint.model.finds_object:
         raise L2R2Error(f"{checkpoint.name}: finds no parts; that is what the ifam models do.")
@@ -116,7 +117,7 @@ def find_parts(
 
 
 def _of_batch(model: IFAM, samples: list[Sample], are_true: bool, device: torch.device) -> tuple[Tensor, ...]:
-    """The tensors of `FoundParts` for some images."""
+    """Compute the tensors of `FoundParts` for one batch."""
     spec = replace(model.view_spec, fg_mode="tokens")  # whose views come with the mask that the parts are compared with
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (spec.mean, spec.std))
     masks = [sample.mask if are_true else None for sample in samples]

@@ -1,4 +1,4 @@
-"""How far the images of a split are from home: the share of misleading backgrounds, and the fusion that knows it."""
+"""Fraction of misleading backgrounds in a split, and fusion that is adapted to it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from .logits import BranchLogits
 
 
 def can_fuse(data: BranchLogits) -> bool:
-    """Whether there are two branches to fuse."""
+    """Return whether there are at least two branches to fuse."""
     return len(data.logits) > 1
 
 
 def adapt_run(checkpoint: Checkpoint, data: BranchLogits, grouping: Grouping | None, group: str | None, split: str) -> Adapted:
-    """A run's fusion that knows which images are of one place.
+    """Fuse the branch logits of a run by group (see `fuse_groups`).
 
     Args:
-        grouping: how they are grouped; None: by the column `group`, or the whole split, to see what backgrounds are like.
+        grouping: how images are grouped; if None, by the column `group`, else the whole split is one group.
 
     Raises:
-        L2R2Error: a grouping for a model of one branch, or whose fusion has no batch rule; or an unknown column.
+        L2R2Error: when the model has one branch, its fusion has no batch rule, or the column is unknown.
     """
     fusion, rows = checkpoint.model.fusion, data.table.rows
     if grouping is None and (fusion.batch is None or not can_fuse(data)):

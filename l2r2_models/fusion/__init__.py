@@ -1,4 +1,4 @@
-"""Fusion heads: one set of logits from the branches' logits."""
+"""Fusion heads, which combine the logits of the branches into one set of logits."""
 
 from .agreement import Agreement, TwoWorlds
 from .base import FUSIONS, INPUTS, Fusion, create_fusion, fall_back, fuse_branches, fused_logits, register_fusion, with_fallback

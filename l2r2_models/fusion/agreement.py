@@ -1,4 +1,4 @@
-"""Fusions that ask whether the context can be believed: by how well it agrees with fg (`docs/method.md`, section 4)."""
+"""Fusions that weigh the context by how well it agrees with fg (`docs/method.md`, section 4)."""
 
 from __future__ import annotations
 
@@ -12,23 +12,29 @@ from .base import register_fusion
 from .calibration import fit_temperature
 from .scaled import Scaled
 
-GRID = 21  # values of `subtract` that are compared
-SHRINK = 1.0  # pull of the evidence's offset and slope towards 0 and 1, in units of a log-likelihood
+GRID = 21  # candidate values of `subtract`
+SHRINK = 1.0  # strength of the prior that pulls the offset and slope of the evidence toward 0 and 1
 
 
 @register_fusion
 class Agreement(Scaled):
-    """fg's probabilities, raised for the classes that the context supports, as far as the context can be believed.
+    """Reweight the fg probabilities by the context, allowing for misleading backgrounds.
 
     `p(y) ~ f(y) [e + (1 - e) c(y) / pi(y)]`, where f and c are the softmax of fg and of the context (the mean of its branches)
-    after temperature scaling, pi is the class prior of the training rows, and e the share of images whose background misleads.
-    With `e = 1` it is fg alone; with `e = 0` the product of experts, which holds where object and context are independent given
-    the class (SFB, NeurIPS 2023). Derivation: `docs/method.md`, section 4.
+    after temperature scaling, pi is the class prior of the training rows, and e is the fraction of images with a misleading
+    background. With `e = 1` the result is fg alone; with `e = 0` it is the product of experts, which is exact where object and
+    context are independent given the class (SFB, NeurIPS 2023). Derivation: `docs/method.md`, section 4.
 
-    `fit` chooses the temperatures; fg's on all rows, the context's on rows with the usual backgrounds, which it is about.
+    `fit` sets the temperatures: that of fg on all rows, those of the context on rows with their usual backgrounds.
 
     Args:
-        misled: e, from 0 to 1.
+        inputs: number of branches that are fused.
+        classes: number of classes.
+        class_wise: fit one temperature per class and branch instead of one per branch.
+        misled: e, in [0, 1].
+
+    Raises:
+        L2R2Error: when `misled` is not a number in [0, 1].
     """
 
     name = "agreement"
@@ -43,30 +49,32 @@ class Agreement(Scaled):
         self.register_buffer("prior", torch.full((classes,), 1 / max(classes, 1)))
 
     def combine(self, fg: Tensor, context: Tensor) -> Tensor:
+        """Fuse with the fixed e; returns log-probabilities `[B, classes]`."""
         return self.mixed(fg, context, self.misled)
 
     def mixed(self, fg: Tensor, context: Tensor, misled: Tensor) -> Tensor:
-        """`combine` with another e: one for all, or one a row `[B, 1]`."""
+        """Fuse as `combine` does, with another e: a scalar, or one value per row `[B, 1]`."""
         f, c = self.experts(fg, context)
         return (f + torch.logaddexp(misled.to(f).log(), (1 - misled.to(f)).log() + c)).log_softmax(-1)
 
     def experts(self, fg: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """`log f` and `log c - log pi`, both `[B, classes]`."""
+        """Return `log f` and `log c - log pi`, both `[B, classes]`."""
         z = self.scaled(fg, context)
         return z[0].log_softmax(-1), z[1:].mean(0).log_softmax(-1) - self.prior.to(z).log()
 
     def evidence(self, fg: Tensor, context: Tensor) -> Tensor:
-        """`[B]` log of how much likelier the two are where the background does not mislead: `log sum_y f(y) c(y) / pi(y)`."""
+        """Return the log likelihood ratio `[B]` of a usual to a misleading background: `log sum_y f(y) c(y) / pi(y)`."""
         f, c = self.experts(fg, context)
         return (f + c).logsumexp(-1)
 
     @torch.jit.ignore
     def set_prior(self, counts: Tensor) -> None:
-        """Store the class prior of the training rows, from their number by class, with one more of each."""
+        """Store the class prior, estimated from the training rows per class `[classes]` with add-one smoothing."""
         self.prior.copy_((counts + 1) / (counts + 1).sum())
 
     @torch.jit.ignore
     def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:
+        """Fit one temperature per branch; see `Fusion.fit`."""
         usual = torch.ones_like(labels, dtype=torch.bool) if away is None or bool(away.all()) else ~away
         super().fit(fg, context, labels, weights, away)
         if not self.class_wise:
@@ -75,17 +83,28 @@ class Agreement(Scaled):
 
     @torch.jit.ignore
     def chosen(self) -> dict[str, Any]:
+        """Return `class_wise` and `misled`, which `fit` leaves as they are."""
         return {**super().chosen(), "misled": round(self.misled.item(), 6)}
 
 
 @register_fusion
 class TwoWorlds(Agreement):
-    """A mixture of two fusions: one for backgrounds as in training, and one for backgrounds that mislead.
+    """Mix two fusions: one for backgrounds as in training ("home"), one for misleading backgrounds ("away").
 
-    At home `p(y) ~ f(y) c(y) / pi(y)`; away `p(y) ~ f(y) (pi(y) / c(y))^a`, which takes out what a misled context says. An
-    image is at home with the odds `(1 - e) r^s exp(b) : e`, where `r = sum_y away(y) c(y) / pi(y)` says how well fg and context
-    agree. With `a = b = 0` and `s = 1` it is `agreement`. `fit` chooses the temperatures as there; `b` and `s` by how
-    usual and misleading backgrounds differ in r, and a by the likelihood of rows with misleading backgrounds.
+    At home `p(y) ~ f(y) c(y) / pi(y)`; away `p(y) ~ f(y) (pi(y) / c(y))^a`, which discounts the misled context. An image is at
+    home with odds `(1 - e) r^s exp(b) : e`, where `r = sum_y away(y) c(y) / pi(y)` measures how well fg and context agree. With
+    `a = b = 0` and `s = 1` this is `agreement`. `fit` sets the temperatures as in `Agreement`, `b` and `s` by logistic
+    regression of home against away on log r, and `a` by the likelihood of rows with misleading backgrounds. Derivation:
+    `docs/method.md`, section 4.
+
+    Args:
+        inputs: number of branches that are fused.
+        classes: number of classes.
+        class_wise: fit one temperature per class and branch instead of one per branch.
+        misled: e, in [0, 1].
+
+    Raises:
+        L2R2Error: when `misled` is not a number in [0, 1].
     """
 
     name = "two_worlds"
@@ -98,18 +117,21 @@ class TwoWorlds(Agreement):
         self.register_buffer("scale", torch.tensor([0.0, 1.0]))  # b and s
 
     def mixed(self, fg: Tensor, context: Tensor, misled: Tensor) -> Tensor:
+        """Fuse with another e: a scalar, or one value per row `[B, 1]`."""
         f, c = self.experts(fg, context)
         away, e = (f - self.subtract.to(f) * c).log_softmax(-1), misled.to(f)
         home = (1 - e).log() + self.evidence(fg, context)[:, None] + (f + c).log_softmax(-1)
         return torch.logaddexp(home, e.log() + away).log_softmax(-1)
 
     def evidence(self, fg: Tensor, context: Tensor) -> Tensor:
+        """Return the log likelihood ratio `[B]` of home to away: `b + s log r`."""
         f, c = self.experts(fg, context)
         r = ((f - self.subtract.to(f) * c).log_softmax(-1) + c).logsumexp(-1)
         return self.scale[0].to(f) + self.scale[1].to(f) * r
 
     @torch.jit.ignore
     def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:
+        """Fit the temperatures, `a`, `b` and `s`; without both kinds of rows, only the temperatures."""
         super().fit(fg, context, labels, weights, away)
         self.subtract.zero_()
         self.scale.copy_(torch.tensor([0.0, 1.0]))
@@ -123,6 +145,7 @@ class TwoWorlds(Agreement):
 
     @torch.jit.ignore
     def count(self) -> int:
+        """Return the number of temperatures plus three, for `a`, `b` and `s`."""
         return self.temperatures.numel() + 3
 
 
@@ -131,8 +154,10 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _logistic(r: Tensor, home: Tensor, weights: Tensor) -> Tensor:
-    """b and s of `P(home) = sigmoid(b + s r)` by Newton's method, with s >= 0, both kinds of rows weighing alike, and a normal
-    prior around b = 0 and s = 1."""
+    """Fit b and s of `P(home) = sigmoid(b + s r)` by Newton's method, with s >= 0.
+
+    Home and away rows have the same total weight, and the prior is normal around b = 0 and s = 1.
+    """
     x, y = torch.stack([torch.ones_like(r), r], 1), home.to(r)
     w = weights.sum() / 2 * torch.where(home, weights / weights[home].sum(), weights / weights[~home].sum())
     start = torch.tensor([0.0, 1.0], dtype=r.dtype)

@@ -1,4 +1,4 @@
-"""What every fusion is: a module that turns the branches' logits into one set of logits, and its registry."""
+"""The base class of all fusions, their registry, and the rule for rows without an object."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ from torch import Tensor, nn
 from ..errors import L2R2Error
 
 FUSIONS: dict[str, type[Fusion]] = {}
-INPUTS = ("fg", "full", "bg")  # in the order in which a fusion takes them
+INPUTS = ("fg", "full", "bg")  # in the order in which a fusion takes the branches
 
 
 class Fusion(nn.Module):
-    """Combines the logits of the fg branch with those of the context branches (full and/or bg).
+    """Combine the logits of the fg branch with those of the context branches (full, bg or both).
 
-    A subclass implements `combine`, and `fit` where it has numbers to fit. Its numbers, given or fitted, are buffers: they
-    travel in the checkpoint and no training step moves them. Which branch answers for rows without an object is not a fusion's
-    business, see `fuse_branches`.
+    A subclass implements `combine`, and `fit` if it has parameters to fit. Its parameters, given or fitted, are buffers: they
+    are saved in the checkpoint and are not updated by training. Rows without an object are handled by `fuse_branches`.
 
     Args:
         inputs: number of branches that are fused.
         classes: number of classes.
 
     Attributes:
-        over: names of the branches that are fused; None for all that a model has. See `create_fusion`.
-        batch: a `two_worlds` that fuses the images of a place together, see `fuse_groups`; None before it is fitted.
+        over: names of the branches that are fused; None for all branches of the model. See `create_fusion`.
+        batch: a `two_worlds` fusion for images that share a place, see `fuse_groups`; None until it is fitted.
     """
 
     name: str = ""
-    needs_fit: bool = False  # without fitted numbers its answers mean nothing
+    needs_fit: bool = False  # must be fitted before use
 
     def __init__(self, inputs: int = 2, classes: int = 0) -> None:
         super().__init__()
@@ -45,7 +44,7 @@ class Fusion(nn.Module):
 
         Args:
             fg: `[B, classes]` logits of the fg branch.
-            context: `[K, B, classes]` logits of the other branches, full first where there is one.
+            context: `[K, B, classes]` logits of the other branches, full first if present.
 
         Returns:
             `[B, classes]` logits or log-probabilities.
@@ -53,68 +52,88 @@ class Fusion(nn.Module):
         raise TypeError(f"{type(self).__name__} must define combine(fg, context)")
 
     def weigh(self, fg: Tensor, context: Tensor, objectness: Tensor) -> Tensor:
-        """`combine` where the boxes' scores `[B]` in [0, 1] are known; most fusions do not ask for them."""
+        """Fuse as `combine` does, given the box scores `[B]` in [0, 1]; most fusions ignore them."""
         return self.combine(fg, context)
 
     def forward(self, fg: Tensor, context: Tensor, objectness: Tensor | None = None) -> Tensor:
-        """`combine`, or `weigh` where the boxes' scores are given."""
+        """Fuse with `weigh` if box scores are given, else with `combine`."""
         return self.combine(fg, context) if objectness is None else self.weigh(fg, context, objectness)
 
     @torch.jit.ignore
     def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:
-        """Fit the numbers on held-out logits of rows that have a box; nothing to do where there are none.
+        """Fit the parameters on held-out logits of rows that have a box; a no-op for fusions without parameters.
 
         Args:
-            fg: `[N, classes]`, context: `[K, N, classes]`, labels: `[N]` int64.
-            weights: `[N]`, how many observations each row stands for; None: one.
-            away: `[N]` bool, which rows have backgrounds that say nothing of the class; None where nobody knows.
+            fg: `[N, classes]` logits of the fg branch.
+            context: `[K, N, classes]` logits of the other branches.
+            labels: `[N]` int64 class indices.
+            weights: `[N]` number of observations per row; None for one each.
+            away: `[N]` bool, True for rows whose background is unrelated to the class; None if unknown.
         """
 
     @torch.jit.ignore
     def set_prior(self, counts: Tensor) -> None:
-        """Tell how many rows of each class `[classes]` the branches were trained on; most fusions do not ask for it."""
+        """Set the number of training rows per class `[classes]`; most fusions ignore it."""
 
     @torch.jit.ignore
     def count(self) -> int:
-        """How many numbers `fit` chooses."""
+        """Return the number of parameters that `fit` sets."""
         return 0
 
     @torch.jit.ignore
     def config(self) -> dict[str, Any]:
-        """The name and the settings, enough for `create_fusion` to build it again; fitted numbers are in the state dict."""
+        """Return the config from which `create_fusion` rebuilds this fusion; fitted buffers are in the state dict."""
         batch = {} if self.batch is None else {"batch": True}
         return {"name": self.name, **self.settings(), **({} if self.over is None else {"inputs": list(self.over)}), **batch}
 
     @torch.jit.ignore
     def settings(self) -> dict[str, Any]:
-        """The arguments that build a subclass again, with those numbers that `fit` chooses."""
+        """Return all constructor arguments, including those that `fit` sets."""
         return self.chosen()
 
     @torch.jit.ignore
     def chosen(self) -> dict[str, Any]:
-        """Those arguments that no `fit` changes."""
+        """Return the constructor arguments that `fit` does not change."""
         return {}
 
     @torch.jit.ignore
     def unfitted(self) -> dict[str, Any]:
-        """The config without anything that was fitted: what other classes start from."""
+        """Return the config without fitted values, e.g. to start over with other classes."""
         return {"name": self.name, **self.chosen(), **({} if self.over is None else {"inputs": list(self.over)})}
 
 
 def fused_logits(fusion: Fusion, logits: Mapping[str, Tensor]) -> tuple[str, Tensor, Tensor] | None:
-    """The name and the logits `[B, classes]` of the branch that a fusion takes first, fg where it is one of them, and those of
-    the others `[K, B, classes]`; None where fewer than two of its branches are there."""
+    """Select the logits that a fusion takes as its inputs.
+
+    Args:
+        fusion: its `over` names the branches to use.
+        logits: `[B, classes]` by branch.
+
+    Returns:
+        The name of the leading branch (fg if it is used), its logits `[B, classes]`, and those of the other branches
+        `[K, B, classes]`; None if fewer than two of the branches are present.
+    """
     used = [b for b in INPUTS if b in logits and (fusion.over is None or b in fusion.over)]
     return (used[0], logits[used[0]], torch.stack([logits[b] for b in used[1:]])) if len(used) > 1 else None
 
 
 def fall_back(answer: Tensor, full: Tensor, has_fg: Tensor) -> Tensor:
-    """`answer` `[B, classes]` where an object was found (`has_fg` `[B]` bool), else the full branch's logits (L2R2 3.1)."""
+    """Replace logits by those of the full branch in rows without an object (L2R2 3.1; `docs/method.md`, section 2).
+
+    Args:
+        answer: `[B, classes]` logits for rows with an object.
+        full: `[B, classes]` logits of the full branch.
+        has_fg: `[B]` bool, True where an object was found.
+
+    >>> import torch
+    >>> fall_back(torch.ones(2, 1), torch.zeros(2, 1), torch.tensor([True, False])).tolist()
+    [[1.0], [0.0]]
+    """
     return torch.where(has_fg[:, None], answer, full)
 
 
 def with_fallback(logits: Mapping[str, Tensor], has_fg: Tensor) -> dict[str, Tensor]:
-    """The logits of each branch as it answers: without an object the full branch answers for fg and bg, where there is one."""
+    """Return the logits of each branch, with those of the full branch, if any, for fg and bg in rows without an object."""
     full = logits.get("full")
     return {b: z if b == "full" or full is None else fall_back(z, full, has_fg) for b, z in logits.items()}
 
@@ -122,12 +141,20 @@ def with_fallback(logits: Mapping[str, Tensor], has_fg: Tensor) -> dict[str, Ten
 def fuse_branches(
     fusion: Fusion, logits: Mapping[str, Tensor], has_fg: Tensor | None = None, objectness: Tensor | None = None
 ) -> Tensor:
-    """Fuse the logits `[B, classes]` of whatever branches there are; the rule of which branch answers where.
+    """Fuse the logits of the branches that are present, with the fallback for rows without an object.
 
-    Rows without an object are the full branch's, also where it is not one of the branches that are fused; without a full branch
-    they are fg's, which saw the whole image there. With fewer than two of the branches to fuse, nothing is fused: the first of
-    full, bg and fg answers. `objectness` (`[B]`, the boxes' scores) is for fusions that weigh it; without it every box counts as
-    sure.
+    Rows without an object take the logits of the full branch, even if the fusion does not use it. Without a full branch they
+    take those of the leading branch (fg if it is used), which saw the whole image there. With fewer than two branches to fuse,
+    the logits of the first of full, bg and fg are returned. See `docs/method.md`, section 2.
+
+    Args:
+        fusion: the fusion to apply.
+        logits: `[B, classes]` by branch.
+        has_fg: `[B]` bool, True where an object was found; None if it was found in every row.
+        objectness: `[B]` box scores in [0, 1], for fusions that use them; None for 1 everywhere.
+
+    Returns:
+        `[B, classes]` logits or log-probabilities.
     """
     found = fused_logits(fusion, logits)
     if found is None:
@@ -141,7 +168,7 @@ F = TypeVar("F", bound=type[Fusion])
 
 
 def register_fusion(cls: F) -> F:
-    """Make a fusion class known by its `name`."""
+    """Register a fusion class under its `name`."""
     FUSIONS[cls.name] = cls
     return cls
 
@@ -150,15 +177,18 @@ def create_fusion(config: str | Mapping[str, Any], branches: int | Sequence[str]
     """Build a fusion from its name, or from `{"name": ..., "inputs": ..., <its arguments>}`.
 
     Args:
-        config: `inputs` are the branches that are fused, by default all; the paper's other standard is `["fg", "bg"]` of a model
-            with three branches, whose full branch then answers only where no object is found (L2R2 3.3). `batch` true gives it
-            a batch rule, see `fuse_groups`; its numbers are in the state dict.
-        branches: those of the model, or how many it has.
+        config: name, or mapping. `inputs` names the branches to fuse (default: all). The paper also uses `["fg", "bg"]` of a
+            three-branch model, whose full branch is then only the fallback (L2R2 3.3). `batch: true` adds a batch rule, see
+            `fuse_groups`; its parameters are in the state dict.
+        branches: names of the model's branches, or their number.
         classes: number of classes.
 
     Raises:
-        L2R2Error: an unknown name, an argument that the fusion does not take, a value out of range, or inputs that are not two
-            or more branches of the model.
+        L2R2Error: when the name is unknown, the fusion does not take an argument, a value is out of range, or `inputs` are not
+            two or more branches of the model.
+
+    >>> create_fusion({"name": "robust", "threshold": 0.25}, ("fg", "full")).config()
+    {'name': 'robust', 'threshold': 0.25}
     """
     arguments = {"name": config} if isinstance(config, str) else dict(config)
     name, inputs, batch = arguments.pop("name", None), arguments.pop("inputs", None), arguments.pop("batch", False)

@@ -1,4 +1,7 @@
-"""Fuse many images of one place: the share of misleading backgrounds shows without labels (`docs/method.md`, section 4)."""
+"""Fusion of images that share a place, with the fraction of misleading backgrounds estimated without labels.
+
+Source: `docs/method.md`, section 4.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,25 @@ from ..errors import L2R2Error
 from .agreement import TwoWorlds
 from .base import INPUTS, Fusion, fuse_branches, fused_logits
 
-PRIOR = 1.5  # both parameters of the beta distribution of e before any image is seen; its mean is that of the fixed rule, 0.5
-STEPS = 1000  # of e from 0 to 1
-ROWS = 1024  # that are worked on at once
+PRIOR = 1.5  # both parameters of the beta prior of e; its mean, 0.5, is the e of the fixed rule
+STEPS = 1000  # grid points of e in [0, 1]
+ROWS = 1024  # processed at once
 UNFITTED = "This model was not fitted to know its batch; fit it with `l2r2 fuse` on held-out rows with boxes first."
-LEVEL = 0.95  # of an interval
+LEVEL = 0.95  # of the credible interval
 
 
 @dataclass(frozen=True)
 class GroupShare:
-    """What the images of a group say about their backgrounds.
+    """Estimated fraction of misleading backgrounds in a group of images.
 
     Attributes:
-        objects: how many objects were compared with their backgrounds.
-        misled: estimated share of backgrounds that mislead, the mean of the posterior; low, high: its 95 % credible interval.
+        objects: number of objects that were compared with their backgrounds.
+        misled: posterior mean of the fraction, in [0, 1].
+        low: lower end of its 95 % credible interval.
+        high: upper end of the interval.
+
+    >>> str(GroupShare(objects=40, misled=0.25, low=0.1, high=0.4))
+    '25 % of backgrounds mislead (10-40)'
     """
 
     objects: int
@@ -39,7 +47,7 @@ class GroupShare:
 
 @dataclass(frozen=True)
 class Adapted:
-    """Logits `[B, classes]` fused by group, and what the backgrounds of each group are like."""
+    """Logits `[B, classes]` fused by group, and the share of misleading backgrounds per group."""
 
     logits: Tensor
     shares: dict[Hashable, GroupShare]
@@ -52,19 +60,21 @@ def fuse_groups(
     groups: Sequence[Hashable],
     objectness: Tensor | None = None,
 ) -> Adapted:
-    """`fuse_branches`, knowing which images are of one place.
+    """Fuse as `fuse_branches` does, given which images share a place.
 
-    Each object is fused by the batch rule of `fusion` (a `two_worlds`) with the e that the *other* objects of its group suggest:
-    the mean of e's posterior given their evidence, which is the exact Bayes rule of that mixture. An object that is alone in its
-    group is fused as without groups. Neither the order of rows nor that of groups matters.
+    Each object is fused by the batch rule of `fusion` (a `two_worlds`). Its e is the posterior mean given the evidence of the
+    *other* objects in its group, which is the exact Bayes rule for this mixture. An object that is alone in its group is fused
+    as without groups. The result does not depend on the order of rows or groups.
 
     Args:
-        fusion: fitted with rows on other backgrounds, so that it has a batch rule.
-        logits, has_fg, objectness: see `fuse_branches`.
-        groups: one value a row.
+        fusion: a fusion with a batch rule, i.e. fitted with rows on other backgrounds too.
+        logits: `[B, classes]` by branch.
+        has_fg: `[B]` bool, True where an object was found.
+        groups: one value per row.
+        objectness: `[B]` box scores, see `fuse_branches`.
 
     Raises:
-        L2R2Error: the fusion has no batch rule, or there is not one group for each row.
+        L2R2Error: when the fusion has no batch rule, or the number of groups is not the number of rows.
     """
     rule = fusion.batch
     if rule is None:
@@ -85,13 +95,15 @@ def fuse_groups(
 
 
 def shares_of(evidence: Tensor, groups: Sequence[Hashable]) -> tuple[Tensor, dict[Hashable, GroupShare]]:
-    """The share of misleading backgrounds, as each object and each group have it.
+    """Estimate the fraction e of misleading backgrounds per object and per group.
 
     Args:
-        evidence: `[n]`, see `TwoWorlds.evidence`. groups: one value an object.
+        evidence: `[n]`, see `TwoWorlds.evidence`.
+        groups: one value per object.
 
     Returns:
-        `[n]` float64 mean of e given the other objects of the group, NaN where there are none; and what the groups are like.
+        The posterior mean `[n]` float64 of e given the other objects of the group, NaN for an object alone in its group; and
+        the share per group.
     """
     members: dict[Hashable, list[int]] = {group: [] for group in groups}
     for i, group in enumerate(groups):
@@ -110,11 +122,18 @@ def shares_of(evidence: Tensor, groups: Sequence[Hashable]) -> tuple[Tensor, dic
 def fit_batch(
     fusion: Fusion, logits: Mapping[str, Tensor], labels: Tensor, weights: Tensor, away: Tensor, counts: Tensor
 ) -> TwoWorlds | None:
-    """The batch rule of a fusion, a `two_worlds` on its branches; None where fg is none of them, or all rows are of one kind.
+    """Fit the batch rule of a fusion, a `two_worlds` on its branches.
 
     Args:
-        logits: `[N, classes]` by branch of held-out rows with an object; labels, weights, away: see `Fusion.fit`.
-        counts: `[classes]` training rows by class.
+        fusion: the fusion whose branches are used.
+        logits: `[N, classes]` by branch, of held-out rows with an object.
+        labels: `[N]` int64 class indices.
+        weights: `[N]` number of observations per row.
+        away: `[N]` bool, True for rows whose background is unrelated to the class.
+        counts: `[classes]` training rows per class.
+
+    Returns:
+        The fitted rule; None if the fusion does not use fg, or if the rows are all away or all not.
     """
     used = [b for b in INPUTS if b in logits and (fusion.over is None or b in fusion.over)]
     if used[0] != "fg" or bool(away.all()) or not away.any():
@@ -131,13 +150,13 @@ def _grid(like: Tensor) -> Tensor:
 
 
 def _likelihood(evidence: Tensor) -> Tensor:
-    """`[n, STEPS]` log of `(1 - e) r + e` on the grid of e, r being the exponential of the evidence `[n]`."""
+    """Return `log((1 - e) r + e)` `[n, STEPS]` on the grid of e, where r is the exponential of the evidence `[n]`."""
     e = _grid(evidence)
     return torch.logaddexp((1 - e).log()[None] + evidence[:, None], e.log()[None])
 
 
 def _posterior(evidence: Tensor) -> Tensor:
-    """`[STEPS]` probabilities of e given the evidence `[n]` of a group."""
+    """Return the posterior `[STEPS]` of e given the evidence `[n]` of a group."""
     e = _grid(evidence)
     total = (PRIOR - 1) * (e.log() + (1 - e).log())
     for part in evidence.sort().values.split(ROWS):  # sorted, so that the sum is the same in any order
@@ -146,7 +165,7 @@ def _posterior(evidence: Tensor) -> Tensor:
 
 
 def _without_itself(posterior: Tensor, evidence: Tensor) -> Tensor:
-    """`[n]` mean of e given the evidence of all but each one itself."""
+    """Return the leave-one-out posterior means `[n]` of e."""
     e, found = _grid(evidence), []
     for part in evidence.split(ROWS):
         others = (posterior.log()[None] - _likelihood(part)).softmax(1)

@@ -1,20 +1,29 @@
-"""Temperatures: how sure a branch says it is, brought in line with how often it is right (`docs/method.md`, section 4)."""
+"""Temperature scaling and calibration error (`docs/method.md`, sections 4 and 9)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-LIMITS = (0.05, 20.0)  # of a temperature; a branch that is never right would go to infinity
-WRONG = 3.0  # rows of unknown class that are added: n rows without an error are no proof of an error rate under 3 / n
+LIMITS = (0.05, 20.0)  # of a temperature, which would go to infinity for a branch that is never right
+WRONG = 3.0  # pseudo-observations of unknown class: n rows without an error do not show an error rate below 3 / n
 FACTORS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.25, 1.4, 1.7, 2.0)
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Mean gap between confidence and accuracy over equally wide bins of confidence, weighted by their rows; in [0, 1].
+    """Compute the expected calibration error (ECE), in [0, 1].
+
+    This is the mean absolute gap between confidence and accuracy over equal-width confidence bins, weighted by the rows per bin.
+    Source: Guo et al. 2017, with 15 bins.
 
     Args:
-        logits: `[N, classes]`, labels: `[N]`. Source: Guo et al. 2017 with 15 bins.
+        logits: `[N, classes]`.
+        labels: `[N]` int64 class indices.
+        bins: number of bins.
+
+    >>> import torch
+    >>> expected_calibration_error(torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1]))
+    0.0
     """
     sure, answer = logits.softmax(-1).max(-1)
     right = (answer == labels).to(sure)
@@ -24,15 +33,16 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -
 
 
 def fit_temperature(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> float:
-    """The temperature T that minimizes the cross-entropy of `logits / T`, within `LIMITS`, with `WRONG` pseudo-observations.
+    """Fit the temperature T that minimizes the cross-entropy of `logits / T`, within `LIMITS`, with `WRONG` pseudo-observations.
 
-    Where every held-out row is right, the likelihood alone sends T to 0. The pseudo-observations, rows like the others whose
-    class is unknown, keep the confidence below what so few rows can show (the rule of three; Platt 1999 smooths his targets
-    likewise). The loss is convex in 1/T, so its slope is bisected: exact, and the same on every run.
+    If every held-out row is correct, the likelihood alone drives T to 0. The pseudo-observations, copies of the rows with an
+    unknown class, keep the confidence below what so few rows can support (the rule of three; Platt 1999 smooths the targets in
+    the same way). The loss is convex in 1/T, so the root of its slope is found by bisection, which is deterministic.
 
     Args:
-        logits: `[N, classes]`, labels: `[N]` int64.
-        weights: `[N]`, how many observations each row stands for; None: one.
+        logits: `[N, classes]`.
+        labels: `[N]` int64 class indices.
+        weights: `[N]` number of observations per row; None for one each.
     """
     z = logits.double()
     w = torch.ones(len(z), dtype=z.dtype) if weights is None else weights.to(z)
@@ -50,11 +60,15 @@ def fit_temperature(logits: Tensor, labels: Tensor, weights: Tensor | None = Non
 
 
 def fit_class_temperatures(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """One temperature a class, `[classes]`: from the global one, greedily class by class over a grid of factors, taking what
-    lowers the calibration error without lowering the accuracy below that of the unscaled logits.
+    """Fit one temperature per class, `[classes]`.
+
+    Starts from the global temperature and searches a grid of factors greedily, class by class. A change is kept if it lowers the
+    calibration error and the accuracy stays at or above that of the unscaled logits.
 
     Args:
-        logits, labels, weights: see `fit_temperature`; the weights count for the global one.
+        logits: `[N, classes]`.
+        labels: `[N]` int64 class indices.
+        weights: `[N]` number of observations per row, used for the global temperature only; None for one each.
     """
     temperatures = torch.full((logits.shape[1],), fit_temperature(logits, labels, weights), dtype=logits.dtype)
     must = int((logits.argmax(-1) == labels).sum())

@@ -1,4 +1,7 @@
-"""Fusions that compare or average the branches as they are; only `robust` has a parameter (L2R2 3.3 and B.3)."""
+"""Fusions that compare or average unscaled logits; only `robust` has a parameter.
+
+Source: L2R2 3.3 and B.3; `docs/method.md`, section 4.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,19 @@ from .base import Fusion, register_fusion
 
 
 def confidence(logits: Tensor) -> Tensor:
-    """Largest softmax probability of each row: `[..., classes]` -> `[...]`."""
+    """Return the largest softmax probability per row, `[..., classes]` -> `[...]`.
+
+    >>> import torch
+    >>> confidence(torch.zeros(1, 4)).tolist()
+    [0.25]
+    """
     return logits.softmax(-1).amax(-1)
 
 
 def most_confident(logits: Tensor) -> Tensor:
-    """For each row, the logits of the branch that is surest of itself: `[K, B, classes]` -> `[B, classes]`.
+    """Select the logits of the most confident branch per row, `[K, B, classes]` -> `[B, classes]`.
 
-    The earlier branch wins a tie.
+    Ties go to the earlier branch.
     """
     best = confidence(logits).argmax(0)  # [B]
     return logits.gather(0, best[None, :, None].expand(1, -1, logits.shape[-1]))[0]
@@ -27,33 +35,40 @@ def most_confident(logits: Tensor) -> Tensor:
 
 @register_fusion
 class MaxConfidence(Fusion):
-    """The branch with the highest confidence answers; at equal confidence fg does. Source: L2R2 3.3 [R]."""
+    """Use the branch with the highest confidence; ties go to fg. Source: L2R2 3.3 [R]."""
 
     name = "max_confidence"
 
     def combine(self, fg: Tensor, context: Tensor) -> Tensor:
+        """Select the most confident branch per row; see `Fusion.combine`."""
         return most_confident(torch.cat([fg[None], context]))
 
 
 @register_fusion
 class Average(Fusion):
-    """Mean of the branches' logits. Source: L2R2 3.3 [R]."""
+    """Average the logits of the branches. Source: L2R2 3.3 [R]."""
 
     name = "average"
 
     def combine(self, fg: Tensor, context: Tensor) -> Tensor:
+        """Average the logits; see `Fusion.combine`."""
         return torch.cat([fg[None], context]).mean(0)
 
 
 @register_fusion
 class Robust(Fusion):
-    """fg answers where its confidence is above the threshold, else the most confident branch. Source: L2R2 3.3 [R].
+    """Use fg where its confidence is above a threshold, else the most confident branch. Source: L2R2 3.3 [R].
 
-    `fit` chooses the threshold with the highest accuracy; among equals the lowest, which trusts fg most, because held-out rows
-    usually share the training backgrounds.
+    `fit` sets the threshold with the highest accuracy. Ties go to the lowest, which favors fg, because held-out rows usually
+    share the training backgrounds.
 
     Args:
-        threshold: confidence in [0, 1]. 0 makes it fg alone, 1 makes it `max_confidence`.
+        inputs: number of branches that are fused.
+        classes: number of classes.
+        threshold: confidence in [0, 1]; 0 is fg alone, 1 is `max_confidence`.
+
+    Raises:
+        L2R2Error: when `threshold` is not a number in [0, 1].
     """
 
     name = "robust"
@@ -66,23 +81,25 @@ class Robust(Fusion):
         self.register_buffer("threshold", torch.tensor(float(threshold)))
 
     def combine(self, fg: Tensor, context: Tensor) -> Tensor:
+        """Select fg or the most confident branch per row; see `Fusion.combine`."""
         sure = confidence(fg) > self.threshold
         return torch.where(sure[:, None], fg, most_confident(torch.cat([fg[None], context])))
 
     @torch.jit.ignore
     def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:
+        """Set the threshold with the highest (weighted) accuracy; see `Fusion.fit`."""
         surest = most_confident(torch.cat([fg[None], context]))
         order = confidence(fg).argsort()
         sorted_confidence = confidence(fg)[order]
-        # as whole numbers sums are exact, so that equals are equal
+        # integer sums are exact, so that ties are found
         count = torch.ones_like(labels) if weights is None else (weights.double() / weights.sum() * 2**40).round().long()
         by_fg = ((fg.argmax(-1) == labels) * count)[order]
         by_surest = ((surest.argmax(-1) == labels) * count)[order]
-        # right[i]: correct rows if the i least confident rows are left to the surest branch
+        # right[i]: correct rows if the i least confident rows go to the most confident branch
         zero = torch.zeros(1, dtype=torch.long)
         right = torch.cat([zero, by_surest.cumsum(0)]) + by_fg.sum() - torch.cat([zero, by_fg.cumsum(0)])
         thresholds = torch.cat([sorted_confidence.new_zeros(1), sorted_confidence])
-        # a threshold must lie between different confidences: of equal ones only the last can be the border
+        # a threshold can only lie between different confidences, so of equal ones only the last can be the border
         border = torch.cat(
             [
                 sorted_confidence != torch.cat([sorted_confidence.new_full((1,), -1.0), sorted_confidence[:-1]]),
@@ -94,8 +111,10 @@ class Robust(Fusion):
 
     @torch.jit.ignore
     def count(self) -> int:
+        """Return 1, for the threshold."""
         return 1
 
     @torch.jit.ignore
     def settings(self) -> dict[str, Any]:
+        """Return the threshold."""
         return {"threshold": round(self.threshold.item(), 6)}

@@ -1,4 +1,4 @@
-"""Which images are of one place: by a metadata column, by folder, or in batches of a size."""
+"""Grouping of images that share a place: by metadata column, by folder, or in batches of a fixed size."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ FORMS = "group:COLUMN, folder, batch:N or off"
 
 @dataclass(frozen=True)
 class Grouping:
-    """How images are grouped, as `--adapt` takes it.
+    """A rule for grouping images, as given to `--adapt`.
 
     Attributes:
         kind: `group`, `folder` or `batch`.
-        column: the metadata column of `group`. size: images of a `batch`.
+        column: metadata column, for `group`.
+        size: images per group, for `batch`.
     """
 
     kind: str
@@ -26,10 +27,10 @@ class Grouping:
 
     @classmethod
     def parse(cls, text: str) -> Grouping | None:
-        """The grouping that `--adapt` names; None for `off`.
+        """Parse the value of `--adapt`; returns None for `off`.
 
         Raises:
-            L2R2Error: another word, no column, or a size that is no positive number.
+            L2R2Error: when the kind is unknown, the column is missing, or the size is not a positive integer.
 
         >>> Grouping.parse("batch:32")
         Grouping(kind='batch', column='', size=32)
@@ -45,21 +46,24 @@ class Grouping:
 
     @property
     def noun(self) -> str:
-        """What a group is called in a sentence."""
+        """The word for a group in messages: the column name, `folder` or `batch`."""
         return self.column if self.kind == "group" else self.kind
 
     def __str__(self) -> str:
         return "folder" if self.kind == "folder" else f"{self.kind}:{self.column or self.size}"
 
     def of(self, paths: Sequence[str | Path], columns: Sequence[Mapping[str, str]]) -> list[str]:
-        """The group of each image; rows of one image share it, and the order of rows does not matter.
+        """Return the group of each row, whatever their order; rows of the same image share a group.
 
         Args:
-            paths: one a row; a batch takes images that follow one another by path.
-            columns: the metadata of each row. An image without a value is a group of its own.
+            paths: one path per row; batches are made of images that are consecutive when sorted by path.
+            columns: metadata per row. An image without a value forms its own group.
 
         Raises:
-            L2R2Error: no row has the column.
+            L2R2Error: when no row has the column.
+
+        >>> Grouping("folder").of(["a/1.jpg", "b/2.jpg"], [{}, {}])
+        ['a', 'b']
         """
         names = [str(path) for path in paths]
         if self.kind == "folder":

@@ -1,4 +1,7 @@
-"""Fusions with learned weights on the branches' logits (L2R2 3.3 and B.3). Fit them on held-out rows."""
+"""Fusions with learned weights on the logits of the branches, to be fitted on held-out rows.
+
+Source: L2R2 3.3 and B.3; `docs/method.md`, section 4.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,16 @@ from torch.nn import functional
 from ..errors import L2R2Error
 from .base import Fusion, register_fusion
 
-SHRINK = 1e-3  # pull of the weights towards 1, so that classes that do not occur keep their weight
+SHRINK = 1e-3  # strength of the penalty that pulls weights toward 1, so that absent classes keep theirs
 STEPS = 400
 
 
 @register_fusion
 class WeightedLogits(Fusion):
-    """Sum of the branches' logits, each class of each branch with its own weight, by cross-entropy. Source: L2R2 B.3 [R].
+    """Weighted sum of logits, with one weight per branch and class, fitted by cross-entropy. Source: L2R2 B.3 [R].
 
-    With weights of 1, as before `fit`, it is the sum. No weight is negative: where held-out backgrounds mislead, a negative one
-    would pay, and on usual backgrounds the prediction could then be a class that neither branch predicts.
+    Before `fit` all weights are 1. Weights are never negative: a negative weight would help where held-out backgrounds mislead,
+    but on usual backgrounds the prediction could then be a class that no branch predicts.
     """
 
     name = "weighted_logits"
@@ -31,10 +34,12 @@ class WeightedLogits(Fusion):
         self.register_buffer("weights", torch.ones(inputs, classes))  # fg first
 
     def combine(self, fg: Tensor, context: Tensor) -> Tensor:
+        """Return the weighted sum of the logits; see `Fusion.combine`."""
         return (torch.cat([fg[None], context]) * self.weights[:, None].to(fg)).sum(0)
 
     @torch.jit.ignore
     def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:
+        """Fit the weights with L-BFGS; see `Fusion.fit`."""
         z = torch.cat([fg[None], context]).double()
         with torch.enable_grad(), torch.inference_mode(False):
             z, labels = z.clone(), labels.clone()
@@ -55,15 +60,21 @@ class WeightedLogits(Fusion):
 
     @torch.jit.ignore
     def count(self) -> int:
+        """Return the number of weights, one per branch and class."""
         return self.weights.numel()
 
 
 @register_fusion
 class ConcatMLP(Fusion):
-    """A shallow MLP on the concatenated logits, by cross-entropy. Source: L2R2 B.3 [R].
+    """Shallow MLP on the concatenated logits, fitted by cross-entropy. Source: L2R2 B.3 [R].
 
     Args:
-        hidden: width of its one hidden layer.
+        inputs: number of branches that are fused.
+        classes: number of classes.
+        hidden: width of the hidden layer.
+
+    Raises:
+        L2R2Error: when `hidden` is not an integer of at least 1.
     """
 
     name = "concat_mlp"
@@ -92,12 +103,14 @@ class ConcatMLP(Fusion):
         }
 
     def combine(self, fg: Tensor, context: Tensor) -> Tensor:
+        """Apply the MLP; see `Fusion.combine`."""
         z = torch.cat([fg[None], context]).transpose(0, 1).flatten(1)  # [B, inputs * classes], fg first
         hidden = functional.linear(z, self.weight1.to(z), self.bias1.to(z)).relu()
         return functional.linear(hidden, self.weight2.to(z), self.bias2.to(z))
 
     @torch.jit.ignore
     def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:
+        """Train the MLP with AdamW and a fixed seed; see `Fusion.fit`."""
         z = torch.cat([fg[None], context]).transpose(0, 1).flatten(1).float()
         with torch.enable_grad(), torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             z, labels = z.clone(), labels.clone()
@@ -116,8 +129,10 @@ class ConcatMLP(Fusion):
 
     @torch.jit.ignore
     def count(self) -> int:
+        """Return the number of weights and biases."""
         return sum(buffer.numel() for buffer in self.buffers(recurse=False))
 
     @torch.jit.ignore
     def chosen(self) -> dict[str, Any]:
+        """Return the hidden width."""
         return {"hidden": self.hidden}

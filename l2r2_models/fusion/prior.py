@@ -1,4 +1,4 @@
-"""Tabular metadata (site, habitat, month) as a model of the background (L2R2 5.1, `docs/method.md`, section 5) [R]."""
+"""Tabular metadata (site, habitat, month) as a model of the background (L2R2 5.1; `docs/method.md`, section 5) [R]."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ from ..errors import L2R2Error
 
 
 class MetadataPrior:
-    """Corrects log-probabilities by how often each class occurs with a metadata value.
+    """Correct class probabilities by how often each class occurs with a metadata value.
 
-    p(y | x, m) is proportional to p(y | x) p(y | m) / p(y), with the image x independent of the metadata m given the class y,
-    and the counts of the training rows with additive smoothing.
+    p(y | x, m) is proportional to p(y | x) p(y | m) / p(y), assuming that the image x and the metadata m are independent given
+    the class y. p(y | m) and p(y) are the counts of the training rows with additive smoothing.
 
     Args:
-        labels: `[N]` int64 of the training rows.
+        labels: `[N]` int64 class indices of the training rows.
         values: their metadata values.
         classes: number of classes.
-        smoothing: added to each count.
+        smoothing: pseudo-count added to each count.
 
     Raises:
-        L2R2Error: no row, not one value a row, or a smoothing that is not positive.
+        L2R2Error: when there are no rows, the number of values is not N, or `smoothing` is not positive.
+
+    >>> import torch
+    >>> prior = MetadataPrior(torch.tensor([0, 1, 1]), ["forest", "lake", "lake"], classes=2)
+    >>> prior(torch.zeros(2, 2), ["forest", "lake"]).argmax(-1).tolist()
+    [0, 1]
     """
 
     def __init__(self, labels: Tensor, values: Sequence[str], classes: int, smoothing: float = 1.0) -> None:
@@ -40,6 +45,6 @@ class MetadataPrior:
         self._shift = torch.cat([given.log() - overall.log(), torch.zeros(1, classes, dtype=torch.float64)])  # last: unknown
 
     def __call__(self, logits: Tensor, values: Sequence[str]) -> Tensor:
-        """Log-probabilities `[N, classes]` of logits `[N, classes]`; a value that training did not have changes nothing."""
+        """Return the corrected log-probabilities of logits `[N, classes]`; values not seen in training have no effect."""
         index = torch.tensor([self._rows.get(value, len(self._rows)) for value in values])
         return (logits.log_softmax(-1) + self._shift[index].to(logits)).log_softmax(-1)

@@ -1,4 +1,4 @@
-"""Fusions of branches whose logits are divided by fitted temperatures first (L2R2 3.3 and B.3, `docs/method.md`, section 4)."""
+"""Fusions of temperature-scaled logits (L2R2 3.3 and B.3; `docs/method.md`, section 4)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from .confidence import most_confident
 
 
 class Scaled(Fusion):
-    """A fusion of `z / T`, with one temperature a branch, or one a branch and class.
+    """Base class of fusions of `z / T`, with one temperature per branch, or one per branch and class.
 
     Args:
-        class_wise: fit a temperature for each class. The argmax of a branch may then change; with one a branch it never does.
+        inputs: number of branches that are fused.
+        classes: number of classes.
+        class_wise: fit one temperature per class. This can change the argmax of a branch; one temperature per branch cannot.
     """
 
     def __init__(self, inputs: int = 2, classes: int = 0, class_wise: bool = False) -> None:
@@ -26,49 +28,55 @@ class Scaled(Fusion):
         self.register_buffer("temperatures", torch.ones(inputs, classes if class_wise else 1))  # fg first
 
     def scaled(self, fg: Tensor, context: Tensor) -> Tensor:
-        """`[1 + K, B, classes]` scaled logits, fg first."""
+        """Return the scaled logits `[1 + K, B, classes]`, fg first."""
         return torch.cat([fg[None], context]) / self.temperatures[:, None].to(fg)
 
     @torch.jit.ignore
     def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:
+        """Fit one temperature per branch, or one per branch and class; see `Fusion.fit`."""
         fit = fit_class_temperatures if self.class_wise else fit_temperature
         for row, logits in zip(self.temperatures, torch.cat([fg[None], context])):
             row.copy_(torch.as_tensor(fit(logits, labels, weights)))
 
     @torch.jit.ignore
     def count(self) -> int:
+        """Return the number of temperatures."""
         return self.temperatures.numel()
 
     @torch.jit.ignore
     def chosen(self) -> dict[str, Any]:
+        """Return `class_wise`."""
         return {"class_wise": self.class_wise}
 
 
 @register_fusion
 class MaxScaledConfidence(Scaled):
-    """The branch with the highest confidence after temperature scaling answers. Source: L2R2 3.3 [R]."""
+    """Use the branch with the highest confidence after temperature scaling. Source: L2R2 3.3 [R]."""
 
     name = "max_scaled_confidence"
 
     def combine(self, fg: Tensor, context: Tensor) -> Tensor:
+        """Select the most confident branch per row; see `Fusion.combine`."""
         return most_confident(self.scaled(fg, context))
 
 
 @register_fusion
 class ScaledAverage(Scaled):
-    """Mean of the scaled logits. Source: L2R2 3.3 [R]."""
+    """Average the scaled logits. Source: L2R2 3.3 [R]."""
 
     name = "scaled_average"
 
     def combine(self, fg: Tensor, context: Tensor) -> Tensor:
+        """Average the scaled logits; see `Fusion.combine`."""
         return self.scaled(fg, context).mean(0)
 
 
 @register_fusion
 class ScaledWeightedAverage(Scaled):
-    """`a` times the scaled fg logits plus `1 - a` times the mean of the other scaled logits. Source: L2R2 3.3 [R].
+    """Weighted average `a z_fg + (1 - a) z_context` of scaled logits, where z_context is the mean of the other branches.
 
-    `fit` chooses `a` from 0, 0.01, ..., 1 by accuracy; among equals the largest, which trusts fg most.
+    `fit` sets `a` to the value in 0, 0.01, ..., 1 with the highest accuracy; ties go to the largest, which favors fg. Source:
+    L2R2 3.3 [R].
     """
 
     name = "scaled_weighted_average"
@@ -79,11 +87,13 @@ class ScaledWeightedAverage(Scaled):
         self.register_buffer("weight", torch.tensor(0.5))
 
     def combine(self, fg: Tensor, context: Tensor) -> Tensor:
+        """Return the weighted average of the scaled logits; see `Fusion.combine`."""
         z = self.scaled(fg, context)
         return self.weight.to(z) * z[0] + (1 - self.weight.to(z)) * z[1:].mean(0)
 
     @torch.jit.ignore
     def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:
+        """Fit the temperatures, then the weight `a`; see `Fusion.fit`."""
         super().fit(fg, context, labels, weights)
         z = self.scaled(fg, context)
         count = torch.ones(len(labels), dtype=torch.double) if weights is None else weights.double()
@@ -93,4 +103,5 @@ class ScaledWeightedAverage(Scaled):
 
     @torch.jit.ignore
     def count(self) -> int:
+        """Return the number of temperatures plus one, for the weight `a`."""
         return self.temperatures.numel() + 1

@@ -1,0 +1,1 @@
+"""Prediction: from an image or a folder to classes, boxes and reasons."""

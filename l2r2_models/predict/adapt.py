@@ -1,4 +1,4 @@
-"""Predictions of many images of one place, fused together once all of them are there: arithmetic on kept branch logits."""
+"""Joint fusion of the predictions for images that share a place, computed from stored branch logits."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from ..fusion import INPUTS, Fusion, GroupShare, fuse_branches, fused_logits, sh
 from ..fusion.batch import UNFITTED
 from .prediction import Answer, ObjectPrediction, why_fused
 
-DIGITS = 5  # of a kept logit, after the point
+DIGITS = 5  # decimals of a stored logit
 
 
 class Adapter:
-    """Fuses objects anew, knowing which images are of one place (`fuse_groups`).
+    """Fuse objects again, given which images share a place (see `fuse_groups`).
 
     Args:
-        fusion: with a batch rule.
-        labels: class names. top: classes listed with each object.
-        noun: what a group is called: folder, batch, or the name of a metadata column.
+        fusion: a fusion with a batch rule.
+        labels: class names.
+        top: number of classes listed per object.
+        noun: word for a group in messages: `folder`, `batch`, or the name of a metadata column.
 
     Raises:
-        L2R2Error: the fusion has no batch rule.
+        L2R2Error: when the fusion has no batch rule.
     """
 
     def __init__(self, fusion: Fusion, labels: Sequence[str], top: int, noun: str) -> None:
@@ -38,7 +39,7 @@ class Adapter:
         self._misled: list[float] = []
 
     def learn(self, objects: Iterable[tuple[ObjectPrediction, str]]) -> None:
-        """See every object with its group; `adapt` is then called with the same objects in the same order."""
+        """Estimate the shares of misleading backgrounds from all objects and their groups; call it before `adapt`."""
         evidence = []
         self._groups = []
         for answer, group in objects:
@@ -49,7 +50,16 @@ class Adapter:
         self._misled = misled.tolist()
 
     def adapt(self, objects: Iterable[ObjectPrediction]) -> Iterator[ObjectPrediction]:
-        """The objects with the fusion's answer for their group; without a box, or alone in their group, as without groups."""
+        """Yield the objects with their prediction given the group.
+
+        Objects without a box, or alone in their group, are predicted as without groups.
+
+        Args:
+            objects: the objects that were passed to `learn`, in the same order.
+
+        Raises:
+            L2R2Error: when the branch logits of an object were not kept.
+        """
         learned = zip(self._misled, self._groups)
         for answer in objects:
             if (given := _logits_of(answer)) is None:
@@ -79,7 +89,7 @@ class Adapter:
 
 
 def _logits_of(answer: ObjectPrediction) -> dict[str, torch.Tensor] | None:
-    """`[1, classes]` by branch, None where no object was found."""
+    """Return the logits `[1, classes]` by branch; None if no object was found."""
     if answer.source != "fused":
         return None
     if answer.logits is None:
@@ -88,7 +98,7 @@ def _logits_of(answer: ObjectPrediction) -> dict[str, torch.Tensor] | None:
 
 
 def object_of(record: Mapping[str, Any]) -> ObjectPrediction:
-    """The object that `Prediction.to_dict` wrote."""
+    """Rebuild an object from a record written by `Prediction.to_dict`."""
     fields = {name: record.get(name) for name in ("label", "score", "source", "reason", "box_score", "logits")}
     fields |= {b: Answer(**record[b]) if b in record else None for b in INPUTS}
     box = tuple(record["box"]) if "box" in record else None
@@ -98,11 +108,12 @@ def object_of(record: Mapping[str, Any]) -> ObjectPrediction:
 def adapt_records(
     adapter: Adapter, read: Callable[[], Iterable[dict[str, Any]]], groups: Mapping[str, str]
 ) -> Iterator[dict[str, Any]]:
-    """Records of images with their objects adapted.
+    """Yield the records of images with their objects adapted.
 
     Args:
-        read: gives the records anew each time it is called.
-        groups: the group of each image, by its name in the records.
+        adapter: fuses the objects.
+        read: returns a new iterator over the records on each call.
+        groups: group by image, under the name that the image has in the records.
     """
 
     def objects() -> Iterator[dict[str, Any]]:

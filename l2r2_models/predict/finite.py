@@ -1,4 +1,4 @@
-"""An output that is not finite is the failure of its image, not the end of the run."""
+"""Report an output that is not finite as a failure of its image, so that the run can continue."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def checked(predictions: Iterable[Prediction]) -> list[Prediction]:
-    """The predictions; one with a probability or a box score that is NaN or infinite becomes a failure that says where."""
+    """Replace predictions that have a NaN or infinite probability or box score by failures that name the output."""
     return [_checked(prediction) for prediction in predictions]
 
 

@@ -1,7 +1,7 @@
-"""Files of predictions: `.json`, `.jsonl`, `.csv` and `.parquet`, written in one step, image by image, and read back.
+"""Prediction files (`.json`, `.jsonl`, `.csv`, `.parquet`): atomic, streaming writes, and reading back.
 
-A `.json` holds all that the same command needs to continue it. The other formats have no room for that; the journal `OUT.parts`
-stays beside them.
+A `.json` file holds all that the same command needs to continue. The other formats do not, so the journal `OUT.parts` is kept
+beside them.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from ..journal import Journal, parse, whole_lines
 
 NUMBERS = ("x0", "y0", "x1", "y1", "box_score", "score")
 COLUMNS = ("file", *NUMBERS[:5], "label", "score", "source", "reason", "failure")
-ROWS = 10_000  # of a Parquet file that are held at once
-Place = tuple[Path, int]  # a file, and where in it the line of an image begins
+ROWS = 10_000  # Parquet rows held in memory at once
+Place = tuple[Path, int]  # a file, and the byte offset of an image's line in it
 
 
 def check_ending(out: Path) -> None:
-    """Whether predictions can be written so.
+    """Check that predictions can be written in the format that the file name ends in.
 
     Raises:
-        L2R2Error: an unknown ending, or a package is missing.
+        L2R2Error: when the extension is unknown, or a package for it is missing.
     """
     if out.suffix.lower() not in _WRITERS:
         raise L2R2Error(f"{out}: is no name of a file of predictions; it must end in {', '.join(_WRITERS)}.")
@@ -37,15 +37,25 @@ def check_ending(out: Path) -> None:
 
 
 def holds_all(out: Path) -> bool:
-    """Whether the file itself can be continued, without its journal."""
+    """Return whether the file alone, without its journal, is enough to continue.
+
+    >>> holds_all(Path("out.json")), holds_all(Path("out.csv"))
+    (True, False)
+    """
     return out.suffix.lower() == ".json"
 
 
 def read_predictions(out: Path, journal: Journal, header: Mapping[str, Any]) -> Iterator[tuple[Place, dict[str, Any]]]:
-    """Every record of the file and its journal, with its place, the newest last.
+    """Yield every record of the file and its journal with its place, newest last.
+
+    Args:
+        out: prediction file.
+        journal: its journal.
+        header: header that the records must match.
 
     Raises:
-        L2R2Error: something was made with another model or other settings, is damaged, or not ours.
+        L2R2Error: when the file or its journal is damaged, is not a prediction file, or was made with another model or other
+            settings.
     """
     parts = list(journal.parts())
     if out.exists() and holds_all(out):
@@ -61,7 +71,7 @@ def read_predictions(out: Path, journal: Journal, header: Mapping[str, Any]) -> 
 
 
 def records_at(places: Iterable[tuple[str, Place]]) -> Iterator[dict[str, Any]]:
-    """The records that lie at the places, each under the name that is given with it."""
+    """Yield the records at the given places, with `file` set to the name given for each."""
     for file, together in groupby(places, lambda item: item[1][0]):
         with open(file, "rb") as stream:
             for name, (_, offset) in together:
@@ -71,17 +81,17 @@ def records_at(places: Iterable[tuple[str, Place]]) -> Iterator[dict[str, Any]]:
 
 
 def write_predictions(out: Path, header: Mapping[str, Any], records: Iterable[dict[str, Any]]) -> None:
-    """Write records as the ending of `out` says, atomically.
+    """Write records atomically, in the format that the name of `out` ends in.
 
     Raises:
-        L2R2Error: not writable.
+        L2R2Error: when the file cannot be written.
     """
     write_atomic(out, lambda temporary: _WRITERS[out.suffix.lower()](temporary, header, records))
 
 
 def _write_json(path: Path, header: Mapping[str, Any], records: Iterable[dict[str, Any]]) -> None:
-    """One image a line, so that each can be found and read alone."""
-    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:  # bytes that are not UTF-8 become escapes
+    """Write one image per line, so that each can be read alone."""
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:  # file names that are not UTF-8
         file.write(_line({**header, "images": []})[:-2] + "\n")
         before = ""
         for record in records:
@@ -122,7 +132,7 @@ _WRITERS: dict[str, Callable[[Path, Mapping[str, Any], Iterable[dict[str, Any]]]
 
 
 def _rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A row for each object, or for the failure."""
+    """Yield one row per object, or one for the failure."""
     if "failure" in record:
         yield {"file": record["file"], "failure": _text(record["failure"])}
     for o in record.get("objects", ()):
@@ -132,7 +142,7 @@ def _rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _text(text: str) -> str:
-    """A name whose bytes are not UTF-8, with escapes."""
+    """Escape bytes that are not UTF-8."""
     return text.encode("utf-8", errors="backslashreplace").decode()
 
 
@@ -145,7 +155,7 @@ def _line(data: Any) -> str:
 
 
 def _images(out: Path, header: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Offset and record of each image of a `.json`; the first line is the header, the last one closes the file."""
+    """Yield offset and record of each image in a `.json` file, between the header line and the closing line."""
     if not out.is_file():
         raise L2R2Error(f"{out}: exists and is not a file of predictions; choose another -o.")
     lines = whole_lines(out)
@@ -176,7 +186,7 @@ def _check_header(place: Path, old: Any, new: Mapping[str, Any]) -> None:
 
 
 def _is_whole(record: Any) -> bool:
-    """Whether it is what `Prediction.to_dict` gives."""
+    """Return whether a record has the form that `Prediction.to_dict` writes."""
     if not isinstance(record, dict) or not isinstance(record.get("file"), str):
         return False
     if "failure" in record:

@@ -1,4 +1,4 @@
-"""A file of predictions: made in batches, each kept in a journal at once, and continued by the same call."""
+"""Prediction into a file, batch by batch with a journal, so that the same call continues after an interruption."""
 
 from __future__ import annotations
 
@@ -28,8 +28,16 @@ FORMAT_VERSION = "1.0"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What to classify: files, the box entries, masks and labels that some of them have, and whether the boxes were found with
-    the true labels as prompts (`oracle`); and the metadata columns of those that have any."""
+    """Images to classify, with what is known of them; the mappings are keyed by `str(path)`.
+
+    Attributes:
+        paths: image files.
+        entries: box entries.
+        masks: mask files.
+        labels: true labels.
+        oracle: whether the boxes were found with the true labels as prompts.
+        columns: metadata columns.
+    """
 
     paths: tuple[Path, ...]
     entries: dict[str, BoxEntry]
@@ -39,26 +47,27 @@ class Inputs:
     columns: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def without_boxes(self) -> Inputs:
-        """The images alone, for a localizer."""
+        """Return the inputs without boxes and masks, for a localizer."""
         return replace(self, entries={}, masks={}, oracle=False)
 
     def evenly(self, most: int | None) -> Inputs:
-        """At most so many of the images, evenly from all; None keeps all."""
+        """Keep at most `most` images, evenly spaced; None keeps all."""
         count = len(self.paths) if most is None else min(most, len(self.paths))
         return replace(self, paths=tuple(self.paths[i * len(self.paths) // count] for i in range(count)))
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a call left in the file.
+    """Summary of a call of `predict_to_file`.
 
     Attributes:
-        total: images asked for.
-        kept: how many of them were there before.
-        failures: those without an answer.
-        localizer_failures: the reasons of the answers that are the whole image's because the localizer failed, one an image.
-        sources: how many objects have which `source`.
-        shares: how many backgrounds mislead, by group, where predictions are adapted.
+        total: number of requested images.
+        kept: number of those that were in the file already.
+        read: returns an iterator over the records of the requested images.
+        failures: records of images without a prediction.
+        localizer_failures: reasons of the predictions from the whole image because the localizer failed, one per image.
+        sources: number of objects by `source`.
+        shares: fraction of misleading backgrounds by group, if predictions are adapted.
     """
 
     total: int
@@ -71,11 +80,11 @@ class Report:
 
     @property
     def images(self) -> list[dict[str, Any]]:
-        """The images asked for, in order, as they stand in the file; read from it."""
+        """Records of the requested images, in order, read from the file."""
         return list(self.read())
 
     def count(self, image: dict[str, Any]) -> dict[str, Any]:
-        """Take an image into the account, and give it back."""
+        """Add a record to the summary and return it."""
         objects = image.get("objects", ())
         self.sources.update(o["source"] for o in objects)
         if "failure" in image:
@@ -90,20 +99,20 @@ def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None
 
     Args:
         sources: images, folders of images, or data sets with metadata.csv or .jsonl, whose boxes are used.
-        boxes: a box file instead, joined by path.
-        split: only this split of the data sets.
+        boxes: box file to use instead, joined by path.
+        split: use only this split of the data sets.
 
     Raises:
-        L2R2Error: nothing there, or the boxes belong to no image.
+        L2R2Error: when there is no image, the boxes belong to none of the images, or `split` is given without a data set.
     """
-    found: dict[str, Path] = {}  # by where they lead
+    found: dict[str, Path] = {}  # by absolute path
     entries: dict[str, BoxEntry] = {}
     masks: dict[str, Path] = {}
     columns: dict[str, dict[str, str]] = {}
     labels: dict[str, str] = {}
     for source in sources:
         if is_source(source) or (source.is_dir() and any((source / name).exists() for name in METADATA)):
-            table = read_table(source, missing_ok=True)  # a missing image is one failure among the answers
+            table = read_table(source, missing_ok=True)  # a missing image is one failure among the predictions
             table = table.of_split(split) if split else table
             boxed = table.entries()
             for row in table.rows:
@@ -125,7 +134,7 @@ def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None
 
 
 def _named(path: Path, found: dict[str, Path]) -> Path:
-    """The path by which the image is known already, or this one from now on."""
+    """Return the path under which the image is already known, or register this one."""
     return found.setdefault(os.path.abspath(path), path)
 
 
@@ -136,18 +145,28 @@ def predict_to_file(
     progress: Callable[[Iterable[Prediction], int], Iterable[Prediction]] = lambda items, _: items,
     adapt: str = "off",
 ) -> Report:
-    """Classify into a file, JSON, JSONL, CSV or Parquet by its ending.
+    """Classify images and write the predictions to a file.
 
-    Answers that are there already are kept as long as the image, its boxes and its mask are the same; failures, also of the
-    localizer, are tried again. What is done so far lies in a journal beside the file (see `journal`), so that an interruption at
-    any moment loses the images of one batch.
+    Predictions that the file already holds are kept if the image, its boxes and its mask are unchanged; failures, including
+    those of the localizer, are retried. Finished batches are stored in a journal beside the file (see `journal`), so an
+    interruption loses at most one batch.
 
-    With `adapt` (see `Grouping.parse`) the images of one place are fused together once all are there. Their branch logits are
-    kept, so that no image is looked at again when another joins it.
+    With `adapt`, images that share a place are fused jointly once all are predicted. Their branch logits are stored, so adding
+    an image later does not run the network on the others again.
+
+    Args:
+        predictor: makes the predictions.
+        inputs: images to classify.
+        out: JSON, JSONL, CSV or Parquet file, by its extension.
+        progress: wraps the predictions; takes their iterable and their number.
+        adapt: grouping of images that share a place, see `Grouping.parse`.
+
+    Returns:
+        A summary of the call.
 
     Raises:
-        L2R2Error: the grouping cannot be had or does not suit the model, or the file was made with another model or other
-            settings, is written by another process, or cannot be written.
+        L2R2Error: when the grouping is invalid or the model does not support it, or when the file was made with another model
+            or other settings, is being written by another process, or cannot be written.
     """
     check_ending(out)
     header, asked = _header(predictor, inputs), _by_place(inputs.paths)
@@ -179,7 +198,7 @@ def predict_to_file(
 
         read = read_back if holds_all(out) else lambda: finished_images(read_back)
         report = Report(len(listed), len(listed) - len(todo), read)
-        others = ((key, place) for key, place in places.items())  # earlier answers for other images stay, behind
+        others = ((key, place) for key, place in places.items())  # earlier predictions for other images stay, at the end
         write_predictions(out, header, chain(map(report.count, finished_images(lambda: records_at(listed))), records_at(others)))
         if grouping is not None:
             report.shares.update(adapter.shares)
@@ -189,7 +208,7 @@ def predict_to_file(
 
 
 def _by_place(paths: Iterable[Path]) -> dict[str, Path]:
-    """Paths by where they lead: one image, whichever way it is named."""
+    """Index paths by absolute path, so that each image occurs once."""
     found: dict[str, Path] = {}
     for path in paths:
         _named(path, found)
@@ -199,12 +218,12 @@ def _by_place(paths: Iterable[Path]) -> dict[str, Path]:
 def _known(
     found: Iterable[tuple[Place, dict[str, Any]]], digests: Mapping[str, str], retry: bool
 ) -> tuple[dict[str, Place], set[str]]:
-    """Where the newest record of each image is, and the images with an answer that still holds.
+    """Return the place of the newest record per image, and the images whose prediction is still valid.
 
     Args:
-        found: records, the newest last.
-        digests: of the images asked for, as they are now.
-        retry: whether answers without the localizer are tried again.
+        found: records with their places, newest last.
+        digests: current digests of the requested images.
+        retry: whether to retry predictions for which the localizer failed.
     """
     places: dict[str, Place] = {}
     finished: set[str] = set()
@@ -221,26 +240,30 @@ def _known(
 def _first_of(
     out: Path, journal: Journal, header: Mapping[str, Any], listed: Sequence[tuple[str, Place]]
 ) -> Iterator[dict[str, Any]]:
-    """The images asked for, from the file, or from the journal where the file does not hold all."""
+    """Yield the requested images from the file, or from the journal if the file alone is not enough."""
     if not holds_all(out):
         return records_at(listed)
     return islice((image for _, image in read_predictions(out, journal, header)), len(listed))
 
 
 def _was_looked_at(image: Mapping[str, Any]) -> bool:
-    """Whether the answers for an image are not those of the whole image because the localizer failed."""
+    """Return whether the localizer did not fail on an image."""
     return not any(o["reason"].startswith(LOCALIZER_FAILED) for o in image.get("objects", ()))
 
 
 def accuracy_by_branch(images: Sequence[Mapping[str, Any]], truth: Mapping[str, str]) -> dict[str, float]:
-    """Part of the images whose first object each branch, and the fused answer, names rightly.
+    """Compute the accuracy of each branch and of the fused prediction on the first object of each image.
 
     Args:
-        images: as in a file of predictions, none failed. Where no object was found, the full branch answers for fg too.
+        images: records of a prediction file, without failures. If no object was found, the full branch counts for fg too.
         truth: label by file.
 
     Returns:
-        Accuracy in [0, 1] by `full`, `fg` (where the model has them) and `fused`.
+        Accuracy in [0, 1] by `full` and `fg` (if the model has them) and `fused`.
+
+    >>> image = {"file": "a.jpg", "objects": [{"label": "cat", "fg": {"label": "cat"}, "full": {"label": "dog"}}]}
+    >>> accuracy_by_branch([image], {"a.jpg": "cat"})
+    {'full': 0.0, 'fg': 1.0, 'fused': 1.0}
     """
     firsts = [(image["objects"][0], truth[image["file"]]) for image in images]
     branches = [b for b in ("full", "fg") if any(b in answer for answer, _ in firsts)]
@@ -259,7 +282,9 @@ def _header(predictor: Predictor, inputs: Inputs) -> dict[str, Any]:
         "fusion": predictor.model.fusion.config(),
         "views": predictor.model.view_spec.to_dict(),
         "localizer": origin,
-        **({"oracle": True} if inputs.oracle or (origin or {}).get("oracle") else {}),  # boxes of true labels as prompts
+        **(
+            {"oracle": True} if inputs.oracle or (origin or {}).get("oracle") else {}
+        ),  # boxes found with the true labels as prompts
         "settings": {
             "box_threshold": predictor.box_threshold,
             "max_objects": predictor.max_objects,
@@ -270,6 +295,6 @@ def _header(predictor: Predictor, inputs: Inputs) -> dict[str, Any]:
 
 
 def _digest(predictor: Predictor, inputs: Inputs, name: str) -> str:
-    """Of all that the answers for one image depend on beside the header: the file, its boxes, its mask."""
+    """Hash all that the prediction for an image depends on besides the header: the file, its boxes and its mask."""
     about = None if predictor.localizer is None else predictor.localizer.about(name)
     return digest_of(name, inputs.entries.get(name), state_of(inputs.masks.get(name)), about)

@@ -1,4 +1,4 @@
-"""What a prediction is, and its reason in words."""
+"""Predictions, and the sentences that explain them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ class Answer:
 
 @dataclass(frozen=True)
 class ObjectPrediction:
-    """What one object is.
+    """Prediction for one object.
 
     Attributes:
-        label, score: the fused answer and its softmax probability.
-        source: `fused`, or `full` where no object was found and the whole image answers.
-        reason: one sentence.
-        full, fg, bg: what each branch says; None for a branch that the model lacks, or that had nothing to look at.
-        box: xyxy pixels of the upright image, None without one; `box_score` is the localizer's.
-        top: the most probable classes of the fused answer, best first.
-        logits: of each branch, by class; kept only where predictions are adapted to their place, see `adapt`.
+        label: the fused prediction.
+        score: its softmax probability.
+        source: `fused`, or `full` if no object was found and the whole image was classified.
+        reason: one sentence that explains the prediction.
+        full: prediction of the full branch; None if the model lacks the branch.
+        fg: prediction of the fg branch; None if the model lacks the branch or no object was found.
+        bg: prediction of the bg branch; None as for `fg`.
+        box: xyxy in pixels of the upright image; None if there is no box.
+        box_score: score of the box by the localizer; None if there is no score.
+        top: the most probable classes of the fused prediction, best first.
+        logits: logits by branch, one per class; kept only if predictions are adapted to their place, see `adapt`.
     """
 
     label: str
@@ -46,8 +50,14 @@ class ObjectPrediction:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What an image shows: one entry an object, best box first (with the fusion `objectness_max_confidence` the one with the
-    highest product of score and confidence); exactly one where there is no box. `failure` says why there is none."""
+    """Prediction for one image.
+
+    Attributes:
+        file: path of the image; None if it was not read from a file.
+        objects: one entry per object, best box first (with the fusion `objectness_max_confidence`, the highest product of box
+            score and confidence first); exactly one entry if there is no box, and none after a failure.
+        failure: why there is no prediction; None if there is one.
+    """
 
     file: str | None
     objects: tuple[ObjectPrediction, ...]
@@ -58,18 +68,18 @@ class Prediction:
         """Label of the first object.
 
         Raises:
-            L2R2Error: the image could not be read.
+            L2R2Error: when the prediction failed, e.g. because the image could not be read.
         """
         return self._first().label
 
     @property
     def score(self) -> float:
-        """Softmax probability of the first object's label; errors as for `label`."""
+        """Softmax probability of the first object's label; raises as `label` does."""
         return self._first().score
 
     @property
     def reason(self) -> str:
-        """Why the first object got its label; errors as for `label`."""
+        """Sentence that explains the label of the first object; raises as `label` does."""
         return self._first().reason
 
     def _first(self) -> ObjectPrediction:
@@ -78,7 +88,7 @@ class Prediction:
         return self.objects[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without empty fields."""
+        """Return plain values for JSON, without empty fields."""
         data = asdict(self)
         data["objects"] = [{k: v for k, v in o.items() if v is not None} for o in data["objects"]]
         if self.failure is not None:
@@ -87,10 +97,20 @@ class Prediction:
 
 
 def product(answer: ObjectPrediction) -> float:
+    """Return the fg confidence times the box score; 0 without an fg prediction."""
     return 0.0 if answer.fg is None else answer.fg.score * (1.0 if answer.box_score is None else answer.box_score)
 
 
 def why_fused(said: dict[str, list[Answer]], over: Sequence[str] | None = None) -> str:
+    """Explain a fused prediction in one phrase.
+
+    Args:
+        said: predictions by branch and of `fused`, best first.
+        over: the branches that are fused; None for all.
+
+    >>> why_fused({"fg": [Answer("cat", 0.9)], "full": [Answer("dog", 0.6)], "fused": [Answer("cat", 0.8)]})
+    'the object (0.90) overrules the whole image, which says dog (0.60)'
+    """
     said = {b: answers for b, answers in said.items() if over is None or b in (*over, "fg", "fused")}
     fg, fused = said["fg"][0], said["fused"][0]
     if "full" not in said or said["full"][0].label == fg.label:
@@ -106,6 +126,11 @@ def why_fused(said: dict[str, list[Answer]], over: Sequence[str] | None = None) 
 
 
 def why_full(said: dict[str, list[Answer]], why: str) -> str:
+    """Explain the prediction for an image without an object in one phrase; `why` says why there is none.
+
+    >>> why_full({"fg": [], "full": []}, "no box was given")
+    'no box was given; the whole image answers'
+    """
     if "fg" not in said:
         return "the model has no fg branch"
     if "full" not in said:
