@@ -124,7 +124,7 @@ def test_what_is_no_checkpoint_of_ours(hub_of):
     hub_of.add("org/empty", {"README.md": b"nothing"})
     hub_of.add("org/pickle", {"config.json": b"{}", "pytorch_model.bin": b"\x80\x04"})
     hub_of.add("org/plain", {"config.json": b'{"architecture": "resnet18"}', "model.safetensors": b"x"})
-    for name, sentence in (("empty", r"has no config\.json"), ("pickle", r"model\.safetensors"), ("plain", "no l2r2 section")):
+    for name, sentence in (("empty", r"needs config\.json"), ("pickle", r"model\.safetensors"), ("plain", "no l2r2 section")):
         with pytest.raises(L2R2Error, match=sentence):
             hub.load_checkpoint(f"org/{name}")
     assert hub_of.count("pytorch_model.bin") == 0  # a pickle is not even asked for
@@ -149,7 +149,9 @@ def test_a_download_that_never_arrives_leaves_nothing_to_load(hub_of, runs, tmp_
 
 def test_content_with_another_hash_is_refused(hub_of, runs, tmp_path):
     hub_of.damage.add("model.safetensors")
-    with pytest.raises(L2R2Error, match=r"its SHA-256 differs\); download it again with `hf download org/name --force-download`"):
+    with pytest.raises(
+        L2R2Error, match=r"its SHA-256 differs from the Hub's\); download it again with `hf download org/name --force-download`"
+    ):
         hub.load_checkpoint("org/name")
     hub_of.damage.clear()
     from huggingface_hub import hf_hub_download

@@ -132,7 +132,9 @@ def test_fuse_and_evaluate_print_tables_or_json(l2r2, tmp_path, dataset):
     run = write_run(tmp_path / "run")
     result = l2r2("fuse", run, dataset, "--split", "val", "--method", "robust")
     assert result.returncode == 0 and "<- chosen" in result.stdout and f"saved into {run}" in result.stdout
-    assert json.loads(l2r2("fuse", run, dataset, "--dry-run", "--json").stdout)["rows"] == 12
+    assert (
+        json.loads(l2r2("fuse", run, dataset, "--dry-run", "--json").stdout)["rows"] == 12 + 3 * 12
+    )  # as they are, and each object on three other backgrounds
     result = l2r2("evaluate", run, dataset, "--group", "label", "--fit-split", "val")
     assert result.returncode == 0 and "worst label" in result.stdout and "scaled_average" in result.stdout
     assert "accuracy by label" in result.stdout and "12 of the 12 images of val" not in result.stderr

@@ -54,7 +54,7 @@ def test_rows_without_an_object_stay_as_they_are_and_so_do_those_whose_donor_may
 def test_an_image_without_boxes_is_a_background_as_a_whole_where_that_is_said(dataset, tmp_path):
     table = split(dataset, "train")
     empty = replace(table, rows=tuple(replace(row, entry=None) for row in table.rows))
-    with pytest.raises(L2R2Error, match="0 images can give one"):
+    with pytest.raises(L2R2Error, match="only 0 images have one"):
         swapped(table, empty, classes="any")
     row = swapped(table, empty, classes="any", whole=True).rows[0]
     mixed, donor = sample_of(row, (0, 0, 0)), sample_of(row.background, (0, 0, 0))

@@ -80,7 +80,7 @@ def test_what_cannot_be_written_is_said_before_the_work(tmp_path, dataset):
 
     assert "must end in .json or .parquet" in refused("x.csv")
     assert 'Unknown box format "nope"' in refused("x.json", format="nope")
-    assert 'Unknown box format "parquet" of a .json' in refused("x.json", format="parquet")
+    assert 'Unknown box format "parquet" for a .json' in refused("x.json", format="parquet")
 
 
 def test_one_image_under_two_paths_is_looked_at_once(tmp_path, dataset, monkeypatch):

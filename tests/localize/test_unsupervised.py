@@ -182,6 +182,9 @@ def test_the_map_of_a_network_that_sees_red_is_on_what_is_red(tmp_path):
         def forward_head(self, features):
             return features.mean((2, 3))
 
+        def forward(self, x):
+            return self.forward_head(self.forward_features(x))
+
     localizer.model.backbone = Red()
     localizer.model.heads["full"] = nn.Linear(1, 3)
     nn.init.ones_(localizer.model.heads["full"].weight)

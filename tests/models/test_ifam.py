@@ -225,7 +225,7 @@ def test_dropped_parts_leave_the_mask():
     assert net.dropped_parts == () and torch.equal(net.forward_views(x).parts.keep, before.keep)
     with net.intervened(drop_parts=range(2)):
         assert torch.equal(net.forward_views(x).parts.keep, before.keep & (part == 2))
-    with pytest.raises(L2R2Error, match="all 3 parts"), net.intervened(drop_parts=range(3)):
+    with pytest.raises(L2R2Error, match="All 3 parts"), net.intervened(drop_parts=range(3)):
         net.forward_views(x)
     with pytest.raises(L2R2Error, match="no part 3"), net.intervened(drop_parts=[3]):
         net.forward_views(x)

@@ -5,8 +5,8 @@ import json
 import pytest
 from audit_cases import write_data
 from explain_cases import write_spots
+from html_pages import EVIL, Page
 from PIL import Image
-from test_report import EVIL, Page
 from typer.testing import CliRunner
 
 from l2r2_cli.commands import app

@@ -179,7 +179,7 @@ def test_rows_without_a_box_train_the_full_branch_only():
         ({"fusion": "rubust"}, 'Unknown fusion "rubust"'),
         ({"fg_mode": "cropped"}, 'Unknown fg_mode "cropped"'),
         ({"branches": ("whole",)}, 'Unknown branch "whole"'),
-        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"epochs": 0}, "epochs must lie between 1 and 100,000, got 0"),
         ({"threshold": 0.5, "fusion": "average"}, 'threshold belongs to the fusion "robust"'),
         ({"box_jitter": 3.0}, "box_jitter must lie between 0 and 1"),
         ({"seed": -1}, "seed must lie between"),

@@ -89,7 +89,7 @@ def test_evaluate_under_interventions(run):
     assert judged()["with_object"] == plain["with_object"]  # the stored logits are those of the untouched network
     for options, message in (
         (["--drop-parts", "7"], "no part 7"),
-        (["--drop-parts", "0,1,2"], "all 3 parts"),
+        (["--drop-parts", "0,1,2"], "All 3 parts"),
         (["--token-quantile", "2"], "between 0 and 1"),
     ):
         result = call(app, ["evaluate", str(folder), str(data), *options])
