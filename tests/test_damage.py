@@ -188,7 +188,7 @@ def test_a_fusion_that_was_killed_while_it_was_saved_leaves_a_run_that_knows_its
     with pytest.raises(KeyboardInterrupt):
         fit_run(folder, data, "val", method="average")
     monkeypatch.undo()
-    assert [name for name in written if name in ("run.json", "model.safetensors")][0] == "run.json"  # before the weights
+    assert next(name for name in written if name in ("run.json", "model.safetensors")) == "run.json"  # before the weights
     load_checkpoint(folder, any_fusion=True)
     assert not [r for r in caplog.records if "SHA-256" in r.message]
     fit_run(folder, data, "val", method="average")
