@@ -42,12 +42,17 @@ class _Command(TyperCommand):
         super().__init__(name, short_help=summary)
         self.place = place
 
-    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        _set_up_logging()
+    def load(self) -> Any:
+        """The command with its options."""
         module, _, function = self.place.partition(":")
         alone = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
         alone.command(self.name)(getattr(import_module(f".{module}", __package__), function))
-        return typer.main.get_command(alone).make_context(info_name, args, parent, **extra)
+        return typer.main.get_command(alone)
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Import the command and parse its arguments."""
+        _set_up_logging()
+        return self.load().make_context(info_name, args, parent, **extra)
 
 
 class _Group(TyperGroup):

@@ -14,7 +14,7 @@ from l2r2_models.localize import LOCALIZERS, LocalizerSpec
 from l2r2_models.models.hub_configs import load_hub_configs
 from l2r2_models.train.recipe import Recipe, parse_settings
 
-COMMANDS = typer.main.get_command(app).commands
+COMMANDS = {name: command.load() for name, command in typer.main.get_command(app).commands.items()}
 OPTIONS = {name: {o for p in c.params for o in (*p.opts, *p.secondary_opts)} | {"--help"} for name, c in COMMANDS.items()}
 BUDGET = 1_000_000  # bytes of all pictures
 

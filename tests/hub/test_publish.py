@@ -359,7 +359,7 @@ def test_whoever_is_not_logged_in_or_may_not_write(finished, there, l2r2, monkey
     assert code == 1 and "run `hf auth login`" in err and there.log == []
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
     code, _, err = l2r2(*push)
-    assert code == 1 and "may not write there" in err and "Traceback" not in err and "hf_of" not in err
+    assert code == 1 and "no permission to write" in err and "Traceback" not in err and "hf_of" not in err
 
 
 def test_an_upload_that_breaks_off(finished, there, l2r2, monkeypatch):
