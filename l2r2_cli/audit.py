@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from .common import cell, errors, say, show, track
+from .options import Boxes, Data, Group, Json, Metadata, Report, Seed, SkipBad
 
 if TYPE_CHECKING:
     from l2r2_models.audit.audit import Audit
@@ -16,35 +17,36 @@ if TYPE_CHECKING:
 
 
 def audit(
-    model: Annotated[str, typer.Argument(help="timm:NAME, a folder in timm's layout, a run's folder, or a Hub id (org/name).")],
-    data: Annotated[Path, typer.Argument(help="A data set with boxes or masks, see `l2r2 finetune`.")],
-    split: Annotated[Optional[str], typer.Option(help="Rows to judge by.", show_default="test, or all")] = None,
-    group: Annotated[Optional[str], typer.Option(help="Metadata column: accuracy by its values, and the worst.")] = None,
-    boxes: Annotated[Optional[Path], typer.Option(help="Box file.")] = None,
-    metadata: Annotated[Optional[Path], typer.Option(help="Another metadata file for the images of DATA.")] = None,
+    model: Annotated[str, typer.Argument(help="timm:NAME, a folder in timm's layout, a run folder, or a Hub id (ORG/NAME).")],
+    data: Data,
+    split: Annotated[Optional[str], typer.Option(help="Split to audit on.", show_default="test, or all")] = None,
+    group: Group = None,
+    boxes: Boxes = None,
+    metadata: Metadata = None,
     labels: Annotated[
-        Optional[Path], typer.Option(help="Names of a plain model's classes, one a line.", show_default="its own, or ImageNet's")
+        Optional[Path], typer.Option(help="Class names of a plain model, one per line.", show_default="its own, or ImageNet's")
     ] = None,
     classes: Annotated[
-        Optional[Path], typer.Option(help="CSV class,model_class: the data's classes, the model's.", show_default="by name")
+        Optional[Path],
+        typer.Option(help="CSV file class,model_class: maps the data's classes.", show_default="by name"),
     ] = None,
-    limit: Annotated[Optional[int], typer.Option(min=1, help="At most so many images, drawn with the seed.")] = None,
-    backgrounds: Annotated[int, typer.Option(min=1, help="Random backgrounds for each object.")] = 5,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Use at most this many images, drawn at random.")] = None,
+    backgrounds: Annotated[int, typer.Option(min=1, help="Random backgrounds per object.")] = 5,
     challenge: Annotated[
         bool, typer.Option("--challenge", help="Also try every other image's background on each object (IN-9; slow).")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of images, noise, backgrounds and intervals.")] = 0,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out.")] = False,
+    seed: Seed = 0,
+    skip_bad: SkipBad = False,
     work: Annotated[
-        Optional[Path], typer.Option(help="Folder for what is done so far.", show_default="RUN/audit, or the user's cache")
+        Optional[Path], typer.Option(help="Folder for intermediate results.", show_default="RUN/audit, or the user's cache")
     ] = None,
-    report: Annotated[Optional[Path], typer.Option(help="HTML page to write.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    report: Report = None,
+    as_json: Json = False,
 ) -> None:
-    """How much any classifier leans on the background: other backgrounds, erased objects, noise. Needs boxes or masks.
+    """Measure how much a classifier relies on backgrounds: swapped backgrounds, erased objects, noise. Needs boxes or masks.
 
     Every model sees whole images, padded to a square and resized (no center crop); an L2R2 run also sees the object cut out of
-    the changed image. Some 40 passes per image; interrupted, the same command continues.
+    the changed image. About 40 forward passes per image; an interrupted audit continues with the same command.
     """
     from l2r2_models.audit.audit import run_audit
 

@@ -9,22 +9,23 @@ from typing import Annotated
 import typer
 
 from .common import names, say, track
+from .options import Seed
 
 
 def composite(
-    objects: Annotated[Path, typer.Argument(help="Data set of objects: labels, masks, splits train and test.")],
-    scenes: Annotated[Path, typer.Argument(help="Data set of backgrounds: kind as label, splits train and test.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="New folder; the same command continues it.")],
+    objects: Annotated[Path, typer.Argument(help="Data set of objects with labels, masks, and splits train and test.")],
+    scenes: Annotated[Path, typer.Argument(help="Data set of backgrounds with their kind as label, and splits train and test.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="New folder; rerun to resume.")],
     correlation: Annotated[
-        str, typer.Option(help="Part of a class's training images on its home scene, one number an environment.")
+        str, typer.Option(help="Fraction of a class's training images on its home scene, one number per environment.")
     ] = "0.97,0.87",
     size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 128,
-    copies: Annotated[int, typer.Option(help="Composites of a photograph, in each environment or test split.")] = 1,
-    val_objects: Annotated[int, typer.Option(help="Physical objects of each class held out as val.")] = 1,
-    object_column: Annotated[str, typer.Option(help="Column that names the physical object.")] = "object_instance",
-    seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
+    copies: Annotated[int, typer.Option(help="Composites per photograph, in each environment and test split.")] = 1,
+    val_objects: Annotated[int, typer.Option(help="Physical objects per class to hold out as val.")] = 1,
+    object_column: Annotated[str, typer.Option(help="Metadata column that names the physical object.")] = "object_instance",
+    seed: Seed = 0,
 ) -> None:
-    """Make a data set whose backgrounds tell the class in training and mislead in the test (Spawrious protocol)."""
+    """Make a data set whose backgrounds predict the class in training and mislead in the test (Spawrious protocol)."""
     from l2r2_models.data.spawrious import composites
     from l2r2_models.data.table import read_table
     from l2r2_models.errors import L2R2Error

@@ -9,14 +9,15 @@ from typing import Annotated
 import typer
 
 from .common import say, show
+from .options import Seed
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything; the same call continues it.")] = Path("demo"),
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of both trainings.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of data, weights and order.")] = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything; rerun to resume.")] = Path("demo"),
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each training.")] = 8,
+    seed: Seed = 0,
 ) -> None:
-    """See the problem and the remedy: train a plain classifier and L2R2 on made data, and swap the backgrounds."""
+    """Train a plain classifier and L2R2 on synthetic images, swap the backgrounds, and compare."""
     from rich.table import Table
 
     from l2r2_models.demo import SPLITS, run_demo

@@ -11,13 +11,13 @@ from .common import names, say
 
 
 def derive(
-    source: Annotated[str, typer.Argument(help="timm:NAME, any timm classifier, with or without a tag.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")],
-    labels: Annotated[Optional[Path], typer.Option(help="Class names, one a line.", show_default="ImageNet's")] = None,
-    branches: Annotated[Optional[str], typer.Option(help="Of full,fg,bg.", show_default="full,fg")] = None,
-    fusion: Annotated[str, typer.Option(help="average, max_confidence or robust.")] = "robust",
+    source: Annotated[str, typer.Argument(help="Any timm classifier as timm:NAME, with or without a tag.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.")],
+    labels: Annotated[Optional[Path], typer.Option(help="Class names, one per line.", show_default="ImageNet's")] = None,
+    branches: Annotated[Optional[str], typer.Option(help="Any of full,fg,bg.", show_default="full,fg")] = None,
+    fusion: Annotated[str, typer.Option(help="Fusion: average, max_confidence or robust.")] = "robust",
 ) -> None:
-    """Make an L2R2 run out of a timm classifier, without training."""
+    """Make an L2R2 run from a timm classifier, without training."""
     from l2r2_models.checkpoints.convert import derive as run
     from l2r2_models.errors import L2R2Error
     from l2r2_models.io import read_text
@@ -32,21 +32,19 @@ def derive(
 
 
 def convert(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run, or of one run a branch.")],
-    run: Annotated[
-        Optional[str], typer.Argument(help="A run of independent networks (finetune --no-shared), to take apart.")
-    ] = None,
-    full: Annotated[Optional[str], typer.Option(help="The network for the whole image: a run or a timm checkpoint.")] = None,
-    fg: Annotated[Optional[str], typer.Option(help="The network for the object.")] = None,
-    bg: Annotated[Optional[str], typer.Option(help="The network for the background.")] = None,
-    fusion: Annotated[str, typer.Option(help="average, max_confidence or robust.")] = "robust",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; for a split, the folder of one run per branch.")],
+    run: Annotated[Optional[str], typer.Argument(help="Run of independent networks (finetune --no-shared) to split.")] = None,
+    full: Annotated[Optional[str], typer.Option(help="Network for the whole image: a run or a timm checkpoint.")] = None,
+    fg: Annotated[Optional[str], typer.Option(help="Network for the object.")] = None,
+    bg: Annotated[Optional[str], typer.Option(help="Network for the background.")] = None,
+    fusion: Annotated[str, typer.Option(help="Fusion: average, max_confidence or robust.")] = "robust",
 ) -> None:
-    """Put independently trained networks together into one run (--full A --fg-mode B), or take such a run apart (RUN)."""
+    """Join independently trained networks into one run (--full A --fg B), or split such a run (RUN)."""
     from l2r2_models.checkpoints.convert import join, split
 
     parts: dict[str, str | Path] = {b: s for b, s in (("full", full), ("fg", fg), ("bg", bg)) if s}
     if bool(run) == bool(parts) or len(parts) == 1:
-        raise typer.BadParameter("give a RUN to take apart, or two or three of --full, --fg-mode and --bg to put together")
+        raise typer.BadParameter("give a RUN to split, or two or three of --full, --fg and --bg to join")
     if run:
         for branch, folder in split(run, out).items():
             say(f"wrote {folder}: {branch} alone")

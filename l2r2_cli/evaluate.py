@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from .common import cell, errors, numbers, say, show, show_shares, track
+from .options import Boxes, Data, Group, Json, Metadata, Report, Run, SkipBad
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,35 +18,35 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    run: Annotated[str, typer.Argument(help="A run's folder, or a Hub id (org/name).")],
-    data: Annotated[Path, typer.Argument(help="A data set, see `l2r2 finetune`.")],
-    split: Annotated[str, typer.Option(help="Rows to judge by.")] = "test",
-    group: Annotated[Optional[str], typer.Option(help="Metadata column: accuracy by its values, and the worst.")] = None,
+    run: Run,
+    data: Data,
+    split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "test",
+    group: Group = None,
     fit_split: Annotated[
-        Optional[str], typer.Option(help="Held-out rows to fit every fusion and temperature on, for comparison.")
+        Optional[str], typer.Option(help="Also fit every fusion and temperature on this held-out split, for comparison.")
     ] = None,
     prior: Annotated[
-        Optional[str], typer.Option(help="Metadata column to correct the answers by, counted on the training rows.")
+        Optional[str], typer.Option(help="Metadata column whose class frequencies in the training split correct the predictions.")
     ] = None,
     others: Annotated[
-        Optional[list[str]], typer.Option("--with", help="Another run of the same classes: adds ensembles. Repeatable.")
+        Optional[list[str]], typer.Option("--with", help="Another run with the same classes: adds ensembles. Repeatable.")
     ] = None,
-    metadata: Annotated[Optional[Path], typer.Option(help="Another metadata file for the images of DATA.")] = None,
-    boxes: Annotated[Optional[Path], typer.Option(help="Box file.")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave images out that cannot be used.")] = False,
+    metadata: Metadata = None,
+    boxes: Boxes = None,
+    skip_bad: SkipBad = False,
     drop_parts: Annotated[
-        Optional[str], typer.Option(help="ifam models: judge without these parts, e.g. 0,3.", show_default="none")
+        Optional[str], typer.Option(help="ifam models: leave out these parts, e.g. 0,3.", show_default="none")
     ] = None,
     token_quantile: Annotated[
-        float, typer.Option(help="ifam models: without patches below this quantile of their part's training logits.")
+        float, typer.Option(help="ifam models: leave out patches below this quantile of their part's training logits.")
     ] = 0.0,
     adapt: Annotated[
         str, typer.Option(help="Fuse the images of one place together: group:COLUMN, folder, batch:N or off.")
     ] = "off",
-    report: Annotated[Optional[Path], typer.Option(help="Write an HTML page: tables, figures, disagreements.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    report: Report = None,
+    as_json: Json = False,
 ) -> None:
-    """Judge every branch and every fusion of a run: accuracy, macro accuracy, calibration, groups, confusion."""
+    """Evaluate every branch and every fusion of a run: accuracy, macro accuracy, calibration, groups, confusion."""
     from l2r2_models.errors import L2R2Error
     from l2r2_models.evaluate.evaluator import evaluation_of, judge_run
     from l2r2_models.runs import store_evaluation

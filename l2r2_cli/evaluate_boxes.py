@@ -9,18 +9,19 @@ from typing import Annotated, Optional
 import typer
 
 from .common import errors, say, track
+from .options import Json, Metadata, Split, box_threshold
 
 
 def evaluate_boxes(
-    boxes: Annotated[Path, typer.Argument(help="Box file of a localizer.")],
-    data: Annotated[Path, typer.Argument(help="A data set whose metadata have the true boxes or masks.")],
-    split: Annotated[Optional[str], typer.Option(help="Only this split.")] = None,
-    metadata: Annotated[Optional[Path], typer.Option(help="Another metadata file for the images of DATA.")] = None,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Boxes with a lower score count as not found.")] = 0.2,
-    pictures: Annotated[Optional[Path], typer.Option(help="Write a sheet of the ten worst images here (PNG).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    boxes: Annotated[Path, typer.Argument(help="Box file to evaluate.")],
+    data: Annotated[Path, typer.Argument(help="Data set whose metadata holds the true boxes or masks.")],
+    split: Split = None,
+    metadata: Metadata = None,
+    box_threshold: Annotated[float, box_threshold(True)] = 0.2,
+    pictures: Annotated[Optional[Path], typer.Option(help="Write a PNG with the ten worst images to this file.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Judge a localizer's boxes: overlap with the true ones, CorLoc, how much of the object they hold, misses."""
+    """Compare a box file with the true boxes: IoU, CorLoc, how much of the object is inside, misses."""
     from l2r2_models.evaluate.localization import draw_worst
     from l2r2_models.evaluate.localization import evaluate_boxes as judge
 
@@ -29,7 +30,7 @@ def evaluate_boxes(
         data,
         split=split,
         metadata=metadata,
-        threshold=threshold,
+        threshold=box_threshold,
         progress=lambda steps, total: track(steps, total, "comparing boxes"),
     )
     for why in report.unreadable.values():

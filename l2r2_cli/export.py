@@ -9,21 +9,23 @@ from typing import Annotated, Optional
 import typer
 
 from .common import say
+from .options import Json, Run
 
 
 def export(
-    run: Annotated[str, typer.Argument(help="A run's folder, or a Hub id (org/name).")],
+    run: Run,
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write, e.g. model.onnx.")],
     format: Annotated[
-        Optional[str], typer.Option(help="onnx or torch-export.", show_default="by the file's name: .onnx or .pt2")
+        Optional[str], typer.Option(help="onnx or torch-export.", show_default="from the suffix, .onnx or .pt2")
     ] = None,
     takes: Annotated[
-        str, typer.Option("--input", help="views, or image: one image and its boxes, cut inside the graph.")
+        str,
+        typer.Option("--input", help="views, or image: one image and its boxes, cut inside the graph."),
     ] = "views",
-    fp16: Annotated[bool, typer.Option("--fp16", help="Network in half precision.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Export the network in half precision.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Write a run for other runtimes, and compare what the file answers with PyTorch."""
+    """Export a run for other runtimes and compare the file's outputs with PyTorch's."""
     from l2r2_models.checkpoints.export import FORMATS, export_run
     from l2r2_models.errors import L2R2Error
 

@@ -7,94 +7,127 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
+from l2r2_hub_configs import derived_configs, unknown_model
 
-from .common import errors, names, say, track
+from .common import Refusal, errors, names, say, track
+from .options import Boxes, Data, Json, Metadata, SkipBad, box_threshold
 
 if TYPE_CHECKING:
     from l2r2_models.train.finetune import Result
 
 
+def _complete_model(incomplete: str) -> list[str]:
+    """Models, and once there is a dot also tags, that begin so."""
+    found = {c.name if "." in incomplete else c.architecture for c in derived_configs()}
+    return sorted(name for name in found if name.startswith(incomplete))
+
+
+def _show_keys(asked: bool) -> None:
+    if not asked:
+        return
+    import yaml
+
+    from l2r2_models.train.recipe import describe_keys
+
+    for key, (default, meaning) in describe_keys().items():
+        value = list(default) if isinstance(default, tuple) else default
+        say(f"{key}: {yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}  # {meaning}")
+    raise typer.Exit
+
+
 def finetune(
-    data: Annotated[Path, typer.Argument(help="Folder: one folder a class, or an imagefolder with metadata.csv/.jsonl.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the same command continues it.")],
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder. Rerun to resume an interrupted run.")],
     model: Annotated[
-        Optional[str], typer.Option(help="A model of `l2r2 list`, with or without a tag, or timm:NAME.", show_default="recipe's")
+        Optional[str],
+        typer.Option(
+            help="Model of `l2r2 list`, with or without a tag, or timm:NAME.",
+            show_default="the recipe's",
+            autocompletion=_complete_model,
+        ),
     ] = None,
     recipe: Annotated[
         Optional[str],
-        typer.Option(help="finetune, scratch, head_only, or a YAML file.", show_default="finetune, or scratch without weights"),
+        typer.Option(
+            help="finetune, scratch, head_only, or a YAML file.", show_default="finetune, or scratch with --no-pretrained"
+        ),
     ] = None,
     settings: Annotated[
         Optional[list[str]],
-        typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe, e.g. ema=0.99; repeatable.", show_default="none"),
+        typer.Option("--set", metavar="KEY=VALUE", help="Set any key of the recipe, e.g. ema=0.99. Repeatable."),
     ] = None,
-    boxes: Annotated[Optional[Path], typer.Option(help="Box file: MegaDetector, SpeciesNet, COCO, CSV, JSONL, JSON.")] = None,
-    metadata: Annotated[Optional[Path], typer.Option(help="Another metadata file for the images of DATA.")] = None,
-    train_split: Annotated[Optional[str], typer.Option(help="Rows to train on.", show_default="train, or all")] = None,
-    val_split: Annotated[Optional[str], typer.Option(help="Rows for figures.", show_default="val or validation, if any")] = None,
+    keys: Annotated[
+        bool,
+        typer.Option("--keys", callback=_show_keys, is_eager=True, help="Show every key for --set with its default, and exit."),
+    ] = False,
+    boxes: Boxes = None,
+    box_threshold: Annotated[Optional[float], box_threshold("0.2")] = None,
+    metadata: Metadata = None,
+    train_split: Annotated[Optional[str], typer.Option(help="Split to train on.", show_default="train, or all")] = None,
+    val_split: Annotated[
+        Optional[str], typer.Option(help="Split to validate on.", show_default="val or validation, if there is one")
+    ] = None,
     val_fraction: Annotated[
-        Optional[float], typer.Option(help="Hold this part of the training rows out as val.", show_default="0")
+        Optional[float], typer.Option(help="Hold out this fraction of the training images for validation.", show_default="0")
     ] = None,
     val_group: Annotated[
-        Optional[str], typer.Option(help="Metadata column whose values stay on one side.", show_default="none")
+        Optional[str], typer.Option(help="Metadata column, e.g. site: images with one value are held out together.")
     ] = None,
     val_from: Annotated[
         Optional[str],
-        typer.Option(help="random, or end: the last rows of each class, for video frames.", show_default="random"),
+        typer.Option(help="Images to hold out: random, or the end of each class (for video frames).", show_default="random"),
     ] = None,
     pretrained: Annotated[
-        Optional[bool], typer.Option("--pretrained/--no-pretrained", help="Start from the tag's weights.", show_default="with")
+        Optional[bool],
+        typer.Option("--pretrained/--no-pretrained", help="Start from pretrained weights.", show_default="pretrained"),
     ] = None,
     init: Annotated[
         Optional[str],
         typer.Option(
-            metavar="RUN", help="Start from a run, a Hub id, or a folder with a timm model; without --model also its settings."
+            metavar="RUN",
+            help="Start from a run, a Hub id, or a folder with a timm model; without --model, also use its model and views.",
         ),
     ] = None,
-    branches: Annotated[Optional[str], typer.Option(help="Of full,fg,bg; `full` alone is a plain classifier.")] = None,
-    shared: Annotated[
-        Optional[bool], typer.Option("--shared/--no-shared", help="One backbone for all branches, or one each.", show_default="")
+    branches: Annotated[
+        Optional[str],
+        typer.Option(help="Any of full,fg,bg; `full` alone is a plain classifier.", show_default="full,fg"),
     ] = None,
-    fusion: Annotated[Optional[str], typer.Option(help="One of average, max_confidence, robust.", show_default="robust")] = None,
-    threshold: Annotated[
-        Optional[float], typer.Option(help="Confidence above which robust trusts fg.", show_default="0.5")
+    shared: Annotated[
+        Optional[bool],
+        typer.Option("--shared/--no-shared", help="Share one backbone, or train one per branch.", show_default="shared"),
     ] = None,
     fg_mode: Annotated[
-        Optional[str], typer.Option(help="crop, masked_crop, masked, late or tokens.", show_default="the model's, mostly crop")
-    ] = None,
-    margin: Annotated[
-        Optional[float], typer.Option(help="Margin around the box, relative to its side.", show_default="0")
+        Optional[str],
+        typer.Option(
+            help="What the fg branch sees: crop, masked_crop, masked, late or tokens.", show_default="the model's, usually crop"
+        ),
     ] = None,
     box_head: Annotated[
-        Optional[bool], typer.Option("--box-head", help="Also learn to find the box: the model then needs no detector.")
-    ] = None,
-    size: Annotated[Optional[int], typer.Option(help="Side of a view in pixels.", show_default="the model's")] = None,
-    box_threshold: Annotated[
-        Optional[float], typer.Option(help="Boxes with a lower score are not used.", show_default="0.2")
-    ] = None,
-    epochs: Annotated[Optional[int], typer.Option(show_default="20")] = None,
-    batch_size: Annotated[Optional[int], typer.Option(show_default="32")] = None,
-    lr: Annotated[Optional[float], typer.Option(show_default="2e-4, or 1e-3 from scratch")] = None,
-    weight_decay: Annotated[Optional[float], typer.Option(show_default="0.05")] = None,
-    label_smoothing: Annotated[Optional[float], typer.Option(show_default="0.1")] = None,
-    box_jitter: Annotated[
-        Optional[float], typer.Option(help="How far a box's edges move in training.", show_default="0.1")
+        Optional[bool], typer.Option("--box-head", help="Also train a head that finds the box, to predict without a detector.")
     ] = None,
     background_swap: Annotated[
         Optional[float],
-        typer.Option(help="How often an object is laid on another image's background in training.", show_default="0"),
+        typer.Option(help="Probability of putting a training object on another image's background.", show_default="0"),
     ] = None,
-    occlusion: Annotated[
-        Optional[float], typer.Option(help="How often a part of the object is hidden in training.", show_default="0")
+    size: Annotated[Optional[int], typer.Option(help="Side of the views in pixels.", show_default="the model's")] = None,
+    epochs: Annotated[Optional[int], typer.Option(help="Passes over the training images.", show_default="20")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(help="Images per batch.", show_default="32")] = None,
+    lr: Annotated[
+        Optional[float], typer.Option(help="Peak learning rate.", show_default="2e-4, or 1e-3 with --no-pretrained")
     ] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Of weights, order and augmentation.", show_default="0")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Random seed.", show_default="0")] = None,
     workers: Annotated[Optional[int], typer.Option(help="Processes that load images.", show_default="0")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out.")] = False,
+    skip_bad: SkipBad = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that the folder holds.")] = False,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write figures for it into the run's logs.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log metrics for TensorBoard in the run folder.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Train a model on your images; writes a checkpoint in timm's layout."""
+    """Train a model on your images and save it as a checkpoint in timm's layout.
+
+    The flags cover what is set most often; --set reaches everything else, and --keys lists it.
+    """
+    if model is not None and (sentence := unknown_model(model)):
+        raise Refusal(sentence)
     from l2r2_models.distributed import rank
     from l2r2_models.errors import L2R2Error
     from l2r2_models.train.finetune import finetune as run
@@ -106,25 +139,18 @@ def finetune(
         init=init,
         branches=names(branches),
         shared=shared,
-        fusion=fusion,
-        threshold=threshold,
         fg_mode=fg_mode,
-        margin=margin,
         size=size,
         box_threshold=box_threshold,
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
-        weight_decay=weight_decay,
-        label_smoothing=label_smoothing,
-        box_jitter=box_jitter,
         seed=seed,
         workers=workers,
         val_fraction=val_fraction,
         val_group=val_group,
         val_from=val_from,
         background_swap=background_swap,
-        occlusion=occlusion,
         box_head=box_head,
     )
     changes = {key: value for key, value in flags.items() if value is not None}

@@ -9,14 +9,15 @@ from typing import Annotated, Optional
 import typer
 
 from .common import errors, names, say, track
+from .options import Boxes, Data, Json, Metadata, SkipBad
 
 
 def fuse(
-    run: Annotated[Path, typer.Argument(help="A run's folder; the fitted fusion is saved into it.")],
-    data: Annotated[Path, typer.Argument(help="A data set, see `l2r2 finetune`.")],
-    split: Annotated[str, typer.Option(help="Held-out rows to fit on, never the rows to be judged by.")] = "val",
-    method: Annotated[Optional[str], typer.Option(help="A fusion.", show_default="best_on_val: by regret")] = None,
-    class_wise: Annotated[bool, typer.Option("--class-wise", help="One temperature a class, where a fusion scales.")] = False,
+    run: Annotated[Path, typer.Argument(help="Run folder; the fitted fusion is saved in it.")],
+    data: Data,
+    split: Annotated[str, typer.Option(help="Held-out split to fit on; never the one to evaluate on.")] = "val",
+    method: Annotated[Optional[str], typer.Option(help="Fusion to fit.", show_default="best_on_val: by regret")] = None,
+    class_wise: Annotated[bool, typer.Option("--class-wise", help="Fit one temperature per class.")] = False,
     val_backgrounds: Annotated[
         Optional[str],
         typer.Option(
@@ -26,20 +27,18 @@ def fuse(
     ] = None,
     backgrounds: Annotated[
         Optional[Path],
-        typer.Option(help="A folder of images (empty frames, scenes) to swap in.", show_default="the training images"),
+        typer.Option(help="Folder of images (empty frames, scenes) to swap in.", show_default="the training images"),
     ] = None,
     group: Annotated[
-        Optional[str], typer.Option(help="Metadata column (site, physical object): what is alike is not fitted and judged on.")
+        Optional[str], typer.Option(help="Metadata column, e.g. site: images with one value stay in one fold.")
     ] = None,
-    inputs: Annotated[
-        Optional[str], typer.Option(help="Branches that are fused, e.g. fg,bg.", show_default="as now, at first all")
-    ] = None,
-    metric: Annotated[str, typer.Option(help="accuracy or macro_accuracy: what is fitted and chosen by.")] = "accuracy",
-    metadata: Annotated[Optional[Path], typer.Option(help="Another metadata file for the images of DATA.")] = None,
-    boxes: Annotated[Optional[Path], typer.Option(help="Box file.")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave images out that cannot be used.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show; leave the run as it is.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    inputs: Annotated[Optional[str], typer.Option(help="Branches to fuse, e.g. fg,bg.", show_default="as before, or all")] = None,
+    metric: Annotated[str, typer.Option(help="Metric to optimize: accuracy or macro_accuracy.")] = "accuracy",
+    metadata: Metadata = None,
+    boxes: Boxes = None,
+    skip_bad: SkipBad = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the result without changing the run.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Fit the fusion of a run on held-out rows, from branch logits that are computed once and stored.
 

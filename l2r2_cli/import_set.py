@@ -19,8 +19,8 @@ def import_set(
             "hard-imagenet, cub, iwildcam, fod-a or eth80.",
         ),
     ],
-    folder: Annotated[Path, typer.Argument(help="The set's unpacked archive.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="New folder; the same command continues it.")],
+    folder: Annotated[Path, typer.Argument(help="Folder with the unpacked archive.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="New folder; rerun to resume.")],
     extra: Annotated[
         Optional[Path],
         typer.Option(
@@ -29,7 +29,7 @@ def import_set(
     ] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the images instead of hard-linking them.")] = False,
 ) -> None:
-    """Turn a published benchmark that you downloaded into a data set with splits, backgrounds, and boxes or masks."""
+    """Convert a published benchmark that you downloaded to a data set with splits, backgrounds, and boxes or masks."""
     from l2r2_models.data.published import import_published
 
     result = import_published(

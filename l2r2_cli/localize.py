@@ -10,11 +10,15 @@ from typing import Annotated, Optional
 import typer
 
 from .common import errors, say, track
+from .options import BatchSize, Device, Json, Split
 
 
 def localize(
-    images: Annotated[list[Path], typer.Argument(help="Images, folders of images, or data sets with metadata.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Box file, .json or .parquet; the same command continues it.")],
+    images: Annotated[list[Path], typer.Argument(help="Images, folders of images, or data sets.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Box file to write, .json or .parquet; rerun to resume."),
+    ],
     localizer: Annotated[
         Optional[str],
         typer.Option(
@@ -22,19 +26,20 @@ def localize(
             show_default="owlv2 with its base weights",
         ),
     ] = None,
-    prompt: Annotated[Optional[list[str]], typer.Option(help="What to look for; may be repeated.")] = None,
+    prompt: Annotated[Optional[list[str]], typer.Option(help="What to look for. Repeatable.")] = None,
     oracle_prompts: Annotated[
-        bool, typer.Option("--oracle-prompts", help="Each image's true label is its prompt; the file says so. For analysis only.")
+        bool,
+        typer.Option("--oracle-prompts", help="Prompt with each image's true label; for analysis only, recorded in the file."),
     ] = False,
-    split: Annotated[Optional[str], typer.Option(help="Only this split of the data sets.")] = None,
-    format: Annotated[str, typer.Option(help="Of a .json: megadetector or coco.")] = "megadetector",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in one pass.")] = 8,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, ...", show_default="cuda where there is one")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
+    split: Split = None,
+    format: Annotated[str, typer.Option(help="Format of a .json file: megadetector or coco.")] = "megadetector",
+    batch_size: BatchSize = 8,
+    device: Device = None,
+    as_json: Json = False,
 ) -> None:
-    """Find the objects of many images once, into a box file that finetune, evaluate and predict read.
+    """Find objects in images and write a box file that finetune, evaluate and predict read.
 
-    Under torchrun (`torchrun --standalone --nproc_per_node 8 -m l2r2_models.cli localize ...`) each process takes its share.
+    Under torchrun (`torchrun --standalone --nproc_per_node 8 -m l2r2_models localize ...`) each process handles its share.
     """
     from l2r2_models.errors import L2R2Error
     from l2r2_models.localize import DEFAULT, LocalizerSpec, create_localizer

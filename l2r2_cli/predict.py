@@ -8,20 +8,23 @@ from typing import Annotated, Optional
 import typer
 
 from .common import errors, say, show_shares, track
-
-METADATA_BOXES = "the boxes in a folder's metadata.csv/.jsonl"
+from .options import BatchSize, Boxes, Run, Split, box_threshold
 
 
 def predict(
-    model: Annotated[str, typer.Argument(help="A run's folder, or a Hub id (org/name).")],
-    images: Annotated[list[Path], typer.Argument(help="Images, folders of images, or a data set.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="A .json, .jsonl, .csv or .parquet; the same command continues it.")],
-    boxes: Annotated[Optional[Path], typer.Option(help="Box file.", show_default=METADATA_BOXES)] = None,
+    model: Run,
+    images: Annotated[list[Path], typer.Argument(help="Images, folders of images, or data sets.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="File to write: .json, .jsonl, .csv or .parquet; rerun to resume."),
+    ],
+    boxes: Boxes = None,
     localizer: Annotated[
-        Optional[str], typer.Option(help="Find the boxes so, see `l2r2 localize`; `head` is the model's own box head.")
+        Optional[str],
+        typer.Option(help="Localizer that finds the boxes, see `l2r2 localize`; `head`: the model's own."),
     ] = None,
     topk_prompts: Annotated[
-        Optional[int], typer.Option(min=1, help="Ask the localizer for so many classes that the whole image suggests.")
+        Optional[int], typer.Option(min=1, help="Prompt the localizer with this many classes that the whole image suggests.")
     ] = None,
     adapt: Annotated[
         str,
@@ -30,20 +33,18 @@ def predict(
             "where photos come in sites: how many backgrounds mislead there is estimated without labels."
         ),
     ] = "off",
-    split: Annotated[Optional[str], typer.Option(help="Only this split of a data set.")] = None,
-    box_threshold: Annotated[
-        Optional[float], typer.Option(min=0, max=1, help="Boxes with a lower score are not used.", show_default="the model's")
-    ] = None,
-    max_objects: Annotated[int, typer.Option(min=1, help="Boxes of an image to classify, best first.")] = 10,
-    top: Annotated[int, typer.Option(min=1, help="Classes listed with each object.")] = 3,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    split: Split = None,
+    box_threshold: Annotated[Optional[float], box_threshold("the model's, usually 0.2")] = None,
+    max_objects: Annotated[int, typer.Option(min=1, help="Boxes to classify per image, best first.")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="Classes to list per object.")] = 3,
+    batch_size: BatchSize = 32,
 ) -> None:
-    """Classify images; each object gets an answer and the reason for it. Unreadable files are kept as failures."""
+    """Classify images; every object gets a prediction and the reason for it. Unreadable files are listed as failures."""
     from l2r2_models.predict.predict_files import gather, predict_to_file
     from l2r2_models.predict.predictor import Predictor
 
     if localizer is not None and boxes is not None:
-        raise typer.BadParameter("--localizer finds the boxes, --boxes gives them: leave one of both out")
+        raise typer.BadParameter("--localizer finds the boxes, --boxes gives them; use one or the other")
     inputs = gather(images, boxes, split)
     if localizer is not None:
         inputs = inputs.without_boxes()

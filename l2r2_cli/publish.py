@@ -10,34 +10,36 @@ from typing import Annotated, Optional
 import typer
 
 from .common import say
+from .options import Json
 
 
 def publish(
-    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
     repo: Annotated[str, typer.Argument(help="Hub id: ORG/NAME.")],
-    push: Annotated[bool, typer.Option("--push", help="Send it; without it nothing leaves this machine.")] = False,
-    license: Annotated[Optional[str], typer.Option(help="Of the weights, as the Hub writes it: apache-2.0, ...")] = None,
+    push: Annotated[bool, typer.Option("--push", help="Upload; without it nothing leaves this machine.")] = False,
+    license: Annotated[Optional[str], typer.Option(help="License of the weights, as the Hub writes it: apache-2.0, ...")] = None,
     data: Annotated[Optional[str], typer.Option(help="Name of the data set.")] = None,
     data_license: Annotated[Optional[str], typer.Option(help="License of the data set.")] = None,
     localizer: Annotated[Optional[str], typer.Option(help="What finds the boxes.", show_default="the checkpoint's")] = None,
-    prompt: Annotated[Optional[str], typer.Option(help="Its prompt.", show_default="the checkpoint's")] = None,
-    localizer_license: Annotated[Optional[str], typer.Option(help="Its license.")] = None,
-    limits: Annotated[Optional[str], typer.Option(help="A sentence on what the model is not for.")] = None,
+    prompt: Annotated[Optional[str], typer.Option(help="Prompt of the localizer.", show_default="the checkpoint's")] = None,
+    localizer_license: Annotated[Optional[str], typer.Option(help="License of the localizer.")] = None,
+    limits: Annotated[Optional[str], typer.Option(help="A sentence on what the model must not be used for.")] = None,
     metrics: Annotated[
-        Optional[list[Path]], typer.Option(help="What `l2r2 evaluate --json` printed; beside what the run keeps.")
+        Optional[list[Path]],
+        typer.Option(help="Output of `l2r2 evaluate --json`, beside the metrics stored in the run. Repeatable."),
     ] = None,
-    without_metrics: Annotated[bool, typer.Option("--without-metrics", help="Publish without any figure.")] = False,
+    without_metrics: Annotated[bool, typer.Option("--without-metrics", help="Publish without any metric.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[Optional[str], typer.Option(help="Branch to push to.", show_default="main")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload with l2r2-models",
-    card: Annotated[Optional[Path], typer.Option(help="Write the model card here, to read it first.")] = None,
+    message: Annotated[str, typer.Option(help="Commit message.")] = "Upload with l2r2-models",
+    card: Annotated[Optional[Path], typer.Option(help="Also write the model card to this file, to read it first.")] = None,
     hub_config: Annotated[
-        Optional[Path], typer.Option(help="Write ARCHITECTURE.TAG.yaml, which makes it a tag of `l2r2 list --pretrained`.")
+        Optional[Path], typer.Option(help="Write ARCHITECTURE.TAG.yaml, which adds a tag to `l2r2 list --pretrained`.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Check a run and show what would go to the Hugging Face Hub; with --push send it, in one commit."""
+    """Check a run and show what would be uploaded to the Hugging Face Hub; with --push upload it, in one commit."""
     from l2r2_models.errors import L2R2Error
     from l2r2_models.hub.metadata import CardMetadata
     from l2r2_models.hub.publish import CARD, prepare

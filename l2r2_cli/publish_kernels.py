@@ -14,14 +14,14 @@ from .common import say
 
 def publish_kernels(
     source: Annotated[Path, typer.Argument(help="Folder with build.toml, CARD.md and torch-ext/.")] = Path("kernels"),
-    repo: Annotated[Optional[str], typer.Argument(help="Hub id: ORG/NAME.", show_default="that of build.toml")] = None,
-    push: Annotated[bool, typer.Option("--push", help="Send it; without it nothing leaves this machine.")] = False,
+    repo: Annotated[Optional[str], typer.Argument(help="Hub id: ORG/NAME.", show_default="the one in build.toml")] = None,
+    push: Annotated[bool, typer.Option("--push", help="Upload; without it nothing leaves this machine.")] = False,
     to: Annotated[
         Optional[Path], typer.Option("--to", help="Write it into this new folder, from where it can be loaded.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
 ) -> None:
-    """Check the kernels and show what would go to the Kernel Hub; with --push send it."""
+    """Check the kernels and show what would be uploaded to the Kernel Hub; with --push upload them."""
     from l2r2_models.hub.publish_kernels import new_folder, prepare_kernels, push_kernels
 
     with nullcontext(new_folder(to)) if to else tempfile.TemporaryDirectory(prefix="l2r2-publish-") as folder:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -32,48 +34,73 @@ class Recipe:
     """All settings of one training run.
 
     Attributes:
-        model: registered architecture, with or without a tag; or `timm:NAME` for any timm backbone.
-        pretrained: start from the weights of `init`, or of the tag (downloaded once by timm), instead of random ones.
-        init: start from a checkpoint: a run folder, a Hub repository, or a timm classifier saved in timm's layout. The backbones
-            must match; heads are copied if the classes are the same. The checkpoint must stay in place until the run is finished.
-        backbone: additional arguments of the timm backbone, e.g. `{patch_size: 8, depth: 6}` for a small ViT from scratch.
-        branches, shared, fusion, threshold: see `L2R2`; `threshold` is that of the `robust` fusion.
-        fusion_inputs: branches that are fused; None for all.
-        drop, drop_path: dropout before the heads; stochastic depth in the backbone (arXiv 1603.09382), if timm supports it.
-        box_head: also train a head that predicts the object's box from the full view. Rows in which no object was found are its
-            negatives; rows that were not localized (a localizer failed, or the box file has no entry) are ignored.
-        grad_checkpointing: recompute activations in the backward pass to save memory.
-        fg_mode, bg, square, fill, interpolation, mode: see `ViewSpec`; None for the model's default.
-        margin, late_stage, late_pool, coverage, size: see `ViewSpec`; size None for the model's input size.
-        box_threshold: boxes with a lower score count as not found.
-        val_fraction, val_group, val_from: hold out this fraction of the training rows for validation, see `hold_out` (`val_from`
-            is its `take`); 0 holds out none.
-        num_parts: number of parts of an iFAM model; None for the model's default.
-        part_presence, part_equivariance, part_variation, part_entropy, part_orthogonality, part_background: weights of the losses
-            on the parts of an iFAM model, see `PartWeights`.
-        trainable: `all`, or `head` to freeze the backbones, including their batch-norm statistics.
+        model: registered architecture, with or without a tag; or any timm backbone as `timm:NAME`.
+        pretrained: start from weights instead of random ones: those of `init`, or of the tag (downloaded once by timm).
+        init: start from a checkpoint: a run folder, a Hub repository, or a timm classifier saved in timm's layout. Its backbone
+            must be the model's; its heads are used where the classes are the same. It must stay until the run is finished.
+        backbone: more arguments of the timm backbone, e.g. `{patch_size: 8, depth: 6}` for a small ViT from scratch.
+        branches: any of full, fg and bg; `full` alone is a plain classifier.
+        shared: one backbone for all branches; false gives each branch its own.
+        fusion: how the branches' outputs are combined: average, max_confidence or robust.
+        fusion_inputs: the branches that are fused; null is all.
+        threshold: confidence above which the `robust` fusion trusts fg.
+        drop: dropout rate before the heads.
+        drop_path: rate of stochastic depth in the backbone (arXiv 1603.09382), where timm has it.
+        box_head: also train a head that finds the object's box, from the boxes of the rows; rows in which none was found are its
+            negatives, those where nobody looked (a localizer failed, a box file does not name the image) teach it nothing.
+        grad_checkpointing: compute activations again in the backward pass instead of keeping them; less memory.
+        fg_mode: what the fg branch sees: crop, masked_crop, masked, late or tokens; null is the model's own.
+        bg: what the bg branch does not see: `shape` (the object's pixels) or `box` (its box); null is the model's own.
+        square: pad views to a square before the resize; false stretches them; null is the model's own.
+        fill: RGB levels (0-255) of padding and of replaced pixels; null is the model's own.
+        interpolation: of views: bilinear or bicubic; null is the model's own.
+        mode: of views: `float`, or `pil`, which rounds as Pillow does; null is the model's own.
+        margin: how far the fg box grows at each end, relative to its side.
+        late_stage: fg_mode `late` masks the output of the `last` stage, or of the one `before_last`.
+        late_pool: fg_mode `late` pools by the masked mean (`mask`), over all positions (`all`), or by the class token (`token`).
+        coverage: fg_mode `tokens` keeps the patches that the object covers by at least this part of their area.
+        size: side of the views in pixels; null is the model's own input size.
+        box_threshold: boxes with a lower score are not used.
+        val_fraction: part of the training rows to hold out for validation; 0 holds none out.
+        val_group: metadata column (site, physical object) whose values stay on one side when rows are held out.
+        val_from: rows to hold out: `random`, or the `end` of each class, for video frames.
+        num_parts: number of parts of an ifam model; null is the model's own.
+        part_presence: weight of the ifam loss that wants every part to be found.
+        part_equivariance: weight of the ifam loss that wants parts to move with the image.
+        part_variation: weight of the ifam loss that wants connected parts (total variation).
+        part_entropy: weight of the ifam loss that wants each patch to belong to one part.
+        part_orthogonality: weight of the ifam loss that wants the parts to differ.
+        part_background: weight of the ifam loss that wants the background at the border.
+        trainable: `all`, or `head`: the backbones stay as they are, their batch-norm statistics included.
         epochs: passes over the training rows.
-        batch_size: rows per optimizer step, over all processes and accumulation steps.
-        grad_accumulation: forward and backward passes per optimizer step, each on a part of the batch, to save memory. The
-            result is the same, except for batch norm, which sees one part at a time.
-        balanced: sample all classes equally often; the number of rows per epoch stays the same.
-        optimizer: one of `timm.optim.list_optimizers()`. Norms, biases and the parameters that the backbone excludes have no
-            weight decay.
-        lr, weight_decay, momentum, warmup, clip_grad: `lr` is the peak learning rate, reached after a linear warm-up over this
-            fraction of all steps and followed by cosine decay to zero; momentum is for optimizers that take one; gradients are
-            clipped to the norm `clip_grad`, 0 for no clipping.
-        layer_decay: factor of the learning rate from each layer of the backbone to the one before (arXiv 2106.08254); 1 for none.
-        label_smoothing: see `torch.nn.functional.cross_entropy`.
-        scale, flip, color, box_jitter, occlusion: see `Augment`.
-        background_swap: probability that a training image gets the background of another one, see `ViewDataset`.
-        mixup, cutmix, mix_probability: see `ViewMixup`; alpha 0 turns either off.
-        ema: decay of an exponential moving average of the weights, which is then evaluated and saved; 0 for none.
-        best_metric: keep the epoch that is best by this metric on the validation rows; `none` keeps the last epoch.
-        patience: stop after this many epochs without improvement of `best_metric`; 0 never stops early.
-        precision: fp32, or bf16 or fp16 autocast; the weights stay fp32.
-        channels_last: memory layout; the same result up to rounding, and faster for most convolutional networks.
-        seed: random seed of initialization, order of rows and augmentation.
-        workers: number of data-loading processes; does not affect the result.
+        batch_size: rows per step of the optimizer, over all processes and parts.
+        grad_accumulation: parts that a batch is computed in, one after the other, to fit into memory. The result is that of one
+            part, but for batch norm, which sees one part at a time.
+        balanced: draw equally many rows of every class in each epoch; an epoch keeps its length.
+        optimizer: a name of `timm.optim.list_optimizers()`; norms, biases and what the backbone names have no weight decay.
+        lr: peak learning rate, reached after the warm-up; then it falls to zero as a cosine.
+        weight_decay: of the optimizer.
+        momentum: for optimizers that take one.
+        layer_decay: factor of the rate from each layer of the backbone to the one before it (arXiv 2106.08254); 1 is off.
+        warmup: part of all steps in which the rate rises linearly.
+        clip_grad: largest norm of the gradients; 0 is off.
+        label_smoothing: of the cross-entropy.
+        scale: smallest area of the random crop relative to the image; 1 is off.
+        flip: probability of a horizontal flip.
+        color: strength of brightness, contrast and saturation jitter; 0 is off.
+        box_jitter: how far each edge of the box moves at most, relative to its side.
+        occlusion: probability that a part of the object is covered by noise.
+        background_swap: probability that a training image gets the background of another.
+        mixup: alpha of mixup (arXiv 1710.09412); 0 is off.
+        cutmix: alpha of cutmix (arXiv 1905.04899); 0 is off.
+        mix_probability: part of the batches that mixup or cutmix mixes.
+        ema: decay of an exponential moving average of the weights, which is then evaluated and saved; 0 is off.
+        best_metric: keep the epoch that is best by this metric on the validation rows, e.g. fused_accuracy; `none`: the last.
+        patience: stop after this many epochs without a new best one; 0 is off.
+        precision: fp32, or bf16 or fp16 under autocast; the weights stay fp32.
+        channels_last: memory layout of images and filters; the same result up to rounding, faster for most convolutions.
+        seed: of weights, order and augmentation.
+        workers: processes that load images; the result does not depend on it.
 
     >>> Recipe("l2r2_convnextv2_tiny", lr=1e-4).epochs
     20
@@ -304,6 +331,18 @@ def read_keys(source: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise L2R2Error(f"{name}: a recipe is a YAML mapping of keys to values.")
     return values
+
+
+def describe_keys() -> dict[str, tuple[Any, str]]:
+    """Every key of a recipe with its default (None for `model`, which has none) and what it means, as `Recipe` documents it.
+
+    >>> describe_keys()["epochs"]
+    (20, 'passes over the training rows.')
+    """
+    entries = inspect.cleandoc(Recipe.__doc__ or "").partition("Attributes:\n")[2]
+    found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", entries, re.MULTILINE)
+    meanings = {name: " ".join(text.split()) for name, text in found}
+    return {f.name: (None if f.default is MISSING else f.default, meanings[f.name]) for f in fields(Recipe)}
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def test_finetune_refuses_what_it_cannot_use(l2r2, dataset, tmp_path):
     base = ["--no-pretrained", "--size", "32", "--epochs", "1", "-o", tmp_path / "run"]
     tiny = ["--model", "timm:resnet10t", *base]
     assert 'Unknown model "l2r2_resnat"' in sentence(l2r2("finetune", dataset, "--model", "l2r2_resnat", *base))
-    assert 'Unknown fusion "rubust"; choose from' in sentence(l2r2("finetune", dataset, *tiny, "--fusion", "rubust"))
+    assert 'Unknown fusion "rubust"; choose from' in sentence(l2r2("finetune", dataset, *tiny, "--set", "fusion=rubust"))
     assert "no such folder" in sentence(l2r2("finetune", tmp_path / "nowhere", *tiny))
     text = (dataset / "metadata.csv").read_text()
     (dataset / "metadata.csv").write_text(text.replace("train_004.png,green", "train_004.png,"))

@@ -42,8 +42,8 @@ def test_the_flags_reach_the_run_and_look_alikes_are_named_and_recorded(tmp_path
         "end",
         "--background-swap",
         0.5,
-        "--occlusion",
-        0.25,
+        "--set",
+        "occlusion=0.25",
         "-o",
         tmp_path / "run",
     )
