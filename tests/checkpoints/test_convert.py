@@ -153,4 +153,4 @@ def test_convert_needs_to_know_what_for(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["l2r2", "convert", *arguments, "-o", str(tmp_path / "x")])
         with pytest.raises(SystemExit) as end:
             main()
-        assert end.value.code == 2 and "to put together" in capsys.readouterr().err.replace("\n", " ").replace("│", "")
+        assert end.value.code == 2 and "to join" in capsys.readouterr().err.replace("\n", " ").replace("│", "")
