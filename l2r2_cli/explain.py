@@ -73,7 +73,7 @@ def explain(
         if as_json:
             typer.echo(json.dumps(found.to_dict()))
     notes = [f"{len(failures)} images could not be explained; the first: {failures[0]}"] if failures else []
-    page.write(out, f"Why: {explainer.predictor.checkpoint.name}", notes)
+    page.write(out, f"What {Path(explainer.predictor.checkpoint.name).name} looks at", notes)
     say(page.lead(), err=as_json)
     say(f"wrote {out}", err=as_json)
     if failures:

@@ -37,14 +37,14 @@ class Counterfactual:
         name: see `WORDS`, or `part_K`: without part K of an ifam model.
         words: the change, for a table.
         probability: of the class in question, by answer.
-        label: number of the class that the model's own answer names now.
+        label: what the model answers now.
         pixels: the changed image, uint8 `[H, W, 3]`; None where the image stays as it is.
     """
 
     name: str
     words: str
     probability: dict[str, float]
-    label: int
+    label: str
     pixels: Tensor | None = None
 
 
@@ -99,7 +99,7 @@ def counterfactuals(
     for name, (pixels, box, mask) in made.items():  # one after another: an image may be large
         by_answer, label = probabilities(model, [pixels], box[None], [mask], question)
         said = {answer: float(p) for answer, p in by_answer.items()}
-        found.append(Counterfactual(name, WORDS[name], said, int(label), pixels if name in changed else None))
+        found.append(Counterfactual(name, WORDS[name], said, model.names[int(label)][0], pixels if name in changed else None))
     return found + without_parts(model, subject, question)
 
 
@@ -113,7 +113,7 @@ def without_parts(model: Audited, subject: Subject, question: Question) -> list[
         with network.intervened((k,)):
             by_answer, label = probabilities(model, [subject.pixels], subject.boxes[:1], [None], question)
         said = {answer: float(p) for answer, p in by_answer.items()}
-        found.append(Counterfactual(f"part_{k}", f"without part {k}", said, int(label)))
+        found.append(Counterfactual(f"part_{k}", f"without part {k}", said, model.names[int(label)][0]))
     return found
 
 

@@ -225,9 +225,8 @@ class Explainer:
         measures = {a: {} if inside is None else against_mask(m, inside) for a, m in maps.items()}
         changes: list[Counterfactual] = []
         if self.numbers:
-            for answer, values in ((a, m) for a, m in maps.items() if a in self.audited.answers):
-                of = probability_of(self.audited, answer, small.boxes[0], small.view_mask, questions[answer])
-                measures[answer] |= insertion_deletion(values, small.pixels, spec.fill, of)
+            for answer in (a for a in maps if a in self.audited.answers):
+                measures[answer] |= self._faithfulness(small, answer, questions[answer], maps[answer])
             if subject is not None and not small.inside.all():
                 changes = counterfactuals(self.audited, small, list(questions.values())[-1], spec.fill, background)
         return Explanation(
@@ -246,6 +245,10 @@ class Explainer:
             changes,
             _distance(logits),
         )
+
+    def _faithfulness(self, small: Subject, answer: str, question: Question, values: Tensor) -> dict[str, float]:
+        of = probability_of(self.audited, answer, small.boxes[0], small.view_mask, question)
+        return insertion_deletion(values, small.pixels, self.model.view_spec.fill, of)
 
     def explain_files(self, inputs: Inputs, *, seed: int = 0) -> Iterator[Explanation | L2R2Error]:
         """Explain files one after another; an image that cannot be used gives its error, the others go on.

@@ -35,11 +35,14 @@ ABOUT_MAPS = (
 )
 ABOUT_MEASURES = (
     "Saliency on the object: the part of the map in its mask, or in its box where there is no mask; a flat map has the part "
-    "of the image that the object takes up. IoU of the map above half its maximum, Δ (mean inside less mean outside) and the "
-    "average precision of its pixels are those of RIVAL10. Insertion and deletion: area under the probability of the class while "
-    "pixels come or go, the most salient first; a faithful map has a high and a low one."
+    "of the image that the object takes up, and a view of nothing but the object has all. IoU of the map above half its maximum, "
+    "Δ (mean inside less mean outside) and the average precision of its pixels are those of RIVAL10. Insertion, deletion: area "
+    "under the probability of the class while pixels come or go, the most salient first; a faithful map has a high and a low one."
 )
-ABOUT_CHANGES = "Probability of the class that the first row names as the answer, after each change. The box stays where it was."
+ABOUT_CHANGES = (
+    "Changes: the probability of what was answered, after each of them. The box stays where it was, unless the change is another "
+    "box. For how much a model leans on the background over a data set: l2r2 audit."
+)
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,8 @@ class Page:
         shares = {a: percent(v) for a in self._answers() if (v := self._mean(a, "share")) is not None}
         if shares:
             flat = percent(_mean([n.flat for n in self.numbers if n.flat is not None]))
-            parts = ", ".join(f"{share} % of {answer}'s" for answer, share in shares.items())
-            said.append(f"On the object, which takes up {flat} % of the image, lies {parts} saliency.")
+            parts = ", ".join(f"{share} % of that of {answer}" for answer, share in shares.items())
+            said.append(f"The object takes up {flat} % of the image; of the saliency it holds {parts}.")
         return " ".join(said)
 
     def write(self, path: str | Path, title: str, notes: Sequence[str] = ()) -> None:
@@ -121,14 +124,11 @@ class Page:
             "error": "wrong and sure first",
         }.get(str(self.sort), "in their own order")
         count = f"{len(cards)} of {len(self.numbers):,}, {order}." if len(self.numbers) > 1 else ""
-        text = "\n".join(filter(None, (count, f"{ABOUT_MAPS} Method: {self.method}.")))
-        sections = [Section("Images" if len(self.numbers) > 1 else "The image", text, cards)]
+        sections = [Section("Images" if len(self.numbers) > 1 else "The image", count, cards)]
         if len(self.numbers) > 1:
-            blocks = self._changes()
-            about = "\n".join((ABOUT_MEASURES, *([ABOUT_CHANGES] if blocks else [])))
-            sections.insert(0, Section("In numbers", about, [self._measures(), *blocks]))
-        else:
-            sections.append(Section("What is this?", "\n".join((ABOUT_MEASURES, ABOUT_CHANGES))))
+            sections.append(Section("In numbers", "Of all images.", [self._measures(), *self._changes()]))
+        about = (ABOUT_MAPS, f"Method: {self.method}.", ABOUT_MEASURES, ABOUT_CHANGES)
+        sections.append(Section("What is this?", "\n".join(about)))
         write_page(path, title, self.lead(), sections, notes)
 
     def _answers(self) -> list[str]:
@@ -193,8 +193,7 @@ def pictures(found: Explanation) -> list[Picture]:
         shown.append(Picture(heat(image, values), who, box))
     for change in found.changes:
         if change.name == "swapped" and change.pixels is not None:
-            p = list(change.probability.values())[-1]
-            shown.append(Picture(_picture(change.pixels), f"{change.words}: {found.prediction.label} {100 * p:.0f} %", box))
+            shown.append(Picture(_picture(change.pixels), f"{change.words}: {change.label}", box))
     return shown
 
 
@@ -236,15 +235,16 @@ def _answers(found: Explanation) -> Markup:
 
 def _changes(found: Explanation) -> Markup:
     answers = list(found.changes[0].probability)
-    rows: list[list[Cell]] = [[c.words, *(percent(c.probability[a]) for a in answers)] for c in found.changes]
+    rows: list[list[Cell]] = [[c.words, *(percent(c.probability[a]) for a in answers), c.label] for c in found.changes]
     question = list(found.questions.values())[-1].removeprefix("why ").split(" and not ")[0]
-    return table(["change", *answers], rows, caption=f"probability of {question} in %", strong=[0])
+    head = ["change", *answers, "answer"]
+    return table(head, rows, caption=f"probability of {question} in %", strong=[0], words=[len(head) - 1])
 
 
 def _numbers_of(found: Explanation) -> Numbers:
     said = found.prediction
     flat = next((v["flat"] for v in found.measures.values() if "flat" in v), None)
-    before = found.changes[0].label if found.changes else -1
+    before = found.changes[0].label if found.changes else ""
     return Numbers(
         None if found.truth is None else said.label == found.truth,
         None if said.full is None or said.fg is None else said.full.label == said.fg.label,

@@ -147,7 +147,7 @@ def strip(title: str, pictures: Sequence[Picture], blocks: Sequence[Markup] = ()
     form = Markup("<figure>{}<figcaption>{}</figcaption></figure>")
     panels = Markup("\n").join(form.format(_thumbnail(picture), picture.title) for picture in pictures)
     below = Markup("<small>{}</small>").format(note) if note else ""
-    body = Markup("").join(blocks)
+    body = Markup('<div class="blocks">{}</div>').format(Markup("").join(blocks)) if blocks else ""
     return Markup('<div class="strip"><b>{}</b><div class="panels">{}</div>{}{}</div>').format(title, panels, body, below)
 
 
