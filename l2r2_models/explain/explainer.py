@@ -107,7 +107,8 @@ class Explainer:
         method: `gradcam`, `ig`, `occlusion`, `rollout` (plain ViTs; does not depend on the class), `parts` (ifam models), or
             `auto`: parts for ifam models, ig where fg drops tokens, else gradcam.
         target: classes to explain, a group counts as one; by default what each branch, and the fusion, answers.
-        against: a class for contrast ("why A and not B"), or `runner-up`. The target is then the fused answer for every branch.
+        against: a class for contrast ("why A and not B"), or `runner-up`, the second of the fused answer. Without a target every
+            branch is then asked about the fused answer.
         numbers: also compute insertion and deletion, and counterfactuals: some 60 more passes an image.
         box_threshold, localizer, device: see `Predictor`.
 
@@ -296,7 +297,7 @@ class Explainer:
         contrast = self.runner_up or self.against is not None
         target = self.target or (int((fused if contrast else logits).argmax()),)
         if self.runner_up:
-            rest = logits.clone()
+            rest = fused.clone()
             rest[list(target)] = -torch.inf
             return Question(target, (int(rest.argmax()),) if len(target) < len(self.labels) else ())
         return Question(target, () if self.against is None or self.against in target else (self.against,))

@@ -29,7 +29,7 @@ def against_mask(values: Tensor, inside: Tensor) -> dict[str, float]:
     scaled = values / values.max()
     above = scaled > 0.5
     return {
-        "share": float(values[inside].sum() / values.sum()),
+        "share": min(1.0, float(values[inside].sum() / values.sum())),
         "flat": float(inside.float().mean()),
         "iou": float((above & inside).sum() / (above | inside).sum()),
         "delta": float(scaled[inside].mean() - scaled[~inside].mean()),

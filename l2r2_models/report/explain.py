@@ -22,7 +22,7 @@ SHOWN = 24  # images on a page
 MOST_SIDE = 512  # of a drawn picture
 SORTS = ("disagreement", "outside", "error")
 MEASURES = {
-    "share": "saliency on the object",
+    "share": "on the object",
     "iou": "IoU",
     "delta": "Δ",
     "ap": "pixel AP",
@@ -34,7 +34,7 @@ ABOUT_MAPS = (
     "back to both views, laid over each other on the image."
 )
 ABOUT_MEASURES = (
-    "Saliency on the object: the part of the map in its mask, or in its box where there is no mask; a flat map has the part "
+    "On the object: the part of the map in its mask, or in its box where there is no mask; a flat map has the part "
     "of the image that the object takes up, and a view of nothing but the object has all. IoU of the map above half its maximum, "
     "Δ (mean inside less mean outside) and the average precision of its pixels are those of RIVAL10. Insertion, deletion: area "
     "under the probability of the class while pixels come or go, the most salient first; a faithful map has a high and a low one."
@@ -105,8 +105,9 @@ class Page:
         shares = {a: percent(v) for a in self._answers() if (v := self._mean(a, "share")) is not None}
         if shares:
             flat = percent(_mean([n.flat for n in self.numbers if n.flat is not None]))
-            parts = ", ".join(f"{share} % of that of {answer}" for answer, share in shares.items())
-            said.append(f"The object takes up {flat} % of the image; of the saliency it holds {parts}.")
+            first, *others = shares.items()
+            parts = ", ".join([f"{first[1]} % of the saliency of {first[0]}", *(f"{share} % of {a}" for a, share in others)])
+            said.append(f"The object takes up {flat} % of the image and holds {parts}.")
         return " ".join(said)
 
     def write(self, path: str | Path, title: str, notes: Sequence[str] = ()) -> None:
@@ -183,7 +184,8 @@ def pictures(found: Explanation) -> list[Picture]:
     box = None if found.box is None else found.box.tolist()
     shown = [Picture(image, "the image" + (" and its box" if box else ""), box)]
     for answer, values in found.maps.items():
-        who = f"{answer}: {_said(found, answer)}"
+        nothing = "" if bool(values.max() > 0) else "; nothing speaks for it"
+        who = f"{answer}: {_said(found, answer)}{nothing}"
         view = found.views.get(answer)
         if answer in ("fg", "bg") and view is not None:
             cut = _picture(view)
@@ -224,13 +226,12 @@ def _said(found: Explanation, answer: str) -> str:
 
 def _answers(found: Explanation) -> Markup:
     names = [m for m in MEASURES if any(m in v for v in found.measures.values())]
-    rows: list[list[Cell]] = []
-    for answer, measures in found.measures.items():
-        cells = [percent(measures.get(m)) for m in names]
-        rows.append([answer, _said(found, answer), found.questions[answer], *cells])
-    return table(
-        ["", "says", "map", *(MEASURES[m] for m in names)], rows, caption="measures in %", words=(1, 2), strong=[len(rows) - 1]
-    )
+    rows: list[list[Cell]] = [
+        [answer, _said(found, answer), *(percent(measures.get(m)) for m in names)] for answer, measures in found.measures.items()
+    ]
+    asked = set(found.questions.values())
+    caption = f"measures of the maps in %; they show {asked.pop()}" if len(asked) == 1 else "measures of the maps in %"
+    return table(["", "says", *(MEASURES[m] for m in names)], rows, caption=caption, words=[1], strong=[len(rows) - 1])
 
 
 def _changes(found: Explanation) -> Markup:
