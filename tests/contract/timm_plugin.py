@@ -22,7 +22,7 @@ def _ours(patterns):
 
 
 def list_models(filter="", module="", pretrained=False, exclude_filters="", **kwargs):
-    names = _list_models(_ours(filter), "zoo", pretrained, _ours(exclude_filters), **kwargs)
+    names = _list_models(_ours(filter), "registry", pretrained, _ours(exclude_filters), **kwargs)
     wanted = os.environ.get("L2R2_TIMM_MODELS", "l2r2_*,ifam_*").split(",")
     return [n for n in names if any(fnmatch.fnmatch(n.split(".")[0], w) for w in wanted)]
 
