@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import L2R2Error
@@ -209,7 +209,7 @@ def _open(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
     try:
         Image.init()
         return Image.open(io.BytesIO(source), formats=[f for f in FORMATS if f in Image.OPEN])
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         kind = "a ZIP archive" if source[:2] == b"PK" else "not an image in a supported format"
         raise ImageError(f"{name}: is {kind}.") from None
 
@@ -256,7 +256,7 @@ def _eight_bit(pixels: np.ndarray, name: str, white: int, inverted: bool) -> np.
     if pixels.dtype.kind == "f":
         if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 1:
             raise ImageError(f"{name}: is a floating-point image with values outside [0, 1]; save it as 8 or 16 bit.")
-        levels = np.rint(pixels * 255).astype(np.uint8)
+        levels: np.ndarray = np.rint(pixels * 255).astype(np.uint8)
     elif pixels.min() < 0 or pixels.max() > white:
         raise ImageError(f"{name}: has gray levels outside 0 to {white}; save it as 8 or 16 bit.")
     else:

@@ -180,4 +180,5 @@ def _check_evaluation(data: Any, file: Path) -> dict[str, Any]:
         accuracy = row.get("accuracy") if isinstance(row, dict) else None
         if isinstance(accuracy, bool) or not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
             raise L2R2Error(f"{file}: the row {name} has no accuracy between 0 and 1.")
-    return data
+    evaluation: dict[str, Any] = data
+    return evaluation

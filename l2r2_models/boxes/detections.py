@@ -138,7 +138,8 @@ class Detections:
             margin: how far each box is grown at each end, relative to its side.
         """
         height, width = (torch.tensor(side).expand(len(self.boxes)) for side in self.image_size)
-        return integer_boxes(self.boxes, height, width, margin)
+        windows, valid = integer_boxes(self.boxes, height, width, margin)
+        return windows, valid
 
 
 @dataclass(frozen=True)

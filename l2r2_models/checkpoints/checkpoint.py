@@ -99,7 +99,7 @@ def save_checkpoint(
         arguments["backbone"] = model.backbone_name
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         ours = {"calibration": _temperatures(model), "localizer": localizer or {}, "training": training or {}}
-        hook = model.register_state_dict_post_hook(_untie)
+        hook = model.register_state_dict_post_hook(_untie)  # type: ignore[no-untyped-call]
         save_for_hf(model, temporary, {"label_names": list(labels), "l2r2": ours}, arguments, safe_serialization=True)
         hook.remove()
         config = read_json(Path(temporary) / CONFIG)

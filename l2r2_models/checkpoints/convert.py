@@ -18,7 +18,8 @@ from ..models.backbones import unknown_backbone
 from ..models.l2r2 import L2R2
 from ..models.registry import ARCHITECTURES
 from ..views import ViewSpec
-from .checkpoint import CONFIG, load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint
+from .format import CONFIG
 
 ORDER = ("full", "fg", "bg")
 # fields of a ViewSpec that only affect one branch

@@ -71,7 +71,8 @@ class ViewsIn(nn.Module):
     def branch(self, branch: str, view: Tensor) -> Tensor:
         """Float32 logits of one branch, in a pass of its own, because branches may have different numbers of views."""
         view = view.half() if self.half_precision else view
-        return self.model.forward_branches(**{branch: view})[branch].float()
+        logits: Tensor = self.model.forward_branches(**{branch: view})[branch].float()
+        return logits
 
     def answers(self, logits: dict[str, Tensor], has_fg: Tensor | None) -> tuple[Tensor, ...]:
         """The fused logits, followed by those of each branch."""

@@ -125,5 +125,5 @@ def _occlude(image: Tensor, box: Tensor) -> None:
 
 
 def _area(box: Tensor) -> float:
-    x0, y0, x1, y1 = box.as_subclass(Tensor)[0].tolist()
+    x0, y0, x1, y1 = map(float, box.as_subclass(Tensor)[0].tolist())
     return max(0.0, x1 - x0) * max(0.0, y1 - y0)

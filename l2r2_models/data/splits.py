@@ -66,7 +66,8 @@ def _drawn(table: ImageTable, labels: np.ndarray, fraction: float, group: str | 
             else:
                 folds = StratifiedGroupKFold(max(2, round(1 / fraction)), shuffle=True, random_state=seed)
                 draw = folds.split(labels, labels, groups)
-            return next(iter(draw))[1].tolist()
+            held: list[int] = next(iter(draw))[1].tolist()
+            return held
     except (ValueError, UserWarning) as error:
         what = " ".join(str(error).split())
         raise L2R2Error(f"{table.root}: {100 * fraction:g} % cannot be held out for validation ({what})") from None
@@ -81,7 +82,8 @@ def _connected(groups: list[str], images: list[str]) -> list[int]:
     image = image + group.max() + 1
     size = int(image.max()) + 1
     links = coo_array((np.ones(len(group)), (group, image)), shape=(size, size))
-    return connected_components(links, directed=False)[1][group].tolist()
+    merged: list[int] = connected_components(links, directed=False)[1][group].tolist()
+    return merged
 
 
 def _end_of_each_class(table: ImageTable, fraction: float) -> list[int]:

@@ -107,7 +107,8 @@ def patch_grid(vit: Any, height: int, width: int) -> tuple[int, int]:
     Raises:
         L2R2Error: when a side is not a multiple of the patch size.
     """
-    return _grid(vit.patch_embed.patch_size, height, width)
+    grid: tuple[int, int] = _grid(vit.patch_embed.patch_size, height, width)
+    return grid
 
 
 @torch.fx.wrap

@@ -87,7 +87,8 @@ class PartDiscovery(nn.Module):
             dropped: indices of parts to ignore.
         """
         logits = head(self.norm(vectors.to(self.norm.weight.dtype)))  # [B, K, classes]
-        return mean_over_parts(logits, list(dropped), self.dropout if self.training else 0.0)
+        mean: Tensor = mean_over_parts(logits, list(dropped), self.dropout if self.training else 0.0)
+        return mean
 
     def check_intervention(self, dropped: tuple[int, ...], quantile: float) -> None:
         """Check the arguments of `without`.

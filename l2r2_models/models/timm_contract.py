@@ -87,7 +87,8 @@ class TimmContract(nn.Module):
 
     def _unfitted(self) -> dict[str, Any]:
         """The fusion's config without fitted parameters."""
-        return self.fusion.unfitted()
+        config: dict[str, Any] = self.fusion.unfitted()
+        return config
 
     @torch.jit.ignore
     def _set_input_size(self, img_size: Any = None, **kwargs: Any) -> None:

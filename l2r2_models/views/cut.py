@@ -206,7 +206,8 @@ def _windows(x: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     batch, _, height, width = x.shape  # not len(x), which export would fix
     if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.shape[0] != batch:
         raise L2R2Error(f"boxes must be [B, 4] = [{batch}, 4], got {list(boxes.shape)}.")
-    return integer_boxes(boxes, boxes.new_full((batch,), height), boxes.new_full((batch,), width), 0.0)
+    window, valid = integer_boxes(boxes, boxes.new_full((batch,), height), boxes.new_full((batch,), width), 0.0)
+    return window, valid
 
 
 class _Part(NamedTuple):

@@ -72,7 +72,8 @@ def _axis(
     stretch = scale.clamp(min=1.0)
 
     def weights(tap: Tensor) -> Tensor:
-        return filter_weights(spec.interpolation, (tap + 0.5 - center).abs() / stretch, a=-0.5)
+        values: Tensor = filter_weights(spec.interpolation, (tap + 0.5 - center).abs() / stretch, a=-0.5)
+        return values
 
     canvas = torch.arange(taps, dtype=torch.float64)[None, None]
     total = torch.where(canvas < side[:, None, None], weights(canvas), 0.0).sum(2, keepdim=True)

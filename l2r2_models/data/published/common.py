@@ -135,4 +135,5 @@ def folders_in(folder: Path) -> Iterator[Path]:
 
 def nonzero(file: Path) -> np.ndarray:
     """Read a mask image as `[H, W]` bool, True where it is not black."""
-    return np.asarray(load_image(file)).max(-1) > 0
+    mask: np.ndarray = np.asarray(load_image(file)).max(-1) > 0
+    return mask

@@ -51,4 +51,5 @@ def _outline(file: Path) -> np.ndarray:
     """The object's mask, whether it is drawn in black or white: an object never covers most of the image's edge."""
     bright = np.asarray(load_image(file).convert("L")) > 127
     edge = np.concatenate([bright[0], bright[-1], bright[:, 0], bright[:, -1]])
-    return bright != (edge.mean() > 0.5)
+    mask: np.ndarray = bright != (edge.mean() > 0.5)
+    return mask

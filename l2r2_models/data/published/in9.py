@@ -67,9 +67,10 @@ def _mask(root: Path, image: Path) -> Path | None:
 
 def _read_mask(file: Path) -> np.ndarray:
     try:
-        mask = np.load(file, allow_pickle=False)
+        values = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise L2R2Error(f"{file}: is not a NumPy array ({error}).") from error
-    if mask.ndim != 2:
-        raise L2R2Error(f"{file}: is a mask of shape {mask.shape}, but must be [height, width].")
-    return mask > 0
+    if values.ndim != 2:
+        raise L2R2Error(f"{file}: is a mask of shape {values.shape}, but must be [height, width].")
+    mask: np.ndarray = values > 0
+    return mask
