@@ -337,7 +337,8 @@ class L2R2(TimmContract):
         """How this model's views are cut; stored in the checkpoint."""
         side = self.backbone_kwargs.get("img_size")
         own = {"size": side} if isinstance(side, int) else {}
-        return self._view_spec or ViewSpec.from_pretrained_cfg(self.pretrained_cfg, fg_mode=self._fg_mode, **own)
+        cfg = self.pretrained_cfg or self.backbone.pretrained_cfg  # the constructor runs before timm sets our own
+        return self._view_spec or ViewSpec.from_pretrained_cfg(cfg, fg_mode=self._fg_mode, **own)
 
     @view_spec.setter
     def view_spec(self, spec: ViewSpec) -> None:

@@ -30,6 +30,13 @@ def test_every_architecture_has_a_default_tag_with_full_hub_id_and_prefixed_name
         assert not cfg.url and not cfg.custom_load
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_is_built_with_views_of_its_default_tags_size(architecture):
+    with torch.device("meta"):
+        model = timm.create_model(architecture)
+    assert model.view_spec.size == timm.models.get_pretrained_cfg(architecture).input_size[-1]
+
+
 def test_hub_configs_agree_with_timms_registry():
     checked = 0
     for config in load_hub_configs():
