@@ -9,39 +9,42 @@ from typing import Annotated, Optional
 import typer
 
 from .common import errors, say, track
+from .options import Boxes, Json, Run, Seed, Split, box_threshold
 
 
 def explain(
-    run: Annotated[str, typer.Argument(help="A run's folder, or a Hub id (org/name).")],
+    run: Run,
     images: Annotated[list[Path], typer.Argument(help="Images, folders of images, or a data set.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="HTML page to write.")],
-    boxes: Annotated[
-        Optional[Path], typer.Option(help="Box file.", show_default="the boxes in a folder's metadata.csv/.jsonl")
-    ] = None,
+    boxes: Boxes = None,
     localizer: Annotated[
-        Optional[str], typer.Option(help="Find the boxes so, see `l2r2 localize`; `head` is the model's own box head.")
+        Optional[str],
+        typer.Option(help="Localizer that finds the boxes, see `l2r2 localize`; `head` is the model's own box head."),
     ] = None,
-    split: Annotated[Optional[str], typer.Option(help="Only this split of a data set.")] = None,
+    split: Split = None,
     method: Annotated[
         str, typer.Option(help="gradcam, ig, occlusion, rollout (plain ViTs), parts (ifam models) or auto.")
     ] = "auto",
     target: Annotated[
-        Optional[list[str]], typer.Option(help="Class to explain; several count as one.", show_default="what is answered")
+        Optional[list[str]],
+        typer.Option(help="Class to explain. Repeatable: several count as one.", show_default="the predicted class"),
     ] = None,
-    against: Annotated[Optional[str], typer.Option(help="Why not this class? A name, or runner-up.")] = None,
+    against: Annotated[
+        Optional[str], typer.Option(help="Explain why the target and not this class: a name, or runner-up.")
+    ] = None,
     sort: Annotated[
-        str, typer.Option(help="Which images come first: disagreement, outside (the object) or error.")
+        str, typer.Option(help="Images that come first: disagreement, outside (saliency outside the object) or error.")
     ] = "disagreement",
-    limit: Annotated[Optional[int], typer.Option(min=1, help="At most so many images, evenly chosen.")] = None,
-    shown: Annotated[int, typer.Option(min=1, help="Images with pictures on the page; the numbers are of all.")] = 24,
-    numbers: Annotated[bool, typer.Option(help="Insertion, deletion and what-if changes, 60 passes an image.")] = True,
-    box_threshold: Annotated[
-        Optional[float], typer.Option(min=0, max=1, help="Boxes with a lower score are not used.", show_default="the model's")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the backgrounds that images lend each other.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers of each image as JSON lines.")] = False,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Maximum number of images, evenly spaced.")] = None,
+    shown: Annotated[int, typer.Option(min=1, help="Images with pictures on the page; the metrics are of all.")] = 24,
+    numbers: Annotated[
+        bool, typer.Option(help="Compute insertion, deletion and counterfactuals, about 60 forward passes per image.")
+    ] = True,
+    box_threshold: Annotated[Optional[float], box_threshold("the model's")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
 ) -> None:
-    """Show why: what each branch saw and where it looked, drawn on the image, and what would have changed the answer."""
+    """Show why: what each branch sees, its saliency map, and what would have changed the prediction."""
     from l2r2_models.errors import L2R2Error
     from l2r2_models.explain.explainer import Explainer
     from l2r2_models.predict.predict_files import gather

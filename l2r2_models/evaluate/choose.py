@@ -10,6 +10,7 @@ from .fuse import Column, Fitted, columns_of, fuse
 from .logits import BranchLogits
 
 ALONE = " alone"
+NEGLIGIBLE = 0.01  # accuracy that a fusion may lose to fg in exchange for more elsewhere, however sure the loss
 Columns = Mapping[str, Column]
 
 
@@ -61,10 +62,10 @@ def lead_alone(
 def choose(fitted: Mapping[str, Fitted], compared: Mapping[str, Columns], lead: str = "fg") -> Choice:
     """Choose a fusion by minimax regret over the kinds of rows (plain and swapped).
 
-    The regret on a column is the gap in accuracy to the best of `compared`. A fusion that is more than one standard error behind
-    `lead` on any column is excluded. Among the fusions within one standard error of the smallest maximum regret on every column,
-    over images or groups (Breiman et al. 1984), the one with the lowest NLL is chosen, because accuracy cannot separate fusions
-    that are right on nearly every held-out row. See `docs/method.md`, section 4.
+    The regret on a column is the gap in accuracy to the best of `compared`. A fusion that is behind `lead` on any column by more
+    than one standard error and more than one point is excluded. Among the fusions within one standard error of the smallest
+    maximum regret on every column, over images or groups (Breiman et al. 1984), the one with the lowest NLL is chosen, because
+    accuracy cannot separate fusions that are right on nearly every held-out row. See `docs/method.md`, section 4.
 
     Args:
         fitted: candidates with their columns; should include `lead` alone, which is never excluded.
@@ -73,7 +74,7 @@ def choose(fitted: Mapping[str, Fitted], compared: Mapping[str, Columns], lead: 
     """
     best = {name: max(columns[name].accuracy for columns in compared.values()) for name in compared[lead]}
     regret = {n: {c: best[c] - column.accuracy for c, column in f.columns.items()} for n, f in fitted.items()}
-    safe = [n for n, f in fitted.items() if _lag(compared[lead], f.columns) <= 1e-9]
+    safe = [n for n, f in fitted.items() if not _loses(f.columns, compared[lead])]
     top = min(safe, key=lambda n: (max(regret[n].values()), _nll(fitted[n])))
     equal = [n for n in safe if _lag(fitted[top].columns, fitted[n].columns) <= 1e-9]
     name = min(equal, key=lambda n: (_nll(fitted[n]), fitted[n].fusion.count()))
@@ -86,6 +87,11 @@ def choose(fitted: Mapping[str, Fitted], compared: Mapping[str, Columns], lead: 
     )
     out = f"; {len(fitted) - len(safe)} fusions lose to {lead} and are left out" if len(safe) < len(fitted) else ""
     return Choice(name, f"{name} is behind the best of {who} by {points} (points): {how}{out}.", regret)
+
+
+def _loses(columns: Columns, lead: Columns) -> bool:
+    gaps = (column.right - lead[c].right for c, column in columns.items())
+    return any(float(-d.mean()) > max(float(d.std()) / len(d) ** 0.5, NEGLIGIBLE) + 1e-9 for d in gaps)
 
 
 def _lag(top: Columns, other: Columns) -> float:

@@ -119,7 +119,6 @@ def find_parts(
 def _of_batch(model: IFAM, samples: list[Sample], are_true: bool, device: torch.device) -> tuple[Tensor, ...]:
     """Compute the tensors of `FoundParts` for one batch."""
     spec = replace(model.view_spec, fg_mode="tokens")  # whose views come with the mask that the parts are compared with
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (spec.mean, spec.std))
     masks = [sample.mask if are_true else None for sample in samples]
     whole = torch.tensor([[0.0, 0, sample.pixels.shape[1], sample.pixels.shape[0]] for sample in samples])
     views = make_views([sample.pixels for sample in samples], whole, spec, masks=masks)
@@ -127,5 +126,4 @@ def _of_batch(model: IFAM, samples: list[Sample], are_true: bool, device: torch.
     parts = model.find_parts(views.full.to(device))
     true = coverage(views.mask.float(), (parts.keep.shape[1], parts.keep.shape[2])) >= 0.5
     has_mask = views.has_fg & torch.tensor([mask is not None for mask in masks])
-    seen = ((views.full * std + mean).clamp(0, 1) * 255).round().byte()
-    return seen, parts.logits.argmax(1).cpu(), parts.keep.cpu(), true, has_mask
+    return spec.to_uint8(views.full), parts.logits.argmax(1).cpu(), parts.keep.cpu(), true, has_mask

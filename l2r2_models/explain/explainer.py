@@ -310,11 +310,10 @@ class Explainer:
         spec, shown = self.model.view_spec, {}
         for branch in (b for b in self.model.branches if b in answers):
             look = look_of(self.model, branch, views)
-            std, mean = (torch.tensor(v).view(3, 1, 1) for v in (spec.std, spec.mean))
-            pixels = (look.view[0].cpu() * std + mean).clamp(0, 1) * 255
+            pixels = spec.to_uint8(look.view[0].cpu())
             if look.mask is not None:
-                pixels = pixels * (0.25 + 0.75 * look.mask[0].cpu())
-            shown[branch] = pixels.round().byte().permute(1, 2, 0)
+                pixels = (pixels * (0.25 + 0.75 * look.mask[0].cpu())).round().byte()
+            shown[branch] = pixels.permute(1, 2, 0)
         return shown
 
     def _class(self, label: str) -> int:

@@ -335,8 +335,7 @@ class L2R2(TimmContract):
     @property
     def view_spec(self) -> ViewSpec:
         """How this model's views are cut; stored in the checkpoint."""
-        side = self.backbone_kwargs.get("img_size")
-        own = {"size": side} if isinstance(side, int) else {}
+        own = {"size": side} if isinstance(side := self.backbone_kwargs.get("img_size"), int) else {}
         cfg = self.pretrained_cfg or self.backbone.pretrained_cfg  # the constructor runs before timm sets our own
         return self._view_spec or ViewSpec.from_pretrained_cfg(cfg, fg_mode=self._fg_mode, **own)
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from .. import distributed as processes
@@ -33,6 +33,7 @@ from .ema import WeightEMA, tensors_of
 from .losses import BranchLoss
 from .mixup import ViewMixup
 from .optimizers import create_optimizer
+from .progress import EpochLines
 from .recipe import NO_METRIC, Recipe
 
 AVERAGE, BEST = "average.safetensors", "best.safetensors"
@@ -210,6 +211,8 @@ def train(
         L2R2Error: when the training fails.
     """
     trainer = _trainer(model, recipe, train, val, classes, out)
+    trainer.remove_callback(PrinterCallback)  # prints dicts
+    trainer.add_callback(EpochLines(trainer.batches.rows, trainer.batches.steps))
     if tensorboard:
         callback = TensorBoardCallback()
         callback.logging_dir = str(out / LOGS)
@@ -299,6 +302,7 @@ def _arguments(recipe: Recipe, batches: EpochBatches, out: Path, *, validate: bo
         logging_strategy="epoch",
         eval_strategy="epoch" if validate else "no",
         report_to="none",
+        disable_tqdm=True,  # see `EpochLines`
         remove_unused_columns=False,
         label_names=["labels"],
         seed=recipe.seed,

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from .. import config
 from ..errors import L2R2Error
 from .modes import FG_MODES, FgMode
@@ -141,6 +144,15 @@ class ViewSpec:
             "fill": tuple(round(255 * m) for m in mean),
         }
         return cls(**{**values, **changes})
+
+    def to_uint8(self, views: Tensor) -> Tensor:
+        """Turn normalized views `[..., 3, H, W]` back into uint8 pixels of the same shape, to look at them.
+
+        >>> ViewSpec(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)).to_uint8(torch.ones(3, 1, 1)).flatten()
+        tensor([255, 255, 255], dtype=torch.uint8)
+        """
+        mean, std = (torch.tensor(v, device=views.device).view(3, 1, 1) for v in (self.mean, self.std))
+        return ((views * std + mean).clamp(0, 1) * 255).round().byte()
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain values for JSON or YAML."""

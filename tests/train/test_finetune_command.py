@@ -1,5 +1,6 @@
 """`l2r2 finetune` and its recipes, as a person types them."""
 
+import re
 import sys
 
 import pytest
@@ -28,6 +29,17 @@ def test_the_recipe_of_a_run_gives_the_same_run_again(dataset, tmp_path, monkeyp
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
     assert (tmp_path / "one" / "recipe.yaml").read_text() == (tmp_path / "two" / "recipe.yaml").read_text()
+
+
+def test_a_redirected_training_prints_one_line_per_epoch_and_nothing_else_of_the_trainer(dataset, tmp_path, monkeypatch, capsys):
+    options = ["--model", "timm:resnet10t", "--no-pretrained", "--size", 32, "--epochs", 3, "--set=batch_size=6"]
+    code, out, err = call(monkeypatch, capsys, dataset, *options, "-o", tmp_path / "run")
+    assert code == 0, err
+    number = r"\d+\.\d"
+    pattern = rf"epoch (\d)/3  loss {number}+  full {number} %, fg {number} %, fused {number} %  {number} images/s  \d+:\d\d left"
+    lines = [line for line in err.splitlines() if line.startswith("epoch")]
+    assert [re.fullmatch(pattern, line)[1] for line in lines] == ["1", "2", "3"] and lines[-1].endswith("0:00 left")
+    assert not {"{", "\r"} & set(out + err) and "epoch" not in out
 
 
 @pytest.mark.parametrize(
