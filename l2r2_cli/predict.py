@@ -61,7 +61,7 @@ def predict(
         errors.print("this model finds its object itself; boxes and masks are not used")
     meant_for = predictor.checkpoint.localizer.get("spec")
     if meant_for and not inputs.entries and localizer is None:
-        hint = f"no boxes are given, the whole image answers; this model is meant for those of --localizer {meant_for}"
+        hint = f"no boxes are given, so the whole image is classified; this model is meant for boxes from --localizer {meant_for}"
         errors.print(hint)
     report = predict_to_file(predictor, inputs, out, lambda items, total: track(items, total, "predicting"), adapt)
     for image in report.failures[:10]:

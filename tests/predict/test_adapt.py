@@ -97,7 +97,7 @@ def test_continued_with_more_images_it_says_what_one_call_says(fitted, predictor
     assert len(seen) == 12
     predict_to_file(predictor, inputs, tmp_path / f"once.{name}", adapt="folder")
     assert out.read_bytes() == (tmp_path / f"once.{name}").read_bytes()
-    with pytest.raises(L2R2Error, match="another settings"):
+    with pytest.raises(L2R2Error, match="other values of settings"):
         predict_to_file(predictor, inputs, out)
 
 
