@@ -139,5 +139,5 @@ def test_fuse_and_evaluate_print_tables_or_json(l2r2, tmp_path, dataset):
     assert result.returncode == 0 and "worst label" in result.stdout and "scaled_average" in result.stdout
     assert "accuracy by label" in result.stdout and "12 of the 12 images of val" not in result.stderr
     assert json.loads(l2r2("evaluate", run, dataset, "--json").stdout)["images"] == 12
-    assert "no image of split" in sentence(l2r2("evaluate", run, dataset, "--split", "nowhere"))
+    assert "no image has the split" in sentence(l2r2("evaluate", run, dataset, "--split", "nowhere"))
     assert 'Unknown fusion "rubust"' in sentence(l2r2("fuse", run, dataset, "--method", "rubust"))

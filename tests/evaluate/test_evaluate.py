@@ -189,7 +189,7 @@ def test_val_means_the_rows_that_the_run_held_out(tmp_path):
     report = fit_run(tmp_path / "run", data, "val", method="average")
     assert report.rows == 48 and not any("trained on" in warning for warning in report.warnings)
     assert evaluate_run(tmp_path / "run", data, "val").rows["full"]["accuracy"] == pytest.approx(result.metrics["full_accuracy"])
-    with pytest.raises(L2R2Error, match='no image of split "test"'):
+    with pytest.raises(L2R2Error, match='no image has the split "test"'):
         evaluate_run(tmp_path / "run", data, "test")
 
 
@@ -211,7 +211,7 @@ def test_the_choice_is_made_on_unseen_rows(dataset):
 def test_fusing_what_cannot_be_fused_is_a_sentence(own_run, dataset, tmp_path):
     with pytest.raises(L2R2Error, match='Unknown fusion "rubust"; choose from best_on_val'):
         fit_run(own_run, dataset, "val", method="rubust")
-    with pytest.raises(L2R2Error, match='no image of split "dev"'):
+    with pytest.raises(L2R2Error, match='no image has the split "dev"'):
         fit_run(own_run, dataset, "dev")
     with pytest.raises(L2R2Error, match="no such run"):
         fit_run(tmp_path / "nowhere", dataset, "val")

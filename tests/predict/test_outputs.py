@@ -160,7 +160,7 @@ HEADER = '{"format_version": "1.0", "model_sha256": "x", "images": [\n'
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda text: "", "is not a prediction file"),
+        (lambda text: "", "was not written by `l2r2 predict`"),
         (lambda text: "[1, 2]\n", "was not written by `l2r2 predict`"),
         (lambda text: "\x00" * 100, "was not written by `l2r2 predict`"),
         (lambda text: "[" * 100_000, "was not written by `l2r2 predict`"),
@@ -197,7 +197,7 @@ def test_a_damaged_line_of_the_journal_is_done_again(predictor, dataset, tmp_pat
 
 def test_a_file_without_its_journal_or_of_another_kind_is_refused(l2r2, run, dataset, tmp_path):
     (tmp_path / "out.csv").write_text("file,label\n")
-    assert "exists without" in sentence(l2r2("predict", run, dataset, "-o", tmp_path / "out.csv"))
+    assert "cannot be continued without" in sentence(l2r2("predict", run, dataset, "-o", tmp_path / "out.csv"))
     assert "must end in .json, .jsonl, .csv, .parquet" in sentence(l2r2("predict", run, dataset, "-o", tmp_path / "out.txt"))
 
 

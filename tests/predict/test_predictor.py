@@ -53,9 +53,9 @@ def test_every_object_of_an_image_gets_its_own_answer(predictor, dataset):
         (None, "no box was given"),
         ([], "no object was found"),
         (Detections.from_lists([[1, 1, 30, 30]], (40, 60), [0.01]), "no box reaches the score 0.2"),
-        ([[100, 100, 200, 200]], "every box lies outside"),
-        ([[10, 10, 10, 30]], "every box lies outside of the image or is empty"),
-        ([[float("nan")] * 4], "every box lies outside of the image or is empty"),
+        ([[100, 100, 200, 200]], "every box is empty or outside"),
+        ([[10, 10, 10, 30]], "every box is empty or outside of the image"),
+        ([[float("nan")] * 4], "every box is empty or outside of the image"),
     ],
 )
 def test_without_a_usable_box_the_full_branch_answers_and_says_why(predictor, dataset, boxes, reason):
@@ -185,7 +185,7 @@ def test_predictions_of_another_model_or_other_settings_are_not_mixed(run, datas
     with pytest.raises(L2R2Error, match="made with other values of settings"):
         predict_to_file(Predictor.from_pretrained(run, box_threshold=0.9, device="cpu"), inputs, out)
     (tmp_path / "notes.json").write_text("[1, 2]")
-    with pytest.raises(L2R2Error, match="is not a prediction file"):
+    with pytest.raises(L2R2Error, match="was not written by"):
         predict_to_file(Predictor.from_pretrained(run, device="cpu"), inputs, tmp_path / "notes.json")
 
 

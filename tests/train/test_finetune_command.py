@@ -35,8 +35,8 @@ def test_the_recipe_of_a_run_gives_the_same_run_again(dataset, tmp_path, monkeyp
     [
         (["--model", "timm:resnet10t", "--lr", "1", "--set", "lr=2"], "lr is given twice, by its flag and by --set"),
         (["--model", "timm:resnet10t", "--set", "epoch=2"], 'Unknown recipe key "epoch"; close matches: epochs'),
-        (["--recipe", "fine-tune"], "; give a YAML file or one of finetune, head_only, scratch"),
-        (["--recipe", "head_only"], "names no model; give --model"),
+        (["--recipe", "fine-tune"], "; pass a YAML file or one of finetune, head_only, scratch"),
+        (["--recipe", "head_only"], "no model is set; pass --model"),
     ],
 )
 def test_slips_end_in_one_sentence(dataset, tmp_path, monkeypatch, capsys, options, message):

@@ -183,7 +183,7 @@ def test_a_run_cannot_overwrite_what_it_starts_from(dataset, run, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(run, out)
     recipe = Recipe.read("finetune", {"init": str(out), "epochs": 1})
-    with pytest.raises(L2R2Error, match="holds the checkpoint to start from"):
+    with pytest.raises(L2R2Error, match="contains the checkpoint to start from"):
         finetune(dataset, recipe, out, overwrite=True)
     assert (out / "model.safetensors").exists()
 
