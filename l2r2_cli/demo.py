@@ -28,4 +28,4 @@ def demo(
     for name, row in result.accuracy.items():
         table.add_row(name, *(f"{100 * row[split]:.1f} %" for split in SPLITS))
     show(table)
-    say(f"answers: {result.predictions}   picture: {result.picture}   ({time.monotonic() - start:.0f} s)")
+    say(f"predictions: {result.predictions}   picture: {result.picture}   ({time.monotonic() - start:.0f} s)")

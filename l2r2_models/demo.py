@@ -29,7 +29,7 @@ class DemoResult:
     """The outcome of the demo.
 
     Attributes:
-        accuracy: by name of the row, and test split.
+        accuracy: accuracy by row name and test split.
         predictions: the written predictions file of the L2R2 model.
         picture: the written picture.
     """
@@ -47,7 +47,7 @@ def run_demo(folder: Path, *, epochs: int = 8, seed: int = 0, say: Callable[[str
     Args:
         folder: the folder for all files.
         epochs, seed: settings of both trainings.
-        say: called with a line of progress.
+        say: called with each line of progress.
 
     Raises:
         L2R2Error: when a package is missing, or the folder cannot be written.
@@ -56,7 +56,7 @@ def run_demo(folder: Path, *, epochs: int = 8, seed: int = 0, say: Callable[[str
     """
     _require("matplotlib", "transformers", "sklearn", "skimage")
     _start_over_if_changed(folder, {"epochs": epochs, "seed": seed, "version": version_of("l2r2-models")})
-    say("1/4  making the data: digits on photographs; in training, the photograph nearly always gives the digit away")
+    say("1/4  making the data: digits on photographs; in training, the photograph nearly always reveals the digit")
     data = folder / "data"
     if not (data / "metadata.csv").exists():
         make_demo_data(data, seed=seed)
@@ -122,7 +122,7 @@ def _draw(images: list[dict[str, Any]], truth: dict[str, str], path: Path, count
         axis.imshow(load_image(file), interpolation="nearest")
         x0, y0, x1, y1 = found["box"]
         axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="red", linewidth=1.5))
-        axis.set_title(f"it is a {truth[file]}", fontsize=11, fontweight="bold")
+        axis.set_title(f"true digit: {truth[file]}", fontsize=11, fontweight="bold")
         axis.axis("off")
         for line, (name, prediction) in enumerate((("full", found["full"]), ("fg", found["fg"]), ("fused", found))):
             right = prediction["label"] == truth[file]

@@ -24,7 +24,7 @@ def background_of(pixels: Tensor, box: Tensor, mask: Tensor | None = None, *, ma
     """Remove the object from an image by filling each box from its surroundings.
 
     The whole rectangle is filled, because an object's outline would reveal its class. The fill mirrors the four strips next to
-    the box, weighted by distance, so that no hard seam reveals the box either. "Noise or Signal" (Xiao et al. 2020, section 3) tiles
+    the box, weighted by distance, so that no hard seam reveals the box. "Noise or Signal" (Xiao et al. 2020, section 3) tiles
     the largest free strip instead (Only-BG-T), which shows where the box was.
 
     Args:

@@ -1,9 +1,9 @@
 """Held-out rows with swapped backgrounds, to fit and choose a fusion for backgrounds that differ from training.
 
 Plain validation rows have the training backgrounds, so a fusion fitted on them trusts the full branch too much (`docs/method.md`,
-Fusion; the L2R2 paper reports this on Spawrious). `swapped(val, train)` is an ordinary table: each object of `val`, at its own place
-and size, on object-free backgrounds of other images of `train`. `rows_digest` distinguishes it from the original table. Without
-masks, the crop to the box is unchanged, so only the prediction of the full branch changes.
+Fusion; the L2R2 paper reports this on Spawrious). `swapped(val, train)` is an ordinary table: each object of `val`, with its
+position and size unchanged, on object-free backgrounds of other images of `train`. `rows_digest` tells it from the original
+table. Without masks, the crop to the box is unchanged, so only the prediction of the full branch changes.
 """
 
 from __future__ import annotations

@@ -324,10 +324,10 @@ def rows_digest(table: ImageTable, *, times: bool = False) -> str:
     """
     digest = hashlib.sha256()
     for name, row in zip(table.names(), table.rows):
-        facts = [name, row.label, *_state_of(row, times)]
+        values = [name, row.label, *_state_of(row, times)]
         if row.background is not None:
-            facts += [str(row.background.path), *_state_of(row.background, times)]
-        digest.update(json.dumps(facts).encode())
+            values += [str(row.background.path), *_state_of(row.background, times)]
+        digest.update(json.dumps(values).encode())
     return digest.hexdigest()
 
 

@@ -35,7 +35,7 @@ def test_list_shows_models_tags_parameters_and_input_sizes(l2r2):
 def test_predict_writes_answers_with_reasons(l2r2, run, dataset, tmp_path):
     result = l2r2("predict", run, dataset, "--split", "test", "-o", tmp_path / "out.json")
     assert result.returncode == 0, result.stderr
-    assert "12 images: 12 answers, 12 with an object found, 0 from the whole image; 0 failed" in result.stdout
+    assert "12 images: 12 predictions, 12 with an object found, 0 from the whole image; 0 failed" in result.stdout
     images = json.loads((tmp_path / "out.json").read_text())["images"]
     assert images[0]["objects"][0]["reason"] and images[0]["objects"][0]["fg"]["label"]
     again = l2r2("predict", run, dataset, "--split", "test", "-o", tmp_path / "out.json")

@@ -45,7 +45,7 @@ def test_another_recipe_or_other_data_never_mix_with_a_run(dataset, tmp_path):
     run = tmp_path / "run"
     finetune(dataset, recipe(), run)
     weights = (run / "model.safetensors").read_bytes()
-    with pytest.raises(L2R2Error, match="holds a run with another epochs, seed"):
+    with pytest.raises(L2R2Error, match="has a run with other values of epochs, seed"):
         finetune(dataset, recipe(epochs=2, seed=1), run)
     text = (dataset / "metadata.csv").read_text()
     (dataset / "metadata.csv").write_text(text.replace("images/train_000.png,red", "images/train_000.png,blue"))

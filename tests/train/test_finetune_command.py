@@ -33,7 +33,7 @@ def test_the_recipe_of_a_run_gives_the_same_run_again(dataset, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "timm:resnet10t", "--lr", "1", "--set", "lr=2"], "lr is given twice, by its flag and by --set"),
+        (["--model", "timm:resnet10t", "--lr", "1", "--set", "lr=2"], "lr is given twice, by its option and by --set"),
         (["--model", "timm:resnet10t", "--set", "epoch=2"], 'Unknown recipe key "epoch"; close matches: epochs'),
         (["--recipe", "fine-tune"], "; pass a YAML file or one of finetune, head_only, scratch"),
         (["--recipe", "head_only"], "no model is set; pass --model"),
