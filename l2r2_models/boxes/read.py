@@ -1,4 +1,4 @@
-"""Reading the common box file formats into one table."""
+"""Read the common box file formats into one table."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def read_boxes(path: str | Path) -> BoxTable:
         stamps = _stamps(data.get("images", ())) if info else {}
     logger.info("%s: %s format, %d images", path, kind, len(entries))
     if info.get("oracle"):
-        logger.warning("%s: the boxes were found with each image's true label as prompt (oracle): for analysis only", path)
+        logger.warning("%s: the boxes were found with each image's true label as prompt (oracle); for analysis only", path)
     return BoxTable(entries, str(path), kind, info, stamps)
 
 
@@ -108,7 +108,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise L2R2Error(f"{path}: cannot be read as {path.suffix[1:]} ({error}).") from error
     if not rows:
-        raise L2R2Error(f"{path}: has no rows.")
+        raise L2R2Error(f"{path}: has no rows; it needs one row per image.")
     for i, row in enumerate(rows, 2 if path.suffix.lower() == ".csv" else 1):  # a CSV's first line is its header
         if not isinstance(row, dict) or not row.get("file_name"):
             raise L2R2Error(f"{path}: row {i} has no file_name; each row needs one.")

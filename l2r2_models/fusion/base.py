@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import L2R2Error
 
 FUSIONS: dict[str, type[Fusion]] = {}
-INPUTS = ("fg", "full", "bg")  # in the order in which a fusion takes the branches
+INPUTS = ("fg", "full", "bg")  # order in which a fusion takes the branches
 
 
 class Fusion(nn.Module):
@@ -27,7 +27,7 @@ class Fusion(nn.Module):
 
     Attributes:
         over: names of the branches that are fused; None for all branches of the model. See `create_fusion`.
-        batch: a `two_worlds` fusion for images that share a place, see `fuse_groups`; None until it is fitted.
+        batch: a `two_worlds` fusion for images taken at the same place, see `fuse_groups`; None until it is fitted.
     """
 
     name: str = ""
@@ -196,7 +196,7 @@ def create_fusion(config: str | Mapping[str, Any], branches: int | Sequence[str]
     if inputs is not None:
         has = INPUTS if isinstance(branches, int) else tuple(branches)
         if not isinstance(inputs, (list, tuple)) or len(inputs) < 2 or len({*inputs}) < len(inputs) or not {*inputs} <= {*has}:
-            raise L2R2Error(f"The inputs of a fusion are two or more of the branches {', '.join(has)}, got {inputs!r}.")
+            raise L2R2Error(f"The inputs of a fusion must be two or more of the branches {', '.join(has)}, got {inputs!r}.")
         count = len(inputs)
     if name not in FUSIONS:
         raise L2R2Error(f'Unknown fusion "{name}"; choose from {", ".join(sorted(FUSIONS))}.')
@@ -207,6 +207,6 @@ def create_fusion(config: str | Mapping[str, Any], branches: int | Sequence[str]
     fusion = FUSIONS[name](inputs=count, classes=classes, **arguments)
     fusion.over = None if inputs is None else tuple(b for b in INPUTS if b in inputs)
     if not isinstance(batch, bool):
-        raise L2R2Error(f'"batch" of a fusion is true or false, got {batch!r}.')
+        raise L2R2Error(f'"batch" of a fusion must be true or false, got {batch!r}.')
     fusion.batch = FUSIONS["two_worlds"](inputs=count, classes=classes) if batch else None
     return fusion

@@ -99,14 +99,14 @@ class Robust(Fusion):
         zero = torch.zeros(1, dtype=torch.long)
         right = torch.cat([zero, by_surest.cumsum(0)]) + by_fg.sum() - torch.cat([zero, by_fg.cumsum(0)])
         thresholds = torch.cat([sorted_confidence.new_zeros(1), sorted_confidence])
-        # a threshold can only lie between different confidences, so of equal ones only the last can be the border
+        # a threshold can only separate different confidences, so of equal ones only the last can be the border
         border = torch.cat(
             [
                 sorted_confidence != torch.cat([sorted_confidence.new_full((1,), -1.0), sorted_confidence[:-1]]),
                 torch.ones(1, dtype=torch.bool),
             ]
         )
-        best = torch.where(border, right, -1).argmax()  # the first of equals: the lowest threshold
+        best = torch.where(border, right, -1).argmax()  # ties go to the first, the lowest threshold
         self.threshold.copy_(thresholds[best])
 
     @torch.jit.ignore

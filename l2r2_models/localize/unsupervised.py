@@ -27,7 +27,7 @@ from .base import Context, Localizer, LocalizerSpec, Option, number, whole
 from .model_based import ModelLocalizer
 from .regions import box_of, inside_view, label_regions, largest_region
 
-MAX_STRIDE = 16  # of the feature map that is cut; the last map of a CNN is too coarse for small objects
+MAX_STRIDE = 16  # of the feature map used for the cut; the last map of a CNN is too coarse for small objects
 
 
 class NormalizedCut(ModelLocalizer):
@@ -146,7 +146,7 @@ def _finite(values: Tensor) -> Tensor:
 
 
 def patch_features(backbone: Any, views: Tensor) -> Tensor:
-    """Compute the features that are cut.
+    """Compute the features for the normalized cut.
 
     Args:
         backbone: a timm model.

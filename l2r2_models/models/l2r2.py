@@ -352,9 +352,7 @@ class L2R2(TimmContract):
                 f'A box head needs a full branch and an fg that is cropped, not fg_mode "{spec.fg_mode}" with {self.branches}.'
             )
         if spec.fg.finds_object:
-            raise L2R2Error(
-                'fg_mode "parts" is only for the ifam models, which find the parts of an object; choose another mode.'
-            )
+            raise L2R2Error('fg_mode "parts" is only for iFAM models, which find the parts of an object; choose another mode.')
         if "fg" in self.branches and spec.fg.drops_tokens:
             check_tokens_backbone(self.backbone_of("fg"), self.backbone_name)
         if "fg" in self.branches and spec.fg_mode == "late":
@@ -368,7 +366,7 @@ class L2R2(TimmContract):
 
     def intervene(self, drop_parts: Iterable[int] = (), token_quantile: float = 0.0) -> None:
         """See `IFAM.intervene`; other models raise an `L2R2Error`."""
-        raise L2R2Error("Only the ifam models have parts and token quantiles to intervene on; load one of them.")
+        raise L2R2Error("Only iFAM models have parts and token quantiles to intervene on; load one of them.")
 
     def interventions(self) -> dict[str, Any]:
         """The arguments of `intervene` that are in effect; empty for models without parts."""

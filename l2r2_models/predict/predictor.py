@@ -1,4 +1,4 @@
-"""The whole way for one image or a folder: image, boxes, views, branches, fusion, and an answer that says why."""
+"""Predictor: from images and boxes to predictions, through views, branches and fusion."""
 
 from __future__ import annotations
 
@@ -27,26 +27,28 @@ from .finite import checked
 from .items import Item, Row, is_full, merged
 from .prediction import Answer, ObjectPrediction, Prediction, product, why_full, why_fused
 
-LOCALIZER_FAILED = "the localizer failed"  # how the reason of such an answer begins
+EMPTY_MASK = "the object's mask is empty"
+LOCALIZER_FAILED = "the localizer failed"  # prefix of the reason in that case
 Boxes = Detections | Sequence[Sequence[float]]
 
 
 class Predictor:
-    """Classifies images with a checkpoint; takes paths or PIL images in, gives `Prediction`s out.
+    """Classify images with a checkpoint.
 
     Args:
         checkpoint: see `load_checkpoint`.
-        box_threshold: boxes with a lower score count as not found. Boxes given without a score have 1.
-        max_objects: how many boxes of an image are classified, best first.
-        batch_size: objects in one pass.
-        top: classes listed in `ObjectPrediction.top`.
-        device: default cuda where there is one.
-        localizer: finds the boxes of images that come without any: a spec (see `localize.base`) or a Localizer. `head` is the
-            model's own box head: one pass over the whole image, then one over what it found.
-        topk_prompts: the full branch's so many best classes are what the localizer is asked for, see `localize.topk`.
+        box_threshold: boxes with a lower score count as not found. Boxes without a score count as 1.
+        max_objects: maximum number of boxes to classify per image, best first.
+        batch_size: objects per forward pass.
+        top: number of classes listed in `ObjectPrediction.top`.
+        device: defaults to cuda if available.
+        localizer: finds the boxes of images given without any: a spec (see `localize.base`) or a Localizer. `head` is the
+            model's own box head: one forward pass on the whole image, then one on the boxes it found.
+        topk_prompts: prompt the localizer with this many top classes of the full branch, see `localize.topk`.
 
     Raises:
-        L2R2Error: a model that does not take RGB, a number out of range, or a localizer that cannot be had or does not suit.
+        L2R2Error: when the model does not take RGB images, a number is out of range, or the localizer cannot be created or
+            does not fit the model.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class Predictor:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = checkpoint.model.to(self.device).eval()
         if self.model.in_chans != 3:
-            raise L2R2Error(f"{checkpoint.name}: takes {self.model.in_chans} channels, but Predictor reads RGB; use the model.")
+            raise L2R2Error(f"{checkpoint.name}: takes {self.model.in_chans} channels, but Predictor reads RGB; call the model.")
         self.labels = checkpoint.labels
         for what, value in (("max_objects", max_objects), ("batch_size", batch_size), ("top", top)):
             if value < 1:
@@ -83,12 +85,12 @@ class Predictor:
             from ..localize.topk import check_promptable
 
             if topk_prompts < 1 or self.localizer is None:
-                raise L2R2Error("topk_prompts is a number of classes, at least 1, for a localizer that is given too.")
+                raise L2R2Error("topk_prompts must be at least 1 and needs a localizer.")
             check_promptable(self.localizer, self.model)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> Predictor:
-        """From a run's folder or a Hub id (`org/name`, `hf-hub:org/name@revision`); options as for `Predictor`."""
+        """Load a predictor from a run folder or Hub id (`org/name`, `hf-hub:org/name@revision`); options as for `Predictor`."""
         return cls(load_checkpoint(source), **options)
 
     @overload  # bytes are a sequence too, but not of images
@@ -102,13 +104,13 @@ class Predictor:
         Args:
             image: path, encoded bytes, binary file object, PIL image, or a uint8 array or tensor `[H, W, 3]` or `[H, W]`; or a
                 list of any of them, which gives a list of predictions.
-            boxes: what a localizer found, or xyxy boxes in pixels of the upright image (for several images one such for each, or
-                None); None: the predictor's own localizer finds them, and without one the full branch answers.
+            boxes: output of a localizer, or xyxy boxes in pixels of the upright image; for several images, one entry (or None)
+                per image. If None, the predictor's localizer finds them; without a localizer, the full branch is used.
 
         Raises:
-            ImageError: an image cannot be read.
-            TypeError: none of these kinds of image.
-            L2R2Error: not one entry of boxes for each image, or boxes of another image size.
+            ImageError: when an image cannot be read.
+            TypeError: when `image` is of another type.
+            L2R2Error: when there is not one entry of boxes per image, or the boxes are for another image size.
 
         >>> predict = Predictor.from_pretrained("runs/fungi")  # doctest: +SKIP
         >>> predict("photo.jpg", boxes=[[130, 42, 410, 380]]).label  # doctest: +SKIP
@@ -117,7 +119,7 @@ class Predictor:
         if not isinstance(image, (list, tuple)):
             return self._predict([self._given(image, boxes)])[0]
         if boxes is not None and len(boxes) != len(image):
-            raise L2R2Error(f"{len(boxes)} entries of boxes for {len(image)} images; give one for each, None for no boxes.")
+            raise L2R2Error(f"{len(boxes)} entries of boxes for {len(image)} images; pass one per image (None for no boxes).")
         found: list[Prediction] = []
         batch: list[Item] = []
         for one, of_one in zip(image, boxes or [None] * len(image)):
@@ -130,50 +132,50 @@ class Predictor:
     def predict_many(
         self, images: Sequence[ImageSource], boxes: Sequence[Boxes | None] | None = None, *, groups: Sequence[str] | None = None
     ) -> list[Prediction]:
-        """Classify several images, knowing which of them were taken at one place.
+        """Classify several images, given which of them were taken at the same place.
 
         Args:
             images, boxes: as for a call.
-            groups: the place of each image, e.g. the camera; None: nothing is known, and each image is classified for itself.
+            groups: group of each image, e.g. its camera; None classifies each image separately.
 
         Raises:
-            L2R2Error: as for a call, not one group for each image, or a model whose fusion was not fitted to know its batch.
+            L2R2Error: as for a call, when there is not one group per image, or the fusion has no batch rule.
         """
         if groups is None:
             return self(images, boxes)
         if len(groups) != len(images):
-            raise L2R2Error(f"{len(groups)} groups for {len(images)} images; give one for each.")
+            raise L2R2Error(f"{len(groups)} groups for {len(images)} images; pass one per image.")
         adapter, found = self.adapter("group"), self.keeping_logits()(images, boxes)
         adapter.learn((o, group) for prediction, group in zip(found, groups) for o in prediction.objects)
         adapted = adapter.adapt(o for prediction in found for o in prediction.objects)
         return [replace(p, objects=tuple(replace(next(adapted), logits=None) for _ in p.objects)) for p in found]
 
     def keeping_logits(self) -> Predictor:
-        """The same predictor, which gives the branches' logits too."""
+        """Return a copy of the predictor that also keeps the logits of the branches."""
         keeping = copy.copy(self)
         keeping.keep_logits = True
         return keeping
 
     def adapter(self, noun: str) -> Adapter:
-        """What fuses predictions of one place (a `noun`) together.
+        """Return an `Adapter` that fuses the predictions of a group (named `noun` in messages) jointly.
 
         Raises:
-            L2R2Error: the fusion was not fitted to know its batch, or `topk_prompts` are asked for, which fuse otherwise.
+            L2R2Error: when the fusion has no batch rule, or `topk_prompts` is set, which fuses in another way.
         """
         if self.topk_prompts is not None:
-            raise L2R2Error("Predictions by topk_prompts cannot be adapted to their place.")
+            raise L2R2Error("Predictions with topk_prompts cannot be adapted; use one or the other.")
         return Adapter(copy.deepcopy(self.model.fusion).cpu().float(), self.labels, self.top, noun)
 
     @torch.inference_mode()
     def look_at(
         self, image: ImageSource, boxes: Boxes | None = None, mask: Tensor | None = None, name: str | None = None
     ) -> tuple[Image.Image, Detections | None, Prediction]:
-        """Classify one image, and give what the answer was made from: the decoded image and its usable boxes, best first.
+        """Classify one image; return the decoded image, its usable boxes (best first), and the prediction.
 
         Args:
             image, boxes: see `__call__`.
-            mask: `[H, W]` bool of the object, for boxes that bring none.
-            name: the file's, for a localizer that goes by it.
+            mask: `[H, W]` bool, the object, for boxes without masks.
+            name: file name, for localizers that use it.
         """
         item = replace(self._given(image, boxes), name=name, mask=mask)
         if self.localizer is not None and item.boxes is None:
@@ -190,18 +192,18 @@ class Predictor:
         if boxes is not None and not isinstance(boxes, Detections):
             boxes = Detections.from_lists(boxes, size)
         if boxes is not None and boxes.image_size != size:
-            raise L2R2Error(f"{name or 'image'}: boxes of a {boxes.image_size} image (height, width), this one is {size}.")
+            raise L2R2Error(f"{name or 'image'}: boxes for a {boxes.image_size} image (height, width), but it is {size}.")
         return Item(name, loaded, boxes)
 
     def predict_files(
         self, paths: Iterable[Path], boxes: Mapping[str, BoxEntry] | None = None, masks: Mapping[str, Path] | None = None
     ) -> Iterator[Prediction]:
-        """Classify files in batches; an unreadable one becomes a Prediction with `failure`, the others go on.
+        """Classify files in batches; an unreadable file becomes a Prediction with `failure`.
 
         Args:
             paths: image files.
             boxes: entries by `str(path)`, see `BoxTable.join`.
-            masks: mask files by `str(path)`; without an entry in `boxes`, the mask's tight box is the box.
+            masks: mask files by `str(path)`; without an entry in `boxes`, the tight box around the mask is used.
         """
         batch: list[Item] = []
         done: list[Prediction | None] = []
@@ -229,13 +231,13 @@ class Predictor:
         if self.localizer is not None:
             lacking = [i for i, item in enumerate(items) if item.boxes is None and item.localizer_failure is None]
             if self.topk_prompts is not None and len(lacking) == len(items):
-                return checked(self._ask(items))
+                return checked(self._predict_topk(items))
             found = dict(zip(lacking, self._localize([items[i] for i in lacking]))) if lacking else {}
             items = [found.get(i, item) for i, item in enumerate(items)]
         return checked(self._classify(items))
 
     def _localize(self, items: Sequence[Item]) -> list[Item]:
-        """The items with what the localizer found; where it fails on a batch, each image is tried alone."""
+        """Return the items with their boxes; if the localizer fails on a batch, each image is tried alone."""
         assert self.localizer is not None
         images, names = [item.image for item in items], [item.name or "" for item in items]
         try:
@@ -251,8 +253,8 @@ class Predictor:
                 return [replace(items[0], localizer_failure=" ".join(str(error).split())[:300])]
         return [found for item in items for found in self._localize([item])]
 
-    def _ask(self, items: Sequence[Item]) -> list[Prediction]:
-        """Predictions by `topk_prompts`; where none of an image's classes is found, the full branch answers."""
+    def _predict_topk(self, items: Sequence[Item]) -> list[Prediction]:
+        """Predict with `topk_prompts`; an image in which no prompted class is found is classified by the full branch."""
         from ..localize.topk import check_promptable, topk_prompts
 
         assert self.localizer is not None and self.topk_prompts is not None
@@ -262,7 +264,7 @@ class Predictor:
         except (L2R2Error, RuntimeError) as error:
             if len(items) == 1:
                 return self._classify([replace(items[0], localizer_failure=" ".join(str(error).split())[:300])])
-            return [prediction for item in items for prediction in self._ask([item])]
+            return [prediction for item in items for prediction in self._predict_topk([item])]
         predictions = []
         for i, item in enumerate(items):
             if not bool(found.boxes[i].isfinite().any()):
@@ -271,7 +273,7 @@ class Predictor:
             parts, order = found.scores[i].softmax(0).tolist(), found.scores[i].argsort(descending=True).tolist()
             top = tuple(Answer(self.labels[int(found.classes[i, j])], round(parts[j], 6)) for j in order[: self.top])
             best, has_box = order[0], bool(found.boxes[i, order[0]].isfinite().all())
-            said = {b: self._answer(z[i] if b == "full" else z[i, best]) for b, z in found.branches.items()}
+            answers = {b: self._answer(z[i] if b == "full" else z[i, best]) for b, z in found.branches.items()}
             predictions.append(
                 Prediction(
                     item.name,
@@ -280,11 +282,11 @@ class Predictor:
                             label=top[0].label,
                             score=top[0].score,
                             source="fused" if has_box else "full",
-                            reason=f"the best of the {len(order)} classes that the whole image suggests"
-                            + ("" if has_box else "; it was not found, the whole image stands for it"),
-                            full=said["full"],
-                            fg=said["fg"] if has_box else None,
-                            bg=said.get("bg") if has_box else None,
+                            reason=f"the best of the {len(order)} classes suggested by the whole image"
+                            + ("" if has_box else "; it was not found, so its score is from the whole image"),
+                            full=answers["full"],
+                            fg=answers["fg"] if has_box else None,
+                            bg=answers.get("bg") if has_box else None,
                             box=tuple(round(v, 2) for v in found.boxes[i, best].tolist()) if has_box else None,  # type: ignore[arg-type]
                             box_score=round(float(found.box_scores[i, best]), 4) if has_box else None,
                             top=top,
@@ -310,15 +312,15 @@ class Predictor:
         answers: list[list[ObjectPrediction]] = [[] for _ in items]
         for start in range(0, len(rows), self.batch_size):
             part = rows[start : start + self.batch_size]
-            output, has_fg = self._look(items, part)
+            output, has_fg = self._forward(items, part)
             for row, answer in zip(part, self._answers(output, part, has_fg)):
                 answers[row.item].append(answer)
-        if isinstance(self.model.fusion, ObjectnessMaxConfidence):  # the box that answers for the image comes first
+        if isinstance(self.model.fusion, ObjectnessMaxConfidence):  # the box that decides the image's label comes first
             answers = [sorted(objects, key=product, reverse=True) for objects in answers]
         return [Prediction(item.name, tuple(objects)) for item, objects in zip(items, answers)]
 
-    def _look(self, items: Sequence[Item], rows: Sequence[Row]) -> tuple[L2R2Output, list[bool]]:
-        """What the model says of the rows, and in which of them it saw an object."""
+    def _forward(self, items: Sequence[Item], rows: Sequence[Row]) -> tuple[L2R2Output, list[bool]]:
+        """Return the model output for the rows, and whether an object was found in each."""
         used = sorted({row.item for row in rows})
         known = [items[row.item].full for row in rows]
         scores = torch.tensor([1.0 if row.score is None else row.score for row in rows], device=self.device)
@@ -337,10 +339,10 @@ class Predictor:
         return output, output.has_fg.tolist()
 
     def _usable(self, item: Item) -> tuple[Detections | None, str]:
-        """The boxes to classify, or None and why there are none (`docs/method.md`, section 2)."""
+        """Return the boxes to classify, or None and the reason why there are none (`docs/method.md`, section 2)."""
         detections = item.boxes
         if self.model.finds_object:
-            return None, "the network found no part of an object"  # it looks for itself; boxes are not used
+            return None, "the network found no part of an object"  # it finds the object itself; boxes are not used
         if item.localizer_failure is not None:
             return None, f"{LOCALIZER_FAILED} ({item.localizer_failure})"
         if detections is None or not len(detections):
@@ -350,7 +352,7 @@ class Predictor:
             return None, f"no box reaches the score {self.box_threshold:g} (best {detections.scores.max():.2f})"
         usable = sure.usable()
         if not len(usable):
-            return None, "every box lies outside of the image or is empty"
+            return None, "every box is empty or outside of the image"
         return usable.sorted().select(torch.arange(min(len(usable), self.max_objects))), ""
 
     def _answers(self, output: L2R2Output, rows: Sequence[Row], has_fg: Sequence[bool]) -> Iterator[ObjectPrediction]:
@@ -360,18 +362,18 @@ class Predictor:
         classes = {b: t.indices.tolist() for b, t in best.items()}
         for i, (_, box, box_score, why, _) in enumerate(rows):
             keep = self.keep_logits and has_fg[i]
-            said = {b: [Answer(self.labels[c], round(p, 6)) for c, p in zip(classes[b][i], probabilities[b][i])] for b in best}
-            found = has_fg[i] and "fg" in said
+            answers = {b: [Answer(self.labels[c], round(p, 6)) for c, p in zip(classes[b][i], probabilities[b][i])] for b in best}
+            found = has_fg[i] and "fg" in answers
             yield ObjectPrediction(
-                label=said["fused"][0].label,
-                score=said["fused"][0].score,
+                label=answers["fused"][0].label,
+                score=answers["fused"][0].score,
                 source="fused" if found else "full",
-                reason=why_fused(said, self.model.fusion.over) if found else why_full(said, why or "the object's mask is empty"),
-                full=said["full"][0] if "full" in said else None,
-                fg=said["fg"][0] if found else None,
-                bg=said["bg"][0] if has_fg[i] and "bg" in said else None,
+                reason=why_fused(answers, self.model.fusion.over) if found else why_full(answers, why or EMPTY_MASK),
+                full=answers["full"][0] if "full" in answers else None,
+                fg=answers["fg"][0] if found else None,
+                bg=answers["bg"][0] if has_fg[i] and "bg" in answers else None,
                 box=tuple(round(v, 2) for v in box.tolist()) if has_fg[i] and box.isfinite().all() else None,  # type: ignore[arg-type]
                 box_score=None if box_score is None else round(box_score, 4),
-                top=tuple(said["fused"]),
+                top=tuple(answers["fused"]),
                 logits={b: [round(v, DIGITS) for v in z[i].tolist()] for b, z in output.branches().items()} if keep else None,
             )

@@ -1,4 +1,4 @@
-"""Cutting the branches' views from images and boxes, as a serialized `ViewSpec` defines. No other module cuts."""
+"""Cut the branches' views from images and boxes, as a serialized `ViewSpec` defines. No other module cuts views."""
 
 from __future__ import annotations
 
@@ -117,20 +117,21 @@ def make_views(
         views["full"] = views["full"][index]
     mask = None
     if in_network and spec.fg.finds_object:
-        has_fg = torch.ones_like(has_fg)  # the network looks for the object itself
+        has_fg = torch.ones_like(has_fg)  # the network finds the object itself
     elif in_network:
         mask = _cut_masks(objects.kept(), whole, spec)
     return Views(views.get("full"), views.get("fg"), views.get("bg"), has_fg, mask)
 
 
 def view_map(branch: str, spec: ViewSpec, image_size: tuple[int, int], box: Tensor | None = None) -> ViewMap:
-    """Where in its image a view comes from that `make_views` cuts.
+    """Return the mapping between an image and a view that `make_views` cuts from it.
 
     Args:
         branch: `full`, `fg` or `bg`.
         spec: how it is cut.
         image_size: `(height, width)`.
-        box: `[4]` xyxy pixels of the object; None, or a box without a pixel in the image: the view shows the whole image.
+        box: `[4]` xyxy pixels of the object. If None, or if the box contains no pixel of the image, the view shows the whole
+            image.
     """
     window = (0, 0, image_size[1], image_size[0])
     if branch == "fg" and spec.fg.crops and box is not None:
@@ -226,7 +227,7 @@ def _cut(pixels: list[Tensor], parts: Mapping[str, _Part], spec: ViewSpec) -> di
     for part in parts.values():
         masks += part.masks or [None] * len(part.boxes)
     views, _ = roi_views(
-        [p.permute(2, 0, 1) if len(p) == 3 else p for p in pixels],  # the kernel would take a 3-pixel-high image for [3, H, W]
+        [p.permute(2, 0, 1) if len(p) == 3 else p for p in pixels],  # the kernel would read a 3-pixel-high image as [3, H, W]
         torch.cat([part.boxes for part in parts.values()]),
         torch.cat([part.images for part in parts.values()]),
         masks=None if all(mask is None for mask in masks) else masks,
@@ -257,7 +258,7 @@ def _whole_images(pixels: list[Tensor]) -> _Part:
 
 
 class _Objects(NamedTuple):
-    """The object of each row: its mask, or else its box; nothing where `has_fg` is False."""
+    """The object of each row: its mask, or else its box; empty where `has_fg` is False."""
 
     boxes: Tensor
     sizes: Tensor
@@ -279,7 +280,7 @@ class _Objects(NamedTuple):
         With `boxes_only` it is False on the smallest rectangle that contains box and mask.
         """
         kept, found = self.kept(boxes_only), self.has_fg.tolist()
-        if boxes_only and self.masks is not None:  # no part of the object may stick out of the box that hides it
+        if boxes_only and self.masks is not None:  # the erased box must cover the whole object
             kept = [keep if mask is None else _tight(keep | mask) for keep, mask in zip(kept, self.masks)]
         return [~keep if has else torch.ones_like(keep) for keep, has in zip(kept, found)]
 

@@ -50,7 +50,7 @@ class ViewSpec:
         late_stage: whether `late` masks the output of the `last` stage, or of the one `before_last`; the last then runs twice.
         late_pool: whether `late` pools by the masked mean (`mask`), over all positions with zeros outside (`all`), or by a ViT's
             class token (`token`, needs `before_last`).
-        coverage: the smallest share of a patch's area that the object must cover for `tokens` to keep the patch.
+        coverage: minimum fraction of a patch that the object must cover for `tokens` to keep the patch.
 
     Raises:
         L2R2Error: when a value is out of range or not one of the choices.
@@ -99,7 +99,7 @@ class ViewSpec:
 
     @property
     def fg(self) -> FgMode:
-        """The entry of `fg_mode` in the table of modes."""
+        """Entry of `fg_mode` in the table of modes."""
         return FG_MODES[self.fg_mode]
 
     @property

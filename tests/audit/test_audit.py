@@ -189,7 +189,7 @@ def test_without_any_box_the_error_says_where_boxes_come_from(tmp_path, data):
     rows = [f"images/{i:03d}.png,{list(OBJECTS)[i % 3]}\n" for i in range(12)]
     (data / "metadata.csv").write_text("file_name,label\n" + "".join(rows))
     model = write_model(tmp_path / "middle", "middle")
-    with pytest.raises(L2R2Error, match=r"none of the 12 images can be audited \(12 no box or mask\); give boxes with --boxes"):
+    with pytest.raises(L2R2Error, match=r"none of the 12 images can be audited \(12 no box or mask\); pass boxes with --boxes"):
         audit(model, data)
     (tmp_path / "boxes.json").write_text(json.dumps({f"{i:03d}.png": [[8, 8, 24, 24]] for i in range(12)}))
     assert audit(model, data, boxes=tmp_path / "boxes.json").images == 12
@@ -198,7 +198,7 @@ def test_without_any_box_the_error_says_where_boxes_come_from(tmp_path, data):
 def test_classes_are_matched_by_name_or_by_a_map(tmp_path, data):
     names = ["Signal_Red", "green", "Blue"]
     model = write_model(tmp_path / "middle", "middle", names)
-    with pytest.raises(L2R2Error, match=r"1 class name matches no class of the model: red; give --classes map.csv"):
+    with pytest.raises(L2R2Error, match=r"1 class name matches no class of the model: red; pass --classes map.csv"):
         audit(model, data)
     (tmp_path / "map.csv").write_text("class,model_class\nred,signal-red\n")
     assert audit(model, data, classes=tmp_path / "map.csv").answers["full"]["accuracy"].value == 1
@@ -259,7 +259,7 @@ def test_the_command_refuses_what_it_cannot_use(l2r2, tmp_path, data):
     assert "its pretrained weights cannot be loaded" in sentence(l2r2("audit", "timm:audit_middle", data))
     assert "neither a run nor a checkpoint" in sentence(l2r2("audit", data, data))
     assert "hf download nobody/nothing" in sentence(l2r2("audit", "nobody/nothing", data))
-    assert 'no image of split "val"' in sentence(l2r2("audit", model, data, "--split", "val"))
+    assert 'no image has the split "val"' in sentence(l2r2("audit", model, data, "--split", "val"))
     assert 'no column "place"' in sentence(l2r2("audit", model, data, "--group", "place"))
     (model / "pytorch_model.bin").write_bytes(b"")
     assert "pickled weights are never loaded" in sentence(l2r2("audit", model, data))

@@ -56,7 +56,7 @@ def test_the_digest_tells_weights_and_fusions_apart(tmp_path):
 
 def test_models_without_class_names_or_of_other_channels_are_refused(tmp_path):
     for name, options, says in (
-        ("names", {"num_classes": 7}, "the names of its 7 classes are not known; give --labels FILE"),
+        ("names", {"num_classes": 7}, "the names of its 7 classes are unknown; pass --labels FILE"),
         ("channels", {"in_chans": 1}, "is not a classifier of RGB images"),
         ("headless", {"num_classes": 0}, "is not a classifier of RGB images"),
     ):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-LINE = "interrupted; the same command (without --overwrite) continues"
+LINE = "interrupted; run the same command (without --overwrite) to continue"
 
 
 def interrupted(command, when, **options):

@@ -61,7 +61,7 @@ def test_unusable_data_sets_are_named(tmp_path, dataset):
     (tmp_path / "empty").mkdir()
     with pytest.raises(L2R2Error, match="empty: no image in this folder"):
         read_table(tmp_path / "empty")
-    with pytest.raises(L2R2Error, match='no image of split "dev"; it has train, val, test'):
+    with pytest.raises(L2R2Error, match='no image has the split "dev"; it has train, val, test'):
         read_table(dataset).of_split("dev")
     image(tmp_path / "one" / "only" / "a.png")
     with pytest.raises(L2R2Error, match='only one class \\("only"\\)'):

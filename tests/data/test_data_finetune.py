@@ -81,7 +81,7 @@ def test_swaps_and_occlusion_change_what_is_learned_and_a_run_can_be_repeated(tm
         ({"background_swap": 1.2}, "background_swap must lie between 0 and 1"),
         ({"occlusion": -0.1}, "occlusion must lie between 0 and 1"),
         ({"val_from": "start", "val_fraction": 0.1}, 'Unknown val_from "start"; choose from random, end'),
-        ({"val_from": "end"}, "val_from says how to hold rows out; give a val_fraction too"),
+        ({"val_from": "end"}, "val_from has no effect without val_fraction"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(wrong, message):

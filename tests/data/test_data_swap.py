@@ -101,7 +101,7 @@ def test_training_items_are_swapped_with_the_probability_asked_for_and_the_same_
 def test_a_swap_needs_two_images_with_an_object(dataset):
     table = split(dataset, "train")
     rows = tuple(replace(row, entry=row.entry if i == 0 else None) for i, row in enumerate(table.rows))
-    with pytest.raises(L2R2Error, match="fewer than two have one"):
+    with pytest.raises(L2R2Error, match="needs at least two images"):
         ViewDataset(replace(table, rows=rows), table.classes(), ViewSpec(size=16), ("full",), background_swap=0.5)
 
 

@@ -155,7 +155,7 @@ def test_an_ensemble_of_other_classes_is_refused(own_run, dataset, tmp_path):
     config = json.loads((other / "config.json").read_text())
     config["label_names"][0] = "teal"
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(L2R2Error, match=r"other: has other classes than .*run \(blue, teal only in one of them\)"):
+    with pytest.raises(L2R2Error, match=r"other: its classes differ from those of .*run \(only one of them has blue, teal\)"):
         evaluate_run(own_run, dataset, "test", others=[other])
 
 
@@ -170,7 +170,7 @@ def test_fitting_on_rows_that_one_of_the_runs_was_trained_on_warns(own_run, data
     other = write_run(tmp_path / "other", seed=1)
     (other / "run.json").write_text(json.dumps({"train_files": [f"images/val_00{i}.png" for i in range(4)]}))
     (warning,) = evaluate_run(own_run, dataset, "test", fit_split="val", others=[other]).warnings
-    assert warning == f"{other}: 4 of the 12 images of val were trained on; what is fitted on them will trust this run too much."
+    assert warning == f"{other}: 4 of the 12 images of val were trained on; a fusion fitted on them will overrate this run."
     assert evaluate_run(own_run, dataset, "test", fit_split="val").warnings == ()
 
 
@@ -189,7 +189,7 @@ def test_classes_that_do_not_occur_are_said_and_not_counted(own_run, dataset):
     relabel(dataset, "test", lambda i, label: "red" if label == "blue" else label)
     judged = judge_run(own_run, dataset, "test")
     figures = evaluation_of(judged)
-    assert figures.notes == ("1 of 3 classes do not occur in test (blue); the macro accuracy is over the others.",)
+    assert figures.notes == ("1 of 3 classes do not occur in test (blue); the macro accuracy leaves them out.",)
     recall = figures.rows["full"]["recall"]
     assert recall["blue"] is None
     assert figures.rows["full"]["macro_accuracy"] == pytest.approx((recall["green"] + recall["red"]) / 2)
@@ -198,14 +198,14 @@ def test_classes_that_do_not_occur_are_said_and_not_counted(own_run, dataset):
 def test_a_split_of_one_class_is_judged_and_said(own_run, dataset):
     relabel(dataset, "test", lambda i, label: "red")
     figures = evaluate_run(own_run, dataset, "test", fit_split="val")
-    assert figures.notes == ("All images of test show red: the accuracy is how often this class is found, and no more.",)
+    assert figures.notes == ("All images of test show red: the accuracy is the recall of this class.",)
     for row in figures.rows.values():
         assert row["accuracy"] == row["macro_accuracy"] == row["recall"]["red"]
 
 
 def test_classes_that_training_never_saw_are_named(own_run, dataset):
     relabel(dataset, "test", lambda i, label: "lynx" if i < 2 else "wolf" if i == 3 else label)
-    message = r"3 of the 12 images of test show what .*run was not trained on: lynx \(2\), wolf \(1\); take them out"
+    message = r"3 of the 12 images of test have classes that .*run was not trained on: lynx \(2\), wolf \(1\); take them out"
     with pytest.raises(L2R2Error, match=message):
         evaluate_run(own_run, dataset, "test")
 
@@ -236,7 +236,7 @@ def test_bad_images_are_left_out_named_and_counted(own_run, dataset):
 def test_no_usable_image_at_all_is_a_sentence(own_run, dataset):
     for path in (dataset / "images").glob("test_*"):
         path.write_bytes(b"")
-    with pytest.raises(L2R2Error, match=r"None of the 12 images can be used; the first: .*test_000\.png: is empty"):
+    with pytest.raises(L2R2Error, match=r"None of the 12 images can be used. The first one: .*test_000\.png: is empty"):
         evaluate_run(own_run, dataset, "test", skip_bad=True)
 
 

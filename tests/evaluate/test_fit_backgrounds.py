@@ -112,7 +112,7 @@ def test_groups_that_do_not_exist_or_are_too_few_are_sentences(own_run, dataset)
     rows = (dataset / "metadata.csv").read_text().splitlines()
     with_site = "\n".join(f"{row},{'site' if i == 0 else i % 3}" for i, row in enumerate(rows))
     (dataset / "metadata.csv").write_text(with_site)
-    with pytest.raises(L2R2Error, match='The column "site" tells 3 groups of images with an object apart; a fit needs 5'):
+    with pytest.raises(L2R2Error, match='The column "site" has 3 groups of images with an object; fitting takes at least 5'):
         fit_run(own_run, dataset, "val", group="site")
 
 

@@ -13,7 +13,7 @@ from l2r2_models import Explainer, L2R2Error, Predictor
 from l2r2_models.boxes.detections import ViewMap
 from l2r2_models.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from l2r2_models.explain.measures import against_mask, insertion_deletion
-from l2r2_models.explain.saliency import Question, attributions, default_method, look_of, on_image, saliency
+from l2r2_models.explain.saliency import Question, attributions, branch_input, default_method, on_image, saliency
 from l2r2_models.views import ViewSpec, make_views, view_map
 
 BOX = [10, 6, 26, 22]
@@ -103,10 +103,10 @@ def test_a_contrast_asks_for_the_difference():
 
 def test_integrated_gradients_add_up_to_the_difference_of_scores():
     model, pixels = spots(), scene()
-    look, question = look_of(model, "full", views_of(model, pixels)), Question((0,), (1,))
-    blank = torch.zeros_like(look.view)
-    values = attributions("ig", lambda x: question.score(look.logits(x)), look.view[..., :28, :28], blank[..., :28, :28])
-    change = [question.score(look.logits(x[..., :28, :28])) for x in (look.view, blank)]
+    given, question = branch_input(model, "full", views_of(model, pixels)), Question((0,), (1,))
+    blank = torch.zeros_like(given.view)
+    values = attributions("ig", lambda x: question.score(given.logits(x)), given.view[..., :28, :28], blank[..., :28, :28])
+    change = [question.score(given.logits(x[..., :28, :28])) for x in (given.view, blank)]
     assert torch.isclose(values.sum(), (change[0] - change[1])[0], rtol=0.05)
 
 
@@ -257,10 +257,10 @@ def test_large_images_are_explained_at_a_size_that_can_be_drawn(tmp_path, monkey
     [
         ({"method": "magic"}, 'Unknown method "magic"; choose from auto, gradcam'),
         ({"target": ("pink",)}, 'has no class "pink"; it has red, green, blue'),
-        ({"target": ("red",), "against": "red"}, "both the class to explain and the one against it"),
+        ({"target": ("red",), "against": "red"}, "both the class to explain and the one to contrast with"),
         ({"method": "rollout", "against": "runner-up"}, "the same for every class"),
         ({"method": "rollout"}, "attention rollout needs a plain ViT; choose gradcam"),
-        ({"method": "parts"}, "Part maps belong to the ifam models"),
+        ({"method": "parts"}, "Only iFAM models have part maps"),
     ],
 )
 def test_what_cannot_be_explained_is_a_sentence(tmp_path, options, sentence):

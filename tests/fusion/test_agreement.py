@@ -112,7 +112,7 @@ def test_without_word_of_the_backgrounds_the_rule_stays_the_fixed_one():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [-0.1, 1.1, True, "half"])
 def test_a_share_out_of_range_is_a_sentence(name, value):
-    with pytest.raises(L2R2Error, match="a share of misleading backgrounds from 0 to 1"):
+    with pytest.raises(L2R2Error, match="a fraction of misleading backgrounds between 0 and 1"):
         create_fusion({"name": name, "misled": value}, 2, CLASSES)
 
 

@@ -219,7 +219,7 @@ def test_a_metadata_prior_is_bayes_rule_on_smoothed_counts():
     expected = image * given / overall
     assert torch.allclose(prior(image.log(), ["wet"]).exp(), expected / expected.sum())
     assert torch.allclose(prior(image.log(), ["never seen"]).exp(), image)
-    with pytest.raises(L2R2Error, match="one value a training row, got 1 for 2"):
+    with pytest.raises(L2R2Error, match="one value per training row, got 1 for 2"):
         MetadataPrior(labels[:2], ["wet"], 3)
 
 

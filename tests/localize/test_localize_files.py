@@ -230,7 +230,7 @@ def test_oracle_prompts_are_marked_wherever_the_boxes_go(l2r2, run, dataset, tmp
     again = l2r2("localize", dataset, "--localizer", plain, "--oracle-prompts", "-o", tmp_path / "plain.json")
     assert "was made without the true labels as prompts" in sentence(again)
     folder = l2r2("localize", dataset / "images", "--localizer", spec, "--oracle-prompts", "-o", tmp_path / "x.json")
-    assert "needs a label of every image" in sentence(folder)
+    assert "needs a label for every image" in sentence(folder)
 
 
 def test_a_prompt_on_the_command_line_is_part_of_the_spec(l2r2, dataset, tmp_path, tiny):

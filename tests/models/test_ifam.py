@@ -79,13 +79,13 @@ def test_the_answer_is_the_mean_over_parts_and_dropped_ones_have_no_say():
     discovery, head = PartDiscovery(6, 3).eval(), torch.nn.Linear(6, 4, bias=False)
     vectors = torch.randn(2, 3, 6)
     each = head(discovery.norm(vectors))
-    assert torch.allclose(discovery.answer(vectors, head), each.mean(1), atol=1e-6)
-    assert torch.allclose(discovery.answer(vectors, head, (1,)), each[:, [0, 2]].mean(1), atol=1e-6)
+    assert torch.allclose(discovery.classify(vectors, head), each.mean(1), atol=1e-6)
+    assert torch.allclose(discovery.classify(vectors, head, (1,)), each[:, [0, 2]].mean(1), atol=1e-6)
 
 
 def test_part_dropout_never_drops_every_part():
     discovery, head = PartDiscovery(6, 1, dropout=0.9).train(), torch.nn.Linear(6, 4, bias=False)
-    assert (discovery.answer(torch.randn(64, 1, 6), head).abs().sum(1) > 0).all()
+    assert (discovery.classify(torch.randn(64, 1, 6), head).abs().sum(1) > 0).all()
 
 
 # ---- the mask and its gradient ----
@@ -263,7 +263,7 @@ def test_a_scripted_and_saved_model_and_an_fx_graph_predict_the_same(options, tm
         assert 0 < kept < 1
         assert torch.allclose(scripted(x), net(x), atol=1e-4)
         assert torch.allclose(torch.fx.symbolic_trace(net)(x), net(x), atol=1e-4)
-    with pytest.raises(Exception, match="a scripted ifam model cannot be trained"):
+    with pytest.raises(Exception, match="a scripted iFAM model cannot be trained"):
         scripted.train()(x)
 
 

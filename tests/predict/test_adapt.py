@@ -56,7 +56,7 @@ def test_the_reason_names_the_share_and_the_place(fitted, predictor, tmp_path):
     report = predict_to_file(predictor, gather([fitted[1]], split="test"), tmp_path / "out.json", adapt="folder")
     (share,) = report.shares.values()
     assert all(
-        f"{100 * share.misled:.0f} % of this folder's backgrounds mislead; the" in i["objects"][0]["reason"]
+        f"{100 * share.misled:.0f} % of this folder's backgrounds are misleading; the" in i["objects"][0]["reason"]
         for i in report.images
     )
 
@@ -97,7 +97,7 @@ def test_continued_with_more_images_it_says_what_one_call_says(fitted, predictor
     assert len(seen) == 12
     predict_to_file(predictor, inputs, tmp_path / f"once.{name}", adapt="folder")
     assert out.read_bytes() == (tmp_path / f"once.{name}").read_bytes()
-    with pytest.raises(L2R2Error, match="another settings"):
+    with pytest.raises(L2R2Error, match="other values of settings"):
         predict_to_file(predictor, inputs, out)
 
 

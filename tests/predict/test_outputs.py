@@ -160,18 +160,18 @@ HEADER = '{"format_version": "1.0", "model_sha256": "x", "images": [\n'
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda text: "", "is not a file of predictions"),
-        (lambda text: "[1, 2]\n", "is not a file of predictions"),
-        (lambda text: "\x00" * 100, "is not a file of predictions"),
-        (lambda text: "[" * 100_000, "is not a file of predictions"),
-        (lambda text: json.dumps(json.loads(text), indent=1), "is not a file of predictions"),
+        (lambda text: "", "was not written by `l2r2 predict`"),
+        (lambda text: "[1, 2]\n", "was not written by `l2r2 predict`"),
+        (lambda text: "\x00" * 100, "was not written by `l2r2 predict`"),
+        (lambda text: "[" * 100_000, "was not written by `l2r2 predict`"),
+        (lambda text: json.dumps(json.loads(text), indent=1), "was not written by `l2r2 predict`"),
         (lambda text: text[: len(text) // 2], "is damaged"),
         (lambda text: text.replace('"file"', '"fil"', 1), "is damaged (line 2)"),
         (lambda text: text.replace('"reason"', '"raison"', 1), "is damaged (line 2)"),
         (lambda text: text.replace('"objects": [', '"objects": 3, "x": [', 1), "is damaged (line 2)"),
         (lambda text: text.split("\n")[0] + '\n{"file": ["a"], "failure": "b"}\n]}\n', "is damaged (line 2)"),
         (lambda text: text.split("\n")[0] + "\n" + "[" * 100_000 + "\n]}\n", "is damaged (line 2)"),
-        (lambda text: HEADER + "]}\n", "was made with another"),
+        (lambda text: HEADER + "]}\n", "was made with other values of"),
     ],
 )
 def test_a_damaged_file_of_predictions_is_a_sentence(predictor, dataset, tmp_path, change, said):
@@ -197,7 +197,7 @@ def test_a_damaged_line_of_the_journal_is_done_again(predictor, dataset, tmp_pat
 
 def test_a_file_without_its_journal_or_of_another_kind_is_refused(l2r2, run, dataset, tmp_path):
     (tmp_path / "out.csv").write_text("file,label\n")
-    assert "exists without" in sentence(l2r2("predict", run, dataset, "-o", tmp_path / "out.csv"))
+    assert "cannot be continued without" in sentence(l2r2("predict", run, dataset, "-o", tmp_path / "out.csv"))
     assert "must end in .json, .jsonl, .csv, .parquet" in sentence(l2r2("predict", run, dataset, "-o", tmp_path / "out.txt"))
 
 

@@ -53,9 +53,9 @@ def test_every_object_of_an_image_gets_its_own_answer(predictor, dataset):
         (None, "no box was given"),
         ([], "no object was found"),
         (Detections.from_lists([[1, 1, 30, 30]], (40, 60), [0.01]), "no box reaches the score 0.2"),
-        ([[100, 100, 200, 200]], "every box lies outside"),
-        ([[10, 10, 10, 30]], "every box lies outside of the image or is empty"),
-        ([[float("nan")] * 4], "every box lies outside of the image or is empty"),
+        ([[100, 100, 200, 200]], "every box is empty or outside"),
+        ([[10, 10, 10, 30]], "every box is empty or outside of the image"),
+        ([[float("nan")] * 4], "every box is empty or outside of the image"),
     ],
 )
 def test_without_a_usable_box_the_full_branch_answers_and_says_why(predictor, dataset, boxes, reason):
@@ -67,7 +67,7 @@ def test_without_a_usable_box_the_full_branch_answers_and_says_why(predictor, da
 
 def test_boxes_of_another_image_size_are_refused_and_a_failed_localizer_is_named(predictor, dataset):
     path = dataset / "images" / "train_000.png"
-    with pytest.raises(L2R2Error, match="this one is"):
+    with pytest.raises(L2R2Error, match="but it is"):
         predictor(path, Detections.from_lists([[1, 1, 30, 30]], (400, 600)))
     (prediction,) = predictor.predict_files([path], {str(path): BoxEntry(failure="out of memory")})
     assert "the localizer failed (out of memory)" in prediction.objects[0].reason
@@ -180,12 +180,12 @@ def test_predictions_of_another_model_or_other_settings_are_not_mixed(run, datas
     inputs, out = gather([dataset], split="train"), tmp_path / "out.json"
     predict_to_file(Predictor.from_pretrained(run, device="cpu"), inputs, out)
     other = write_run(tmp_path / "other", seed=1)
-    with pytest.raises(L2R2Error, match="made with another model_sha256"):
+    with pytest.raises(L2R2Error, match="made with other values of model_sha256"):
         predict_to_file(Predictor.from_pretrained(other, device="cpu"), inputs, out)
-    with pytest.raises(L2R2Error, match="made with another settings"):
+    with pytest.raises(L2R2Error, match="made with other values of settings"):
         predict_to_file(Predictor.from_pretrained(run, box_threshold=0.9, device="cpu"), inputs, out)
     (tmp_path / "notes.json").write_text("[1, 2]")
-    with pytest.raises(L2R2Error, match="is not a file of predictions"):
+    with pytest.raises(L2R2Error, match="was not written by"):
         predict_to_file(Predictor.from_pretrained(run, device="cpu"), inputs, tmp_path / "notes.json")
 
 

@@ -51,7 +51,7 @@ def test_the_disagreements_are_those_and_the_surest_come_first(judged, tmp_path)
     sure = torch.full((24,), 0.6)
     sure[[7, 3, 8]], sure[[5, 0, 1]] = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0.95, 0.85, 0.75])
     page = page_of(saying(judged, full=(full, sure), fg=(both, 0.5), fused=(fused, sure)), tmp_path)
-    lost, won = page.words.index("Wrong, though a branch was right"), page.words.rindex("Right, though a branch was wrong")
+    lost, won = page.words.index("Wrong although a branch was right"), page.words.rindex("Right although a branch was wrong")
     assert cards(page) == ["007", "003", "008", "005", "000", "001"] and lost < page.words.index("test_007") < won
     assert len(page.images) == 6 and "3 images, 3 of them shown" in page.words
     card = page.words[page.words.index("test_007") - 100 : page.words.index("test_007")]
@@ -91,7 +91,7 @@ def test_images_without_an_object_are_shown_wrong_ones_first(judged, tmp_path):
     assert "In 2 of 24 images; the accuracy is 50.0 % on these, and 100.0 % on the others." in page.words
     assert (
         cards(page) == ["004", "002"]
-        and "Wherever a branch or the fused prediction (robust) is right, all of them are." in page.words
+        and "Whenever one of the branches or the fused prediction (robust) is correct, all of them are." in page.words
     )
     assert "no object found" in page.words
 

@@ -45,10 +45,10 @@ def test_a_redirected_training_prints_one_line_per_epoch_and_nothing_else_of_the
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "timm:resnet10t", "--lr", "1", "--set", "lr=2"], "lr is given twice, by its flag and by --set"),
+        (["--model", "timm:resnet10t", "--lr", "1", "--set", "lr=2"], "lr is given twice, by its option and by --set"),
         (["--model", "timm:resnet10t", "--set", "epoch=2"], 'Unknown recipe key "epoch"; close matches: epochs'),
-        (["--recipe", "fine-tune"], "; give a YAML file or one of finetune, head_only, scratch"),
-        (["--recipe", "head_only"], "names no model; give --model"),
+        (["--recipe", "fine-tune"], "; pass a YAML file or one of finetune, head_only, scratch"),
+        (["--recipe", "head_only"], "no model is set; pass --model"),
     ],
 )
 def test_slips_end_in_one_sentence(dataset, tmp_path, monkeypatch, capsys, options, message):

@@ -83,7 +83,7 @@ def test_evaluate_under_interventions(run):
         return json.loads(result.stdout)
 
     plain, without = judged(), judged("--drop-parts", "0,1")
-    assert plain["notes"] == [] and "judged without its parts 0, 1." in without["notes"][0]
+    assert plain["notes"] == [] and "without the parts 0, 1." in without["notes"][0]
     assert without["with_object"] <= plain["with_object"] and plain["images"] == without["images"]
     assert judged("--token-quantile", "1.0")["with_object"] <= plain["with_object"]
     assert judged()["with_object"] == plain["with_object"]  # the stored logits are those of the untouched network
