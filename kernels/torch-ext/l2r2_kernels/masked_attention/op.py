@@ -1,7 +1,7 @@
-"""The registered operators, and which implementation each of them runs.
+"""The registered operators, and the choice of their implementation.
 
-``backend`` is "auto" (Triton on CUDA where it can, else PyTorch), "triton" (which also takes CPU tensors under
-TRITON_INTERPRET=1, for tests) or "torch". Triton is imported when first used: without a driver its import may fail.
+``backend`` is "auto" (Triton on CUDA if supported, else PyTorch), "triton" (which also takes CPU tensors under
+TRITON_INTERPRET=1, for tests) or "torch". Triton is imported on first use, because without a driver the import may fail.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def runs_triton(x: Tensor, head_dim: int, backend: str) -> bool:
-    """Whether the Triton kernels take this call."""
+    """Return whether the Triton kernels run for this call."""
     if backend == "auto":
         return x.is_cuda and _HAS_TRITON and head_dim <= MAX_HEAD_DIM and x.dtype != torch.float64
     return backend == "triton"
@@ -30,7 +30,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _tokens_first(x: Tensor) -> Tensor:
-    """[B, H, N, D] laid out in memory as [B, N, H, D]: joining the heads afterwards copies nothing."""
+    """Return [B, H, N, D] with the memory layout [B, N, H, D], so that joining the heads afterwards needs no copy."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -184,7 +184,7 @@ varlen_attention_op.register_autograd(_varlen_backward, setup_context=_varlen_co
 def take_rows(source: Tensor, index: Tensor, inverse: Tensor, fill: float, backend: str = "auto") -> Tensor:
     """Rows of ``source [M, C]`` by ``index [K]`` int32 (-1 gives ``fill``, -2 NaN).
 
-    ``inverse [M]`` says where in the result each source row went (-1: nowhere), so the backward is a gather as well.
+    ``inverse [M]`` is the position of each source row in the result (-1: none), so that the backward is a gather too.
     """
     if runs_triton(source, 0, backend):
         from . import triton_rows

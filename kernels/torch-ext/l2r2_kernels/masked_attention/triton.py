@@ -1,6 +1,6 @@
-"""The attention kernels: forward, dq, and dk/dv, for packed segments and for masked images alike.
+"""The attention kernels: forward, dq, and dk/dv, for both packed segments and masked images.
 
-A masked image reaches its keys through an index of the kept ones, a segment reaches them directly; the rest is one code.
+The keys of a masked image are read through an index of the kept ones, those of a segment directly; the rest is shared.
 No atomics: each program owns the rows that it writes, so the backward is bitwise repeatable.
 Algorithm: FlashAttention-2 (arXiv 2307.08691). Under TRITON_INTERPRET=1 the kernels run on CPU tensors.
 """
@@ -16,7 +16,7 @@ from .._common import on_device
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
-_FULL_GRID = 2048  # programs: a few for each of a large GPU's multiprocessors
+_FULL_GRID = 2048  # programs: a few per multiprocessor of a large GPU
 
 
 class Config(NamedTuple):
@@ -31,7 +31,7 @@ class Config(NamedTuple):
 @triton.jit
 def _program(B, H, NUM, TAIL):
     """Segment, head, first block and step of this program: NUM programs share the blocks of a segment and head, whatever
-    its length is, and TAIL programs a head those of the padding, which is segment B."""
+    its length, and TAIL programs per head those of the padding, which is segment B."""
     pid = tl.program_id(0)
     past = pid - B * H * NUM
     padding = past >= 0
@@ -74,7 +74,7 @@ def _load_rows(base, rows, stride, valid, D: tl.constexpr, BLOCK_D: tl.constexpr
     if BLOCK_D != D:
         mask = mask & (d < D)[None, :]
     x = tl.load(base + rows[:, None] * stride + d[None, :], mask=mask, other=0.0)
-    if UPCAST:  # the interpreter's bf16 arithmetic is wrong
+    if UPCAST:  # the interpreter's bf16 arithmetic is incorrect
         x = x.to(tl.float32)
     return x
 
@@ -93,8 +93,8 @@ def _load_keys(
     k_base, v_base, index_base, n0, keys, T, skt, svt,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, VARLEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values n0.. of a segment, and which of them exist. An image that keeps all its tokens has them in order: its
-    loads wait for no index."""
+    """Keys and values n0.. of a segment, and which of them exist. An image that keeps all its tokens has them in order, so
+    its loads do not need the index."""
     n = n0 + tl.arange(0, BLOCK_N)
     kept = n < keys
     if not VARLEN:
@@ -232,11 +232,11 @@ def dkv_kernel(
 
 
 def configs(block_d: int, itemsize: int, typical: int, varlen: bool) -> dict[str, Config]:
-    """The tiles of each kernel, from a fixed table: autotuning would make the first steps slow and results vary.
+    """The tiles of each kernel, from a fixed table; autotuning would make the first steps slow and the results vary.
 
-    block_d: head width padded to a power of two; itemsize: bytes a number; typical: tokens in an ordinary segment.
-    The entries compile for sm_90 without register spills (a test says so); long segments get the larger tiles. Those of heads
-    up to 64 wide were the fastest of those without spills on an H100.
+    block_d: head width padded to a power of two; itemsize: bytes per number; typical: tokens in a typical segment.
+    The entries compile for sm_90 without register spills (tested); long segments get larger tiles. The entries for heads up to
+    64 wide were the fastest without spills on an H100.
     """
     if itemsize > 2:  # IEEE float32 dots use no tensor core: small tiles keep the registers
         return {"forward": Config(32, 32, 8, 2), "dq": Config(32, 32, 4, 2), "dkv": Config(16, 32, 8, 2)}
@@ -270,10 +270,10 @@ class Problem(NamedTuple):
         return self.rows // max(self.batch, 1) if self.varlen else self.rows
 
     def programs(self, block: int) -> tuple[int, int]:
-        """How many programs share the blocks of a segment and head, and those of the padding of a head.
+        """Return the number of programs that share the blocks of a segment and head, and of those for the padding of a head.
 
-        With programs enough to fill a GPU, as many as an ordinary segment has blocks: programs for lengths that hardly
-        occur would only start and stop.
+        If there are enough programs to fill a GPU, this is the number of blocks of a typical segment: programs for rare
+        lengths would start and stop without work.
         """
         blocks = triton.cdiv(self.max_len, block)
         if not self.varlen:
@@ -287,7 +287,7 @@ class Problem(NamedTuple):
         return (0, x.stride(0), x.stride(1)) if self.varlen else (x.stride(0), x.stride(2), x.stride(1))
 
     def empty(self, like: Tensor) -> Tensor:
-        """An output: tokens before heads in memory, so that joining the heads afterwards copies nothing."""
+        """Allocate an output with tokens before heads in memory, so that joining the heads afterwards needs no copy."""
         if self.varlen:
             return like.new_empty(self.rows, self.heads, self.dim)
         return like.new_empty(self.batch, self.rows, self.heads, self.dim).transpose(1, 2)
