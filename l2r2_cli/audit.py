@@ -109,8 +109,8 @@ def _print(result: Audit) -> None:
     for name in result.answers:
         table.add_column(name, justify="right")
     for name, words in rows.items():
-        if any(name in figures for figures in result.answers.values()):
-            table.add_row(cell(words), *(_cell(figures.get(name), "rfs" in name) for figures in result.answers.values()))
+        if any(name in estimates for estimates in result.answers.values()):
+            table.add_row(cell(words), *(_cell(estimates.get(name), "rfs" in name) for estimates in result.answers.values()))
     show(table)
     say(result.verdict)
 

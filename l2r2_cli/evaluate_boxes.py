@@ -23,9 +23,9 @@ def evaluate_boxes(
 ) -> None:
     """Compare a box file with the true boxes: IoU, CorLoc, recall of the object's area, missed objects."""
     from l2r2_models.evaluate.localization import draw_worst
-    from l2r2_models.evaluate.localization import evaluate_boxes as judge
+    from l2r2_models.evaluate.localization import evaluate_boxes as run
 
-    report = judge(
+    report = run(
         boxes,
         data,
         split=split,

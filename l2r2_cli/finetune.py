@@ -182,8 +182,8 @@ def _say(result: Result, as_json: bool) -> None:
     for note in result.notes:
         errors.print(note)
     if as_json:
-        figures = {"images": result.images, "with_box": result.with_box, "left_out": len(result.skipped)}
-        typer.echo(json.dumps({"run": str(result.folder), "metrics": result.metrics, **figures}))
+        counts = {"images": result.images, "with_box": result.with_box, "left_out": len(result.skipped)}
+        typer.echo(json.dumps({"run": str(result.folder), "metrics": result.metrics, **counts}))
         return
     say(f"{result.with_box} of {result.images} training images have a usable box or mask")
     for name, value in result.metrics.items():

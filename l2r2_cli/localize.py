@@ -67,8 +67,8 @@ def localize(
         errors.print(f"failed: {why}")
     total, failed = len(report.entries), len(report.failures)
     if as_json:
-        figures = {"images": total, "with_box": report.with_box, "failed": failed, "from_before": report.kept}
-        typer.echo(json.dumps({"boxes": str(out), **figures}))
+        counts = {"images": total, "with_box": report.with_box, "failed": failed, "from_before": report.kept}
+        typer.echo(json.dumps({"boxes": str(out), **counts}))
     else:
         before = f", {report.kept} of them from before" if report.kept else ""
         without = total - report.with_box - failed

@@ -147,7 +147,7 @@ def test_a_run_knows_its_weights(run, tmp_path, caplog):
     ]
 
 
-def test_a_run_that_cannot_be_written_to_is_judged_all_the_same(run):
+def test_a_read_only_run_can_be_evaluated(run):
     """As on a read-only disk: the metrics are printed, and one sentence says that they are not kept."""
     folder, data = run
     for name in ("evaluations", "logits"):

@@ -1,4 +1,4 @@
-"""The house rules that a user would feel: a light import, no package called `kernels`, floors that do not import upwards."""
+"""Structural rules: a light import, no package called `kernels`, no upward imports."""
 
 import ast
 import subprocess

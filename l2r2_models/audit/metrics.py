@@ -154,8 +154,8 @@ def measures(
     if names:
         by_group = torch.stack([m[f"group: {name}"] for name in names])
         found["worst_group"] = by_group.nan_to_num(nan=torch.inf).amin(0)  # a group without resampled images is not the worst
-    figures = {name: estimate(values) for name, values in found.items()}
-    return {name: f for name, f in figures.items() if f is not None}
+    estimates = {name: estimate(values) for name, values in found.items()}
+    return {name: f for name, f in estimates.items() if f is not None}
 
 
 def _columns(right: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Rows to fit a fusion on: held-out images as they are, on other backgrounds, or both.
+"""Rows to fit a fusion on: held-out images unchanged, on other backgrounds, or both.
 
 Held-out images usually have the training backgrounds, so a fusion fitted on them favors full and loses accuracy where
 backgrounds change (L2R2 reports this on Spawrious). Pasting the objects onto the backgrounds of other images shows how
@@ -57,7 +57,7 @@ def logits_to_fit(
         checkpoint: the model.
         rows: held-out rows with labels.
         donors: rows whose backgrounds are used, e.g. the training rows.
-        backgrounds: `plain` for the rows as they are, `swapped` for each object on the backgrounds of three other images, or
+        backgrounds: `plain` for the unchanged rows, `swapped` for each object on the backgrounds of three other images, or
             `both`. The other images are of any class: with other classes only, the background would be evidence against the
             true class, and a fusion would learn to invert it.
         store: see `branch_logits`.

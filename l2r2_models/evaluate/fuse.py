@@ -20,7 +20,7 @@ from .metrics import row_weights
 BEST = "best_on_val"
 FOLDS = 5
 IMAGES_PER_PARAMETER = 10  # rule of ten (Peduzzi et al. 1996); with fewer, fits overfit to similar frames
-PLAIN, SWAPPED = "plain", "swapped"  # held-out rows as they are, and on the backgrounds of other images
+PLAIN, SWAPPED = "plain", "swapped"  # held-out rows, unchanged and on the backgrounds of other images
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def evaluate_boxes(
     empty: list[bool] = []  # for each image without a true box, whether a box was found
     for path, of_image in progress(rows.items(), len(rows)):
         try:
-            found = _judge(path, of_image, entries.get(str(path)), threshold)
+            found = _evaluate(path, of_image, entries.get(str(path)), threshold)
         except L2R2Error as error:
             unreadable[str(path)] = str(error)
             continue
@@ -167,7 +167,7 @@ def _report(
 UNLISTED = "not listed in the box file"
 
 
-def _judge(path: Path, rows: Sequence[Row], entry: BoxEntry | None, threshold: float) -> JudgedBox | bool:
+def _evaluate(path: Path, rows: Sequence[Row], entry: BoxEntry | None, threshold: float) -> JudgedBox | bool:
     """Evaluate one image; if it has no true box, return whether a box was found."""
     image = load_image(path)
     size = (image.height, image.width)

@@ -100,23 +100,23 @@ def measure(
         inside = None if clusters is None else clusters[rows]
         return float(right[rows].mean()), bootstrap_interval(right[rows], clusters=inside)
 
-    figures: dict[str, Any] = {"macro_accuracy": macro_accuracy(predictions, labels)}
+    metrics: dict[str, Any] = {"macro_accuracy": macro_accuracy(predictions, labels)}
     intervals: dict[str, Any] = {"macro_accuracy": bootstrap_interval(right, clusters=clusters, classes=labels)}
     for name, rows in (("accuracy", torch.ones_like(has_fg)), ("with_box", has_fg), ("without_box", ~has_fg)):
-        figures[name], intervals[name] = of(rows)
-    figures["ece"] = expected_calibration_error(logits, labels)
-    figures["recall"] = recalls(predictions, labels, classes)
+        metrics[name], intervals[name] = of(rows)
+    metrics["ece"] = expected_calibration_error(logits, labels)
+    metrics["recall"] = recalls(predictions, labels, classes)
     if temperature is not None:
-        figures["ece_scaled"] = expected_calibration_error(logits / temperature, labels)
+        metrics["ece_scaled"] = expected_calibration_error(logits / temperature, labels)
     if than is not None:
         difference = right - (than.argmax(-1) == labels).double()
-        figures["gain"] = float(difference.mean())
+        metrics["gain"] = float(difference.mean())
         intervals["gain"] = bootstrap_interval(difference, clusters=clusters)
     if groups is not None:
-        figures["by_group"] = by_group(predictions, labels, groups)
-        figures["worst_group"] = min(figures["by_group"].values())
-        intervals["by_group"] = {g: of(torch.tensor([g == name for name in groups]))[1] for g in figures["by_group"]}
-    return {**figures, "intervals": intervals}
+        metrics["by_group"] = by_group(predictions, labels, groups)
+        metrics["worst_group"] = min(metrics["by_group"].values())
+        intervals["by_group"] = {g: of(torch.tensor([g == name for name in groups]))[1] for g in metrics["by_group"]}
+    return {**metrics, "intervals": intervals}
 
 
 def most_confused(matrix: Tensor, limit: int = 5) -> list[tuple[int, int, int]]:

@@ -67,8 +67,8 @@ class FoundParts:
             """Return the fraction of `among` that is in `of`; NaN if `among` is empty."""
             return (of & among).sum(1) / among.sum(1)
 
-        figures = torch.stack([share(keep & true, keep | true), true.float().mean(1), share(keep, true), share(keep, ~true)])
-        return dict(zip(AGREEMENT, figures.nanmean(1).tolist()))
+        values = torch.stack([share(keep & true, keep | true), true.float().mean(1), share(keep, true), share(keep, ~true)])
+        return dict(zip(AGREEMENT, values.nanmean(1).tolist()))
 
 
 @torch.inference_mode()

@@ -88,16 +88,16 @@ class Robust(Fusion):
     @torch.jit.ignore
     def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:
         """Set the threshold with the highest (weighted) accuracy; see `Fusion.fit`."""
-        surest = most_confident(torch.cat([fg[None], context]))
+        chosen = most_confident(torch.cat([fg[None], context]))
         order = confidence(fg).argsort()
         sorted_confidence = confidence(fg)[order]
         # integer sums are exact, so that ties are found
         count = torch.ones_like(labels) if weights is None else (weights.double() / weights.sum() * 2**40).round().long()
         by_fg = ((fg.argmax(-1) == labels) * count)[order]
-        by_surest = ((surest.argmax(-1) == labels) * count)[order]
+        by_chosen = ((chosen.argmax(-1) == labels) * count)[order]
         # right[i]: correct rows if the i least confident rows go to the most confident branch
         zero = torch.zeros(1, dtype=torch.long)
-        right = torch.cat([zero, by_surest.cumsum(0)]) + by_fg.sum() - torch.cat([zero, by_fg.cumsum(0)])
+        right = torch.cat([zero, by_chosen.cumsum(0)]) + by_fg.sum() - torch.cat([zero, by_fg.cumsum(0)])
         thresholds = torch.cat([sorted_confidence.new_zeros(1), sorted_confidence])
         # a threshold can only separate different confidences, so of equal ones only the last can be the border
         border = torch.cat(

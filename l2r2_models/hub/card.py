@@ -88,7 +88,7 @@ def hub_config(
             f"{checkpoint.name}: the generic model l2r2 has no tags; leave the tag out, or train a model that `l2r2 list` shows."
         )
     localizer = localizer_metadata(checkpoint, metadata)
-    figures = [
+    results = [
         {
             "dataset": r.dataset_name,
             "split": r.dataset_split,
@@ -114,7 +114,7 @@ def hub_config(
         label_names=list(checkpoint.labels),
         model_args=model.arguments(),
         localizer={k: str(v) for k, v in localizer.items() if k in LOCALIZER} or None,
-        metrics=figures or None,
+        metrics=results or None,
     )
 
 
@@ -122,7 +122,7 @@ def _eval_results(evaluation: Mapping[str, Any], metadata: CardMetadata) -> list
     from huggingface_hub import EvalResult
 
     name = metadata.data or evaluation.get("data") or "unnamed"
-    rows = {row: figures for row, figures in evaluation["rows"].items() if _is_own(row)}
+    rows = {row: values for row, values in evaluation["rows"].items() if _is_own(row)}
     return [
         EvalResult(
             task_type="image-classification",
@@ -131,11 +131,11 @@ def _eval_results(evaluation: Mapping[str, Any], metadata: CardMetadata) -> list
             dataset_split=evaluation["split"],
             metric_type=metric,
             metric_name=f"{COLUMNS[metric]} ({row.partition(':')[0]})",
-            metric_value=round(figures[metric], 4),
+            metric_value=round(values[metric], 4),
         )
-        for row, figures in rows.items()
+        for row, values in rows.items()
         for metric in ("accuracy", "macro_accuracy")
-        if figures.get(metric) is not None
+        if values.get(metric) is not None
     ]
 
 

@@ -26,6 +26,6 @@ def _checked(prediction: Prediction) -> Prediction:
 
 
 def _scores(answer: ObjectPrediction) -> list[tuple[str, float]]:
-    branches = [(name, said.score) for name in ("full", "fg", "bg") if (said := getattr(answer, name)) is not None]
+    branches = [(name, one.score) for name in ("full", "fg", "bg") if (one := getattr(answer, name)) is not None]
     boxes = [] if answer.box_score is None else [("box score", answer.box_score)]
     return [*branches, ("fused", answer.score), *boxes]

@@ -137,8 +137,8 @@ def _rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"file": record["file"], "failure": _text(record["failure"])}
     for o in record.get("objects", ()):
         box = zip(NUMBERS, o.get("box", ()))
-        said = {key: o[key] for key in ("box_score", "label", "score", "source", "reason") if key in o}
-        yield {"file": record["file"], **dict(box), **said}
+        fields = {key: o[key] for key in ("box_score", "label", "score", "source", "reason") if key in o}
+        yield {"file": record["file"], **dict(box), **fields}
 
 
 def _text(text: str) -> str:

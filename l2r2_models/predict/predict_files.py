@@ -267,9 +267,9 @@ def accuracy_by_branch(images: Sequence[Mapping[str, Any]], truth: Mapping[str, 
     """
     firsts = [(image["objects"][0], truth[image["file"]]) for image in images]
     branches = [b for b in ("full", "fg") if any(b in answer for answer, _ in firsts)]
-    said = {b: [answer.get(b, answer)["label"] == label for answer, label in firsts] for b in branches}
-    said["fused"] = [answer["label"] == label for answer, label in firsts]
-    return {name: sum(right) / len(right) for name, right in said.items()}
+    correct = {b: [answer.get(b, answer)["label"] == label for answer, label in firsts] for b in branches}
+    correct["fused"] = [answer["label"] == label for answer, label in firsts]
+    return {name: sum(right) / len(right) for name, right in correct.items()}
 
 
 def _header(predictor: Predictor, inputs: Inputs) -> dict[str, Any]:

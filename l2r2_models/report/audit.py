@@ -116,7 +116,7 @@ def _measures(audit: Audit) -> Markup:
 
 
 def _bars(audit: Audit) -> Markup:
-    names = [n for n in BARS if all(n in figures for figures in audit.answers.values())]
+    names = [n for n in BARS if all(n in estimates for estimates in audit.answers.values())]
     values = {a: {MEASURES[n]: f[n].value for n in names} for a, f in audit.answers.items()}
     spans = {a: {MEASURES[n]: (f[n].low, f[n].high) for n in names} for a, f in audit.answers.items()}
     return bars_by_group(values, spans)
@@ -127,21 +127,21 @@ def _noise(audit: Audit) -> list[Markup]:
     kinds = (("", STD_LEVELS, "equal standard deviation"), ("l2_", L2_LEVELS, "equal L2 norm"))
     for kind, levels, caption in kinds:
         rows: list[list[Cell]] = []
-        for answer, figures in audit.answers.items():
+        for answer, estimates in audit.answers.items():
             for where, words in (("fg", "noise on object"), ("bg", "noise on background")):
                 names = [f"noise_{kind}{where}_{level}" for level in levels]
-                rows.append([f"{answer}: {words}", *(cell(figures.get(n), n) for n in names)])
+                rows.append([f"{answer}: {words}", *(cell(estimates.get(n), n) for n in names)])
             names = [f"rfs_{kind}{level}" for level in levels]
-            rows.append([f"{answer}: RFS", *(cell(figures.get(n), n) for n in names)])
+            rows.append([f"{answer}: RFS", *(cell(estimates.get(n), n) for n in names)])
         blocks.append(table(["level", *map(str, levels)], rows, caption=f"{caption}; in %, RFS from -1 to 1"))
     return blocks
 
 
 def _groups(audit: Audit) -> Markup:
-    def by_group(figures: Mapping[str, Estimate]) -> dict[str, Estimate]:
-        return {name.removeprefix("group: "): f for name, f in figures.items() if name.startswith("group: ")}
+    def by_group(estimates: Mapping[str, Estimate]) -> dict[str, Estimate]:
+        return {name.removeprefix("group: "): f for name, f in estimates.items() if name.startswith("group: ")}
 
-    found = {answer: by_group(figures) for answer, figures in audit.answers.items()}
+    found = {answer: by_group(estimates) for answer, estimates in audit.answers.items()}
     values = {answer: {g: f.value for g, f in groups.items()} for answer, groups in found.items()}
     spans = {answer: {g: (f.low, f.high) for g, f in groups.items()} for answer, groups in found.items()}
     return bars_by_group(values, spans)

@@ -1,4 +1,4 @@
-"""The audit as a whole: what it says of models that are known to look at one thing, and what it refuses."""
+"""The whole audit: its result for models that are known to use only the object or only the background, and invalid input."""
 
 import csv
 import json
@@ -56,7 +56,7 @@ def test_a_model_of_the_object_and_one_of_the_background_get_opposite_verdicts(t
     assert any("not masks" in w for w in middle.warnings) != masks
 
 
-def test_figures_hang_on_the_seed_and_not_on_batches_or_the_order_of_rows(tmp_path, data):
+def test_metrics_depend_on_the_seed_but_not_on_batches_or_the_order_of_rows(tmp_path, data):
     model = write_model(tmp_path / "corner", "corner")
     first = audit(model, data, batch_size=32, group="site")
     assert values(audit(model, data, batch_size=5, group="site", work=tmp_path / "other")) == values(first)
@@ -112,7 +112,7 @@ def test_a_work_folder_that_cannot_be_written_does_not_stop_the_audit(tmp_path, 
     assert sum("cannot be written" in record.message for record in caplog.records) == 1
 
 
-def test_a_run_is_audited_by_branch_and_as_it_answers(tmp_path):
+def test_a_run_is_audited_by_branch_and_fused(tmp_path):
     data, run = write_dataset(tmp_path / "set", 6, ("test",)), write_run(tmp_path / "run")
     result = audit(run, data)
     assert tuple(result.answers) == ("full", "fg", "fused")
@@ -167,7 +167,7 @@ def test_large_images_are_shrunk_with_their_boxes_and_masks(tmp_path, monkeypatc
     assert result.answers["full"]["accuracy"].value == 1 and result.answers["full"]["mixed_rand"].value == 1
 
 
-def test_one_class_and_few_images_end_in_words(tmp_path, data):
+def test_one_class_and_few_images_have_verdicts(tmp_path, data):
     model = write_model(tmp_path / "corner", "corner")
     head, *rows = (data / "metadata.csv").read_text().splitlines()
     (data / "metadata.csv").write_text("\n".join([head, *(row for row in rows if ",red," in row)]) + "\n")

@@ -1,4 +1,4 @@
-"""Loading any classifier for the audit, and what its classes are called."""
+"""Loading any classifier for the audit, and matching its class names."""
 
 import pytest
 import timm
@@ -38,7 +38,7 @@ def test_what_does_not_match_is_listed(imagenet):
     assert "21 class names match no class of the model: cow, kind 0" in str(error.value) and "(21)" in str(error.value)
 
 
-def test_a_plain_model_answers_as_timm_does_and_is_cut_by_its_pretrained_cfg(imagenet, tmp_path):
+def test_a_plain_model_predicts_as_timm_does_and_is_cut_by_its_pretrained_cfg(imagenet, tmp_path):
     assert imagenet.answers == ("full",) and imagenet.spec.size == imagenet.network.pretrained_cfg["input_size"][-1]
     assert imagenet.spec.mean == tuple(imagenet.network.pretrained_cfg["mean"]) and not imagenet.network.training
 

@@ -1,4 +1,4 @@
-"""The audit's arithmetic against naive loops, and the changed images against what they promise."""
+"""Metrics of the audit compared with naive loops, and properties of the changed images."""
 
 import numpy as np
 import pytest
@@ -220,7 +220,7 @@ def figures(loss, accuracy=(0.9, 0.88, 0.92), gap=None):
         ({"accuracy": Estimate(0.9, 0.8, 1.0)}, 400, "No background of another class"),
     ],
 )
-def test_the_verdict_is_no_surer_than_its_interval(found, images, says):
+def test_the_verdict_respects_the_whole_interval(found, images, says):
     assert says in verdict_of("this model", found, images, 10)
 
 

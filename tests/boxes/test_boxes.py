@@ -1,4 +1,4 @@
-"""Detections, and the way from a view back to its image."""
+"""Detections, and the mapping from a view back to its image."""
 
 import hypothesis.strategies as st
 import pytest

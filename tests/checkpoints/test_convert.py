@@ -1,4 +1,4 @@
-"""Runs without training: out of a timm classifier, and out of independent networks and back."""
+"""Runs without training: derived from a timm classifier, and joined from independent networks and split again."""
 
 import sys
 from dataclasses import replace
@@ -30,7 +30,7 @@ def there(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["resnet18.a1_in1k", "resnet10t.c3_in1k"])
-def test_a_timm_classifier_becomes_a_run_that_answers_as_it_did(there, tmp_path, name):
+def test_a_timm_classifier_becomes_a_run_with_the_same_predictions(there, tmp_path, name):
     _, labels = derive.derive(name, tmp_path / "run")
     source = timm.create_model(name, pretrained=True).eval()
     x = torch.randn(2, 3, 64, 64)

@@ -1,4 +1,4 @@
-"""The commands as a newcomer meets them: what they print, and that no mistake of the input ends in a traceback."""
+"""The commands as a new user meets them: their output, and that invalid input never ends in a traceback."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def test_list_shows_models_tags_parameters_and_input_sizes(l2r2):
     assert "No model matches" in sentence(l2r2("list", "nonsense"))
 
 
-def test_predict_writes_answers_with_reasons(l2r2, run, dataset, tmp_path):
+def test_predict_writes_predictions_with_reasons(l2r2, run, dataset, tmp_path):
     result = l2r2("predict", run, dataset, "--split", "test", "-o", tmp_path / "out.json")
     assert result.returncode == 0, result.stderr
     assert "12 images: 12 predictions, 12 with an object found, 0 from the whole image; 0 failed" in result.stdout

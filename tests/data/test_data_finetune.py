@@ -1,4 +1,4 @@
-"""What `finetune` does with the rows: swapped backgrounds, occlusion, held-out ends, and words on look-alikes."""
+"""Use of the rows by `finetune`: swapped backgrounds, occlusion, held-out ends, and near-duplicate warnings."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ def l2r2(monkeypatch, *arguments):
     return ended.value.code
 
 
-def test_the_flags_reach_the_run_and_look_alikes_are_named_and_recorded(tmp_path, monkeypatch, capsys):
+def test_the_options_reach_the_run_and_near_duplicates_are_reported_and_recorded(tmp_path, monkeypatch, capsys):
     data = write_dataset(tmp_path / "data", splits=("train", "test"))
     names = [(data / "images" / f"{split}_{i:03d}.png") for i in (9, 10) for split in ("train", "test")]
     names[1].write_bytes(names[0].read_bytes())  # the last row of a class, and a test image that is the same

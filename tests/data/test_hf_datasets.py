@@ -1,4 +1,4 @@
-"""Data sets of `datasets`, several objects an image, and metadata beside each split."""
+"""Data sets of `datasets`, several objects per image, and a metadata file in each split."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Look-alikes across splits, and held-out blocks that avoid them."""
+"""Near-duplicates across splits, and held-out blocks that avoid them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_the_distance_is_the_number_of_bits_that_differ_and_the_nearest_pair_is_
     assert find_leaks(train, {}) == []
 
 
-def test_look_alikes_of_another_class_do_not_count_and_unlabeled_ones_do(tmp_path):
+def test_near_duplicates_of_another_class_do_not_count_and_unlabeled_ones_do(tmp_path):
     train = table_of(tmp_path / "train", [scene(i) for i in range(4)], ["a", "b", "a", "b"])
     same, other, nameless = (table_of(tmp_path / "v", [scene(0)], [label]) for label in ("a", "b", None))
     assert [len(find_leaks(train, {"v": t})) for t in (same, other, nameless)] == [1, 0, 1]

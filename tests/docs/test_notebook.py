@@ -1,4 +1,4 @@
-"""The notebook's cells run one after another, offline, and show what its text says."""
+"""The notebook's cells run in order, offline, and show what the text describes."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The commands of the quickstart, the tutorials and the guides run in their order, on small data and with small networks.
+"""The commands of the quickstart, the tutorials and the guides run in order, on small data and with small networks.
 
 Weights of a Hub are replaced by random ones of small networks, and the boxes that a random detector finds by true ones.
 """

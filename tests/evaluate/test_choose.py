@@ -1,4 +1,4 @@
-"""A fusion is chosen by regret on two kinds of held-out rows; it never loses to fg, and likelihood decides between equals."""
+"""A fusion is chosen by regret on two kinds of held-out rows; it is never worse than fg, and likelihood breaks ties."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Stored logits, fitted fusions in a run, and the measures."""
+"""Stored logits, fitted fusions in a run, and the metrics."""
 
 import json
 from dataclasses import replace
@@ -27,7 +27,7 @@ def own_run(tmp_path):
     return write_run(tmp_path / "run")
 
 
-def test_logits_are_what_the_model_says_and_are_computed_once(own_run, dataset):
+def test_logits_are_those_of_the_model_and_are_computed_once(own_run, dataset):
     checkpoint, table = hub.load_checkpoint(own_run), read_table(dataset).of_split("val")
     passes = []
     count = lambda batches, total: passes.append(total) or batches  # noqa: E731
@@ -54,7 +54,7 @@ def test_other_boxes_or_other_weights_never_reuse_stored_logits(own_run, dataset
     assert len(list(store.iterdir())) == 3
 
 
-def test_anything_that_changes_the_answer_is_computed_anew(own_run, dataset, tmp_path):
+def test_anything_that_changes_the_logits_is_computed_again(own_run, dataset, tmp_path):
     """Scores under the threshold, an image replaced by one of the same size, labels in another order, a damaged store."""
     checkpoint, store = hub.load_checkpoint(own_run), own_run / "logits"
     for score in (0.9, 0.1):
@@ -86,12 +86,12 @@ def test_anything_that_changes_the_answer_is_computed_anew(own_run, dataset, tmp
     assert torch.equal(branch_logits(checkpoint, read_table(dataset).of_split("val"), store).logits["full"], after.logits["full"])
 
 
-def test_a_store_that_cannot_be_written_does_not_stop_the_judging(own_run, dataset):
+def test_a_store_that_cannot_be_written_does_not_stop_the_evaluation(own_run, dataset):
     (own_run / "logits").write_text("in the way")
     assert evaluate_run(own_run, dataset, "val").images == 12
 
 
-def test_weights_and_config_of_different_saves_are_refused_and_mended_by_fitting(own_run, dataset):
+def test_weights_and_config_of_different_saves_are_refused_and_fixed_by_fitting(own_run, dataset):
     weights = (own_run / "model.safetensors").read_bytes()
     fit_run(own_run, dataset, "val", method="scaled_average")
     (own_run / "model.safetensors").write_bytes(weights)  # as if killed between the two files
@@ -119,7 +119,7 @@ def test_without_a_full_branch_evaluate_and_predict_agree(dataset, tmp_path):
     assert "no object was found in any image" in judged.warnings[0]
 
 
-def test_a_fitted_fusion_is_saved_and_every_answer_uses_it(own_run, dataset):
+def test_a_fitted_fusion_is_saved_and_used_in_every_prediction(own_run, dataset):
     report = fit_run(own_run, dataset, "val", method="scaled_weighted_average")
     assert report.rows == report.with_object == 48  # as they are, and on three other backgrounds each
     assert set(report.numbers) == {"scaled_weighted_average"}
@@ -160,7 +160,7 @@ def test_fitting_on_training_rows_warns(own_run, dataset):
     assert evaluate_run(own_run, dataset, "val").warnings == ()
 
 
-def test_rows_that_chose_the_epoch_warn_where_they_judge(own_run, dataset):
+def test_evaluating_on_rows_that_chose_the_epoch_warns(own_run, dataset):
     record = {"val_files": read_table(dataset).of_split("val").names(), "val_used_for": []}
     (own_run / "run.json").write_text(json.dumps(record))
     assert evaluate_run(own_run, dataset, "val").warnings == ()
@@ -247,7 +247,7 @@ def test_evaluate_gives_every_branch_and_fusion_and_agrees_with_predict(own_run,
     assert figures["without_box"] is None
 
 
-def test_metadata_can_correct_the_answers(own_run, dataset):
+def test_metadata_can_correct_the_predictions(own_run, dataset):
     table = read_table(dataset)
     with pytest.raises(L2R2Error, match="contains none of the images"):
         evaluate_run(own_run, dataset, "test", prior="label")
@@ -262,7 +262,7 @@ def test_metadata_can_correct_the_answers(own_run, dataset):
     assert same["fg + file_name"]["accuracy"] == same["fg"]["accuracy"]
 
 
-def test_a_split_is_never_both_fitted_on_and_judged_by(own_run, dataset):
+def test_a_split_is_never_used_both_to_fit_and_to_evaluate(own_run, dataset):
     with pytest.raises(L2R2Error, match="cannot be used both to fit and to evaluate"):
         evaluate_run(own_run, dataset, "test", fit_split="test")
     with pytest.raises(L2R2Error, match='no column "weather" in the metadata; there are file_name, label, split'):

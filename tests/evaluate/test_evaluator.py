@@ -1,4 +1,4 @@
-"""Judging: what is said of the figures, that nothing is fitted on the rows judged by, ensembles, classes that do not occur."""
+"""Evaluation: its warnings and notes, nothing is fitted on the evaluated rows, ensembles, absent classes."""
 
 import json
 
@@ -37,7 +37,7 @@ def relabel(dataset, split, change):
     (dataset / "metadata.csv").write_text("\n".join(",".join(row) for row in cells))
 
 
-def test_nothing_is_fitted_on_the_rows_judged_by(own_run, dataset):
+def test_nothing_is_fitted_on_the_evaluated_rows(own_run, dataset):
     """Other labels on the judged split change figures, and no number of a fusion or a temperature."""
 
     def fitted():
@@ -57,7 +57,7 @@ def test_nothing_is_fitted_on_the_rows_judged_by(own_run, dataset):
     assert fitted()[1] != temperatures  # whereas the split to fit on matters
 
 
-def test_temperatures_mend_the_calibration_of_what_they_were_fitted_on(own_run, dataset):
+def test_temperatures_calibrate_the_rows_they_were_fitted_on(own_run, dataset):
     """With the same rows under another name, the scaled logits have the least cross-entropy, with 3 rows of unknown class."""
     text = (dataset / "metadata.csv").read_text()
     twins = [line.replace(",val,", ",twin,").replace("val_", "twin_") for line in text.splitlines() if ",val," in line]
@@ -185,7 +185,7 @@ def test_mistakes_of_the_command_show_before_the_network_runs(own_run, dataset, 
     assert passes == []
 
 
-def test_classes_that_do_not_occur_are_said_and_not_counted(own_run, dataset):
+def test_classes_that_do_not_occur_are_noted_and_not_counted(own_run, dataset):
     relabel(dataset, "test", lambda i, label: "red" if label == "blue" else label)
     judged = judge_run(own_run, dataset, "test")
     figures = evaluation_of(judged)
@@ -195,7 +195,7 @@ def test_classes_that_do_not_occur_are_said_and_not_counted(own_run, dataset):
     assert figures.rows["full"]["macro_accuracy"] == pytest.approx((recall["green"] + recall["red"]) / 2)
 
 
-def test_a_split_of_one_class_is_judged_and_said(own_run, dataset):
+def test_a_split_of_one_class_is_evaluated_with_a_note(own_run, dataset):
     relabel(dataset, "test", lambda i, label: "red")
     figures = evaluate_run(own_run, dataset, "test", fit_split="val")
     assert figures.notes == ("All images of test show red: the accuracy is the recall of this class.",)
@@ -240,7 +240,7 @@ def test_no_usable_image_at_all_is_a_sentence(own_run, dataset):
         evaluate_run(own_run, dataset, "test", skip_bad=True)
 
 
-def test_a_mended_image_is_judged_again(own_run, dataset):
+def test_a_repaired_image_is_evaluated_again(own_run, dataset):
     path = dataset / "images" / "test_001.png"
     content = path.read_bytes()
     path.write_bytes(b"")
@@ -258,7 +258,7 @@ def test_the_gain_is_over_full_and_has_its_own_interval(own_run, dataset):
     json.dumps(figures, allow_nan=False)
 
 
-def test_the_command_says_and_writes_it_all(l2r2, own_run, dataset, tmp_path):
+def test_the_command_prints_and_writes_everything(l2r2, own_run, dataset, tmp_path):
     other = write_run(tmp_path / "other", seed=1)
     (dataset / "images" / "test_001.png").write_bytes(b"PK\x03\x04")
     base = ["evaluate", own_run, dataset, "--group", "label", "--fit-split", "val", "--with", other, "--skip-bad"]

@@ -1,4 +1,4 @@
-"""`l2r2 publish`: what it shows, what it refuses to send, and that what arrives is what was sent."""
+"""`l2r2 publish`: its output, what it refuses to upload, and that the uploaded files are the prepared ones."""
 
 import json
 import re
@@ -127,7 +127,7 @@ def test_what_would_go_up_is_three_files_without_a_path_of_this_machine(finished
     assert hub.load_checkpoint(package.folder).digest == hub.load_checkpoint(finished).digest
 
 
-def test_the_card_says_what_was_measured_and_its_metadata_can_be_read_back(finished, tmp_path):
+def test_the_card_lists_the_metrics_and_its_metadata_can_be_read_back(finished, tmp_path):
     from huggingface_hub import ModelCard
 
     text = (made(finished, tmp_path).folder / "README.md").read_text()
@@ -162,7 +162,7 @@ def test_evaluations_of_other_weights_are_left_out(finished, tmp_path):
             read_evaluations(finished, [tmp_path / "broken.json"])
 
 
-def test_without_an_evaluation_the_validation_figures_of_the_training_count(finished, tmp_path):
+def test_without_an_evaluation_the_card_has_the_validation_metrics(finished, tmp_path):
     for file in (finished / "evaluations").iterdir():
         file.unlink()
     package = made(finished, tmp_path)
@@ -171,7 +171,7 @@ def test_without_an_evaluation_the_validation_figures_of_the_training_count(fini
     assert "split validation (of the training): 2 images" in text
 
 
-def test_the_validation_figures_of_a_fusion_that_was_fitted_since_are_left_out(finished, tmp_path):
+def test_the_validation_metrics_of_a_replaced_fusion_are_left_out(finished, tmp_path):
     """Those of finetune are of the fusion before the fit."""
     checkpoint = hub.load_checkpoint(finished)
     fit = {"split": "val", "backgrounds": "both", "group": "plant", "rows": 72, "method": "best_on_val", "accuracy": 0.5}
@@ -217,7 +217,7 @@ SAID = {  # what the card says of each kind of model, and what it must not
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_card_says_what_holds_for_the_kind_of_model_and_its_usage_runs(tmp_path, kind):
+def test_the_card_fits_the_kind_of_model_and_its_usage_runs(tmp_path, kind):
     localizer = {"spec": "head"} if kind == "box head" else None
     run = write_kind(tmp_path / "run", kind, localizer=localizer)
     card = model_card(hub.load_checkpoint(run), "org/x", CardMetadata(), ())
@@ -310,7 +310,7 @@ def test_a_dry_run_sends_nothing(finished, there, l2r2):
     assert there.log == [] and there.repos == {}
 
 
-def test_push_arrives_in_one_commit_and_answers_as_before(finished, there, l2r2):
+def test_push_is_one_commit_with_the_same_predictions(finished, there, l2r2):
     code, out, err = l2r2("publish", finished, "org/squares", "--license", "mit", "--push")
     assert code == 0, err
     assert "hashes verified" in out
@@ -383,7 +383,7 @@ def test_other_hashes_there_than_here(finished, tmp_path, there, monkeypatch):
         push(made(finished, tmp_path))
 
 
-def test_evaluate_keeps_its_figures_for_the_card(finished, dataset, tmp_path, l2r2):
+def test_evaluate_stores_its_metrics_for_the_card(finished, dataset, tmp_path, l2r2):
     assert l2r2("evaluate", finished, dataset, "--split", "test")[0] == 0
     evaluations = {e["split"]: e for e in read_evaluations(finished, digest=hub.load_checkpoint(finished).digest)}
     assert evaluations["test"]["data"] == dataset.name and evaluations["test"]["images"] == 12

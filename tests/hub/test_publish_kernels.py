@@ -1,4 +1,4 @@
-"""`l2r2 publish-kernels`: the layout of the Kernel Hub, loaded from where it lies, pushed to the branch of its version."""
+"""`l2r2 publish-kernels`: the layout of the Kernel Hub, loaded from a folder, pushed to the branch of its version."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""LocalizerSpec strings, the controls, boxes of a file, and what is done to every localizer's boxes."""
+"""LocalizerSpec strings, the controls, boxes from a file, and the postprocessing of all boxes."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`finetune --box-head`: trained with the branches, kept in the run, used by predict and localize."""
+"""`finetune --box-head`: trained with the branches, saved in the run, used by predict and localize."""
 
 import json
 from dataclasses import replace
@@ -65,7 +65,7 @@ def test_rows_without_a_box_are_negatives_and_give_the_box_no_gradient(tmp_path)
     assert gradients.abs().sum() == 0 and head.out.weight.grad[1].abs().sum() > 0
 
 
-def test_where_nobody_looked_there_is_nothing_to_learn(dataset, tmp_path):
+def test_rows_that_were_not_localized_are_ignored(dataset, tmp_path):
     import timm
 
     entries = {f"train_{i:03d}.png": BoxEntry(((0, 0, 9, 9),), (1.0,), ("",), image_size=(40, 60)) for i in range(4)}
@@ -84,7 +84,7 @@ def test_where_nobody_looked_there_is_nothing_to_learn(dataset, tmp_path):
     assert ViewDataset(masks, CLASSES, ViewSpec(size=32), ("full", "fg"), locate=True)[4]["localized"]
 
 
-def test_the_run_says_what_finds_its_boxes(trained, tmp_path, l2r2):
+def test_the_run_records_its_localizer(trained, tmp_path, l2r2):
     checkpoint = hub.load_checkpoint(trained / "run")
     assert checkpoint.model.box_head is not None and checkpoint.localizer == {"spec": "head"}
     data = trained / "data"

@@ -1,4 +1,4 @@
-"""A Predictor that finds its own boxes: by a spec, by its box head in one full pass, by asking for the likely classes."""
+"""A Predictor with a localizer: by a spec, by its box head in one full pass, by prompting with the likely classes."""
 
 import json
 
@@ -28,7 +28,7 @@ def paths(dataset):
     return [row.path for row in read_table(dataset).of_split("test").rows]
 
 
-def test_boxes_found_on_the_way_answer_as_boxes_of_a_file(run, paths, tmp_path):
+def test_boxes_of_the_localizer_give_the_predictions_of_a_box_file(run, paths, tmp_path):
     spec = "center?share=0.7"
     localize_to_file(create_localizer(spec), paths, tmp_path / "boxes.json")
     inputs = gather(paths, tmp_path / "boxes.json")
@@ -65,7 +65,7 @@ def test_the_head_needs_one_full_pass_and_cuts_from_the_original(headed, paths):
         assert prediction.objects[0].box == pytest.approx(predictor(path).objects[0].box, abs=0.02)
 
 
-def test_an_unsure_head_leaves_the_answer_to_the_whole_image(headed, paths):
+def test_with_low_objectness_the_whole_image_is_classified(headed, paths):
     sure = Predictor.from_pretrained(headed, device="cpu", localizer="head", box_threshold=1.0)
     (answer,) = sure(paths[0]).objects
     assert answer.source == "full" and "no box reaches the score 1" in answer.reason
@@ -119,7 +119,7 @@ def test_what_the_localizer_failed_on_is_tried_again(run, paths, tmp_path, monke
     assert not second.localizer_failures and second.images[3]["objects"][0]["source"] == "fused"
 
 
-def test_a_localizer_that_cannot_look_is_said_on_the_command_line(l2r2, headed, dataset, tmp_path, tiny):
+def test_a_failing_localizer_is_reported_on_the_command_line(l2r2, headed, dataset, tmp_path, tiny):
     base = ["predict", headed, dataset, "--split", "test", "-o"]
     forgotten = sentence(l2r2(*base, tmp_path / "none.json", "--localizer", f"owlv2:{tiny('owlv2')}"))
     assert "needs a prompt" in forgotten and not (tmp_path / "none.json").exists()

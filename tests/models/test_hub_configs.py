@@ -1,4 +1,4 @@
-"""Hub configs: the table that comes with the package, the strict schema of YAML files; reading and writing of files."""
+"""Hub configs: the table in the package, the strict schema of the YAML files, reading and writing."""
 
 import csv
 import hashlib

@@ -1,4 +1,4 @@
-"""`--adapt`: images of one place are fused together in predict and evaluate, whatever the order, and after any interruption."""
+"""`--adapt`: images taken at the same place are fused jointly, independent of order and interruptions."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def test_the_order_of_files_changes_nothing(fitted, predictor, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["json", "csv"])
-def test_continued_with_more_images_it_says_what_one_call_says(fitted, predictor, tmp_path, monkeypatch, name):
+def test_continued_with_more_images_it_equals_one_call(fitted, predictor, tmp_path, monkeypatch, name):
     """What was there is adapted to the images that came later, and no image is looked at twice."""
     inputs = gather([fitted[1]], split="test")
     first = type(inputs)(inputs.paths[:5], inputs.entries, {}, {}, columns=inputs.columns)

@@ -1,4 +1,4 @@
-"""A file of predictions: every format, an archive that grows and changes, kills, damage, and outputs that are not finite."""
+"""Prediction files: every format, an archive that grows and changes, kills, damage, and non-finite outputs."""
 
 import csv
 import json
@@ -43,7 +43,7 @@ def rows_of(out):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_says_the_same_and_is_continued(predictor, dataset, tmp_path, looked_at, name):
+def test_every_format_has_the_same_contents_and_is_continued(predictor, dataset, tmp_path, looked_at, name):
     inputs, out = gather([dataset], split="train"), tmp_path / f"out.{name}"
     bad = inputs.paths[3]
     good = bad.read_bytes()
@@ -90,7 +90,7 @@ def test_only_what_changed_in_a_growing_archive_is_done_again(predictor, tmp_pat
     assert out.read_bytes() == (tmp_path / "fresh.json").read_bytes()
 
 
-def test_a_changed_mask_is_looked_at_again(predictor, dataset, tmp_path, looked_at):
+def test_a_changed_mask_is_predicted_again(predictor, dataset, tmp_path, looked_at):
     mask = Image.new("L", (60, 40))
     mask.paste(255, (10, 5, 40, 30))
     mask.save(dataset / "mask.png")
@@ -116,7 +116,7 @@ def test_one_photo_by_two_paths_is_one_image(predictor, dataset, tmp_path, monke
     assert [image["file"] for image in json.loads((tmp_path / "out.json").read_text())["images"]] == absolute
 
 
-def test_earlier_answers_for_other_images_stay(predictor, dataset, tmp_path):
+def test_earlier_predictions_for_other_images_stay(predictor, dataset, tmp_path):
     out = tmp_path / "out.json"
     predict_to_file(predictor, gather([dataset], split="val"), out)
     report = predict_to_file(predictor, gather([dataset], split="test"), out)

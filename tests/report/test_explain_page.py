@@ -1,4 +1,4 @@
-"""`l2r2 explain` and its page: pictures in the order asked for, numbers of all images, invalid input as sentences."""
+"""`l2r2 explain` and its page: the order of the pictures, means over all images, one sentence for invalid input."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The page of `l2r2 evaluate --report`: what it says is what the figures say, and the disagreements are the right ones."""
+"""The page of `l2r2 evaluate --report`: its sentences match the metrics, and the disagreements are the right ones."""
 
 import re
 from dataclasses import replace
@@ -40,7 +40,7 @@ def cards(page):
     return re.findall(r"images/test_(\d+)\.png", page.words)
 
 
-def test_the_disagreements_are_those_and_the_surest_come_first(judged, tmp_path):
+def test_the_disagreements_are_sorted_by_confidence(judged, tmp_path):
     truth = judged.data.labels
     wrong = (truth + 1) % 3
     fused, full = truth.clone(), truth.clone()
@@ -66,7 +66,7 @@ def test_a_failure_seen_often_does_not_fill_the_gallery(judged, tmp_path):
     assert len(cards(page)) == 6 and "24 images, 6 of them shown" in page.words
 
 
-def test_the_lead_says_what_can_be_said_and_no_more(judged, tmp_path):
+def test_the_lead_only_claims_significant_differences(judged, tmp_path):
     truth = judged.data.labels
     wrong = (truth + 1) % 3
     bad, one = wrong.clone(), wrong.clone()

@@ -1,4 +1,4 @@
-"""Which weights a run ends with: the last, their average, or those of the epoch that is best on the validation rows."""
+"""The final weights of a run: the last, their average, or those of the best epoch on the validation rows."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Training on a user's folder: it learns, it is killed and continues, it stops before training on what it cannot use."""
+"""Training on a user's folder: it learns, continues after a kill, and refuses unusable data before training."""
 
 import json
 import os

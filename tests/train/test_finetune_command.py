@@ -1,4 +1,4 @@
-"""`l2r2 finetune` and its recipes, as a person types them."""
+"""`l2r2 finetune` and its recipes on the command line."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""iFAM on its way through a run: trained from labels alone, continued, predicted with, published."""
+"""iFAM in a run: trained from labels alone, resumed, used for prediction, published."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Starting from a checkpoint: what is taken over, what starts anew, and what is refused."""
+"""Starting from a checkpoint: what is copied, what is new, and what is refused."""
 
 import json
 import shutil

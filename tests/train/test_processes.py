@@ -1,4 +1,4 @@
-"""torchrun: two processes give the result of one, one of them writes and speaks, and an error is said once."""
+"""torchrun: two processes give the result of one, only one of them writes and prints, and an error is reported once."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Recipes: built-in ones, files, overrides, and what a person gets for a slip of the pen."""
+"""Recipes: built-in ones, files, overrides, and the messages for mistakes."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A training that is killed continues to the very same weights, with everything that has a state of its own."""
+"""A killed training continues to bit-identical weights, with all its state."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The public attention functions and their operators: numbers, rules, errors, compile and export."""
+"""The public attention functions and their operators: results, edge cases, errors, compile and export."""
 
 import pytest
 import torch

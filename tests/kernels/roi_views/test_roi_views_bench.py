@@ -1,4 +1,4 @@
-"""The speed table: a dry run of its rows on small images, and what the driver says without a GPU."""
+"""The speed table: a dry run of its rows on small images, and the message of the driver without a GPU."""
 
 import csv
 import importlib.util
