@@ -73,7 +73,7 @@ def run_demo(folder: Path, *, epochs: int = 3, seed: int = 0, say: Callable[[str
 
     say("4/5  choosing a fusion on validation images, as they are and with swapped backgrounds")
     fitted = fit_run(runs["l2r2"], data, "val")
-    say(f"     {fitted.chosen}: {fitted.reason}")
+    say(f"     {fitted.reason}")
 
     say("5/5  predicting the test images")
     truth = {str(row.path): str(row.label) for row in read_table(data).rows}
