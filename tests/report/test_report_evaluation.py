@@ -77,7 +77,7 @@ def test_the_lead_only_claims_significant_differences(judged, tmp_path):
     assert "The object alone would be more accurate, by +75.0 to +100.0 points." in page.words
     page = page_of(saying(judged, full=(bad, 0.5), fg=(truth, 0.5), fused=(truth, 0.5)), tmp_path)
     assert "That is +91.7 points" in page.words and "too close" not in page.words and "would be more accurate" not in page.words
-    assert "Wherever a branch" not in page.words
+    assert "Whenever one of" not in page.words
 
 
 def test_images_without_an_object_are_shown_wrong_ones_first(judged, tmp_path):
@@ -108,7 +108,7 @@ def test_temperatures_that_do_harm_are_called_so(judged, tmp_path):
     answers = (truth + (torch.arange(24) % 2)) % 3  # half of them right, and half sure: ECE about 0
     said = saying(judged, **dict.fromkeys(("full", "fg", "fused"), (answers, 0.5)))
     harmed = replace(said, fitted_on="val", temperatures=dict.fromkeys(said.outputs, 0.1))
-    assert "worse here: test is not like val" in page_of(harmed, tmp_path).words
+    assert "less calibrated: test differs from val" in page_of(harmed, tmp_path).words
     unchanged = replace(said, fitted_on="val", temperatures=dict.fromkeys(said.outputs, 1.0))
-    assert "worse here" not in page_of(unchanged, tmp_path).words
+    assert "less calibrated" not in page_of(unchanged, tmp_path).words
     assert "With --fit-split" in page_of(said, tmp_path).words
