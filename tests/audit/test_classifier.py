@@ -26,7 +26,7 @@ def test_imagenet_classes_go_by_wordnet_id_and_by_synonym(imagenet):
 
 
 def test_an_ambiguous_name_needs_a_map_and_one_class_may_mean_several(imagenet, tmp_path):
-    with pytest.raises(L2R2Error, match="several classes of the model are called crane; give --classes"):
+    with pytest.raises(L2R2Error, match="several classes of the model are called crane; pass --classes"):
         match_classes(["crane"], imagenet)
     (tmp_path / "map.csv").write_text("class,model_class\ncrane,n02012849\nfish,tench\nfish,goldfish\n")
     assert match_classes(["crane", "fish"], imagenet, tmp_path / "map.csv") == {"crane": [134], "fish": [0, 1]}
@@ -66,7 +66,7 @@ def test_models_without_class_names_or_of_other_channels_are_refused(tmp_path):
         save_for_hf(model, str(tmp_path / name), safe_serialization=True)
         with pytest.raises(L2R2Error, match=says):
             load_audited(tmp_path / name)
-    with pytest.raises(L2R2Error, match="leave --labels out"):
+    with pytest.raises(L2R2Error, match="do not pass --labels"):
         load_audited(write_run(tmp_path / "run"), tmp_path / "names.txt")
 
 

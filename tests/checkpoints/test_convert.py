@@ -54,9 +54,9 @@ def test_the_command_derives(there, tmp_path, monkeypatch, capsys):
     (tmp_path / "labels.txt").write_text("\n".join(f"class {i}" for i in range(1000)))
     options = ("--labels", tmp_path / "labels.txt", "--branches", "full,fg,bg", "-o", tmp_path / "run")
     code, text = l2r2("derive", "timm:resnet10t", *options)
-    assert code == 0 and "1000 classes, not trained" in text
+    assert code == 0 and "1000 classes; not trained" in text
     assert hub.load_checkpoint(tmp_path / "run").model.branches == ("full", "fg", "bg")
-    for source, sentence in (("timm:resnet10t", "already contains a checkpoint"), ("resnet10t", "give timm:NAME")):
+    for source, sentence in (("timm:resnet10t", "already contains a checkpoint"), ("resnet10t", "write timm:NAME")):
         code, text = l2r2("derive", source, "-o", tmp_path / "run")
         assert code == 1 and sentence in text and "Traceback" not in text
 

@@ -160,7 +160,7 @@ def test_an_output_that_holds_something_else_is_left_alone(tmp_path):
     before = contents(tmp_path / "birds")
     image(folder / "CUB_200_2011/images/014.Indigo_Bunting/I_1.jpg", level=3)  # another version of the archive
     (folder / "CUB_200_2011/train_test_split.txt").write_text("1 0\n2 1\n3 1\n4 0\n")
-    with pytest.raises(L2R2Error, match="of other files"):
+    with pytest.raises(L2R2Error, match="from other files"):
         import_published("cub", folder, tmp_path / "birds")
     assert set(contents(tmp_path / "birds")) == set(before)
 

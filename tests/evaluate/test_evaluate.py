@@ -104,7 +104,7 @@ def test_weights_and_config_of_different_saves_are_refused_and_fixed_by_fitting(
 def test_predictions_made_before_the_fusion_changed_are_not_kept(own_run, dataset, tmp_path):
     predict_to_file(Predictor.from_pretrained(own_run, device="cpu"), gather([dataset], split="val"), tmp_path / "p.json")
     fit_run(own_run, dataset, "val", method="max_confidence")
-    with pytest.raises(L2R2Error, match=r"made with other values of .*fusion"):
+    with pytest.raises(L2R2Error, match=r"made with another .*fusion"):
         predict_to_file(Predictor.from_pretrained(own_run, device="cpu"), gather([dataset], split="val"), tmp_path / "p.json")
 
 
@@ -256,7 +256,7 @@ def test_metadata_can_correct_the_predictions(own_run, dataset):
     assert rows["full + label"]["accuracy"] > rows["full"]["accuracy"] and "fused: robust + label" in rows
     relabeled = (dataset / "metadata.csv").read_text().replace("train_000.png,red", "train_000.png,teal")
     (dataset / "teal.csv").write_text(relabeled)
-    with pytest.raises(L2R2Error, match=r"train_000\.png: its class teal is unknown to .*; pass the data"):
+    with pytest.raises(L2R2Error, match=r"train_000\.png: its class teal is unknown to"):
         evaluate_run(own_run, dataset, "test", prior="label", metadata=dataset / "teal.csv")
     same = evaluate_run(own_run, dataset, "test", prior="file_name").rows  # values that training never saw
     assert same["fg + file_name"]["accuracy"] == same["fg"]["accuracy"]

@@ -187,7 +187,7 @@ def test_top_k_prompts_go_on_where_the_localizer_fails_on_one_image(run, paths, 
 def test_top_k_prompts_need_what_they_need(run, tiny, tmp_path):
     with pytest.raises(L2R2Error, match="a localizer that takes prompts"):
         Predictor.from_pretrained(run, localizer="center", topk_prompts=2)
-    with pytest.raises(L2R2Error, match="for a localizer that is given too"):
+    with pytest.raises(L2R2Error, match="topk_prompts must be at least 1"):
         Predictor.from_pretrained(run, topk_prompts=2)
     with pytest.raises(L2R2Error, match="need the branches full and fg"):
         plain = write_run(tmp_path / "plain", branches=("full",))
@@ -211,7 +211,7 @@ def test_predict_says_which_localizer_a_model_is_meant_for(l2r2, dataset, tmp_pa
     checkpoint = hub.load_checkpoint(write_run(tmp_path / "run"))
     hub.save_checkpoint(checkpoint.model, tmp_path / "run", checkpoint.labels, localizer={"spec": "center?share=0.6"})
     base = ["predict", tmp_path / "run", dataset / "images", "-o", tmp_path / "out.json"]
-    assert "meant for those of --localizer center?share=0.6" in l2r2(*base).stderr
+    assert "meant for boxes from --localizer center?share=0.6" in l2r2(*base).stderr
     again = l2r2(*base[:-1], tmp_path / "other.json", "--localizer", "center?share=0.6")
     assert again.returncode == 0 and "meant for" not in again.stderr
 

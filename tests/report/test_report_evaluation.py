@@ -77,7 +77,7 @@ def test_the_lead_only_claims_significant_differences(judged, tmp_path):
     assert "The object alone would be more accurate, by +75.0 to +100.0 points." in page.words
     page = page_of(saying(judged, full=(bad, 0.5), fg=(truth, 0.5), fused=(truth, 0.5)), tmp_path)
     assert "That is +91.7 points" in page.words and "too close" not in page.words and "would be more accurate" not in page.words
-    assert "Wherever a branch" not in page.words
+    assert "Whenever one of" not in page.words
 
 
 def test_images_without_an_object_are_shown_wrong_ones_first(judged, tmp_path):

@@ -81,5 +81,5 @@ def test_files_that_are_no_recipe_are_sentences(tmp_path, text, message):
 def test_settings_that_are_none_are_sentences(setting, message):
     with pytest.raises(L2R2Error, match=message):
         parse_settings([setting])
-    with pytest.raises(L2R2Error, match="--set gives lr twice"):
+    with pytest.raises(L2R2Error, match="--set lr is given twice"):
         parse_settings(["lr=1", "lr=2"])
