@@ -36,9 +36,9 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -
 test: lint
 	@$(PYTEST)
 
-# The Triton kernels in the interpreter and compiled for sm_90, and timm's own suite on our models.
+# What takes longer: the Triton kernels in the interpreter and compiled for sm_90, timm's own suite, tutorials, whole trainings.
 test-more: $(INSTALLED) $(TIMM)
-	@L2R2_TIMM_CHECKOUT=$(CURDIR)/$(TIMM) $(PYTEST) -m "interpreter or timm_suite"
+	@L2R2_TIMM_CHECKOUT=$(CURDIR)/$(TIMM) $(PYTEST) -m "interpreter or timm_suite or slow"
 
 .PHONY: docs
 docs: $(INSTALLED)

@@ -69,7 +69,9 @@ def same_weights(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case))
+@pytest.mark.parametrize(
+    "case", [CASES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[1:])], ids=lambda case: " ".join(case)
+)
 def test_killed_or_not_the_weights_are_the_same(data, tmp_path, case):
     whole = finetune(data, recipe(**case), tmp_path / "whole")
     train_and_kill(data, recipe(**case), tmp_path / "killed")
@@ -80,6 +82,7 @@ def test_killed_or_not_the_weights_are_the_same(data, tmp_path, case):
     assert 1 <= record["epochs"]["before_this_call"] < 5 and record["epochs"]["trained"] == 5
 
 
+@pytest.mark.slow
 def test_every_setting_of_the_cases_does_something(data, tmp_path):
     """Else the test above would pass for settings that do nothing."""
     finetune(data, recipe(epochs=1), tmp_path / "plain")
