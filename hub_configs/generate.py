@@ -34,6 +34,7 @@ def read_top1(path: str) -> dict[str, float]:
 
 @functools.lru_cache
 def count_parameters(architecture: str, num_classes: int) -> int:
+    """Number of parameters of an architecture with this many classes."""
     with torch.device("meta"):
         model = timm.create_model(architecture, num_classes=num_classes)
     return sum(p.numel() for p in model.parameters())
@@ -64,6 +65,7 @@ def rows_of(architecture: str, backbone: str, top1: dict[str, float]) -> list[di
 
 
 def main() -> None:
+    """Write the table."""
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     top1 = read_top1(sys.argv[1])

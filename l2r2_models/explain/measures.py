@@ -40,8 +40,10 @@ def against_mask(values: Tensor, inside: Tensor) -> dict[str, float]:
 def insertion_deletion(
     values: Tensor, pixels: Tensor, fill: Sequence[int], probability: Callable[[list[Tensor]], Tensor], steps: int = STEPS
 ) -> dict[str, float]:
-    """Areas under the probability of a class while an image's pixels come, or go, the most salient first (RISE, Petsiuk et al.,
-    BMVC 2018): a map that is right about the network has a high `insertion` and a low `deletion`, both 0 to 1.
+    """Areas under the probability of a class while an image's pixels come, or go, the most salient first.
+
+    A map that is right about the network has a high `insertion` and a low `deletion`, both 0 to 1 (RISE, Petsiuk et al.,
+    BMVC 2018).
 
     Args:
         values: the map `[H, W]`; equal values come in a random order that is the same every time.

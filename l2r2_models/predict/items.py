@@ -43,6 +43,7 @@ def is_full(batch: Sequence[Item], size: int) -> bool:
 
 
 def merged(done: Sequence[Prediction | None], predicted: Sequence[Prediction]) -> Iterator[Prediction]:
+    """The predictions of a batch in order: the known ones, with the new ones in the gaps."""
     waiting = iter(predicted)
     for prediction in done:
         yield prediction if prediction is not None else next(waiting)

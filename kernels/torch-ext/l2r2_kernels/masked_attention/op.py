@@ -64,7 +64,7 @@ def _(key_mask, backend="auto"):
 def masked_attention_op(
     q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, scale: float, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """out ``[B, H, N, D]`` and lse ``[B, H, N]`` (float32 at least); index and count as ``key_index`` gives them."""
+    """Output ``[B, H, N, D]`` and lse ``[B, H, N]`` (float32 at least); index and count as ``key_index`` gives them."""
     if runs_triton(q, q.shape[-1], backend):
         from . import triton
 
@@ -122,7 +122,7 @@ masked_attention_op.register_autograd(_masked_backward, setup_context=_masked_co
 def varlen_attention_op(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, scale: float, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """out ``[T, H, D]`` and lse ``[H, T]`` (float32 at least)."""
+    """Output ``[T, H, D]`` and lse ``[H, T]`` (float32 at least)."""
     if runs_triton(q, q.shape[-1], backend):
         from . import triton
 

@@ -29,6 +29,7 @@ class Packed(NamedTuple):
 
     @property
     def batch(self) -> int:
+        """B, the number of images."""
         return self.cu_seqlens.shape[0] - 1
 
     def image_of_token(self) -> Tensor:

@@ -65,8 +65,11 @@ def attention_backward(
 
 
 def key_index_reference(key_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """``index [B, N]`` int32, the kept token numbers of each image in order and then the dropped ones, and
-    ``count [B]`` int32, how many are kept. ``key_mask`` is ``[B, N]`` bool."""
+    """Which tokens each image of ``key_mask [B, N]`` (bool) keeps, and how many.
+
+    Returns:
+        ``index [B, N]`` int32, the kept token numbers of each image in order and then the dropped ones, and ``count [B]`` int32.
+    """
     index = torch.argsort(~key_mask, dim=1, stable=True).to(torch.int32)
     return index, key_mask.sum(1, dtype=torch.int32)
 

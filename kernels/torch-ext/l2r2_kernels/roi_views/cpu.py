@@ -86,7 +86,7 @@ def _vertical(bands: tuple[list[int], Tensor], x: Tensor, pad: int) -> Tensor:
 
 
 def _horizontal(bands: tuple[list[int], Tensor], x: Tensor, pad: int) -> Tensor:
-    """x [rows, extent] times the weights of the columns -> scratch [rows, outputs]."""
+    """Rows ``x [rows, extent]`` times the weights of the columns -> scratch [rows, outputs]."""
     starts, weights = bands
     _, block, window = weights.shape
     out = _scratch.get("resized", x.shape[0], len(starts) * block)
