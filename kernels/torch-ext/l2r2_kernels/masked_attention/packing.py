@@ -40,7 +40,8 @@ class Packed(NamedTuple):
         """The prefix tokens (class, registers) of each image, ``[B, num_prefix, C]``."""
         rows = self.cu_seqlens[:-1, None] + torch.arange(self.num_prefix, device=self.cu_seqlens.device)
         rows = rows.flatten().clamp_max(max(self.tokens.shape[0] - 1, 0))  # out of range only after an overflow
-        return self.tokens.index_select(0, rows).unflatten(0, (self.batch, self.num_prefix))
+        tokens: Tensor = self.tokens.index_select(0, rows).unflatten(0, (self.batch, self.num_prefix))
+        return tokens
 
     def check(self) -> None:
         """Raises OverflowError if the capacity was too small. Waits for the device."""
@@ -103,7 +104,8 @@ def pack(x: Tensor, mask: Tensor, *, num_prefix: int = 0, capacity: int | str | 
 def unpack(packed: Packed, fill: float = 0.0) -> Tensor:
     """``[B, N, C]``: every token back in its place, ``fill`` where it was dropped. Differentiable in ``packed.tokens``."""
     flat = take_rows(packed.tokens, packed.inverse, packed.source, float(fill))
-    return flat.unflatten(0, (packed.batch, packed.max_len))
+    tokens: Tensor = flat.unflatten(0, (packed.batch, packed.max_len))
+    return tokens
 
 
 def check_tokens(x: Tensor, mask: Tensor, num_prefix: int) -> None:

@@ -313,7 +313,10 @@ class Problem(NamedTuple):
         return like.new_empty(shape, dtype=torch.float32)
 
 
-def _launch(kernel, name: str, problem: Problem, tensors: tuple[Tensor, ...], qkv: tuple[Tensor, ...], *scales: float) -> None:
+def _launch(
+    kernel: triton.KernelInterface, name: str, problem: Problem, tensors: tuple[Tensor, ...], qkv: tuple[Tensor, ...],
+    *scales: float,
+) -> None:  # fmt: skip
     q = qkv[0]
     block_d = max(16, triton.next_power_of_2(problem.dim))
     config = configs(block_d, q.element_size(), problem.typical, problem.varlen)[name]
