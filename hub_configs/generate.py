@@ -42,7 +42,7 @@ def count_parameters(architecture: str, num_classes: int) -> int:
 
 def rows_of(architecture: str, backbone: str, top1: dict[str, float]) -> list[dict[str, Any]]:
     """The table's rows of one architecture."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for source, cfg in timm_cfgs(backbone).items():
         if cfg.hf_hub_id != f"timm/{source}":
             sys.exit(f"{source}: its weights are at {cfg.hf_hub_id}; the table needs a column for that.")

@@ -43,7 +43,8 @@ def list_models(
 def _configs() -> tuple[HubConfig, ...]:
     """The table, and the trained checkpoints where the environment names some."""
     if not os.environ.get(FOLDER):
-        return derived_configs()
+        derived: tuple[HubConfig, ...] = derived_configs()
+        return derived
     from l2r2_models.models.hub_configs import load_hub_configs  # checks the users' files
 
     return load_hub_configs()
