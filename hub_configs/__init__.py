@@ -63,6 +63,7 @@ class HubConfig:
 
     @property
     def name(self) -> str:
+        """What `timm.create_model` takes: architecture and tag."""
         return f"{self.architecture}.{self.tag}"
 
     @property

@@ -35,6 +35,7 @@ def read_top1(path: str) -> dict[str, float]:
 
 @functools.lru_cache
 def count_parameters(architecture: str, num_classes: int) -> int:
+    """Number of parameters of an architecture with this many classes."""
     with torch.device("meta"):
         model = timm.create_model(architecture, num_classes=num_classes)
     return sum(p.numel() for p in model.parameters())
@@ -42,7 +43,7 @@ def count_parameters(architecture: str, num_classes: int) -> int:
 
 def rows_of(architecture: str, backbone: str, top1: dict[str, float]) -> list[dict[str, Any]]:
     """Return the rows of one architecture."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for source, cfg in timm_cfgs(backbone).items():
         if cfg.hf_hub_id != f"timm/{source}":
             sys.exit(f"{source}: its weights are at {cfg.hf_hub_id}; add a column for that to the table.")
@@ -65,6 +66,7 @@ def rows_of(architecture: str, backbone: str, top1: dict[str, float]) -> list[di
 
 
 def main() -> None:
+    """Write the table."""
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     top1 = read_top1(sys.argv[1])

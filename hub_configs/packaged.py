@@ -55,8 +55,10 @@ def packaged(source: str) -> PackagedWeights | None:
     True
     """
     for entry in offers():
-        if entry.name == source and (found := entry.load()()) is not None:
-            return found
+        if entry.name == source:
+            found: PackagedWeights | None = entry.load()()
+            if found is not None:
+                return found
     return None
 
 

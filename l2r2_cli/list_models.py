@@ -43,7 +43,8 @@ def list_models(
 def _configs() -> tuple[HubConfig, ...]:
     """Return the table, and the trained checkpoints that the environment variable lists."""
     if not os.environ.get(FOLDER):
-        return derived_configs()
+        derived: tuple[HubConfig, ...] = derived_configs()
+        return derived
     from l2r2_models.models.hub_configs import load_hub_configs  # validates the user's files
 
     return load_hub_configs()

@@ -317,8 +317,10 @@ class Store:
         try:
             check_readable(self.file, most=None)
             with safe_open(self.file, "pt") as stored:
-                if (stored.metadata() or {}).get("key") == self.key and (values := stored.get_tensor("values")).shape == shape:
-                    return values.clone()
+                if (stored.metadata() or {}).get("key") == self.key:
+                    values: Tensor = stored.get_tensor("values")
+                    if values.shape == shape:
+                        return values.clone()
         except (SafetensorError, OSError, L2R2Error):
             pass
         return torch.full(shape, torch.nan)

@@ -338,7 +338,7 @@ def _row_boxes(row: Mapping[str, Any], columns: BoxColumns | None) -> tuple[list
     if columns.has_sides:
         right, bottom = x + right, y + bottom
     score = next((row[name] for name in row if isinstance(name, str) and name.lower() in SCORES), None)
-    return [(x, y, right, bottom)], [1.0 if score in (None, "") else float(score)], [""]  # type: ignore[arg-type]
+    return [(x, y, right, bottom)], [1.0 if score in (None, "") else float(score)], [""]
 
 
 def _entry(
@@ -371,7 +371,7 @@ def _entry(
     except L2R2Error as error:
         raise L2R2Error(f"{file}: {error}") from None
     of_each = tuple(one[1] for one in objects), tuple(one[2] for one in objects)
-    return BoxEntry(pixels, *of_each, normalized, image_size, failure, runs if any(runs) else ())  # type: ignore[arg-type]
+    return BoxEntry(pixels, *of_each, normalized, image_size, failure, runs if any(runs) else ())
 
 
 def _image_size(image: Mapping[str, Any], file: str) -> tuple[int, int] | None:

@@ -76,7 +76,7 @@ class Augment:
         has_box = bool(box.isfinite().all())
         item = {
             "image": tv_tensors.Image(pixels.permute(2, 0, 1)),
-            "box": tv_tensors.BoundingBoxes(box.nan_to_num()[None], format="XYXY", canvas_size=pixels.shape[:2]),  # type: ignore[call-overload]
+            "box": tv_tensors.BoundingBoxes(box.nan_to_num()[None], format="XYXY", canvas_size=pixels.shape[:2]),
             **({} if mask is None else {"mask": tv_tensors.Mask(mask[None])}),
         }
         item = self._crop(item, has_box)

@@ -46,7 +46,8 @@ def row_weights(labels: Tensor, metric: str) -> Tensor:
     if metric == "accuracy":
         return torch.ones(len(labels), dtype=torch.double)
     _, number, count = labels.unique(return_inverse=True, return_counts=True)
-    return len(labels) / (len(count) * count.double())[number]
+    weights: Tensor = len(labels) / (len(count) * count.double())[number]
+    return weights
 
 
 def by_group(predictions: Tensor, labels: Tensor, groups: Sequence[str]) -> dict[str, float]:

@@ -23,6 +23,7 @@ from ..views import Views
 
 if TYPE_CHECKING:
     from ..models.l2r2 import L2R2
+    from ..models.parts import PartMaps
 
 METHODS = ("gradcam", "ig", "occlusion", "rollout", "parts")
 STEPS = 32  # steps of the path of integrated gradients
@@ -185,7 +186,7 @@ def attributions(method: str, score: Score, view: Tensor, baseline: Tensor) -> T
 
     side = view.shape[-1]
     if method == "ig":
-        found = IntegratedGradients(score).attribute(view, baseline, n_steps=STEPS, internal_batch_size=PASS)
+        found: Tensor = IntegratedGradients(score).attribute(view, baseline, n_steps=STEPS, internal_batch_size=PASS)
         cells = min(CELLS, side)
         mean = nn.functional.adaptive_avg_pool2d(found.sum(1), cells)[0]
         return (mean * (side / cells) ** 2).float()
@@ -219,7 +220,8 @@ def _gradcam(model: L2R2, branch: str, given: BranchInput, score: Score) -> Tens
             raise L2R2Error(f"{model.backbone_name}: has no feature map for Grad-CAM; choose ig or occlusion.")
         with torch.enable_grad():
             view = given.view.clone().requires_grad_()
-            return LayerGradCam(score, probe).attribute(view, relu_attributions=True)[0, 0]
+            weighted: Tensor = LayerGradCam(score, probe).attribute(view, relu_attributions=True)
+            return weighted[0, 0]
 
 
 def _rollout(model: L2R2, branch: str, given: BranchInput) -> Tensor:
@@ -240,7 +242,8 @@ def _rollout(model: L2R2, branch: str, given: BranchInput) -> Tensor:
         reached = mixed / mixed.sum(1, keepdim=True) @ reached
     prefix = backbone.num_prefix_tokens
     row = reached[0] if backbone.global_pool == "token" else reached[prefix:].mean(0)
-    return row[prefix:].unflatten(0, patch_grid(backbone, *given.view.shape[-2:]))
+    grid: Tensor = row[prefix:].unflatten(0, patch_grid(backbone, *given.view.shape[-2:]))
+    return grid
 
 
 @contextmanager
@@ -265,7 +268,7 @@ def _parts(model: L2R2, branch: str, given: BranchInput, question: Question) -> 
     if not model.finds_object:
         raise L2R2Error("Only iFAM models have part maps; choose gradcam, ig, occlusion or rollout.")
     network: Any = model
-    found = network.find_parts(given.view)
+    found: PartMaps = network.find_parts(given.view)
     if branch == "fg":
         return found.keep[0].float()
     head = network.heads["full"]

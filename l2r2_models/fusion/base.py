@@ -89,7 +89,8 @@ class Fusion(nn.Module):
     @torch.jit.ignore
     def settings(self) -> dict[str, Any]:
         """Return all constructor arguments, including those that `fit` sets."""
-        return self.chosen()
+        chosen: dict[str, Any] = self.chosen()
+        return chosen
 
     @torch.jit.ignore
     def chosen(self) -> dict[str, Any]:

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from l2r2_hub_configs import HubConfig
+
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.provenance import Source, source_of_training
 from ..errors import L2R2Error
 from ..evaluate.fuse import BEST
-from ..models.hub_configs import LOCALIZER, HubConfig
+from ..models.hub_configs import LOCALIZER
 from .card_usage import localizer_metadata, localizer_part, takes_boxes, usage
 from .markdown import code, plain
 from .metadata import CardMetadata

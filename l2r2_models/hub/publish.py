@@ -10,9 +10,10 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from l2r2_hub_configs import HubConfig
 from safetensors import safe_open
 
 from ..checkpoints.checkpoint import Checkpoint, load_checkpoint
@@ -20,11 +21,13 @@ from ..checkpoints.format import CONFIG, WEIGHTS
 from ..checkpoints.provenance import Source, source_of_training
 from ..errors import L2R2Error
 from ..io import file_sha256, read_json, write_json, write_text
-from ..models.hub_configs import HubConfig
 from ..runs import RUN, changed_weights, read_evaluations, record_of
 from .card import hub_config, model_card
 from .card_usage import localizer_metadata
 from .metadata import CardMetadata
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
 
 CARD = "README.md"
 SECRETS = re.compile(
@@ -176,7 +179,7 @@ def push(
     return Pushed(str(commit.repo_url), commit.oid, commit.pr_url)
 
 
-def _files_there(api: Any, repo: str, revision: str | None, repo_type: str) -> dict[str, Any]:
+def _files_there(api: Any, repo: str, revision: str | None, repo_type: str) -> dict[str, RepoFile]:
     tree = api.list_repo_tree(repo, recursive=True, revision=revision, repo_type=repo_type)
     return {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
 
@@ -190,7 +193,7 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _is_same(file: Path, digest: str, entry: Any) -> bool:
+def _is_same(file: Path, digest: str, entry: RepoFile) -> bool:
     """Compare by SHA-256 for an LFS file, and by git's SHA-1 for any other."""
     if entry.lfs is not None:
         return entry.lfs.sha256 == digest

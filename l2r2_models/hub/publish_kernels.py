@@ -125,7 +125,7 @@ def _read_settings(source: Path) -> dict[str, Any]:
         settings = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise L2R2Error(f"{file}: cannot be read ({' '.join(str(error).split())}).") from error
-    general = settings.get("general", {})
+    general: dict[str, Any] = settings.get("general", {})
     if missing := [key for key in ("name", "version", "license", "backends") if key not in general]:
         raise L2R2Error(f"{file}: has no {missing[0]} in the section general; add it.")
     if "torch-noarch" not in settings or "kernel" in settings:

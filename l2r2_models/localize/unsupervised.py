@@ -168,7 +168,8 @@ def patch_features(backbone: Any, views: Tensor) -> Tensor:
             return feature_map(backbone, seen[0].chunk(3, -1)[1], views)
     info = list(backbone.feature_info.info if hasattr(backbone.feature_info, "info") else backbone.feature_info)
     level = max((i for i, f in enumerate(info) if f["reduction"] <= MAX_STRIDE), default=len(info) - 1)
-    (features,) = backbone.forward_intermediates(views, indices=[level], output_fmt="NCHW", intermediates_only=True)
+    maps: list[Tensor] = backbone.forward_intermediates(views, indices=[level], output_fmt="NCHW", intermediates_only=True)
+    (features,) = maps
     return features - features.mean((2, 3), keepdim=True)
 
 

@@ -88,7 +88,8 @@ def feature_map(backbone: Any, features: Tensor, view: Tensor) -> Tensor:
         return features.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else features
     patches = features[:, getattr(backbone, "num_prefix_tokens", 0) :]
     rows = round(math.sqrt(patches.shape[1] * view.shape[2] / view.shape[3]))
-    return patches.transpose(1, 2).unflatten(2, (rows, -1))
+    grid: Tensor = patches.transpose(1, 2).unflatten(2, (rows, -1))
+    return grid
 
 
 @contextmanager
@@ -106,7 +107,7 @@ def last_map_through(backbone: Any, probe: nn.Module, view: Tensor) -> Iterator[
 
     def routed(features: Tensor) -> Tensor:
         if features.ndim == 4:
-            out = probe(feature_map(backbone, features, view))
+            out: Tensor = probe(feature_map(backbone, features, view))
             return out.permute(0, 2, 3, 1) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else out
         if features.ndim != 3:
             return features

@@ -95,7 +95,7 @@ class IFAM(L2R2):
         out = self.forward_views(x, has_fg=has_fg, mask=mask)
         return torch.stack([out.full, out.fg]).mean(0) if self.training else out.fused  # type: ignore[list-item]
 
-    def forward_views(  # type: ignore[override]
+    def forward_views(
         self,
         full: Tensor | None = None,
         fg: Tensor | None = None,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
-from l2r2_hub_configs import MASKED, PARTS
+from l2r2_hub_configs import MASKED, PARTS, HubConfig
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import L2R2Error
 from ..views import ViewSpec
 from .backbones import unknown_backbone
-from .hub_configs import HubConfig, load_hub_configs
+from .hub_configs import load_hub_configs
 from .ifam import IFAM
 from .l2r2 import L2R2, check_branches
 from .weights import forget, overlay

@@ -244,8 +244,8 @@ class Predictor:
             if isinstance(self.localizer, Head) and self.localizer.model is self.model:
                 full = make_views(images, None, self.model.view_spec, branches=("full",), device=self.device).full
                 out = self.model.forward_views(full=full)
-                found = detections_of(out.located, images, self.model.view_spec)  # type: ignore[arg-type]
-                return [replace(item, boxes=d, full=z) for item, d, z in zip(items, found, out.full)]  # type: ignore[arg-type]
+                found = detections_of(out.located, images, self.model.view_spec)
+                return [replace(item, boxes=d, full=z) for item, d, z in zip(items, found, out.full)]
             found = self.localizer(images, names=names if all(names) else None)
             return [replace(item, boxes=detections) for item, detections in zip(items, found)]
         except (L2R2Error, RuntimeError) as error:
@@ -287,7 +287,7 @@ class Predictor:
                             full=answers["full"],
                             fg=answers["fg"] if has_box else None,
                             bg=answers.get("bg") if has_box else None,
-                            box=tuple(round(v, 2) for v in found.boxes[i, best].tolist()) if has_box else None,  # type: ignore[arg-type]
+                            box=tuple(round(v, 2) for v in found.boxes[i, best].tolist()) if has_box else None,
                             box_score=round(float(found.box_scores[i, best]), 4) if has_box else None,
                             top=top,
                         ),
@@ -372,7 +372,7 @@ class Predictor:
                 full=answers["full"][0] if "full" in answers else None,
                 fg=answers["fg"][0] if found else None,
                 bg=answers["bg"][0] if has_fg[i] and "bg" in answers else None,
-                box=tuple(round(v, 2) for v in box.tolist()) if has_fg[i] and box.isfinite().all() else None,  # type: ignore[arg-type]
+                box=tuple(round(v, 2) for v in box.tolist()) if has_fg[i] and box.isfinite().all() else None,
                 box_score=None if box_score is None else round(box_score, 4),
                 top=tuple(answers["fused"]),
                 logits={b: [round(v, DIGITS) for v in z[i].tolist()] for b, z in output.branches().items()} if keep else None,

@@ -83,7 +83,8 @@ class InitCheckpoint:
 
     @property
     def _cfg(self) -> Mapping[str, Any]:
-        return self.config.get("pretrained_cfg", {})
+        cfg: Mapping[str, Any] = self.config.get("pretrained_cfg", {})
+        return cfg
 
     # ---- its settings ----
 

@@ -48,7 +48,8 @@ def masked_attention(
     if not runs_triton(q, q.shape[-1], backend):
         return _masked_sdpa(q, k, v, key_mask, scale)
     index, count = keys if keys is not None else key_index(key_mask, backend)
-    return masked_attention_op(q, k, v, index, count, scale, backend)[0]
+    out: Tensor = masked_attention_op(q, k, v, index, count, scale, backend)[0]
+    return out
 
 
 def _masked_sdpa(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
@@ -89,7 +90,8 @@ def varlen_attention(
             f"got {cu_seqlens.dtype} {list(cu_seqlens.shape)} on {cu_seqlens.device}."
         )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return varlen_attention_op(q, k, v, cu_seqlens, max_len, scale, backend)[0]
+    out: Tensor = varlen_attention_op(q, k, v, cu_seqlens, max_len, scale, backend)[0]
+    return out
 
 
 def _checked(q: Tensor, k: Tensor, v: Tensor, dims: int, layout: str) -> tuple[Tensor, Tensor, Tensor]:

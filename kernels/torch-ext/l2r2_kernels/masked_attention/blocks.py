@@ -74,7 +74,7 @@ def run_packed(
     def drop_path(layer: nn.Module, branch: Tensor) -> Tensor:
         if image is None:
             return branch
-        factor = layer(branch.new_ones(packed.batch, 1))  # [B, 1]: one draw per image
+        factor: Tensor = layer(branch.new_ones(packed.batch, 1))  # [B, 1]: one draw per image
         return branch * factor[image]
 
     tokens = packed.tokens
@@ -102,7 +102,8 @@ def run_masked(
     mask, index, count = _keys(x, mask, key_weight, num_prefix, backend)
 
     def core(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:  # [B, N, H, D]
-        return _core(q, k, v, mask, index, count, key_weight, scale, backend)
+        out: Tensor = _core(q, k, v, mask, index, count, key_weight, scale, backend)
+        return out
 
     for block, rotary in zip(blocks, _rotaries(rope, x.shape[1], len(blocks), None)):
         x = _run(checkpoint, block, x, core, lambda layer, branch: layer(branch), rotary)
@@ -185,8 +186,9 @@ def _block(
 def _scaled(block: Any, which: str, branch: Tensor) -> Tensor:
     """A branch times the block's layer scale: the layer ``ls`` of a Block, the parameter ``gamma_`` of an EvaBlock."""
     if hasattr(block, f"ls{which}"):
-        return getattr(block, f"ls{which}")(branch)
-    gamma = getattr(block, f"gamma_{which}")
+        scaled: Tensor = getattr(block, f"ls{which}")(branch)
+        return scaled
+    gamma: Tensor | None = getattr(block, f"gamma_{which}")
     return branch if gamma is None else gamma * branch
 
 
@@ -204,7 +206,8 @@ def _attention(attn: Any, x: Tensor, core: Core, rotary: Rotary | None) -> Tenso
     out = attn.norm(out) if hasattr(attn, "norm") else out
     if getattr(attn, "gate", None) is not None:
         out = out * attn.gate(x).sigmoid()
-    return attn.proj_drop(attn.proj(out))
+    projected: Tensor = attn.proj_drop(attn.proj(out))
+    return projected
 
 
 def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
@@ -217,7 +220,8 @@ def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
     else:
         bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
         qkv = attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
-    return qkv.unflatten(-1, (3, attn.num_heads, -1)).unbind(-3)
+    by_head: Tensor = qkv.unflatten(-1, (3, attn.num_heads, -1))
+    return by_head.unbind(-3)
 
 
 def _drops_paths(block: Any) -> bool:

@@ -1,13 +1,15 @@
 """`run_packed` as one CUDA graph: about 180 launches of a ViT-B become one, which removes the host-side bottleneck."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import run_packed
 from .packing import Packed
+
+Replay = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # tokens and mask in, outputs of `_Blocks` out
 
 
 class _Blocks(nn.Module):
@@ -54,7 +56,7 @@ class PackedRunner:
     ) -> None:  # fmt: skip
         self.module = _Blocks(blocks, capacity, num_prefix, unpacked)
         self.shape, self.training = (batch, tokens), training
-        self._graph: tuple[Any, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] | None = None
+        self._graph: tuple[Any, Replay] | None = None
 
     def __call__(self, x: Tensor, mask: Tensor) -> tuple[Packed, Tensor | None]:
         """Run the blocks on tokens ``[B, N, C]`` with a bool mask ``[B, N]``.
@@ -100,7 +102,7 @@ class PackedRunner:
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
 
-    def _capture(self, x: Tensor, mask: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+    def _capture(self, x: Tensor, mask: Tensor) -> Replay:
         place_x, place_mask = x.clone(), mask.to(x.device, copy=True)
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(x.device)
         with torch.cuda.device(x.device), self._autocast(x):
@@ -110,7 +112,7 @@ class PackedRunner:
                     self.module(place_x, place_mask)
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph):
-                outputs = self.module(place_x, place_mask)
+                outputs: tuple[Tensor, ...] = self.module(place_x, place_mask)
 
         def replay(x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
             place_x.copy_(x)
@@ -120,12 +122,10 @@ class PackedRunner:
 
         return replay
 
-    def _capture_training(self, x: Tensor, mask: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+    def _capture_training(self, x: Tensor, mask: Tensor) -> Replay:
         module = _Blocks(self.module.blocks, self.module.capacity, self.module.num_prefix, self.module.unpacked)
         sample = x.detach().clone().requires_grad_(x.requires_grad)
         with torch.cuda.device(x.device), self._autocast(x):
             # only some outputs and parameters require gradients
-            graphed: Any = torch.cuda.make_graphed_callables(
-                module, (sample, mask.to(x.device, copy=True)), allow_unused_input=True
-            )
-        return graphed
+            graphed = torch.cuda.make_graphed_callables(module, (sample, mask.to(x.device, copy=True)), allow_unused_input=True)
+        return cast(Replay, graphed)

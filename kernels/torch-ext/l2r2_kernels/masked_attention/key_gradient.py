@@ -25,7 +25,8 @@ def with_key_gradient(out: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tens
 
     Source: derived from the definition; used for the straight-through masks of iFAM.
     """
-    return _KeyGradient.apply(out, q, k, v, weight, key_mask, scale)
+    linked: Tensor = _KeyGradient.apply(out, q, k, v, weight, key_mask, scale)
+    return linked
 
 
 class _KeyGradient(torch.autograd.Function):
@@ -38,7 +39,7 @@ class _KeyGradient(torch.autograd.Function):
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         out, q, k, v, key_mask = ctx.saved_tensors
         images = max(1, ELEMENTS // (q.shape[1] * q.shape[2] ** 2))
         parts = [x.split(images) for x in (grad, out, q, k, v, key_mask)]

@@ -29,6 +29,7 @@ class Packed(NamedTuple):
 
     @property
     def batch(self) -> int:
+        """B, the number of images."""
         return self.cu_seqlens.shape[0] - 1
 
     def image_of_token(self) -> Tensor:
@@ -39,7 +40,8 @@ class Packed(NamedTuple):
         """The prefix tokens (class, registers) of each image, ``[B, num_prefix, C]``."""
         rows = self.cu_seqlens[:-1, None] + torch.arange(self.num_prefix, device=self.cu_seqlens.device)
         rows = rows.flatten().clamp_max(max(self.tokens.shape[0] - 1, 0))  # out of range only after an overflow
-        return self.tokens.index_select(0, rows).unflatten(0, (self.batch, self.num_prefix))
+        tokens: Tensor = self.tokens.index_select(0, rows).unflatten(0, (self.batch, self.num_prefix))
+        return tokens
 
     def check(self) -> None:
         """Raise OverflowError if the capacity was too small; synchronizes with the device."""
@@ -102,7 +104,8 @@ def pack(x: Tensor, mask: Tensor, *, num_prefix: int = 0, capacity: int | str | 
 def unpack(packed: Packed, fill: float = 0.0) -> Tensor:
     """Return the tokens ``[B, N, C]`` at their original positions, ``fill`` for dropped ones; differentiable."""
     flat = take_rows(packed.tokens, packed.inverse, packed.source, float(fill))
-    return flat.unflatten(0, (packed.batch, packed.max_len))
+    tokens: Tensor = flat.unflatten(0, (packed.batch, packed.max_len))
+    return tokens
 
 
 def check_tokens(x: Tensor, mask: Tensor, num_prefix: int) -> None:

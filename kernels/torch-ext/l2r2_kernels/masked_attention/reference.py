@@ -65,8 +65,15 @@ def attention_backward(
 
 
 def key_index_reference(key_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``index [B, N]`` int32, the indices of the kept tokens of each image and then of the dropped ones, and
-    ``count [B]`` int32, the number of kept tokens. ``key_mask`` is ``[B, N]`` bool."""
+    """Return the kept tokens of each image.
+
+    Args:
+        key_mask: ``[B, N]`` bool, True for tokens to keep.
+
+    Returns:
+        ``index [B, N]`` int32, the indices of the kept tokens of each image in order and then of the dropped ones, and
+        ``count [B]`` int32, the number of kept tokens.
+    """
     index = torch.argsort(~key_mask, dim=1, stable=True).to(torch.int32)
     return index, key_mask.sum(1, dtype=torch.int32)
 

@@ -30,8 +30,11 @@ class Config(NamedTuple):
 
 @triton.jit
 def _program(B, H, NUM, TAIL):
-    """Segment, head, first block and step of this program: NUM programs share the blocks of a segment and head, whatever
-    its length, and TAIL programs per head those of the padding, which is segment B."""
+    """Segment, head, first block and step of this program.
+
+    NUM programs share the blocks of a segment and head, whatever its length, and TAIL programs per head those of the padding,
+    which is segment B.
+    """
     pid = tl.program_id(0)
     past = pid - B * H * NUM
     padding = past >= 0
@@ -61,7 +64,7 @@ def _offset(b, start, h, stride_b, stride_t, stride_h):
 
 @triton.jit
 def _stats_offset(b, start, h, H, T, VARLEN: tl.constexpr):
-    """lse and delta are [H, T] for segments and [B, H, T] for images."""
+    """Where the lse and delta of a segment start: they are [H, T] for segments and [B, H, T] for images."""
     if VARLEN:
         return h.to(tl.int64) * T + start
     return (b.to(tl.int64) * H + h) * T
@@ -93,8 +96,10 @@ def _load_keys(
     k_base, v_base, index_base, n0, keys, T, skt, svt,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, VARLEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values n0.. of a segment, and which of them exist. An image that keeps all its tokens has them in order, so
-    its loads do not need the index."""
+    """Keys and values n0.. of a segment, and which of them exist.
+
+    An image that keeps all its tokens has them in order, so its loads do not need the index.
+    """
     n = n0 + tl.arange(0, BLOCK_N)
     kept = n < keys
     if not VARLEN:
@@ -111,6 +116,7 @@ def forward_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     VARLEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Output and lse of the queries, BLOCK_M at a time, by the online softmax of FlashAttention."""
     b, h, turn, turns = _program(B, H, NUM, TAIL)
     start, rows, keys = _segment(LENGTHS, b, B, T, VARLEN)
     q_base = Q + _offset(b, start, h, sqb, sqt, sqh)
@@ -189,7 +195,10 @@ def dkv_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     VARLEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BLOCK_N keys; the index also lists the dropped keys, after the kept ones, so that they are zeroed here."""
+    """Gradients of BLOCK_N keys and values.
+
+    The index also lists the dropped keys, after the kept ones, so that they are zeroed here.
+    """
     b, h, turn, turns = _program(B, H, NUM, TAIL)
     start, rows, keys = _segment(LENGTHS, b, B, T, VARLEN)
     q_base = Q + _offset(b, start, h, sqb, sqt, sqh)
@@ -261,12 +270,14 @@ class Problem(NamedTuple):
 
     @staticmethod
     def of(q: Tensor, lengths: Tensor, max_len: int) -> "Problem":
+        """The sizes of a call on these queries; arguments as in ``attention_forward``."""
         if q.dim() == 3:
             return Problem(True, lengths.shape[0] - 1, q.shape[1], q.shape[0], q.shape[2], max(1, min(max_len, q.shape[0])))
         return Problem(False, q.shape[0], q.shape[1], q.shape[2], q.shape[3], q.shape[2])
 
     @property
     def typical(self) -> int:
+        """Tokens of an average segment or image."""
         return self.rows // max(self.batch, 1) if self.varlen else self.rows
 
     def programs(self, block: int) -> tuple[int, int]:
@@ -293,15 +304,19 @@ class Problem(NamedTuple):
         return like.new_empty(self.batch, self.rows, self.heads, self.dim).transpose(1, 2)
 
     def ordered(self, x: Tensor) -> Tensor:
-        """x in the memory order of ``empty``."""
+        """The tensor in the memory order of ``empty``."""
         return x.contiguous() if self.varlen else x.transpose(1, 2).contiguous().transpose(1, 2)
 
     def stats(self, like: Tensor) -> Tensor:
+        """Memory for one float32 number per row and head, as lse and delta are."""
         shape = (self.heads, self.rows) if self.varlen else (self.batch, self.heads, self.rows)
         return like.new_empty(shape, dtype=torch.float32)
 
 
-def _launch(kernel, name: str, problem: Problem, tensors: tuple[Tensor, ...], qkv: tuple[Tensor, ...], *scales: float) -> None:
+def _launch(
+    kernel: triton.KernelInterface, name: str, problem: Problem, tensors: tuple[Tensor, ...], qkv: tuple[Tensor, ...],
+    *scales: float,
+) -> None:  # fmt: skip
     q = qkv[0]
     block_d = max(16, triton.next_power_of_2(problem.dim))
     config = configs(block_d, q.element_size(), problem.typical, problem.varlen)[name]
@@ -329,7 +344,7 @@ def _dense_last(x: Tensor) -> Tensor:
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, index: Tensor, max_len: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """out and lse. lengths: cu_seqlens of segments, or the key counts of images whose kept keys ``index`` lists."""
+    """Output and lse. lengths: cu_seqlens of segments, or the key counts of images whose kept keys ``index`` lists."""
     q, k, v = map(_dense_last, (q, k, v))
     problem = Problem.of(q, lengths, max_len)
     out, lse = problem.empty(q), problem.stats(q)

@@ -26,6 +26,7 @@ def key_index_kernel(MASK, INDEX, COUNT, N, BLOCK: tl.constexpr):
 def take_rows_kernel(
     SOURCE, INDEX, OUT, fill, stride, ROWS, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
+    """Copy the rows of SOURCE that INDEX names; -1 gives a row of ``fill``, -2 one of NaN."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (row < ROWS)[:, None] & (column < C)[None, :]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -86,7 +86,7 @@ def _vertical(bands: tuple[list[int], Tensor], x: Tensor, pad: int) -> Tensor:
 
 
 def _horizontal(bands: tuple[list[int], Tensor], x: Tensor, pad: int) -> Tensor:
-    """x [rows, extent] times the weights of the columns -> scratch [rows, outputs]."""
+    """Rows ``x [rows, extent]`` times the weights of the columns -> scratch [rows, outputs]."""
     starts, weights = bands
     _, block, window = weights.shape
     out = _scratch.get("resized", x.shape[0], len(starts) * block)
@@ -160,7 +160,7 @@ def _color(channels: Sequence[float]) -> Tensor:
 
 
 def forward(
-    images: Sequence[Tensor], boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor | None], spec: Spec
+    images: Iterable[Tensor], boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor | None], spec: Spec
 ) -> tuple[Tensor, Tensor]:
     """Images as [3, H, W] or [H, W, 3] on the CPU -> (views [V, 3, height, width] in spec.dtype, valid [V])."""
     images = [as_chw(image) for image in images]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,9 +98,12 @@ def roi_views(
         from . import triton as kernels
 
         return kernels.forward(source, boxes, image_index, present, mask_views, spec)
+    cut: tuple[Tensor, Tensor]
     if isinstance(images, RaggedImages):
-        return _packed_op(*images, *rest)
-    return _batch_op(images, *rest) if isinstance(images, Tensor) else _ragged_op(images, *rest)
+        cut = _packed_op(*images, *rest)
+    else:
+        cut = _batch_op(images, *rest) if isinstance(images, Tensor) else _ragged_op(images, *rest)
+    return cut
 
 
 def _at_once(first: Tensor, backend: str | None) -> bool:
@@ -223,20 +227,22 @@ def _source(images: Sequence[Tensor] | RaggedImages | Tensor) -> Source | None:
     return from_batch(images) if isinstance(images, Tensor) else from_list(images)
 
 
-def _run(images, boxes, image_index, masks, mask_views, spec: Spec, backend: str) -> tuple[Tensor, Tensor]:
+def _run(
+    images: Sequence[Tensor] | RaggedImages | Tensor, boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor],
+    mask_views: Sequence[int], spec: Spec, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     first = images if isinstance(images, Tensor) else (images[0] if len(images) else boxes)
     chosen = _choose(backend, first.device, first.dtype, spec)
     if chosen == "triton":
         from . import triton as kernels
 
         return kernels.forward(_source(images), boxes, image_index, masks, mask_views, spec)
-    if isinstance(images, RaggedImages):
-        images = images.images()
-    masks = _per_view(masks, mask_views, boxes.shape[0])
+    each: Iterable[Tensor] = images.images() if isinstance(images, RaggedImages) else images
+    of_view = _per_view(masks, mask_views, boxes.shape[0])
     with no_autocast(first.device):
         if chosen == "cpu":
-            return cpu.forward(images, boxes, image_index, masks, spec)
-        return reference.forward(images, boxes, image_index, masks, spec, _compute_dtype(first.dtype, spec))
+            return cpu.forward(each, boxes, image_index, of_view, spec)
+        return reference.forward(each, boxes, image_index, of_view, spec, _compute_dtype(first.dtype, spec))
 
 
 def _empty_views(like: Tensor, boxes: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
@@ -248,12 +254,16 @@ def _empty_views(like: Tensor, boxes: Tensor, spec: Spec) -> tuple[Tensor, Tenso
 @torch.library.custom_op(
     add_op_namespace_prefix("roi_views_ragged"), mutates_args=(), schema=f"(Tensor[] images, {_VIEWS}) -> (Tensor, Tensor)"
 )
-def _ragged_op(images, boxes, image_index, masks, mask_views, *spec):
+def _ragged_op(
+    images: Sequence[Tensor], boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor], mask_views: Sequence[int], *spec: Any
+) -> tuple[Tensor, Tensor]:
     return _run(images, boxes, image_index, masks, mask_views, Spec(*spec[:-1]), spec[-1])
 
 
 @_ragged_op.register_fake
-def _(images, boxes, image_index, masks, mask_views, *spec):
+def _(
+    images: Sequence[Tensor], boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor], mask_views: Sequence[int], *spec: Any
+) -> tuple[Tensor, Tensor]:
     return _empty_views(boxes, boxes, Spec(*spec[:-1]))
 
 
@@ -262,56 +272,72 @@ def _(images, boxes, image_index, masks, mask_views, *spec):
     mutates_args=(),
     schema=f"(Tensor pixels, Tensor places, SymInt max_height, SymInt max_width, {_VIEWS}) -> (Tensor, Tensor)",
 )
-def _packed_op(pixels, places, max_height, max_width, boxes, image_index, masks, mask_views, *spec):
+def _packed_op(
+    pixels: Tensor, places: Tensor, max_height: int, max_width: int, boxes: Tensor, image_index: Tensor,
+    masks: Sequence[Tensor], mask_views: Sequence[int], *spec: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     images = RaggedImages(pixels, places, max_height, max_width)
     return _run(images, boxes, image_index, masks, mask_views, Spec(*spec[:-1]), spec[-1])
 
 
 @_packed_op.register_fake
-def _(pixels, places, max_height, max_width, boxes, image_index, masks, mask_views, *spec):
+def _(
+    pixels: Tensor, places: Tensor, max_height: int, max_width: int, boxes: Tensor, image_index: Tensor,
+    masks: Sequence[Tensor], mask_views: Sequence[int], *spec: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _empty_views(boxes, boxes, Spec(*spec[:-1]))
 
 
 @torch.library.custom_op(
     add_op_namespace_prefix("roi_views_batch"), mutates_args=(), schema=f"(Tensor images, {_VIEWS}) -> (Tensor, Tensor)"
 )
-def _batch_op(images, boxes, image_index, masks, mask_views, *spec):
+def _batch_op(
+    images: Tensor, boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor], mask_views: Sequence[int], *spec: Any
+) -> tuple[Tensor, Tensor]:
     return _run(images, boxes, image_index, masks, mask_views, Spec(*spec[:-1]), spec[-1])
 
 
 @_batch_op.register_fake
-def _(images, boxes, image_index, masks, mask_views, *spec):
+def _(
+    images: Tensor, boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor], mask_views: Sequence[int], *spec: Any
+) -> tuple[Tensor, Tensor]:
     return _empty_views(images, boxes, Spec(*spec[:-1]))
 
 
 @torch.library.custom_op(
     add_op_namespace_prefix("roi_views_backward"), mutates_args=(), schema=f"(Tensor grad, Tensor images, {_VIEWS}) -> Tensor"
 )
-def _backward_op(grad, images, boxes, image_index, masks, mask_views, *spec):
-    spec, backend = Spec(*spec[:-1]), str(spec[-1])
+def _backward_op(
+    grad: Tensor, images: Tensor, boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor], mask_views: Sequence[int],
+    *settings: Any,
+) -> Tensor:  # fmt: skip
+    spec, backend = Spec(*settings[:-1]), str(settings[-1])
     if _choose(backend, images.device, images.dtype, spec) == "triton":
         from . import triton as kernels
 
         return kernels.backward(grad, images, boxes, image_index, masks, mask_views, spec)
-    masks = _per_view(masks, mask_views, boxes.shape[0])
+    of_view = _per_view(masks, mask_views, boxes.shape[0])
     compute = _compute_dtype(images.dtype, spec)
     with no_autocast(images.device):
-        return reference.backward(grad, images.shape, boxes, image_index, masks, spec, compute).to(images.dtype)
+        return reference.backward(grad, images.shape, boxes, image_index, of_view, spec, compute).to(images.dtype)
 
 
 @_backward_op.register_fake
-def _(grad, images, boxes, image_index, masks, mask_views, *spec):
+def _(
+    grad: Tensor, images: Tensor, boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor], mask_views: Sequence[int],
+    *settings: Any,
+) -> Tensor:  # fmt: skip
     return torch.empty(images.shape, dtype=images.dtype, device=images.device)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     images, boxes, image_index, masks, mask_views, *spec = inputs
     ctx.save_for_backward(images, boxes, image_index, *masks)
     ctx.mask_views, ctx.spec = mask_views, spec
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad, _grad_valid):
+def _backward(ctx: Any, grad: Tensor, _grad_valid: Tensor) -> tuple[Tensor | list[None] | None, ...]:
     images, boxes, image_index, *masks = ctx.saved_tensors
     grad_images = None
     if ctx.needs_input_grad[0]:

@@ -9,7 +9,7 @@ bit: horizontal pass first, rounded and clipped to uint8, then vertical, with co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -104,7 +104,7 @@ def pil_coefficients(n_in: int, n_out: int, interpolation: str) -> Tensor:
     weights = filter_weights(interpolation, ((tap - center + 0.5) * (1.0 / stretch)).abs(), a=-0.5)
     weights = weights * ((tap >= first) & (tap < last))
     weights = weights / weights.cumsum(1)[:, -1:]  # cumsum adds in Pillow's order, sum does not
-    return (weights * 2**PIL_BITS + torch.where(weights < 0, -0.5, 0.5)).trunc().long()
+    return (weights * (1 << PIL_BITS) + torch.where(weights < 0, -0.5, 0.5)).trunc().long()
 
 
 def _resize_float(crop: Tensor, mask: Tensor | None, g: Geometry, spec: Spec) -> Tensor:
@@ -162,7 +162,7 @@ def crop_mask(mask: Tensor | None, image: Tensor, g: Geometry) -> Tensor | None:
 
 
 def forward(
-    images: Sequence[Tensor], boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor | None], spec: Spec,
+    images: Iterable[Tensor], boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor | None], spec: Spec,
     compute_dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Images as [3, H, W] or [H, W, 3] -> (views [V, 3, height, width] in spec.dtype, valid [V]), differentiable."""

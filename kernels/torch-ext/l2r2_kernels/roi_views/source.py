@@ -88,7 +88,7 @@ class Source(NamedTuple):
 class _Known(NamedTuple):
     """The information in the shapes and strides of a list of images: the table without addresses, and the images to copy."""
 
-    table: array
+    table: array[int]
     largest: tuple[int, int]
     span: int
     layouts: tuple[int, ...]
@@ -131,7 +131,7 @@ def _copy(image: Tensor) -> Tensor:
 def _known(shapes: tuple[tuple[int, ...], ...], strides: tuple[tuple[int, ...], ...]) -> _Known | None:
     """Return the information in these shapes and strides; None if one of them is not an image."""
     rows = list(map(_row, shapes, strides))
-    columns = [] if None in rows else list(zip(*rows))  # type: ignore[arg-type]
+    columns = [] if None in rows else list(zip(*rows))
     if not columns:
         return None
     table = array("q", bytes(8 * ROW * len(rows)))
@@ -208,7 +208,7 @@ def mask_table(
     return _to_device(table, device, 4), masks
 
 
-def _to_device(table: array, device: torch.device, columns: int = ROW) -> Tensor:
+def _to_device(table: array[int], device: torch.device, columns: int = ROW) -> Tensor:
     """An int64 table on the device, copied through pinned memory so that the host does not wait."""
     tensor = torch.frombuffer(table, dtype=torch.int64).view(-1, columns)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -33,6 +33,7 @@ class Spec(NamedTuple):
 
     @property
     def memory_format(self) -> torch.memory_format:
+        """Memory format of the views."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def affine(self) -> tuple[list[float], list[float]]:

@@ -91,7 +91,7 @@ def digits(c):
 
 @triton.jit
 def exact_dot(left, c0, c1, c2, acc):
-    """acc + left @ c for int8 left and c in digits."""
+    """Return acc + left @ c for int8 left and c in digits."""
     high = tl.dot(left, c2, out_dtype=tl.int32)
     middle = tl.dot(left, c1, out_dtype=tl.int32) + (high << 8)
     return tl.dot(left, c0, acc, out_dtype=tl.int32) + (middle << 8)
