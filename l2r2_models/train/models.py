@@ -80,6 +80,8 @@ def create_model(recipe: Recipe, num_classes: int, start: InitCheckpoint | None 
         raise L2R2Error(f'mixup and cutmix cannot mix the masks that fg_mode "{fg.name}" needs; do not set them.')
     if fg.drops_tokens and (recipe.backbone or {}).get("attn_drop_rate"):
         raise L2R2Error(f'attn_drop_rate does not work with fg_mode "{fg.name}", which drops tokens; use one or the other.')
+    if recipe.branch_backward == "separate":
+        check_separable(model, frozen=recipe.trainable == "head")
     _try_out(model, recipe)
     if recipe.grad_checkpointing:
         if fg.name == "late" and recipe.late_stage == "before_last":
@@ -105,3 +107,26 @@ def _try_out(model: L2R2, recipe: Recipe) -> None:
         raise L2R2Error(f"{recipe.model} does not take views of {model.view_spec.size} pixels ({what}).") from error
     finally:
         model.train()
+
+
+def check_separable(model: L2R2, *, frozen: bool) -> None:
+    """Check that the gradients of the branches can be computed one branch at a time.
+
+    Args:
+        model: the model to train.
+        frozen: whether the backbones are not trained.
+
+    Raises:
+        L2R2Error: when the gradients would differ from those of all branches together, or no memory would be saved.
+    """
+    instead = "leave branch_backward at joint"
+    if model.finds_object:
+        raise L2R2Error(f"Stage 2 of an iFAM model sends its gradient through stage 1; {instead}.")
+    if model.shared and model.takes_mask and model.view_spec.fg_mode == "late":
+        raise L2R2Error(f'With fg_mode "late", one forward pass serves both branches, so nothing can be saved; {instead}.')
+    statistics = any(name.endswith("running_var") for name, _ in model.backbone.named_buffers())
+    if model.shared and len(model.branches) > 1 and statistics and not frozen:
+        raise L2R2Error(
+            f"{model.backbone_name} has batch norm, whose statistics are those of all branches together; {instead}, "
+            "or train with shared=false or trainable=head."
+        )

@@ -25,6 +25,7 @@ from ..models.parts import PartWeights
 
 TRAINABLE = ("all", "head")
 PRECISIONS = ("fp32", "bf16", "fp16")
+BACKWARDS = ("joint", "separate")
 NO_METRIC = "none"
 METRICS = (NO_METRIC, *(f"{name}_{kind}accuracy" for kind in ("", "macro_") for name in ("fused", *BRANCHES)))
 
@@ -76,6 +77,8 @@ class Recipe:
         batch_size: rows per optimizer step, over all processes and accumulation steps.
         grad_accumulation: number of parts into which each batch is split to save memory. The result is the same as with one part,
             except for batch norm, which sees one part at a time.
+        branch_backward: `joint`, or `separate` to run the forward and backward pass of one branch after the other, which needs
+            about half the memory for two branches. The gradients are the same, except that dropout draws other positions.
         balanced: draw equally many rows of every class in each epoch; the length of an epoch stays the same.
         optimizer: a name of `timm.optim.list_optimizers()`; norms, biases and what the backbone excludes get no weight decay.
         lr: peak learning rate, reached after the warm-up, followed by cosine decay to zero.
@@ -148,6 +151,7 @@ class Recipe:
     epochs: int = 20
     batch_size: int = 32
     grad_accumulation: int = 1
+    branch_backward: str = "joint"
     balanced: bool = False
     optimizer: str = "adamw"
     lr: float = 2e-4
@@ -220,6 +224,7 @@ class Recipe:
         if self.size is not None and not 1 <= self.size <= 4096:
             raise L2R2Error(f"size must lie between 1 and 4096 pixels, got {self.size}.")
         known = {"trainable": TRAINABLE, "precision": PRECISIONS, "best_metric": METRICS, "val_from": VAL_FROM}
+        known["branch_backward"] = BACKWARDS
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise L2R2Error(f'Unknown {name} "{getattr(self, name)}"; choose from {", ".join(choices)}.')

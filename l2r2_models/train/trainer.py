@@ -30,7 +30,7 @@ from ..runs import CHECKPOINTS, LOGS, last_checkpoint
 from .batches import EpochBatches
 from .best import Best, best_of
 from .ema import WeightEMA, tensors_of
-from .losses import BranchLoss
+from .losses import BranchLoss, by_branch
 from .mixup import ViewMixup
 from .optimizers import create_optimizer
 from .progress import EpochLines
@@ -105,6 +105,16 @@ class BranchTrainer(Trainer):
         if processes.world() > 1:
             torch.distributed.all_reduce(counts)
         return parts, counts.clamp(min=1) / processes.world()  # gradients are averaged over the processes
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Add the gradients of one part of a batch: of all branches at once, or of one after the other."""
+        step = super().training_step
+        if self.recipe.branch_backward == "joint":
+            return step(model, inputs, num_items_in_batch)
+        *others, last = by_branch(self._prepare_inputs(inputs), self.model.model.branches)
+        with self.accelerator.no_sync(model):  # processes exchange the sum of the gradients, in the last backward pass
+            losses = [step(model, part, num_items_in_batch) for part in others]
+        return torch.stack([*losses, step(model, last, num_items_in_batch)]).sum()
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Compute the loss, normalized by the counts in training."""
@@ -311,7 +321,8 @@ def _arguments(recipe: Recipe, batches: EpochBatches, out: Path, *, validate: bo
         # explicit, or the Trainer rejects bf16 and does not see the other processes
         use_cpu=not torch.cuda.is_available() and (recipe.precision == "bf16" or batches.world > 1),
         average_tokens_across_devices=False,
-        ddp_find_unused_parameters=not recipe.grad_checkpointing,  # incompatible with checkpointing
+        # the last backward pass of one branch after the other does not use the other heads
+        ddp_find_unused_parameters=recipe.branch_backward == "separate" or not recipe.grad_checkpointing,
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
