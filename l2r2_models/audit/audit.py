@@ -190,7 +190,7 @@ def run_audit(
         {"seed": seed, "backgrounds": backgrounds, "challenge": challenge, "limit": limit},
         _warnings(audited, subjects, split_name),
     )
-    return AuditRun(result, subjects, answers, audited.spec.size)
+    return AuditRun(result, subjects, answers, audited.grain)
 
 
 def _rows(audited: Audited, table: ImageTable, split: str | None) -> ImageTable:
@@ -244,7 +244,7 @@ def _run_model(
             own = list(matched[subjects.labels[i]])
             subject = subjects[i]
             size = min(batch_size, max(1, BATCH_PIXELS // subject.inside.numel()))
-            changed = iter(subjects.changed(i, subject, donors, model.spec.size, donors.seed))
+            changed = iter(subjects.changed(i, subject, donors, model.grain, donors.seed))
             while part := list(islice(changed, size)):
                 places, images = zip(*part)
                 logits = _logits(model, images, subject.boxes[0], subject.view_mask, device)

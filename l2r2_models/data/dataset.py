@@ -232,7 +232,7 @@ class ViewDataset(Dataset[dict[str, Any]]):
         height, width = sample.pixels.shape[:2]
         view = view_map("full", self.spec, (height, width))
         (window,), (found,) = Detections(sample.box[None], torch.ones(1), (height, width)).windows()
-        return view.boxes_to_view(window.float()) / self.spec.size if found else torch.full((4,), float("nan"))
+        return view.boxes_to_view(window.float()) / self.spec.size_of("full") if found else torch.full((4,), float("nan"))
 
     def _sample(self, i: int) -> Sample:
         row, of_item = self.rows[i], (self.seed, self.epoch, i)

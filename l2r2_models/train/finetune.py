@@ -298,7 +298,7 @@ def _fg_sees_object(model: L2R2, sample: Sample) -> bool:
     if not spec.fg.drops_tokens:
         return bool(views.has_fg)
     assert views.mask is not None
-    grid = patch_grid(model.backbone_of("fg"), spec.size, spec.size)
+    grid = patch_grid(model.backbone_of("fg"), spec.size_of("fg"), spec.size_of("fg"))
     return bool(views.has_fg & kept_patches(views.mask, grid, spec.coverage).any(1))
 
 

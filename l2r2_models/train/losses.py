@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..fusion import with_fallback
 from ..models.box_head import box_losses
-from ..models.l2r2 import BRANCHES, L2R2
+from ..models.l2r2 import L2R2
 from ..models.parts import PartWeights
+from ..views import BRANCHES
 from .mixup import ViewMixup
 
 

@@ -20,8 +20,8 @@ from ..data.splits import VAL_FROM
 from ..errors import L2R2Error
 from ..fusion import FUSIONS
 from ..io import parse_yaml, read_text
-from ..models.l2r2 import BRANCHES
 from ..models.parts import PartWeights
+from ..views import BRANCHES, ViewSpec
 
 TRAINABLE = ("all", "head")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -61,6 +61,7 @@ class Recipe:
         late_pool: fg_mode `late` pools by the masked mean (`mask`), over all positions (`all`), or by the class token (`token`).
         coverage: fg_mode `tokens` keeps the patches of which the object covers at least this fraction.
         size: side of the views in pixels; null keeps the model's input size.
+        sizes: other sides of the views of single branches, e.g. `{full: 128}`; null keeps `size` for all.
         box_threshold: boxes with a lower score are not used.
         val_fraction: fraction of the training rows to hold out for validation; 0 holds none out.
         val_group: metadata column (site, physical object); rows with the same value are held out together.
@@ -134,6 +135,7 @@ class Recipe:
     late_pool: str = "mask"
     coverage: float = 0.25
     size: int | None = None
+    sizes: dict[str, int] | None = None
     box_threshold: float = BOX_THRESHOLD
     val_fraction: float = 0.0
     val_group: str | None = None
@@ -223,6 +225,8 @@ class Recipe:
             raise L2R2Error(f"seed must lie between 0 and 4294967295, got {self.seed}.")
         if self.size is not None and not 1 <= self.size <= 4096:
             raise L2R2Error(f"size must lie between 1 and 4096 pixels, got {self.size}.")
+        if lacking := [branch for branch in ViewSpec(sizes=self.sizes or {}).sizes if branch not in self.branches]:
+            raise L2R2Error(f"sizes has a size for {lacking[0]}, but this model has {', '.join(self.branches)}; leave it out.")
         known = {"trainable": TRAINABLE, "precision": PRECISIONS, "best_metric": METRICS, "val_from": VAL_FROM}
         known["branch_backward"] = BACKWARDS
         for name, choices in known.items():

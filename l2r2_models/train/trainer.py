@@ -25,8 +25,9 @@ from ..data.dataset import ViewDataset
 from ..data.table import ImageTable
 from ..errors import L2R2Error
 from ..io import write_atomic
-from ..models.l2r2 import BRANCHES, L2R2
+from ..models.l2r2 import L2R2
 from ..runs import CHECKPOINTS, LOGS, last_checkpoint
+from ..views import BRANCHES
 from .batches import EpochBatches
 from .best import Best, best_of
 from .ema import WeightEMA, tensors_of

@@ -30,7 +30,7 @@ def test_old_configs_get_the_defaults():
     assert ViewSpec.from_dict({}) == ViewSpec() and ViewSpec.from_dict({"size": 96}) == ViewSpec(size=96)
 
 
-@pytest.mark.parametrize("key", ["sizes", "Size", "", 5, None])
+@pytest.mark.parametrize("key", ["sides", "Size", "", 5, None])
 def test_unknown_fields(key):
     with pytest.raises(L2R2Error, match="Unknown view field"):
         ViewSpec.from_dict({"size": 224, key: 1})
