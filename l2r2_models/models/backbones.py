@@ -79,6 +79,11 @@ def check_view_sizes(backbone: Any, name: str, sizes: Sequence[int]) -> None:
         raise L2R2Error(f"{name} was built for {sides} pixels, but the views have {size} x {size}; pass img_size={size}.")
 
 
+def is_convolutional(backbone: nn.Module) -> bool:
+    """Whether a backbone has more convolutions than a patch embedding; the channels-last memory layout suits these."""
+    return sum(isinstance(module, nn.Conv2d) for module in backbone.modules()) > 1
+
+
 def feature_info(backbone: Any) -> list[dict[str, Any]]:
     """Module, channels and reduction of each stage, in either form that timm stores them."""
     info = backbone.feature_info

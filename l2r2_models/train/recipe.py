@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import yaml
 
@@ -24,7 +24,8 @@ from ..models.parts import PartWeights
 from ..views import BRANCHES, ViewSpec
 
 TRAINABLE = ("all", "head")
-PRECISIONS = ("fp32", "bf16", "fp16")
+AUTO: Final = "auto"
+PRECISIONS = (AUTO, "fp32", "bf16", "fp16")
 BACKWARDS = ("joint", "separate")
 NO_METRIC = "none"
 METRICS = (NO_METRIC, *(f"{name}_{kind}accuracy" for kind in ("", "macro_") for name in ("fused", *BRANCHES)))
@@ -101,8 +102,11 @@ class Recipe:
         ema: decay of an exponential moving average of the weights, which is then evaluated and saved; 0 is off.
         best_metric: metric on the validation rows that selects the epoch to keep, e.g. fused_accuracy; `none` keeps the last.
         patience: stop after this many epochs without a new best one; 0 is off.
-        precision: fp32, or bf16 or fp16 under autocast; the weights stay fp32.
-        channels_last: use the channels-last memory layout; same result up to rounding, faster for most convolutions.
+        precision: fp32, or bf16 or fp16 under autocast; the weights stay fp32. `auto` is bf16 where that is faster, else fp32; the
+            run records which.
+        channels_last: use the channels-last memory layout; same result up to rounding, faster for most convolutions. `auto` uses it
+            for convolutional backbones.
+        compile: compile the backbone with `torch.compile`, which takes minutes at the start.
         seed: random seed of weights, order and augmentation.
         workers: processes that load images; the result does not depend on it.
 
@@ -178,8 +182,9 @@ class Recipe:
     best_metric: str = NO_METRIC
     patience: int = 0
     # computation
-    precision: str = "fp32"
-    channels_last: bool = False
+    precision: str = AUTO
+    channels_last: Literal["auto", True, False] = AUTO
+    compile: bool = False
     seed: int = 0
     workers: int = 0
 
@@ -232,6 +237,8 @@ class Recipe:
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise L2R2Error(f'Unknown {name} "{getattr(self, name)}"; choose from {", ".join(choices)}.')
+        if self.channels_last not in (AUTO, True, False):
+            raise L2R2Error(f"channels_last must be auto, true or false, got {self.channels_last!r}.")
 
     def _check_best(self) -> None:
         branch = self.best_metric.removesuffix("_accuracy").removesuffix("_macro")

@@ -30,6 +30,7 @@ from ..runs import CHECKPOINTS, LOGS, last_checkpoint
 from ..views import BRANCHES
 from .batches import EpochBatches
 from .best import Best, best_of
+from .computation import compile_backbones
 from .ema import WeightEMA, tensors_of
 from .losses import BranchLoss, by_branch
 from .mixup import ViewMixup
@@ -182,19 +183,6 @@ class _EachStep(TrainerCallback):
             self.trainer.average.update(state.global_step)
 
 
-def check_device(recipe: Recipe) -> None:
-    """Check that this machine supports the recipe's precision.
-
-    Raises:
-        L2R2Error: when it does not.
-    """
-    cuda = torch.cuda.is_available()
-    if recipe.precision == "fp16" and not cuda:
-        raise L2R2Error("precision fp16 needs a GPU; on a CPU, use bf16 or fp32.")
-    if recipe.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise L2R2Error("precision bf16 is not supported by this GPU; use fp16 or fp32.")
-
-
 def train(
     model: L2R2,
     recipe: Recipe,
@@ -209,7 +197,7 @@ def train(
 
     Args:
         model: the model to train.
-        recipe: see `Recipe`.
+        recipe: see `Recipe`; without `auto`, see `resolve`.
         train, val: rows; without `val` nothing is evaluated.
         classes: class names, in the order of the logits.
         out: folder of the run.
@@ -277,13 +265,15 @@ def _trainer(
         raise L2R2Error(
             f"{batches.world} processes are too many for batches of {min(batches.rows, recipe.batch_size)} images; start fewer."
         )
+    if recipe.compile:
+        compile_backbones(model)
     mix = ViewMixup(len(classes), recipe.mixup, recipe.cutmix, recipe.mix_probability) if recipe.mixup or recipe.cutmix else None
     loss = BranchLoss(
         model,
         recipe.label_smoothing,
         mix=mix,
         head_only=recipe.trainable == "head",
-        channels_last=recipe.channels_last,
+        channels_last=recipe.channels_last is True,
         part_weights=recipe.part_weights(),
     )
     return BranchTrainer(
