@@ -55,6 +55,7 @@ class Recipe:
         fill: RGB levels (0-255) of padding and of replaced pixels; null is the model's own.
         interpolation: of views: bilinear or bicubic; null is the model's own.
         mode: of views: `float`, or `pil`, which rounds as Pillow does; null is the model's own.
+        decode: of image files: `full`, or `scaled`, which reduces large ones first; null is the model's own.
         margin: how far the fg box grows at each end, relative to its side.
         late_stage: fg_mode `late` masks the output of the `last` stage, or of the one `before_last`.
         late_pool: fg_mode `late` pools by the masked mean (`mask`), over all positions (`all`), or by the class token (`token`).
@@ -126,6 +127,7 @@ class Recipe:
     fill: tuple[int, ...] | None = None
     interpolation: str | None = None
     mode: str | None = None
+    decode: str | None = None
     margin: float = 0.0
     late_stage: str = "last"
     late_pool: str = "mask"
