@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": ("evaluate:evaluate", "Evaluate every branch and every fusion of a run."),
     "audit": ("audit:audit", "Measure how much a classifier relies on backgrounds."),
     "predict": ("predict:predict", "Classify images and say why."),
+    "benchmark": ("benchmark:benchmark", "Measure where the time of a prediction goes."),
     "explain": ("explain:explain", "Show why a run predicts what it predicts."),
     "publish": ("publish:publish", "Publish a run on the Hugging Face Hub."),
     "publish-kernels": ("publish_kernels:publish_kernels", "Publish the kernels on the Hugging Face Hub."),

@@ -20,7 +20,7 @@ def test_importing_the_package_loads_nothing_heavy():
 FLOORS = (
     ("errors", "versions"),
     ("io", "config", "distributed"),
-    ("locks", "journal"),
+    ("locks", "journal", "pipe"),
     ("images", "boxes"),
     ("views", "fusion"),
     ("models", "data"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +18,16 @@ from ..boxes.detections import Detections
 from ..checkpoints.checkpoint import Checkpoint, load_checkpoint
 from ..errors import L2R2Error
 from ..fusion import ObjectnessMaxConfidence
-from ..images import ImageSource, load_image, load_mask
+from ..images import ImageSource, LazyImage, load_image, load_mask
 from ..localize import Localizer, create_localizer
 from ..localize.model_based import Head, detections_of
-from ..models.l2r2 import L2R2Output
-from ..views import make_views
+from ..pipe import in_order, worker_count
+from ..views import decode_patches, make_views, takes_patches
 from .adapt import DIGITS, Adapter
+from .ask import ask
+from .classify import Answered, Network, Precision
 from .finite import checked
-from .items import Item, Row, is_full, merged
+from .items import Item, Job, Pending, Row, is_large, whole_images
 from .prediction import Answer, ObjectPrediction, Prediction, product, why_full, why_fused
 
 LOCALIZER_FAILED = "the localizer failed"  # how the reason of such an answer begins
@@ -44,9 +47,14 @@ class Predictor:
         localizer: finds the boxes of images that come without any: a spec (see `localize.base`) or a Localizer. `head` is the
             model's own box head: one pass over the whole image, then one over what it found.
         topk_prompts: the full branch's so many best classes are what the localizer is asked for, see `localize.topk`.
+        workers: threads that decode files ahead of the network; 0 for none, by default one per core.
+        precision: of the network, `float32` or `bfloat16`, which is faster where the hardware has it, and less exact.
+        cascade: look at the object first, and at the whole image only where it could change the fused prediction; labels and
+            scores stay the same (`docs/method.md`, section 4). `ObjectPrediction.full` is None where it was not needed.
 
     Raises:
-        L2R2Error: a model that does not take RGB, a number out of range, or a localizer that cannot be had or does not suit.
+        L2R2Error: a model that does not take RGB, a number out of range, a localizer that cannot be had or does not suit, a
+            precision that the processor does not have, or a cascade of a model without the two branches.
     """
 
     def __init__(
@@ -60,6 +68,9 @@ class Predictor:
         device: str | torch.device | None = None,
         localizer: str | Localizer | None = None,
         topk_prompts: int | None = None,
+        workers: int | None = None,
+        precision: Precision = "float32",
+        cascade: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -76,6 +87,8 @@ class Predictor:
             localizer = create_localizer(localizer, device=self.device, checkpoint=checkpoint)
         self.localizer: Localizer | None = localizer
         self.topk_prompts = topk_prompts
+        self.network = Network(self.model, self.device, batch_size, precision, cascade)
+        self.workers = worker_count(workers)
         self.keep_logits = False
         if topk_prompts is None and self.localizer is not None:
             self.localizer.check_prompt()
@@ -115,17 +128,10 @@ class Predictor:
         'chanterelle'
         """
         if not isinstance(image, (list, tuple)):
-            return self._predict([self._given(image, boxes)])[0]
+            return next(self._predict(iter([self._given(image, boxes)])))
         if boxes is not None and len(boxes) != len(image):
             raise L2R2Error(f"{len(boxes)} entries of boxes for {len(image)} images; give one for each, None for no boxes.")
-        found: list[Prediction] = []
-        batch: list[Item] = []
-        for one, of_one in zip(image, boxes or [None] * len(image)):
-            batch.append(self._given(one, of_one))
-            if is_full(batch, self.batch_size):
-                found += self._predict(batch)
-                batch = []
-        return found + (self._predict(batch) if batch else [])
+        return list(self._predict(self._given(*pair) for pair in zip(image, boxes or [None] * len(image))))
 
     def predict_many(
         self, images: Sequence[ImageSource], boxes: Sequence[Boxes | None] | None = None, *, groups: Sequence[str] | None = None
@@ -158,10 +164,12 @@ class Predictor:
         """What fuses predictions of one place (a `noun`) together.
 
         Raises:
-            L2R2Error: the fusion was not fitted to know its batch, or `topk_prompts` are asked for, which fuse otherwise.
+            L2R2Error: the fusion was not fitted to know its batch, or `topk_prompts` or a cascade are asked for.
         """
         if self.topk_prompts is not None:
             raise L2R2Error("Predictions by topk_prompts cannot be adapted to their place.")
+        if self.network.cascade:
+            raise L2R2Error("Predictions are adapted to their place from the logits of all branches; leave cascade out.")
         return Adapter(copy.deepcopy(self.model.fusion).cpu().float(), self.labels, self.top, noun)
 
     @torch.inference_mode()
@@ -181,7 +189,8 @@ class Predictor:
         found = self._usable(item)[0]
         if found is not None and found.masks is None and mask is not None:
             found = replace(found, masks=mask.expand(len(found), -1, -1))
-        return item.image, found, checked(self._classify([item]))[0]
+        (whole,) = whole_images([item])
+        return whole, found, next(self._classified(iter([item])))
 
     def _given(self, image: ImageSource, boxes: Boxes | None) -> Item:
         name = str(image) if isinstance(image, (str, Path)) else None
@@ -203,47 +212,78 @@ class Predictor:
             boxes: entries by `str(path)`, see `BoxTable.join`.
             masks: mask files by `str(path)`; without an entry in `boxes`, the mask's tight box is the box.
         """
-        batch: list[Item] = []
-        done: list[Prediction | None] = []
-        for path in paths:
+        known, mask_files = boxes or {}, masks or {}
+
+        def load(path: Path) -> Item | Prediction:
             try:
-                batch.append(self._load(path, (boxes or {}).get(str(path)), (masks or {}).get(str(path))))
-                done.append(None)
+                return self._load(path, known.get(str(path)), mask_files.get(str(path)))
             except L2R2Error as error:
-                done.append(Prediction(str(path), (), str(error)))
-            if is_full(batch, self.batch_size):
-                yield from merged(done, self._predict(batch))
-                batch, done = [], []
-        yield from merged(done, self._predict(batch) if batch else [])
+                return Prediction(str(path), (), str(error))
+
+        def weigh(loaded: Item | Prediction) -> int:
+            return loaded.pixels if isinstance(loaded, Item) else 0
+
+        return self._predict(in_order(load, paths, self.workers, ahead=self.network.most, weigh=weigh))
 
     def _load(self, path: Path, entry: BoxEntry | None, mask_file: Path | None) -> Item:
-        image = load_image(path, fill=self.model.view_spec.fill)
-        size = (image.height, image.width)
-        mask = load_mask(mask_file, size) if mask_file else None
+        """Decode a file; on a CPU, cut its views too, in this thread."""
+        item, rows = self.decode(path, entry, mask_file)
+        return self.network.cut(item, rows) if self.device.type == "cpu" and rows else item
+
+    def decode(self, path: Path, entry: BoxEntry | None = None, mask_file: Path | None = None) -> tuple[Item, list[Row]]:
+        """Decode what is needed of a file, and list the boxes to classify; none before the localizer has seen the whole image."""
+        image = LazyImage(path, fill=self.model.view_spec.fill)
+        mask = load_mask(mask_file, image.size) if mask_file else None
+        boxes = None if mask is None else Detections.from_mask(mask)
         if entry is not None:
-            return Item(str(path), image, entry.detections(size, str(path)), entry.failure, mask)
-        return Item(str(path), image, None if mask is None else Detections.from_mask(mask), None, mask)
+            boxes = entry.detections(image.size, str(path))
+        item = Item(str(path), None, boxes, entry.failure if entry else None, mask)
+        if self._lacks_boxes(item):
+            return replace(item, image=image.load()), []
+        spec, branches, rows = self.model.view_spec, self.model.branches, self.rows_of(item)
+        where = torch.stack([row.box for row in rows])
+        pixels = decode_patches(image, where, spec, branches) if takes_patches(spec, branches) else image.load()
+        return replace(item, image=pixels), rows
+
+    def _lacks_boxes(self, item: Item) -> bool:
+        return self.localizer is not None and item.boxes is None and item.localizer_failure is None
 
     @torch.inference_mode()
-    def _predict(self, items: Sequence[Item]) -> list[Prediction]:
-        if self.localizer is not None:
-            lacking = [i for i, item in enumerate(items) if item.boxes is None and item.localizer_failure is None]
-            if self.topk_prompts is not None and len(lacking) == len(items):
-                return checked(self._ask(items))
-            found = dict(zip(lacking, self._localize([items[i] for i in lacking]))) if lacking else {}
-            items = [found.get(i, item) for i, item in enumerate(items)]
-        return checked(self._classify(items))
+    def _predict(self, items: Iterator[Item | Prediction]) -> Iterator[Prediction]:
+        """Predictions in the order of the items; what is a prediction already stays as it is."""
+        yield from self._classified(items if self.localizer is None else self._located(items))
+
+    def _located(self, items: Iterator[Item | Prediction]) -> Iterator[Item | Prediction]:
+        """The items with what the localizer found where they have no boxes, a batch at a time."""
+        held: list[Item | Prediction] = []
+        for item in items:
+            held.append(item)
+            if len(held) >= self.batch_size or is_large([item for item in held if isinstance(item, Item)]):
+                yield from self._with_boxes(held)
+                held = []
+        yield from self._with_boxes(held)
+
+    def _with_boxes(self, held: Sequence[Item | Prediction]) -> list[Item | Prediction]:
+        lacking = [item for item in held if isinstance(item, Item) and self._lacks_boxes(item)]
+        if not lacking or self.localizer is None:
+            return list(held)
+        if self.topk_prompts is None:
+            found: Iterator[Item | Prediction] = iter(self._localize(lacking))
+        else:
+            asked = ask(lacking, self.model, self.labels, self.localizer, self.topk_prompts, self.box_threshold, self.top)
+            found = iter(asked)
+        return [next(found) if isinstance(item, Item) and self._lacks_boxes(item) else item for item in held]
 
     def _localize(self, items: Sequence[Item]) -> list[Item]:
         """The items with what the localizer found; where it fails on a batch, each image is tried alone."""
         assert self.localizer is not None
-        images, names = [item.image for item in items], [item.name or "" for item in items]
+        images, names = whole_images(items), [item.name or "" for item in items]
         try:
             if isinstance(self.localizer, Head) and self.localizer.model is self.model:
                 full = make_views(images, None, self.model.view_spec, branches=("full",), device=self.device).full
                 out = self.model.forward_views(full=full)
-                found = detections_of(out.located, images, self.model.view_spec)  # type: ignore[arg-type]
-                return [replace(item, boxes=d, full=z) for item, d, z in zip(items, found, out.full)]  # type: ignore[arg-type]
+                located = detections_of(out.located, images, self.model.view_spec)  # type: ignore[arg-type]
+                return [replace(item, boxes=d, full=z) for item, d, z in zip(items, located, out.full)]  # type: ignore[arg-type]
             found = self.localizer(images, names=names if all(names) else None)
             return [replace(item, boxes=detections) for item, detections in zip(items, found)]
         except (L2R2Error, RuntimeError) as error:
@@ -251,90 +291,50 @@ class Predictor:
                 return [replace(items[0], localizer_failure=" ".join(str(error).split())[:300])]
         return [found for item in items for found in self._localize([item])]
 
-    def _ask(self, items: Sequence[Item]) -> list[Prediction]:
-        """Predictions by `topk_prompts`; where none of an image's classes is found, the full branch answers."""
-        from ..localize.topk import check_promptable, topk_prompts
-
-        assert self.localizer is not None and self.topk_prompts is not None
-        localizer, images = check_promptable(self.localizer, self.model), [item.image for item in items]
-        try:
-            found = topk_prompts(self.model, self.labels, localizer, images, self.topk_prompts, self.box_threshold)
-        except (L2R2Error, RuntimeError) as error:
-            if len(items) == 1:
-                return self._classify([replace(items[0], localizer_failure=" ".join(str(error).split())[:300])])
-            return [prediction for item in items for prediction in self._ask([item])]
-        predictions = []
-        for i, item in enumerate(items):
-            if not bool(found.boxes[i].isfinite().any()):
-                predictions += self._classify([replace(item, boxes=Detections.from_lists([], item.image.size[::-1]))])
-                continue
-            parts, order = found.scores[i].softmax(0).tolist(), found.scores[i].argsort(descending=True).tolist()
-            top = tuple(Answer(self.labels[int(found.classes[i, j])], round(parts[j], 6)) for j in order[: self.top])
-            best, has_box = order[0], bool(found.boxes[i, order[0]].isfinite().all())
-            said = {b: self._answer(z[i] if b == "full" else z[i, best]) for b, z in found.branches.items()}
-            predictions.append(
-                Prediction(
-                    item.name,
-                    (
-                        ObjectPrediction(
-                            label=top[0].label,
-                            score=top[0].score,
-                            source="fused" if has_box else "full",
-                            reason=f"the best of the {len(order)} classes that the whole image suggests"
-                            + ("" if has_box else "; it was not found, the whole image stands for it"),
-                            full=said["full"],
-                            fg=said["fg"] if has_box else None,
-                            bg=said.get("bg") if has_box else None,
-                            box=tuple(round(v, 2) for v in found.boxes[i, best].tolist()) if has_box else None,  # type: ignore[arg-type]
-                            box_score=round(float(found.box_scores[i, best]), 4) if has_box else None,
-                            top=top,
-                        ),
-                    ),
-                )
-            )
-        return predictions
-
-    def _answer(self, logits: Tensor) -> Answer:
-        score, index = logits.float().softmax(-1).max(-1)
-        return Answer(self.labels[int(index)], round(float(score), 6))
-
-    def _classify(self, items: Sequence[Item]) -> list[Prediction]:
-        found = [self._usable(item) for item in items]
-        rows: list[Row] = []
-        for i, (usable, why) in enumerate(found):
-            if usable is None:
-                rows.append(Row(i, torch.full((4,), float("nan")), None, why, items[i].mask))
+    def _classified(self, items: Iterator[Item | Prediction]) -> Iterator[Prediction]:
+        """Predictions in the order of the items, in batches that are filled across images and boxes."""
+        waiting: deque[Pending | Prediction] = deque()
+        jobs: list[Job] = []
+        for item in items:
+            if isinstance(item, Item):
+                pending = Pending(item, self.rows_of(item))
+                jobs += [Job(pending, number) for number in range(len(pending.rows))]
+                waiting.append(pending)
             else:
-                masks = usable.masks if usable.masks is not None else [items[i].mask] * len(usable)
-                rows += [Row(i, box, s, "", mask) for box, s, mask in zip(usable.boxes, usable.scores.tolist(), masks)]
-        answers: list[list[ObjectPrediction]] = [[] for _ in items]
-        for start in range(0, len(rows), self.batch_size):
-            part = rows[start : start + self.batch_size]
-            output, has_fg = self._look(items, part)
-            for row, answer in zip(part, self._answers(output, part, has_fg)):
-                answers[row.item].append(answer)
-        if isinstance(self.model.fusion, ObjectnessMaxConfidence):  # the box that answers for the image comes first
-            answers = [sorted(objects, key=product, reverse=True) for objects in answers]
-        return [Prediction(item.name, tuple(objects)) for item, objects in zip(items, answers)]
+                waiting.append(item)
+            while len(jobs) >= self.network.most or is_large(_images(jobs)):
+                self._answer_all(jobs[: self.network.most])
+                jobs = jobs[self.network.most :]
+            yield from self._ready(waiting)
+        for start in range(0, len(jobs), self.network.most):
+            self._answer_all(jobs[start : start + self.network.most])
+        yield from self._ready(waiting)
 
-    def _look(self, items: Sequence[Item], rows: Sequence[Row]) -> tuple[L2R2Output, list[bool]]:
-        """What the model says of the rows, and in which of them it saw an object."""
-        used = sorted({row.item for row in rows})
-        known = [items[row.item].full for row in rows]
-        scores = torch.tensor([1.0 if row.score is None else row.score for row in rows], device=self.device)
-        full = None if any(z is None for z in known) else torch.stack(known)  # type: ignore[arg-type]
-        views = make_views(
-            [items[i].image for i in used],
-            torch.stack([row.box for row in rows]),
-            self.model.view_spec,
-            branches=[b for b in self.model.branches if b != "full" or full is None],
-            image_index=torch.tensor([used.index(row.item) for row in rows]),
-            masks=[row.mask for row in rows],
-            device=self.device,
-        )
-        known_full = {} if full is None else {"full_logits": full}
-        output = self.model.forward_views(**views.inputs(), objectness=scores, **known_full)
-        return output, output.has_fg.tolist()
+    def _ready(self, waiting: deque[Pending | Prediction]) -> Iterator[Prediction]:
+        """Take what is done from the front."""
+        while waiting:
+            first = waiting[0]
+            if isinstance(first, Pending):
+                if (objects := first.objects) is None:
+                    return
+                if isinstance(self.model.fusion, ObjectnessMaxConfidence):  # the box that answers for the image comes first
+                    objects = tuple(sorted(objects, key=product, reverse=True))
+                first = checked([Prediction(first.item.name, objects)])[0]
+            waiting.popleft()
+            yield first
+
+    def _answer_all(self, jobs: Sequence[Job]) -> None:
+        if jobs:
+            for job, answer in zip(jobs, self.answers(self.network(jobs), jobs)):
+                job.pending.answers[job.number] = answer
+
+    def rows_of(self, item: Item) -> list[Row]:
+        """The boxes of an image to classify, or one row without a box."""
+        usable, why = self._usable(item)
+        if usable is None:
+            return [Row(torch.full((4,), float("nan")), None, why, item.mask)]
+        masks = usable.masks if usable.masks is not None else [item.mask] * len(usable)
+        return [Row(box, score, "", mask) for box, score, mask in zip(usable.boxes, usable.scores.tolist(), masks)]
 
     def _usable(self, item: Item) -> tuple[Detections | None, str]:
         """The boxes to classify, or None and why there are none (`docs/method.md`, section 2)."""
@@ -353,14 +353,17 @@ class Predictor:
             return None, "every box lies outside of the image or is empty"
         return usable.sorted().select(torch.arange(min(len(usable), self.max_objects))), ""
 
-    def _answers(self, output: L2R2Output, rows: Sequence[Row], has_fg: Sequence[bool]) -> Iterator[ObjectPrediction]:
+    def answers(self, answered: Answered, jobs: Sequence[Job]) -> Iterator[ObjectPrediction]:
+        """The predictions for boxes from what the network says of them."""
+        output, has_fg, skipped = answered.output, answered.output.has_fg.tolist(), answered.skipped.tolist()
         given = {**output.branches(), "fused": output.fused}
         best = {b: z.float().softmax(-1).topk(self.top if b == "fused" else 1) for b, z in given.items()}
         probabilities = {b: t.values.tolist() for b, t in best.items()}
         classes = {b: t.indices.tolist() for b, t in best.items()}
-        for i, (_, box, box_score, why, _) in enumerate(rows):
+        for i, (box, box_score, why, _) in enumerate(job.row for job in jobs):
             keep = self.keep_logits and has_fg[i]
-            said = {b: [Answer(self.labels[c], round(p, 6)) for c, p in zip(classes[b][i], probabilities[b][i])] for b in best}
+            asked = [b for b in best if b in ("fg", "fused") or not skipped[i]]
+            said = {b: [Answer(self.labels[c], round(p, 6)) for c, p in zip(classes[b][i], probabilities[b][i])] for b in asked}
             found = has_fg[i] and "fg" in said
             yield ObjectPrediction(
                 label=said["fused"][0].label,
@@ -375,3 +378,8 @@ class Predictor:
                 top=tuple(said["fused"]),
                 logits={b: [round(v, DIGITS) for v in z[i].tolist()] for b, z in output.branches().items()} if keep else None,
             )
+
+
+def _images(jobs: Sequence[Job]) -> list[Item]:
+    """The images of some boxes, each once."""
+    return [pending.item for pending in {id(job.pending): job.pending for job in jobs}.values()]
