@@ -44,6 +44,11 @@ test-more: $(INSTALLED) $(TIMM)
 docs: $(INSTALLED)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict && echo "wrote build/site/index.html"
 
+# Checkpoints that may be published from here, with their model cards; a few minutes on a CPU.
+.PHONY: weights
+weights: $(INSTALLED)
+	@$(BIN)/python benchmarks/release.py -o weights
+
 benchmark: $(INSTALLED)
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q benchmarks/speed -p no:xdist
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/speed/packed_vit.py

@@ -180,9 +180,9 @@ def test_predictions_of_another_model_or_other_settings_are_not_mixed(run, datas
     inputs, out = gather([dataset], split="train"), tmp_path / "out.json"
     predict_to_file(Predictor.from_pretrained(run, device="cpu"), inputs, out)
     other = write_run(tmp_path / "other", seed=1)
-    with pytest.raises(L2R2Error, match="made with other values of model_sha256"):
+    with pytest.raises(L2R2Error, match="made with a different model_sha256"):
         predict_to_file(Predictor.from_pretrained(other, device="cpu"), inputs, out)
-    with pytest.raises(L2R2Error, match="made with other values of settings"):
+    with pytest.raises(L2R2Error, match="made with a different settings"):
         predict_to_file(Predictor.from_pretrained(run, box_threshold=0.9, device="cpu"), inputs, out)
     (tmp_path / "notes.json").write_text("[1, 2]")
     with pytest.raises(L2R2Error, match="was not written by"):

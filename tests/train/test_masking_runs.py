@@ -126,7 +126,7 @@ def test_the_audit_and_known_full_logits_take_the_same_path(kind, tmp_path):
         audited = Audited("run", net, (("a",), ("b",), ("c",)), net.view_spec, net.branches)(views)
         assert torch.equal(audited["fg"], expected.fg) and torch.equal(audited["fused"], expected.fused)
         item = Item(None, Image.fromarray(image.numpy()), None, full=expected.full[0])
-        seen, has_fg = predictor._look([item], [Row(0, boxes[0], 1.0, "", None)])
+        seen, has_fg = predictor._forward([item], [Row(0, boxes[0], 1.0, "", None)])
     assert has_fg == [True] and torch.allclose(seen.fg, expected.fg, atol=1e-5) and torch.equal(seen.full, expected.full)
 
 
