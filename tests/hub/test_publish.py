@@ -212,7 +212,7 @@ SAID = {  # what the card says of each kind of model, and what it must not
     "box head": (["boxes from its own box head", 'localizer="head")', "predict(photo)"], ["not stated.", "boxes=[["]),
     "gray": (["As a plain timm model (in_chans=1), it"], ["Predictor", "`pipeline`"]),
     "full": (["(the whole image). Made", "gives the same prediction"], ["misleading", "fg:", "boxes", "Localizer"]),
-    "fg": (["is the fg branch alone", "without boxes, the whole image counts as the object"], ["misleading", "whole-image branch"]),
+    "fg": (["is the fg branch alone", "without boxes, the whole image counts as the object"], ["misleading"]),
 }
 
 

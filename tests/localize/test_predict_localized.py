@@ -163,7 +163,7 @@ def test_top_k_prompts_are_scored_as_the_paper_says(tiny, paths, tmp_path, branc
     for i, prediction in enumerate(predictor.predict_files(paths[:4])):
         if found.boxes[i].isfinite().any():
             best = found.scores[i].argmax()
-            assert prediction.label == labels[found.classes[i, best]] and "suggested by the whole image" in prediction.objects[0].reason
+            assert prediction.label == labels[found.classes[i, best]] and "by the whole image" in prediction.objects[0].reason
         else:
             assert prediction.objects[0].source == "full" and "no object was found" in prediction.objects[0].reason
 
