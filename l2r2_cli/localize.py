@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .common import errors, say, track
+from .common import count, errors, say, track
 from .options import BatchSize, Device, Json, Split
 
 
@@ -72,7 +72,7 @@ def localize(
     else:
         before = f", {report.kept} of them from before" if report.kept else ""
         without = total - report.with_box - failed
-        say(f"{total} images{before}: {report.with_box} with a box, {without} without; {failed} failed")
+        say(f"{count(total, 'image')}{before}: {report.with_box} with a box, {without} without; {failed} failed")
         say(f"wrote {out}")
     if failed:
         raise typer.Exit(1)

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .common import errors, say, show_shares, track
+from .common import count, errors, say, show_shares, track
 from .options import BatchSize, Boxes, Run, Split, box_threshold
 
 
@@ -73,8 +73,8 @@ def predict(
     again = f", {report.kept} of them from before" if report.kept else ""
     because = f" ({len(unlocalized)} because the localizer failed)" if unlocalized else ""
     say(
-        f"{report.total} images{again}: {sources.total()} predictions, {sources['fused']} with an object found, "
-        f"{sources['full']} from the whole image{because}; {len(report.failures)} failed"
+        f"{count(report.total, 'image')}{again}: {count(sources.total(), 'prediction')}, "
+        f"{sources['fused']} with an object found, {sources['full']} from the whole image{because}; {len(report.failures)} failed"
     )
     show_shares(report.shares)
     say(f"wrote {out}")
