@@ -1,4 +1,4 @@
-# make demo, make test: each does all of its own set-up; quiet the second time.
+# make demo, make test: each sets up the virtual environment first if necessary.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)
 	@$(BIN)/l2r2 demo -o demo
 
-# timm's tests are in its source distribution, not in the wheel; without them our run of them is skipped.
+# timm's tests are in its source distribution, not in the wheel; without it they are skipped.
 $(TIMM): $(INSTALLED)
 	@rm -rf $(TIMM) && mkdir -p $(TIMM)
 	@version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("timm"))'); \
@@ -36,19 +36,24 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -
 test: lint
 	@$(PYTEST)
 
-# The Triton kernels in the interpreter and compiled for sm_90, and timm's own suite on our models.
+# What takes longer: the Triton kernels in the interpreter and compiled for sm_90, timm's own suite, tutorials, whole trainings.
 test-more: $(INSTALLED) $(TIMM)
-	@L2R2_TIMM_CHECKOUT=$(CURDIR)/$(TIMM) $(PYTEST) -m "interpreter or timm_suite"
+	@L2R2_TIMM_CHECKOUT=$(CURDIR)/$(TIMM) $(PYTEST) -m "interpreter or timm_suite or slow"
 
 .PHONY: docs
 docs: $(INSTALLED)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict && echo "wrote build/site/index.html"
 
+# Checkpoints that may be published from here, with their model cards; a few minutes on a CPU.
+.PHONY: weights
+weights: $(INSTALLED)
+	@$(BIN)/python benchmarks/release.py -o weights
+
 benchmark: $(INSTALLED)
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q benchmarks/speed -p no:xdist
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/speed/packed_vit.py
 
-# make benchmark-robustness DATA=folder that holds fod_a_shift, eth80 and scenes; hours on a CPU, continued by the same command
+# make benchmark-robustness DATA=folder that contains fod_a_shift, eth80 and scenes; takes hours on a CPU; the same command continues
 benchmark-robustness: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/robustness/background_shift.py fod_a_shift $(DATA)/fod_a_shift
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/robustness/background_shift.py composites $(DATA)/eth80 $(DATA)/scenes

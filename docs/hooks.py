@@ -21,6 +21,7 @@ class Doctests(griffe.Extension):
     """Show the `>>>` examples of docstrings as code; Markdown would take them for nested quotes."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rewrite the docstring of one object."""
         if obj.docstring is not None:
             obj.docstring.value = fence_doctests(obj.docstring.value)
 

@@ -1,7 +1,7 @@
 """The pretrained tags of the zoo, which can be read without importing torch or timm.
 
-`derived.csv` has one row per tag that is derived from timm's weights. A trained checkpoint has a YAML file of its own in a
-folder that the environment variable `L2R2_HUB_CONFIGS` names, see `l2r2_models.models.hub_configs`.
+`derived.csv` has one row per tag that is derived from timm's weights. Each trained checkpoint has its own YAML file in the
+folder that the environment variable `L2R2_HUB_CONFIGS` points to, see `l2r2_models.models.hub_configs`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-FOLDER = "L2R2_HUB_CONFIGS"  # environment variable: a folder of trained checkpoints' YAML files, e.g. an organization's own
+FOLDER = "L2R2_HUB_CONFIGS"  # environment variable with the folder of the YAML files, e.g. an organization's own
 TABLE = Path(__file__).with_name("derived.csv")
 MASKED, PARTS = "l2r2_masked_", "ifam_"  # fg drops tokens of a ViT by a mask; finds the object's parts itself
 GENERIC = "l2r2"  # the model on any timm backbone
@@ -30,19 +30,19 @@ class HubConfig:
     Attributes:
         architecture: registered model, e.g. `l2r2_convnextv2_base`.
         tag: pretrained tag; `timm.create_model(f"{architecture}.{tag}", pretrained=True)` loads it.
-        default: whether the bare architecture name means this tag.
-        source: timm's model and tag whose weights start the backbone and, where it has a classifier, both heads.
+        default: whether this is the default tag of the architecture.
+        source: timm model and tag whose weights initialize the backbone and, if it has a classifier, both heads.
         hub_id: Hub repository of the weights.
-        license: license of those weights as timm records it; None where it records none.
-        labels: name of the label set, None for weights without a classifier.
+        license: license of those weights according to timm; None if unknown.
+        labels: name of the label set; None for weights without a classifier.
         parameters: number of parameters with the source's classes on both heads.
-        input_size: side of the square input in pixels that the weights were trained at.
-        top1: ImageNet-1k validation accuracy in % that timm reports for the source, None where it reports none.
-        made_by: how the checkpoint comes about; of a trained one the command.
-        label_names: of a trained checkpoint: one name per class.
-        model_args: of a trained checkpoint: its branches, fusion, views and whatever else builds the model.
+        input_size: side in pixels of the square images that the weights were trained on.
+        top1: ImageNet-1k validation accuracy in % that timm reports for the source; None if it reports none.
+        made_by: how the checkpoint was made; for a trained one, the command.
+        label_names: for a trained checkpoint, one name per class.
+        model_args: for a trained checkpoint, its branches, fusion, views and other arguments of the model.
         localizer: the localizer that it is meant for: spec, prompt, license.
-        metrics: what was measured: dataset, split, output (full, fg, fused), metric, value.
+        metrics: evaluation results: dataset, split, output (full, fg, fused), metric, value.
     """
 
     architecture: str
@@ -63,15 +63,16 @@ class HubConfig:
 
     @property
     def name(self) -> str:
+        """What `timm.create_model` takes: architecture and tag."""
         return f"{self.architecture}.{self.tag}"
 
     @property
     def trained(self) -> bool:
-        """Whether the weights are an L2R2 checkpoint, and not timm's that one is derived from."""
+        """Whether the weights are a trained L2R2 checkpoint, and not timm's."""
         return self.model_args is not None
 
     def to_yaml(self) -> str:
-        """The file of a trained checkpoint; optional keys without a value are left out."""
+        """Return the YAML of a trained checkpoint; optional keys without a value are left out."""
         import yaml
 
         kept = {f.name: getattr(self, f.name) for f in fields(self) if f.default is MISSING or getattr(self, f.name) is not None}
@@ -80,7 +81,7 @@ class HubConfig:
 
 @functools.cache
 def derived_configs() -> tuple[HubConfig, ...]:
-    """The tags that are derived from timm's weights, sorted by name.
+    """Return the tags that are derived from timm's weights, sorted by name.
 
     >>> [config.tag for config in derived_configs() if config.architecture == "l2r2_efficientnet_b0" and config.default]
     ['ra4_e3600_r224_in1k']
@@ -90,7 +91,7 @@ def derived_configs() -> tuple[HubConfig, ...]:
 
 
 def _derived(row: dict[str, str]) -> HubConfig:
-    """One row of the table; what follows from its columns is not written there."""
+    """Complete one row of the table; values that follow from its columns are not stored in it."""
     source, labels = row["source"], row["labels"] or None
     by = (UNTRAINED_PARTS if row["architecture"].startswith(PARTS) else DERIVED) if labels else HEADLESS
     return HubConfig(
@@ -109,10 +110,10 @@ def _derived(row: dict[str, str]) -> HubConfig:
 
 
 def unknown_model(name: str) -> str | None:
-    """What to tell the user about a model name that the zoo does not have, None for one that it has; the tag is not looked at.
+    """Return the error message for an unknown model name; None for a known one, whatever its tag.
 
     Args:
-        name: with or without a tag, or `timm:NAME`.
+        name: model name, with or without a tag, or `timm:NAME`.
 
     >>> print(unknown_model("l2r2_resnet8"))
     Unknown model "l2r2_resnet8"; close names: l2r2_resnet18, l2r2_resnet50. `l2r2 list` shows all; timm:NAME takes any backbone.
@@ -123,5 +124,5 @@ def unknown_model(name: str) -> str | None:
         return None
     close = get_close_matches(architecture, sorted(known), 3)
     hint = f"; close names: {', '.join(close)}. `l2r2 list` shows all" if close else "; `l2r2 list` shows the models"
-    shown = repr(name)[1:-1]  # a terminal must not obey what is in it
+    shown = repr(name)[1:-1]  # without control characters
     return f'Unknown model "{shown}"{hint}; timm:NAME takes any backbone.'

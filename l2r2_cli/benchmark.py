@@ -20,26 +20,28 @@ def benchmark(
     model: Run,
     images: Annotated[
         Optional[list[Path]],
-        typer.Argument(help="Images, folders of images, or data sets.", show_default="made-up photos"),
+        typer.Argument(help="Images, folders of images, or data sets.", show_default="synthetic photos"),
     ] = None,
     boxes: Boxes = None,
     split: Split = None,
     limit: Annotated[int, typer.Option(min=1, help="Use at most this many images, evenly spaced.")] = 256,
-    size: Annotated[str, typer.Option(help="Size of made-up photos, WIDTHxHEIGHT.")] = "500x400",
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds to take the median of.")] = 3,
-    plain: Annotated[bool, typer.Option(help="Measure a plain timm network of the same backbone too.")] = True,
+    size: Annotated[str, typer.Option(help="Size of synthetic photos, WIDTHxHEIGHT.")] = "500x400",
+    repeats: Annotated[int, typer.Option(min=1, help="Number of rounds; the median is reported.")] = 3,
+    plain: Annotated[bool, typer.Option(help="Also measure a plain timm network with the same backbone.")] = True,
     batch_size: BatchSize = 32,
     workers: Workers = None,
     precision: Precision = "float32",
-    cascade: Annotated[bool, typer.Option("--cascade", help="See `l2r2 predict`.")] = False,
+    cascade: Annotated[
+        bool, typer.Option("--cascade", help="Skip the whole image where it cannot change the prediction, see `l2r2 predict`.")
+    ] = False,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Measure where the time of a prediction goes: decode, cut, network, fuse, write."""
+    """Measure how long each stage of a prediction takes: decode, cut, network, fuse, write."""
     width, _, height = size.partition("x")
     if not (width.isdecimal() and height.isdecimal() and 0 < int(width) <= 10_000 and 0 < int(height) <= 10_000):
         raise typer.BadParameter(f"--size is WIDTHxHEIGHT in pixels, e.g. 4000x3000, got {size}")
-    from l2r2_models.predict.benchmark import made_up_photos, run_benchmark
+    from l2r2_models.predict.benchmark import run_benchmark, synthetic_photos
     from l2r2_models.predict.predict_files import gather
     from l2r2_models.predict.predictor import Predictor
 
@@ -50,7 +52,7 @@ def benchmark(
         if images:
             inputs = gather(images, boxes, split).evenly(limit)
         else:
-            inputs = made_up_photos(Path(folder), limit, (int(width), int(height)))
+            inputs = synthetic_photos(Path(folder), limit, (int(width), int(height)))
         found = run_benchmark(
             predictor, inputs, repeats=repeats, plain=plain, progress=lambda steps, total: track(steps, total, "rounds")
         )

@@ -1,4 +1,4 @@
-"""The command `l2r2`: what its commands are called, and what happens to their errors."""
+"""The `l2r2` application: its commands, and the handling of their errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from .common import Refusal
 
-# name: module and function, what the list of commands says. The module is imported when its command is called.
+# name: module and function, and summary in the list of commands; the module is imported when its command is called
 COMMANDS = {
     "list": ("list_models:list_models", "Show the models and their pretrained tags."),
     "localize": ("localize:localize", "Find objects in images and write a box file."),
@@ -22,9 +22,9 @@ COMMANDS = {
     "fuse": ("fuse:fuse", "Fit the fusion of a run on held-out images."),
     "evaluate": ("evaluate:evaluate", "Evaluate every branch and every fusion of a run."),
     "audit": ("audit:audit", "Measure how much a classifier relies on backgrounds."),
-    "predict": ("predict:predict", "Classify images and say why."),
-    "benchmark": ("benchmark:benchmark", "Measure where the time of a prediction goes."),
-    "explain": ("explain:explain", "Show why a run predicts what it predicts."),
+    "predict": ("predict:predict", "Classify images and give the reasons."),
+    "benchmark": ("benchmark:benchmark", "Measure how long each stage of a prediction takes."),
+    "explain": ("explain:explain", "Explain predictions with saliency maps and counterfactuals."),
     "publish": ("publish:publish", "Publish a run on the Hugging Face Hub."),
     "publish-kernels": ("publish_kernels:publish_kernels", "Publish the kernels on the Hugging Face Hub."),
     "export": ("export:export", "Export a run to ONNX or torch.export."),
@@ -37,14 +37,14 @@ COMMANDS = {
 
 
 class _Command(TyperCommand):
-    """A command of which the name and one line are known; the rest is imported when it is called."""
+    """A command with a name and a summary; the rest is imported when it is called."""
 
     def __init__(self, name: str, place: str, summary: str) -> None:
         super().__init__(name, short_help=summary)
         self.place = place
 
     def load(self) -> Any:
-        """The command with its options."""
+        """Import the command with its options."""
         module, _, function = self.place.partition(":")
         alone = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
         alone.command(self.name)(getattr(import_module(f".{module}", __package__), function))
@@ -69,8 +69,8 @@ class _Group(TyperGroup):
 app = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(show: bool) -> None:
+    if show:
         from importlib.metadata import version
 
         typer.echo(version("l2r2-models"))
@@ -87,7 +87,7 @@ def _top(
 
 
 def main() -> None:
-    """Run the command: invalid input is one sentence and exit status 1. An interruption is left to `l2r2_cli.main`."""
+    """Run the command; invalid input prints one sentence and exits with status 1. `l2r2_cli.main` handles interruptions."""
     try:
         app()
     except BrokenPipeError:
@@ -101,14 +101,14 @@ def main() -> None:
 
 
 def _sentence(error: Exception) -> str | None:
-    """What to tell the user about an error; None for one that is a bug of ours."""
+    """Return the message for an error of the user, or None for a bug."""
     if isinstance(error, Refusal):
         return str(error)
-    from l2r2_models.errors import L2R2Error, printable  # imported by whichever command raised the error
+    from l2r2_models.errors import L2R2Error, printable  # already imported by the command that raised the error
 
     if isinstance(error, L2R2Error):
         return str(error)
-    if isinstance(error, OSError) and error.filename is not None:  # a name of 300 characters, a full disk
+    if isinstance(error, OSError) and error.filename is not None:  # e.g. a name of 300 characters, or a full disk
         return f"{printable(str(error.filename))}: {error.strerror}."
     return None
 
@@ -118,11 +118,11 @@ def _set_up_logging() -> None:
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_printable)
     logging.getLogger("l2r2_models").setLevel(logging.INFO)
-    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: every line would appear twice
+    logging.getLogger("huggingface_hub").propagate = False  # it has its own handler; every line would appear twice
 
 
 def _is_printable(record: logging.LogRecord) -> bool:
-    """Replace control characters in a message, which may name a file, so that the terminal does not obey them."""
+    """Escape control characters in a log message, which may contain a file name."""
     from l2r2_models.errors import printable
 
     record.msg, record.args = printable(record.getMessage()), ()

@@ -1,4 +1,4 @@
-"""What several commands share: what they print with, progress bars, and comma-separated options. Rich is imported when used."""
+"""Code shared by several commands: printing, progress bars, and comma-separated options. Rich is imported when used."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Refusal(Exception):
 
 
 def printable(text: str) -> str:
-    """The text with nothing in it that a terminal obeys."""
-    from l2r2_models.errors import printable  # a command that prints has imported the package by then
+    """Return the text with control characters escaped."""
+    from l2r2_models.errors import printable  # commands that print have already imported the package
 
     return printable(text)
 
@@ -36,7 +36,7 @@ def _stderr() -> Console:
 
 
 class _Errors:
-    """Messages on stderr, above a progress bar: nothing in them is markup, a link, or a code that the terminal obeys."""
+    """Print messages on stderr, above a progress bar, as plain text without markup, links or control characters."""
 
     def print(self, text: str) -> None:
         _stderr().print(printable(text), highlight=False, markup=False, soft_wrap=True)
@@ -46,12 +46,21 @@ errors = _Errors()
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print a line of a result, whatever names are in it."""
+    """Print one line of a result, with control characters escaped."""
     typer.echo(printable(text), err=err)
 
 
+def count(number: int, what: str) -> str:
+    """The number with its noun in the singular or plural.
+
+    >>> count(1, "image"), count(2, "image")
+    ('1 image', '2 images')
+    """
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def show(table: Any) -> None:
-    """Print a table; a pipe has no width to wrap at."""
+    """Print a table; if the output is not a terminal, with a width of 160 characters."""
     from rich.console import Console
 
     console = Console()
@@ -59,7 +68,7 @@ def show(table: Any) -> None:
 
 
 def show_shares(shares: Mapping[str, GroupShare], most: int = 20) -> None:
-    """Print how many backgrounds of each group mislead, those with the most first."""
+    """Print the fraction of misleading backgrounds per group, the largest first."""
     order = sorted(shares, key=lambda group: -shares[group].misled)
     for group in order[:most]:
         say(f"{group}: {shares[group]}, {shares[group].objects} objects")
@@ -68,18 +77,18 @@ def show_shares(shares: Mapping[str, GroupShare], most: int = 20) -> None:
 
 
 def cell(text: str) -> str:
-    """Text of users in a table."""
+    """Escape a user's text for a table cell."""
     from rich.markup import escape
 
     return escape(printable(text))
 
 
 def columns(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> Iterator[str]:
-    """Lines with the cells of each row below those of the row before.
+    """Yield the rows as lines with aligned columns.
 
     Args:
-        rows: all of one length.
-        right: numbers of the columns that are aligned to the right.
+        rows: rows of equal length.
+        right: indices of the columns aligned to the right.
     """
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
@@ -88,7 +97,7 @@ def columns(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> Iterato
 
 
 def track(items: Iterable[T], total: int, text: str) -> Iterator[T]:
-    """Yield `items` with a progress bar on stderr (nothing where stderr is not a terminal)."""
+    """Yield `items` with a progress bar on stderr (none if stderr is not a terminal)."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -97,17 +106,17 @@ def track(items: Iterable[T], total: int, text: str) -> Iterator[T]:
 
 
 def numbers(option: str, value: str | None) -> tuple[int, ...]:
-    """`"0,3"` -> `(0, 3)`.
+    """Parse comma-separated integers, `"0,3"` to `(0, 3)`.
 
     Raises:
-        typer.BadParameter: something else.
+        typer.BadParameter: when the value is not of this form.
     """
     try:
         return tuple(int(part) for part in (value or "").split(",") if part.strip())
     except ValueError:
-        raise typer.BadParameter(f"{option} takes numbers with commas between them, got {value!r}.") from None
+        raise typer.BadParameter(f"{option} takes comma-separated numbers, got {value!r}.") from None
 
 
 def names(value: str | None) -> tuple[str, ...] | None:
-    """`"full,fg"` -> `("full", "fg")`."""
+    """Parse comma-separated names, `"full,fg"` to `("full", "fg")`."""
     return None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())

@@ -25,7 +25,7 @@ def composite(
     object_column: Annotated[str, typer.Option(help="Metadata column that names the physical object.")] = "object_instance",
     seed: Seed = 0,
 ) -> None:
-    """Make a data set whose backgrounds predict the class in training and mislead in the test (Spawrious protocol)."""
+    """Make a data set whose backgrounds predict the class in training and are misleading in the test (Spawrious protocol)."""
     from l2r2_models.data.spawrious import composites
     from l2r2_models.data.table import read_table
     from l2r2_models.errors import L2R2Error
@@ -33,7 +33,7 @@ def composite(
     try:
         parts = [float(part) for part in names(correlation) or ()]
     except ValueError:
-        raise L2R2Error(f'--correlation takes numbers like 0.97,0.87, not "{correlation}".') from None
+        raise L2R2Error(f'--correlation takes comma-separated numbers such as 0.97,0.87, got "{correlation}".') from None
     composites(
         objects,
         scenes,

@@ -14,10 +14,10 @@ from .options import Seed
 
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything; rerun to resume.")] = Path("demo"),
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each training.")] = 8,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each training.")] = 3,
     seed: Seed = 0,
 ) -> None:
-    """Train a plain classifier and L2R2 on synthetic images, swap the backgrounds, and compare."""
+    """Fine-tune a plain classifier and L2R2 on synthetic images, swap the backgrounds, and compare."""
     from rich.table import Table
 
     from l2r2_models.demo import SPLITS, run_demo
@@ -28,4 +28,4 @@ def demo(
     for name, row in result.accuracy.items():
         table.add_row(name, *(f"{100 * row[split]:.1f} %" for split in SPLITS))
     show(table)
-    say(f"answers: {result.predictions}   picture: {result.picture}   ({time.monotonic() - start:.0f} s)")
+    say(f"predictions: {result.predictions}   picture: {result.picture}   ({time.monotonic() - start:.0f} s)")

@@ -23,12 +23,12 @@ def derive(
     from l2r2_models.io import read_text
 
     if not source.startswith("timm:"):
-        raise L2R2Error(f'"{source}": give timm:NAME, e.g. timm:convnextv2_tiny.')
+        raise L2R2Error(f'"{source}" is not a timm model; write timm:NAME, e.g. timm:convnextv2_tiny.')
     listed = None
     if labels:
         listed = [line.strip() for line in read_text(labels).splitlines() if line.strip()]
     _, named = run(source.removeprefix("timm:"), out, labels=listed, branches=names(branches) or ("full", "fg"), fusion=fusion)
-    say(f"wrote {out}: {len(named)} classes, not trained; its fg head has never seen a crop")
+    say(f"wrote {out}: {len(named)} classes; not trained, so the fg head has never seen a crop")
 
 
 def convert(
@@ -44,10 +44,10 @@ def convert(
 
     parts: dict[str, str | Path] = {b: s for b, s in (("full", full), ("fg", fg), ("bg", bg)) if s}
     if bool(run) == bool(parts) or len(parts) == 1:
-        raise typer.BadParameter("give a RUN to split, or two or three of --full, --fg and --bg to join")
+        raise typer.BadParameter("pass a RUN to split, or two or three of --full, --fg and --bg to join")
     if run:
         for branch, folder in split(run, out).items():
-            say(f"wrote {folder}: {branch} alone")
+            say(f"wrote {folder}: the branch {branch}")
         return
     join(parts, out, fusion=fusion)
     say(f"wrote {out}: {' and '.join(parts)}, independent networks, fusion {fusion}; fit it with `l2r2 fuse`")

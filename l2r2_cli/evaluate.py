@@ -35,13 +35,13 @@ def evaluate(
     boxes: Boxes = None,
     skip_bad: SkipBad = False,
     drop_parts: Annotated[
-        Optional[str], typer.Option(help="ifam models: leave out these parts, e.g. 0,3.", show_default="none")
+        Optional[str], typer.Option(help="iFAM models: drop these parts, e.g. 0,3.", show_default="none")
     ] = None,
     token_quantile: Annotated[
-        float, typer.Option(help="ifam models: leave out patches below this quantile of their part's training logits.")
+        float, typer.Option(help="iFAM models: drop patches below this quantile of their part's training logits.")
     ] = 0.0,
     adapt: Annotated[
-        str, typer.Option(help="Fuse the images of one place together: group:COLUMN, folder, batch:N or off.")
+        str, typer.Option(help="Fuse images taken at the same place jointly: group:COLUMN, folder, batch:N or off.")
     ] = "off",
     workers: Workers = None,
     report: Report = None,
@@ -78,11 +78,11 @@ def evaluate(
         from l2r2_models.report.evaluation import write_evaluation
 
         write_evaluation(report, judged, result, lambda batches, total: track(batches, total, "parts"))
-    if Path(run).is_dir() and not judged.checkpoint.model.interventions():  # kept for the model card
+    if Path(run).is_dir() and not judged.checkpoint.model.interventions():  # stored for the model card
         try:
             store_evaluation(run, data, judged.checkpoint.digest, result.to_dict())
         except L2R2Error as error:
-            errors.print(f"warning: {error} The model card of this run will lack these metrics.")
+            errors.print(f"warning: {error} These metrics will be missing from the model card of this run.")
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
     else:
@@ -100,11 +100,11 @@ def _print(judged: Judged, result: Evaluation) -> None:
     how = " (the true labels were the prompts)" if judged.data.table.boxes_from.get("oracle") else ""
     say(
         f"{result.images} images of {result.split}, {result.with_object} with an object found{how}; "
-        f"either branch right (oracle): {100 * result.oracle:.1f}{fitted}"
+        f"at least one branch correct (oracle): {100 * result.oracle:.1f}{fitted}"
     )
     show_shares(judged.shares)
     if pairs := _confused(judged, result):
-        say(f"most confused by {judged.answer} (truth -> answer): {pairs}")
+        say(f"most confused by {judged.answer} (truth -> prediction): {pairs}")
     for note in result.notes:
         say(f"note: {note}")
 
@@ -129,9 +129,9 @@ def _table(result: Evaluation) -> Table:
         table.add_column(title, justify="right")
         if title == "accuracy":
             table.add_column("95 %", justify="right", style="dim")
-    for name, figures in result.rows.items():
-        cells = ["" if figures[k] is None else f"{100 * figures[k]:.1f}" for k in columns]
-        low, high = figures["intervals"]["accuracy"]
+    for name, metrics in result.rows.items():
+        cells = ["" if metrics[k] is None else f"{100 * metrics[k]:.1f}" for k in columns]
+        low, high = metrics["intervals"]["accuracy"]
         table.add_row(cell(name), cells[0], f"{100 * low:.1f}-{100 * high:.1f}", *cells[1:])
     return table
 

@@ -14,18 +14,18 @@ from .options import Json, Metadata, Split, box_threshold
 
 def evaluate_boxes(
     boxes: Annotated[Path, typer.Argument(help="Box file to evaluate.")],
-    data: Annotated[Path, typer.Argument(help="Data set whose metadata holds the true boxes or masks.")],
+    data: Annotated[Path, typer.Argument(help="Data set whose metadata contains the true boxes or masks.")],
     split: Split = None,
     metadata: Metadata = None,
     box_threshold: Annotated[float, box_threshold(True)] = 0.2,
     pictures: Annotated[Optional[Path], typer.Option(help="Write a PNG with the ten worst images to this file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a box file with the true boxes: IoU, CorLoc, how much of the object is inside, misses."""
+    """Compare a box file with the true boxes: IoU, CorLoc, recall of the object's area, missed objects."""
     from l2r2_models.evaluate.localization import draw_worst
-    from l2r2_models.evaluate.localization import evaluate_boxes as judge
+    from l2r2_models.evaluate.localization import evaluate_boxes as run
 
-    report = judge(
+    report = run(
         boxes,
         data,
         split=split,
@@ -48,7 +48,7 @@ def evaluate_boxes(
     say(f"  object inside box {100 * report.area_recall:5.1f} %")
     say(f"  nothing found in  {report.missed:5d}     ({report.failed} failed, {report.unlisted} not in the file)")
     if report.empty:
-        say(f"  {report.false_boxes} of {report.empty} images without a true box got one")
+        say(f"  {report.false_boxes} of {report.empty} images without a true box have a found one")
     longest = max(report.histogram)
     for i, count in enumerate(report.histogram):
         say(f"  IoU {i / 10:.1f} to {(i + 1) / 10:.1f}  {count:6d}  {'#' * round(40 * count / longest)}")

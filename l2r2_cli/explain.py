@@ -9,51 +9,54 @@ from typing import Annotated, Optional
 import typer
 
 from .common import errors, say, track
+from .options import Boxes, Json, Run, Seed, Split, box_threshold
 
 
 def explain(
-    run: Annotated[str, typer.Argument(help="A run's folder, or a Hub id (org/name).")],
+    run: Run,
     images: Annotated[list[Path], typer.Argument(help="Images, folders of images, or a data set.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="HTML page to write.")],
-    boxes: Annotated[
-        Optional[Path], typer.Option(help="Box file.", show_default="the boxes in a folder's metadata.csv/.jsonl")
-    ] = None,
+    boxes: Boxes = None,
     localizer: Annotated[
-        Optional[str], typer.Option(help="Find the boxes so, see `l2r2 localize`; `head` is the model's own box head.")
+        Optional[str],
+        typer.Option(help="Localizer that finds the boxes, see `l2r2 localize`; `head` is the model's own box head."),
     ] = None,
-    split: Annotated[Optional[str], typer.Option(help="Only this split of a data set.")] = None,
+    split: Split = None,
     method: Annotated[
-        str, typer.Option(help="gradcam, ig, occlusion, rollout (plain ViTs), parts (ifam models) or auto.")
+        str, typer.Option(help="gradcam, ig, occlusion, rollout (plain ViTs), parts (iFAM models) or auto.")
     ] = "auto",
     target: Annotated[
-        Optional[list[str]], typer.Option(help="Class to explain; several count as one.", show_default="what is answered")
+        Optional[list[str]],
+        typer.Option(help="Class to explain. Repeatable: several count as one.", show_default="the predicted class"),
     ] = None,
-    against: Annotated[Optional[str], typer.Option(help="Why not this class? A name, or runner-up.")] = None,
+    against: Annotated[
+        Optional[str], typer.Option(help='Class to contrast with ("why A and not B"): a name, or runner-up.')
+    ] = None,
     sort: Annotated[
-        str, typer.Option(help="Which images come first: disagreement, outside (the object) or error.")
+        str, typer.Option(help="Order of the images: disagreement, outside (the object) or error, the largest first.")
     ] = "disagreement",
-    limit: Annotated[Optional[int], typer.Option(min=1, help="At most so many images, evenly chosen.")] = None,
-    shown: Annotated[int, typer.Option(min=1, help="Images with pictures on the page; the numbers are of all.")] = 24,
-    numbers: Annotated[bool, typer.Option(help="Insertion, deletion and what-if changes, 60 passes an image.")] = True,
-    box_threshold: Annotated[
-        Optional[float], typer.Option(min=0, max=1, help="Boxes with a lower score are not used.", show_default="the model's")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the backgrounds that images lend each other.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers of each image as JSON lines.")] = False,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Maximum number of images, evenly spaced.")] = None,
+    shown: Annotated[int, typer.Option(min=1, help="Number of images shown on the page; the summary covers all.")] = 24,
+    numbers: Annotated[
+        bool, typer.Option(help="Compute insertion, deletion and counterfactuals, about 60 forward passes per image.")
+    ] = True,
+    box_threshold: Annotated[Optional[float], box_threshold("the model's")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
 ) -> None:
-    """Show why: what each branch saw and where it looked, drawn on the image, and what would have changed the answer."""
+    """Explain predictions with saliency maps per branch and counterfactuals, as an HTML page."""
     from l2r2_models.errors import L2R2Error
     from l2r2_models.explain.explainer import Explainer
     from l2r2_models.predict.predict_files import gather
     from l2r2_models.report.explain import Page
 
     if localizer is not None and boxes is not None:
-        raise typer.BadParameter("--localizer finds the boxes, --boxes gives them: use one or the other")
+        raise typer.BadParameter("--localizer finds the boxes and --boxes reads them from a file; use one or the other")
     page = Page(sort, shown)
     inputs = gather(images, boxes, split)
     inputs = (inputs.without_boxes() if localizer is not None else inputs).evenly(limit)
     if sort == "error" and (unknown := [path for path in inputs.paths if str(path) not in inputs.labels]):
-        raise L2R2Error(f"{unknown[0]}: has no label, and --sort error needs one; give a data set with labels.")
+        raise L2R2Error(f"{unknown[0]}: has no label, which --sort error needs; pass a data set with labels.")
     explainer = Explainer.from_pretrained(
         run,
         method=method,
@@ -72,8 +75,8 @@ def explain(
         page.add(found)
         if as_json:
             typer.echo(json.dumps(found.to_dict()))
-    notes = [f"{len(failures)} images could not be explained; the first: {failures[0]}"] if failures else []
-    page.write(out, f"What {Path(explainer.predictor.checkpoint.name).name} looks at", notes)
+    notes = [f"{len(failures)} images could not be explained. The first one: {failures[0]}"] if failures else []
+    page.write(out, f"Explanations of {Path(explainer.predictor.checkpoint.name).name}", notes)
     say(page.lead(), err=as_json)
     say(f"wrote {out}", err=as_json)
     if failures:

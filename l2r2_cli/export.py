@@ -31,7 +31,7 @@ def export(
 
     named = {suffix: name for name, suffix in FORMATS.items()}
     if format is None and out.suffix not in named:
-        raise L2R2Error(f"{out}: name it {' or '.join('*' + s for s in named)}, or give --format.")
+        raise L2R2Error(f"{out}: name the file {' or '.join('*' + s for s in named)}, or pass --format.")
     result = export_run(run, out, format=format or named[out.suffix], takes=takes, fp16=fp16)
     if as_json:
         typer.echo(json.dumps({**vars(result), "file": str(result.file)}))

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def _complete_model(incomplete: str) -> list[str]:
-    """Models, and once there is a dot also tags, that begin so."""
+    """Complete names of models, and after a dot of their tags."""
     found = {c.name if "." in incomplete else c.architecture for c in derived_configs()}
     return sorted(name for name in found if name.startswith(incomplete))
 
 
-def _show_keys(asked: bool) -> None:
-    if not asked:
+def _show_keys(show: bool) -> None:
+    if not show:
         return
     import yaml
 
@@ -71,7 +71,7 @@ def finetune(
         Optional[float], typer.Option(help="Hold out this fraction of the training images for validation.", show_default="0")
     ] = None,
     val_group: Annotated[
-        Optional[str], typer.Option(help="Metadata column, e.g. site: images with one value are held out together.")
+        Optional[str], typer.Option(help="Metadata column, e.g. site: images with the same value are held out together.")
     ] = None,
     val_from: Annotated[
         Optional[str],
@@ -107,7 +107,7 @@ def finetune(
     ] = None,
     background_swap: Annotated[
         Optional[float],
-        typer.Option(help="Probability of putting a training object on another image's background.", show_default="0"),
+        typer.Option(help="Probability of pasting a training object onto another image's background.", show_default="0"),
     ] = None,
     size: Annotated[Optional[int], typer.Option(help="Side of the views in pixels.", show_default="the model's")] = None,
     epochs: Annotated[Optional[int], typer.Option(help="Passes over the training images.", show_default="20")] = None,
@@ -118,13 +118,13 @@ def finetune(
     seed: Annotated[Optional[int], typer.Option(help="Random seed.", show_default="0")] = None,
     workers: Annotated[Optional[int], typer.Option(help="Processes that load images.", show_default="0")] = None,
     skip_bad: SkipBad = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that the folder holds.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in the folder first.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log metrics for TensorBoard in the run folder.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a model on your images and save it as a checkpoint in timm's layout.
 
-    The flags cover what is set most often; --set reaches everything else, and --keys lists it.
+    The options cover the most common settings; --set changes any other recipe key, and --keys lists them all.
     """
     if model is not None and (sentence := unknown_model(model)):
         raise Refusal(sentence)
@@ -156,7 +156,7 @@ def finetune(
     changes = {key: value for key, value in flags.items() if value is not None}
     more = parse_settings(settings or [])
     if twice := sorted(set(changes) & set(more)):
-        raise L2R2Error(f"{twice[0]} is given twice, by its flag and by --set.")
+        raise L2R2Error(f"{twice[0]} is given twice, by its option and by --set; pass it once.")
     changes.update(more)
     base = recipe or ("scratch" if changes.get("pretrained") is False else "finetune")
     result = run(
@@ -182,8 +182,8 @@ def _say(result: Result, as_json: bool) -> None:
     for note in result.notes:
         errors.print(note)
     if as_json:
-        figures = {"images": result.images, "with_box": result.with_box, "left_out": len(result.skipped)}
-        typer.echo(json.dumps({"run": str(result.folder), "metrics": result.metrics, **figures}))
+        counts = {"images": result.images, "with_box": result.with_box, "left_out": len(result.skipped)}
+        typer.echo(json.dumps({"run": str(result.folder), "metrics": result.metrics, **counts}))
         return
     say(f"{result.with_box} of {result.images} training images have a usable box or mask")
     for name, value in result.metrics.items():

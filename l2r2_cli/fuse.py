@@ -21,7 +21,7 @@ def fuse(
     val_backgrounds: Annotated[
         Optional[str],
         typer.Option(
-            help="Rows to fit and choose on: plain (as they are), swapped (each object on three other backgrounds), or both.",
+            help="Rows to fit and choose on: plain (unchanged), swapped (each object on three other backgrounds), or both.",
             show_default="both, where objects have boxes or masks",
         ),
     ] = None,
@@ -30,7 +30,7 @@ def fuse(
         typer.Option(help="Folder of images (empty frames, scenes) to swap in.", show_default="the training images"),
     ] = None,
     group: Annotated[
-        Optional[str], typer.Option(help="Metadata column, e.g. site: images with one value stay in one fold.")
+        Optional[str], typer.Option(help="Metadata column, e.g. site: images with the same value stay in the same fold.")
     ] = None,
     inputs: Annotated[Optional[str], typer.Option(help="Branches to fuse, e.g. fg,bg.", show_default="as before, or all")] = None,
     metric: Annotated[str, typer.Option(help="Metric to optimize: accuracy or macro_accuracy.")] = "accuracy",
@@ -42,8 +42,8 @@ def fuse(
 ) -> None:
     """Fit the fusion of a run on held-out rows, from branch logits that are computed once and stored.
 
-    The fusion is chosen by regret: the one that is least behind the best of fg, full and their average, on held-out images as
-    they are and on other backgrounds, whichever is worse. None is chosen that loses to fg on either.
+    The fusion with the smallest regret is chosen: the largest gap in accuracy to the best of fg, full and their average, over
+    unchanged held-out images and the same objects on other backgrounds. A fusion that is worse than fg on either is excluded.
     """
     from l2r2_models.evaluate.fit_run import fit_run
 
@@ -71,15 +71,15 @@ def fuse(
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
         return
-    what = {"plain": "images", "swapped": "images on other backgrounds", "both": "images as they are and on other backgrounds"}
+    what = {"plain": "images", "swapped": "images on other backgrounds", "both": "images, unchanged and on other backgrounds,"}
     rows = f"{report.rows} {what[report.backgrounds]} of {split}, {report.with_object} with an object"
-    say(f"fitted on {rows}; on unseen fifths of them, in %:")
+    say(f"fitted on {rows}; metrics by five-fold cross-validation, in %:")
     columns = list(next(iter(report.table.values())))
     say(f"  {'':26}" + "".join(f"  {name:^18}" for name in columns))
-    say(f"  {'fusion':26}" + "  right   ECE    NLL" * len(columns))
+    say(f"  {'fusion':26}" + "  acc.    ECE    NLL" * len(columns))
     for name, by in report.table.items():
         found = "".join(f"  {100 * m['accuracy']:5.1f} {100 * m['ece']:5.1f}  {m['nll']:5.2f}" for m in by.values())
-        numbers = f"{report.numbers[name]:>6} numbers" if name in report.numbers else ""
+        numbers = f"{report.numbers[name]:>6} parameters" if name in report.numbers else ""
         say(f"  {name:26}{found}{numbers}{'  <- chosen' if name == report.chosen else ''}")
     if report.reason:
         say(report.reason)

@@ -37,6 +37,6 @@ def import_set(
     )
     say(f"wrote {out}: " + ", ".join(f"{split} {count}" for split, count in result.splits.items()))
     if result.linked:
-        say(f"{result.linked} files are hard links: to change an image, import with --copy")
+        say(f"{result.linked} files are hard links; to edit images, import with --copy")
     if result.copied:
         say(f"{result.copied} files are copies")

@@ -1,4 +1,4 @@
-"""`l2r2 list`. Reads the table of the zoo, without importing `l2r2_models`."""
+"""`l2r2 list`. It reads the table of the zoo without importing `l2r2_models`."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ def list_models(
         rows.append((c.architecture, c.tag, parameters, size, top1, c.license or "see its page", place))
     for line in columns(rows, right=(2, 3, 4)):
         typer.echo(line)
-    typer.echo(f"{len(configs)} shown. top-1: ImageNet-1k accuracy of timm's weights that the heads start from, not of L2R2.")
+    typer.echo(f"{len(configs)} shown. top-1: ImageNet-1k accuracy of the timm weights, not of the L2R2 model.")
 
 
 def _configs() -> tuple[HubConfig, ...]:
-    """The table, and the trained checkpoints where the environment names some."""
+    """Return the table, and the trained checkpoints that the environment variable lists."""
     if not os.environ.get(FOLDER):
-        return derived_configs()
-    from l2r2_models.models.hub_configs import load_hub_configs  # checks the users' files
+        derived: tuple[HubConfig, ...] = derived_configs()
+        return derived
+    from l2r2_models.models.hub_configs import load_hub_configs  # validates the user's files
 
     return load_hub_configs()
 

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .common import errors, say, track
+from .common import count, errors, say, track
 from .options import BatchSize, Device, Json, Split, Workers
 
 
@@ -40,7 +40,7 @@ def localize(
 ) -> None:
     """Find objects in images and write a box file that finetune, evaluate and predict read.
 
-    Under torchrun (`torchrun --standalone --nproc_per_node 8 -m l2r2_models localize ...`) each process handles its share.
+    Under torchrun (`torchrun --standalone --nproc_per_node 8 -m l2r2_models localize ...`), the processes share the images.
     """
     from l2r2_models.errors import L2R2Error
     from l2r2_models.localize import DEFAULT, LocalizerSpec, create_localizer
@@ -51,7 +51,7 @@ def localize(
     spec = spec.with_option("prompt", *prompt) if prompt else spec
     inputs = gather(images, split=split)
     if oracle_prompts and (lacking := [path for path in inputs.paths if str(path) not in inputs.labels]):
-        raise L2R2Error(f"--oracle-prompts needs a label of every image in the metadata; {lacking[0]} has none.")
+        raise L2R2Error(f"--oracle-prompts needs a label for every image in the metadata; {lacking[0]} has none.")
     first = os.environ.get("RANK", "0") == "0"
     report = localize_to_file(
         create_localizer(spec, device=device),
@@ -69,12 +69,12 @@ def localize(
         errors.print(f"failed: {why}")
     total, failed = len(report.entries), len(report.failures)
     if as_json:
-        figures = {"images": total, "with_box": report.with_box, "failed": failed, "from_before": report.kept}
-        typer.echo(json.dumps({"boxes": str(out), **figures}))
+        counts = {"images": total, "with_box": report.with_box, "failed": failed, "from_before": report.kept}
+        typer.echo(json.dumps({"boxes": str(out), **counts}))
     else:
         before = f", {report.kept} of them from before" if report.kept else ""
         without = total - report.with_box - failed
-        say(f"{total} images{before}: {report.with_box} with a box, {without} without; {failed} failed")
+        say(f"{count(total, 'image')}{before}: {report.with_box} with a box, {without} without; {failed} failed")
         say(f"wrote {out}")
     if failed:
         raise typer.Exit(1)

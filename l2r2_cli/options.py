@@ -1,4 +1,4 @@
-"""The options that several commands have: one name and one meaning everywhere."""
+"""Options shared by several commands, with the same name and meaning everywhere."""
 
 from __future__ import annotations
 
@@ -32,14 +32,12 @@ BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images per 
 Workers = Annotated[
     Optional[int],
     typer.Option(
-        "--workers", min=0, help="Threads that decode images ahead of the network; 0: none.", show_default="one per core"
+        "--workers", min=0, help="Number of threads that decode images in advance; 0 for none.", show_default="one per core"
     ),
 ]
 Precision = Annotated[
     str,
-    typer.Option(
-        "--precision", help="Of the network: float32, or bfloat16, which is faster on hardware that has it, and less exact."
-    ),
+    typer.Option("--precision", help="Precision of the network: float32, or bfloat16, which is faster and less precise."),
 ]
 Device = Annotated[
     Optional[str], typer.Option("--device", help="Device to compute on: cpu, cuda, ...", show_default="cuda if available")
@@ -49,5 +47,5 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def box_threshold(default: str | bool) -> Any:
-    """The option `--box-threshold`, which shows this default."""
+    """Make the option `--box-threshold` with this displayed default."""
     return typer.Option("--box-threshold", min=0, max=1, help="Ignore boxes with a lower score.", show_default=default)

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .common import errors, say, show_shares, track
+from .common import count, errors, say, show_shares, track
 from .options import BatchSize, Boxes, Precision, Run, Split, Workers, box_threshold
 
 
@@ -29,8 +29,8 @@ def predict(
     adapt: Annotated[
         str,
         typer.Option(
-            help="Fuse the images of one place together: group:COLUMN (of the metadata), folder, batch:N, or off. Worth it "
-            "where photos come in sites: how many backgrounds mislead there is estimated without labels."
+            help="Fuse images taken at the same place jointly: group:COLUMN (of the metadata), folder, batch:N, or off. The "
+            "fraction of misleading backgrounds per place is estimated without labels."
         ),
     ] = "off",
     split: Split = None,
@@ -44,7 +44,7 @@ def predict(
         bool,
         typer.Option(
             "--cascade",
-            help="Look at the object first, and at the whole image only where it could change the prediction; labels and scores "
+            help="Classify the object first, and the whole image only where it could change the prediction; labels and scores "
             "stay the same.",
         ),
     ] = False,
@@ -54,7 +54,7 @@ def predict(
     from l2r2_models.predict.predictor import Predictor
 
     if localizer is not None and boxes is not None:
-        raise typer.BadParameter("--localizer finds the boxes, --boxes gives them; use one or the other")
+        raise typer.BadParameter("--localizer finds the boxes and --boxes reads them from a file; use one or the other")
     inputs = gather(images, boxes, split)
     if localizer is not None:
         inputs = inputs.without_boxes()
@@ -74,20 +74,20 @@ def predict(
         errors.print("this model finds its object itself; boxes and masks are not used")
     meant_for = predictor.checkpoint.localizer.get("spec")
     if meant_for and not inputs.entries and localizer is None:
-        hint = f"no boxes are given, the whole image answers; this model is meant for those of --localizer {meant_for}"
+        hint = f"no boxes are given, so the whole image is classified; this model is meant for boxes from --localizer {meant_for}"
         errors.print(hint)
     report = predict_to_file(predictor, inputs, out, lambda items, total: track(items, total, "predicting"), adapt)
     for image in report.failures[:10]:
         errors.print(f"failed: {image['failure']}")
     if unlocalized := report.localizer_failures:
-        why = f"the localizer failed on {len(unlocalized)} of {report.total} images; the first: {unlocalized[0]}"
+        why = f"the localizer failed on {len(unlocalized)} of {report.total} images. The first one: {unlocalized[0]}"
         errors.print(why)
     sources = report.sources
     again = f", {report.kept} of them from before" if report.kept else ""
     because = f" ({len(unlocalized)} because the localizer failed)" if unlocalized else ""
     say(
-        f"{report.total} images{again}: {sources.total()} answers, {sources['fused']} with an object found, "
-        f"{sources['full']} from the whole image{because}; {len(report.failures)} failed"
+        f"{count(report.total, 'image')}{again}: {count(sources.total(), 'prediction')}, "
+        f"{sources['fused']} with an object found, {sources['full']} from the whole image{because}; {len(report.failures)} failed"
     )
     show_shares(report.shares)
     say(f"wrote {out}")

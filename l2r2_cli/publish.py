@@ -20,15 +20,15 @@ def publish(
     license: Annotated[Optional[str], typer.Option(help="License of the weights, as the Hub writes it: apache-2.0, ...")] = None,
     data: Annotated[Optional[str], typer.Option(help="Name of the data set.")] = None,
     data_license: Annotated[Optional[str], typer.Option(help="License of the data set.")] = None,
-    localizer: Annotated[Optional[str], typer.Option(help="What finds the boxes.", show_default="the checkpoint's")] = None,
+    localizer: Annotated[Optional[str], typer.Option(help="Localizer for the boxes.", show_default="the checkpoint's")] = None,
     prompt: Annotated[Optional[str], typer.Option(help="Prompt of the localizer.", show_default="the checkpoint's")] = None,
     localizer_license: Annotated[Optional[str], typer.Option(help="License of the localizer.")] = None,
     limits: Annotated[Optional[str], typer.Option(help="A sentence on what the model must not be used for.")] = None,
     metrics: Annotated[
         Optional[list[Path]],
-        typer.Option(help="Output of `l2r2 evaluate --json`, beside the metrics stored in the run. Repeatable."),
+        typer.Option(help="Output of `l2r2 evaluate --json`, besides the metrics stored in the run. Repeatable."),
     ] = None,
-    without_metrics: Annotated[bool, typer.Option("--without-metrics", help="Publish without any metric.")] = False,
+    without_metrics: Annotated[bool, typer.Option("--without-metrics", help="Publish without metrics.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[Optional[str], typer.Option(help="Branch to push to.", show_default="main")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
@@ -50,16 +50,16 @@ def publish(
     if hub_config:
         architecture, _, tag = hub_config.name.removesuffix(".yaml").partition(".")
         if not tag or hub_config.suffix != ".yaml":
-            raise L2R2Error(f"{hub_config}: name it ARCHITECTURE.TAG.yaml.")
-    facts = CardMetadata(license, data, data_license, localizer, prompt, localizer_license, limits)
+            raise L2R2Error(f"{hub_config}: must be named ARCHITECTURE.TAG.yaml; choose such a name.")
+    author = CardMetadata(license, data, data_license, localizer, prompt, localizer_license, limits)
     with tempfile.TemporaryDirectory(prefix="l2r2-publish-") as folder:
-        package = prepare(run, repo, Path(folder), facts, metrics=metrics or (), without_metrics=without_metrics, tag=tag)
+        package = prepare(run, repo, Path(folder), author, metrics=metrics or (), without_metrics=without_metrics, tag=tag)
         sizes = {name: (package.folder / name).stat().st_size for name in package.files}
         if card:
             write_text(card, (package.folder / CARD).read_text(encoding="utf-8"))
         if hub_config and package.hub_config:
             if package.hub_config.architecture != architecture:
-                raise L2R2Error(f"{hub_config}: the architecture is {package.hub_config.architecture}, name it so.")
+                raise L2R2Error(f"{hub_config}: the name must start with {package.hub_config.architecture}; rename it.")
             write_text(hub_config, package.hub_config.to_yaml())
         pushed = None
         if push:
@@ -74,8 +74,8 @@ def publish(
         for problem in package.problems:
             say(f"problem: {problem}")
         if pushed:
-            say(f"pushed to {pushed.pull_request or pushed.url} (commit {pushed.commit[:12]}), hashes compared")
+            say(f"pushed to {pushed.pull_request or pushed.url} (commit {pushed.commit[:12]}), hashes verified")
         elif not package.problems:
-            say(f"nothing was sent; --push sends it to {repo}")
+            say(f"nothing was uploaded; pass --push to upload to {repo}")
     if package.problems:
         raise typer.Exit(1)

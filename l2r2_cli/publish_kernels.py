@@ -17,7 +17,7 @@ def publish_kernels(
     repo: Annotated[Optional[str], typer.Argument(help="Hub id: ORG/NAME.", show_default="the one in build.toml")] = None,
     push: Annotated[bool, typer.Option("--push", help="Upload; without it nothing leaves this machine.")] = False,
     to: Annotated[
-        Optional[Path], typer.Option("--to", help="Write it into this new folder, from where it can be loaded.")
+        Optional[Path], typer.Option("--to", help="Write the repository into this new folder, from which it can be loaded.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
 ) -> None:
@@ -32,10 +32,10 @@ def publish_kernels(
             say(f"problem: {problem}")
         if push:
             pushed = push_kernels(card, builds, branch, private=private)
-            say(f"pushed to {pushed.url}, branch {branch} (commit {pushed.commit[:12]}), hashes compared")
+            say(f"pushed to {pushed.url}, branch {branch} (commit {pushed.commit[:12]}), hashes verified")
         elif not builds.problems and to:
             say(f'written to {to}; kernels.get_local_kernel(Path("{to}")) loads it')
         elif not builds.problems:
-            say(f"nothing was sent; --push sends it to {builds.repo}, branch {branch}")
+            say(f"nothing was uploaded; pass --push to upload to {builds.repo}, branch {branch}")
     if builds.problems:
         raise typer.Exit(1)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .train.recipe import Recipe
 
 __version__ = "0.1.0"
-_LAZY = {  # imported when they are asked for
+_LAZY = {  # imported on first access
     "Checkpoint": "checkpoints",
     "Explainer": "explain.explainer",
     "Prediction": "predict.prediction",
@@ -65,11 +65,11 @@ __all__ = [
 
 
 def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
-    """Names of the registered models, sorted; `timm.list_models` restricted to this package's.
+    """List the registered models, sorted; `timm.list_models` restricted to this package.
 
     Args:
         pattern: shell pattern of the names, e.g. `"l2r2_vit*"`.
-        pretrained: the names with each pretrained tag instead.
+        pretrained: list every pretrained tag instead of the architectures.
 
     >>> list_models("l2r2_resnet*")
     ['l2r2_resnet18', 'l2r2_resnet50']

@@ -1,4 +1,4 @@
-"""`python -m l2r2_models`: the command `l2r2`, which torchrun can start this way."""
+"""`python -m l2r2_models` runs the command `l2r2`, e.g. under torchrun."""
 
 from l2r2_cli import main
 

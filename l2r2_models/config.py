@@ -20,7 +20,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], what: str, *, parse_numbers
     Args:
         cls: a dataclass whose fields are strings, numbers, booleans, tuples, mappings or literals.
         data: values by field name.
-        what: what messages call a field, e.g. `recipe key`.
+        what: name of a field in messages, e.g. `recipe key`.
         parse_numbers: accept numbers given as strings, because YAML reads `1e-3` as a string.
 
     Raises:

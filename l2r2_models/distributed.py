@@ -16,12 +16,12 @@ PATIENCE = timedelta(hours=12)  # the other ranks wait while rank 0 reads all im
 
 
 def world() -> int:
-    """The number of processes, as set by torchrun; 1 without it."""
+    """Return the number of processes, as set by torchrun; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """The rank of this process; rank 0 writes and prints."""
+    """Return the rank of this process; rank 0 writes and prints."""
     return int(os.environ.get("RANK", "0"))
 
 

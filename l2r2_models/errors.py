@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    r"""Escape control characters, since a file name may hold codes that a terminal obeys.
+    r"""Escape control characters, since a file name may contain terminal control codes.
 
     >>> printable("a\x1b[2Jb")
     'a\\x1b[2Jb'

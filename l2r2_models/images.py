@@ -1,4 +1,4 @@
-"""The image loader: any file in a user's folder becomes an upright 8-bit RGB image, or one clear error.
+"""Image loading: any image file becomes an upright 8-bit RGB image, or raises one clear error.
 
 Everything that opens an image calls `load_image`, so that boxes always refer to the same pixels.
 """
@@ -55,8 +55,8 @@ def load_image(
     Args:
         source: path, encoded bytes, binary file object, PIL image, or pixels as a uint8 array or tensor `[H, W, 3]` or `[H, W]`.
         fill: RGB color (0-255) under transparent pixels.
-        max_pixels: largest width * height that is accepted; Pillow's own limit (179 million) applies as well.
-        name: what error messages call the image (default: the path).
+        max_pixels: maximum width * height; Pillow's own limit (179 million) applies as well.
+        name: name of the image in error messages; defaults to the path.
 
     Raises:
         ImageError: when the file is missing, empty, truncated, too large, or not an image.
@@ -71,9 +71,9 @@ def load_image(
 
 
 class LazyImage:
-    """An image whose upright size is known, and whose pixels are decoded when they are asked for, whole or reduced.
+    """An image with a known upright size, whose pixels are decoded on request, at full or reduced resolution.
 
-    Takes the arguments of `load_image`, and raises what it raises, here or in `load`.
+    Takes the arguments of `load_image` and raises the same exceptions, on creation or in `load`.
 
     Attributes:
         size: `(height, width)` of the upright image in pixels.
@@ -102,22 +102,26 @@ class LazyImage:
         """Decode as upright 8-bit RGB.
 
         Args:
-            scale: 1, 2, 4 or 8: the side of the square of pixels that becomes one pixel. A JPEG is decoded at that scale by its
-                discrete cosine transform, other images are decoded whole and averaged. The last row and column may stand for
-                fewer pixels.
+            scale: factor to reduce by: 1, 2, 4 or 8. JPEG files are reduced in the discrete cosine transform, other images by
+                averaging. The last row and column may cover fewer pixels.
         """
         if self._decoded is not None:
             return self._decoded if scale == 1 else self._decoded.reduce(scale)
         with _one_sentence(self.name, self.max_pixels):
             image = _opened(self._encoded, self.name, self.max_pixels)
-            if scale > 1:
-                image.draft(None, (max(1, image.width // scale), max(1, image.height // scale)))  # type: ignore[arg-type]
-            return _decoded(image, self.name, self.fill, ours=True)
+            width, height = image.size
+            # turning a reduced image would move a last row or column that covers fewer pixels to the front
+            whole_cells = _orientation(image) == 1 or not (width % scale or height % scale)
+            drafted = scale > 1 and whole_cells and min(width, height) >= scale
+            if drafted:
+                image.draft(None, (width // scale, height // scale))
+            decoded = _decoded(image, self.name, self.fill, ours=True)
+            return decoded if drafted or scale == 1 else decoded.reduce(scale)
 
 
 @contextmanager
 def _one_sentence(name: str, max_pixels: int) -> Iterator[None]:
-    """Turn whatever a decoder raises into an ImageError."""
+    """Convert the exceptions of decoders to ImageError."""
     try:
         with _Quiet():
             yield
@@ -135,14 +139,14 @@ def _name_of(source: ImageSource) -> str:
 
 
 def _opened(source: str | Path | bytes | Image.Image, name: str, max_pixels: int) -> Image.Image:
-    """An image of an allowed size, not decoded unless a caller did."""
+    """Open an image without decoding it, and check its size."""
     image = source if isinstance(source, Image.Image) else _open(_bytes(source, name), name)
     _check_size(image, name, max_pixels)
     return image
 
 
 def _decoded(image: Image.Image, name: str, fill: Sequence[int], ours: bool) -> Image.Image:
-    """The upright RGB image; a caller's is copied, the pixels of `ours` only where they must change."""
+    """Return the upright RGB image, which is a copy unless the image is `ours`."""
     scale = _grey_scale(image)
     image.load()
     if ours:
@@ -183,7 +187,7 @@ def load_mask(path: str | Path, image_size: tuple[int, int]) -> Tensor:
 
 
 def image_tensor(image: Image.Image) -> Tensor:
-    """The pixels of an RGB image as a uint8 tensor `[H, W, 3]`.
+    """Convert an RGB image to a uint8 tensor `[H, W, 3]`.
 
     >>> image_tensor(Image.new("RGB", (4, 2))).shape
     torch.Size([2, 4, 3])
@@ -275,7 +279,7 @@ def _read(source: ImageSource) -> str | Path | bytes | Image.Image:
 
 
 def _bytes(source: str | Path | bytes, name: str) -> bytes:
-    """The content of a file, which is not empty."""
+    """Return the content of a file; raises if it is empty."""
     if isinstance(source, (str, Path)):
         try:
             check_readable(source)
@@ -313,7 +317,7 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
 
 
 def _grey_scale(image: Image.Image) -> tuple[int, bool]:
-    """The white level of an image with more than 8 bits, and whether 0 is white: Pillow keeps a TIFF's levels as stored."""
+    """Return the white level of an image with more than 8 bits, and whether 0 is white; Pillow keeps TIFF levels as stored."""
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
     return (2**bits - 1 if 8 < bits < 16 else 65535), tags.get(PHOTOMETRIC) == 0

@@ -29,7 +29,7 @@ def check_readable(path: str | Path, *, most: int | None = MAX_BYTES) -> None:
 
     Args:
         path: the file; links are followed.
-        most: largest size in bytes; None for no limit.
+        most: maximum size in bytes; None for no limit.
 
     Raises:
         L2R2Error: when the file is not regular, or larger than `most`.

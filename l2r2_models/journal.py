@@ -1,4 +1,4 @@
-"""Append-only record of finished work, one record per image, in the folder `OUT.parts` beside an output.
+"""Append-only record of finished work, one record per image, in the folder `OUT.parts` next to an output.
 
 Saving a record costs the same no matter how many there are. Every run and process appends to its own file, so nothing is ever
 rewritten; a line that a killed process left incomplete is skipped, and its image is processed again.
@@ -143,9 +143,9 @@ def parse(line: bytes) -> Any:
         return None
 
 
-def digest_of(file: str | Path, *facts: Any) -> str:
-    """A digest of an image file's size and modification time, and of anything else that its result depends on."""
-    return hashlib.sha256(repr((state_of(file), *facts)).encode()).hexdigest()[:16]
+def digest_of(file: str | Path, *others: Any) -> str:
+    """Hash the size and modification time of an image file, and anything else that its result depends on."""
+    return hashlib.sha256(repr((state_of(file), *others)).encode()).hexdigest()[:16]
 
 
 def state_of(file: str | Path | None) -> tuple[int, int] | None:

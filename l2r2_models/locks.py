@@ -1,7 +1,7 @@
-"""One writer per resumable output: a second process is told which one is writing it.
+"""One writer per resumable output; a second process gets an error that names the first.
 
-The lock is an flock on a file beside the output. The kernel releases it when its process ends, even by SIGKILL, so it is never
-stale; on NFS the server holds it, so that it works across hosts. The content of the lock file is only for people to read.
+The lock is an flock on a file next to the output. The kernel releases it when its process ends, even by SIGKILL, so it is never
+stale; on NFS the server holds it, so that it works across hosts. The content of the lock file is only informative.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _held: set[int] = set()
 
 @contextlib.contextmanager
 def only_writer(out: Path) -> Iterator[None]:
-    """Hold the lock of an output file or folder, and remove temporary files that a killed writer left beside it.
+    """Hold the lock of an output file or folder, and remove temporary files that a killed writer left next to it.
 
     Raises:
         L2R2Error: when another process is writing the output, or its folder cannot be written to.

@@ -1,7 +1,7 @@
-"""Work on one image after another in threads, ahead of who uses it: in order, and bounded in what is held.
+"""Process items in threads ahead of the caller, in order and with bounded memory.
 
-Threads and not processes, because decoding and resizing release Python's lock, nothing is copied between processes, and a thread
-starts at once.
+Threads rather than processes: decoding and resizing release the global interpreter lock, nothing is copied between processes, and
+threads start immediately.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .errors import L2R2Error
 
 T = TypeVar("T")
 R = TypeVar("R")
-MOST_WORKERS = 16  # by default; a GPU is seldom faster than so many decoders
-HELD = 50_000_000  # of what `weigh` counts, usually pixels: about 150 MB
+MAX_WORKERS = 16  # of the default; few GPUs are faster than 16 decoders
+HELD = 50_000_000  # limit of the sum of `weigh`, usually pixels: about 150 MB
 
 
 def worker_count(workers: int | None = None) -> int:
-    """The number of threads: as given, or one per core that this process may use.
+    """Return the number of threads: `workers`, or by default one per core that this process may use.
 
     Raises:
         L2R2Error: when it is negative.
@@ -31,7 +31,7 @@ def worker_count(workers: int | None = None) -> int:
     """
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(cores, MOST_WORKERS)
+        return min(cores, MAX_WORKERS)
     if workers < 0:
         raise L2R2Error(f"workers must be 0 (no threads) or more, got {workers}.")
     return workers
@@ -45,14 +45,15 @@ def in_order(
     ahead: int = 0,
     weigh: Callable[[R], int] = lambda _: 0,
 ) -> Iterator[R]:
-    """Yield `work(item)` for each item, in the order of the items; what it raises is raised in the item's place.
+    """Yield `work(item)` for each item, in the order of the items; an exception in `work` is raised when its item is due.
 
     Args:
-        work: runs in the threads, or in the caller's where there are none.
-        items: read in the caller's thread, no further than needed.
+        work: called in the threads, or by the caller if there are none.
+        items: read in the thread of the caller, no further than needed.
         workers: see `worker_count`.
-        ahead: results to have ready beyond one per thread.
-        weigh: size of a result; no more results are held than weigh `HELD`, but for one per thread.
+        ahead: number of results to hold beyond two per thread.
+        weigh: size of a result. So many are held as are expected to weigh `HELD`, judging by those before, but at least one per
+            thread.
 
     >>> list(in_order(len, ["a", "bb", ""], 2))
     [1, 2, 0]
@@ -63,13 +64,14 @@ def in_order(
         return
     waiting: deque[Future[R]] = deque()
     source, pool = iter(items), ThreadPoolExecutor(count, thread_name_prefix="l2r2-pipe")
-    weight = done = 0
+    weight = done = last = 0
     try:
         more = True
         while more or waiting:
-            # what is under way has no weight yet, so that of a result is taken to be the mean of those before
-            fitting = HELD * done // weight if weight else (2 * count + ahead if done else count)
-            most = max(count, min(fitting, 2 * count + ahead))
+            # pending results have no weight yet; assume the mean so far, or that of the last one if it is larger
+            expected = max(weight / max(done, 1), last)
+            most = 2 * count + ahead if done else count
+            most = max(count, min(most, int(HELD / expected))) if expected else most
             while more and len(waiting) < most:
                 try:
                     waiting.append(pool.submit(work, next(source)))
@@ -77,7 +79,8 @@ def in_order(
                     more = False
             if waiting:
                 result = waiting.popleft().result()
-                weight, done = weight + weigh(result), done + 1
+                last = weigh(result)
+                weight, done = weight + last, done + 1
                 yield result
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # after an error or an interruption, nobody wants the rest
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error or an interruption, drop the rest

@@ -1,4 +1,4 @@
-"""The layout of a run folder: its record, checkpoints to resume from, and evaluations. No other module knows it."""
+"""The layout of a run folder: its record, checkpoints to resume from, and evaluations. Only this module knows the layout."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_place(out: Path, data: Path, settings: dict[str, Any], overwrite: bool
     if not out.exists() or (out.is_dir() and all(is_temporary(path, RUN) for path in out.iterdir())):
         return  # new, empty, or left by a process that was killed while it wrote the run's first file
     if not (out / RUN).is_file() or data.resolve().is_relative_to(out.resolve()):
-        raise L2R2Error(f"{out}: exists and is not a run of `l2r2 finetune`; choose another -o.")
+        raise L2R2Error(f"{out}: already exists and is not a run of `l2r2 finetune`; choose another -o.")
     if overwrite:
         return
     old = read_json(out / RUN)
@@ -55,7 +55,7 @@ def check_place(out: Path, data: Path, settings: dict[str, Any], overwrite: bool
     changed += ["data set"] if any(old_data.get(k) != v for k, v in settings["data"].items()) else []
     changed += ["init"] if old.get("init") != settings.get("init") and "init" not in changed else []
     if changed:
-        raise L2R2Error(f"{out}: holds a run with another {', '.join(changed)}; choose another -o, or pass --overwrite.")
+        raise L2R2Error(f"{out}: contains a run with a different {', '.join(changed)}; choose another -o, or use --overwrite.")
 
 
 def record_of(run: Path | str) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _fits(value: Any, kind: str) -> bool:
 
 
 def finished(out: Path) -> dict[str, Any] | None:
-    """The record of a finished run, which is written last; None if the run is not finished.
+    """Return the record of a finished run, which is written last; None if the run is not finished.
 
     Raises:
         L2R2Error: when the record is damaged.
@@ -108,7 +108,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def surroundings() -> dict[str, Any]:
-    """The environment of a run: command line, package versions, device, threads and processes."""
+    """Return the environment of a run: command line, package versions, device, threads and processes."""
     names = ("l2r2-models", "torch", "torchvision", "timm", "transformers")
     found = {"python": platform.python_version(), **{name: version_of(name) for name in names}}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
@@ -175,7 +175,7 @@ def _check_evaluation(data: Any, file: Path) -> dict[str, Any]:
     rows: Any = data.get("rows") if isinstance(data, dict) else None
     fits = isinstance(rows, dict) and rows and isinstance(data.get("split"), str) and isinstance(data.get("images"), int)
     if not fits:
-        raise L2R2Error(f"{file}: is not the output of `l2r2 evaluate --json`.")
+        raise L2R2Error(f"{file}: is not the output of `l2r2 evaluate --json`; pass such a file.")
     for name, row in rows.items():
         accuracy = row.get("accuracy") if isinstance(row, dict) else None
         if isinstance(accuracy, bool) or not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:

@@ -1,4 +1,4 @@
-"""Data whose object and background both give the class away, and two real models that look at one of them only."""
+"""Data whose object and background both predict the class, and two real models that use only one of them."""
 
 import csv
 from pathlib import Path

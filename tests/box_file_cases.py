@@ -1,4 +1,4 @@
-"""A valid file of each box format, and the way in which a bad one is refused."""
+"""A valid file of each box format, and the error for an invalid one."""
 
 import json
 

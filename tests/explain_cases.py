@@ -1,4 +1,4 @@
-"""A network of color detectors whose reasons are known: full answers by the ground, fg by the object."""
+"""A network of color detectors whose evidence is known: full uses the ground, fg the object."""
 
 from pathlib import Path
 

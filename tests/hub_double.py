@@ -1,4 +1,4 @@
-"""A Hub on the loopback interface: as much of its HTTP interface as our calls use, with faults on request.
+"""A Hub on the loopback interface: the part of its HTTP API that our calls use, with faults on request.
 
 It shows that our calls are right as far as huggingface_hub goes. It is no proof about the real Hub.
 """

@@ -1,4 +1,4 @@
-"""Loading a checkpoint in a fresh process, by every way in."""
+"""Loading a checkpoint in a fresh process, by every interface."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Images in folders, masks beside them, and pixels as tensors."""
+"""Images in folders, mask files, and pixels as tensors."""
 
 import os
 import struct

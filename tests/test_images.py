@@ -1,4 +1,4 @@
-"""The image loader: every mode and orientation, and every damaged file ends in one sentence that names it."""
+"""Image loading: every mode and orientation, and one sentence that names the file for every damaged one."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""One writer for each output: a second process is told who writes it, and a killed one is in nobody's way."""
+"""One writer per output: a second process gets an error that names the first, and a killed one does not block."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The names that people reach for: all there, all lazy where they cost something, all shown by completion."""
+"""The public names: all exist, the slow ones are lazy, all are shown by completion."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What a run says of the versions that it was made with."""
+"""The versions that a run records."""
 
 from importlib.metadata import PackageNotFoundError
 

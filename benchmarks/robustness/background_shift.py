@@ -14,7 +14,7 @@ pretrained`, the default: EfficientNet-Lite0 from the installed ImageNet weights
 (composites: 4). With `--start scratch`: ResNet-18, recipe `scratch`, 96 pixels, 20 epochs (composites: 64 pixels, 4 epochs).
 
 Fusions are fitted and chosen (by regret, see `l2r2 fuse`) on `val` (plain), on `val` with the backgrounds of other training
-images (swapped), and on both; `adapted` fuses random groups of images of one test split together. On composites, the
+images (swapped), and on both; `adapted` fuses random groups of images of a test split jointly. On composites, the
 cross-validation keeps physical objects together (`l2r2 fuse --group object`). Nothing is fitted or chosen on a test split. The
 same command continues an interrupted benchmark. Writes benchmarks/results/background_shift_NAME_START.csv.
 """
@@ -62,8 +62,8 @@ EPOCHS = {
     "scratch": {"fod_a_shift": 20, "composites": 4},
 }
 SIDE = {"fod_a_shift": 300, "composites": 128}  # side of the images in pixels
-GROUP = {"fod_a_shift": None, "composites": "object"}  # column of rows that resemble each other: photos of one physical object
-GROUP_SIZES = (8, 32, 0)  # images of one place that are fused together; 0: all of a split
+GROUP = {"fod_a_shift": None, "composites": "object"}  # column that groups photos of the same physical object
+GROUP_SIZES = (8, 32, 0)  # images fused jointly; 0: the whole split
 RESULTS = Path(__file__).parent.parent / "results"
 
 
@@ -89,7 +89,7 @@ MODELS = {
 
 
 def control_box(row: dict, control: str, side: int) -> dict:
-    """Replace the box of a row by the center of the image, or by one of the same size at a random place, seeded by file name."""
+    """Replace the box of a row by the center of the image, or by a random box of the same size, seeded by file name."""
     if control == "center":
         x0 = y0 = side / 4
         x1 = y1 = 3 * side / 4
@@ -130,7 +130,7 @@ def write_rows(rows: list[dict], control: str, out: Path, side: int) -> Path:
     return out
 
 
-def answers(
+def outputs_of(
     run: Path, table: ImageTable, group: str | None
 ) -> Iterator[tuple[str, str, dict[str, tuple[torch.Tensor, BranchLogits]]]]:
     """Yield the outputs of a run: its branches, all fusions, and the fusion chosen on each kind of validation rows.
@@ -165,13 +165,13 @@ def answers(
 
 
 def class_counts(table: ImageTable, labels: Sequence[str]) -> torch.Tensor:
-    """Training rows of each class."""
+    """Count the training rows per class."""
     counts = table.label_counts()
     return torch.tensor([float(counts[label]) for label in labels])
 
 
 def adapted(fusion: Fusion, data: BranchLogits, size: int) -> torch.Tensor:
-    """Logits fused by `fuse_groups` in random groups of `size` images (seed 0); 0: the whole split is one group."""
+    """Fuse with `fuse_groups` in random groups of `size` images (seed 0); with 0, the whole split is one group."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     groups = (order // size).tolist() if size else [0] * len(data)
     return fuse_groups(fusion, data.logits, data.has_fg, groups, data.objectness).logits
@@ -185,7 +185,7 @@ def run_one(data: Path, rows: Path, name: str, seed: int, work: Path, options: a
     print(f"{name}, seed {seed}", flush=True)
     finetune(data, recipe, run, metadata=rows, val_split="val")
     found = []
-    for answer, fitted_on, outputs in answers(run, read_table(data, metadata=rows), GROUP[options.name]):
+    for answer, fitted_on, outputs in outputs_of(run, read_table(data, metadata=rows), GROUP[options.name]):
         row: dict[str, Any] = {"model": name, "answer": answer, "fitted_on": fitted_on, "seed": seed}
         for split, (logits, judged) in outputs.items():
             predicted = logits.argmax(-1)

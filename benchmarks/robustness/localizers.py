@@ -1,4 +1,4 @@
-"""How much of the gain of fg remains with each localizer: evaluation of their boxes, and of the predictions with these boxes.
+"""Evaluate localizers: their boxes, the predictions with these boxes, and how much of the gain of fg remains.
 
     python benchmarks/robustness/localizers.py fod_a_shift DATA            [--seeds 0 1 2]
     python benchmarks/robustness/localizers.py composites  OBJECTS SCENES  [--seeds 0 1 2]

@@ -78,7 +78,7 @@ def name_of(folder: Path) -> str:
         L2R2Error: when the folder was not written by `l2r2 import`, or the set is not in this benchmark.
     """
     if not (folder / ABOUT).is_file():
-        raise L2R2Error("it holds no imported data set; make one with `l2r2 import`.")
+        raise L2R2Error("not an imported data set; make one with `l2r2 import`.")
     name = str(read_json(folder / ABOUT).get("set"))
     if name not in SETUPS:
         raise L2R2Error(f"{name} {ELSEWHERE.get(name, 'is unknown here')}.")

@@ -32,7 +32,7 @@ from l2r2_models.boxes import BoxEntry
 from l2r2_models.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from l2r2_models.checkpoints.export import export_run
 from l2r2_models.pipe import in_order
-from l2r2_models.predict.benchmark import made_up_photos
+from l2r2_models.predict.benchmark import synthetic_photos
 from l2r2_models.predict.classify import has_bfloat16
 from l2r2_models.predict.predict_files import Inputs
 from l2r2_models.predict.predictor import Predictor
@@ -143,7 +143,7 @@ def main() -> None:
         run, photos = Path(folder) / "run", Path(folder) / "photos"
         photos.mkdir()
         save_checkpoint(model, run, [f"class {i}" for i in range(CLASSES)])
-        inputs = made_up_photos(photos, options.images, (width, height))
+        inputs = synthetic_photos(photos, options.images, (width, height))
         for name, entry in list(inputs.entries.items()):
             x0, y0 = (min(start, (1 - options.share) * side) for start, side in zip(entry.boxes[0], (width, height)))
             box = (x0, y0, x0 + options.share * width, y0 + options.share * height)

@@ -1,8 +1,8 @@
-"""Every kernel against its peers on one GPU, in one run: `python benchmarks/speed/kernels.py`.
+"""Compare every kernel with its peers on one GPU: `python benchmarks/speed/kernels.py`.
 
-Correctness comes first: nothing is timed that was not compared with float64, and a wrong result of ours ends the run with
-exit code 1. The copy and matmul rates that the percentages refer to are measured in the same run. The table is printed, and
-written to benchmarks/results/ as CSV, with the GPU, the versions and the date, and as a plot of ratios against goals.
+Every result is compared with float64 before it is timed, and a wrong result of our kernels ends the run with exit code 1. The
+copy and matmul rates that the percentages refer to are measured in the same run. The table is printed, and written to
+benchmarks/results/ as CSV, with the GPU, the versions and the date, and as a plot of ratios against goals.
 """
 
 import datetime
@@ -27,14 +27,14 @@ def seconds(call) -> float:
 
 
 def copy_rate() -> float:
-    """Bytes a second of a device copy, read and write counted, of a buffer that no cache holds."""
+    """Bytes per second of a device copy, reads plus writes, of a buffer larger than the cache."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / seconds(lambda: target.copy_(source))
 
 
 def matmul_rate() -> float:
-    """FLOP a second of a large bfloat16 matrix product."""
+    """FLOP/s of a large bfloat16 matrix product."""
     n = 8192
     a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return 2 * n**3 / seconds(lambda: a @ b)
@@ -50,7 +50,7 @@ def versions() -> dict[str, str]:
 
 def main() -> int:
     if not torch.cuda.is_available():
-        print("No CUDA device: the GPU rows of the kernels' goal tables are unmeasured here, and nothing was written.")
+        print("No CUDA device: nothing was measured or written.")
         return 1
     import masked_attention_bench
     import roi_views_bench
@@ -64,10 +64,10 @@ def main() -> int:
 
 
 def report(table: list[dict], about: dict[str, str], rates: dict[str, float]) -> int:
-    """Print and write the table; nothing of it if a result of ours is wrong."""
+    """Print and write the table, unless a result of our kernels is wrong."""
     wrong = [f"{row['op']}, {row['case']}" for row in table if row["provider"] == OURS and not row["correct"]]
     if wrong:
-        print("Wrong results, so no speeds: " + "; ".join(wrong))
+        print("Wrong results, so nothing was timed: " + "; ".join(wrong))
         return 1
     versions_line = ", ".join(f"{k} {v}" for k, v in about.items())
     rates_line = f"copy {rates['copy_bytes_per_s'] / 1e12:.2f} TB/s, bf16 matmul {rates['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s"

@@ -1,7 +1,7 @@
-"""Masked and packed attention against their peers: one row a case and provider.
+"""Compare masked and packed attention with their peers: one row per case and provider.
 
 ``rows(device, copy_bytes_per_s, matmul_flops_per_s)`` is called by ``kernels.py``, which measures the two rates in the same
-run; ``timing.py`` says what a row holds. On a CPU only the whole ViT is timed, unless sizes are given.
+run; ``timing.py`` documents the rows. On a CPU only the whole ViT is timed, unless sizes are given.
 """
 
 import copy
@@ -27,12 +27,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SDPA = {"sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa_math": SDPBackend.MATH}
-L2_BYTES = 64 << 20  # inputs rotate through more than twice this, so that none is found in the cache
+L2_BYTES = 64 << 20  # inputs rotate through more than twice this, so that none is cached
 CHECKED = 4  # images compared with float64
 
 
 class Sizes(NamedTuple):
-    """What is run. Lengths include the class token."""
+    """Problem sizes; lengths include the class token."""
 
     batch: int = 256
     heads: int = 12
@@ -91,7 +91,7 @@ def _copies(bytes_: float, device: torch.device) -> int:
 
 
 def _with_gradients(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], backward: bool) -> Call:
-    """The call, with its backward if asked: forward and backward are timed together, as training runs them."""
+    """Make the call, optionally with its backward; both are timed together, as in training."""
     if not backward:
 
         def forward():
@@ -238,7 +238,7 @@ def _vit_case(device: torch.device, sizes: Sizes, share: float, training: bool, 
     tokens, width = model.pos_embed.shape[1], model.embed_dim
     batches = [torch.randn(sizes.batch, tokens, width, device=device, dtype=sizes.dtype) for _ in range(2)]
     masks = kept_masks(sizes.batch, tokens, share, 2, device)
-    capacity = round_capacity(max(int(mask.sum()) for mask in masks))  # known to a caller who has the boxes
+    capacity = round_capacity(max(int(mask.sum()) for mask in masks))  # known from the boxes
     weights = sum(p.numel() for p in model.blocks.parameters())
     name = f"{sizes.model} blocks {'training step' if training else 'forward'}, N {tokens}, {share:.0%} kept"
     flops = 2 * weights * int(masks[0].sum()) * (3 if training else 1)
@@ -283,7 +283,7 @@ def _vit_case(device: torch.device, sizes: Sizes, share: float, training: bool, 
         case.add(provider, lambda calls=calls, function=function: (calls, lambda: check(function)))
     if training or share != 0.3:
         return [case]
-    # Two percent of the forward stand as the peer here: a ratio of 1 and more keeps the goal.
+    # The peer is 2 % of the forward pass, so the goal is a ratio of at least 1.
     moved = Case("pack+unpack", f"of {name}", device, sizes.repeats, Goal(1.0), 4 * sizes.batch * tokens * width, 0)
 
     def round_trip(x: Tensor, mask: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""A whole ViT that sees 20, 30 or 50 % of its patches: packed against all tokens with masked keys (SDPA), 196 to 1369 patches.
+"""A whole ViT on 20, 30 or 50 % of its patches: packed tokens compared with masked keys (SDPA), for 196 to 1369 patches.
 
     OMP_NUM_THREADS=1 python benchmarks/speed/packed_vit.py [--model vit_small_patch16_224] [--batch 4] [--rounds 5]
 
-Patch embedding, blocks, norm and class token; forward, and training step (forward, backward, SGD). Both ways must give the same
-class token before they are timed; they alternate, and the medians are compared. On a GPU the mask comes from the CPU, where
-counting it costs nothing, and the weights are bfloat16. Writes benchmarks/results/packed_vit_DEVICE.csv.
+Patch embedding, blocks, norm and class token; forward, and training step (forward, backward, SGD). Both must give the same
+class token before they are timed; they are run in turn, and the medians are compared. On a GPU the mask is on the CPU, where
+counting it is free, and the weights are bfloat16. Writes benchmarks/results/packed_vit_DEVICE.csv.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def measure(name: str, batch: int, side: int, share: float, rounds: int, device:
     mask[:, 0] = True
     functions = ways(model, x, mask)
     atol = 1e-4 if dtype == torch.float32 else 0.1
-    with torch.inference_mode():  # right before fast
+    with torch.inference_mode():  # check the results first
         torch.testing.assert_close(functions["packed"](), functions["dense"](), atol=atol, rtol=0.1)
     rows = []
     for training in (False, True):

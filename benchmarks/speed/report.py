@@ -1,4 +1,4 @@
-"""The speed table on screen, as CSV (a row a goal, the peers as columns) and as a plot (a panel a goal table)."""
+"""The speed table on screen, as CSV (one row per goal, the peers as columns) and as a plot (one panel per goal table)."""
 
 import csv
 from pathlib import Path
@@ -21,7 +21,7 @@ def show(row: dict) -> str:
 
 
 def goals(table: list[dict]) -> list[dict]:
-    """One row a goal: our own figures, then the median time of each peer and its ratio to ours."""
+    """Make one row per goal: our measurements, then the median time of each peer and its ratio to ours."""
     lines: dict[tuple[str, str], dict] = {}
     for row in table:
         line = lines.setdefault((row["op"], row["case"]), {"op": row["op"], "case": row["case"]})
@@ -44,7 +44,7 @@ def write_csv(path: Path, table: list[dict], about: dict) -> None:
 
 def write_plot(path: Path, table: list[dict], title: str) -> None:
     """Bars of our ratio over the "must" ratio, with a mark at "must" (1) and one at "stretch"."""
-    from matplotlib.figure import Figure  # no pyplot: no window, no state
+    from matplotlib.figure import Figure  # without pyplot, which has global state
 
     lines = [line for line in goals(table) if line.get("must")]
     panels = [("1. roi_views", [line for line in lines if line["op"] == "roi_views"])]
@@ -64,7 +64,7 @@ def _panel(axes, name: str, lines: list[dict]) -> None:
     axes.axvline(1, color="black", linewidth=1.2, label="must")
     stretch = [(place, line["stretch"] / line["must"]) for place, line in zip(places, lines) if line["stretch"]]
     axes.scatter([x for _, x in stretch], [y for y, _ in stretch], marker="|", s=220, color=GREY, linewidths=2.5, label="stretch")
-    for place, line in zip(places, lines):  # in a column of their own, where no bar and no mark is
+    for place, line in zip(places, lines):  # in a separate column, so that no bar or mark overlaps
         text = "not measured" if line["ratio"] is None else f"{line['ratio']:.2f}x (must {line['must']:.2f}x)"
         axes.text(1.01, place, text, va="center", fontsize=8, transform=axes.get_yaxis_transform())
     axes.set_yticks(places, [f"{line['op']}: {line['case']}" for line in lines], fontsize=8)

@@ -1,8 +1,8 @@
-"""roi_views against its peers: 256 uint8 images of about 500 x 400 -> 512 views of 224 x 224, bfloat16, one GPU.
+"""Compare roi_views with its peers: 256 uint8 images of about 500 x 400 -> 512 views of 224 x 224, bfloat16, one GPU.
 
-``rows(device, copy_bytes_per_s, matmul_flops_per_s)`` is called by ``kernels.py``; ``timing.py`` says what a row
-holds. Every provider is compared with the float64 reference on a few views before it is timed. The
-time of a call includes what the host does for it, as far as the GPU has to wait for it.
+``rows(device, copy_bytes_per_s, matmul_flops_per_s)`` is called by ``kernels.py``; ``timing.py`` documents the
+rows. Every provider is compared with the float64 reference on a few views before it is timed. The
+time of a call includes the work of the host for which the GPU has to wait.
 """
 
 import itertools
@@ -20,13 +20,13 @@ from torch import Tensor
 
 FILL, MEAN, STD = (124, 116, 104), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CHECKED = 4  # views compared with float64
-# Levels of 255 a provider may differ by. Peers that sample instead of antialiasing compute something else: for them only NaN
-# and a wrong shape count.
+# Tolerance in levels of 255. Peers that sample instead of antialiasing compute something else; for them, only NaN and a wrong
+# shape are errors.
 EXACT, SAMPLED = 0.8, 255.0
 
 
 class Sizes(NamedTuple):
-    """What is run: images of height x width, two views each."""
+    """Problem sizes: images of height x width, with two views each."""
 
     images: int = 256
     height: int = 400
@@ -105,7 +105,7 @@ def _provider(function: Callable[[Work], Tensor], works: list[Work], expected: T
     return [partial(function, work) for work in works], check
 
 
-def _normalise(levels: Tensor) -> Tensor:
+def _normalize(levels: Tensor) -> Tensor:
     mean, std = (torch.tensor(c, device=levels.device)[:, None, None] for c in (MEAN, STD))
     return ((levels.float() / 255 - mean) / std).to(torch.bfloat16)
 
@@ -114,7 +114,7 @@ def _normalise(levels: Tensor) -> Tensor:
 
 
 def eager_chain(work: Work, sizes: Sizes) -> Tensor:
-    """torchvision, one view after the other: crop, pad, resize, then normalise and cast the batch."""
+    """torchvision, one view after the other: crop, pad, resize, then normalize and cast the batch."""
     from torchvision.transforms.v2 import functional as T
 
     views = []
@@ -126,36 +126,36 @@ def eager_chain(work: Work, sizes: Sizes) -> Tensor:
         left, top = (side - width) // 2, (side - height) // 2
         square = T.pad(crop.float(), [left, top, side - width - left, side - height - top], fill=list(FILL))
         views.append(T.resize(square, [sizes.size, sizes.size], antialias=True))
-    return _normalise(torch.stack(views))
+    return _normalize(torch.stack(views))
 
 
 def batched_chain(batch: Tensor, sizes: Sizes) -> Tensor:
-    """Whole images of one size: one interpolate, normalise and cast; no boxes, no padding."""
-    return _normalise(F.interpolate(batch.float(), size=(sizes.size, sizes.size), mode="bilinear", antialias=True))
+    """Whole images of one size: one interpolate, normalize and cast; no boxes, no padding."""
+    return _normalize(F.interpolate(batch.float(), size=(sizes.size, sizes.size), mode="bilinear", antialias=True))
 
 
 def roi_align_chain(work: Work, sizes: Sizes) -> Tensor:
-    """torchvision's roi_align (stretched, no antialias beyond its sampling) + normalise + cast."""
+    """torchvision's roi_align (stretched, no antialias beyond its sampling) + normalize + cast."""
     from torchvision.ops import roi_align
 
     rois = torch.cat([work.index[:, None].float(), work.boxes], 1)
-    return _normalise(roi_align(work.images.float(), rois, (sizes.size, sizes.size), sampling_ratio=2, aligned=True))
+    return _normalize(roi_align(work.images.float(), rois, (sizes.size, sizes.size), sampling_ratio=2, aligned=True))
 
 
 def kornia_chain(work: Work, sizes: Sizes) -> Tensor:
-    """kornia's crop_and_resize (stretched, no antialias) + normalise + cast; it takes one box an image."""
+    """kornia's crop_and_resize (stretched, no antialias) + normalize + cast; it takes one box per image."""
     from kornia.geometry.transform import crop_and_resize
 
     x0, y0, x1, y1 = work.boxes.unbind(1)
     corners = torch.stack([torch.stack(c, 1) for c in ((x0, y0), (x1 - 1, y0), (x1 - 1, y1 - 1), (x0, y1 - 1))], 1)
-    return _normalise(crop_and_resize(work.images.float()[work.index], corners, (sizes.size, sizes.size)))
+    return _normalize(crop_and_resize(work.images.float()[work.index], corners, (sizes.size, sizes.size)))
 
 
 # --- the goal table (KERNELS, section 1) --------------------------------------------------------------------------------
 
 
 def _traffic(work: Work, sizes: Sizes) -> float:
-    """Least bytes: every image read once, every view written once."""
+    """Minimum traffic in bytes: every image read once, every view written once."""
     return sum(image.numel() for image in work.images) + len(work.boxes) * 3 * sizes.size**2 * 2
 
 

@@ -1,8 +1,8 @@
-"""A ViT on a CPU, 30 % of the patches kept: packed against dense with masked keys, and what pack and unpack cost.
+"""A ViT on a CPU with 30 % of the patches kept: packed compared with dense and masked keys, and the cost of pack and unpack.
 
     OMP_NUM_THREADS=1 pytest benchmarks/speed/test_cpu_masked_attention.py -s
 
-One thread, float32, batch 8, timm's vit_small_patch16_224 (197 tokens). ``test_goal`` alternates the two within one run.
+One thread, float32, batch 8, timm's vit_small_patch16_224 (197 tokens). ``test_goal`` runs the two in turn.
 """
 
 import statistics
@@ -24,7 +24,7 @@ def case():
     torch.manual_seed(0)
     model = timm.create_model("vit_small_patch16_224").eval()
     x = torch.randn(BATCH, 197, model.embed_dim)
-    mask = torch.rand(BATCH, 197).argsort(1) < round(KEPT * 196)  # the same share in every image
+    mask = torch.rand(BATCH, 197).argsort(1) < round(KEPT * 196)  # the same fraction in every image
     mask[:, 0] = True
 
     def dense():
@@ -40,7 +40,7 @@ def case():
         return unpack(pack(x, mask, num_prefix=1))
 
     with torch.inference_mode():
-        torch.testing.assert_close(packed(), dense(), atol=1e-5, rtol=1e-5)  # right before fast
+        torch.testing.assert_close(packed(), dense(), atol=1e-5, rtol=1e-5)  # check the results first
         yield {"dense": dense, "packed": packed, "pack_unpack": pack_unpack}
     torch.set_num_threads(threads)
 

@@ -1,9 +1,9 @@
-"""Two views (the whole image and a crop of about 500 x 400) of one decoded image on a CPU: roi_views against a Pillow chain.
+"""Two views (the whole image and a crop of about 500 x 400) of one decoded image on a CPU: roi_views compared with Pillow.
 
     OMP_NUM_THREADS=1 pytest benchmarks/speed/test_cpu_roi_views.py -s
 
-One thread, float32 out, 224 pixels. ``test_goal`` alternates the chains within one run, ten calls at a time as a loader makes
-them, and prints the ratios.
+One thread, float32 out, 224 pixels. ``test_goal`` runs the chains in turn, ten calls at a time as in a data
+loader, and prints the ratios.
 """
 
 import statistics

@@ -1,8 +1,8 @@
-"""How the rows of the speed table are made: providers checked, timed, and compared.
+"""Make the rows of the speed table: check, time and compare the providers.
 
-A row's ``ratio`` is the peer's time over ours, for our own row that of the fastest peer; ``must`` and ``stretch`` are the least
-ratios wanted (a goal "at most 1.15 times its time" is a ratio of 1 / 1.15). Every provider is compared with float64 before it is
-timed; a wrong or absent one has no times.
+``ratio`` is the peer's time divided by ours, in our own row for the fastest peer; ``must`` and ``stretch`` are the target ratios
+(a goal of at most 1.15 times the peer's time is a ratio of 1 / 1.15). Every provider is compared with float64 before it is timed;
+a wrong or missing one has no times.
 """
 
 import statistics
@@ -18,7 +18,7 @@ Call = Callable[[], Any]
 class Goal(NamedTuple):
     must: float | None = None
     stretch: float | None = None
-    peers: tuple[str, ...] = ()  # whom the goal is against; any when empty
+    peers: tuple[str, ...] = ()  # peers that the goal refers to; any if empty
 
 
 class Case:
@@ -31,7 +31,7 @@ class Case:
         self.correct: dict[str, bool] = {}
 
     def add(self, provider: str, make: Callable[[], tuple[list[Call], Callable[[], bool]]]) -> None:
-        """Checks, then times what ``make`` gives; a peer that cannot run here has no times, ours must run."""
+        """Check, then time the calls from ``make``; a peer that cannot run here has no times, but ours must run."""
         self.correct[provider], self.times[provider] = False, []
         try:
             calls, check = make()
@@ -44,7 +44,7 @@ class Case:
                 raise
 
     def stand_in(self, name: str, times: list[float]) -> None:
-        """Times to compare with that are no provider's: a share of the copy rate, another mode; none if ours is wrong."""
+        """Add times to compare with that are not a provider's, e.g. a fraction of the copy rate; ignored if ours is wrong."""
         self.correct[name], self.times[name] = self.correct["l2r2"], times
 
     def rows(self, copy_rate: float, matmul_rate: float) -> Iterator[dict]:
@@ -98,6 +98,6 @@ def timed(calls: list[Call], device: torch.device, repeats: int) -> list[float]:
 
 
 def _leave_nan_in_free_memory(device: torch.device) -> None:
-    """An output that a kernel forgets to write is NaN then, and not the right answer of the call before."""
+    """Fill free memory with NaN, so that an output that a kernel does not write is not the result of an earlier call."""
     if device.type == "cuda":
         torch.full((1 << 30,), float("nan"), device=device)

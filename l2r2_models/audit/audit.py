@@ -30,8 +30,8 @@ from .samples import Progress, Subjects, find_subjects
 from .verdict import verdict_of
 
 logger = logging.getLogger(__name__)
-BATCH_PIXELS = 50_000_000  # of changed images that are held at once
-SAVES = 50  # how often an audit stores its results so far
+BATCH_PIXELS = 50_000_000  # pixels of changed images held in memory
+SAVES = 50  # how many times an audit stores its intermediate results
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Audit:
 
     Attributes:
         model, split: what was audited, and on which split.
-        images, classes: number of images with an object and a background, and of their classes.
+        images, classes: number of images that have an object and a background, and of their classes.
         left_out: number of other images, by reason.
         answers: metrics (see `audit.metrics.measures`) by output: `full`, `fg` and `fused`, the model's own prediction last.
         verdicts: one sentence per output.
         groups: the metadata column of the groups, or None.
         settings: seed, number of random backgrounds, whether every background was tried, limit.
-        warnings: what limits the result, in sentences.
+        warnings: limitations of the result, in sentences.
     """
 
     model: str
@@ -75,8 +75,8 @@ class Answers:
     """The model's predictions for every changed image.
 
     Attributes:
-        values: `[N, outputs, interventions, 2]` float32: correct (1 or 0), and probability of the true class; NaN if an image
-            does not have the intervention.
+        values: `[N, outputs, interventions, 2]` float32: correct (1 or 0), and probability of the true class; NaN if the
+            intervention cannot be applied to the image.
         names: names of the outputs.
         interventions: names of the interventions, see `perturbations.plan`.
     """
@@ -92,8 +92,8 @@ class Answers:
             answer: name of the output.
 
         Returns:
-            `[N]` correct, and `[N]` probability of the true class, by intervention; interventions that no image has are left
-            out.
+            `[N]` correct, and `[N]` probability of the true class, by intervention; interventions that apply to no image
+            are left out.
         """
         own = self.values[:, self.names.index(answer)]
         made = [i for i in range(len(self.interventions)) if own[:, i, 0].isfinite().any()]
@@ -157,7 +157,7 @@ def run_audit(
         skip_bad: skip unreadable images instead of stopping.
         work: folder for intermediate results; defaults to `audit` in the run folder, or else in the user's cache folder.
         batch_size: changed images per forward pass; does not affect the result.
-        workers: threads that decode and change images ahead of the network; 0 for none, by default one per core.
+        workers: number of threads that decode and change images in advance; 0 for none, by default one per core.
         progress: wraps the iteration over the images.
 
     Returns:
@@ -176,7 +176,7 @@ def run_audit(
     )
     store = Store(work or _work_folder(audited), audited, subjects, matched, plan(backgrounds, challenge), seed)
     donors = Donors(subjects.keys, subjects.labels, backgrounds, seed, subjects.images.tolist())
-    answers = _ask(audited, subjects, matched, donors, challenge, store, batch_size, worker_count(workers), progress)
+    answers = _run_model(audited, subjects, matched, donors, challenge, store, batch_size, worker_count(workers), progress)
     groups = subjects.table.column(group) if group else None
     found = {name: measures(*answers.of(name), subjects.images, groups, subjects.labels, seed=seed) for name in audited.answers}
     split_name = split or ("test" if table.splits else "all")
@@ -209,13 +209,13 @@ def _who(audited: Audited, answer: str) -> str:
 def _warnings(audited: Audited, subjects: Subjects, split: str) -> tuple[str, ...]:
     found: tuple[str, ...] = ()
     if audited.folder is not None:
-        found = warnings_of(audited.folder, subjects.table, split, "say little about new images")
+        found = warnings_of(audited.folder, subjects.table, split, "do not carry over to new images")
     for reason, count in sorted(subjects.left_out.items()):
         found += (f"{count} of {len(subjects) + sum(subjects.left_out.values())} images left out: {reason}.",)
     if len(set(subjects.labels)) == 1:
-        found += ("the images show a single class, so none can get the background of another class.",)
+        found += ("all images have the same class, so there are no backgrounds of other classes.",)
     if all(row.mask_file is None for row in subjects.table.rows):
-        found += ("there are boxes, but not masks, so the background inside a box counts as object and moves with it.",)
+        found += ("there are boxes but no masks, so the background inside a box counts as object and moves with it.",)
     return found
 
 
@@ -225,7 +225,7 @@ def _work_folder(audited: Audited) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "l2r2" / "audit"
 
 
-def _ask(
+def _run_model(
     model: Audited,
     subjects: Subjects,
     matched: Mapping[str, Sequence[int]],
@@ -236,7 +236,7 @@ def _ask(
     workers: int,
     progress: Progress,
 ) -> Answers:
-    """Run the model on all changed images of the subjects that the store does not hold yet."""
+    """Run the model on all changed images that are not in the store yet."""
     names, made = model.answers, tuple(plan(donors.backgrounds, challenge))
     values = store.read((len(subjects), len(names), len(made), 2))
     todo = [i for i in range(len(subjects)) if not values[i].isfinite().any()]
@@ -261,7 +261,7 @@ def _ask(
             for places, views in parts:
                 logits = _logits(model, views)
                 for a, name in enumerate(names):
-                    row[a, places] = _judged(logits[name], own)
+                    row[a, places] = _scores(logits[name], own)
             if challenge:
                 row[:, -1] = _challenged(model, subjects.challenges(i, subject, donors), subject, own, size, device)
             if not row[:, 0].isfinite().all():
@@ -278,23 +278,23 @@ def _ask(
 def _challenged(
     model: Audited, changed: Iterable[Tensor], subject: Subject, own: list[int], size: int, device: torch.device
 ) -> Tensor:
-    """`[outputs, 2]`: whether every image is correct, and the lowest true-class probability; stops once all outputs are wrong."""
+    """Return `[outputs, 2]`: whether all images are correct, and the lowest true-class probability; stops when all are wrong."""
     worst, images = torch.ones(len(model.answers), 2), iter(changed)
     while (part := list(islice(images, size))) and worst[:, 0].any():
         logits = _logits(model, _views(model, part, subject, device))
-        worst = torch.minimum(worst, torch.stack([_judged(logits[name], own).amin(0) for name in model.answers]))
+        worst = torch.minimum(worst, torch.stack([_scores(logits[name], own).amin(0) for name in model.answers]))
     return worst
 
 
 class _Changed(NamedTuple):
-    """A subject, how many of its images are worked on at once, and the places and views of all that it is changed to."""
+    """A subject, the number of its changed images per batch, and the places in `plan` and views of each batch."""
 
     subject: Subject
     size: int
     parts: list[tuple[list[int], Views]]
 
     def pixels(self) -> int:
-        """The number of uint8 RGB pixels that take as much memory as the views."""
+        """Return the number of uint8 RGB pixels that would take as much memory as the views."""
         return sum(4 * view.numel() // 3 for _, views in self.parts for view in views.inputs().values())
 
 
@@ -308,8 +308,8 @@ def _logits(model: Audited, views: Views) -> dict[str, Tensor]:
     return {name: z.float().cpu() for name, z in model(views).items()}
 
 
-def _judged(logits: Tensor, own: list[int]) -> Tensor:
-    """Logits `[B, classes]` to `[B, 2]`: whether the most probable class is among `own`, and the sum of their probabilities."""
+def _scores(logits: Tensor, own: list[int]) -> Tensor:
+    """Return `[B, 2]`: whether the most probable class is among the classes `own`, and the sum of their probabilities."""
     right = torch.isin(logits.argmax(-1), torch.tensor(own))
     values = torch.stack([right.float(), logits.double().softmax(-1)[:, own].sum(-1).float()], 1)
     return values.where(logits.isfinite().all(1, keepdim=True), torch.nan)
@@ -329,19 +329,21 @@ class Store:
     ) -> None:
         data = rows_digest(subjects.table, times=True)
         parts = [version_of("l2r2-models"), model.digest(), matched, data, list(made), seed]
-        if subjects.shared:  # their backgrounds depend on rows that may not be audited
+        if subjects.shared:  # their backgrounds depend on rows that may be outside the audit
             parts.append(rows_digest(ImageTable(subjects.table.root, tuple(subjects.shared.values()))))
         self.key = json.dumps(parts, sort_keys=True)
         self.file = folder / f"{number_of(0, self.key):016x}.safetensors"
         self.writable = True
 
     def read(self, shape: tuple[int, ...]) -> Tensor:
-        """Read the stored values; NaN where there are none, and everywhere if the file is damaged or of another audit."""
+        """Read the stored values; NaN where there are none. All are NaN if the file is damaged or from another audit."""
         try:
             check_readable(self.file, most=None)
             with safe_open(self.file, "pt") as stored:
-                if (stored.metadata() or {}).get("key") == self.key and (values := stored.get_tensor("values")).shape == shape:
-                    return values.clone()
+                if (stored.metadata() or {}).get("key") == self.key:
+                    values: Tensor = stored.get_tensor("values")
+                    if values.shape == shape:
+                        return values.clone()
         except (SafetensorError, OSError, L2R2Error):
             pass
         return torch.full(shape, torch.nan)

@@ -36,9 +36,9 @@ class Audited:
     Attributes:
         name: what it was loaded from.
         network: the model in eval mode.
-        names: for each class, in the order of the logits, its name and synonyms.
+        names: name and synonyms of each class, in the order of the logits.
         spec: how its views are cut.
-        branches: the views it takes.
+        branches: the views that it takes.
         box_threshold: boxes with a lower score count as not found.
         folder: folder of a local checkpoint, else None.
     """
@@ -79,7 +79,7 @@ def load_audited(source: str | Path, labels: Path | None = None) -> Audited:
     """Load a classifier to audit.
 
     A plain timm model gets the whole image, padded to a square and resized (the full view of a `ViewSpec` made from its
-    pretrained config), without the center crop of timm's evaluation, which would cut off objects, differently for each model.
+    pretrained config), without the center crop of timm's evaluation, which would cut off objects, more or less by model.
 
     Args:
         source: `timm:NAME` (pretrained), a folder in timm's layout, an L2R2 run, or a Hub id.
@@ -96,7 +96,7 @@ def load_audited(source: str | Path, labels: Path | None = None) -> Audited:
     if "l2r2" not in config:
         return _plain(name, _create(name, f"local-dir:{folder}"), labels, local)
     if labels is not None:
-        raise L2R2Error(f"{name}: an L2R2 checkpoint has its own class names; leave --labels out.")
+        raise L2R2Error(f"{name}: an L2R2 checkpoint has its own class names; do not pass --labels.")
     checkpoint = load_checkpoint(source)
     model = checkpoint.model
     names = tuple((label,) for label in checkpoint.labels)
@@ -117,14 +117,14 @@ def _plain(name: str, network: Any, labels: Path | None, folder: Path | None = N
     cfg = dict(network.pretrained_cfg)
     classes = network.num_classes
     if isinstance(network, L2R2):
-        raise L2R2Error(f"{name}: an L2R2 model must be trained before it is audited; give a run, or the timm backbone.")
+        raise L2R2Error(f"{name}: an untrained L2R2 model cannot be audited; pass a run, or the timm backbone.")
     if not classes or cfg.get("input_size", (3,))[0] != 3:
         raise L2R2Error(f"{name}: is not a classifier of RGB images; choose another model.")
     names = _names_in(labels) if labels else _names_of(cfg, classes)
     if names is None:
-        raise L2R2Error(f"{name}: the names of its {classes} classes are not known; give --labels FILE with one name per line.")
+        raise L2R2Error(f"{name}: the names of its {classes} classes are unknown; pass --labels FILE with one name per line.")
     if len(names) != classes:
-        raise L2R2Error(f"{labels or name}: {len(names)} class names for {classes} classes; one per class is needed.")
+        raise L2R2Error(f"{labels or name}: {len(names)} class names for {classes} classes; list one name per class.")
     return Audited(name, network.eval(), names, ViewSpec.from_pretrained_cfg(cfg), folder=folder)
 
 
@@ -138,7 +138,7 @@ def _names_in(file: Path) -> tuple[tuple[str, ...], ...]:
 
 
 def _names_of(cfg: Mapping[str, Any], classes: int) -> tuple[tuple[str, ...], ...] | None:
-    """Class names from the checkpoint, else timm's for its number of classes (ImageNet); synonyms count as names."""
+    """Return the class names of the checkpoint, or timm's for this number of classes (ImageNet), with synonyms."""
     if listed := cfg.get("label_names"):
         own = [listed[k] for k in sorted(listed, key=int)] if isinstance(listed, dict) else list(listed)
         described = cfg.get("label_descriptions") or {}
@@ -187,7 +187,7 @@ def match_classes(labels: Sequence[str], model: Audited, mapping: Path | None = 
         unknown += [name for name, hit in zip(names, hits) if not hit]
         ambiguous += [name for name, hit in zip(names, hits) if len(hit) > 1]
         found[label] = sorted({i for hit in hits for i in hit})
-    remedy = f"give --classes map.csv with the columns {','.join(MAP_COLUMNS)} (its classes: {_few(n[0] for n in model.names)})"
+    remedy = f"pass --classes map.csv with the columns {','.join(MAP_COLUMNS)} (its classes: {_few(n[0] for n in model.names)})"
     if unknown:
         what = "class name matches no class" if len(unknown) == 1 else "class names match no class"
         raise L2R2Error(f"{model.name}: {len(unknown)} {what} of the model: {_few(unknown)}; {remedy}.")

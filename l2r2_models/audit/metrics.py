@@ -46,7 +46,7 @@ class Means:
     """Means of per-image values, over all images and over bootstrap resamples of the images.
 
     Args:
-        columns: `[N]` values by name; NaN where an image does not count.
+        columns: `[N]` values by name; NaN values are ignored.
         images: `[N]` integers; rows of one image are resampled together.
         seed, draws: seed and number of resamples of the bootstrap.
         labels: `[N]`; if given, means within a class are averaged over classes (those in the resample).
@@ -90,7 +90,7 @@ def estimate(values: Tensor) -> Estimate | None:
 
 
 def _weights(images: Tensor, seed: int, draws: int) -> Iterable[Tensor]:
-    """Weights `[D, N]` float64 of the rows: first a block of ones, then the resamples."""
+    """Yield row weights `[D, N]` float64: first all ones, then the bootstrap resamples."""
     member = images.unique(return_inverse=True)[1]
     yield torch.ones(1, len(images), dtype=torch.double)
     for times in bootstrap_counts(int(member.max()) + 1, seed, draws):
@@ -110,7 +110,7 @@ def measures(
     """Compute all metrics of one output.
 
     Args:
-        right: `[N]` by intervention (see `perturbations.plan`): 1 correct, 0 wrong, NaN if the image does not have it.
+        right: `[N]` by intervention (see `perturbations.plan`): 1 correct, 0 wrong, NaN if it does not apply to the image.
         truth: `[N]` by intervention, the probability of the true class.
         images: `[N]` integers; rows of one image are resampled together.
         groups: `[N]` group names; adds `group: NAME` and `worst_group`.
@@ -118,7 +118,7 @@ def measures(
         seed, draws: seed and number of resamples of the bootstrap.
 
     Returns:
-        Estimates by name, those that are defined. Shares in [0, 1]: `accuracy`; `fg_only`, `bg_only_mask`, `bg_only_box` and
+        Estimates by name, without undefined ones. Fractions in [0, 1]: `accuracy`; `fg_only`, `bg_only_mask`, `bg_only_box` and
         `tiled`, with `drop_bg_only_mask`, `drop_bg_only_box` and `drop_tiled` (relative loss of accuracy on the images of that
         intervention); `mixed_same`, `mixed_rand` (mean over its backgrounds), `mixed_next`; `challenge` (correct on the
         background of every other image), `challenge_upper_bound` (correct on all backgrounds of mixed_rand). Differences:
@@ -154,12 +154,12 @@ def measures(
     if names:
         by_group = torch.stack([m[f"group: {name}"] for name in names])
         found["worst_group"] = by_group.nan_to_num(nan=torch.inf).amin(0)  # a group without resampled images is not the worst
-    figures = {name: estimate(values) for name, values in found.items()}
-    return {name: f for name, f in figures.items() if f is not None}
+    estimates = {name: estimate(values) for name, values in found.items()}
+    return {name: f for name, f in estimates.items() if f is not None}
 
 
 def _columns(right: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The columns to average; `at NAME` is the accuracy on the originals of the images with that intervention."""
+    """Return the columns to average; `at NAME` is the accuracy on the original images that have the intervention NAME."""
     columns = {name: values.double() for name, values in right.items() if not name.startswith("mixed_rand_")}
     if random := [values.double() for name, values in right.items() if name.startswith("mixed_rand_")]:
         drawn = torch.stack(random)  # [k, N], NaN if there are fewer than k backgrounds

@@ -27,11 +27,11 @@ class Subject:
     """One image with its objects.
 
     Attributes:
-        key: its name, which seeds its noise and backgrounds.
+        key: unique name, from which its noise and backgrounds are seeded.
         pixels: uint8 `[H, W, 3]`.
         boxes: `[N, 4]` xyxy pixels of every object, best first.
         mask: `[H, W]` bool of all objects, or None.
-        view_mask: `[H, W]` bool of the best object, by which views are cut, or None.
+        view_mask: `[H, W]` bool of the best object, used to cut the views, or None.
     """
 
     key: str
@@ -42,12 +42,12 @@ class Subject:
 
     @cached_property
     def inside(self) -> Tensor:
-        """`[H, W]` bool, True on the objects: the mask, or without one the boxes."""
+        """Mask `[H, W]` bool of all objects; without a mask, of their boxes."""
         return self.in_boxes if self.mask is None else self.mask
 
     @cached_property
     def in_boxes(self) -> Tensor:
-        """`[H, W]` bool, True in a box; includes the mask, and for a single object is one rectangle."""
+        """`[H, W]` bool, True inside a box; a single box is grown to contain the mask."""
         mask = self.mask if len(self.boxes) == 1 else None
         inside = torch.zeros(self.pixels.shape[:2], dtype=torch.bool)
         for x0, y0, x1, y1 in object_windows(self.pixels.shape[:2], self.boxes, mask):
@@ -56,7 +56,7 @@ class Subject:
 
     @cached_property
     def background(self) -> Tensor:
-        """uint8 `[H, W, 3]` without any of the objects."""
+        """The image, uint8 `[H, W, 3]`, with all objects removed."""
         return background_of(self.pixels, self.boxes, self.mask)
 
 
@@ -69,8 +69,8 @@ def plan(backgrounds: int, challenge: bool = False) -> list[str]:
 
     - `original`: the unchanged image.
     - `fg_only`: the background is replaced by the model's mean color.
-    - `bg_only_mask`, `bg_only_box`: the object is (as in the bg views `shape` and `box`, and Hard ImageNet's ablations gray by
-      mask and gray by box); `tiled`: the object's box is filled from its surroundings.
+    - `bg_only_mask`, `bg_only_box`: the object's mask, or its box, is replaced instead (as in the bg views `shape` and `box`, and
+      Hard ImageNet's ablations gray by mask and gray by box); `tiled`: the object's box is filled from its surroundings.
     - `noise_fg_30`, `noise_bg_30`, ...: Gaussian noise of that standard deviation (of 255) on the object, or on the background,
       then clipping (RIVAL10). `noise_l2_fg_10`, ...: noise of the same L2 norm on object and background, level * sqrt(3 H W)
       before clipping, so that a small object gets as much noise as a large background [R].
@@ -115,7 +115,7 @@ def intervene(name: str, subject: Subject, fill: Sequence[int], noise: Tensor) -
 
 
 def noise_pattern(subject: Subject, grain: int, seed: int) -> Tensor:
-    """Draw the noise pattern of an image, which all levels and places share.
+    """Draw the noise pattern of an image, which is the same for all noise levels and for object and background.
 
     Args:
         subject: the image; its key seeds the noise.
@@ -166,7 +166,7 @@ def swap(subject: Subject, background: Tensor) -> Tensor:
 
 
 class Donors:
-    """Draws for each image the images whose backgrounds it gets.
+    """Draw the images whose backgrounds each image gets.
 
     Args:
         keys: names of the rows.

@@ -21,7 +21,7 @@ from ..images import ImageError
 from .perturbations import Donors, Subject, intervene, noise_pattern, number_of, plan, swap
 
 KEPT_BYTES = 500_000_000
-MOST_PIXELS = 2_000_000  # larger images are downscaled: each is changed some 34 times, and views are much smaller
+MOST_PIXELS = 2_000_000  # larger images are downscaled, because each is changed some 34 times and views are much smaller
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 
@@ -69,16 +69,16 @@ class Subjects:
         """
         found = subject_of(self.keys[i], self.table.rows[i], self.fill, self.threshold)
         if isinstance(found, str):
-            raise L2R2Error(f"{self.table.rows[i].path}: has changed during the audit ({found}); run it again.")
+            raise L2R2Error(f"{self.table.rows[i].path}: the image changed during the audit ({found}); run the audit again.")
         return found
 
     def changed(self, i: int, subject: Subject, donors: Donors, grain: int, seed: int) -> Iterable[tuple[int, Tensor]]:
-        """Yield the changed images of subject i with their index in `plan`; interventions that it cannot have are skipped.
+        """Yield the changed images of subject i with their index in `plan`; interventions that do not apply are skipped.
 
         Args:
             i: row index.
             subject: the decoded image.
-            donors: the backgrounds it gets.
+            donors: draws the backgrounds.
             grain: side of the model's view, which sets the grain of the noise.
             seed: random seed of the noise.
         """
@@ -100,11 +100,11 @@ class Subjects:
         if (found := self.backgrounds.get(i)) is None:  # another thread may clear the cache
             if sum(kept.numel() for kept in list(self.backgrounds.values())) > KEPT_BYTES:
                 self.backgrounds.clear()
-            found = self.backgrounds[i] = self._lender(i).background
+            found = self.backgrounds[i] = self._donor(i).background
         return found
 
-    def _lender(self, i: int) -> Subject:
-        """Subject i with all objects in its image, including those of other rows."""
+    def _donor(self, i: int) -> Subject:
+        """Return subject i with all objects in its image, including those of other rows."""
         row = self.shared.get(self.table.rows[i].path)
         found = None if row is None else subject_of(self.keys[i], row, self.fill, self.threshold)
         return found if isinstance(found, Subject) else self[i]
@@ -187,14 +187,14 @@ def find_subjects(
         return found if isinstance(found, str) else None
 
     with ThreadPoolExecutor(2) as pool:
-        reasons += progress(pool.map(check, rows), len(rows), "looking for objects")
+        reasons += progress(pool.map(check, rows), len(rows), "finding objects")
     kept = [named for named, reason in zip(rows, reasons) if reason is None]
     left_out = dict(Counter(reason for reason in reasons if reason is not None))
     if not kept:
         why = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise L2R2Error(
-            f"{table.root}: none of the {len(rows)} images can be audited ({why}); give boxes with --boxes FILE or as the "
-            "columns x0,y0,x1,y1 of the metadata, masks in its column mask_file."
+            f"{table.root}: none of the {len(rows)} images can be audited ({why}); pass boxes with --boxes FILE or as "
+            "the columns x0,y0,x1,y1 of the metadata, or masks as its column mask_file."
         )
     times = Counter(row.path for row in table.rows)
     shared = {row.path: row for row in table.whole_images() if times[row.path] > 1}
@@ -203,7 +203,7 @@ def find_subjects(
 
 
 def _named(table: ImageTable) -> list[tuple[str, Row]]:
-    """Rows sorted by unique name; rows of one image are numbered in the order of their boxes."""
+    """Return the rows sorted by unique name; rows of one image are numbered in the order of their boxes."""
     names = [(name, repr(row.entry), row) for name, row in zip(table.names(), table.rows)]
     names.sort(key=lambda item: item[:2])
     seen: Counter[str] = Counter()

@@ -10,46 +10,46 @@ LEANS, DECIDES = 0.05, 0.20  # loss of accuracy on swapped backgrounds
 FEW = 20  # images; with fewer, there is no verdict
 
 
-def verdict_of(who: str, figures: Mapping[str, Estimate], images: int, classes: int) -> str:
+def verdict_of(who: str, estimates: Mapping[str, Estimate], images: int, classes: int) -> str:
     """Write the verdict on one output of a model.
 
     It depends on the 95 % interval of `swap_loss`, the accuracy lost on the backgrounds of images of random classes. If the
-    whole interval is above 20 points, the background decides; above 5, the model leans on it; below 5, it does not; otherwise
+    whole interval is above 20 points, the background decides; above 5, the model relies on it; below 5, it does not; otherwise
     there are too few images to tell. `bg_gap` is the part of the loss that is due to the class of the background; the rest is
-    also lost on backgrounds of the object's own class, and so to any change, including the pasting.
+    also lost on backgrounds of the object's own class, so it is due to the change itself, including the pasting.
 
     Args:
         who: the subject of the sentence, e.g. "this model".
-        figures: estimates by name, see `audit.metrics.measures`.
+        estimates: estimates by name, see `audit.metrics.measures`.
         images, classes: number of audited images, and of their classes.
 
     >>> found = {"accuracy": Estimate(0.9, 0.88, 0.92), "swap_loss": Estimate(0.02, 0.0, 0.04)}
     >>> verdict_of("this model", found, images=400, classes=10)
     'On swapped backgrounds this model loses 2 points (0 to 4) of its 90 % accuracy: the object decides.'
     """
-    accuracy, loss = figures["accuracy"], figures.get("swap_loss")
+    accuracy, loss = estimates["accuracy"], estimates.get("swap_loss")
     if images < FEW:
-        return f"Only {images} images have an object and a background; it takes {FEW} to tell what {who} looks at."
+        return f"Only {images} images have an object and a background; at least {FEW} are needed to tell what {who} relies on."
     if loss is None:
-        return f"No background of another class is available, so it is not possible to tell what {who} looks at."
+        return f"No background of another class is available, so it is not possible to tell what {who} relies on."
     if accuracy.low <= 1 / classes:
         reached = f"{100 * accuracy.value:.0f} % ({100 * accuracy.low:.0f} to {100 * accuracy.high:.0f})"
         return (
             f"On these images {who} has an accuracy of {reached}, no better than guessing among {classes} classes, so it is not "
-            "possible to tell what it looks at."
+            "possible to tell what it relies on."
         )
     lost = f"On swapped backgrounds {who} loses {_points(loss)} of its {100 * accuracy.value:.0f} % accuracy"
     if loss.low > DECIDES:
-        return f"{lost}{_cause(figures)}: the background decides many of its predictions."
+        return f"{lost}{_cause(estimates)}: the background decides many of its predictions."
     if loss.low > LEANS:
-        return f"{lost}{_cause(figures)}: it leans on the background."
+        return f"{lost}{_cause(estimates)}: it relies on the background."
     if loss.high < LEANS:
         return f"{lost if loss.value > 0 else f'On swapped backgrounds {who} loses nothing'}: the object decides."
     return f"{lost}: {images} images are too few to tell whether that is more than {100 * LEANS:.0f} points."
 
 
-def _cause(figures: Mapping[str, Estimate]) -> str:
-    gap = figures.get("bg_gap")
+def _cause(estimates: Mapping[str, Estimate]) -> str:
+    gap = estimates.get("bg_gap")
     if gap is None:
         return ""
     if gap.low > 0:

@@ -71,7 +71,7 @@ class Detections:
         Args:
             boxes: N boxes xyxy in pixels.
             image_size: `(height, width)` of the image.
-            scores: N scores; by default 1, as for boxes drawn by a person.
+            scores: N scores; by default 1, as for human annotations.
             labels: N labels; by default "".
             sort: sort by score, best first.
 

@@ -1,4 +1,4 @@
-"""Reading the common box file formats into one table."""
+"""Read the common box file formats into one table."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def read_boxes(path: str | Path) -> BoxTable:
         stamps = _stamps(data.get("images", ())) if info else {}
     logger.info("%s: %s format, %d images", path, kind, len(entries))
     if info.get("oracle"):
-        logger.warning("%s: the boxes were found with each image's true label as prompt (oracle): for analysis only", path)
+        logger.warning("%s: the boxes were found with each image's true label as prompt (oracle); for analysis only", path)
     return BoxTable(entries, str(path), kind, info, stamps)
 
 
@@ -108,7 +108,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise L2R2Error(f"{path}: cannot be read as {path.suffix[1:]} ({error}).") from error
     if not rows:
-        raise L2R2Error(f"{path}: has no rows.")
+        raise L2R2Error(f"{path}: has no rows; it needs one row per image.")
     for i, row in enumerate(rows, 2 if path.suffix.lower() == ".csv" else 1):  # a CSV's first line is its header
         if not isinstance(row, dict) or not row.get("file_name"):
             raise L2R2Error(f"{path}: row {i} has no file_name; each row needs one.")
@@ -338,7 +338,7 @@ def _row_boxes(row: Mapping[str, Any], columns: BoxColumns | None) -> tuple[list
     if columns.has_sides:
         right, bottom = x + right, y + bottom
     score = next((row[name] for name in row if isinstance(name, str) and name.lower() in SCORES), None)
-    return [(x, y, right, bottom)], [1.0 if score in (None, "") else float(score)], [""]  # type: ignore[arg-type]
+    return [(x, y, right, bottom)], [1.0 if score in (None, "") else float(score)], [""]
 
 
 def _entry(
@@ -371,7 +371,7 @@ def _entry(
     except L2R2Error as error:
         raise L2R2Error(f"{file}: {error}") from None
     of_each = tuple(one[1] for one in objects), tuple(one[2] for one in objects)
-    return BoxEntry(pixels, *of_each, normalized, image_size, failure, runs if any(runs) else ())  # type: ignore[arg-type]
+    return BoxEntry(pixels, *of_each, normalized, image_size, failure, runs if any(runs) else ())
 
 
 def _image_size(image: Mapping[str, Any], file: str) -> tuple[int, int] | None:

@@ -49,7 +49,7 @@ class BoxEntry:
         boxes = [tuple(round(v, 3) for v in box) for box in found.boxes.tolist()]
         masks = () if found.masks is None else tuple(Rle.encode(mask) for mask in found.masks)
         scores = tuple(round(s, 4) for s in found.scores.tolist())
-        return cls(tuple(boxes), scores, found.labels, False, found.image_size, None, masks)  # type: ignore[arg-type]
+        return cls(tuple(boxes), scores, found.labels, False, found.image_size, None, masks)
 
     def detections(self, image_size: tuple[int, int], name: str) -> Detections:
         """Convert the entry to detections in pixels, not clipped, best first.

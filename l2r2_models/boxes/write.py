@@ -1,4 +1,4 @@
-"""Writing box files: MegaDetector 1.6, COCO, plain xyxy or Parquet, always atomically."""
+"""Write box files: MegaDetector 1.6, COCO, plain xyxy or Parquet, always atomically."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Checkpoint:
 
     @property
     def box_threshold(self) -> float:
-        """The score below which a box counts as not found, as in training; 0.2 if the checkpoint does not say."""
+        """Score below which a box counts as not found, as in training; 0.2 if the checkpoint does not store it."""
         threshold: float = self.training.get("recipe", {}).get("box_threshold", BOX_THRESHOLD)
         return threshold
 
@@ -133,7 +133,7 @@ def _untie(model: Any, state: dict[str, Any], *_: Any) -> None:
 
 
 def _temperatures(model: L2R2) -> dict[str, Any]:
-    """Fitted temperatures by branch (one, or one per class), for people who read the config; loading uses the buffers."""
+    """Fitted temperatures by branch (one, or one per class), for readers of the config; loading uses the buffers."""
     fitted = getattr(model.fusion, "temperatures", None)
     if fitted is None:
         return {}
@@ -162,7 +162,7 @@ def load_checkpoint(source: str | Path, *, any_fusion: bool = False) -> Checkpoi
     if folder != local_folder(name):
         check_hash(folder / WEIGHTS, digest, name)
     elif changed_weights(folder, digest):
-        logger.warning("%s: %s is not what the run wrote (its SHA-256 differs from run.json)", name, WEIGHTS)
+        logger.warning("%s: %s was changed after training (its SHA-256 differs from run.json)", name, WEIGHTS)
     try:
         model = cast(L2R2, timm.create_model(f"local-dir:{folder}", pretrained=True))
     except L2R2Error as error:
@@ -179,7 +179,7 @@ def load_checkpoint(source: str | Path, *, any_fusion: bool = False) -> Checkpoi
 
 
 def _check_fusion(model: L2R2, weights: Path, name: str) -> None:
-    """Check that weights and config have the same fusion, which a save that was killed between its two files breaks."""
+    """Check that weights and config have the same fusion; if a save is killed between the two files, they differ."""
     with safe_open(weights, "pt") as file:
         saved = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys() if k.startswith("fusion.")}  # noqa: SIM118
     if saved != {f"fusion.{k}": tuple(v.shape) for k, v in model.fusion.state_dict().items()}:

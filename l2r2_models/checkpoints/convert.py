@@ -1,4 +1,4 @@
-"""Conversion of checkpoints without training: from any timm classifier, and between one model and independent networks."""
+"""Conversion of checkpoints without training: from any timm classifier, and between one model and separate networks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def derive(
     """Save an L2R2 model with the backbone and classifier of a timm model; its fg head has not been trained on crops.
 
     Args:
-        name: a timm model, with or without a tag; its weights are downloaded once.
+        name: a timm model, with or without a tag; its weights are downloaded if necessary.
         out: the run's folder; it must not contain a checkpoint.
         labels: one name per class; by default ImageNet's, if the weights use one of its label sets.
         branches: see `L2R2`.

@@ -8,19 +8,20 @@ from typing import Any
 
 from ..errors import L2R2Error
 from ..io import read_json
+from ..offline import cache_if_offline
 from .format import CONFIG, PICKLES, WEIGHTS
 
 logger = logging.getLogger(__name__)
 
 
 def local_folder(name: str) -> Path | None:
-    """The local folder that a checkpoint's name refers to; None if there is no such folder."""
+    """Return the local folder that a checkpoint's name refers to; None if there is no such folder."""
     folder = Path(name.removeprefix("local-dir:"))
     return folder if folder.is_dir() else None
 
 
 def hub_id_of(name: str) -> str:
-    """The Hub repository that a name refers to, if it is not a local folder; logged if it could be a mistyped path.
+    """Return the Hub repository that a name refers to; logged, because the name could be a mistyped path.
 
     Raises:
         L2R2Error: when the name is a path that does not exist.
@@ -49,7 +50,7 @@ def open_checkpoint(name: str) -> tuple[Path, dict[str, Any]]:
     """
     folder = local_folder(name) or download(hub_id_of(name))
     if pickled := pickles_in(folder):
-        raise L2R2Error(f"{folder}: holds {pickled[0]}; pickled weights are never loaded, so remove it and keep {WEIGHTS}.")
+        raise L2R2Error(f"{folder}: contains {pickled[0]}; pickled weights are never loaded, so remove it and keep {WEIGHTS}.")
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise L2R2Error(f"{folder}: is neither a run nor a checkpoint; it has no {file}.")
@@ -98,9 +99,10 @@ def download(name: str) -> Path:
 
     repo, _, revision = name.removeprefix("hf-hub:").partition("@")
     try:
-        config = Path(hf_hub_download(repo, CONFIG, revision=revision or None))
-        # pin the commit, in case somebody pushes between the two downloads
-        return Path(hf_hub_download(repo, WEIGHTS, revision=config.parent.name)).parent
+        with cache_if_offline():
+            config = Path(hf_hub_download(repo, CONFIG, revision=revision or None))
+            # pin the commit, in case somebody pushes between the two downloads
+            return Path(hf_hub_download(repo, WEIGHTS, revision=config.parent.name)).parent
     except HFValidationError:
         raise L2R2Error(f"{name}: no such folder, and not a Hub id of the form org/name.") from None
     except Exception as error:  # exceptions of huggingface_hub and its HTTP client have no common base

@@ -24,7 +24,7 @@ from .checkpoint import Checkpoint, load_checkpoint
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2"}
 INPUTS = ("views", "image")
-TOLERANCE = {False: 1e-4, True: 5e-2}  # by fp16: largest difference of a logit, relative to the largest in the batch if above 1
+TOLERANCE = {False: 1e-4, True: 5e-2}  # by fp16: maximum difference of a logit, relative to the largest in the batch if above 1
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Exported:
         file: the file.
         inputs: names of the inputs, in order.
         outputs: names of the outputs, in order.
-        difference: largest difference of a logit from PyTorch's, on images and boxes of several sizes.
+        difference: maximum difference between its logits and PyTorch's, on images and boxes of several sizes.
     """
 
     file: Path
@@ -66,16 +66,16 @@ class ViewsIn(nn.Module):
         """Compute the outputs from the inputs, both in the order of their names."""
         views = dict(zip(self.model.branches, given))
         has_fg = given[-1] if len(self.model.branches) > 1 else None
-        return self.answers({branch: self.branch(branch, view) for branch, view in views.items()}, has_fg)
+        return self.fuse({branch: self.branch(branch, view) for branch, view in views.items()}, has_fg)
 
     def branch(self, branch: str, view: Tensor) -> Tensor:
-        """Float32 logits of one branch, in a pass of its own, because branches may have different numbers of views."""
+        """Compute the float32 logits of one branch, separately, because branches may have different numbers of views."""
         view = view.half() if self.half_precision else view
         logits: Tensor = self.model.forward_branches(**{branch: view})[branch].float()
         return logits
 
-    def answers(self, logits: dict[str, Tensor], has_fg: Tensor | None) -> tuple[Tensor, ...]:
-        """The fused logits, followed by those of each branch."""
+    def fuse(self, logits: dict[str, Tensor], has_fg: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the fused logits, followed by those of each branch."""
         return (self.model.fuse(logits, has_fg), *(logits[branch] for branch in self.model.branches))
 
 
@@ -98,7 +98,7 @@ class ImageIn(ViewsIn):
         logits = {branch: self.branch(branch, view) for branch, view in views.items()}
         if "full" in logits:  # computed once per image, however many boxes it has
             logits["full"] = logits["full"].expand(boxes.shape[0], -1)
-        return (*self.answers(logits, has_fg), has_fg)
+        return (*self.fuse(logits, has_fg), has_fg)
 
 
 class MaskIn(ViewsIn):
@@ -120,7 +120,7 @@ class MaskIn(ViewsIn):
         whole = "full" if "full" in self.model.branches else "fg"
         out = self.model.forward_views(**{whole: view}, mask=mask)
         logits = {branch: z.float() for branch, z in out.branches().items()}
-        return (*self.answers(logits, out.has_fg), out.has_fg)
+        return (*self.fuse(logits, out.has_fg), out.has_fg)
 
 
 class PartsIn(MaskIn):
@@ -133,7 +133,7 @@ class PartsIn(MaskIn):
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         """See `ViewsIn.forward`."""
         out = self.model.forward_views(given[0].half() if self.half_precision else given[0])
-        return (*self.answers({branch: z.float() for branch, z in out.branches().items()}, out.has_fg), out.has_fg)
+        return (*self.fuse({branch: z.float() for branch, z in out.branches().items()}, out.has_fg), out.has_fg)
 
 
 def export_run(run: str | Path, out: str | Path, *, format: str = "onnx", takes: str = "views", fp16: bool = False) -> Exported:
@@ -150,7 +150,7 @@ def export_run(run: str | Path, out: str | Path, *, format: str = "onnx", takes:
         fp16: whether the network runs in half precision; inputs and logits stay float32.
 
     Returns:
-        The exported file and its largest difference from PyTorch.
+        The exported file and its maximum difference from PyTorch.
 
     Raises:
         L2R2Error: when the format or input is unknown, the model does not support it, packages are missing, or the outputs differ

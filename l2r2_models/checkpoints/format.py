@@ -69,7 +69,7 @@ def check_config(config: dict[str, Any], name: str) -> None:
         raise L2R2Error(f"{name}: {CONFIG} points to external weights in pretrained_cfg; remove that, only {WEIGHTS} is loaded.")
     _check_training(ours.get("training", {}), name)
     if wrong := sorted({*arguments} & OF_THE_FACTORY):  # the network checks the other arguments
-        raise L2R2Error(f"{name}: {CONFIG} has invalid model_args: a checkpoint takes no {wrong[0]}; remove it.")
+        raise L2R2Error(f"{name}: {CONFIG} has invalid model_args: {wrong[0]} is not allowed in a checkpoint; remove it.")
     for key, kind in BUILD.items():
         if not isinstance(arguments.get(key), kind):
             raise L2R2Error(f"{name}: {CONFIG} has no valid {key} under model_args; save the checkpoint again.")

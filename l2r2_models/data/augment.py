@@ -23,11 +23,11 @@ class Augment:
     image.
 
     Attributes:
-        scale: smallest area of the random crop, relative to the image; 1 turns it off.
+        scale: minimum area of the random crop, relative to the image; 1 turns it off.
         flip: probability of a horizontal flip.
         color: strength of the brightness, contrast and saturation jitter; 0 turns it off.
-        box_jitter: largest shift of each edge of the box, relative to the box's side.
-        min_visible: smallest share of the box's area that a crop must keep.
+        box_jitter: maximum shift of each edge of the box, relative to the box's side.
+        min_visible: minimum fraction of the box's area that a crop must keep.
         occlusion: probability that noise covers a rectangle inside the box, 5 to 40 % of it, in all views alike (Random Erasing,
             Zhong et al. 2020).
 
@@ -76,7 +76,7 @@ class Augment:
         has_box = bool(box.isfinite().all())
         item = {
             "image": tv_tensors.Image(pixels.permute(2, 0, 1)),
-            "box": tv_tensors.BoundingBoxes(box.nan_to_num()[None], format="XYXY", canvas_size=pixels.shape[:2]),  # type: ignore[call-overload]
+            "box": tv_tensors.BoundingBoxes(box.nan_to_num()[None], format="XYXY", canvas_size=pixels.shape[:2]),
             **({} if mask is None else {"mask": tv_tensors.Mask(mask[None])}),
         }
         item = self._crop(item, has_box)

@@ -23,8 +23,8 @@ MARGIN = 0.1  # removed around a box, relative to its sides, because shadows and
 def background_of(pixels: Tensor, box: Tensor, mask: Tensor | None = None, *, margin: float = MARGIN) -> Tensor:
     """Remove the object from an image by filling each box from its surroundings.
 
-    The whole rectangle is filled, because an object's outline would reveal its class. The fill mirrors the four strips beside the
-    box, weighted by distance, so that no hard seam reveals the box either. "Noise or Signal" (Xiao et al. 2020, section 3) tiles
+    The whole rectangle is filled, because an object's outline would reveal its class. The fill mirrors the four strips next to
+    the box, weighted by distance, so that no hard seam reveals the box. "Noise or Signal" (Xiao et al. 2020, section 3) tiles
     the largest free strip instead (Only-BG-T), which shows where the box was.
 
     Args:
@@ -79,7 +79,7 @@ def paste_object(pixels: Tensor, box: Tensor, mask: Tensor | None, background: T
 
 
 def object_alpha(size: tuple[int, ...], box: Tensor, mask: Tensor | None, feather: float | None = None) -> Tensor:
-    """The opacity of the object, `[H, W]` float32 in [0, 1].
+    """Compute the opacity of the object, `[H, W]` float32 in [0, 1].
 
     With a non-empty mask, it is 0 outside the mask, at least 0.5 inside (so that thin parts remain), and 1 away from the edge;
     the image's border is not an edge. Otherwise it is 1 in the box, so that a crop is unchanged, and falls to 0 outside.
@@ -132,7 +132,7 @@ def cover(background: Tensor, size: tuple[int, ...]) -> Tensor:
         return background
     scale = max(height / background.shape[0], width / background.shape[1])
     new = [max(want, round(scale * have)) for want, have in zip((height, width), background.shape[:2])]
-    if new[0] * new[1] > MOST_COVERED * height * width:  # of a very long background, resize only the visible part
+    if new[0] * new[1] > MOST_COVERED * height * width:  # for a very long background, resize only the visible part
         have = [min(side, math.ceil(want / scale) + 2) for side, want in zip(background.shape[:2], (height, width))]
         y, x = ((side - part) // 2 for side, part in zip(background.shape[:2], have))
         background = background[y : y + have[0], x : x + have[1]]
@@ -145,7 +145,7 @@ def cover(background: Tensor, size: tuple[int, ...]) -> Tensor:
 def object_windows(
     size: tuple[int, ...], box: Tensor, mask: Tensor | None = None, *, margin: float = 0.0
 ) -> list[tuple[int, int, int, int]]:
-    """Integer windows of the objects in an image.
+    """Return the integer windows of the objects in an image.
 
     Args:
         size: `(H, W)`.
@@ -183,7 +183,7 @@ def _check_mask(mask: Tensor, size: tuple[int, int]) -> None:
 
 
 def _mirrored_in(pixels: Tensor, free: Tensor, window: tuple[int, int, int, int], rest: Tensor) -> Tensor:
-    """The fill of a window: its four adjacent strips mirrored, weighted by 1 / distance^2; `rest` where no strip is free."""
+    """Fill a window with its four adjacent strips, mirrored and weighted by 1 / distance^2; with `rest` if no strip is free."""
     x0, y0, x1, y1 = window
     height, width = pixels.shape[:2]
     rows, columns = torch.arange(y0, y1), torch.arange(x0, x1)

@@ -100,11 +100,11 @@ def sample_of(row: Row, fill: Sequence[int], box_threshold: float = 0.0, draw: r
 
     Args:
         row: the row. With a `background`, the object is pasted at its own place onto the object-free background of that row,
-            unless one of the two has no object; then the image is unchanged. A background without boxes and mask is taken as
-            it is.
+            unless one of the two has no object; then the image is unchanged. A background without boxes and mask is used
+            unchanged.
         fill: color under transparent pixels.
         box_threshold: boxes with a lower score count as not found.
-        draw: chooses one of several boxes at random; None takes the best.
+        draw: chooses one of several boxes at random; None uses the best one.
 
     Raises:
         ImageError: when an image or mask cannot be read.
@@ -126,14 +126,14 @@ def sample_of(row: Row, fill: Sequence[int], box_threshold: float = 0.0, draw: r
 
 
 def _decode(row: Row, fill: Sequence[int], box_threshold: float) -> tuple[Tensor, Detections, Tensor | None]:
-    """Pixels `[H, W, 3]`, all usable objects, and the mask file's mask; without boxes, the box is that of the mask."""
+    """Return the pixels `[H, W, 3]`, all usable objects, and the mask of the mask file; without boxes, the box of the mask."""
     image = LazyImage(row.path, fill=fill)
     found, mask = _objects(row, image.size, box_threshold)
     return image_tensor(image.load()), found, mask
 
 
 def _objects(row: Row, size: tuple[int, int], box_threshold: float) -> tuple[Detections, Tensor | None]:
-    """All usable objects of an image of this size, and the mask file's mask; without boxes, the box is that of the mask."""
+    """Return all usable objects of an image of this size, and the mask of the mask file; without boxes, the box of the mask."""
     mask = load_mask(row.mask_file, size) if row.mask_file else None
     if row.entry is not None:
         return row.entry.detections(size, str(row.path)).above(box_threshold).usable(), mask
@@ -141,7 +141,7 @@ def _objects(row: Row, size: tuple[int, int], box_threshold: float) -> tuple[Det
 
 
 def _of_box(mask: Tensor | None, found: Detections, pick: int) -> Tensor | None:
-    """The part of an image's mask that belongs to one of its objects."""
+    """Return the part of an image's mask that belongs to one of its objects."""
     if mask is None or len(found) == 1:
         return mask
     x0, y0, x1, y1 = found.windows()[0][pick].tolist()
@@ -150,7 +150,7 @@ def _of_box(mask: Tensor | None, found: Detections, pick: int) -> Tensor | None:
     return own
 
 
-def _was_looked_for(row: Row) -> bool:
+def _was_localized(row: Row) -> bool:
     return row.mask_file is not None if row.entry is None else row.entry.failure is None
 
 
@@ -158,7 +158,7 @@ class ViewDataset(Dataset[dict[str, Any]]):
     """Rows as training items: the views of each branch, `has_fg`, and the class index as `labels`.
 
     Random numbers depend on (seed, epoch, row), so an item does not depend on the worker that loads it, or on interruptions. With
-    augmentation, one of an image's boxes is drawn in each epoch; without, the best is used.
+    augmentation, one of an image's boxes is drawn in each epoch; without augmentation, the best one is used.
 
     Args:
         table: the rows, with labels.
@@ -171,7 +171,7 @@ class ViewDataset(Dataset[dict[str, Any]]):
         box_threshold: see `sample_of`.
         objectness: whether items include `objectness`, the box's score.
         locate: whether items include `box` `[4]`, the object in the full view, xyxy relative to its sides (NaN if there is none),
-            and `looked_for`, which is False if the localizer failed or the box file does not list the image.
+            and `localized`, which is False if the localizer failed or the box file does not list the image.
         seed: random seed.
 
     Raises:
@@ -204,12 +204,10 @@ class ViewDataset(Dataset[dict[str, Any]]):
         self.background_swap, self.objectness = background_swap, objectness
         self.donors = [row for row in table.whole_images() if row.may_have_object(box_threshold)] if background_swap else []
         if background_swap and len(self.donors) < 2:
-            raise L2R2Error(
-                f"{table.root}: backgrounds can be swapped between images with a box or mask; fewer than two have one."
-            )
+            raise L2R2Error(f"{table.root}: swapping backgrounds needs at least two images with a box or mask.")
 
     def without_augmentation(self) -> ViewDataset:
-        """A copy without augmentation and background swaps, for measurements on the training rows."""
+        """Return a copy without augmentation and background swaps, for metrics on the training rows."""
         plain = copy.copy(self)
         plain.augment, plain.background_swap = None, 0.0
         return plain
@@ -240,11 +238,11 @@ class ViewDataset(Dataset[dict[str, Any]]):
         if self.objectness:
             item["objectness"] = score
         if self.locate:
-            item |= {"box": self._in_full_view(box, size), "looked_for": _was_looked_for(self.rows[i])}
+            item |= {"box": self._in_full_view(box, size), "localized": _was_localized(self.rows[i])}
         return item
 
     def _patches(self, row: Row) -> tuple[Patches, Tensor, Tensor | None, float]:
-        """What `sample_of` gives, with no more of the image than its views show."""
+        """Return what `sample_of` would, with the patches that the views show instead of the whole image, and the box score."""
         image = LazyImage(row.path, fill=self.spec.fill)
         found, mask = _objects(row, image.size, self.box_threshold)
         box = found.boxes[0] if len(found) else torch.full((4,), float("nan"))

@@ -1,8 +1,9 @@
 """A demo data set, generated from real pixels: handwritten digits on photographs, both from installed packages.
 
 Each image shows a card with a digit on a photograph, and each class has a home photograph. In `train` and `test_usual`, most
-cards lie on the home photograph of their class, in `test_swapped` on that of another class. The digits and photograph regions of
-the test rows do not occur in training. Position, size and colors of a card are independent of its class, and its box is known.
+cards lie on the home photograph of their class, in `test_swapped` on that of another class. `val` is like `train`, with other
+digits. The digits and photograph regions of the test rows do not occur in training or validation. Position, size and colors of a
+card are independent of its class, and its box is known.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ from ..errors import L2R2Error
 from ..io import write_text
 
 PHOTOGRAPHS = ("coffee", "grass", "brick", "gravel", "rocket", "retina", "china", "flower", "immunohistochemistry", "chelsea")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIDE = 96  # of an image, in pixels
 AT_HOME = 0.97  # share of training digits on their home photograph
 COLUMNS = ("file_name", "label", "split", "x0", "y0", "x1", "y1", "background")
 
 
-def make_demo_data(folder: str | Path, *, train: int = 600, test: int = 300, seed: int = 0) -> Path:
+def make_demo_data(folder: str | Path, *, train: int = 600, val: int = 150, test: int = 300, seed: int = 0) -> Path:
     """Write the data set as an imagefolder with metadata.csv.
 
     Args:
         folder: the folder to write to; the images go into `folder/images`.
         train: number of images in `train`.
+        val: number of images in `val`.
         test: number of images in each of `test_usual` and `test_swapped`.
         seed: random seed.
 
@@ -38,29 +41,31 @@ def make_demo_data(folder: str | Path, *, train: int = 600, test: int = 300, see
     Raises:
         L2R2Error: when scikit-learn or scikit-image is missing.
 
-    >>> make_demo_data("digits", train=60, test=30)  # doctest: +SKIP
+    >>> make_demo_data("digits", train=60, val=20, test=30)  # doctest: +SKIP
     """
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     ink, labels = _digits()
     order = rng.permutation(len(ink))
-    seen, held_out = order[: len(order) * 2 // 3], order[len(order) * 2 // 3 :]
+    shares = (len(order) // 2, len(order) * 2 // 3)
+    seen, other, held_out = order[: shares[0]], order[shares[0] : shares[1]], order[shares[1] :]
     photographs = [_photograph(name) for name in PHOTOGRAPHS]
     rows = []
     for split, count, pool, at_home in (
         ("train", train, seen, AT_HOME),
+        ("val", val, other, AT_HOME),
         ("test_usual", test, held_out, AT_HOME),
         ("test_swapped", test, held_out, 0.0),
     ):
         for i, digit in enumerate(rng.choice(pool, count, replace=count > len(pool))):
             label = int(labels[digit])
             where = label if rng.random() < at_home else (label + int(rng.integers(1, len(PHOTOGRAPHS)))) % len(PHOTOGRAPHS)
-            image = _region(photographs[where], split == "train", rng)
+            image = _region(photographs[where], not split.startswith("test"), rng)
             box = _paste(image, ink[digit], rng)
             name = f"images/{split}_{i:04d}.png"
             Image.fromarray(image).save(folder / name)
-            rows.append((name, label, split, *box, PHOTOGRAPHS[where]))
+            rows.append((name, DIGITS[label], split, *box, PHOTOGRAPHS[where]))
     lines = io.StringIO()
     csv.writer(lines, lineterminator="\n").writerows([COLUMNS, *rows])
     write_text(folder / "metadata.csv", lines.getvalue())  # written last, so it marks the data set as complete

@@ -48,7 +48,7 @@ class Columns:
 
 
 def is_source(data: str | Path) -> bool:
-    """Whether `data` must be converted to a folder first.
+    """Return whether `data` must be converted to a folder first.
 
     >>> is_source("hf:org/name")
     True
@@ -57,7 +57,7 @@ def is_source(data: str | Path) -> bool:
 
 
 def as_folder(data: str | Path) -> Path:
-    """Write a data set as an `imagefolder` with metadata.jsonl, unless that was done before; an interrupted call is resumed.
+    """Write a data set as an `imagefolder` with metadata.jsonl, unless it was written before; an interrupted call is resumed.
 
     Args:
         data: `hf:org/name`, `hf:folder`, or a folder of `save_to_disk`. Options follow after a `?`: `config` and `revision`, and
@@ -90,7 +90,7 @@ def as_folder(data: str | Path) -> Path:
 
 
 def _load(name: str, options: Mapping[str, str]) -> dict[str, Any]:
-    """The splits by name; a single one named "" if the data set has no splits."""
+    """Load the splits by name; a data set without splits has a single one named ""."""
     import datasets
 
     try:

@@ -23,12 +23,12 @@ SIDE, LOW = 64, 16  # side of the shrunk image in pixels; number of frequencies 
 # 1,079 test_ood images. On ETH-80, 63 of 504 are, with another pear or apple in the same pose: a warning, not a proof.
 ALIKE = 60
 HELD_OUT = "held-out"  # validation rows that `hold_out` took from the training rows
-LOOKED_AT = 2000  # images per split other than train and val; more would delay every start, because all are decoded
+MAX_COMPARED = 2000  # images per split other than train and val; more would slow down every start, because all are decoded
 
 
 @dataclass(frozen=True)
 class Leak:
-    """The images of a split that look like training images.
+    """The images of a split that are near-duplicates of training images.
 
     Attributes:
         split: the split's name, or `HELD_OUT`.
@@ -43,7 +43,7 @@ class Leak:
     example: tuple[str, str]
 
     def sentence(self) -> str:
-        """A warning for people."""
+        """Warning as a sentence."""
         advice = "hold whole groups out (--val-group), or the end of each class (--val-from end)"
         if self.split != HELD_OUT:
             advice = "put all images of one take, site or object into the same split"
@@ -53,7 +53,7 @@ class Leak:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {**asdict(self), "example": list(self.example)}
 
 
@@ -81,11 +81,11 @@ def find_leaks(
     hashes: Mapping[Path, bytes] | None = None,
     progress: Callable[[Iterable[None], int], Iterable[None]] = lambda steps, _: steps,
 ) -> list[Leak]:
-    """Compare the images of other splits with the training images of the same class (with all of them without a label).
+    """Compare the images of other splits with the training images of the same class (with all of them if they have no label).
 
     Args:
         train: the training rows.
-        others: rows by split; for a large split, `LOOKED_AT` evenly spaced images are compared.
+        others: rows by split; for a large split, `MAX_COMPARED` evenly spaced images are compared.
         hashes: known hashes (from `check_images`); other images are decoded. Unreadable images are skipped.
         progress: wraps the steps while images are decoded.
 
@@ -119,7 +119,7 @@ def find_leaks(
 
 
 def _labels(rows: Iterable[Row]) -> dict[Path, str | None]:
-    """The label of each image; None if it has none, or if its objects have several."""
+    """Return the label of each image; None if it has no label, or objects with different labels."""
     labels: dict[Path, str | None] = {}
     for row in rows:
         labels[row.path] = row.label if labels.get(row.path, row.label) == row.label else None
@@ -128,7 +128,7 @@ def _labels(rows: Iterable[Row]) -> dict[Path, str | None]:
 
 def _some(paths: Iterable[Path]) -> list[Path]:
     paths = list(paths)
-    return paths if len(paths) <= LOOKED_AT else [paths[i * len(paths) // LOOKED_AT] for i in range(LOOKED_AT)]
+    return paths if len(paths) <= MAX_COMPARED else [paths[i * len(paths) // MAX_COMPARED] for i in range(MAX_COMPARED)]
 
 
 def _name(path: Path, table: ImageTable) -> str:
@@ -138,7 +138,7 @@ def _name(path: Path, table: ImageTable) -> str:
 def _nearest(
     images: list[Path], base: list[Path], hashes: Mapping[Path, bytes], labels: Mapping[Path, str | None]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each image, the nearest of `base` that can have the same class, and the number of bits that differ."""
+    """Return for each image the nearest one of `base` that can have the same class, and the number of differing bits."""
     index, distance = [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
     codes = {label: i for i, label in enumerate(dict.fromkeys(labels.values()))}
     ours, theirs = (np.array([codes[labels[path]] for path in paths]) for paths in (images, base))

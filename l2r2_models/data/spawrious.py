@@ -1,8 +1,8 @@
-"""Composites of cut-out objects on photographed scenes, which predict the class in training and mislead in the test.
+"""Composites of cut-out objects on photographed scenes that predict the class in training and are misleading in the test.
 
 This is the one-to-one protocol of Spawrious (Lynch et al. 2023, section 3) with real pixels of other data sets: each class has a
-home scene, where the training images of two environments lie with two different probabilities; the test scenes are permuted among
-the classes.
+home scene, on which its training images are pasted with a different probability in each of two environments; in the test, the
+scenes are permuted among the classes.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
     if not settings["correlation"] or not all(0 <= p <= 1 for p in settings["correlation"]):
         raise L2R2Error("correlation must be one or more numbers between 0 and 1, e.g. 0.97,0.87.")
     if len(set(settings["correlation"])) < len(settings["correlation"]):
-        raise L2R2Error("correlation must be distinct numbers, one per environment; for more images of one, pass copies.")
+        raise L2R2Error("correlation must be distinct numbers, one per environment; for more images of one, set copies.")
     for name, low, high in (("size", 16, 4096), ("copies", 1, 1000), ("val_objects", 0, 1000), ("seed", 0, 2**32 - 1)):
         if not low <= settings[name] <= high:
             raise L2R2Error(f"{name} must lie between {low} and {high}, got {settings[name]}.")
@@ -148,7 +148,7 @@ def _check_out(out: Path, about: dict[str, Any]) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / ABOUT).is_file():
-        raise L2R2Error(f"{out}: exists and contains no composites; choose another -o.")
+        raise L2R2Error(f"{out}: already exists and contains no composites; choose another -o.")
     if read_json(out / ABOUT) != about:
         raise L2R2Error(f"{out}: contains composites of other data or settings; choose another -o.")
 
@@ -178,7 +178,7 @@ def _plan(objects: ImageTable, scenes: ImageTable, settings: dict[str, Any]) -> 
 
 
 def _homes(classes: Sequence[str], kinds: Sequence[str], draw: random.Random) -> tuple[dict[str, str], dict[str, str]]:
-    """The home scene of each class, and its scene in `test_ood`, which is the home of another class."""
+    """Draw the home scene of each class, and its scene in `test_ood`, which is the home scene of another class."""
     order = draw.sample(list(kinds), len(kinds))
     used = order[: len(classes)]
     home = {label: used[i % len(used)] for i, label in enumerate(draw.sample(list(classes), len(classes)))}
@@ -197,7 +197,7 @@ def _environment(
     correlation: float,
     draw: random.Random,
 ) -> list[Composite]:
-    """`copies` composites of each photograph, with the share `correlation` of each class on its home scene."""
+    """Plan `copies` composites per photograph, with the fraction `correlation` of each class on its home scene."""
     made = []
     names = photos.column(column) if len(photos) else []
     for label in sorted(photos.label_counts()):
@@ -213,7 +213,7 @@ def _environment(
 
 
 def _hold_objects_out(train: ImageTable, column: str, count: int, draw: random.Random) -> tuple[ImageTable, ImageTable]:
-    """Training photographs without and with `count` physical objects of each class."""
+    """Split the training photographs into those to train on, and those of `count` held-out physical objects per class."""
     names = train.column(column)
     held: set[str] = set()
     for label in train.classes():
@@ -228,7 +228,7 @@ def _hold_objects_out(train: ImageTable, column: str, count: int, draw: random.R
 def _by_kind(
     scenes: ImageTable, draw: random.Random, held_out: float = VAL_SCENES
 ) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
-    """Scenes by kind, and those held out for validation; if a kind has a single scene, it is used for both."""
+    """Return the scenes by kind, and those held out for validation; a kind with a single scene uses it for both."""
     stay: dict[str, list[Row]] = {}
     held: dict[str, list[Row]] = {}
     for kind in sorted(scenes.label_counts()):
@@ -258,15 +258,15 @@ class _Png:
 
 
 def _compose(item: Composite, size: int, draw: random.Random) -> tuple[Tensor, Tensor]:
-    """Pixels `[size, size, 3]` of the composite, and the object's mask `[size, size]` bool."""
+    """Return the pixels `[size, size, 3]` of the composite, and the object's mask `[size, size]` bool."""
     sample = sample_of(item.photo, FILL)
     if sample.mask is None or not sample.mask.any():
-        raise L2R2Error(f"{item.photo.path}: its mask is empty; draw the object, or remove the image.")
+        raise L2R2Error(f"{item.photo.path}: its mask is empty; fix the mask, or remove the image.")
     x0, y0, x1, y1 = (int(v) for v in Detections.from_mask(sample.mask).boxes[0].tolist())
     alpha = object_alpha(sample.mask.shape, sample.box, sample.mask)[y0:y1, x0:x1]
     scale = draw.uniform(*LONG_SIDE) * size / max(x1 - x0, y1 - y0)
     height, width = (max(1, round(scale * side)) for side in (y1 - y0, x1 - x0))
-    # premultiplied colors are resized, so that nothing of the original background bleeds in at the edge
+    # colors are premultiplied before resizing, so that the original background does not bleed in at the edge
     layers = torch.cat([alpha[None], alpha * sample.pixels[y0:y1, x0:x1].permute(2, 0, 1).float()])
     layers = F.interpolate(layers[None], (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
     y, x = draw.randint(0, size - height), draw.randint(0, size - width)

@@ -1,4 +1,4 @@
-"""Holding out validation rows from the training rows."""
+"""Hold out validation rows from the training rows."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def hold_out(
 
     Args:
         table: rows with labels.
-        fraction: share of the rows to hold out, above 0 and up to 0.5. With groups, or several rows per image, one of
-            `1 / fraction` (rounded) equal folds.
+        fraction: fraction of the rows to hold out, above 0 and up to 0.5. With groups, or several rows per image, the held-out
+            rows are one of `1 / fraction` (rounded) folds.
         group: a metadata column (site, take, physical object) whose rows with the same value stay together, so that
             near-duplicates are never on both sides; groups that share an image are merged.
         take: `random` rows, or the `end` of each class in the table's order. The latter suits video frames or dated photographs

@@ -1,9 +1,9 @@
 """Held-out rows with swapped backgrounds, to fit and choose a fusion for backgrounds that differ from training.
 
 Plain validation rows have the training backgrounds, so a fusion fitted on them trusts the full branch too much (`docs/method.md`,
-Fusion; L2R2 observed it on Spawrious). `swapped(val, train)` is an ordinary table: each object of `val`, at its own place and
-size, on object-free backgrounds of other images of `train`. `rows_digest` distinguishes it from the original table. Without
-masks, the crop to the box does not change by a pixel, so only the full branch's prediction changes.
+Fusion; the L2R2 paper reports this on Spawrious). `swapped(val, train)` is an ordinary table: each object of `val`, with its
+position and size unchanged, on object-free backgrounds of other images of `train`. `rows_digest` tells it from the original
+table. Without masks, the crop to the box is unchanged, so only the prediction of the full branch changes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .table import ImageTable, Row
 
 
 def donors_of(table: ImageTable, box_threshold: float = 0.0, whole: bool = False) -> list[Row]:
-    """The images that can give a background, see `swapped`."""
+    """Return the rows whose backgrounds can be used, see `swapped`."""
     return [row for row in table.whole_images() if row.may_have_object(box_threshold) or (whole and row.is_bare)]
 
 
@@ -30,18 +30,18 @@ def swapped(
     whole: bool = False,
     seed: int = 0,
 ) -> ImageTable:
-    """Give every row with an object the backgrounds of other images.
+    """Replace the background of each row with an object by those of other images.
 
     Args:
         table: rows with labels; those without a box or mask are skipped.
-        donors: rows that provide backgrounds; never use rows on which metrics are reported.
+        donors: rows whose backgrounds are used; never pass rows on which metrics are reported.
         copies: number of distinct backgrounds per object.
         classes: the classes of an object's donors: `other` classes, the `same` class, or `any` (the latter two are Mixed-Same and
             Mixed-Rand of IN-9; Xiao et al. 2020). An image with objects of several classes counts as another class; an object
             never gets its own image.
         box_threshold: see `sample_of`; use the same value there.
-        whole: donors without boxes and masks are backgrounds as they are (empty frames, scenes); otherwise they are skipped,
-            because an object may be in them.
+        whole: use donors without boxes and masks as whole backgrounds (empty frames, scenes); otherwise they are skipped, because
+            they may contain an object.
         seed: random seed; a row's backgrounds depend on it, on the row's name, and on the donors.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Reading a user's folder as a table with one row per image: its label, split, boxes and other columns."""
+"""Read a folder of images as a table with one row per image: label, split, boxes and other columns."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class Row:
     background: Row | None = None
 
     def may_have_object(self, box_threshold: float) -> bool:
-        """Whether the row has a mask, or a box with at least this score; whether it lies in the image is not checked."""
+        """Return whether the row has a mask, or a box with at least this score; boxes outside the image are not excluded."""
         return self.mask_file is not None if self.entry is None else any(s >= box_threshold for s in self.entry.scores)
 
     @property
     def is_bare(self) -> bool:
-        """Whether neither a mask nor boxes are named, not even that none was found."""
+        """Whether the row lists no mask and no boxes; an empty list of boxes (none found) counts as listed."""
         return self.mask_file is None and self.entry is None
 
 
@@ -76,7 +76,7 @@ class ImageTable:
         return tuple(dict.fromkeys(row.split for row in self.rows if row.split))
 
     def of_split(self, name: str) -> ImageTable:
-        """The rows of one split.
+        """Return the rows of one split.
 
         Raises:
             L2R2Error: when it has no rows.
@@ -84,16 +84,16 @@ class ImageTable:
         rows = tuple(row for row in self.rows if row.split == name)
         if not rows:
             known = f"it has {', '.join(self.splits)}" if self.splits else "it has no splits"
-            raise L2R2Error(f'{self.root}: no image of split "{name}"; {known}.')
+            raise L2R2Error(f'{self.root}: no image has the split "{name}"; {known}.')
         return replace(self, rows=rows)
 
     def of_names(self, names: Iterable[str]) -> ImageTable:
-        """The rows whose path relative to the root is among `names`."""
+        """Return the rows whose path relative to the root is in `names`."""
         wanted = set(names)
         return replace(self, rows=tuple(row for name, row in zip(self.names(), self.rows) if name in wanted))
 
     def column(self, name: str) -> list[str]:
-        """The values of a metadata column.
+        """Return the values of a metadata column.
 
         Raises:
             L2R2Error: when a row does not have it.
@@ -105,7 +105,7 @@ class ImageTable:
         return [values[name] for values in columns]
 
     def classes(self) -> tuple[str, ...]:
-        """The labels, sorted.
+        """Return the labels, sorted.
 
         Raises:
             L2R2Error: when an image has no label, or there are fewer than two classes.
@@ -117,15 +117,15 @@ class ImageTable:
             )
         labels = tuple(sorted({str(row.label) for row in self.rows}))
         if len(labels) < 2:
-            raise L2R2Error(f'{self.root}: only one class ("{labels[0]}"); a classifier needs two or more.')
+            raise L2R2Error(f'{self.root}: all images have the class "{labels[0]}"; a classifier needs two or more classes.')
         return labels
 
     def names(self) -> list[str]:
-        """The images' paths relative to the root."""
+        """Return the paths of the images relative to the root."""
         return [Path(os.path.relpath(row.path, self.root)).as_posix() for row in self.rows]
 
     def entries(self) -> dict[str, BoxEntry]:
-        """Boxes by image path, for the images that have an entry; the boxes of an image's rows are merged."""
+        """Return the boxes by image path, for images that have an entry; the boxes of the rows of one image are merged."""
         joined: dict[str, BoxEntry] = {}
         for row in self.rows:
             if row.entry is not None:
@@ -134,7 +134,7 @@ class ImageTable:
         return joined
 
     def whole_images(self) -> list[Row]:
-        """One row per image with the boxes of all of its rows, and no label if they have several."""
+        """Return one row per image with the boxes of all its rows, without a label if these have several."""
         entries = self.entries()
         first: dict[Path, Row] = {}
         for row in self.rows:
@@ -144,7 +144,7 @@ class ImageTable:
         return list(first.values())
 
     def label_counts(self) -> Counter[str]:
-        """Number of rows per label."""
+        """Count the rows per label."""
         return Counter(str(row.label) for row in self.rows)
 
 
@@ -158,8 +158,8 @@ def read_table(
     the root or in folders train, val and test; a data set of the Hugging Face Hub or one saved on disk, see
     `hf_datasets.as_folder`.
 
-    There is one row per image, unless people labeled its boxes (score 1) with classes: then an image without a label gets one row
-    per box, and an image with a label keeps only the boxes of its class. The labels of a localizer are ignored.
+    There is one row per image, unless its boxes are annotations, with class labels and a score of 1: then an image without a
+    label gets one row per box, and an image with a label keeps only the boxes of its class. Labels from a localizer are ignored.
 
     Args:
         root: the folder, or `hf:` and an id.
@@ -191,7 +191,7 @@ def _distinct(rows: list[Row], source: str) -> list[Row]:
     seen: dict[tuple[Path, BoxEntry | None, Path | None], Row] = {}
     for row in rows:
         if seen.setdefault((row.path, row.entry, row.mask_file), row).label != row.label:
-            raise L2R2Error(f"{source}: {row.path.name} has several labels, but not a box for each; give each its own box.")
+            raise L2R2Error(f"{source}: {row.path.name} has several labels, but not a box for each; add the boxes.")
     return list(seen.values())
 
 
@@ -237,18 +237,18 @@ def _rows_of_metadata(root: Path, file: Path | None, missing_ok: bool) -> list[R
 
 
 def _of_one_image(rows: list[Row], entry: BoxEntry | None, name: str, file: Path) -> list[Row]:
-    """The rows of one image: one with all of its boxes, or one per line of the metadata if each has its own box and label."""
+    """Return the rows of one image: one with all boxes, or one per line of the metadata if each has its own box and label."""
     own_boxes = all(row.entry is not None and row.entry.boxes for row in rows)
     for what in ("split",) if own_boxes else ("split", "label", "mask_file"):
         if len(values := list(dict.fromkeys(getattr(row, what) for row in rows))) > 1:
-            raise L2R2Error(f"{file}: gives {name} two values of {what}, {values[0]} and {values[1]}; keep one of them.")
+            raise L2R2Error(f"{file}: {name} has two values of {what}, {values[0]} and {values[1]}; keep one of them.")
     if len({(row.label, row.mask_file) for row in rows}) > 1:
         return rows
     return [replace(rows[0], entry=entry)]
 
 
 def _by_object(rows: list[Row]) -> list[Row]:
-    """Split or filter rows by the boxes that people labeled with a class, see `read_table`."""
+    """Split or filter rows by their labeled boxes, see `read_table`."""
 
     def labels_of(row: Row) -> tuple[str, ...]:
         return row.entry.labels if row.entry is not None and all(score == 1 for score in row.entry.scores) else ()
@@ -270,7 +270,7 @@ def _by_object(rows: list[Row]) -> list[Row]:
 
 
 def _together(first: BoxEntry, second: BoxEntry) -> BoxEntry:
-    """The distinct boxes of two entries of one image."""
+    """Merge two entries of one image, without duplicate boxes."""
     new = [i for i, box in enumerate(second.boxes) if box not in first.boxes]
     more = _only(second, new)
     masks = tuple(mask for entry in (first, more) for mask in (entry.masks or (None,) * len(entry.boxes)))
@@ -284,7 +284,7 @@ def _together(first: BoxEntry, second: BoxEntry) -> BoxEntry:
 
 
 def _only(entry: BoxEntry, keep: list[int]) -> BoxEntry:
-    """The boxes at these positions."""
+    """Return the entry with only the boxes at these positions."""
     return replace(
         entry,
         boxes=tuple(entry.boxes[i] for i in keep),
@@ -295,7 +295,7 @@ def _only(entry: BoxEntry, keep: list[int]) -> BoxEntry:
 
 
 def _rows_of_folders(root: Path) -> list[Row]:
-    """The label is the first folder, or the second if all first folders have the name of a split."""
+    """Read a folder without metadata: the label is the first folder, or the second if all first folders are splits."""
     paths = sorted(p for p in root.rglob("*") if is_image_path(p.relative_to(root)) and p.is_file())
     if not paths:
         raise L2R2Error(f"{root}: no image in this folder.")
@@ -316,18 +316,18 @@ def _exists(path: Path) -> bool:
 
 
 def rows_digest(table: ImageTable, *, times: bool = False) -> str:
-    """SHA-256 over a table's names, labels, boxes with scores, backgrounds, and the sizes of its image and mask files.
+    """Compute a SHA-256 over names, labels, boxes with scores, backgrounds, and the sizes of image and mask files.
 
     Args:
         table: the rows.
-        times: whether to include modification times, for results that any change of a file makes invalid.
+        times: whether to include modification times, for results that are invalid after any change to a file.
     """
     digest = hashlib.sha256()
     for name, row in zip(table.names(), table.rows):
-        facts = [name, row.label, *_state_of(row, times)]
+        values = [name, row.label, *_state_of(row, times)]
         if row.background is not None:
-            facts += [str(row.background.path), *_state_of(row.background, times)]
-        digest.update(json.dumps(facts).encode())
+            values += [str(row.background.path), *_state_of(row.background, times)]
+        digest.update(json.dumps(values).encode())
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Rows to fit a fusion on: held-out images as they are, on other backgrounds, or both.
+"""Rows to fit a fusion on: held-out images unchanged, on other backgrounds, or both.
 
 Held-out images usually have the training backgrounds, so a fusion fitted on them favors full and loses accuracy where
 backgrounds change (L2R2 reports this on Spawrious). Pasting the objects onto the backgrounds of other images shows how
@@ -20,7 +20,7 @@ from ..images import list_images
 from .logits import BranchLogits, Progress, branch_logits
 
 BACKGROUNDS = ("plain", "swapped", "both")
-COPIES = 3  # backgrounds per object; a single draw is too noisy on a hundred images
+COPIES = 3  # backgrounds per object; a single draw is too noisy with about a hundred images
 
 
 def backgrounds_in(folder: Path) -> ImageTable:
@@ -35,7 +35,7 @@ def backgrounds_in(folder: Path) -> ImageTable:
 
 
 def default_backgrounds(rows: ImageTable, donors: ImageTable, box_threshold: float, whole: bool = False) -> str:
-    """Return `both` if there are objects to paste and enough donors of backgrounds, else `plain`."""
+    """Return `both` if there are objects to paste and enough images to take backgrounds from, else `plain`."""
     objects = any(row.may_have_object(box_threshold) for row in rows.rows)
     return "both" if objects and len(donors_of(donors, box_threshold, whole)) > COPIES else "plain"
 
@@ -56,8 +56,8 @@ def logits_to_fit(
     Args:
         checkpoint: the model.
         rows: held-out rows with labels.
-        donors: rows that provide backgrounds, e.g. the training rows.
-        backgrounds: `plain` for the rows as they are, `swapped` for each object on the backgrounds of three other images, or
+        donors: rows whose backgrounds are used, e.g. the training rows.
+        backgrounds: `plain` for the unchanged rows, `swapped` for each object on the backgrounds of three other images, or
             `both`. The other images are of any class: with other classes only, the background would be evidence against the
             true class, and a fusion would learn to invert it.
         store: see `branch_logits`.

@@ -10,6 +10,7 @@ from .fuse import Column, Fitted, columns_of, fuse
 from .logits import BranchLogits
 
 ALONE = " alone"
+NEGLIGIBLE = 0.01  # accuracy that a fusion may lose to fg in exchange for more elsewhere, however sure the loss
 Columns = Mapping[str, Column]
 
 
@@ -29,7 +30,7 @@ class Choice:
 
 
 def references(data: BranchLogits, group: str | None = None, metric: str = "accuracy") -> dict[str, dict[str, Column]]:
-    """Compute the metrics that fusions are compared with: those of each branch alone and of the average of all.
+    """Compute the baseline metrics for fusions: those of each branch alone and of the average of all branches.
 
     Args:
         data: branch logits; a branch alone falls back to full (or bg) in rows without an object.
@@ -46,7 +47,7 @@ def references(data: BranchLogits, group: str | None = None, metric: str = "accu
 
 
 def lead_of(data: BranchLogits, inputs: Sequence[str] | None = None) -> str:
-    """Return the branch that a fusion takes first: fg if it is one of the inputs."""
+    """Return the leading branch: fg if it is one of the inputs, else the next one in the order of `INPUTS`."""
     return next(b for b in INPUTS if b in data.logits and (inputs is None or b in inputs))
 
 
@@ -61,31 +62,36 @@ def lead_alone(
 def choose(fitted: Mapping[str, Fitted], compared: Mapping[str, Columns], lead: str = "fg") -> Choice:
     """Choose a fusion by minimax regret over the kinds of rows (plain and swapped).
 
-    The regret on a column is the gap in accuracy to the best of `compared`. A fusion that is more than one standard error behind
-    `lead` on any column is excluded. Among the fusions within one standard error of the smallest maximum regret on every column,
-    over images or groups (Breiman et al. 1984), the one with the lowest NLL is chosen, because accuracy cannot separate fusions
-    that are right on nearly every held-out row. See `docs/method.md`, section 4.
+    The regret on a column is the gap in accuracy to the best of `compared`. A fusion that is behind `lead` on any column by more
+    than one standard error and more than one point is excluded. Among the fusions within one standard error of the smallest
+    maximum regret on every column, over images or groups (Breiman et al. 1984), the one with the lowest NLL is chosen, because
+    accuracy cannot separate fusions that are right on nearly every held-out row. See `docs/method.md`, section 4.
 
     Args:
         fitted: candidates with their columns; should include `lead` alone, which is never excluded.
         compared: see `references`.
-        lead: the reference that no fusion may lose to.
+        lead: the reference that the chosen fusion must not fall behind.
     """
     best = {name: max(columns[name].accuracy for columns in compared.values()) for name in compared[lead]}
     regret = {n: {c: best[c] - column.accuracy for c, column in f.columns.items()} for n, f in fitted.items()}
-    safe = [n for n, f in fitted.items() if _lag(compared[lead], f.columns) <= 1e-9]
+    safe = [n for n, f in fitted.items() if not _loses(f.columns, compared[lead])]
     top = min(safe, key=lambda n: (max(regret[n].values()), _nll(fitted[n])))
     equal = [n for n in safe if _lag(fitted[top].columns, fitted[n].columns) <= 1e-9]
     name = min(equal, key=lambda n: (_nll(fitted[n]), fitted[n].fusion.count()))
     points = " and ".join(f"{100 * max(r, 0):.1f} on {c} rows" for c, r in regret[name].items())
     who = ", ".join([*list(compared)[:-1]]) + f" and {list(compared)[-1]}"
     how = (
-        "the smallest largest regret"
+        "the smallest maximum regret"
         if len(equal) == 1
-        else f"no more than one standard error from the smallest regret, as {len(equal) - 1} others, and the most likely of them"
+        else f"within one standard error of the smallest regret, like {len(equal) - 1} others, and the lowest NLL among them"
     )
-    out = f"; {len(fitted) - len(safe)} fusions lose to {lead} and are left out" if len(safe) < len(fitted) else ""
-    return Choice(name, f"{name} is behind the best of {who} by {points} (points): {how}{out}.", regret)
+    out = f"; {len(fitted) - len(safe)} fusions are worse than {lead} alone and were excluded" if len(safe) < len(fitted) else ""
+    return Choice(name, f"{name} trails the best of {who} by {points} (percentage points): {how}{out}.", regret)
+
+
+def _loses(columns: Columns, lead: Columns) -> bool:
+    gaps = (column.right - lead[c].right for c, column in columns.items())
+    return any(float(-d.mean()) > max(float(d.std()) / len(d) ** 0.5, NEGLIGIBLE) + 1e-9 for d in gaps)
 
 
 def _lag(top: Columns, other: Columns) -> float:

@@ -30,13 +30,13 @@ Correct = Callable[[Tensor, ImageTable], Tensor]
 
 @dataclass(frozen=True)
 class Judged:
-    """Outputs of a run for every image of a split.
+    """Outputs of a run on every image of a split.
 
     Attributes:
         checkpoint, split: the evaluated checkpoint, and the name of the split.
         fitted_on: the split that temperatures and the other fusions were fitted on, or None.
         labels: class names.
-        data: branch logits, ground truth, images, and those that could not be used.
+        data: branch logits and ground truth, with the images, and those that could not be used.
         outputs: logits `[N, classes]` of each branch (`full`, `fg`, `bg`; those of full where no object was found), of the run's
             own fusion (`fused: NAME`), of the other fusions, of outputs corrected by a prior, and of ensembles (`full x full`).
         fusions: the other fusions, fitted.
@@ -45,8 +45,8 @@ class Judged:
         groups: value of `group` per row, or None.
         shares: fraction of misleading backgrounds (see `fuse_groups`) by the groups of `adapt`, else by `groups`, else for the
             split; empty if the fusion has no batch rule.
-        warnings: sentences on what makes the metrics too good.
-        notes: sentences on what else is needed to interpret them.
+        warnings: sentences on what makes the metrics too optimistic.
+        notes: sentences on what else to know when reading the metrics.
     """
 
     checkpoint: Checkpoint
@@ -70,7 +70,7 @@ class Judged:
 
     @property
     def answer(self) -> str:
-        """Name of the output that `predict` gives: the run's fusion, or its only branch."""
+        """Name of the output that `predict` returns: the run's fusion, or its only branch."""
         return self.own[-1]
 
     @property
@@ -149,7 +149,7 @@ def judge_run(
         split: the split to evaluate. Nothing is fitted on it.
         group: metadata column; adds the accuracy by its values and the worst of them.
         fit_split: held-out split to fit every fusion and the temperature of every output on; never `split` itself.
-        prior: metadata column; adds each own output corrected by a `MetadataPrior` counted on the run's training rows.
+        prior: metadata column; adds each own output corrected by a `MetadataPrior` estimated on the run's training rows.
         others: more runs with the same labels (e.g. other seeds); adds ensembles, the mean probabilities over the runs of each
             branch and of the fusions.
         skip_bad: leave out images that cannot be used instead of stopping.
@@ -161,7 +161,7 @@ def judge_run(
         L2R2Error: when the data are unusable, a column is unknown, the labels of the runs differ, or `fit_split` is `split`.
     """
     if fit_split == split:
-        raise L2R2Error(f"The split {split} cannot be both fitted on and judged by.")
+        raise L2R2Error(f"The split {split} cannot be used both to fit and to evaluate; choose another split to fit on.")
     runs = [load_checkpoint(source) for source in (run, *others)]
     if drop_parts or token_quantile:
         for checkpoint in runs:
@@ -184,7 +184,7 @@ def judge_run(
     if fit_split and len(branches) < 2:
         raise L2R2Error(f"{run}: has only the branch {', '.join(branches)}, so there is no fusion to fit on {fit_split}.")
 
-    def said(name: str) -> list[BranchLogits]:
+    def logits_of_runs(name: str) -> list[BranchLogits]:
         """Compute the branch logits of each run on a split, over the images that the first run could use."""
         parts: list[BranchLogits] = []
         for checkpoint, source in zip(runs, (run, *others)):
@@ -193,7 +193,7 @@ def judge_run(
             parts.append(branch_logits(checkpoint, usable, store, skip_bad=skip_bad, workers=workers, progress=progress))
         return parts
 
-    judged, held_out = said(split), said(fit_split) if fit_split else None
+    judged, held_out = logits_of_runs(split), logits_of_runs(fit_split) if fit_split else None
     fusions = _fusions(runs[0], judged[0], held_out[0] if held_out else None)
     outputs = _outputs(runs, judged, fusions, correct, prior)
     grouping = Grouping.parse(adapt)
@@ -209,8 +209,8 @@ def judge_run(
     warnings = _warnings((run, *others), judged[0], split)
     if fit_split:
         warnings += _fitted_on_seen((run, *others), splits[fit_split], fit_split)
-    said_of = [(part[0], name) for part, name in ((judged, split), (held_out, fit_split)) if part]
-    notes = _intervened(runs[0]) + tuple(note for part, name in said_of for note in _left_out(part, str(name)))
+    evaluated = [(part[0], name) for part, name in ((judged, split), (held_out, fit_split)) if part]
+    notes = _intervened(runs[0]) + tuple(note for part, name in evaluated for note in _left_out(part, str(name)))
     notes += _classes_seen(judged[0], runs[0].labels, split)
     shares = {str(place): share for place, share in adapted.shares.items()}
     return Judged(
@@ -233,9 +233,9 @@ def judge_run(
 def _intervened(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Describe the interventions on the network."""
     done = checkpoint.model.interventions()
-    what = [f"without its parts {', '.join(map(str, done['drop_parts']))}"] if "drop_parts" in done else []
+    what = [f"without the parts {', '.join(map(str, done['drop_parts']))}"] if "drop_parts" in done else []
     what += [f"without patches below the quantile {done['token_quantile']:g}"] if "token_quantile" in done else []
-    return (f"The network was changed for these figures: judged {' and '.join(what)}.",) if what else ()
+    return (f"These metrics are of the network {' and '.join(what)}.",) if what else ()
 
 
 def evaluation_of(judged: Judged) -> Evaluation:
@@ -243,17 +243,17 @@ def evaluation_of(judged: Judged) -> Evaluation:
     data = judged.data
     full = judged.outputs.get("full")
     common: dict[str, Any] = dict(groups=judged.groups, classes=judged.labels, clusters=judged.clusters)
-    figures = {}
+    metrics = {}
     for name, z in judged.outputs.items():
         temperature, than = judged.temperatures.get(name), None if name == "full" else full
-        figures[name] = measure(z, data.labels, data.has_fg, **common, temperature=temperature, than=than)
+        metrics[name] = measure(z, data.labels, data.has_fg, **common, temperature=temperature, than=than)
     matrix = {n: confusion_matrix(judged.outputs[n].argmax(-1), data.labels, len(judged.labels)).tolist() for n in judged.own}
     branches = [judged.outputs[b] for b in data.logits]
     return Evaluation(
         split=judged.split,
         images=len(data),
         with_object=int(data.has_fg.sum()),
-        rows=figures,
+        rows=metrics,
         oracle=oracle(branches, data.labels),
         fitted_on=judged.fitted_on,
         temperatures=judged.temperatures,
@@ -298,32 +298,32 @@ def _outputs(
     prior: str | None,
 ) -> dict[str, Tensor]:
     """Return `Judged.outputs`; `parts` are the branch logits of each run for the same images."""
-    answers = [_answers(checkpoint, part) for checkpoint, part in zip(runs, parts)]
-    outputs = dict(answers[0])
+    own = [_own_outputs(checkpoint, part) for checkpoint, part in zip(runs, parts)]
+    outputs = dict(own[0])
     if can_fuse(parts[0]):
         outputs.update((name, fuse(fusion, parts[0])) for name, fusion in fusions.items())
     if correct:
-        outputs.update({f"{name} + {prior}": correct(z, parts[0].table) for name, z in answers[0].items()})
+        outputs.update({f"{name} + {prior}": correct(z, parts[0].table) for name, z in own[0].items()})
     if len(runs) > 1:
-        outputs.update(_ensembles(answers, [checkpoint.labels for checkpoint in runs]))
+        outputs.update(_ensembles(own, [checkpoint.labels for checkpoint in runs]))
     return outputs
 
 
-def _ensembles(answers: Sequence[dict[str, Tensor]], labels: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+def _ensembles(own: Sequence[dict[str, Tensor]], labels: Sequence[Sequence[str]]) -> dict[str, Tensor]:
     """Return log mean probabilities of the outputs that all runs have, e.g. `fg x fg` (`docs/method.md`, section 4)."""
-    said = [{"fused" if name.startswith(OWN) else name: z.double() for name, z in one.items()} for one in answers]
+    by_run = [{"fused" if name.startswith(OWN) else name: z.double() for name, z in one.items()} for one in own]
     order = [[list(names).index(label) for label in labels[0]] for names in labels]
     found = {}
-    for name in said[0]:
-        if all(name in one for one in said):
-            mean = torch.stack([one[name].softmax(-1)[:, columns] for one, columns in zip(said, order)]).mean(0)
-            found[" x ".join([name] * len(said))] = mean.clamp(min=torch.finfo(mean.dtype).tiny).log().float()
+    for name in by_run[0]:
+        if all(name in one for one in by_run):
+            mean = torch.stack([one[name].softmax(-1)[:, columns] for one, columns in zip(by_run, order)]).mean(0)
+            found[" x ".join([name] * len(by_run))] = mean.clamp(min=torch.finfo(mean.dtype).tiny).log().float()
     return found
 
 
-def _answers(checkpoint: Checkpoint, data: BranchLogits) -> dict[str, Tensor]:
+def _own_outputs(checkpoint: Checkpoint, data: BranchLogits) -> dict[str, Tensor]:
     """Return the own outputs of a run: its branches, and its fusion if it has one."""
-    outputs = with_fallback(data.logits, data.has_fg)  # as in a Prediction
+    outputs = with_fallback(data.logits, data.has_fg)  # the same fallback as in a Prediction
     if can_fuse(data):
         outputs[f"{OWN}{checkpoint.model.fusion.name}"] = fuse(checkpoint.model.fusion, data)
     return outputs
@@ -332,7 +332,7 @@ def _answers(checkpoint: Checkpoint, data: BranchLogits) -> dict[str, Tensor]:
 def _check_labels(first: Checkpoint, other: Checkpoint, source: Path | str) -> None:
     if differing := sorted(set(first.labels) ^ set(other.labels)):
         raise L2R2Error(
-            f"{source}: has other classes than {first.name} ({', '.join(differing[:5])} only in one of them); "
+            f"{source}: its classes differ from those of {first.name} (only one of them has {', '.join(differing[:5])}); "
             "an ensemble needs runs of the same classes."
         )
 
@@ -342,20 +342,20 @@ def _check_classes(checkpoint: Checkpoint, rows: ImageTable, split: str) -> None
     if unknown:
         names = ", ".join(f"{name} ({count})" for name, count in unknown.most_common(5))
         raise L2R2Error(
-            f"{rows.root}: {sum(unknown.values())} of the {len(rows)} images of {split} show what {checkpoint.name} was not "
-            f"trained on: {names}; take them out of the split, or train with these classes."
+            f"{rows.root}: {sum(unknown.values())} of the {len(rows)} images of {split} have classes that {checkpoint.name} was "
+            f"not trained on: {names}; take them out of the split, or train with these classes."
         )
 
 
 def _warnings(sources: Sequence[Path | str], judged: BranchLogits, split: str) -> tuple[str, ...]:
     """Warn of rows that a run was trained or fitted on, of missing boxes, and of boxes found with the true labels."""
-    found = list(warnings_of(sources[0], judged.table, split, "say nothing about new images"))
+    found = list(warnings_of(sources[0], judged.table, split, "do not carry over to new images"))
     for other in sources[1:]:
-        found += [f"{other}: {w}" for w in warnings_of(other, judged.table, split, "say nothing about new images")]
+        found += [f"{other}: {w}" for w in warnings_of(other, judged.table, split, "do not carry over to new images")]
     if judged.table.boxes_from.get("oracle"):
-        found.append("the boxes were found with each image's true label as prompt, which new images lack: for analysis only.")
+        found.append("the boxes were found with each image's true label as prompt, which new images lack; for analysis only.")
     if not judged.has_fg.any() and "fg" in judged.logits:
-        found.append(f"no object was found in any image of {split}; give --boxes if the boxes are in a file.")
+        found.append(f"no object was found in any image of {split}; pass --boxes FILE if the boxes are in a file.")
     return tuple(found)
 
 
@@ -364,7 +364,7 @@ def _fitted_on_seen(sources: Sequence[Path | str], rows: ImageTable, split: str)
     found = []
     for source in sources:
         if seen := trained_on(source, rows, split):
-            found.append(f"{source}: {seen}; what is fitted on them will trust this run too much.")
+            found.append(f"{source}: {seen}; a fusion fitted on them will overrate this run.")
     return tuple(found)
 
 
@@ -380,20 +380,20 @@ def _classes_seen(data: BranchLogits, labels: Sequence[str], split: str) -> tupl
     absent = [label for i, label in enumerate(labels) if i not in occurring]
     if len(occurring) == 1:
         only = labels[occurring.pop()]
-        return (f"All images of {split} show {only}: the accuracy is how often this class is found, and no more.",)
+        return (f"All images of {split} show {only}: the accuracy is the recall of this class.",)
     if not absent:
         return ()
     names = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
-    return (f"{len(absent)} of {len(labels)} classes do not occur in {split} ({names}); the macro accuracy is over the others.",)
+    return (f"{len(absent)} of {len(labels)} classes do not occur in {split} ({names}); the macro accuracy leaves them out.",)
 
 
 def _prior(run: Path | str, table: ImageTable, labels: Sequence[str], column: str) -> Correct:
     rows = table.of_names(record_of(run).get("train_files", []))
     if not len(rows):
-        raise L2R2Error(f"{table.root}: holds none of the images that {run} was trained on, so a prior cannot be counted.")
+        raise L2R2Error(f"{table.root}: contains none of the images that {run} was trained on, so a prior cannot be estimated.")
     index = {label: i for i, label in enumerate(labels)}
     if other := next((row for row in rows.rows if row.label not in index), None):
-        raise L2R2Error(f"{other.path}: was trained on by {run}, which knows no class {other.label}; are these its data?")
+        raise L2R2Error(f"{other.path}: its class {other.label} is unknown to {run}; pass the data that the run was trained on.")
     known = torch.tensor([index[str(row.label)] for row in rows.rows])
     prior = MetadataPrior(known, rows.column(column), len(labels))
     return lambda logits, judged: prior(logits, judged.column(column))

@@ -31,7 +31,7 @@ class FuseReport:
     """Result of fitting the fusions of a run.
 
     Attributes:
-        chosen: name of the fusion that the run has now.
+        chosen: name of the fusion that was fitted and saved.
         config: its config.
         reason: why it was chosen, in one sentence; empty if it was named by the caller.
         table: metrics (`accuracy`, `ece`, `nll`) by name and column (`plain`, `swapped`) on held-out folds of the split (see
@@ -40,7 +40,7 @@ class FuseReport:
         backgrounds: backgrounds of the rows: `plain`, `swapped` or `both`.
         rows: number of rows; an object on three backgrounds counts as three.
         with_object: number of rows with an object, which are the ones fitted on.
-        warnings: sentences.
+        warnings: what makes the metrics too optimistic, in sentences.
         left_out: reasons by image that could not be used.
     """
 
@@ -101,10 +101,10 @@ def fit_run(
     if method not in (BEST, *FUSIONS):
         raise L2R2Error(f'Unknown fusion "{method}"; choose from {", ".join([BEST, *sorted(FUSIONS)])}.')
     if not Path(run).is_dir():
-        raise L2R2Error(f"{run}: no such run; a fusion is fitted into a folder.")
+        raise L2R2Error(f"{run}: no such run folder; a fusion can only be saved into a local run.")
     checkpoint = load_checkpoint(run, any_fusion=True)
     if save and changed_weights(run, checkpoint.digest):
-        raise L2R2Error(f"{run}: its weights are not what the run wrote, and new ones would hide it. Train it again.")
+        raise L2R2Error(f"{run}: the weights have changed since training (their SHA-256 differs from run.json); train it again.")
     everything = read_table(data, metadata=metadata, boxes=boxes)
     table = rows_of(run, everything, split)
     trained = everything.of_names(record_of(run).get("train_files", []))
@@ -124,7 +124,7 @@ def fit_run(
     fusion.batch = _batch_rule(fusion, logits, counts)
     every = {**compared, **{name: f.columns for name, f in fitted.items()}}
     seen = trained_on(run, table, split)
-    warnings = [f"{seen}; the figures are too good, and the fusion will trust them too much."] if seen else []
+    warnings = [f"{seen}; the metrics are too optimistic, and so is the fitted fusion."] if seen else []
     report = FuseReport(
         chosen,
         fusion.config(),
@@ -166,7 +166,7 @@ def _batch_rule(fusion: Fusion, data: BranchLogits, counts: Tensor | None) -> Fu
 
 
 def _less_calibrated(every: Mapping[str, Mapping[str, Column]], chosen: str, lead: str) -> list[str]:
-    """Warn if the chosen fusion is calibrated worse on swapped backgrounds than on the usual ones."""
+    """Warn if the chosen fusion is less well calibrated on swapped backgrounds than on the original ones."""
     columns = every.get(chosen, every[lead])
     if {PLAIN, SWAPPED} <= set(columns) and columns[SWAPPED].ece > columns[PLAIN].ece + WORSE:
         plain, swapped = (100 * columns[c].ece for c in (PLAIN, SWAPPED))
@@ -185,7 +185,7 @@ def _save(run: Path, checkpoint: Checkpoint, training: dict[str, Any], used: Seq
         record = record_of(run)
 
         def write_record(known: Any) -> None:
-            if record:  # written before the weights: better one warning too many than one too few
+            if record:  # written before the weights, so that an interruption never hides that the split was fitted on
                 write_json(run / RUN, {**record, "fit_files": list(used), "weights_sha256": known})
 
         def before(digest: str) -> None:
@@ -198,7 +198,7 @@ def _save(run: Path, checkpoint: Checkpoint, training: dict[str, Any], used: Seq
 def rows_of(run: Path | str, table: ImageTable, split: str) -> ImageTable:
     """Return the rows of a split.
 
-    If the table has no split `val`, it stands for the rows that the run held out of training (`finetune --val-fraction`).
+    If the table has no split `val`, `val` means the rows that the run held out of training (`finetune --val-fraction`).
 
     Raises:
         L2R2Error: when the split has no rows, or the table lacks some of the held-out images.
@@ -207,7 +207,7 @@ def rows_of(run: Path | str, table: ImageTable, split: str) -> ImageTable:
     if split == "val" and split not in table.splits and held_out:
         rows = table.of_names(held_out)
         if lacking := set(held_out) - set(rows.names()):
-            raise L2R2Error(f"{table.root}: lacks {len(lacking)} of the {len(set(held_out))} images that {run} held out.")
+            raise L2R2Error(f"{table.root}: {len(lacking)} of the images that {run} held out are missing; pass its data.")
         return rows
     return table.of_split(split)
 
@@ -221,11 +221,11 @@ def warnings_of(run: Path | str, table: ImageTable, split: str, consequence: str
         _seen(table, split, chosen_by, "used to choose the epoch"),
         _seen(table, split, record.get("fit_files", []), "used to fit the fusion"),
     ]
-    return tuple(f"{seen}; the figures are too good, and {consequence}." for seen in found if seen)
+    return tuple(f"{seen}; the metrics are too optimistic and {consequence}." for seen in found if seen)
 
 
 def trained_on(run: Path | str, table: ImageTable, split: str) -> str:
-    """Start a sentence on how many rows the run, or the run it started from, was trained on; empty if none."""
+    """Return a clause that counts the rows used to train the run or the run it started from; empty if there are none."""
     record = record_of(run)
     return _seen(table, split, [*record.get("train_files", []), *record.get("init_files", [])], "trained on")
 

@@ -19,8 +19,8 @@ from .metrics import row_weights
 
 BEST = "best_on_val"
 FOLDS = 5
-IMAGES_A_NUMBER = 10  # images per parameter: the rule of ten (Peduzzi et al. 1996); with fewer, fits memorize similar frames
-PLAIN, SWAPPED = "plain", "swapped"  # held-out rows as they are, and on the backgrounds of other images
+IMAGES_PER_PARAMETER = 10  # rule of ten (Peduzzi et al. 1996); with fewer, fits overfit to similar frames
+PLAIN, SWAPPED = "plain", "swapped"  # held-out rows, unchanged and on the backgrounds of other images
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def fit(
             both. The several other backgrounds of an object count as one observation.
         methods: names of fusions; defaults to `affordable`.
         class_wise: fit one temperature per class, for fusions that scale logits.
-        group: a metadata column (site, physical object): its rows stay in one fold and count as one, for they are not
-            independent. Rows with an empty value are groups of their own.
+        group: a metadata column (site, physical object): its rows stay in one fold and count as one, since they are not
+            independent. A row with an empty value is its own group.
         inputs: the branches to fuse; defaults to all.
         metric: `accuracy` or `macro_accuracy`, used to fit thresholds and weights and to compare fusions.
         train_counts: `[classes]` training rows per class; defaults to the counts of the held-out rows.
@@ -93,16 +93,16 @@ def fit(
             or fewer than five groups, or all rows have the same class.
     """
     if len(data.logits) < 2:
-        raise L2R2Error(f"Only a model with several branches can be fused; this one has {', '.join(data.logits)}.")
+        raise L2R2Error(f"Only a model with several branches can be fused; this one has only {', '.join(data.logits)}.")
     rows = data.select(data.has_fg)
     images = len({row.path for row in rows.table.rows})
     if images < 2 * FOLDS:
         found = f"An object was found in {images} of {len({row.path for row in data.table.rows})} images"
-        raise L2R2Error(f"{found}; a fusion is fitted on {2 * FOLDS} or more (are the boxes missing? give --boxes).")
+        raise L2R2Error(f"{found}; fitting a fusion takes at least {2 * FOLDS}; pass --boxes FILE if the boxes are in a file.")
     if len(rows.labels.unique()) < 2:
-        raise L2R2Error(f"The {images} images with an object show one class only; a fusion needs more to be fitted.")
+        raise L2R2Error(f"The {images} images with an object all have one class; fitting a fusion takes at least two.")
     if group is not None and (count := len(set(_unit_numbers(rows, group).tolist()))) < FOLDS:
-        raise L2R2Error(f'The column "{group}" tells {count} groups of images with an object apart; a fit needs {FOLDS}.')
+        raise L2R2Error(f'The column "{group}" has {count} groups of images with an object; fitting takes at least {FOLDS}.')
     chosen = methods or affordable(data, inputs)
     counts = rows.labels.bincount(minlength=rows.classes) if train_counts is None else train_counts
     task = _Task(data, rows, class_wise, group, metric, counts)
@@ -114,7 +114,7 @@ def affordable(data: BranchLogits, inputs: Sequence[str] | None = None) -> list[
     images = len({row.path for row, found in zip(data.table.rows, data.has_fg.tolist()) if found})
     sizes = tuple(data.logits), data.classes
     made = [create_fusion({"name": name, "inputs": inputs}, *sizes) for name in sorted(FUSIONS)]
-    return [fusion.name for fusion in made if IMAGES_A_NUMBER * fusion.count() <= images]
+    return [fusion.name for fusion in made if IMAGES_PER_PARAMETER * fusion.count() <= images]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _fit_one(config: Mapping[str, Any], task: _Task) -> Fitted:
         if task.class_wise and "class_wise" in fusion.config():
             fusion = create_fusion({**config, "class_wise": True}, *sizes)
         found = fused_logits(fusion, part.logits)
-        assert found is not None  # `create_fusion` has seen to it
+        assert found is not None  # checked by `create_fusion`
         with torch.no_grad():
             fusion.set_prior(task.counts)
             fusion.fit(*found[1:], part.labels, weights[keep], is_swapped(part))

@@ -1,4 +1,4 @@
-"""Evaluation of localizer boxes against the ground truth of a data set, and a sheet of the worst ones."""
+"""Evaluation of localizer boxes against the ground truth of a data set, and a contact sheet of the worst ones."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class BoxReport:
         mean_iou, quantiles, histogram: of the IoU, which is 0 if nothing was found; the histogram has ten bins of width 0.1.
         area_recall: mean fraction of the object inside the found box, 0 if nothing was found.
         missed, failed, unlisted: number of images without a found box; of those, with a failed localizer, or not in the box file.
-        empty, false_boxes: number of images without a true box, and of those with a found box nevertheless.
+        empty, false_boxes: number of images without a true box, and of those in which a box was found nevertheless.
         unreadable: reasons by image that could not be opened.
         judged: results per image, worst first.
     """
@@ -119,10 +119,10 @@ def evaluate_boxes(
     entries = table.join(rows)
     judged: list[JudgedBox] = []
     unreadable: dict[str, str] = {}
-    empty: list[bool] = []  # of the images without a true box: whether one was found
+    empty: list[bool] = []  # for each image without a true box, whether a box was found
     for path, of_image in progress(rows.items(), len(rows)):
         try:
-            found = _judge(path, of_image, entries.get(str(path)), threshold)
+            found = _evaluate(path, of_image, entries.get(str(path)), threshold)
         except L2R2Error as error:
             unreadable[str(path)] = str(error)
             continue
@@ -164,10 +164,10 @@ def _report(
     )
 
 
-UNLISTED = "the box file does not name it"
+UNLISTED = "not listed in the box file"
 
 
-def _judge(path: Path, rows: Sequence[Row], entry: BoxEntry | None, threshold: float) -> JudgedBox | bool:
+def _evaluate(path: Path, rows: Sequence[Row], entry: BoxEntry | None, threshold: float) -> JudgedBox | bool:
     """Evaluate one image; if it has no true box, return whether a box was found."""
     image = load_image(path)
     size = (image.height, image.width)
@@ -212,7 +212,7 @@ def _mask_inside(mask: Tensor, found: Tensor) -> float:
 
 
 def draw_worst(report: BoxReport, path: str | Path, count: int = 10, side: int = 260) -> None:
-    """Draw a sheet of the images with the worst boxes (true boxes green, found boxes red), written atomically.
+    """Draw a contact sheet of the images with the worst boxes (true boxes green, found boxes red), written atomically.
 
     Raises:
         L2R2Error: when the file cannot be written.

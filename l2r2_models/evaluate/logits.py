@@ -81,7 +81,7 @@ def branch_logits(
         store: folder for the logits, one file per model and table; None to not store them.
         batch_size: images per forward pass.
         skip_bad: leave out images that cannot be used (unreadable, or boxes for another size) instead of stopping.
-        workers: threads that decode and cut ahead of the network; 0 for none, by default one per core.
+        workers: number of threads that decode images and cut views in advance; 0 for none, by default one per core.
         progress: wraps the batches.
 
     Raises:
@@ -96,12 +96,12 @@ def branch_logits(
     file = None if store is None else store / f"{_short(key)}.safetensors"
     stored = None if file is None else _read(file, key, len(table), model)
     faults = {} if stored is None else _faults(items, stored)
-    if stored is None or not all(faults.values()):  # an image that could not be read then can be read now
+    if stored is None or not all(faults.values()):  # an image that was unreadable at the time is readable now
         stored = _compute(model, items, batch_size, skip_bad, workers, progress)
         finite = torch.stack([stored[b].isfinite().all(1) for b in model.branches]).all(0)
         if wrong := [table.rows[i].path for i in stored["used"][~finite].tolist()]:
             where = f"for {len(wrong)} of {len(finite)} images, e.g. {wrong[0]}"
-            raise L2R2Error(f"{checkpoint.name}: gives logits that are not finite {where}; its training has diverged.")
+            raise L2R2Error(f"{checkpoint.name}: the logits are not finite {where}; its training has diverged.")
         if file is not None:
             _write(file, key, stored)
         faults = _faults(items, stored)
@@ -147,14 +147,14 @@ def _compute(
         found["used"].append(torch.tensor(list(loaded)))
     model.cpu()
     if not found["used"]:
-        raise L2R2Error(f"None of the {len(items)} images can be used; the first: {_fault(items, 0)}")
+        raise L2R2Error(f"None of the {len(items)} images can be used. The first one: {_fault(items, 0)}")
     return {
         name: torch.cat(parts).clone() for name, parts in found.items()
     }  # copies outside inference mode, so that fusions can be fitted on them
 
 
 def _stop(reason: L2R2Error | str) -> L2R2Error:
-    return L2R2Error(f"{reason} Mend it, or leave such images out with --skip-bad.")
+    return L2R2Error(f"{reason} Fix it, or pass --skip-bad to leave such images out.")
 
 
 def _fault(items: ViewDataset, i: int) -> str:

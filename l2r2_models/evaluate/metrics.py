@@ -16,22 +16,22 @@ METRICS = ("accuracy", "macro_accuracy")  # for model selection
 CHUNK = 64  # bootstrap draws processed at once: 64 * 50,000 rows are 26 MB
 
 
-def accuracy(answers: Tensor, labels: Tensor) -> float:
+def accuracy(predictions: Tensor, labels: Tensor) -> float:
     """Compute the fraction of predictions `[N]` that equal the labels `[N]`.
 
     >>> accuracy(torch.tensor([0, 1, 1, 1]), torch.tensor([0, 1, 1, 0]))
     0.75
     """
-    return float((answers == labels).double().mean())
+    return float((predictions == labels).double().mean())
 
 
-def macro_accuracy(answers: Tensor, labels: Tensor) -> float:
+def macro_accuracy(predictions: Tensor, labels: Tensor) -> float:
     """Compute the mean recall over the classes that occur in `labels`; other predicted classes do not count.
 
     >>> macro_accuracy(torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 0, 1]))
     0.5
     """
-    right = (answers == labels).double()
+    right = (predictions == labels).double()
     return float(torch.stack([right[labels == k].mean() for k in labels.unique()]).mean())
 
 
@@ -46,19 +46,20 @@ def row_weights(labels: Tensor, metric: str) -> Tensor:
     if metric == "accuracy":
         return torch.ones(len(labels), dtype=torch.double)
     _, number, count = labels.unique(return_inverse=True, return_counts=True)
-    return len(labels) / (len(count) * count.double())[number]
+    weights: Tensor = len(labels) / (len(count) * count.double())[number]
+    return weights
 
 
-def by_group(answers: Tensor, labels: Tensor, groups: Sequence[str]) -> dict[str, float]:
+def by_group(predictions: Tensor, labels: Tensor, groups: Sequence[str]) -> dict[str, float]:
     """Compute the accuracy per group, sorted by name; `groups` holds one name per row."""
-    right = (answers == labels).double()
+    right = (predictions == labels).double()
     names = sorted(set(groups))
     return {name: float(right[torch.tensor([g == name for g in groups])].mean()) for name in names}
 
 
-def recalls(answers: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, float | None]:
+def recalls(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, float | None]:
     """Compute the recall per class; None for a class without rows."""
-    right = (answers == labels).double()
+    right = (predictions == labels).double()
     rows = {k: labels == k for k in labels.unique().tolist()}
     return {name: float(right[rows[k]].mean()) if k in rows else None for k, name in enumerate(classes)}
 
@@ -84,15 +85,15 @@ def measure(
         classes: class names.
         clusters: see `bootstrap_interval`.
         temperature: temperature fitted on other rows.
-        than: `[N, classes]` logits to compare with.
+        than: `[N, classes]` logits of the baseline for `gain`.
 
     Returns:
         `accuracy`, `macro_accuracy`, `ece`, `with_box`, `without_box`, `recall` by class; with a temperature `ece_scaled`; with
         `than` `gain`, the difference in accuracy; with groups `by_group` and `worst_group`. And `intervals`: the 95 % confidence
         intervals of `accuracy`, `macro_accuracy`, `with_box`, `without_box`, `gain` and `by_group`.
     """
-    answers = logits.argmax(-1)
-    right = (answers == labels).double()
+    predictions = logits.argmax(-1)
+    right = (predictions == labels).double()
 
     def of(rows: Tensor) -> tuple[float | None, Interval | None]:
         if not rows.any():
@@ -100,23 +101,23 @@ def measure(
         inside = None if clusters is None else clusters[rows]
         return float(right[rows].mean()), bootstrap_interval(right[rows], clusters=inside)
 
-    figures: dict[str, Any] = {"macro_accuracy": macro_accuracy(answers, labels)}
+    metrics: dict[str, Any] = {"macro_accuracy": macro_accuracy(predictions, labels)}
     intervals: dict[str, Any] = {"macro_accuracy": bootstrap_interval(right, clusters=clusters, classes=labels)}
     for name, rows in (("accuracy", torch.ones_like(has_fg)), ("with_box", has_fg), ("without_box", ~has_fg)):
-        figures[name], intervals[name] = of(rows)
-    figures["ece"] = expected_calibration_error(logits, labels)
-    figures["recall"] = recalls(answers, labels, classes)
+        metrics[name], intervals[name] = of(rows)
+    metrics["ece"] = expected_calibration_error(logits, labels)
+    metrics["recall"] = recalls(predictions, labels, classes)
     if temperature is not None:
-        figures["ece_scaled"] = expected_calibration_error(logits / temperature, labels)
+        metrics["ece_scaled"] = expected_calibration_error(logits / temperature, labels)
     if than is not None:
         difference = right - (than.argmax(-1) == labels).double()
-        figures["gain"] = float(difference.mean())
+        metrics["gain"] = float(difference.mean())
         intervals["gain"] = bootstrap_interval(difference, clusters=clusters)
     if groups is not None:
-        figures["by_group"] = by_group(answers, labels, groups)
-        figures["worst_group"] = min(figures["by_group"].values())
-        intervals["by_group"] = {g: of(torch.tensor([g == name for name in groups]))[1] for g in figures["by_group"]}
-    return {**figures, "intervals": intervals}
+        metrics["by_group"] = by_group(predictions, labels, groups)
+        metrics["worst_group"] = min(metrics["by_group"].values())
+        intervals["by_group"] = {g: of(torch.tensor([g == name for name in groups]))[1] for g in metrics["by_group"]}
+    return {**metrics, "intervals": intervals}
 
 
 def most_confused(matrix: Tensor, limit: int = 5) -> list[tuple[int, int, int]]:
@@ -152,7 +153,7 @@ def bootstrap_interval(
     """Compute the 95 % percentile bootstrap confidence interval of a mean.
 
     For the difference between two models, pass the differences per row. If all values are equal the interval has zero width,
-    however few the rows are, so report N with it.
+    however few rows there are, so report N with it.
 
     Args:
         values: `[N]`, one per row, e.g. 1 where the prediction is correct.
@@ -180,7 +181,7 @@ def bootstrap_interval(
 
 
 def reliability_bins(logits: Tensor, labels: Tensor, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute a reliability diagram over the bins of `expected_calibration_error`.
+    """Compute a reliability diagram with the bins of `expected_calibration_error`.
 
     Returns:
         `[bins]` each: rows, mean confidence, accuracy (both 0 in an empty bin).
@@ -192,10 +193,10 @@ def reliability_bins(logits: Tensor, labels: Tensor, bins: int = 15) -> tuple[Te
     return rows.long(), confidence / rows.clamp(min=1), right / rows.clamp(min=1)
 
 
-def confusion_matrix(answers: Tensor, labels: Tensor, classes: int) -> Tensor:
+def confusion_matrix(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Count rows `[classes, classes]` int64 by label (row) and prediction (column); both inputs are `[N]`.
 
     >>> confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), 2).tolist()
     [[1, 1], [0, 1]]
     """
-    return torch.bincount(labels * classes + answers, minlength=classes * classes).reshape(classes, classes)
+    return torch.bincount(labels * classes + predictions, minlength=classes * classes).reshape(classes, classes)

@@ -1,4 +1,4 @@
-"""Parts that an iFAM model finds, the patches that its second stage sees, and their agreement with true masks."""
+"""Parts that an iFAM model finds, the patches that its second stage sees, and how well they match true masks."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class FoundParts:
 
     Attributes:
         rows: row indices of the images in the table.
-        views: `[N, 3, S, S]` uint8, the whole images as the network sees them.
+        views: `[N, 3, S, S]` uint8, the whole images as the network receives them.
         part: `[N, h, w]` int64, the part that each patch belongs to; K is the background.
         keep: `[N, h, w]` bool, the patches that stage 2 sees (fewer than the parts have, under an intervention).
-        true: `[N, h, w]` bool, the patches that a true mask covers by half.
-        has_mask: `[N]` bool, whether there is a true mask with anything in it.
+        true: `[N, h, w]` bool, the patches of which at least half is inside the true mask.
+        has_mask: `[N]` bool, whether there is a non-empty true mask.
         num_parts: K.
     """
 
@@ -67,8 +67,8 @@ class FoundParts:
             """Return the fraction of `among` that is in `of`; NaN if `among` is empty."""
             return (of & among).sum(1) / among.sum(1)
 
-        figures = torch.stack([share(keep & true, keep | true), true.float().mean(1), share(keep, true), share(keep, ~true)])
-        return dict(zip(AGREEMENT, figures.nanmean(1).tolist()))
+        values = torch.stack([share(keep & true, keep | true), true.float().mean(1), share(keep, true), share(keep, ~true)])
+        return dict(zip(AGREEMENT, values.nanmean(1).tolist()))
 
 
 @torch.inference_mode()
@@ -82,15 +82,15 @@ def find_parts(
 
     Args:
         checkpoint: checkpoint of an iFAM model.
-        table: images; those that cannot be read are left out. Masks that a localizer made are not taken for true ones.
-        most: maximum number of images, evenly spaced over the table; None for all.
+        table: images; those that cannot be read are left out. Masks from a localizer are not used as ground truth.
+        most: maximum number of images, evenly spaced in the table; None for all.
         progress: wraps the batches.
 
     Raises:
         L2R2Error: when the model is not an iFAM model, or no image can be read.
     """
     if not checkpoint.model.finds_object:
-        raise L2R2Error(f"{checkpoint.name}: finds no parts; that is what the ifam models do.")
+        raise L2R2Error(f"{checkpoint.name}: this model does not find parts; use an iFAM model.")
     model = cast(IFAM, checkpoint.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
@@ -118,8 +118,7 @@ def find_parts(
 
 def _of_batch(model: IFAM, samples: list[Sample], are_true: bool, device: torch.device) -> tuple[Tensor, ...]:
     """Compute the tensors of `FoundParts` for one batch."""
-    spec = replace(model.view_spec, fg_mode="tokens")  # whose views come with the mask that the parts are compared with
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (spec.mean, spec.std))
+    spec = replace(model.view_spec, fg_mode="tokens")  # views of this mode include the object mask
     masks = [sample.mask if are_true else None for sample in samples]
     whole = torch.tensor([[0.0, 0, sample.pixels.shape[1], sample.pixels.shape[0]] for sample in samples])
     views = make_views([sample.pixels for sample in samples], whole, spec, masks=masks)
@@ -127,5 +126,4 @@ def _of_batch(model: IFAM, samples: list[Sample], are_true: bool, device: torch.
     parts = model.find_parts(views.full.to(device))
     true = coverage(views.mask.float(), (parts.keep.shape[1], parts.keep.shape[2])) >= 0.5
     has_mask = views.has_fg & torch.tensor([mask is not None for mask in masks])
-    seen = ((views.full * std + mean).clamp(0, 1) * 255).round().byte()
-    return seen, parts.logits.argmax(1).cpu(), parts.keep.cpu(), true, has_mask
+    return spec.to_uint8(views.full), parts.logits.argmax(1).cpu(), parts.keep.cpu(), true, has_mask

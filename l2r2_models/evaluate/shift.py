@@ -1,4 +1,4 @@
-"""Fraction of misleading backgrounds in a split, and fusion that is adapted to it."""
+"""Fraction of misleading backgrounds in a split, and fusion adapted to it."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ def adapt_run(checkpoint: Checkpoint, data: BranchLogits, grouping: Grouping | N
     else:
         groups = data.table.column(group) if group else [split] * len(rows)
     if not can_fuse(data):
-        raise L2R2Error(f"{checkpoint.name}: has one branch, so there is nothing to fuse by group.")
+        raise L2R2Error(f"{checkpoint.name}: the model has one branch, so there is nothing to fuse by group.")
     return fuse_groups(fusion, data.logits, data.has_fg, groups, data.objectness)

@@ -1,4 +1,4 @@
-"""What if: how each answer's probability of a class moves when the object, its background, or its box changes."""
+"""Counterfactuals: how the probability of a class changes when the object, its background, or its box is changed."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from ..views import make_views
 from .saliency import Question
 
 WORDS = {
-    "original": "as it is",
+    "original": "unchanged",
     "bg_only_mask": "object's mask erased",
     "bg_only_box": "object's box erased",
-    "tiled": "object tiled over",
+    "tiled": "object filled from its surroundings",
     "fg_only": "background erased",
     "swapped": "background swapped",
     "box_grown": "box twice as large",
-    "box_moved": "box beside the object",
+    "box_moved": "box moved off the object",
 }
 INTERVENTIONS = ("original", "bg_only_mask", "bg_only_box", "tiled", "fg_only")
-MOST_PIXELS = 16_000_000  # of changed images that are held at once
+MOST_PIXELS = 16_000_000  # pixels of changed images held in memory
 
 
 @dataclass(frozen=True)
 class Counterfactual:
-    """One change and what it does.
+    """One change and its effect.
 
     Attributes:
-        name: see `WORDS`, or `part_K`: without part K of an ifam model.
-        words: the change, for a table.
-        probability: of the class in question, by answer.
-        label: what the model answers now.
-        pixels: the changed image, uint8 `[H, W, 3]`; None where the image stays as it is.
+        name: see `WORDS`; `part_K` removes part K of an iFAM model.
+        words: description of the change.
+        probability: probability of the explained class, by output.
+        label: label that the model predicts after the change.
+        pixels: the changed image, uint8 `[H, W, 3]`; None if only the box or the model is changed.
     """
 
     name: str
@@ -52,10 +52,14 @@ class Counterfactual:
 def probabilities(
     model: Audited, images: Sequence[Tensor], boxes: Tensor, masks: Sequence[Tensor | None], question: Question
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Probability of the class in question by answer, `[B]` each, and the class that the model's own answer names, `[B]`.
+    """Compute the probability `[B]` of the explained class by output, and the class index `[B]` that the model predicts.
 
     Args:
-        images: uint8 `[H, W, 3]`; boxes: `[B, 4]`, NaN for none; masks: `[H, W]` bool or None; see `make_views`.
+        model: the classifier.
+        images: uint8 `[H, W, 3]`.
+        boxes: `[B, 4]`, NaN for none.
+        masks: `[H, W]` bool or None per image.
+        question: gives the explained class.
     """
     device = next(model.network.parameters()).device
     views = make_views(images, boxes, model.spec, branches=model.branches, masks=masks, device=device)
@@ -66,7 +70,7 @@ def probabilities(
 def probability_of(
     model: Audited, answer: str, box: Tensor, mask: Tensor | None, question: Question
 ) -> Callable[[list[Tensor]], Tensor]:
-    """A function from changed images to one answer's probability `[B]`, box and mask staying where they were."""
+    """Return a function from changed images to the probability `[B]` of one output; box and mask stay the same."""
 
     def of(images: list[Tensor]) -> Tensor:
         size = max(1, MOST_PIXELS // images[0].numel())
@@ -80,13 +84,13 @@ def probability_of(
 def counterfactuals(
     model: Audited, subject: Subject, question: Question, fill: Sequence[int], background: Tensor | None = None
 ) -> list[Counterfactual]:
-    """The changes that this image allows, the image itself first.
+    """Compute all counterfactuals that the image allows, the unchanged image first.
 
     Args:
         model: the classifier.
-        subject: the image; its first box is the one that is explained.
-        question: whose class is followed.
-        fill: color of what is erased.
+        subject: the image; its first box is the explained object.
+        question: gives the explained class.
+        fill: color of erased pixels.
         background: object-free background `[h, w, 3]` of another image, for `swapped`.
     """
     changed = {name: intervene(name, subject, fill, torch.empty(0)) for name in INTERVENTIONS}
@@ -96,15 +100,17 @@ def counterfactuals(
     if "fg" in model.branches and not getattr(model.network, "finds_object", False):
         made |= {name: (subject.pixels, box, None) for name, box in other_boxes(subject).items()}
     found = []
-    for name, (pixels, box, mask) in made.items():  # one after another: an image may be large
+    for name, (pixels, box, mask) in made.items():  # one at a time, because an image may be large
         by_answer, label = probabilities(model, [pixels], box[None], [mask], question)
-        said = {answer: float(p) for answer, p in by_answer.items()}
-        found.append(Counterfactual(name, WORDS[name], said, model.names[int(label)][0], pixels if name in changed else None))
+        by_output = {answer: float(p) for answer, p in by_answer.items()}
+        found.append(
+            Counterfactual(name, WORDS[name], by_output, model.names[int(label)][0], pixels if name in changed else None)
+        )
     return found + without_parts(model, subject, question)
 
 
 def without_parts(model: Audited, subject: Subject, question: Question) -> list[Counterfactual]:
-    """An ifam model without each of its parts; nothing for others."""
+    """Compute the counterfactuals of an iFAM model without each of its parts; empty for other models."""
     network = model.network
     if not isinstance(network, IFAM) or network.parts.num_parts < 2:
         return []
@@ -112,15 +118,16 @@ def without_parts(model: Audited, subject: Subject, question: Question) -> list[
     for k in range(network.parts.num_parts):
         with network.intervened((k,)):
             by_answer, label = probabilities(model, [subject.pixels], subject.boxes[:1], [None], question)
-        said = {answer: float(p) for answer, p in by_answer.items()}
-        found.append(Counterfactual(f"part_{k}", f"without part {k}", said, model.names[int(label)][0]))
+        by_output = {answer: float(p) for answer, p in by_answer.items()}
+        found.append(Counterfactual(f"part_{k}", f"without part {k}", by_output, model.names[int(label)][0]))
     return found
 
 
 def other_boxes(subject: Subject) -> dict[str, Tensor]:
-    """`box_grown`: twice as large around its middle; `box_moved`: of the same size, where it shares least with any object.
+    """Return changed boxes `[4]` of the first object.
 
-    A box that has no room beside the objects is not moved.
+    `box_grown` has twice the side lengths and the same center. `box_moved` has the same size and is in the corner of the image
+    that overlaps least with any object; it is left out if all corners overlap.
     """
     height, width = subject.pixels.shape[:2]
     x0, y0, x1, y1 = subject.boxes[0].tolist()

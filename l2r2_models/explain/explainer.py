@@ -1,4 +1,4 @@
-"""Explanations of predictions: what each branch saw, where it looked, and what would have changed its answer."""
+"""Explanations of predictions: what each branch sees, saliency maps, and counterfactuals."""
 
 from __future__ import annotations
 
@@ -23,32 +23,35 @@ from ..predict.predictor import Boxes, Predictor
 from ..views import Views, make_views, view_map
 from .counterfactuals import Counterfactual, counterfactuals, probability_of
 from .measures import against_mask, insertion_deletion
-from .saliency import METHODS, Question, default_method, look_of, on_image, saliency
+from .saliency import METHODS, Question, branch_input, default_method, on_image, saliency
 
 if TYPE_CHECKING:
     from ..predict.predict_files import Inputs
 
 RUNNER_UP = "runner-up"
-TRIES = 5  # images that are asked for a background before one goes without
+TRIES = 5  # images tried for a background before the swap is skipped
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """One image with the reasons for its answers. Large images are shrunk to 2 megapixels; views are cut from the original.
+    """Explanation of the prediction for one image.
+
+    Maps and pixels of large images are downscaled to 2 megapixels; the views are cut from the original image.
 
     Attributes:
-        file: its name, or None.
-        prediction: what is explained, as `Predictor` gives it.
-        truth: its label, where it is known.
-        method: how the maps were made.
-        questions: in words, by answer: "why A", or "why A and not B".
+        file: name of the image, or None.
+        prediction: the explained prediction, as `Predictor` returns it.
+        truth: true label, or None.
+        method: saliency method.
+        questions: what each map explains, by output: "why A", or "why A and not B".
         pixels: uint8 `[H, W, 3]`.
-        box: xyxy in these pixels, None without an object; `inside`: `[H, W]` bool, its mask or its box.
-        views: uint8 `[S, S, 3]` by branch, as the network sees them.
-        own: `[h, w]` maps of the branches, each over its own view, for its own answer.
-        maps: `[H, W]` by answer (`full`, `fg`, `bg`, `fused`), drawn on the image.
-        measures: by answer, see `measures.against_mask` and `measures.insertion_deletion`.
-        changes: counterfactuals, the image itself first.
+        box: xyxy in these pixels; None without an object.
+        inside: `[H, W]` bool, the object's mask or box; None without an object.
+        views: uint8 `[S, S, 3]` by branch, the network's inputs.
+        own: `[h, w]` map of each branch over its own view.
+        maps: `[H, W]` map on the image by output (`full`, `fg`, `bg`, `fused`).
+        measures: metrics of the maps by output, see `measures.against_mask` and `measures.insertion_deletion`.
+        changes: counterfactuals, the unchanged image first.
         disagreement: total variation distance between the probabilities of full and fg, 0 to 1; None without both.
     """
 
@@ -68,7 +71,7 @@ class Explanation:
     disagreement: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the pictures, as plain values for JSON."""
+        """Return plain values for JSON, without images and maps."""
         plain = Prediction(self.file, (self.prediction,)).to_dict()
         return {
             **plain,
@@ -82,38 +85,39 @@ class Explanation:
 
     @property
     def answer(self) -> str:
-        """The model's own answer: `fused`, or its only branch."""
+        """Name of the model's own output: `fused`, or its only branch."""
         return list(self.maps)[-1]
 
     @property
     def outside(self) -> float | None:
-        """Part of the saliency of the model's own answer that lies outside of the object; None without an object or a map."""
+        """Fraction of the saliency of the model's own output that is outside the object; None without an object or saliency."""
         share = self.measures[self.answer].get("share")
         return None if share is None else 1 - share
 
     @property
     def error(self) -> float | None:
-        """1 less the probability of the answer where it is right, 1 plus it where it is wrong; None without a truth."""
+        """How wrong the prediction is: 1 - score if it is correct, else 1 + score; None without a true label."""
         if self.truth is None:
             return None
         return 1 + self.prediction.score * (-1 if self.prediction.label == self.truth else 1)
 
 
 class Explainer:
-    """Explains what a checkpoint says of images: paths or PIL images in, `Explanation`s out.
+    """Explain the predictions of a checkpoint.
 
     Args:
         checkpoint: see `load_checkpoint`.
-        method: `gradcam`, `ig`, `occlusion`, `rollout` (plain ViTs; does not depend on the class), `parts` (ifam models), or
-            `auto`: parts for ifam models, ig where fg drops tokens, else gradcam.
-        target: classes to explain, a group counts as one; by default what each branch, and the fusion, answers.
-        against: a class for contrast ("why A and not B"), or `runner-up`, the second of the fused answer. Without a target every
-            branch is then asked about the fused answer.
-        numbers: also compute insertion and deletion, and counterfactuals: some 60 more passes an image.
+        method: `gradcam`, `ig`, `occlusion`, `rollout` (plain ViTs; does not depend on the class), `parts` (iFAM models), or
+            `auto`: parts for iFAM models, ig if fg drops tokens, else gradcam.
+        target: classes to explain, several count as one; defaults to the class that each output predicts.
+        against: class to contrast with ("why A and not B"), or `runner-up` for the second most probable class of the fused
+            prediction. Without `target`, the map of every branch is then for the class of the fused prediction.
+        numbers: also compute insertion, deletion and counterfactuals, which takes some 60 more forward passes per image.
         box_threshold, localizer, device: see `Predictor`.
 
     Raises:
-        L2R2Error: an unknown method, class or localizer, a method that does not suit the network, or captum is missing.
+        L2R2Error: when the method, a class or the localizer is unknown, the network does not support the method, or captum is
+            missing.
 
     >>> explain = Explainer.from_pretrained("runs/fungi")  # doctest: +SKIP
     >>> explain("photo.jpg", boxes=[[130, 42, 410, 380]]).measures["fg"]["share"]  # doctest: +SKIP
@@ -146,9 +150,9 @@ class Explainer:
         self.against = None if against in (None, RUNNER_UP) else self._class(str(against))
         self.runner_up = against == RUNNER_UP
         if self.against is not None and self.against in self.target:
-            raise L2R2Error(f'"{against}" is both the class to explain and the one against it; choose two.')
+            raise L2R2Error(f'"{against}" is both the class to explain and the one to contrast with; choose two.')
         if (self.against is not None or self.runner_up) and self.method == "rollout":
-            raise L2R2Error("Attention rollout is the same for every class; for a contrast choose gradcam, ig or occlusion.")
+            raise L2R2Error("Attention rollout is the same for every class; for --against, choose gradcam, ig or occlusion.")
         self.numbers = numbers
         names = tuple((label,) for label in self.labels)
         threshold = self.predictor.box_threshold
@@ -156,7 +160,7 @@ class Explainer:
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> Explainer:
-        """From a run's folder or a Hub id (`org/name`, `hf-hub:org/name@revision`); options as for `Explainer`."""
+        """Load an explainer from a run folder or Hub id (`org/name`, `hf-hub:org/name@revision`); options as for `Explainer`."""
         return cls(load_checkpoint(source), **options)
 
     def __call__(
@@ -174,28 +178,30 @@ class Explainer:
         Args:
             image, boxes: see `Predictor.__call__`.
             mask: `[H, W]` bool of the object.
-            truth: its label.
-            background: uint8 `[h, w, 3]` without an object, on which the object is laid as one of the changes.
-            name: how messages and the page call the image; by default its path.
+            truth: true label.
+            background: uint8 `[h, w, 3]` without an object, for the counterfactual with a swapped background.
+            name: name of the image in messages and reports; defaults to its path.
 
         Raises:
-            ImageError, L2R2Error: an unreadable image, boxes that do not fit it, or a network whose output is not finite.
+            ImageError: when the image cannot be read.
+            L2R2Error: when the boxes are for another image size, or the network's output is not finite.
         """
         name = str(image) if name is None and isinstance(image, (str, Path)) else name
         picture, found, prediction = self.predictor.look_at(image, boxes, mask, name)
-        said = prediction.failure or prediction.objects[0]
-        if isinstance(said, str):
-            raise L2R2Error(said)
+        predicted = prediction.failure or prediction.objects[0]
+        if isinstance(predicted, str):
+            raise L2R2Error(predicted)
         pixels = image_tensor(picture)
         if found is None and self.model.finds_object and (boxes is not None or mask is not None):
-            found = _given(boxes, mask, (pixels.shape[0], pixels.shape[1]))  # not what it sees, but what it is measured by
-        subject = _subject_of(name or "image", pixels, found, said)
-        return self._explain(name, said, truth, pixels, subject, background)
+            # the network does not use them, but its maps are compared with them
+            found = _given(boxes, mask, (pixels.shape[0], pixels.shape[1]))
+        subject = _subject_of(name or "image", pixels, found, predicted)
+        return self._explain(name, predicted, truth, pixels, subject, background)
 
     def _explain(
         self,
         name: str | None,
-        said: ObjectPrediction,
+        predicted: ObjectPrediction,
         truth: str | None,
         pixels: Tensor,
         subject: Subject | None,
@@ -205,7 +211,7 @@ class Explainer:
         mask = None if subject is None else subject.view_mask
         model, device, spec = self.model, self.predictor.device, self.model.view_spec
         views = make_views([pixels], box[None], spec, branches=model.branches, masks=[mask], device=device)
-        score = torch.tensor([1.0 if said.box_score is None else said.box_score], device=device)
+        score = torch.tensor([1.0 if predicted.box_score is None else predicted.box_score], device=device)
         with torch.no_grad():
             out = model.forward_views(**views.inputs(), objectness=score)
         has_fg = bool(out.has_fg)
@@ -232,14 +238,14 @@ class Explainer:
                 changes = counterfactuals(self.audited, small, list(questions.values())[-1], spec.fill, background)
         return Explanation(
             name,
-            said,
+            predicted,
             truth,
             self.method,
             {a: self._words(q) for a, q in questions.items()},
             small.pixels,
             None if subject is None else small.boxes[0],
             inside,
-            self._shown(views, logits),
+            self._network_inputs(views, logits),
             own,
             maps,
             measures,
@@ -252,11 +258,11 @@ class Explainer:
         return insertion_deletion(values, small.pixels, self.model.view_spec.fill, of)
 
     def explain_files(self, inputs: Inputs, *, seed: int = 0) -> Iterator[Explanation | L2R2Error]:
-        """Explain files one after another; an image that cannot be used gives its error, the others go on.
+        """Explain files one by one; for an image that cannot be used, the error is yielded instead.
 
         Args:
             inputs: see `predict.predict_files.gather`.
-            seed: of the images that lend each other their backgrounds.
+            seed: random seed of the swapped backgrounds.
         """
         for path in inputs.paths:
             try:
@@ -276,7 +282,7 @@ class Explainer:
         return image, None if mask is None else Detections.from_mask(mask), mask
 
     def _background(self, path: Path, inputs: Inputs, seed: int) -> Tensor | None:
-        """The background of another image with a known object, of another class where classes are known."""
+        """Return the background of another image with a known object, of another class if labels are known."""
         label = inputs.labels.get(str(path))
         others = [p for p in inputs.paths if p != path and (str(p) in inputs.entries or str(p) in inputs.masks)]
         others = [p for p in others if label is None or inputs.labels.get(str(p)) != label] or others
@@ -289,8 +295,8 @@ class Explainer:
             usable = None if boxes is None else boxes.above(self.predictor.box_threshold).usable()
             if usable is not None and len(usable):
                 whole = mask if usable.masks is None else usable.masks.any(0)
-                lender = shrunk(Subject(str(other), image_tensor(image), usable.boxes, whole, None))
-                return None if lender.inside.all() else lender.background
+                donor = shrunk(Subject(str(other), image_tensor(image), usable.boxes, whole, None))
+                return None if donor.inside.all() else donor.background
         return None
 
     def _question(self, logits: Tensor, fused: Tensor) -> Question:
@@ -306,15 +312,14 @@ class Explainer:
         target, against = (" or ".join(self.labels[i] for i in group) for group in (question.target, question.against))
         return f"why {target} and not {against}" if against else f"why {target}"
 
-    def _shown(self, views: Views, answers: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _network_inputs(self, views: Views, answers: dict[str, Tensor]) -> dict[str, Tensor]:
         spec, shown = self.model.view_spec, {}
         for branch in (b for b in self.model.branches if b in answers):
-            look = look_of(self.model, branch, views)
-            std, mean = (torch.tensor(v).view(3, 1, 1) for v in (spec.std, spec.mean))
-            pixels = (look.view[0].cpu() * std + mean).clamp(0, 1) * 255
-            if look.mask is not None:
-                pixels = pixels * (0.25 + 0.75 * look.mask[0].cpu())
-            shown[branch] = pixels.round().byte().permute(1, 2, 0)
+            given = branch_input(self.model, branch, views)
+            pixels = spec.to_uint8(given.view[0].cpu())
+            if given.mask is not None:
+                pixels = (pixels * (0.25 + 0.75 * given.mask[0].cpu())).round().byte()
+            shown[branch] = pixels.permute(1, 2, 0)
         return shown
 
     def _class(self, label: str) -> int:
@@ -326,7 +331,7 @@ class Explainer:
 
 
 def _given(boxes: Boxes | None, mask: Tensor | None, size: tuple[int, int]) -> Detections | None:
-    """Usable boxes, best first, of an image whose network does not ask for them."""
+    """Return the usable boxes, best first, of an image whose network does not use boxes."""
     if boxes is None:
         found = Detections.from_mask(mask) if mask is not None else Detections.from_lists([], size)
     else:
@@ -337,13 +342,13 @@ def _given(boxes: Boxes | None, mask: Tensor | None, size: tuple[int, int]) -> D
     return usable if len(usable) else None
 
 
-def _subject_of(key: str, pixels: Tensor, found: Detections | None, said: ObjectPrediction) -> Subject | None:
-    """The image with the object that the answer is about first; None where there is none."""
+def _subject_of(key: str, pixels: Tensor, found: Detections | None, predicted: ObjectPrediction) -> Subject | None:
+    """Return the image as a `Subject` with the predicted object first; None without an object."""
     if found is None or (found.masks is not None and not found.masks.any()):
         return None
     first = 0
-    if said.box is not None:
-        first = int((found.boxes - torch.tensor(said.box)).abs().sum(1).argmin())
+    if predicted.box is not None:
+        first = int((found.boxes - torch.tensor(predicted.box)).abs().sum(1).argmin())
     order = torch.tensor([first, *(i for i in range(len(found)) if i != first)])
     found = found.select(order)
     masks = found.masks
@@ -353,12 +358,12 @@ def _subject_of(key: str, pixels: Tensor, found: Detections | None, said: Object
 
 
 def _on_small(subject: Subject | None, key: str, pixels: Tensor) -> Subject:
-    """At most 2 megapixels; without an object its box is NaN."""
+    """Return the subject with at most 2 megapixels; without an object, its box is NaN."""
     return shrunk(subject or Subject(key, pixels, torch.full((1, 4), torch.nan), None, None))
 
 
 def _inside(subject: Subject) -> Tensor:
-    """`[H, W]` bool: the mask of the explained object, or its box."""
+    """Return a mask `[H, W]` bool of the explained object, or of its box."""
     if subject.view_mask is not None:
         return subject.view_mask
     return replace(subject, boxes=subject.boxes[:1], mask=None).in_boxes

@@ -1,4 +1,4 @@
-"""How good a saliency map is: against the object's mask or box (RIVAL10), and by insertion and deletion (RISE)."""
+"""Metrics of saliency maps: agreement with the object's mask or box (RIVAL10), insertion and deletion (RISE)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-STEPS = 8  # between nothing and everything
+STEPS = 8  # from the empty to the full image
 
 
 def against_mask(values: Tensor, inside: Tensor) -> dict[str, float]:
-    """How well a map `[H, W]` agrees with an object `[H, W]` bool; a map of zeros has none of these.
+    """Compute how well a map `[H, W]` agrees with an object mask `[H, W]` bool; empty for a map of zeros.
 
     Returns:
-        `share`: saliency inside over all. `flat`: a flat map's, the object's part of the image. With the map divided
-        by its maximum, as in RIVAL10 (Moayeri et al. 2022, section 6): `iou` of the pixels above 0.5 with the object, `delta`,
-        mean inside less mean outside, and `ap`, the average precision of its pixels.
+        `share`, the fraction of the saliency inside the object, and `flat`, the same for a constant map, which is the object's
+        fraction of the image. As in RIVAL10 (Moayeri et al. 2022, section 6), with the map divided by its maximum: `iou` of
+        the pixels above 0.5 with the object, `delta`, the mean inside minus the mean outside, and `ap`, the average precision
+        of the pixels.
 
     >>> inside = torch.tensor([[True, False], [False, False]])
     >>> {k: round(v, 2) for k, v in against_mask(torch.tensor([[3.0, 1.0], [0.0, 0.0]]), inside).items()}
@@ -40,15 +41,17 @@ def against_mask(values: Tensor, inside: Tensor) -> dict[str, float]:
 def insertion_deletion(
     values: Tensor, pixels: Tensor, fill: Sequence[int], probability: Callable[[list[Tensor]], Tensor], steps: int = STEPS
 ) -> dict[str, float]:
-    """Areas under the probability of a class while an image's pixels come, or go, the most salient first (RISE, Petsiuk et al.,
-    BMVC 2018): a map that is right about the network has a high `insertion` and a low `deletion`, both 0 to 1.
+    """Compute the insertion and deletion metrics of a saliency map.
+
+    They are the areas under the probability of a class while pixels are inserted, or deleted, in order of decreasing saliency. A
+    faithful map has a high `insertion` and a low `deletion`; both are in [0, 1]. Source: RISE (Petsiuk et al., BMVC 2018).
 
     Args:
-        values: the map `[H, W]`; equal values come in a random order that is the same every time.
+        values: the map `[H, W]`; ties are broken in a fixed random order.
         pixels: uint8 `[H, W, 3]`.
-        fill: color of the pixels that are not there.
-        probability: of changed images, `[B]`.
-        steps: of equally many pixels.
+        fill: color of deleted pixels.
+        probability: maps changed images to probabilities `[B]`.
+        steps: number of steps, with equally many pixels each.
     """
     shuffled = torch.randperm(values.numel(), generator=torch.Generator().manual_seed(0))
     order = shuffled[values.flatten()[shuffled].argsort(descending=True, stable=True)]
@@ -61,5 +64,5 @@ def insertion_deletion(
     deleted = [torch.where(shown, blank, pixels) for shown in there[1:-1]]
     found = probability([*inserted, *deleted])
     insertion, inner = found[: steps + 1], found[steps + 1 :]
-    deletion = torch.cat([insertion[-1:], inner, insertion[:1]])  # everything, and nothing, are the same images
+    deletion = torch.cat([insertion[-1:], inner, insertion[:1]])  # both curves share the full and the empty image
     return {"insertion": float(torch.trapezoid(insertion) / steps), "deletion": float(torch.trapezoid(deletion) / steps)}

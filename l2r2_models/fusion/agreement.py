@@ -42,7 +42,7 @@ class Agreement(Scaled):
     def __init__(self, inputs: int = 2, classes: int = 0, class_wise: bool = False, misled: float = 0.5) -> None:
         super().__init__(inputs, classes, class_wise)
         if isinstance(misled, bool) or not isinstance(misled, (int, float)) or not 0 <= misled <= 1:
-            raise L2R2Error(f'Fusion "{self.name}" needs a share of misleading backgrounds from 0 to 1, got {misled}.')
+            raise L2R2Error(f'Fusion "{self.name}" needs a fraction of misleading backgrounds between 0 and 1, got {misled}.')
         self.misled: Tensor
         self.register_buffer("misled", torch.tensor(float(misled)))
         self.prior: Tensor
@@ -69,7 +69,7 @@ class Agreement(Scaled):
 
     @torch.jit.ignore
     def decided(self, fg: Tensor, objectness: Tensor) -> Tensor:
-        """Return all rows if every background misleads (e = 1), else none: any context moves the probabilities."""
+        """Return all rows if every background misleads (e = 1), else none; see `Fusion.decided`."""
         return (self.misled >= 1).expand(len(fg))
 
     @torch.jit.ignore
@@ -88,7 +88,7 @@ class Agreement(Scaled):
 
     @torch.jit.ignore
     def chosen(self) -> dict[str, Any]:
-        """Return `class_wise` and `misled`, which `fit` leaves as they are."""
+        """Return `class_wise` and `misled`, which `fit` does not change."""
         return {**super().chosen(), "misled": round(self.misled.item(), 6)}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import L2R2Error
 
 FUSIONS: dict[str, type[Fusion]] = {}
-INPUTS = ("fg", "full", "bg")  # in the order in which a fusion takes the branches
+INPUTS = ("fg", "full", "bg")  # order in which a fusion takes the branches
 
 
 class Fusion(nn.Module):
@@ -27,7 +27,7 @@ class Fusion(nn.Module):
 
     Attributes:
         over: names of the branches that are fused; None for all branches of the model. See `create_fusion`.
-        batch: a `two_worlds` fusion for images that share a place, see `fuse_groups`; None until it is fitted.
+        batch: a `two_worlds` fusion for images taken at the same place, see `fuse_groups`; None until it is fitted.
     """
 
     name: str = ""
@@ -61,9 +61,9 @@ class Fusion(nn.Module):
 
     @torch.jit.ignore
     def decided(self, fg: Tensor, objectness: Tensor) -> Tensor:
-        """Return `[B]` bool, the rows whose fused logits are the same whatever the other branches say.
+        """Return `[B]` bool, the rows whose fused logits do not depend on the other branches; in most fusions, none.
 
-        A cascade does not ask the other branches about them (`docs/method.md`, section 4). Most fusions have none.
+        A cascade does not run the other branches on these rows (`docs/method.md`, section 4).
 
         Args:
             fg: `[B, classes]` logits of the fg branch.
@@ -101,7 +101,8 @@ class Fusion(nn.Module):
     @torch.jit.ignore
     def settings(self) -> dict[str, Any]:
         """Return all constructor arguments, including those that `fit` sets."""
-        return self.chosen()
+        chosen: dict[str, Any] = self.chosen()
+        return chosen
 
     @torch.jit.ignore
     def chosen(self) -> dict[str, Any]:
@@ -208,7 +209,7 @@ def create_fusion(config: str | Mapping[str, Any], branches: int | Sequence[str]
     if inputs is not None:
         has = INPUTS if isinstance(branches, int) else tuple(branches)
         if not isinstance(inputs, (list, tuple)) or len(inputs) < 2 or len({*inputs}) < len(inputs) or not {*inputs} <= {*has}:
-            raise L2R2Error(f"The inputs of a fusion are two or more of the branches {', '.join(has)}, got {inputs!r}.")
+            raise L2R2Error(f"The inputs of a fusion must be two or more of the branches {', '.join(has)}, got {inputs!r}.")
         count = len(inputs)
     if name not in FUSIONS:
         raise L2R2Error(f'Unknown fusion "{name}"; choose from {", ".join(sorted(FUSIONS))}.')
@@ -219,6 +220,6 @@ def create_fusion(config: str | Mapping[str, Any], branches: int | Sequence[str]
     fusion = FUSIONS[name](inputs=count, classes=classes, **arguments)
     fusion.over = None if inputs is None else tuple(b for b in INPUTS if b in inputs)
     if not isinstance(batch, bool):
-        raise L2R2Error(f'"batch" of a fusion is true or false, got {batch!r}.')
+        raise L2R2Error(f'"batch" of a fusion must be true or false, got {batch!r}.')
     fusion.batch = FUSIONS["two_worlds"](inputs=count, classes=classes) if batch else None
     return fusion

@@ -1,4 +1,4 @@
-"""Fusion of images that share a place, with the fraction of misleading backgrounds estimated without labels.
+"""Fusion of images taken at the same place, with the fraction of misleading backgrounds estimated without labels.
 
 Source: `docs/method.md`, section 4.
 """
@@ -18,7 +18,7 @@ from .base import INPUTS, Fusion, fuse_branches, fused_logits
 PRIOR = 1.5  # both parameters of the beta prior of e; its mean, 0.5, is the e of the fixed rule
 STEPS = 1000  # grid points of e in [0, 1]
 ROWS = 1024  # processed at once
-UNFITTED = "This model was not fitted to know its batch; fit it with `l2r2 fuse` on held-out rows with boxes first."
+UNFITTED = "The fusion of this model has no batch rule; fit it with `l2r2 fuse` on held-out rows with boxes first."
 LEVEL = 0.95  # of the credible interval
 
 
@@ -60,11 +60,11 @@ def fuse_groups(
     groups: Sequence[Hashable],
     objectness: Tensor | None = None,
 ) -> Adapted:
-    """Fuse as `fuse_branches` does, given which images share a place.
+    """Fuse as `fuse_branches` does, given which images were taken at the same place.
 
-    Each object is fused by the batch rule of `fusion` (a `two_worlds`). Its e is the posterior mean given the evidence of the
-    *other* objects in its group, which is the exact Bayes rule for this mixture. An object that is alone in its group is fused
-    as without groups. The result does not depend on the order of rows or groups.
+    Each object is fused by the batch rule of `fusion`, a `two_worlds` fusion. Its e is the posterior mean given the evidence of
+    the *other* objects in its group, which is the exact Bayes rule for this mixture. An object alone in its group is fused as
+    without groups. The result does not depend on the order of rows or groups.
 
     Args:
         fusion: a fusion with a batch rule, i.e. fitted with rows on other backgrounds too.
@@ -80,7 +80,7 @@ def fuse_groups(
     if rule is None:
         raise L2R2Error(UNFITTED)
     if len(groups) != len(has_fg):
-        raise L2R2Error(f"{len(groups)} groups for {len(has_fg)} rows; give one for each.")
+        raise L2R2Error(f"{len(groups)} groups for {len(has_fg)} rows; pass one per row.")
     fused = fuse_branches(fusion, logits, has_fg, objectness).clone()
     found = fused_logits(fusion, logits)
     assert found is not None  # a fusion with a batch rule has two branches
@@ -133,7 +133,7 @@ def fit_batch(
         counts: `[classes]` training rows per class.
 
     Returns:
-        The fitted rule; None if the fusion does not use fg, or if the rows are all away or all not.
+        The fitted rule; None if the fusion does not use fg, or if all rows, or none, are away.
     """
     used = [b for b in INPUTS if b in logits and (fusion.over is None or b in fusion.over)]
     if used[0] != "fg" or bool(away.all()) or not away.any():

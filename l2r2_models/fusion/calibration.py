@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LIMITS = (0.05, 20.0)  # of a temperature, which would go to infinity for a branch that is never right
-WRONG = 3.0  # pseudo-observations of unknown class: n rows without an error do not show an error rate below 3 / n
+LIMITS = (0.05, 20.0)  # of a temperature, which would diverge for a branch that is never correct
+WRONG = 3.0  # pseudo-observations of unknown class: n rows without an error only show that the error rate is below 3 / n
 FACTORS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.25, 1.4, 1.7, 2.0)
 
 

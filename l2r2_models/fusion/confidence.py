@@ -45,7 +45,7 @@ class MaxConfidence(Fusion):
 
     @torch.jit.ignore
     def decided(self, fg: Tensor, objectness: Tensor) -> Tensor:
-        """Return the rows whose fg has the confidence 1, which wins a tie; see `Fusion.decided`."""
+        """Return the rows where fg has confidence 1 (ties go to fg); see `Fusion.decided`."""
         return confidence(fg) >= 1
 
 
@@ -92,32 +92,32 @@ class Robust(Fusion):
 
     @torch.jit.ignore
     def decided(self, fg: Tensor, objectness: Tensor) -> Tensor:
-        """Return the rows whose fg is above the threshold, or has the confidence 1, which wins a tie; see `Fusion.decided`."""
+        """Return the rows where fg is above the threshold or has confidence 1 (ties go to fg); see `Fusion.decided`."""
         sure = confidence(fg)
         return (sure > self.threshold) | (sure >= 1)
 
     @torch.jit.ignore
     def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:
         """Set the threshold with the highest (weighted) accuracy; see `Fusion.fit`."""
-        surest = most_confident(torch.cat([fg[None], context]))
+        chosen = most_confident(torch.cat([fg[None], context]))
         order = confidence(fg).argsort()
         sorted_confidence = confidence(fg)[order]
         # integer sums are exact, so that ties are found
         count = torch.ones_like(labels) if weights is None else (weights.double() / weights.sum() * 2**40).round().long()
         by_fg = ((fg.argmax(-1) == labels) * count)[order]
-        by_surest = ((surest.argmax(-1) == labels) * count)[order]
+        by_chosen = ((chosen.argmax(-1) == labels) * count)[order]
         # right[i]: correct rows if the i least confident rows go to the most confident branch
         zero = torch.zeros(1, dtype=torch.long)
-        right = torch.cat([zero, by_surest.cumsum(0)]) + by_fg.sum() - torch.cat([zero, by_fg.cumsum(0)])
+        right = torch.cat([zero, by_chosen.cumsum(0)]) + by_fg.sum() - torch.cat([zero, by_fg.cumsum(0)])
         thresholds = torch.cat([sorted_confidence.new_zeros(1), sorted_confidence])
-        # a threshold can only lie between different confidences, so of equal ones only the last can be the border
+        # a threshold can only separate different confidences, so of equal ones only the last can be the border
         border = torch.cat(
             [
                 sorted_confidence != torch.cat([sorted_confidence.new_full((1,), -1.0), sorted_confidence[:-1]]),
                 torch.ones(1, dtype=torch.bool),
             ]
         )
-        best = torch.where(border, right, -1).argmax()  # the first of equals: the lowest threshold
+        best = torch.where(border, right, -1).argmax()  # ties go to the first, the lowest threshold
         self.threshold.copy_(thresholds[best])
 
     @torch.jit.ignore

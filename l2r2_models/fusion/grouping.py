@@ -1,4 +1,4 @@
-"""Grouping of images that share a place: by metadata column, by folder, or in batches of a fixed size."""
+"""Grouping of images taken at the same place: by metadata column, by folder, or in batches of a fixed size."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Grouping:
             return cls(kind, value)
         if kind == "batch" and value.isdecimal() and int(value) > 0:
             return cls(kind, size=int(value))
-        raise L2R2Error(f'Images can be adapted to by {FORMS}, not "{text}".')
+        raise L2R2Error(f'Unknown grouping "{text}"; --adapt takes {FORMS}.')
 
     @property
     def noun(self) -> str:

@@ -55,7 +55,7 @@ class WeightedLogits(Fusion):
                 value.backward()
                 return value
 
-            solver.step(loss)  # type: ignore[arg-type]
+            solver.step(loss)
         self.weights.copy_(fitted.detach().square())
 
     @torch.jit.ignore

@@ -33,7 +33,7 @@ class MetadataPrior:
 
     def __init__(self, labels: Tensor, values: Sequence[str], classes: int, smoothing: float = 1.0) -> None:
         if not len(labels) or len(labels) != len(values):
-            raise L2R2Error(f"A metadata prior needs one value a training row, got {len(values)} for {len(labels)} rows.")
+            raise L2R2Error(f"A metadata prior needs one value per training row, got {len(values)} for {len(labels)} rows.")
         if not smoothing > 0:
             raise L2R2Error(f"The smoothing of a metadata prior must be positive, got {smoothing}.")
         self._rows = {value: i for i, value in enumerate(sorted(set(values)))}

@@ -61,7 +61,7 @@ class MaxScaledConfidence(Scaled):
 
     @torch.jit.ignore
     def decided(self, fg: Tensor, objectness: Tensor) -> Tensor:
-        """Return the rows whose scaled fg has the confidence 1, which wins a tie; see `Fusion.decided`."""
+        """Return the rows where the scaled fg has confidence 1 (ties go to fg); see `Fusion.decided`."""
         return confidence(fg / self.temperatures[0].to(fg)) >= 1
 
 

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from l2r2_hub_configs import HubConfig
+
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.provenance import Source, source_of_training
 from ..errors import L2R2Error
 from ..evaluate.fuse import BEST
-from ..models.hub_configs import LOCALIZER, HubConfig
-from .card_usage import localizer_facts, localizer_part, takes_boxes, usage
+from ..models.hub_configs import LOCALIZER
+from .card_usage import localizer_metadata, localizer_part, takes_boxes, usage
 from .markdown import code, plain
 from .metadata import CardMetadata
 
@@ -31,13 +33,13 @@ COLUMNS = {
 }
 
 
-def model_card(checkpoint: Checkpoint, repo: str, facts: CardMetadata, evaluations: Sequence[Mapping[str, Any]]) -> str:
+def model_card(checkpoint: Checkpoint, repo: str, metadata: CardMetadata, evaluations: Sequence[Mapping[str, Any]]) -> str:
     """Write the README of a Hub repository: metadata with the model index, and the text.
 
     Args:
         checkpoint: the published checkpoint.
         repo: `org/name`.
-        facts: author-supplied metadata.
+        metadata: author-supplied metadata.
         evaluations: see `read_evaluations`.
 
     Returns:
@@ -49,32 +51,32 @@ def model_card(checkpoint: Checkpoint, repo: str, facts: CardMetadata, evaluatio
     data = ModelCardData(
         library_name="l2r2_models",
         pipeline_tag="image-classification",
-        license=facts.license,
+        license=metadata.license,
         base_model=source.hub_id,
         tags=["image-classification", "timm", "l2r2", "robustness"],
         model_name=repo.split("/")[-1],
-        eval_results=[result for e in evaluations for result in _eval_results(e, facts)] or None,
+        eval_results=[result for e in evaluations for result in _eval_results(e, metadata)] or None,
     )
     parts = [
         _head(checkpoint, repo),
-        _details(checkpoint, source, facts),
-        usage(checkpoint, repo, facts),
-        localizer_part(checkpoint, facts),
-        _training(checkpoint, facts),
-        _figures(evaluations, facts),
-        _limits(checkpoint, facts),
+        _details(checkpoint, source, metadata),
+        usage(checkpoint, repo, metadata),
+        localizer_part(checkpoint, metadata),
+        _training(checkpoint, metadata),
+        _metrics(evaluations, metadata),
+        _limits(checkpoint, metadata),
         CITATION,
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(parts)
 
 
 def hub_config(
-    checkpoint: Checkpoint, repo: str, tag: str, facts: CardMetadata, evaluations: Sequence[Mapping[str, Any]], made_by: str
+    checkpoint: Checkpoint, repo: str, tag: str, metadata: CardMetadata, evaluations: Sequence[Mapping[str, Any]], made_by: str
 ) -> HubConfig:
     """Make the hub config that registers a published checkpoint as a pretrained tag of its architecture.
 
     Args:
-        checkpoint, repo, facts, evaluations: see `model_card`.
+        checkpoint, repo, metadata, evaluations: see `model_card`.
         tag: name of the tag, for `timm.create_model("ARCHITECTURE.TAG", pretrained=True)`.
         made_by: the command that made the checkpoint.
 
@@ -87,8 +89,8 @@ def hub_config(
         raise L2R2Error(
             f"{checkpoint.name}: the generic model l2r2 has no tags; leave the tag out, or train a model that `l2r2 list` shows."
         )
-    localizer = localizer_facts(checkpoint, facts)
-    figures = [
+    localizer = localizer_metadata(checkpoint, metadata)
+    results = [
         {
             "dataset": r.dataset_name,
             "split": r.dataset_split,
@@ -97,16 +99,16 @@ def hub_config(
             "value": r.metric_value,
         }
         for evaluation in evaluations
-        for r in _eval_results(evaluation, facts)
+        for r in _eval_results(evaluation, metadata)
     ]
     return HubConfig(
         architecture=architecture,
         tag=tag,
         default=False,
         hub_id=repo,
-        license=facts.license,
+        license=metadata.license,
         source=source_of_training(checkpoint.training).name or "random weights",
-        labels=facts.data,
+        labels=metadata.data,
         parameters=sum(p.numel() for p in model.parameters()),
         input_size=model.view_spec.size,
         top1=None,
@@ -114,15 +116,15 @@ def hub_config(
         label_names=list(checkpoint.labels),
         model_args=model.arguments(),
         localizer={k: str(v) for k, v in localizer.items() if k in LOCALIZER} or None,
-        metrics=figures or None,
+        metrics=results or None,
     )
 
 
-def _eval_results(evaluation: Mapping[str, Any], facts: CardMetadata) -> list[Any]:
+def _eval_results(evaluation: Mapping[str, Any], metadata: CardMetadata) -> list[Any]:
     from huggingface_hub import EvalResult
 
-    name = facts.data or evaluation.get("data") or "unnamed"
-    rows = {row: figures for row, figures in evaluation["rows"].items() if _is_own(row)}
+    name = metadata.data or evaluation.get("data") or "unnamed"
+    rows = {row: values for row, values in evaluation["rows"].items() if _is_own(row)}
     return [
         EvalResult(
             task_type="image-classification",
@@ -131,11 +133,11 @@ def _eval_results(evaluation: Mapping[str, Any], facts: CardMetadata) -> list[An
             dataset_split=evaluation["split"],
             metric_type=metric,
             metric_name=f"{COLUMNS[metric]} ({row.partition(':')[0]})",
-            metric_value=round(figures[metric], 4),
+            metric_value=round(values[metric], 4),
         )
-        for row, figures in rows.items()
+        for row, values in rows.items()
         for metric in ("accuracy", "macro_accuracy")
-        if figures.get(metric) is not None
+        if values.get(metric) is not None
     ]
 
 
@@ -147,20 +149,20 @@ def _is_own(row: str) -> bool:
 def _head(checkpoint: Checkpoint, repo: str) -> str:
     model = checkpoint.model
     words = {**BRANCH_WORDS, "fg": model.view_spec.fg.words}
-    looks = " and ".join(f"**{b}** ({words[b]})" for b in model.branches)
+    inputs = " and ".join(f"**{b}** ({words[b]})" for b in model.branches)
     if len(model.branches) > 1 and "fg" in model.branches:
-        looks += (
+        inputs += (
             " and combines both, so that a misleading background matters less; if no object is found, it uses the whole image"
         )
     return f"""# {repo.split("/")[-1]}
 
-An image classifier for {len(checkpoint.labels)} classes. It looks at {looks}. Made with
+An image classifier for {len(checkpoint.labels)} classes. It looks at {inputs}. Made with
 [timm](https://github.com/huggingface/pytorch-image-models) and l2r2-models after *Bringing the Context Back into Object
 Recognition, Robustly* ([arXiv 2411.15933](https://arxiv.org/abs/2411.15933)).
 """
 
 
-def _details(checkpoint: Checkpoint, source: Source, facts: CardMetadata) -> str:
+def _details(checkpoint: Checkpoint, source: Source, metadata: CardMetadata) -> str:
     model, spec = checkpoint.model, checkpoint.model.view_spec
     fusion = model.fusion.config()
     settings = ", ".join(f"{k} {v}" for k, v in fusion.items() if k not in ("name", "batch"))
@@ -178,7 +180,7 @@ def _details(checkpoint: Checkpoint, source: Source, facts: CardMetadata) -> str
         "branches": ", ".join(model.branches),
         "fusion": f"`{fusion['name']}`" + (f" ({settings})" if settings else ""),
         "started from": start,
-        "license of these weights": plain(facts.license or "not stated"),
+        "license of these weights": plain(metadata.license or "not stated"),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""## Details
@@ -202,17 +204,18 @@ def _fg_views(checkpoint: Checkpoint) -> str:
     return f"; fg: {spec.fg_mode}{margin}" if "fg" in checkpoint.model.branches else ""
 
 
-def _training(checkpoint: Checkpoint, facts: CardMetadata) -> str:
+def _training(checkpoint: Checkpoint, metadata: CardMetadata) -> str:
     training = checkpoint.training
     recipe, data = training.get("recipe", {}), training.get("data", {})
     lines = []
-    if facts.data:
-        lines.append(f"Data: {plain(facts.data)}" + (f", license: {plain(facts.data_license)}." if facts.data_license else "."))
+    if metadata.data:
+        license = f", license: {plain(metadata.data_license)}" if metadata.data_license else ""
+        lines.append(f"Data: {plain(metadata.data)}{license}.")
     if "images" in data:
         with_box = f", {plain(data['with_box'])} of them with a usable box or mask" if "with_box" in data else ""
         lines.append(f"{plain(data['images'])} training images{with_box}.")
     if training.get("derived_from"):
-        lines.append("Not trained: backbone and heads are those of the source, so the fg head has never seen a crop.")
+        lines.append("Not trained: backbone and heads are those of the source; fg was not trained on crops.")
     if fit := training.get("fusion_fit"):
         lines.append(_fit_sentence(fit, checkpoint.model.fusion.count()))
     keys = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing", "box_jitter", "seed", "box_threshold")
@@ -222,7 +225,7 @@ def _training(checkpoint: Checkpoint, facts: CardMetadata) -> str:
 
 
 def _fit_sentence(fit: Mapping[str, Any], parameters: int) -> str:
-    """What the fusion was chosen and fitted on; a fit counts views, not images."""
+    """Describe what the fusion was chosen and fitted on, in number of views, not images."""
     chosen = fit.get("method") == BEST
     if not chosen and not parameters:
         return "The fusion was set by hand and has no fitted parameters."
@@ -233,16 +236,16 @@ def _fit_sentence(fit: Mapping[str, Any], parameters: int) -> str:
     return f"The fusion was {done} on {rows}{backgrounds}{together}."
 
 
-def _figures(evaluations: Sequence[Mapping[str, Any]], facts: CardMetadata) -> str:
+def _metrics(evaluations: Sequence[Mapping[str, Any]], metadata: CardMetadata) -> str:
     if not evaluations:
         return "## Evaluation\n\nNot evaluated.\n"
-    return "## Evaluation\n\n" + "\n".join(_figures_of(e, facts) for e in evaluations)
+    return "## Evaluation\n\n" + "\n".join(_metrics_of(e, metadata) for e in evaluations)
 
 
-def _figures_of(evaluation: Mapping[str, Any], facts: CardMetadata) -> str:
+def _metrics_of(evaluation: Mapping[str, Any], metadata: CardMetadata) -> str:
     rows = evaluation["rows"]
     shown = [c for c in COLUMNS if any(row.get(c) is not None for row in rows.values())]
-    data = plain(evaluation.get("data") or facts.data or "data")
+    data = plain(evaluation.get("data") or metadata.data or "data")
     title = f"{data}, split {plain(evaluation['split'])}: {evaluation['images']} images"
     if evaluation.get("with_object") is not None:
         title += f", {evaluation['with_object']} with an object found"
@@ -257,7 +260,7 @@ def _figures_of(evaluation: Mapping[str, Any], facts: CardMetadata) -> str:
 
 
 def _interval(row: Mapping[str, Any], column: str) -> str:
-    """The 95 % confidence interval of a metric, if the evaluation has one."""
+    """Format the 95 % confidence interval of a metric, if the evaluation has one."""
     ends = (row.get("intervals") or {}).get(column)
     return f" ({100 * ends[0]:.1f} to {100 * ends[1]:.1f})" if isinstance(ends, (list, tuple)) and len(ends) == 2 else ""
 
@@ -274,18 +277,18 @@ def _by_group(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _limits(checkpoint: Checkpoint, facts: CardMetadata) -> str:
+def _limits(checkpoint: Checkpoint, metadata: CardMetadata) -> str:
     lines = [
-        "It only knows the classes above, and predicts one of them for any image.",
-        "The metrics hold for the data above; with other cameras, places and seasons they will differ. Evaluate on your images.",
+        "It predicts one of the classes above for any image, even one that shows none of them.",
+        "The metrics hold for the data above; with other cameras, places and seasons they differ. Evaluate on your images.",
     ]
     if checkpoint.model.finds_object:
-        lines.append("The network finds the object itself, and may be wrong; if it finds none, it uses the whole image.")
+        lines.append("The network finds the object itself, and may miss it; if it finds none, it uses the whole image.")
     elif takes_boxes(checkpoint.model):
         without = "it uses the whole image" if "full" in checkpoint.model.branches else "the whole image counts as the object"
-        lines.append(f"The object's view is as good as its box; without a box {without}, including the background.")
-    if facts.limits:
-        lines.append(plain(facts.limits))
+        lines.append(f"The view of the object depends on its box; without a box, {without}, including the background.")
+    if metadata.limits:
+        lines.append(plain(metadata.limits))
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
 
 

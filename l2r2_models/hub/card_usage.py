@@ -17,22 +17,21 @@ def takes_boxes(model: L2R2) -> bool:
     return model.branches != ("full",) and not model.finds_object
 
 
-def usage(checkpoint: Checkpoint, repo: str, facts: CardMetadata) -> str:
+def usage(checkpoint: Checkpoint, repo: str, metadata: CardMetadata) -> str:
     """Write the section on usage, with snippets that run as pasted."""
     model = checkpoint.model
-    with_boxes = _predictor_usage(model, repo, _localizer_spec(checkpoint, facts)) if model.in_chans == 3 else ""
-    alone = "is the whole-image head alone" if model.branches[0] == "full" else f"is the {model.branches[0]} head alone"
+    with_boxes = _predictor_usage(model, repo, _localizer_spec(checkpoint, metadata)) if model.in_chans == 3 else ""
+    alone = "is the whole-image branch alone" if model.branches[0] == "full" else f"is the {model.branches[0]} branch alone"
     if model.finds_object:
         alone = "gives the fused prediction, and needs no boxes: it finds the object itself"
     elif model.branches == ("full",):
         alone = "gives the same prediction"
-    too = ", as it does in transformers' `pipeline`" if model.in_chans == 3 else ""
-    channels = "" if model.in_chans == 3 else f" (in_chans={model.in_chans})"
+    channels = " and in transformers' `pipeline`" if model.in_chans == 3 else f" (in_chans={model.in_chans})"
     return f"""## Use
 
 Needs the Python package l2r2-models.
 {with_boxes}
-As a plain timm model{channels} it {alone}{too}:
+As a plain timm model{channels}, it {alone}:
 
 ```python
 import timm
@@ -52,7 +51,7 @@ def _predictor_usage(model: L2R2, repo: str, localizer: str | None) -> str:
         without = "it uses the whole image" if "full" in model.branches else "the whole image counts as the object"
         boxes, comment = ", boxes=[[130, 42, 410, 380]]", f"  # xyxy pixels of the object; without boxes, {without}"
         if localizer:
-            other = f'# finds the boxes itself: Predictor.from_pretrained("{repo}", localizer={literal(localizer)})\n'
+            other = f'# to find the boxes automatically: Predictor.from_pretrained("{repo}", localizer={literal(localizer)})\n'
     return f"""
 ```python
 from PIL import Image
@@ -60,21 +59,21 @@ from l2r2_models import Predictor
 
 predict = Predictor.from_pretrained("{repo}"{options})
 {other}photo = Image.new("RGB", (640, 480), "gray")  # or the path of an image file
-answer = predict(photo{boxes}).objects[0]{comment}
-print(answer.label, answer.score, answer.reason)
+prediction = predict(photo{boxes}){comment}
+print(prediction.label, prediction.score, prediction.reason)
 ```
 """
 
 
-def localizer_facts(checkpoint: Checkpoint, facts: CardMetadata) -> dict[str, Any]:
+def localizer_metadata(checkpoint: Checkpoint, metadata: CardMetadata) -> dict[str, Any]:
     """Return the localizer the model is meant for; the author's metadata overrides the checkpoint's."""
-    given = {"spec": facts.localizer, "prompt": facts.prompt, "license": facts.localizer_license}
+    given = {"spec": metadata.localizer, "prompt": metadata.prompt, "license": metadata.localizer_license}
     return {**checkpoint.localizer, **{k: v for k, v in given.items() if v}}
 
 
-def _localizer_spec(checkpoint: Checkpoint, facts: CardMetadata) -> str | None:
+def _localizer_spec(checkpoint: Checkpoint, metadata: CardMetadata) -> str | None:
     """The localizer as `Predictor` takes it; None if others cannot use it, as with a box file."""
-    known = localizer_facts(checkpoint, facts)
+    known = localizer_metadata(checkpoint, metadata)
     try:
         spec = LocalizerSpec.parse(str(known.get("spec", "")))
     except L2R2Error:
@@ -90,13 +89,13 @@ def _localizer_spec(checkpoint: Checkpoint, facts: CardMetadata) -> str | None:
     return str(spec) if usable and takes_boxes(checkpoint.model) else None
 
 
-def localizer_part(checkpoint: Checkpoint, facts: CardMetadata) -> str:
+def localizer_part(checkpoint: Checkpoint, metadata: CardMetadata) -> str:
     """Write the section on the localizer; empty for a model that takes no boxes."""
     if not takes_boxes(checkpoint.model):
         return ""
-    if _localizer_spec(checkpoint, facts) == "head":
-        return "## Localizer\n\nMeant for the boxes of its own box head, which is part of the model.\n"
-    known = localizer_facts(checkpoint, facts)
+    if _localizer_spec(checkpoint, metadata) == "head":
+        return "## Localizer\n\nMeant for boxes from its own box head, which is part of the model.\n"
+    known = localizer_metadata(checkpoint, metadata)
     if not known.get("spec"):
         return "## Localizer\n\nThe model takes boxes, but comes without a localizer; use any that finds the objects.\n"
     prompt = f" with the prompt {code(known['prompt'])}" if known.get("prompt") else ""

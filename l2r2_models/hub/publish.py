@@ -10,9 +10,10 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from l2r2_hub_configs import HubConfig
 from safetensors import safe_open
 
 from ..checkpoints.checkpoint import Checkpoint, load_checkpoint
@@ -20,11 +21,13 @@ from ..checkpoints.format import CONFIG, WEIGHTS
 from ..checkpoints.provenance import Source, source_of_training
 from ..errors import L2R2Error
 from ..io import file_sha256, read_json, write_json, write_text
-from ..models.hub_configs import HubConfig
 from ..runs import RUN, changed_weights, read_evaluations, record_of
 from .card import hub_config, model_card
-from .card_usage import localizer_facts
+from .card_usage import localizer_metadata
 from .metadata import CardMetadata
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
 
 CARD = "README.md"
 SECRETS = re.compile(
@@ -67,7 +70,7 @@ def prepare(
     run: str | Path,
     repo: str,
     folder: Path,
-    facts: CardMetadata,
+    metadata: CardMetadata,
     *,
     metrics: Iterable[str | Path] = (),
     without_metrics: bool = False,
@@ -82,7 +85,7 @@ def prepare(
         run: a run folder.
         repo: Hub id, `org/name`.
         folder: an empty folder; gets the weights (hard-linked if possible), config and card.
-        facts: author-supplied metadata.
+        metadata: author-supplied metadata.
         metrics: evaluation files besides those in the run, see `read_evaluations`.
         without_metrics: allow a card without an evaluation.
         tag: also make the hub config of this tag of the architecture.
@@ -98,18 +101,18 @@ def prepare(
     checkpoint = load_checkpoint(run)
     evaluations = _without_paths(read_evaluations(run, metrics, checkpoint.digest)) or _validation(run, checkpoint)
     _link(run / WEIGHTS, folder / WEIGHTS)
-    write_json(folder / CONFIG, _clean_config(read_json(run / CONFIG), checkpoint, facts))
-    write_text(folder / CARD, model_card(checkpoint, repo, facts, evaluations))
+    write_json(folder / CONFIG, _clean_config(read_json(run / CONFIG), checkpoint, metadata))
+    write_text(folder / CARD, model_card(checkpoint, repo, metadata, evaluations))
     problems = [
-        *_license_problems(facts, source_of_training(checkpoint.training)),
+        *_license_problems(metadata, source_of_training(checkpoint.training)),
         *_record_problems(run, checkpoint),
         *_content_problems(folder),
         *_logit_problems(checkpoint, load_checkpoint(folder)),
     ]
     if not evaluations and not without_metrics:
-        problems.append("There are no metrics: run `l2r2 evaluate`, or give --metrics FILE or --without-metrics.")
+        problems.append("There are no metrics: run `l2r2 evaluate`, or pass --metrics FILE or --without-metrics.")
     files = {name: file_sha256(folder / name) for name in (CONFIG, CARD, WEIGHTS)}
-    config = hub_config(checkpoint, repo, tag, facts, evaluations, _command(run)) if tag else None
+    config = hub_config(checkpoint, repo, tag, metadata, evaluations, _command(run)) if tag else None
     return Package(repo, folder, files, tuple(problems), config)
 
 
@@ -148,14 +151,14 @@ def push(
     if package.problems:
         raise L2R2Error(f"{package.repo}: not pushed. {' '.join(package.problems)}")
     if create_pr and revision not in (None, "main"):
-        raise L2R2Error("A pull request goes to main; leave --revision out.")
+        raise L2R2Error("A pull request is opened against main; do not pass --revision.")
     if get_token() is None:
         raise L2R2Error("You are not logged in to the Hub; run `hf auth login`.")
     api = HfApi()
     try:
         api.create_repo(package.repo, repo_type=repo_type, private=private or None, exist_ok=True)
         if private and not api.repo_info(package.repo, repo_type=repo_type).private:
-            raise L2R2Error(f"{package.repo}: exists and is public; make it private on its page first.")
+            raise L2R2Error(f"{package.repo}: the repository exists and is public; make it private on its Hub page first.")
         if revision not in (None, "main"):
             api.create_branch(package.repo, branch=str(revision), repo_type=repo_type, exist_ok=True)
         operations: list[Any] = [CommitOperationAdd(path, package.folder / path) for path in package.files]
@@ -176,7 +179,7 @@ def push(
     return Pushed(str(commit.repo_url), commit.oid, commit.pr_url)
 
 
-def _files_there(api: Any, repo: str, revision: str | None, repo_type: str) -> dict[str, Any]:
+def _files_there(api: Any, repo: str, revision: str | None, repo_type: str) -> dict[str, RepoFile]:
     tree = api.list_repo_tree(repo, recursive=True, revision=revision, repo_type=repo_type)
     return {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
 
@@ -190,7 +193,7 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _is_same(file: Path, digest: str, entry: Any) -> bool:
+def _is_same(file: Path, digest: str, entry: RepoFile) -> bool:
     """Compare by SHA-256 for an LFS file, and by git's SHA-1 for any other."""
     if entry.lfs is not None:
         return entry.lfs.sha256 == digest
@@ -209,12 +212,12 @@ def _link(source: Path, target: Path) -> None:
 # ---- what is written ----
 
 
-def _clean_config(config: dict[str, Any], checkpoint: Checkpoint, facts: CardMetadata) -> dict[str, Any]:
+def _clean_config(config: dict[str, Any], checkpoint: Checkpoint, metadata: CardMetadata) -> dict[str, Any]:
     """The config without local paths, with the localizer and the license of the card."""
     ours = {**config["l2r2"], "training": _without_paths(config["l2r2"].get("training", {}))}
-    ours["localizer"] = localizer_facts(replace(checkpoint, localizer=_without_paths(checkpoint.localizer)), facts)
+    ours["localizer"] = localizer_metadata(replace(checkpoint, localizer=_without_paths(checkpoint.localizer)), metadata)
     source = {k: v for k, v in config.get("pretrained_cfg", {}).items() if k != "license"}
-    return {**config, "pretrained_cfg": {**source, **({"license": facts.license} if facts.license else {})}, "l2r2": ours}
+    return {**config, "pretrained_cfg": {**source, **({"license": metadata.license} if metadata.license else {})}, "l2r2": ours}
 
 
 def _without_paths(value: Any) -> Any:
@@ -264,14 +267,14 @@ def _fusion_name(record: Mapping[str, Any]) -> str:
 # ---- the checks ----
 
 
-def _license_problems(facts: CardMetadata, source: Source) -> list[str]:
-    if not facts.license:
+def _license_problems(metadata: CardMetadata, source: Source) -> list[str]:
+    if not metadata.license:
         suggestion = f" The weights it started from are under {source.license}." if source.license else ""
-        return [f"There is no license: give --license, e.g. apache-2.0.{suggestion}"]
-    if not re.fullmatch(r"[a-z0-9.-]+", facts.license):
-        return [f'"{facts.license}" is not a license as the Hub spells it, in lowercase without spaces, e.g. apache-2.0.']
-    if source.license and "-nc" in source.license.lower() and "-nc" not in facts.license.lower():
-        return [f"The weights it started from are under {source.license}, so they cannot be published under {facts.license}."]
+        return [f"There is no license: pass --license, e.g. apache-2.0.{suggestion}"]
+    if not re.fullmatch(r"[a-z0-9.-]+", metadata.license):
+        return [f'"{metadata.license}" is not a license as the Hub spells it, in lowercase without spaces, e.g. apache-2.0.']
+    if source.license and "-nc" in source.license.lower() and "-nc" not in metadata.license.lower():
+        return [f"The weights it started from are under {source.license}, so they cannot be published under {metadata.license}."]
     return []
 
 
@@ -280,13 +283,13 @@ def _record_problems(run: Path, checkpoint: Checkpoint) -> list[str]:
     if not read_json(run / CONFIG).get("label_names"):
         problems.append(f"{run / CONFIG} has no label_names; train the run again.")
     elif list(checkpoint.labels) == [str(i) for i in range(len(checkpoint.labels))] and len(checkpoint.labels) > 1:
-        problems.append("The labels are 0, 1, ...; users of the model need class names.")
+        problems.append("The labels are 0, 1, ...; train with class names, which users of the model need.")
     if (run / RUN).exists() and not isinstance(record_of(run).get("metrics"), dict):
         problems.append(f"{run}: the training has not finished; run the same `l2r2 finetune` again to continue it.")
     if changed_weights(run, checkpoint.digest):
         problems.append(f"{run / WEIGHTS} has been changed: its SHA-256 differs from {RUN}. Train the run again.")
     if not all(value.isfinite().all() for value in checkpoint.model.state_dict().values()):
-        problems.append(f"{run / WEIGHTS} holds values that are not finite. Train the run again with a lower learning rate.")
+        problems.append(f"{run / WEIGHTS} contains values that are not finite. Train the run again with a lower learning rate.")
     return problems
 
 
@@ -307,15 +310,15 @@ def text_problems(texts: Mapping[str, str]) -> list[str]:
         One message per problem; secrets are not repeated in it.
 
     >>> text_problems({"README.md": "trained on ~/photos"})
-    ['README.md holds a path of this machine (~/photos); remove it.']
+    ['README.md contains a local path (~/photos); remove it.']
     """
     problems = []
     for name, text in texts.items():
         text = re.sub(r"\\([\W_])", r"\1", text)  # without Markdown escapes
         if SECRETS.search(text):
-            problems.append(f"{name} holds what looks like an access token or a private key; remove it.")
+            problems.append(f"{name} contains what looks like an access token or a private key; remove it.")
         if found := PATHS.search(text):
-            problems.append(f"{name} holds a path of this machine ({found[0][:60]}); remove it.")
+            problems.append(f"{name} contains a local path ({found[0][:60]}); remove it.")
     return problems
 
 

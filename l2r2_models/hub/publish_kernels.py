@@ -41,7 +41,7 @@ def prepare_kernels(source: str | Path, folder: Path, repo: str | None = None) -
         The card (for main), the builds, and the branch of the builds.
 
     Raises:
-        L2R2Error: when the folder holds no kernels, or kernels that must be compiled.
+        L2R2Error: when the folder contains no kernels, or kernels that must be compiled.
     """
     source = Path(source)
     general = _read_settings(source)
@@ -49,7 +49,7 @@ def prepare_kernels(source: str | Path, folder: Path, repo: str | None = None) -
     package = source / "torch-ext" / module
     files = sorted(p.relative_to(package) for p in package.rglob("*.py"))
     if Path("__init__.py") not in files:
-        raise L2R2Error(f"{package}: is not a Python package; give the folder that holds build.toml.")
+        raise L2R2Error(f"{package}: is not a Python package; pass the folder that contains build.toml.")
     named = str(general.get("hub", {}).get("repo-id") or "")
     repo = repo or named
     if not repo or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
@@ -88,12 +88,12 @@ def new_folder(folder: Path) -> Path:
     """Make a folder to write the repository into.
 
     Raises:
-        L2R2Error: there is something in it already, which could be loaded in place of what is written.
+        L2R2Error: when it is not empty, because its files could be loaded instead of those written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise L2R2Error(f"{folder}: is not empty; give a new folder.")
+            raise L2R2Error(f"{folder}: is not empty; choose a new folder.")
     except OSError as error:
         raise L2R2Error(f"{folder}: cannot be written to ({error.strerror}).") from error
     return folder
@@ -125,9 +125,9 @@ def _read_settings(source: Path) -> dict[str, Any]:
         settings = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise L2R2Error(f"{file}: cannot be read ({' '.join(str(error).split())}).") from error
-    general = settings.get("general", {})
+    general: dict[str, Any] = settings.get("general", {})
     if missing := [key for key in ("name", "version", "license", "backends") if key not in general]:
-        raise L2R2Error(f"{file}: has no {missing[0]} in the section general.")
+        raise L2R2Error(f"{file}: has no {missing[0]} in the section general; add it.")
     if "torch-noarch" not in settings or "kernel" in settings:
         raise L2R2Error(f"{file}: has kernels that must be compiled; publish them with kernel-builder.")
     return general

@@ -61,7 +61,7 @@ class LocalizerSpec:
         head, _, query = text.partition("?")
         name, _, source = head.partition(":")
         if not name.strip():
-            raise L2R2Error(f'"{text}" names no localizer; write NAME[:SOURCE][?option=value&...].')
+            raise L2R2Error(f'"{text}" does not name a localizer; write NAME[:SOURCE][?option=value&...].')
         options: dict[str, tuple[str, ...]] = {}
         try:
             pairs = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True, strict_parsing=True) if query else []
@@ -73,7 +73,7 @@ class LocalizerSpec:
 
     def __str__(self) -> str:
         pairs = [f"{key}={quote(v, safe=' /:,.@+()')}" for key, values in self.options.items() for v in values]
-        source = self.source.replace("%", "%25").replace("?", "%3F")  # nothing else, so that most paths stay readable
+        source = self.source.replace("%", "%25").replace("?", "%3F")  # other characters are kept, so that paths stay readable
         return self.name + (f":{source}" if source else "") + ("?" + "&".join(pairs) if pairs else "")
 
     def with_option(self, key: str, *values: str) -> LocalizerSpec:
@@ -255,9 +255,9 @@ def tidy(
         scores: `[N]`.
         image_size: `(height, width)`.
         labels: N strings.
-        threshold: lowest score that is kept.
-        nms_iou: of two boxes with a higher IoU than this, the one with the lower score is dropped; 1 keeps all.
-        max_boxes: largest number of boxes that is kept; None keeps all.
+        threshold: minimum score to keep.
+        nms_iou: IoU above which the box with the lower score is dropped; 1 keeps all.
+        max_boxes: maximum number of boxes to keep; None keeps all.
 
     Raises:
         L2R2Error: when there are boxes and all scores are NaN.

@@ -25,7 +25,7 @@ class Full(Localizer):
 
 
 class Center(Localizer):
-    """The center of the image, `share` of its width and height: a control that zooms but does not localize."""
+    """The center of the image, with `share` of its width and height: a control that zooms in but does not localize."""
 
     name = "center"
     known_options: ClassVar = {"share": Option(number(0.01, 1), 0.5, "a number between 0.01 and 1")}
@@ -72,7 +72,7 @@ class Boxes(Localizer):
             L2R2Error: when names are missing, or an entry records a failure or another image size.
         """
         if names is None:
-            raise L2R2Error(f"The localizer {self.spec} finds boxes by file name; give files, not images.")
+            raise L2R2Error(f"The localizer {self.spec} finds boxes by file name; pass files, not images.")
         entries = [self.table.find(name) or BoxEntry() for name in names]
         if failed := next((e.failure for e in entries if e.failure is not None), None):
             raise L2R2Error(f"{Path(self.spec.source).name}: {failed}")

@@ -1,6 +1,6 @@
 """Localize many images into one box file, in batches, resumable at any time, on one or several processes.
 
-Finished images are first written to a journal beside the file (`boxes.json.parts/`, see `journal`); at the end, the journal and
+Finished images are first written to a journal next to the file (`boxes.json.parts/`, see `journal`); at the end, the journal and
 the previous contents of the file become the new file, in the order of the images. A killed run loses at most one batch, and the
 result is the same as without an interruption.
 """
@@ -38,7 +38,7 @@ class CacheReport:
 
     Attributes:
         entries: entries of the requested images by name, in order.
-        kept: how many of them the file already held.
+        kept: number of those that the file already had.
     """
 
     entries: dict[str, BoxEntry]
@@ -66,7 +66,7 @@ def localize_to_file(
     workers: int | None = None,
     progress: Progress = lambda steps, _: steps,
 ) -> CacheReport:
-    """Localize images into a box file; entries that it already holds are kept, failed images are tried again.
+    """Localize images into a box file; existing entries are kept, and failed images are tried again.
 
     Under torchrun each process takes every n-th image, and the first process writes the file when all are done.
 
@@ -77,11 +77,11 @@ def localize_to_file(
         format: format of a JSON file, `megadetector` or `coco`.
         batch_size: images per call of the localizer.
         prompts: one prompt per path instead of the spec's; the file is then marked `oracle`.
-        workers: threads that decode ahead of the localizer; 0 for none, by default one per core.
+        workers: number of threads that decode images in advance; 0 for none, by default one per core.
         progress: wraps the iteration over the batches.
 
     Returns:
-        The entries of the images, and how many of them were there before.
+        The entries of the images, and how many of them were in the file before.
 
     Raises:
         L2R2Error: when the file was made with other settings or cannot be written, the format is unknown, or a prompt is
@@ -216,7 +216,7 @@ def _records(out: Path, journal: Journal, info: dict[str, Any]) -> Iterator[tupl
 def _other(place: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     what = "remove it or choose another -o."
     if "localizer" not in old:
-        return f"{place}: exists and was not made by `l2r2 localize`; choose another -o."
+        return f"{place}: already exists and was not made by `l2r2 localize`; choose another -o."
     if old["localizer"] != new["localizer"]:
         return f"{place}: was made with another localizer, {old['localizer']}; {what}"
     if bool(old.get("oracle")) != bool(new.get("oracle")):

@@ -1,4 +1,4 @@
-"""Localizing without knowing the class: the top-k classes of the full branch are the prompts.
+"""Localization without knowing the class, with the top-k classes of the full branch as prompts.
 
 Source: L2R2 on Hard ImageNet without ground truth; formulas in `docs/method.md`, section 6, `topk_prompts`.
 """
@@ -28,7 +28,7 @@ class Candidates:
     Attributes:
         classes: `[B, k]` int64, in the order in which the full branch ranks them.
         scores: `[B, k]` mean of the class's logits: full, fg on the crop found for the class, and bg if the model has it.
-        boxes: `[B, k, 4]` xyxy pixels of the image; NaN if nothing was found, and fg saw the whole image.
+        boxes: `[B, k, 4]` xyxy pixels of the image; NaN if nothing was found, in which case fg sees the whole image.
         box_scores: `[B, k]` scores of the localizer; 0 if nothing was found.
         branches: logits by branch, `[B, k, classes]` for fg (and bg), `[B, classes]` for full.
     """

@@ -27,7 +27,7 @@ from .base import Context, Localizer, LocalizerSpec, Option, number, whole
 from .model_based import ModelLocalizer
 from .regions import box_of, inside_view, label_regions, largest_region
 
-MAX_STRIDE = 16  # of the feature map that is cut; the last map of a CNN is too coarse for small objects
+MAX_STRIDE = 16  # of the feature map used for the cut; the last map of a CNN is too coarse for small objects
 
 
 class NormalizedCut(ModelLocalizer):
@@ -146,7 +146,7 @@ def _finite(values: Tensor) -> Tensor:
 
 
 def patch_features(backbone: Any, views: Tensor) -> Tensor:
-    """Compute the features that are cut.
+    """Compute the features for the normalized cut.
 
     Args:
         backbone: a timm model.
@@ -168,7 +168,8 @@ def patch_features(backbone: Any, views: Tensor) -> Tensor:
             return feature_map(backbone, seen[0].chunk(3, -1)[1], views)
     info = list(backbone.feature_info.info if hasattr(backbone.feature_info, "info") else backbone.feature_info)
     level = max((i for i, f in enumerate(info) if f["reduction"] <= MAX_STRIDE), default=len(info) - 1)
-    (features,) = backbone.forward_intermediates(views, indices=[level], output_fmt="NCHW", intermediates_only=True)
+    maps: list[Tensor] = backbone.forward_intermediates(views, indices=[level], output_fmt="NCHW", intermediates_only=True)
+    (features,) = maps
     return features - features.mean((2, 3), keepdim=True)
 
 

@@ -24,7 +24,7 @@ class UnknownArgument(L2R2Error, TypeError):
 
 
 def unknown_backbone(name: str) -> str:
-    """The error message for a timm backbone that does not exist, with close names.
+    """Return the error message for an unknown timm backbone, with close names.
 
     >>> unknown_backbone("resnet51").partition(";")[0]
     'Unknown timm backbone "resnet51"'
@@ -83,34 +83,35 @@ def feature_info(backbone: Any) -> list[dict[str, Any]]:
 
 
 def feature_map(backbone: Any, features: Tensor, view: Tensor) -> Tensor:
-    """A timm backbone's `forward_features` of views `[B, C, H, W]` as a map `[B, C, h, w]`, prefix tokens left out."""
+    """Convert the output of a timm backbone's `forward_features` to a map `[B, C, h, w]`, without prefix tokens."""
     if features.ndim == 4:
         return features.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else features
     patches = features[:, getattr(backbone, "num_prefix_tokens", 0) :]
     rows = round(math.sqrt(patches.shape[1] * view.shape[2] / view.shape[3]))
-    return patches.transpose(1, 2).unflatten(2, (rows, -1))
+    grid: Tensor = patches.transpose(1, 2).unflatten(2, (rows, -1))
+    return grid
 
 
 @contextmanager
-def last_map_through(backbone: Any, seat: nn.Module, view: Tensor) -> Iterator[None]:
-    """For as long as the `with` lasts, the map `[B, C, h, w]` that a class activation map is read from passes through `seat`.
+def last_map_through(backbone: Any, probe: nn.Module, view: Tensor) -> Iterator[None]:
+    """Route the feature map `[B, C, h, w]` for class activation maps through `probe` inside the `with` block.
 
-    Of a ViT that answers by its class token this is what enters the last attention: afterwards its patches no longer reach the
-    answer. Of every other network it is what `forward_head` gets.
+    For a ViT that pools by its class token, this is the input of the last attention, after which patches no longer affect the
+    output. For any other network, it is the input of `forward_head`.
 
     Args:
         backbone: any timm model.
-        seat: a module from map to map, e.g. an `nn.Identity` with hooks; never called where the features are no map.
-        view: `[B, C, H, W]`, whose proportions the map of a token network has.
+        probe: a module from map to map, e.g. an `nn.Identity` with hooks; not called if the features are not a map.
+        view: `[B, C, H, W]`, the input, whose aspect ratio gives the shape of the map of a token network.
     """
 
     def routed(features: Tensor) -> Tensor:
         if features.ndim == 4:
-            out = seat(feature_map(backbone, features, view))
+            out: Tensor = probe(feature_map(backbone, features, view))
             return out.permute(0, 2, 3, 1) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else out
         if features.ndim != 3:
             return features
-        patches = seat(feature_map(backbone, features, view)).flatten(2).transpose(1, 2)
+        patches = probe(feature_map(backbone, features, view)).flatten(2).transpose(1, 2)
         return torch.cat([features[:, : getattr(backbone, "num_prefix_tokens", 0)], patches], 1)
 
     if getattr(backbone, "global_pool", "") == "token" and hasattr(backbone, "blocks"):

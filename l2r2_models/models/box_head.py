@@ -1,8 +1,8 @@
 """A trained box head: one class-agnostic box and its objectness, from the last feature maps of the full view.
 
-With it a network needs no detector: the pass over the full view gives the box, and fg is cut from the original image. The design
-is this project's: each position of the map proposes a box, and a softmax over the positions averages them (`docs/method.md`,
-Training).
+A model with a box head needs no detector: the forward pass on the full view gives the box, and fg is cut from the original
+image. The design is this project's: each position of the map proposes a box, and a softmax over the positions averages them
+(`docs/method.md`, Training).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FoundBoxes(NamedTuple):
         Args:
             height: of the view.
             width: of the view.
-            threshold: smallest objectness, as a probability, of a box that counts as found.
+            threshold: minimum objectness, as a probability, of a box that counts as found.
 
         Returns:
             `[B, 4]` xyxy pixels, clipped to the view; NaN where the objectness is below the threshold.

@@ -21,10 +21,10 @@ def parse_hub_config(data: Any, file: str) -> HubConfig:
     """Check one YAML's content against the schema.
 
     Raises:
-        L2R2Error: a key is unknown, missing or of the wrong type; the message names the file.
+        L2R2Error: when a key is unknown, missing or of the wrong type.
     """
     if not isinstance(data, dict):
-        raise L2R2Error(f"{file}: a hub config is a mapping of {', '.join(f.name for f in fields(HubConfig))}.")
+        raise L2R2Error(f"{file}: not a hub config; it must be a mapping of {', '.join(f.name for f in fields(HubConfig))}.")
     names = [f.name for f in fields(HubConfig)]
     if unknown := sorted(map(str, set(data) - set(names))):
         raise L2R2Error(f"{file}: unknown key {', '.join(unknown)}; choose from {', '.join(names)}.")
@@ -47,13 +47,13 @@ def parse_hub_config(data: Any, file: str) -> HubConfig:
 def _check_trained(config: HubConfig, file: str) -> None:
     names = config.label_names
     if (names is None) != (config.model_args is None):
-        raise L2R2Error(f"{file}: label_names and model_args belong together, for a trained checkpoint.")
+        raise L2R2Error(f"{file}: label_names and model_args must be given together, for a trained checkpoint.")
     if names is not None and not (names and all(isinstance(n, str) for n in names) and len(set(names)) == len(names)):
-        raise L2R2Error(f"{file}: label_names must be different names.")
+        raise L2R2Error(f"{file}: label_names must be distinct.")
     if config.trained and config.default:
         raise L2R2Error(f"{file}: a trained checkpoint cannot be the default of its architecture.")
     if config.localizer is not None and not all(k in LOCALIZER and isinstance(v, str) for k, v in config.localizer.items()):
-        raise L2R2Error(f"{file}: localizer takes {', '.join(LOCALIZER)}, each a text.")
+        raise L2R2Error(f"{file}: the keys of localizer are {', '.join(LOCALIZER)}, each with a text value.")
     for metric in config.metrics or ():
         fits = isinstance(metric, dict) and set(metric) == set(METRIC)
         if not fits or not all(isinstance(metric[k], kind) for k, kind in METRIC.items()):  # type: ignore[arg-type]
@@ -62,25 +62,25 @@ def _check_trained(config: HubConfig, file: str) -> None:
 
 @functools.lru_cache(maxsize=1)
 def load_hub_configs() -> tuple[HubConfig, ...]:
-    """The derived tags, and the trained checkpoints of the folder that `L2R2_HUB_CONFIGS` names, sorted by name.
+    """Return the derived tags, and the trained checkpoints in the folder `L2R2_HUB_CONFIGS`, sorted by name.
 
     Raises:
-        L2R2Error: a file does not fit the schema, two say the same name, or the folder does not exist.
+        L2R2Error: when a file does not match the schema, two have the same name, or the folder does not exist.
     """
     configs = {config.name: config for config in derived_configs()}
     for file in _files():
         config = parse_hub_config(parse_yaml(read_text(file), str(file)), str(file))
         if config.name in configs:
-            raise L2R2Error(f"{file}: there is another hub config of {config.name}.")
+            raise L2R2Error(f"{file}: there is already a hub config of {config.name}; remove one.")
         configs[config.name] = config
     return tuple(configs[name] for name in sorted(configs))
 
 
 def _files() -> list[Path]:
-    """The YAML files of trained checkpoints."""
+    """Return the YAML files of trained checkpoints."""
     folder = os.environ.get(FOLDER)
     if not folder:
         return []
     if not Path(folder).is_dir():
-        raise L2R2Error(f"{folder}: no such folder; {FOLDER} names it.")
+        raise L2R2Error(f"{folder}: no such folder; set {FOLDER} to an existing one.")
     return sorted(Path(folder).glob("*.yaml"))

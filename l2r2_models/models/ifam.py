@@ -1,4 +1,4 @@
-"""iFAM: a ViT that finds the object's parts, and a second pass that sees only those."""
+"""iFAM: a ViT that finds the parts of the object, and a second stage that sees only these."""
 
 # no `from __future__ import annotations`: see l2r2.py
 
@@ -63,7 +63,7 @@ class IFAM(L2R2):
         **options: Any,
     ) -> None:
         if tuple(branches) != ("full", "fg"):
-            raise L2R2Error(f"The branches of an ifam model are full (stage 1) and fg (stage 2), not {branches}.")
+            raise L2R2Error(f"The branches of an iFAM model are full (stage 1) and fg (stage 2), not {branches}.")
         config = with_threshold({"name": fusion} if isinstance(fusion, str) else fusion)
         if options.get("views") is None:
             options.setdefault("fg_mode", "parts")
@@ -90,12 +90,12 @@ class IFAM(L2R2):
         if isinstance(x, torch.fx.Proxy):
             x, boxes, localize = self._traced(x, boxes, localize), None, None
         if localize is not None:
-            raise L2R2Error("An ifam model finds the object itself; leave localize out.")
+            raise L2R2Error("An iFAM model finds the object itself; do not pass localize.")
         mask, has_fg = (None, None) if boxes is None else batch_masks(x, boxes)
         out = self.forward_views(x, has_fg=has_fg, mask=mask)
         return torch.stack([out.full, out.fg]).mean(0) if self.training else out.fused  # type: ignore[list-item]
 
-    def forward_views(  # type: ignore[override]
+    def forward_views(
         self,
         full: Tensor | None = None,
         fg: Tensor | None = None,
@@ -122,11 +122,11 @@ class IFAM(L2R2):
             L2R2Error: when `full` is missing, another view is given, or a side is not a multiple of the patch size.
         """
         if full is None or fg is not None or bg is not None:
-            raise L2R2Error("An ifam model finds the object itself; pass only the whole image, as full.")
+            raise L2R2Error("An iFAM model finds the object itself; pass only the whole image, as full.")
         grid = patch_grid(self.backbone, full.shape[-2], full.shape[-1])
         tokens, found = self._stage1(full, grid)
         found = self._intervened(found)
-        z_full = self.parts.answer(found.vectors, self.heads["full"], self.dropped_parts)
+        z_full = self.parts.classify(found.vectors, self.heads["full"], self.dropped_parts)
         if mask is not None:
             keep = kept_patches(check_mask(mask, full.shape[0]).to(full.device), grid, self.view_spec.coverage)
             found = found._replace(keep=keep.unflatten(1, grid))
@@ -185,7 +185,7 @@ class IFAM(L2R2):
     # ---- interventions ----
 
     def intervene(self, drop_parts: Iterable[int] = (), token_quantile: float = 0.0) -> None:
-        """Remove parts or low-confidence patches from now on; without arguments, remove nothing again.
+        """Remove parts or low-confidence patches in all later forward passes; without arguments, undo this.
 
         Args:
             drop_parts: indices of the parts to remove, 0 to K - 1.
@@ -240,7 +240,7 @@ class IFAM(L2R2):
 
     def _check_views(self, spec: ViewSpec) -> None:
         if not spec.fg.finds_object:
-            raise L2R2Error(f'An ifam model finds the object itself: its fg_mode must be "parts", got "{spec.fg_mode}".')
+            raise L2R2Error(f'An iFAM model finds the object itself: its fg_mode must be "parts", got "{spec.fg_mode}".')
         for branch in self.branches:
             check_tokens_backbone(self.backbone_of(branch), self.backbone_name)
 
@@ -263,12 +263,12 @@ class IFAM(L2R2):
         if pre_logits:
             return super().forward_head(x, pre_logits=True)
         patches = x[:, self.backbone.num_prefix_tokens :]
-        return self.parts.answer(self.parts(patches, (patches.shape[1], 1)).vectors, self.heads["full"], self.dropped_parts)
+        return self.parts.classify(self.parts(patches, (patches.shape[1], 1)).vectors, self.heads["full"], self.dropped_parts)
 
     def _new_head(self, branch: str) -> nn.Module:
         head = super()._new_head(branch)
         if branch == "full" and isinstance(head, nn.Linear):
-            head.register_parameter("bias", None)  # it would be the same for every part
+            head.register_parameter("bias", None)  # it would be the same for all parts
         return head
 
 

@@ -38,7 +38,7 @@ class ScriptedIFAM(nn.Module):
             RuntimeError: when the model is in training mode.
         """
         if self.training:
-            raise RuntimeError("a scripted ifam model cannot be trained; call eval() on it")
+            raise RuntimeError("a scripted iFAM model cannot be trained; call eval() on it")
         tokens = self.first.norm_pre(self.first._pos_embed(self.first.patch_embed(x)))
         patches = self.first.norm(self.first.blocks(tokens))[:, self.prefix :].float()
         prototypes = self.prototypes.float()

@@ -122,8 +122,7 @@ class L2R2(TimmContract):
         self.backbone_name = backbone
         self.backbone_kwargs = {**backbone_kwargs, **({"drop_rate": drop_rate} if drop_rate else {})}
         self.shared = shared
-        self.num_classes = num_classes
-        self.in_chans = in_chans
+        self.num_classes, self.in_chans = num_classes, in_chans
         spec = ViewSpec.from_dict(views) if isinstance(views, Mapping) else views
         self._view_spec = ViewSpec.from_dict({**spec.to_dict(), "fg_mode": fg_mode}) if spec is not None and fg_mode else spec
         self._fg_mode = fg_mode or "crop"
@@ -169,10 +168,11 @@ class L2R2(TimmContract):
                 raise RuntimeError("a scripted L2R2 takes whole images only; pass boxes to the unscripted model")
             else:
                 if not isinstance(boxes, torch.fx.Proxy) and not isinstance(localize, torch.fx.Proxy):
-                    return self.forward_boxes(x, boxes, localize)
+                    fused: Tensor = self.forward_boxes(x, boxes, localize)
+                    return fused
                 x = self._traced(x, boxes, localize)
         features = self.backbone(x)
-        logits = []
+        logits: list[Tensor] = []
         for i, head in enumerate(self.heads.values()):
             if i == 0 or self.training:
                 logits.append(head(features))
@@ -185,9 +185,9 @@ class L2R2(TimmContract):
                     logits[j] = head(own)
         return torch.stack(logits).mean(0)
 
-    @torch.jit.ignore
     def _traced(self, x: Tensor, boxes: Tensor | None, localize: str | None) -> Tensor:
-        return whole_image_only(x, boxes, localize)
+        whole: Tensor = whole_image_only(x, boxes, localize)
+        return whole
 
     @torch.jit.ignore
     def forward_boxes(self, x: Tensor, boxes: Tensor | None, localize: str | None = None) -> Tensor:
@@ -205,7 +205,8 @@ class L2R2(TimmContract):
                 views["fg" if "full" not in self.branches else "full"] = x
             else:
                 views[branch], has_fg = cut_batch(x, boxes, spec, branch)
-        return self.forward_views(**views, has_fg=has_fg).fused
+        out: L2R2Output = self.forward_views(**views, has_fg=has_fg)
+        return out.fused
 
     @torch.jit.ignore
     def locate(self, full: Tensor) -> FoundBoxes:
@@ -216,7 +217,8 @@ class L2R2(TimmContract):
         """
         if self.box_head is None:
             raise L2R2Error("This model has no box head; train one with `l2r2 finetune --box-head`, or pass boxes.")
-        return self.box_head(features_and_maps(self.backbone_of("full"), full)[1])
+        found: FoundBoxes = self.box_head(features_and_maps(self.backbone_of("full"), full)[1])
+        return found
 
     @torch.jit.ignore
     def forward_views(
@@ -266,7 +268,6 @@ class L2R2(TimmContract):
         """Logits `[B, classes]` by branch, for views `[B, C, S, S]` given by branch name; see `forward_views`."""
         return self._branch_logits(views, mask)[0]
 
-    @torch.jit.ignore
     def _branch_logits(self, views: Mapping[str, Tensor | None], mask: Tensor | None) -> tuple[dict[str, Tensor], Any, Any]:
         """Logits by branch, `[B]` bool whether the mask kept anything (or None), and the box head's boxes (or None)."""
         given = {b: v for b, v in views.items() if v is not None}
@@ -301,8 +302,7 @@ class L2R2(TimmContract):
         spec = self.view_spec
         if not self.takes_mask:
             raise L2R2Error(f'A mask needs an fg branch of mode "late" or "tokens"; this model has "{spec.fg_mode}".')
-        image = given.get("fg", given.get("full"))
-        if image is None:
+        if (image := given.get("fg", given.get("full"))) is None:
             raise L2R2Error("A mask needs the whole image; pass it as full, or as fg.")
         mask = check_mask(mask, image.shape[0]).to(image.device)
         backbone = self.backbone_of("fg")
@@ -310,8 +310,7 @@ class L2R2(TimmContract):
             masked, seen = token_features(backbone, image, mask, spec.coverage)
             return {"fg": masked}, seen
         whole, masked, seen = late_features(backbone, image, mask, spec)
-        same = self.shared and "fg" not in given
-        return {"fg": masked, **({"full": whole} if same else {})}, seen
+        return {"fg": masked, **({"full": whole} if self.shared and "fg" not in given else {})}, seen
 
     @torch.jit.ignore
     def fuse(self, logits: Mapping[str, Tensor], has_fg: Tensor | None = None, objectness: Tensor | None = None) -> Tensor:
@@ -335,8 +334,7 @@ class L2R2(TimmContract):
     @property
     def view_spec(self) -> ViewSpec:
         """How this model's views are cut; stored in the checkpoint."""
-        side = self.backbone_kwargs.get("img_size")
-        own = {"size": side} if isinstance(side, int) else {}
+        own = {"size": side} if isinstance(side := self.backbone_kwargs.get("img_size"), int) else {}
         cfg = self.pretrained_cfg or self.backbone.pretrained_cfg  # the constructor runs before timm sets our own
         return self._view_spec or ViewSpec.from_pretrained_cfg(cfg, fg_mode=self._fg_mode, **own)
 
@@ -353,9 +351,7 @@ class L2R2(TimmContract):
                 f'A box head needs a full branch and an fg that is cropped, not fg_mode "{spec.fg_mode}" with {self.branches}.'
             )
         if spec.fg.finds_object:
-            raise L2R2Error(
-                'fg_mode "parts" is only for the ifam models, which find the parts of an object; choose another mode.'
-            )
+            raise L2R2Error('fg_mode "parts" is only for iFAM models, which find the parts of an object; choose another mode.')
         if "fg" in self.branches and spec.fg.drops_tokens:
             check_tokens_backbone(self.backbone_of("fg"), self.backbone_name)
         if "fg" in self.branches and spec.fg_mode == "late":
@@ -369,7 +365,7 @@ class L2R2(TimmContract):
 
     def intervene(self, drop_parts: Iterable[int] = (), token_quantile: float = 0.0) -> None:
         """See `IFAM.intervene`; other models raise an `L2R2Error`."""
-        raise L2R2Error("Only the ifam models have parts and token quantiles to intervene on; load one of them.")
+        raise L2R2Error("Only iFAM models have parts and token quantiles to intervene on; load one of them.")
 
     def interventions(self) -> dict[str, Any]:
         """The arguments of `intervene` that are in effect; empty for models without parts."""
@@ -377,7 +373,8 @@ class L2R2(TimmContract):
 
     def backbone_of(self, branch: str) -> nn.Module:
         """The backbone that sees a branch's view."""
-        return self.branch_backbones[branch] if branch in self.branch_backbones else self.backbone  # noqa: SIM401  (no get)
+        own: nn.Module = self.branch_backbones[branch] if branch in self.branch_backbones else self.backbone  # noqa: SIM401  (no get)
+        return own
 
     def backbone_prefixes(self) -> list[str]:
         """Prefixes of the backbones' keys in the state dict."""

@@ -72,7 +72,7 @@ def coverage(mask: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def kept_patches(mask: Tensor, grid: tuple[int, int], threshold: float) -> Tensor:
-    """`[B, N]` bool: the patches of which a mask `[B, h, w]` covers at least the share `threshold`, and more than 0."""
+    """`[B, N]` bool: the patches of which a mask `[B, h, w]` covers at least the fraction `threshold`, and more than 0."""
     covered = coverage(mask, grid).flatten(1)
     return (covered >= threshold) & (covered > 0)
 
@@ -198,7 +198,7 @@ def token_features(vit: Any, x: Tensor, mask: Tensor, threshold: float, *, packe
         vit: see `check_tokens_backbone`.
         x: images `[B, C, H, W]`.
         mask: `[B, h, w]` in [0, 1].
-        threshold: the smallest share of a patch that the mask must cover.
+        threshold: minimum fraction of a patch that the mask must cover.
         packed: see `run_tokens`.
 
     Returns:

@@ -78,7 +78,7 @@ class PartDiscovery(nn.Module):
         logits, maps, vectors, keep = assign_parts(patches, self.prototypes, self.training)
         return PartMaps(logits.unflatten(2, grid), maps.unflatten(2, grid), vectors, keep.unflatten(1, grid))
 
-    def answer(self, vectors: Tensor, head: nn.Module, dropped: tuple[int, ...] = ()) -> Tensor:
+    def classify(self, vectors: Tensor, head: nn.Module, dropped: tuple[int, ...] = ()) -> Tensor:
         """Stage 1's logits `[B, classes]`: the mean over parts of one linear layer on their normalized vectors.
 
         Args:

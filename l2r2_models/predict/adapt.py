@@ -1,4 +1,4 @@
-"""Joint fusion of the predictions for images that share a place, computed from stored branch logits."""
+"""Joint fusion of predictions for images taken at the same place, from stored branch logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DIGITS = 5  # decimals of a stored logit
 
 
 class Adapter:
-    """Fuse objects again, given which images share a place (see `fuse_groups`).
+    """Fuse predictions again, given which images were taken at the same place (see `fuse_groups`).
 
     Args:
         fusion: a fusion with a batch rule.
@@ -52,7 +52,7 @@ class Adapter:
     def adapt(self, objects: Iterable[ObjectPrediction]) -> Iterator[ObjectPrediction]:
         """Yield the objects with their prediction given the group.
 
-        Objects without a box, or alone in their group, are predicted as without groups.
+        The prediction of an object without a box, or alone in its group, is the same as without groups.
 
         Args:
             objects: the objects that were passed to `learn`, in the same order.
@@ -81,10 +81,10 @@ class Adapter:
         )
         best = fused[0].softmax(-1).topk(self.top)
         top = tuple(Answer(self.labels[i], round(p, 6)) for p, i in zip(best.values.tolist(), best.indices.tolist()))
-        branches = {b: [said] for b in INPUTS if (said := getattr(answer, b)) is not None}
+        branches = {b: [one] for b in INPUTS if (one := getattr(answer, b)) is not None}
         reason = why_fused({**branches, "fused": list(top)}, self.fusion.over)
         if not alone:
-            reason = f"{100 * share.misled:.0f} % of this {self.noun}'s backgrounds mislead; {reason}"
+            reason = f"{100 * share.misled:.0f} % of this {self.noun}'s backgrounds are misleading; {reason}"
         return replace(answer, label=top[0].label, score=top[0].score, reason=reason, top=top)
 
 
@@ -93,7 +93,7 @@ def _logits_of(answer: ObjectPrediction) -> dict[str, torch.Tensor] | None:
     if answer.source != "fused":
         return None
     if answer.logits is None:
-        raise L2R2Error("The branch logits of these predictions were not kept, so they cannot be adapted.")
+        raise L2R2Error("These predictions have no branch logits, so they cannot be adapted; predict again with --adapt.")
     return {b: torch.tensor([z]) for b, z in answer.logits.items()}
 
 
@@ -128,5 +128,5 @@ def adapt_records(
 
 
 def _changed(record: dict[str, Any], answer: ObjectPrediction) -> dict[str, Any]:
-    top = [asdict(said) for said in answer.top]
+    top = [asdict(one) for one in answer.top]
     return {**record, "label": answer.label, "score": answer.score, "reason": answer.reason, "top": top}

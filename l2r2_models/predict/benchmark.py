@@ -1,4 +1,4 @@
-"""Where the time of a prediction goes, and what a plain network of the same backbone takes; `l2r2 benchmark` prints it."""
+"""Time the stages of prediction, and a plain network of the same backbone for comparison; see `l2r2 benchmark`."""
 
 from __future__ import annotations
 
@@ -32,17 +32,22 @@ Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What `run_benchmark` measured.
+    """Result of `run_benchmark`.
 
     Attributes:
-        model, device, precision, workers, cascade: what was measured.
-        images, objects: how many were classified.
-        stages: seconds per image of each stage, one after another in one thread: `decode` (read and decode), `cut` (views),
-            `network` (all passes), `fuse`, and `write` (answers as JSON). On a GPU, cutting is part of `network`.
-        rate: images per second of the whole way, stages overlapping: the median of the repeats.
-        plain: the same for a timm network of the same backbone, timm's own transforms and as many threads; 0 without it.
-        rows: views that went through the backbone, per image.
-        memory: peak memory of the process in bytes, on the GPU if there is one.
+        model: name of the checkpoint.
+        device: name of the device.
+        precision: precision of the network.
+        workers: number of decoding threads.
+        cascade: whether the predictor uses a cascade.
+        images: number of images that were classified.
+        objects: number of objects that were classified.
+        stages: seconds per image of each stage, run one after another in one thread: `decode` (read and decode), `cut` (views),
+            `network` (all forward passes), `fuse`, and `write` (predictions as JSON). On a GPU, `network` includes cutting.
+        rate: images per second from file to prediction, with overlapping stages: median over the repeats.
+        plain: the same for a timm network of the same backbone with timm's transform and as many threads; 0 if not measured.
+        rows: views per image that went through the backbone.
+        memory: peak memory in bytes, of the GPU if there is one, else of the process.
     """
 
     model: str
@@ -59,7 +64,7 @@ class Benchmark:
     memory: int
 
     def shares(self) -> dict[str, float]:
-        """Share of each stage in the time of all."""
+        """Return each stage's fraction of the total time."""
         total = sum(self.stages.values())
         return {name: seconds / total for name, seconds in self.stages.items()}
 
@@ -74,17 +79,17 @@ def run_benchmark(
     """Measure a predictor on image files.
 
     Args:
-        predictor: without a localizer, whose time would hide all other.
+        predictor: a predictor without a localizer.
         inputs: image files and their boxes.
-        repeats: of the whole way; after one to warm up.
-        plain: whether to measure a plain network beside it.
-        progress: wraps the rounds.
+        repeats: number of timed rounds, after one round of warm-up.
+        plain: also measure a plain timm network.
+        progress: wraps the iteration over the rounds.
 
     Raises:
-        L2R2Error: when there is a localizer, or no image can be read.
+        L2R2Error: when the predictor has a localizer, or no image can be read.
     """
     if predictor.localizer is not None:
-        raise L2R2Error("A benchmark takes boxes from a file, so that a localizer's time does not hide all other; pass boxes.")
+        raise L2R2Error("The benchmark does not run localizers; pass a file of boxes.")
     paths = list(inputs.paths)
     rows: list[int] = []
     hooks = [
@@ -99,7 +104,7 @@ def run_benchmark(
         start = time.perf_counter()
         predictions = [p for p in predictor.predict_files(paths, inputs.entries, inputs.masks) if p.failure is None]
         if not predictions:
-            raise L2R2Error(f"None of the {len(paths)} images can be read; give others.")
+            raise L2R2Error(f"None of the {len(paths)} images can be read; pass other images.")
         elapsed = time.perf_counter() - start
         other = 0.0 if network is None else _time_plain(network, predictor, paths)
         if round:
@@ -126,7 +131,7 @@ def run_benchmark(
 
 @torch.inference_mode()
 def _stages(predictor: Predictor, inputs: Inputs) -> dict[str, float]:
-    """Seconds per image of each stage."""
+    """Return the seconds per image of each stage."""
     spent = dict.fromkeys(STAGES, 0.0)
 
     @contextmanager
@@ -166,12 +171,12 @@ def _stages(predictor: Predictor, inputs: Inputs) -> dict[str, float]:
             jobs = jobs[predictor.network.most :]
     if jobs:
         classify(jobs)
-    spent["network"] -= spent["fuse"]  # which it contains
+    spent["network"] -= spent["fuse"]  # a call of the network also fuses
     return {stage: seconds / max(count, 1) for stage, seconds in spent.items()}
 
 
 def _plain_network(predictor: Predictor) -> tuple[Any, Callable[[Image.Image], Tensor]]:
-    """A timm network with the backbone of the model, and timm's transform for it."""
+    """Return a timm network with the backbone of the model, and timm's transform for it."""
     model, spec = predictor.model, predictor.model.view_spec
     network: Any = timm.create_model(model.backbone_name, num_classes=model.num_classes, **model.backbone_kwargs)
     transform: Any = timm.data.create_transform(
@@ -182,7 +187,7 @@ def _plain_network(predictor: Predictor) -> tuple[Any, Callable[[Image.Image], T
 
 @torch.inference_mode()
 def _time_plain(plain: tuple[Any, Callable[[Image.Image], Tensor]], predictor: Predictor, paths: Sequence[Path]) -> float:
-    """Seconds of a plain classifier for the files that can be read."""
+    """Return the seconds that a plain classifier takes for the files that can be read."""
     network, transform = plain
 
     def load(path: Path) -> Tensor | None:
@@ -203,14 +208,14 @@ def _time_plain(plain: tuple[Any, Callable[[Image.Image], Tensor]], predictor: P
     return time.perf_counter() - start
 
 
-def made_up_photos(folder: Path, count: int, size: tuple[int, int] = (500, 400), boxes: int = 1, seed: int = 0) -> Inputs:
-    """Write JPEGs of blobs and noise, with boxes of a third of their sides.
+def synthetic_photos(folder: Path, count: int, size: tuple[int, int] = (500, 400), boxes: int = 1, seed: int = 0) -> Inputs:
+    """Write JPEG files of blobs and noise, with boxes that are a third as wide and high.
 
     Args:
         folder: an existing folder.
-        count: number of photos.
-        size: `(width, height)`.
-        boxes: per photo.
+        count: number of images.
+        size: `(width, height)` in pixels.
+        boxes: number of boxes per image.
         seed: random seed.
     """
     draw = torch.Generator().manual_seed(seed)

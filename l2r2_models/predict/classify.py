@@ -1,4 +1,4 @@
-"""The network's part of a prediction: views of many boxes in, logits of every branch out, in as few passes as possible."""
+"""Network: the logits of every branch for the boxes of many images, in as few forward passes as possible."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from ..errors import L2R2Error
 from ..models.l2r2 import L2R2, L2R2Output
 from ..views import Views, make_views
-from .items import Item, Job, Pending, Row
+from .items import Item, Job, Pending, Row, images_of
 
 logger = logging.getLogger(__name__)
 Precision = Literal["float32", "bfloat16"]
-WINDOW = 4  # batches of fg that a cascade looks at before it runs the batches of full that are still needed
+WINDOW = 4  # batches of fg that a cascade runs before the remaining images of full, so that their batches are full too
 
 
 class Answered(NamedTuple):
-    """What the model says of the boxes.
+    """The logits of V boxes.
 
     Attributes:
-        output: logits of V rows.
-        skipped: `[V]` bool, rows in which fg decided and the other branches were not asked; their logits are those of fg.
+        output: logits of the V rows.
+        skipped: `[V]` bool, rows that fg decided and the other branches did not compute; their logits are those of fg.
     """
 
     output: L2R2Output
@@ -33,20 +33,20 @@ class Answered(NamedTuple):
 
 
 class Network:
-    """A model with the device, the precision and the order in which its branches are asked.
+    """Run the branches of a model on a device, each on as few views as possible.
 
-    The whole image goes through the network once, however many boxes it has, and not at all if its logits are known; boxes
-    without an object do not go through the fg branch.
+    The full branch runs once per image, however many boxes the image has, and not at all if its logits are known; the fg branch
+    skips rows without an object.
 
     Args:
-        model: in eval mode, on `device`.
-        device: where to compute.
-        batch_size: objects in one pass.
-        precision: `float32` or `bfloat16` (of the network; views and fusion are float32).
-        cascade: ask fg first, and the other branches only about the rows that they could change.
+        model: a model in eval mode, on `device`.
+        device: device to compute on.
+        batch_size: objects per forward pass.
+        precision: precision of the network, `float32` or `bfloat16`; views and fusion are always float32.
+        cascade: run fg first, and the other branches only on the rows that they could change.
 
     Raises:
-        L2R2Error: when the processor has no bfloat16 instructions, or the model's branches cannot be asked one by one.
+        L2R2Error: when the device does not support the precision, or the branches of the model cannot run separately.
     """
 
     def __init__(
@@ -56,29 +56,29 @@ class Network:
         self.model, self.device, self.precision, self.cascade = model, device, precision, cascade
         self.batch_size = batch_size
         # fg that is masked in the network, or finds its object itself, shares its pass with full
-        self.one_by_one = not model.takes_mask and not model.finds_object
-        if precision != "float32" and not self.one_by_one:
-            raise L2R2Error("A network that masks inside, or finds its object itself, predicts in the precision float32.")
+        self.separate = not model.takes_mask and not model.finds_object
+        if precision != "float32" and not self.separate:
+            raise L2R2Error("A model that masks inside the network or finds its object itself needs the precision float32.")
         if cascade:
-            if not self.one_by_one or not {"full", "fg"} <= set(model.branches):
-                raise L2R2Error(f"A cascade needs a full and an fg branch that is cut out of the image, not {model.branches}.")
+            if not self.separate or not {"full", "fg"} <= set(model.branches):
+                raise L2R2Error("A cascade needs a full branch, and an fg branch whose view is cut from the image.")
             self.decides = can_decide(model, device)
             if not self.decides:
-                logger.warning('the fusion "%s" always needs all branches, so that a cascade saves nothing', model.fusion.name)
+                logger.warning('the fusion "%s" always needs all branches, so the cascade saves nothing', model.fusion.name)
         convolutional = sum(isinstance(module, nn.Conv2d) for module in model.modules()) > len(model.backbone_prefixes())
         self.memory_format = torch.channels_last if convolutional else torch.contiguous_format
 
     @property
     def most(self) -> int:
-        """The number of boxes to collect before a call."""
+        """The number of boxes to collect for a call."""
         return self.batch_size * (WINDOW if self.cascade else 1)
 
     def cut(self, item: Item, rows: Sequence[Row]) -> Item:
-        """The item with its views instead of its pixels; the boxes are those of `rows`.
+        """Return the item with the views of `rows` instead of its pixels.
 
-        A cascade keeps the pixels: most whole images will not be cut.
+        A cascade keeps the pixels, because most whole images will not be needed.
         """
-        if not self.one_by_one or item.image is None or item.views is not None:
+        if not self.separate or item.image is None or item.views is not None:
             return item
         spec, others = self.model.view_spec, self._others
         index, boxes = torch.zeros(len(rows), dtype=torch.long), torch.stack([row.box for row in rows])
@@ -93,22 +93,22 @@ class Network:
     @torch.inference_mode()
     def __call__(self, jobs: Sequence[Job]) -> Answered:
         """Classify boxes."""
-        if not self.one_by_one:
+        if not self.separate:
             return self._together(jobs)
         scores = torch.tensor([1.0 if job.row.score is None else job.row.score for job in jobs], device=self.device)
         views = self._object_views(jobs)
         has_fg = views.has_fg
-        # without a full branch to fall back on, the others look at the whole image
+        # without a full branch to fall back on, the others run on the whole image
         seen = has_fg if "full" in self.model.branches else torch.ones_like(has_fg)
         skipped = torch.zeros_like(has_fg)
         if self.cascade:
-            logits = self._ask(jobs, views, ("fg",), seen)
+            logits = self._run(jobs, views, ("fg",), seen)
             skipped = seen & self.decides & self.model.fusion.decided(logits["fg"], scores)
             rest = tuple(b for b in self.model.branches if b != "fg")
-            logits.update(self._ask(jobs, views, rest, seen & ~skipped, skipped))
+            logits.update(self._run(jobs, views, rest, seen & ~skipped, skipped))
         else:
-            logits = self._ask(jobs, views, self.model.branches, seen)
-        # what was not asked has no say in the fusion, whatever stands there
+            logits = self._run(jobs, views, self.model.branches, seen)
+        # logits that were not computed do not affect the fusion, whatever their values
         if self.cascade:
             logits |= {b: torch.where(skipped[:, None], logits["fg"], z) for b, z in logits.items()}
         if "full" in logits:
@@ -121,8 +121,8 @@ class Network:
         return tuple(b for b in self.model.branches if b != "full")
 
     def _object_views(self, jobs: Sequence[Job]) -> Views:
-        """The views of the object, one row per job."""
-        images = _images(jobs)
+        """Return the views of fg and bg, one row per job."""
+        images = images_of(jobs)
         if self.device.type == "cpu":
             for pending in images:
                 pending.item = self.cut(pending.item, pending.rows)
@@ -140,28 +140,28 @@ class Network:
             device=self.device,
         )
 
-    def _ask(
+    def _run(
         self, jobs: Sequence[Job], views: Views, branches: Sequence[str], rows: Tensor, skipped: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Logits `[V, classes]` of branches: full of all images but those whose rows are all `skipped`, others of `rows`."""
+        """Return the logits `[V, classes]` by branch: full for images with a row that is not `skipped`, others for `rows`."""
         given = {b: getattr(views, b)[rows] for b in branches if b != "full"}
         given = {b: view for b, view in given.items() if len(view)}
         wanted: list[Pending] = []
         if "full" in branches:
             left = [job for job, skip in zip(jobs, [False] * len(jobs) if skipped is None else skipped.tolist()) if not skip]
-            wanted = [pending for pending in _images(left) if pending.item.full is None]
+            wanted = [pending for pending in images_of(left) if pending.item.full is None]
             given |= {"full": self._full_views(wanted)} if wanted else {}
-        said = self.logits(given)
-        for pending, z in zip(wanted, said.get("full", ())):
-            pending.know(z)
+        computed = self.logits(given)
+        for pending, z in zip(wanted, computed.get("full", ())):
+            pending.set_full(z)
         found: dict[str, Tensor] = {}
         for branch in branches:
             z = torch.zeros(len(jobs), self.model.num_classes, device=self.device)
             if branch == "full":
                 for i, job in enumerate(jobs):
                     z[i] = 0 if job.pending.item.full is None else job.pending.item.full
-            elif branch in said:
-                z[rows] = said[branch]
+            elif branch in computed:
+                z[rows] = computed[branch]
             found[branch] = z
         return found
 
@@ -175,14 +175,14 @@ class Network:
         return full
 
     def logits(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Logits by branch of views `[B, 3, S, S]` by branch, in passes of two batches' views."""
+        """Return the logits by branch of the views `[B, 3, S, S]` by branch; a pass has up to twice `batch_size` views."""
         size = self.batch_size * (2 if len(views) == 1 else 1)
-        said: dict[str, list[Tensor]] = {branch: [] for branch in views}
+        logits: dict[str, list[Tensor]] = {branch: [] for branch in views}
         for start in range(0, max(map(len, views.values()), default=0), size):
             part = {b: view[start : start + size] for b, view in views.items() if len(view) > start}
             for branch, z in self._pass(part).items():
-                said[branch].append(z)
-        return {branch: torch.cat(parts) for branch, parts in said.items()}
+                logits[branch].append(z)
+        return {branch: torch.cat(parts) for branch, parts in logits.items()}
 
     def _pass(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         given = {b: v.to(self.device, memory_format=self.memory_format) for b, v in views.items()}
@@ -190,8 +190,8 @@ class Network:
             return {b: z.float() for b, z in self.model.forward_branches(**given).items()}
 
     def _together(self, jobs: Sequence[Job]) -> Answered:
-        """All branches in one pass, for networks that mask inside."""
-        images = _images(jobs)
+        """Run all branches in one pass, for models that mask inside the network."""
+        images = images_of(jobs)
         known = [job.pending.item.full for job in jobs]
         full = None if any(z is None for z in known) else torch.stack(known)  # type: ignore[arg-type]
         views = make_views(
@@ -209,20 +209,15 @@ class Network:
         return Answered(output, torch.zeros_like(output.has_fg))
 
 
-def _images(jobs: Sequence[Job]) -> list[Pending]:
-    """The images of some boxes, each once, in order."""
-    return list({id(job.pending): job.pending for job in jobs}.values())
-
-
 def can_decide(model: L2R2, device: torch.device) -> bool:
-    """Whether an fg that is certain decides alone."""
+    """Return whether an fg branch with confidence 1 decides alone."""
     certain = torch.tensor([[1e4] + [0.0] * (model.num_classes - 1)], device=device)
     uses_fg = model.fusion.over is None or "fg" in model.fusion.over
     return uses_fg and bool(model.fusion.decided(certain, torch.ones(1, device=device)).all())
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Check that a network can compute in a precision, and gains by it.
+    """Check that the precision is known and that the device supports it.
 
     Raises:
         L2R2Error: when the precision is unknown, or the processor has no bfloat16 instructions.
@@ -234,5 +229,5 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 
 def has_bfloat16() -> bool:
-    """Whether this computer's processor computes in bfloat16."""
+    """Return whether the processor has bfloat16 instructions."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,8 +1,8 @@
-"""Images and boxes on their way through the predictor."""
+"""The images and boxes that the predictor passes between its steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -13,21 +13,21 @@ from ..boxes.detections import Detections
 from ..views import Patches, Views
 from .prediction import ObjectPrediction
 
-BATCH_PIXELS = 50_000_000  # held at once: about 150 MB
+BATCH_PIXELS = 50_000_000  # maximum number of pixels held in memory, about 150 MB
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image on its way through the predictor.
+    """One image with its boxes, before it is classified.
 
     Attributes:
-        name: of its file.
-        image: its pixels, or those that its views show; None once these are cut.
-        boxes: what was found or given.
-        localizer_failure: why the localizer found nothing.
-        mask: `[H, W]` bool of the object, for boxes that bring none.
-        full: logits of the full branch, where the pass that found the box gave them.
-        views: cut by the thread that decoded the image: full `[1, 3, S, S]`, the others and `has_fg` one per box.
+        name: file name.
+        image: the decoded image, or the patches that its views show; None once the views are cut.
+        boxes: the given or located boxes.
+        localizer_failure: why the localizer failed.
+        mask: `[H, W]` bool of the object, for boxes without masks.
+        full: logits of the full branch, if finding the box already computed them.
+        views: the views, if already cut: full is `[1, 3, S, S]`, the others and `has_fg` have one row per box.
     """
 
     name: str | None
@@ -40,16 +40,18 @@ class Item:
 
     @property
     def pixels(self) -> int:
-        """The number of uint8 RGB pixels that take as much memory as what is held of the image."""
-        cut = () if self.views is None else (self.views.full, self.views.fg, self.views.bg)
-        held = sum(4 * view.numel() // 3 for view in cut if view is not None)
+        """The number of uint8 RGB pixels that would take as much memory as this item."""
+        views = () if self.views is None else (self.views.full, self.views.fg, self.views.bg)
+        masks = (self.mask, None if self.boxes is None else self.boxes.masks)
+        held = sum(4 * view.numel() // 3 for view in views if view is not None)
+        held += sum(mask.numel() // 3 for mask in masks if mask is not None)
         if self.image is None:
             return held
         return held + (self.image.pixels if isinstance(self.image, Patches) else self.image.width * self.image.height)
 
 
 class Row(NamedTuple):
-    """One box to classify; NaN where there is none, and why."""
+    """One box to classify; without a box, `box` is NaN and `why` gives the reason."""
 
     box: Tensor
     score: float | None
@@ -70,17 +72,17 @@ class Pending:
 
     @property
     def objects(self) -> tuple[ObjectPrediction, ...] | None:
-        """The answers; None while one is missing."""
+        """The predictions of all boxes; None while any is missing."""
         found = tuple(answer for answer in self.answers if answer is not None)
         return found if len(found) == len(self.rows) else None
 
-    def know(self, full: Tensor) -> None:
-        """Keep the full branch's logits `[classes]` for the boxes to come."""
+    def set_full(self, full: Tensor) -> None:
+        """Store the logits `[classes]` of the full branch for the remaining boxes."""
         self.item = replace(self.item, full=full)
 
 
 class Job(NamedTuple):
-    """One box of an image that is to be classified."""
+    """One box of an image, by its number, that is to be classified."""
 
     pending: Pending
     number: int
@@ -91,11 +93,16 @@ class Job(NamedTuple):
         return self.pending.rows[self.number]
 
 
-def is_large(items: Sequence[Item]) -> bool:
-    """Whether images are to be worked on before the next one is decoded."""
+def images_of(jobs: Sequence[Job]) -> list[Pending]:
+    """Return the images of the boxes, each once, in order."""
+    return list({id(job.pending): job.pending for job in jobs}.values())
+
+
+def is_large(items: Iterable[Item]) -> bool:
+    """Return whether the items should be processed before another image is decoded."""
     return sum(item.pixels for item in items) > BATCH_PIXELS
 
 
 def whole_images(items: Sequence[Item]) -> list[Image.Image]:
-    """The images of items that were decoded whole, for a localizer."""
+    """Return the images of items that were decoded whole, for a localizer."""
     return [item.image for item in items if isinstance(item.image, Image.Image)]

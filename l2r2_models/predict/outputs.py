@@ -1,7 +1,7 @@
 """Prediction files (`.json`, `.jsonl`, `.csv`, `.parquet`): atomic, streaming writes, and reading back.
 
-A `.json` file holds all that the same command needs to continue. The other formats do not, so the journal `OUT.parts` is kept
-beside them.
+A `.json` file contains all that the same command needs to continue. The other formats do not, so the journal `OUT.parts` is kept
+next to them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def check_ending(out: Path) -> None:
         L2R2Error: when the extension is unknown, or a package for it is missing.
     """
     if out.suffix.lower() not in _WRITERS:
-        raise L2R2Error(f"{out}: is no name of a file of predictions; it must end in {', '.join(_WRITERS)}.")
+        raise L2R2Error(f"{out}: unknown format for predictions; the file name must end in {', '.join(_WRITERS)}.")
     if out.suffix.lower() == ".parquet":
         pyarrow()
 
@@ -46,7 +46,7 @@ def holds_all(out: Path) -> bool:
 
 
 def read_predictions(out: Path, journal: Journal, header: Mapping[str, Any]) -> Iterator[tuple[Place, dict[str, Any]]]:
-    """Yield every record of the file and its journal with its place, newest last.
+    """Yield every record of the file and its journal with its location, newest last.
 
     Args:
         out: prediction file.
@@ -62,7 +62,7 @@ def read_predictions(out: Path, journal: Journal, header: Mapping[str, Any]) -> 
         for offset, record in _images(out, header):
             yield (out, offset), record
     elif out.exists() and not parts:
-        raise L2R2Error(f"{out}: exists without {journal.folder}, from which it could be continued; choose another -o.")
+        raise L2R2Error(f"{out}: already exists, and cannot be continued without {journal.folder}; choose another -o.")
     for part in parts:
         _check_header(journal.folder, part.header, header)
         for offset, record in part.records():
@@ -71,7 +71,7 @@ def read_predictions(out: Path, journal: Journal, header: Mapping[str, Any]) -> 
 
 
 def records_at(places: Iterable[tuple[str, Place]]) -> Iterator[dict[str, Any]]:
-    """Yield the records at the given places, with `file` set to the name given for each."""
+    """Yield the records at the given locations, with `file` set to the name given for each."""
     for file, together in groupby(places, lambda item: item[1][0]):
         with open(file, "rb") as stream:
             for name, (_, offset) in together:
@@ -137,8 +137,8 @@ def _rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"file": record["file"], "failure": _text(record["failure"])}
     for o in record.get("objects", ()):
         box = zip(NUMBERS, o.get("box", ()))
-        said = {key: o[key] for key in ("box_score", "label", "score", "source", "reason") if key in o}
-        yield {"file": record["file"], **dict(box), **said}
+        fields = {key: o[key] for key in ("box_score", "label", "score", "source", "reason") if key in o}
+        yield {"file": record["file"], **dict(box), **fields}
 
 
 def _text(text: str) -> str:
@@ -157,11 +157,11 @@ def _line(data: Any) -> str:
 def _images(out: Path, header: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield offset and record of each image in a `.json` file, between the header line and the closing line."""
     if not out.is_file():
-        raise L2R2Error(f"{out}: exists and is not a file of predictions; choose another -o.")
+        raise L2R2Error(f"{out}: already exists and is not a prediction file; choose another -o.")
     lines = whole_lines(out)
     first = parse(next(lines, (0, b""))[1].rstrip() + b"]}")
     if not isinstance(first, dict) or "model_sha256" not in first:
-        raise L2R2Error(f"{out}: exists and is not a file of predictions as `l2r2 predict` writes it; choose another -o.")
+        raise L2R2Error(f"{out}: already exists and was not written by `l2r2 predict`; choose another -o.")
     _check_header(out, {key: value for key, value in first.items() if key != "images"}, header)
     closed = False
     for number, (offset, line) in enumerate(lines, 2):
@@ -182,7 +182,7 @@ def _check_header(place: Path, old: Any, new: Mapping[str, Any]) -> None:
         raise L2R2Error(f"{place}: is damaged; remove it or choose another -o.")
     keys = [key for key in {**new, **old} if key != "model"]  # a run may be moved
     if changed := [key for key in keys if old.get(key) != new.get(key)]:
-        raise L2R2Error(f"{place}: was made with another {', '.join(changed)}; remove it or choose another -o.")
+        raise L2R2Error(f"{place}: was made with a different {', '.join(changed)}; remove it or choose another -o.")
 
 
 def _is_whole(record: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Prediction into a file, batch by batch with a journal, so that the same call continues after an interruption."""
+"""Write predictions to a file, batch by batch with a journal, so that the same call continues after an interruption."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FORMAT_VERSION = "1.0"
 
 @dataclass(frozen=True)
 class Inputs:
-    """Images to classify, with what is known of them; the mappings are keyed by `str(path)`.
+    """Images to classify, with their boxes and metadata; the mappings are keyed by `str(path)`.
 
     Attributes:
         paths: image files.
@@ -62,10 +62,10 @@ class Report:
 
     Attributes:
         total: number of requested images.
-        kept: number of those that were in the file already.
+        kept: number of those whose prediction was already in the file.
         read: returns an iterator over the records of the requested images.
         failures: records of images without a prediction.
-        localizer_failures: reasons of the predictions from the whole image because the localizer failed, one per image.
+        localizer_failures: reasons why the localizer failed, one per image that was classified as a whole for that reason.
         sources: number of objects by `source`.
         shares: fraction of misleading backgrounds by group, if predictions are adapted.
     """
@@ -89,7 +89,7 @@ class Report:
         self.sources.update(o["source"] for o in objects)
         if "failure" in image:
             self.failures.append(image)
-        elif not _was_looked_at(image):
+        elif not _was_localized(image):
             self.localizer_failures.append(objects[0]["reason"])
         return image
 
@@ -103,7 +103,7 @@ def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None
         split: use only this split of the data sets.
 
     Raises:
-        L2R2Error: when there is no image, the boxes belong to none of the images, or `split` is given without a data set.
+        L2R2Error: when there is no image, the box file lists none of the images, or `split` is given without a data set.
     """
     found: dict[str, Path] = {}  # by absolute path
     entries: dict[str, BoxEntry] = {}
@@ -112,7 +112,7 @@ def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None
     labels: dict[str, str] = {}
     for source in sources:
         if is_source(source) or (source.is_dir() and any((source / name).exists() for name in METADATA)):
-            table = read_table(source, missing_ok=True)  # a missing image is one failure among the predictions
+            table = read_table(source, missing_ok=True)  # a missing image becomes a failed prediction
             table = table.of_split(split) if split else table
             boxed = table.entries()
             for row in table.rows:
@@ -148,18 +148,18 @@ def predict_to_file(
     """Classify images and write the predictions to a file.
 
     Predictions that the file already holds are kept if the image, its boxes and its mask are unchanged; failures, including
-    those of the localizer, are retried. Finished batches are stored in a journal beside the file (see `journal`), so an
+    those of the localizer, are retried. Finished batches are stored in a journal next to the file (see `journal`), so an
     interruption loses at most one batch.
 
-    With `adapt`, images that share a place are fused jointly once all are predicted. Their branch logits are stored, so adding
-    an image later does not run the network on the others again.
+    With `adapt`, images taken at the same place are fused jointly once all are predicted. Their branch logits are stored, so
+    adding an image later does not run the network on the others again.
 
     Args:
         predictor: makes the predictions.
         inputs: images to classify.
         out: JSON, JSONL, CSV or Parquet file, by its extension.
         progress: wraps the predictions; takes their iterable and their number.
-        adapt: grouping of images that share a place, see `Grouping.parse`.
+        adapt: grouping of images taken at the same place, see `Grouping.parse`.
 
     Returns:
         A summary of the call.
@@ -218,10 +218,10 @@ def _by_place(paths: Iterable[Path]) -> dict[str, Path]:
 def _known(
     found: Iterable[tuple[Place, dict[str, Any]]], digests: Mapping[str, str], retry: bool
 ) -> tuple[dict[str, Place], set[str]]:
-    """Return the place of the newest record per image, and the images whose prediction is still valid.
+    """Return the location of the newest record per image, and the images whose prediction is still valid.
 
     Args:
-        found: records with their places, newest last.
+        found: records with their locations, newest last.
         digests: current digests of the requested images.
         retry: whether to retry predictions for which the localizer failed.
     """
@@ -229,7 +229,7 @@ def _known(
     finished: set[str] = set()
     for place, image in found:
         key = os.path.abspath(image["file"])
-        holds = "failure" not in image and image.get("digest") == digests.get(key) and (not retry or _was_looked_at(image))
+        holds = "failure" not in image and image.get("digest") == digests.get(key) and (not retry or _was_localized(image))
         if holds or key not in finished:
             places[key] = place
         if holds:
@@ -246,8 +246,8 @@ def _first_of(
     return islice((image for _, image in read_predictions(out, journal, header)), len(listed))
 
 
-def _was_looked_at(image: Mapping[str, Any]) -> bool:
-    """Return whether the localizer did not fail on an image."""
+def _was_localized(image: Mapping[str, Any]) -> bool:
+    """Return whether the localizer ran without failing on an image."""
     return not any(o["reason"].startswith(LOCALIZER_FAILED) for o in image.get("objects", ()))
 
 
@@ -267,9 +267,9 @@ def accuracy_by_branch(images: Sequence[Mapping[str, Any]], truth: Mapping[str, 
     """
     firsts = [(image["objects"][0], truth[image["file"]]) for image in images]
     branches = [b for b in ("full", "fg") if any(b in answer for answer, _ in firsts)]
-    said = {b: [answer.get(b, answer)["label"] == label for answer, label in firsts] for b in branches}
-    said["fused"] = [answer["label"] == label for answer, label in firsts]
-    return {name: sum(right) / len(right) for name, right in said.items()}
+    correct = {b: [answer.get(b, answer)["label"] == label for answer, label in firsts] for b in branches}
+    correct["fused"] = [answer["label"] == label for answer, label in firsts]
+    return {name: sum(right) / len(right) for name, right in correct.items()}
 
 
 def _header(predictor: Predictor, inputs: Inputs) -> dict[str, Any]:
@@ -297,6 +297,6 @@ def _header(predictor: Predictor, inputs: Inputs) -> dict[str, Any]:
 
 
 def _digest(predictor: Predictor, inputs: Inputs, name: str) -> str:
-    """Hash all that the prediction for an image depends on besides the header: the file, its boxes and its mask."""
+    """Hash everything besides the header that the prediction for an image depends on: the file, its boxes and its mask."""
     about = None if predictor.localizer is None else predictor.localizer.about(name)
     return digest_of(name, inputs.entries.get(name), state_of(inputs.masks.get(name)), about)

@@ -32,7 +32,7 @@ class ObjectPrediction:
         box: xyxy in pixels of the upright image; None if there is no box.
         box_score: score of the box by the localizer; None if there is no score.
         top: the most probable classes of the fused prediction, best first.
-        logits: logits by branch, one per class; kept only if predictions are adapted to their place, see `adapt`.
+        logits: logits by branch, one per class; kept only if predictions are adapted by group, see `adapt`.
     """
 
     label: str
@@ -101,38 +101,38 @@ def product(answer: ObjectPrediction) -> float:
     return 0.0 if answer.fg is None else answer.fg.score * (1.0 if answer.box_score is None else answer.box_score)
 
 
-def why_fused(said: dict[str, list[Answer]], over: Sequence[str] | None = None) -> str:
+def why_fused(by_branch: dict[str, list[Answer]], over: Sequence[str] | None = None) -> str:
     """Explain a fused prediction in one phrase.
 
     Args:
-        said: predictions by branch and of `fused`, best first.
+        by_branch: predictions of each branch and of `fused`, best first.
         over: the branches that are fused; None for all.
 
     >>> why_fused({"fg": [Answer("cat", 0.9)], "full": [Answer("dog", 0.6)], "fused": [Answer("cat", 0.8)]})
-    'the object (0.90) overrules the whole image, which says dog (0.60)'
+    'the object (0.90) overrules the whole image, which predicts dog (0.60)'
     """
-    said = {b: answers for b, answers in said.items() if over is None or b in (*over, "fg", "fused")}
-    fg, fused = said["fg"][0], said["fused"][0]
-    if "full" not in said or said["full"][0].label == fg.label:
+    by_branch = {b: answers for b, answers in by_branch.items() if over is None or b in (*over, "fg", "fused")}
+    fg, fused = by_branch["fg"][0], by_branch["fused"][0]
+    if "full" not in by_branch or by_branch["full"][0].label == fg.label:
         if fused.label == fg.label:
-            return "the object and the whole image agree" if "full" in said else "the object decides"
-        return "the background decides" if "bg" in said else "the fitted fusion overrules both"
-    full = said["full"][0]
+            return "the object and the whole image agree" if "full" in by_branch else "the object decides"
+        return "the background decides" if "bg" in by_branch else "the fitted fusion overrules both"
+    full = by_branch["full"][0]
     if fused.label == fg.label:
-        return f"the object ({fg.score:.2f}) overrules the whole image, which says {full.label} ({full.score:.2f})"
+        return f"the object ({fg.score:.2f}) overrules the whole image, which predicts {full.label} ({full.score:.2f})"
     if fused.label == full.label:
-        return f"the whole image ({full.score:.2f}) overrules the object, which says {fg.label} ({fg.score:.2f})"
+        return f"the whole image ({full.score:.2f}) overrules the object, which predicts {fg.label} ({fg.score:.2f})"
     return f"a compromise between the object ({fg.label}) and the whole image ({full.label})"
 
 
-def why_full(said: dict[str, list[Answer]], why: str) -> str:
-    """Explain the prediction for an image without an object in one phrase; `why` says why there is none.
+def why_full(by_branch: dict[str, list[Answer]], why: str) -> str:
+    """Explain the prediction for an image without an object in one phrase; `why` is the reason why there is none.
 
     >>> why_full({"fg": [], "full": []}, "no box was given")
-    'no box was given; the whole image answers'
+    'no box was given; classified from the whole image'
     """
-    if "fg" not in said:
+    if "fg" not in by_branch:
         return "the model has no fg branch"
-    if "full" not in said:
-        return f"{why}; the model has no full branch, so fg answers from the whole image, which it was not trained on"
-    return f"{why}; the whole image answers"
+    if "full" not in by_branch:
+        return f"{why}; the model has no full branch, so fg is applied to the whole image, which it was not trained on"
+    return f"{why}; classified from the whole image"

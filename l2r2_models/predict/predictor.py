@@ -1,4 +1,4 @@
-"""The whole way for one image or a folder: image, boxes, views, branches, fusion, and an answer that says why."""
+"""Predictor: from images and boxes to predictions, through views, branches and fusion."""
 
 from __future__ import annotations
 
@@ -24,37 +24,38 @@ from ..localize.model_based import Head, detections_of
 from ..pipe import in_order, worker_count
 from ..views import decode_patches, make_views, takes_patches
 from .adapt import DIGITS, Adapter
-from .ask import ask
 from .classify import Answered, Network, Precision
 from .finite import checked
-from .items import Item, Job, Pending, Row, is_large, whole_images
+from .items import Item, Job, Pending, Row, images_of, is_large, whole_images
 from .prediction import Answer, ObjectPrediction, Prediction, product, why_full, why_fused
+from .topk import predict_topk
 
-LOCALIZER_FAILED = "the localizer failed"  # how the reason of such an answer begins
+EMPTY_MASK = "the object's mask is empty"
+LOCALIZER_FAILED = "the localizer failed"  # prefix of the reason in that case
 Boxes = Detections | Sequence[Sequence[float]]
 
 
 class Predictor:
-    """Classifies images with a checkpoint; takes paths or PIL images in, gives `Prediction`s out.
+    """Classify images with a checkpoint.
 
     Args:
         checkpoint: see `load_checkpoint`.
-        box_threshold: boxes with a lower score count as not found. Boxes given without a score have 1.
-        max_objects: how many boxes of an image are classified, best first.
-        batch_size: objects in one pass.
-        top: classes listed in `ObjectPrediction.top`.
-        device: default cuda where there is one.
-        localizer: finds the boxes of images that come without any: a spec (see `localize.base`) or a Localizer. `head` is the
-            model's own box head: one pass over the whole image, then one over what it found.
-        topk_prompts: the full branch's so many best classes are what the localizer is asked for, see `localize.topk`.
-        workers: threads that decode files ahead of the network; 0 for none, by default one per core.
-        precision: of the network, `float32` or `bfloat16`, which is faster where the hardware has it, and less exact.
-        cascade: look at the object first, and at the whole image only where it could change the fused prediction; labels and
-            scores stay the same (`docs/method.md`, section 4). `ObjectPrediction.full` is None where it was not needed.
+        box_threshold: boxes with a lower score count as not found. Boxes without a score count as 1.
+        max_objects: maximum number of boxes to classify per image, best first.
+        batch_size: objects per forward pass.
+        top: number of classes listed in `ObjectPrediction.top`.
+        device: defaults to cuda if available.
+        localizer: finds the boxes of images given without any: a spec (see `localize.base`) or a Localizer. `head` is the
+            model's own box head: one forward pass on the whole image, then one on the boxes it found.
+        topk_prompts: prompt the localizer with this many top classes of the full branch, see `localize.topk`.
+        workers: number of threads that decode files in advance; 0 for none, by default one per core.
+        precision: precision of the network, `float32`, or the faster and less precise `bfloat16`, if the hardware supports it.
+        cascade: run the fg branch first, and the others only where they could change the fused prediction; labels and scores
+            stay the same (`docs/method.md`, section 4). `ObjectPrediction.full` is None where it was not needed.
 
     Raises:
-        L2R2Error: a model that does not take RGB, a number out of range, a localizer that cannot be had or does not suit, a
-            precision that the processor does not have, or a cascade of a model without the two branches.
+        L2R2Error: when the model does not take RGB images, a number is out of range, the localizer cannot be created or does
+            not fit the model, the hardware does not support the precision, or the model lacks a branch for the cascade.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Predictor:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = checkpoint.model.to(self.device).eval()
         if self.model.in_chans != 3:
-            raise L2R2Error(f"{checkpoint.name}: takes {self.model.in_chans} channels, but Predictor reads RGB; use the model.")
+            raise L2R2Error(f"{checkpoint.name}: takes {self.model.in_chans} channels, but Predictor reads RGB; call the model.")
         self.labels = checkpoint.labels
         for what, value in (("max_objects", max_objects), ("batch_size", batch_size), ("top", top)):
             if value < 1:
@@ -96,12 +97,12 @@ class Predictor:
             from ..localize.topk import check_promptable
 
             if topk_prompts < 1 or self.localizer is None:
-                raise L2R2Error("topk_prompts is a number of classes, at least 1, for a localizer that is given too.")
+                raise L2R2Error("topk_prompts must be at least 1 and needs a localizer.")
             check_promptable(self.localizer, self.model)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> Predictor:
-        """From a run's folder or a Hub id (`org/name`, `hf-hub:org/name@revision`); options as for `Predictor`."""
+        """Load a predictor from a run folder or Hub id (`org/name`, `hf-hub:org/name@revision`); options as for `Predictor`."""
         return cls(load_checkpoint(source), **options)
 
     @overload  # bytes are a sequence too, but not of images
@@ -115,13 +116,13 @@ class Predictor:
         Args:
             image: path, encoded bytes, binary file object, PIL image, or a uint8 array or tensor `[H, W, 3]` or `[H, W]`; or a
                 list of any of them, which gives a list of predictions.
-            boxes: what a localizer found, or xyxy boxes in pixels of the upright image (for several images one such for each, or
-                None); None: the predictor's own localizer finds them, and without one the full branch answers.
+            boxes: output of a localizer, or xyxy boxes in pixels of the upright image; for several images, one entry (or None)
+                per image. If None, the predictor's localizer finds them; without a localizer, the full branch is used.
 
         Raises:
-            ImageError: an image cannot be read.
-            TypeError: none of these kinds of image.
-            L2R2Error: not one entry of boxes for each image, or boxes of another image size.
+            ImageError: when an image cannot be read.
+            TypeError: when `image` is of another type.
+            L2R2Error: when there is not one entry of boxes per image, or the boxes are for another image size.
 
         >>> predict = Predictor.from_pretrained("runs/fungi")  # doctest: +SKIP
         >>> predict("photo.jpg", boxes=[[130, 42, 410, 380]]).label  # doctest: +SKIP
@@ -130,58 +131,58 @@ class Predictor:
         if not isinstance(image, (list, tuple)):
             return next(self._predict(iter([self._given(image, boxes)])))
         if boxes is not None and len(boxes) != len(image):
-            raise L2R2Error(f"{len(boxes)} entries of boxes for {len(image)} images; give one for each, None for no boxes.")
+            raise L2R2Error(f"{len(boxes)} entries of boxes for {len(image)} images; pass one per image (None for no boxes).")
         return list(self._predict(self._given(*pair) for pair in zip(image, boxes or [None] * len(image))))
 
     def predict_many(
         self, images: Sequence[ImageSource], boxes: Sequence[Boxes | None] | None = None, *, groups: Sequence[str] | None = None
     ) -> list[Prediction]:
-        """Classify several images, knowing which of them were taken at one place.
+        """Classify several images, given which of them were taken at the same place.
 
         Args:
             images, boxes: as for a call.
-            groups: the place of each image, e.g. the camera; None: nothing is known, and each image is classified for itself.
+            groups: group of each image, e.g. its camera; None classifies each image separately.
 
         Raises:
-            L2R2Error: as for a call, not one group for each image, or a model whose fusion was not fitted to know its batch.
+            L2R2Error: as for a call, when there is not one group per image, or the fusion has no batch rule.
         """
         if groups is None:
             return self(images, boxes)
         if len(groups) != len(images):
-            raise L2R2Error(f"{len(groups)} groups for {len(images)} images; give one for each.")
+            raise L2R2Error(f"{len(groups)} groups for {len(images)} images; pass one per image.")
         adapter, found = self.adapter("group"), self.keeping_logits()(images, boxes)
         adapter.learn((o, group) for prediction, group in zip(found, groups) for o in prediction.objects)
         adapted = adapter.adapt(o for prediction in found for o in prediction.objects)
         return [replace(p, objects=tuple(replace(next(adapted), logits=None) for _ in p.objects)) for p in found]
 
     def keeping_logits(self) -> Predictor:
-        """The same predictor, which gives the branches' logits too."""
+        """Return a copy of the predictor that also keeps the logits of the branches."""
         keeping = copy.copy(self)
         keeping.keep_logits = True
         return keeping
 
     def adapter(self, noun: str) -> Adapter:
-        """What fuses predictions of one place (a `noun`) together.
+        """Return an `Adapter` that fuses the predictions of a group (named `noun` in messages) jointly.
 
         Raises:
-            L2R2Error: the fusion was not fitted to know its batch, or `topk_prompts` or a cascade are asked for.
+            L2R2Error: when the fusion has no batch rule, or `topk_prompts` or `cascade` is set.
         """
         if self.topk_prompts is not None:
-            raise L2R2Error("Predictions by topk_prompts cannot be adapted to their place.")
+            raise L2R2Error("Predictions with topk_prompts cannot be adapted; use one or the other.")
         if self.network.cascade:
-            raise L2R2Error("Predictions are adapted to their place from the logits of all branches; leave cascade out.")
+            raise L2R2Error("Predictions with cascade cannot be adapted; use one or the other.")
         return Adapter(copy.deepcopy(self.model.fusion).cpu().float(), self.labels, self.top, noun)
 
     @torch.inference_mode()
     def look_at(
         self, image: ImageSource, boxes: Boxes | None = None, mask: Tensor | None = None, name: str | None = None
     ) -> tuple[Image.Image, Detections | None, Prediction]:
-        """Classify one image, and give what the answer was made from: the decoded image and its usable boxes, best first.
+        """Classify one image; return the decoded image, its usable boxes (best first), and the prediction.
 
         Args:
             image, boxes: see `__call__`.
-            mask: `[H, W]` bool of the object, for boxes that bring none.
-            name: the file's, for a localizer that goes by it.
+            mask: `[H, W]` bool, the object, for boxes without masks.
+            name: file name, for localizers that use it.
         """
         item = replace(self._given(image, boxes), name=name, mask=mask)
         if self.localizer is not None and item.boxes is None:
@@ -190,7 +191,7 @@ class Predictor:
         if found is not None and found.masks is None and mask is not None:
             found = replace(found, masks=mask.expand(len(found), -1, -1))
         (whole,) = whole_images([item])
-        return whole, found, next(self._classified(iter([item])))
+        return whole, found, next(self._classify(iter([item])))
 
     def _given(self, image: ImageSource, boxes: Boxes | None) -> Item:
         name = str(image) if isinstance(image, (str, Path)) else None
@@ -199,18 +200,18 @@ class Predictor:
         if boxes is not None and not isinstance(boxes, Detections):
             boxes = Detections.from_lists(boxes, size)
         if boxes is not None and boxes.image_size != size:
-            raise L2R2Error(f"{name or 'image'}: boxes of a {boxes.image_size} image (height, width), this one is {size}.")
+            raise L2R2Error(f"{name or 'image'}: boxes for a {boxes.image_size} image (height, width), but it is {size}.")
         return Item(name, loaded, boxes)
 
     def predict_files(
         self, paths: Iterable[Path], boxes: Mapping[str, BoxEntry] | None = None, masks: Mapping[str, Path] | None = None
     ) -> Iterator[Prediction]:
-        """Classify files in batches; an unreadable one becomes a Prediction with `failure`, the others go on.
+        """Classify files in batches; an unreadable file becomes a Prediction with `failure`.
 
         Args:
             paths: image files.
             boxes: entries by `str(path)`, see `BoxTable.join`.
-            masks: mask files by `str(path)`; without an entry in `boxes`, the mask's tight box is the box.
+            masks: mask files by `str(path)`; without an entry in `boxes`, the tight box around the mask is used.
         """
         known, mask_files = boxes or {}, masks or {}
 
@@ -226,12 +227,12 @@ class Predictor:
         return self._predict(in_order(load, paths, self.workers, ahead=self.network.most, weigh=weigh))
 
     def _load(self, path: Path, entry: BoxEntry | None, mask_file: Path | None) -> Item:
-        """Decode a file; on a CPU, cut its views too, in this thread."""
+        """Decode a file; on a CPU, also cut its views in this thread."""
         item, rows = self.decode(path, entry, mask_file)
         return self.network.cut(item, rows) if self.device.type == "cpu" and rows else item
 
     def decode(self, path: Path, entry: BoxEntry | None = None, mask_file: Path | None = None) -> tuple[Item, list[Row]]:
-        """Decode what is needed of a file, and list the boxes to classify; none before the localizer has seen the whole image."""
+        """Decode what the views show, and list the boxes to classify; before the localizer runs, the whole image and no boxes."""
         image = LazyImage(path, fill=self.model.view_spec.fill)
         mask = load_mask(mask_file, image.size) if mask_file else None
         boxes = None if mask is None else Detections.from_mask(mask)
@@ -250,15 +251,15 @@ class Predictor:
 
     @torch.inference_mode()
     def _predict(self, items: Iterator[Item | Prediction]) -> Iterator[Prediction]:
-        """Predictions in the order of the items; what is a prediction already stays as it is."""
-        yield from self._classified(items if self.localizer is None else self._located(items))
+        """Yield predictions in the order of the items; failed predictions are passed on."""
+        yield from self._classify(items if self.localizer is None else self._located(items))
 
     def _located(self, items: Iterator[Item | Prediction]) -> Iterator[Item | Prediction]:
-        """The items with what the localizer found where they have no boxes, a batch at a time."""
+        """Yield the items; those without boxes are localized, one batch at a time."""
         held: list[Item | Prediction] = []
         for item in items:
             held.append(item)
-            if len(held) >= self.batch_size or is_large([item for item in held if isinstance(item, Item)]):
+            if len(held) >= self.batch_size or is_large(item for item in held if isinstance(item, Item)):
                 yield from self._with_boxes(held)
                 held = []
         yield from self._with_boxes(held)
@@ -267,23 +268,24 @@ class Predictor:
         lacking = [item for item in held if isinstance(item, Item) and self._lacks_boxes(item)]
         if not lacking or self.localizer is None:
             return list(held)
+        found: Iterator[Item | Prediction]
         if self.topk_prompts is None:
-            found: Iterator[Item | Prediction] = iter(self._localize(lacking))
+            found = iter(self._localize(lacking))
         else:
-            asked = ask(lacking, self.model, self.labels, self.localizer, self.topk_prompts, self.box_threshold, self.top)
-            found = iter(asked)
+            args = self.model, self.labels, self.localizer, self.topk_prompts, self.box_threshold, self.top
+            found = iter(predict_topk(lacking, *args))
         return [next(found) if isinstance(item, Item) and self._lacks_boxes(item) else item for item in held]
 
     def _localize(self, items: Sequence[Item]) -> list[Item]:
-        """The items with what the localizer found; where it fails on a batch, each image is tried alone."""
+        """Return the items with their boxes; if the localizer fails on a batch, each image is tried alone."""
         assert self.localizer is not None
         images, names = whole_images(items), [item.name or "" for item in items]
         try:
             if isinstance(self.localizer, Head) and self.localizer.model is self.model:
                 full = make_views(images, None, self.model.view_spec, branches=("full",), device=self.device).full
                 out = self.model.forward_views(full=full)
-                located = detections_of(out.located, images, self.model.view_spec)  # type: ignore[arg-type]
-                return [replace(item, boxes=d, full=z) for item, d, z in zip(items, located, out.full)]  # type: ignore[arg-type]
+                located = detections_of(out.located, images, self.model.view_spec)
+                return [replace(item, boxes=d, full=z) for item, d, z in zip(items, located, out.full)]
             found = self.localizer(images, names=names if all(names) else None)
             return [replace(item, boxes=detections) for item, detections in zip(items, found)]
         except (L2R2Error, RuntimeError) as error:
@@ -291,8 +293,8 @@ class Predictor:
                 return [replace(items[0], localizer_failure=" ".join(str(error).split())[:300])]
         return [found for item in items for found in self._localize([item])]
 
-    def _classified(self, items: Iterator[Item | Prediction]) -> Iterator[Prediction]:
-        """Predictions in the order of the items, in batches that are filled across images and boxes."""
+    def _classify(self, items: Iterator[Item | Prediction]) -> Iterator[Prediction]:
+        """Yield predictions in the order of the items; batches are filled with the boxes of several images."""
         waiting: deque[Pending | Prediction] = deque()
         jobs: list[Job] = []
         for item in items:
@@ -302,34 +304,33 @@ class Predictor:
                 waiting.append(pending)
             else:
                 waiting.append(item)
-            while len(jobs) >= self.network.most or is_large(_images(jobs)):
-                self._answer_all(jobs[: self.network.most])
+            while len(jobs) >= self.network.most or is_large(pending.item for pending in images_of(jobs)):
+                self._answer(jobs[: self.network.most])
                 jobs = jobs[self.network.most :]
-            yield from self._ready(waiting)
+            yield from self._completed(waiting)
         for start in range(0, len(jobs), self.network.most):
-            self._answer_all(jobs[start : start + self.network.most])
-        yield from self._ready(waiting)
+            self._answer(jobs[start : start + self.network.most])
+        yield from self._completed(waiting)
 
-    def _ready(self, waiting: deque[Pending | Prediction]) -> Iterator[Prediction]:
-        """Take what is done from the front."""
+    def _completed(self, waiting: deque[Pending | Prediction]) -> Iterator[Prediction]:
+        """Remove and yield the completed predictions at the front."""
         while waiting:
             first = waiting[0]
             if isinstance(first, Pending):
                 if (objects := first.objects) is None:
                     return
-                if isinstance(self.model.fusion, ObjectnessMaxConfidence):  # the box that answers for the image comes first
+                if isinstance(self.model.fusion, ObjectnessMaxConfidence):  # the box that decides the image's label comes first
                     objects = tuple(sorted(objects, key=product, reverse=True))
                 first = checked([Prediction(first.item.name, objects)])[0]
             waiting.popleft()
             yield first
 
-    def _answer_all(self, jobs: Sequence[Job]) -> None:
-        if jobs:
-            for job, answer in zip(jobs, self.answers(self.network(jobs), jobs)):
-                job.pending.answers[job.number] = answer
+    def _answer(self, jobs: Sequence[Job]) -> None:
+        for job, answer in zip(jobs, self.answers(self.network(jobs), jobs)):
+            job.pending.answers[job.number] = answer
 
     def rows_of(self, item: Item) -> list[Row]:
-        """The boxes of an image to classify, or one row without a box."""
+        """Return the boxes of an image to classify, or one row without a box."""
         usable, why = self._usable(item)
         if usable is None:
             return [Row(torch.full((4,), float("nan")), None, why, item.mask)]
@@ -337,10 +338,10 @@ class Predictor:
         return [Row(box, score, "", mask) for box, score, mask in zip(usable.boxes, usable.scores.tolist(), masks)]
 
     def _usable(self, item: Item) -> tuple[Detections | None, str]:
-        """The boxes to classify, or None and why there are none (`docs/method.md`, section 2)."""
+        """Return the boxes to classify, or None and the reason why there are none (`docs/method.md`, section 2)."""
         detections = item.boxes
         if self.model.finds_object:
-            return None, "the network found no part of an object"  # it looks for itself; boxes are not used
+            return None, "the network found no part of an object"  # it finds the object itself; boxes are not used
         if item.localizer_failure is not None:
             return None, f"{LOCALIZER_FAILED} ({item.localizer_failure})"
         if detections is None or not len(detections):
@@ -350,11 +351,11 @@ class Predictor:
             return None, f"no box reaches the score {self.box_threshold:g} (best {detections.scores.max():.2f})"
         usable = sure.usable()
         if not len(usable):
-            return None, "every box lies outside of the image or is empty"
+            return None, "every box is empty or outside of the image"
         return usable.sorted().select(torch.arange(min(len(usable), self.max_objects))), ""
 
     def answers(self, answered: Answered, jobs: Sequence[Job]) -> Iterator[ObjectPrediction]:
-        """The predictions for boxes from what the network says of them."""
+        """Yield the prediction for each box."""
         output, has_fg, skipped = answered.output, answered.output.has_fg.tolist(), answered.skipped.tolist()
         given = {**output.branches(), "fused": output.fused}
         best = {b: z.float().softmax(-1).topk(self.top if b == "fused" else 1) for b, z in given.items()}
@@ -362,24 +363,19 @@ class Predictor:
         classes = {b: t.indices.tolist() for b, t in best.items()}
         for i, (box, box_score, why, _) in enumerate(job.row for job in jobs):
             keep = self.keep_logits and has_fg[i]
-            asked = [b for b in best if b in ("fg", "fused") or not skipped[i]]
-            said = {b: [Answer(self.labels[c], round(p, 6)) for c, p in zip(classes[b][i], probabilities[b][i])] for b in asked}
-            found = has_fg[i] and "fg" in said
+            pairs = {b: zip(classes[b][i], probabilities[b][i]) for b in best if b in ("fg", "fused") or not skipped[i]}
+            answers = {b: [Answer(self.labels[c], round(p, 6)) for c, p in of_branch] for b, of_branch in pairs.items()}
+            found = has_fg[i] and "fg" in answers
             yield ObjectPrediction(
-                label=said["fused"][0].label,
-                score=said["fused"][0].score,
+                label=answers["fused"][0].label,
+                score=answers["fused"][0].score,
                 source="fused" if found else "full",
-                reason=why_fused(said, self.model.fusion.over) if found else why_full(said, why or "the object's mask is empty"),
-                full=said["full"][0] if "full" in said else None,
-                fg=said["fg"][0] if found else None,
-                bg=said["bg"][0] if has_fg[i] and "bg" in said else None,
-                box=tuple(round(v, 2) for v in box.tolist()) if has_fg[i] and box.isfinite().all() else None,  # type: ignore[arg-type]
+                reason=why_fused(answers, self.model.fusion.over) if found else why_full(answers, why or EMPTY_MASK),
+                full=answers["full"][0] if "full" in answers else None,
+                fg=answers["fg"][0] if found else None,
+                bg=answers["bg"][0] if has_fg[i] and "bg" in answers else None,
+                box=tuple(round(v, 2) for v in box.tolist()) if has_fg[i] and box.isfinite().all() else None,
                 box_score=None if box_score is None else round(box_score, 4),
-                top=tuple(said["fused"]),
+                top=tuple(answers["fused"]),
                 logits={b: [round(v, DIGITS) for v in z[i].tolist()] for b, z in output.branches().items()} if keep else None,
             )
-
-
-def _images(jobs: Sequence[Job]) -> list[Item]:
-    """The images of some boxes, each once."""
-    return [pending.item for pending in {id(job.pending): job.pending for job in jobs}.values()]

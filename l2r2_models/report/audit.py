@@ -45,7 +45,7 @@ SHOWN = {
     "noise_fg_90": "noise on the object (90)",
     "noise_bg_90": "noise on the background (90)",
 }
-EXAMPLES = 3  # images whose changes are shown
+EXAMPLES = 3  # number of images whose changed versions are shown
 ABOUT_METRICS = (
     "Mixed-Same, Mixed-Rand and Mixed-Next: the object on the object-free background of another image of its own class, of a "
     "random class, or of the next class. BG-Gap: Mixed-Same minus Mixed-Rand, the part of the loss that is due to the class of "
@@ -56,8 +56,8 @@ ABOUT_METRICS = (
     "background.\n"
     "RFS and iRFS compare noise on the object with noise on the background, from -1 (only the background matters) to 1 (only the "
     "object matters); iRFS is computed from the probability of the true class of each image.\n"
-    "In small print: 95 % confidence intervals over images. Every image keeps its box; what a localizer would find in the "
-    "changed image is not part of this audit."
+    "In small print: 95 % confidence intervals over images. Every image keeps its box; this audit does not run a localizer on "
+    "the changed images."
 )
 ABOUT_NOISE = (
     "Gaussian noise is added to the object or to the background. A model that relies on the object loses more with noise on the "
@@ -94,29 +94,29 @@ def write_report(path: Path, run: AuditRun) -> None:
     write_page(path, f"Background audit of {audit.model}", audit.verdict, sections, audit.warnings)
 
 
-def cell(figure: Estimate | None, name: str) -> Markup:
+def cell(estimate: Estimate | None, name: str) -> Markup:
     """Format an estimate with its interval, in percent unless it is a sensitivity.
 
     Args:
-        figure: the estimate; None gives an empty cell.
+        estimate: the estimate; None gives an empty cell.
         name: name of the metric.
     """
-    if figure is None:
+    if estimate is None:
         return Markup("")
     if name.startswith(("rfs", "irfs")):
-        return Markup("{:.2f}<small>{:.2f} to {:.2f}</small>").format(figure.value, figure.low, figure.high)
-    return percent(figure.value, (figure.low, figure.high))
+        return Markup("{:.2f}<small>{:.2f} to {:.2f}</small>").format(estimate.value, estimate.low, estimate.high)
+    return percent(estimate.value, (estimate.low, estimate.high))
 
 
 def _measures(audit: Audit) -> Markup:
-    """One row per metric, so that the table stays narrow."""
+    """Make a table with one row per metric, so that it stays narrow."""
     names = [n for n in MEASURES if any(n in estimates for estimates in audit.answers.values())]
     rows = [[MEASURES[n], *(cell(estimates.get(n), n) for estimates in audit.answers.values())] for n in names]
     return table(["", *audit.answers], rows, caption="in %; RFS and iRFS from -1 to 1")
 
 
 def _bars(audit: Audit) -> Markup:
-    names = [n for n in BARS if all(n in figures for figures in audit.answers.values())]
+    names = [n for n in BARS if all(n in estimates for estimates in audit.answers.values())]
     values = {a: {MEASURES[n]: f[n].value for n in names} for a, f in audit.answers.items()}
     spans = {a: {MEASURES[n]: (f[n].low, f[n].high) for n in names} for a, f in audit.answers.items()}
     return bars_by_group(values, spans)
@@ -127,28 +127,28 @@ def _noise(audit: Audit) -> list[Markup]:
     kinds = (("", STD_LEVELS, "equal standard deviation"), ("l2_", L2_LEVELS, "equal L2 norm"))
     for kind, levels, caption in kinds:
         rows: list[list[Cell]] = []
-        for answer, figures in audit.answers.items():
+        for answer, estimates in audit.answers.items():
             for where, words in (("fg", "noise on object"), ("bg", "noise on background")):
                 names = [f"noise_{kind}{where}_{level}" for level in levels]
-                rows.append([f"{answer}: {words}", *(cell(figures.get(n), n) for n in names)])
+                rows.append([f"{answer}: {words}", *(cell(estimates.get(n), n) for n in names)])
             names = [f"rfs_{kind}{level}" for level in levels]
-            rows.append([f"{answer}: RFS", *(cell(figures.get(n), n) for n in names)])
+            rows.append([f"{answer}: RFS", *(cell(estimates.get(n), n) for n in names)])
         blocks.append(table(["level", *map(str, levels)], rows, caption=f"{caption}; in %, RFS from -1 to 1"))
     return blocks
 
 
 def _groups(audit: Audit) -> Markup:
-    def by_group(figures: Mapping[str, Estimate]) -> dict[str, Estimate]:
-        return {name.removeprefix("group: "): f for name, f in figures.items() if name.startswith("group: ")}
+    def by_group(estimates: Mapping[str, Estimate]) -> dict[str, Estimate]:
+        return {name.removeprefix("group: "): f for name, f in estimates.items() if name.startswith("group: ")}
 
-    found = {answer: by_group(figures) for answer, figures in audit.answers.items()}
+    found = {answer: by_group(estimates) for answer, estimates in audit.answers.items()}
     values = {answer: {g: f.value for g, f in groups.items()} for answer, groups in found.items()}
     spans = {answer: {g: (f.low, f.high) for g, f in groups.items()} for answer, groups in found.items()}
     return bars_by_group(values, spans)
 
 
 def _examples(audit: Audit, subjects: Subjects, answers: Answers, grain: int) -> list[Picture]:
-    """Changed images of a few subjects, first those whose own prediction becomes wrong on Mixed-Rand."""
+    """Return changed images of a few subjects, first those whose prediction becomes wrong on Mixed-Rand."""
     right, _ = answers.of(answers.names[-1])
     fooled = right["original"] - right.get("mixed_rand_0", right["original"]).nan_to_num(nan=0.0)
     order = torch.argsort(fooled, descending=True, stable=True).tolist()

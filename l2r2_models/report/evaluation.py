@@ -20,8 +20,8 @@ from .figures import bars_by_group, confusion, reliability_diagram
 from .html import Cell, Picture, Section, gallery, percent, table, write_page
 from .parts import parts_section
 
-SHOWN = 24  # disagreements
-ALIKE = 2  # of them with the same true and predicted class, because neighboring frames fail alike
+SHOWN = 24  # maximum number of disagreements
+ALIKE = 2  # maximum with the same true and predicted class, because neighboring frames fail alike
 WITHOUT_BOX, LEFT_OUT, MOST_CLASSES = 12, 20, 60
 WORDS = {
     "full": "the whole image alone",
@@ -39,7 +39,7 @@ def write_evaluation(
     Args:
         path: the HTML file.
         judged: an evaluated run, with its predictions.
-        result: the evaluation made of it.
+        result: the metrics computed from it.
         progress: wraps the batches while the parts of an iFAM model are computed.
 
     Raises:
@@ -74,7 +74,7 @@ def _lead(judged: Judged, result: Evaluation) -> str:
 
 
 def _better_branch(judged: Judged, result: Evaluation) -> str:
-    """A sentence if a branch alone is significantly better than the run's prediction: the fusion should be fitted again."""
+    """Return a sentence if a branch alone is significantly better than the fusion, which should then be fitted again."""
     best = max(judged.own, key=lambda name: result.rows[name]["accuracy"])
     correct = [judged.outputs[name].argmax(-1) == judged.data.labels for name in (best, judged.answer)]
     low, high = bootstrap_interval(correct[0].double() - correct[1].double(), clusters=judged.clusters)
@@ -92,9 +92,7 @@ def _accuracy(judged: Judged, result: Evaluation) -> Section:
     branches = [name for name in judged.own if not name.startswith(OWN)]
     text = "; ".join(f"{b}: {WORDS[b]}" for b in branches)
     if len(branches) > 1:
-        text += (
-            f".\nAt least one branch is correct in {_percent(result.oracle)}, which a perfect choice between them would reach."
-        )
+        text += f".\nAt least one branch is correct in {_percent(result.oracle)}, the accuracy of a perfect choice between them."
     if result.with_object < result.images and "fg" in branches:
         text += f"\nAn object was found in {result.with_object:,} of {result.images:,} images; for the others, full is used."
     return Section("Accuracy", text, blocks)
@@ -138,7 +136,7 @@ def _calibration(judged: Judged, result: Evaluation) -> Section:
         after = {f"{name} / {result.temperatures[name]:.2f}": z / result.temperatures[name] for name, z in before.items()}
         text += f"\nBelow: logits divided by a temperature each, fitted on {result.fitted_on}, which changes no prediction."
         if result.rows[judged.answer]["ece_scaled"] > result.rows[judged.answer]["ece"]:
-            text += f" It makes {_who(judged.answer)} worse here: {result.split} is not like {result.fitted_on}."
+            text += f" Here it makes {_who(judged.answer)} less calibrated: {result.split} differs from {result.fitted_on}."
         blocks.append(reliability_diagram(after, labels))
     else:
         text += "\nWith --fit-split SPLIT, the calibration with temperatures fitted there is shown too."
@@ -182,19 +180,19 @@ def _disagreements(judged: Judged) -> list[Section]:
     who = _who(judged.answer)
     sections = []
     for title, rows, count, limit, text in (
-        ("Wrong, though a branch was right", lost_rows, lost, first, f"The most confident mistakes of {who}."),
-        ("Right, though a branch was wrong", won_rows, won, SHOWN - first, "The most confident mistakes of a branch."),
+        ("Wrong although a branch was right", lost_rows, lost, first, f"The most confident mistakes of {who}."),
+        ("Right although a branch was wrong", won_rows, won, SHOWN - first, "The most confident mistakes of a branch."),
     ):
         number = int(count.sum())
         if number:
             shown = min(len(rows), limit)
             text += f" {number:,} images, {shown} of them shown, at most {ALIKE} with the same true and predicted class."
             sections.append(Section(title, text, [gallery(_pictures(judged, rows[:shown]))]))
-    return sections or [Section("Disagreements", f"Wherever a branch or {who} is right, all of them are.")]
+    return sections or [Section("Disagreements", f"Whenever one of the branches or {who} is correct, all of them are.")]
 
 
 def _worst(rows: Tensor, confidence: Tensor, mistakes: Tensor, labels: Tensor) -> list[int]:
-    """Indices of the selected rows, the most confident mistake first, at most a few with the same true and predicted class."""
+    """Return the selected rows, the most confident mistake first, with at most a few of the same true and predicted class."""
     seen: dict[tuple[int, int], int] = {}
     found = []
     for i in confidence.masked_fill(~rows, -1).argsort(descending=True, stable=True)[: int(rows.sum())].tolist():
@@ -219,7 +217,7 @@ def _without_box(judged: Judged, result: Evaluation) -> list[Section]:
 
 
 def _pictures(judged: Judged, rows: Sequence[int]) -> Iterator[Picture]:
-    """Cards of some rows; those without an object have a single prediction."""
+    """Yield the cards of some rows; those without an object have a single prediction."""
     names = judged.data.table.names()
     for i in rows:
         row, truth = judged.data.table.rows[i], int(judged.data.labels[i])
@@ -235,7 +233,7 @@ def _pictures(judged: Judged, rows: Sequence[int]) -> Iterator[Picture]:
             sample = sample_of(row, judged.checkpoint.model.view_spec.fill, judged.checkpoint.box_threshold)
             image, box = Image.fromarray(sample.pixels.numpy()), sample.box.tolist() if sample.has_box else None
         except L2R2Error:
-            pass  # the file has changed since; its card shows the error
+            pass  # the file was changed in the meantime; its card shows the error
         yield Picture(image, judged.labels[truth], box, predictions, note)
 
 

@@ -1,4 +1,4 @@
-"""The page of `l2r2 explain`: for each image what the branches saw, where they looked, and what would have changed the answer."""
+"""The HTML page of `l2r2 explain`: per image the views, the saliency maps, and the counterfactuals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..explain.explainer import Explanation
 from .html import Cell, Picture, Section, percent, strip, table, write_page
 
 SHOWN = 24  # images on a page
-MOST_SIDE = 512  # of a drawn picture
+MOST_SIDE = 512  # maximum side of a picture in pixels
 SORTS = ("disagreement", "outside", "error")
 MEASURES = {
     "share": "on the object",
@@ -30,24 +30,25 @@ MEASURES = {
     "deletion": "deletion",
 }
 ABOUT_MAPS = (
-    "Bright is where a branch finds what speaks for its class. full and fg: each for its own answer; fused: through the fusion "
-    "back to both views, laid over each other on the image."
+    "Bright areas increase the score of the class. full and fg: each for its own prediction; fused: for the fused prediction, "
+    "through the fusion back to both views, added up on the image."
 )
 ABOUT_MEASURES = (
-    "On the object: the part of the map in its mask, or in its box where there is no mask; a flat map has the part "
-    "of the image that the object takes up, and a view of nothing but the object has all. IoU of the map above half its maximum, "
-    "Δ (mean inside less mean outside) and the average precision of its pixels are those of RIVAL10. Insertion, deletion: area "
-    "under the probability of the class while pixels come or go, the most salient first; a faithful map has a high and a low one."
+    "On the object: the share of the saliency inside the object's mask, or its box if there is no mask. For a flat map it is the "
+    "object's share of the image; for a view that shows only the object it is 100 %. As in RIVAL10: IoU of the map above half "
+    "its maximum, Δ (mean inside minus mean outside), average precision of the pixels. Insertion and deletion: area under the "
+    "probability of the class while pixels are inserted or deleted, the most salient first; a faithful map has a high insertion "
+    "and a low deletion."
 )
 ABOUT_CHANGES = (
-    "Changes: the probability of what was answered, after each of them. The box stays where it was, unless the change is another "
-    "box. For how much a model leans on the background over a data set: l2r2 audit."
+    "Changes: the probability of the predicted class after each change. The box stays the same, unless the change is to the box. "
+    "To measure how much a model relies on the background over a data set, run l2r2 audit."
 )
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """What is kept of every image for the summary."""
+    """The values of one image that the summary needs."""
 
     right: bool | None
     agree: bool | None
@@ -58,15 +59,15 @@ class Numbers:
 
 
 class Page:
-    """Collects explanations one by one; of all the numbers, of the first `most` in the order the pictures.
+    """Collect explanations one by one: the metrics of all images, and the pictures of the first `most` in the order.
 
     Args:
-        sort: `disagreement` (of full and fg), `outside` (saliency of the answer outside of the object) or `error` (wrong and
-            sure first, which needs labels); None keeps the order of the images.
-        most: how many images are shown.
+        sort: `disagreement` (between full and fg), `outside` (saliency outside the object) or `error` (most confident mistakes
+            first; needs labels); None keeps the order of the images.
+        most: maximum number of images shown.
 
     Raises:
-        L2R2Error: an unknown order.
+        L2R2Error: when the order is unknown.
     """
 
     def __init__(self, sort: str | None = "disagreement", most: int = SHOWN) -> None:
@@ -75,19 +76,17 @@ class Page:
         self.sort, self.most = sort, most
         self.numbers: list[Numbers] = []
         self.method = ""
-        self._cards: list[tuple[float, int, Markup]] = []  # a heap, the last of those shown on top
+        self._cards: list[tuple[float, int, Markup]] = []  # a heap whose top is the last shown image
 
     def add(self, found: Explanation) -> None:
-        """Take an image into account, and draw it if it is among the first.
+        """Add an image, and draw it if it is among the first.
 
         Raises:
-            L2R2Error: sorted by error, and the image has no label.
+            L2R2Error: when sorting by error and the image has no label.
         """
         value = 0.0 if self.sort is None else getattr(found, self.sort)
         if value is None and self.sort == "error":
-            raise L2R2Error(
-                f"{found.file}: has no label, so the errors cannot be sorted; give a data set with labels, or another --sort."
-            )
+            raise L2R2Error(f"{found.file}: has no label to sort by error; pass a data set with labels, or another --sort.")
         key = (-1.0 if value is None else float(value), -len(self.numbers))
         self.method = found.method
         self.numbers.append(_numbers_of(found))
@@ -97,37 +96,37 @@ class Page:
             heapq.heapreplace(self._cards, (*key, card(found)))
 
     def lead(self) -> str:
-        """The sentences that say what was found."""
+        """Return a summary in a few sentences."""
         count = len(self.numbers)
-        said = [f"{count:,} image{'s' * (count != 1)}."]
+        sentences = [f"{count:,} image{'s' * (count != 1)}."]
         if known := [n.agree for n in self.numbers if n.agree is not None]:
-            said.append(f"The whole image and the object disagree in {known.count(False):,} of {len(known):,}.")
+            sentences.append(f"The whole image and the object disagree in {known.count(False):,} of {len(known):,}.")
         shares = {a: percent(v) for a in self._answers() if (v := self._mean(a, "share")) is not None}
         if shares:
             flat = percent(_mean([n.flat for n in self.numbers if n.flat is not None]))
             first, *others = shares.items()
             parts = ", ".join([f"{first[1]} % of the saliency of {first[0]}", *(f"{share} % of {a}" for a, share in others)])
-            said.append(f"The object takes up {flat} % of the image and holds {parts}.")
-        return " ".join(said)
+            sentences.append(f"The object covers {flat} % of the image and gets {parts}.")
+        return " ".join(sentences)
 
     def write(self, path: str | Path, title: str, notes: Sequence[str] = ()) -> None:
         """Write the page.
 
         Raises:
-            L2R2Error: no image was explained, or the file cannot be written.
+            L2R2Error: when no image was explained, or the file cannot be written.
         """
         if not self.numbers:
-            raise L2R2Error(f"{path}: is not written, because no image could be explained.")
+            raise L2R2Error(f"{path}: not written, because no image could be explained.")
         cards = [markup for *_, markup in sorted(self._cards, key=lambda c: c[:2], reverse=True)]
         order = {
             "disagreement": "most disagreement of full and fg first",
-            "outside": "most saliency off the object first",
-            "error": "wrong and sure first",
-        }.get(str(self.sort), "in their own order")
+            "outside": "most saliency outside the object first",
+            "error": "most confident mistakes first",
+        }.get(str(self.sort), "in the given order")
         count = f"{len(cards)} of {len(self.numbers):,}, {order}." if len(self.numbers) > 1 else ""
         sections = [Section("Images" if len(self.numbers) > 1 else "The image", count, cards)]
         if len(self.numbers) > 1:
-            sections.append(Section("In numbers", "Of all images.", [self._measures(), *self._changes()]))
+            sections.append(Section("Summary", "Means over all images.", [self._measures(), *self._changes()]))
         about = (ABOUT_MAPS, f"Method: {self.method}.", ABOUT_MEASURES, ABOUT_CHANGES)
         sections.append(Section("What is this?", "\n".join(about)))
         write_page(path, title, self.lead(), sections, notes)
@@ -145,7 +144,7 @@ class Page:
         if flat is not None:
             rows.append(["a flat map", percent(flat)])
         known = [n.right for n in self.numbers if n.right is not None]
-        caption = "means in %" + (f"; {known.count(True):,} of {len(known):,} are answered right" if known else "")
+        caption = "means in %" + (f"; {known.count(True):,} of {len(known):,} are correct" if known else "")
         return table(["", *(MEASURES[m] for m in names)], rows, caption=caption)
 
     def _changes(self) -> list[Markup]:
@@ -163,15 +162,15 @@ class Page:
             means = [percent(_mean([n.changes[name][a] for n in of if a in n.changes[name]])) for a in answers]
             other = Counter(n.kept[name] for n in of)[False] / len(of)
             rows.append([WORDS.get(name, name.replace("_", " ")), *means, percent(other), str(len(of))])
-        head = ["change", *answers, "other answer", "images"]
-        return [table(head, rows, caption="mean probability of the answer before the change, in %")]
+        head = ["change", *answers, "prediction changes", "images"]
+        return [table(head, rows, caption="mean probability of the class predicted before the change, in %")]
 
 
 def card(found: Explanation) -> Markup:
-    """One image: the pictures, the answers with their measures, and the changes."""
-    said = found.prediction
-    truth = "" if found.truth is None else f" {'✓' if said.label == found.truth else '✗'} truth: {found.truth}"
-    title = f"{said.label} {100 * said.score:.0f} %{truth} ({said.reason})"
+    """Make the card of one image: the pictures, the predictions with the metrics of their maps, and the changes."""
+    predicted = found.prediction
+    truth = "" if found.truth is None else f" {'✓' if predicted.label == found.truth else '✗'} truth: {found.truth}"
+    title = f"{predicted.label} {100 * predicted.score:.0f} %{truth} ({predicted.reason})"
     blocks = [_answers(found)]
     if found.changes:
         blocks.append(_changes(found))
@@ -179,13 +178,13 @@ def card(found: Explanation) -> Markup:
 
 
 def pictures(found: Explanation) -> list[Picture]:
-    """The image with its box, each branch's map, the cut view with its own, the fused map, and the swapped background."""
+    """Return the image with its box, the views and maps of the branches, the fused map, and the swapped background."""
     image = _picture(found.pixels)
     box = None if found.box is None else found.box.tolist()
     shown = [Picture(image, "the image" + (" and its box" if box else ""), box)]
     for answer, values in found.maps.items():
-        nothing = "" if bool(values.max() > 0) else "; nothing speaks for it"
-        who = f"{answer}: {_said(found, answer)}{nothing}"
+        nothing = "" if bool(values.max() > 0) else "; no area increases its score"
+        who = f"{answer}: {_predicted(found, answer)}{nothing}"
         view = found.views.get(answer)
         if answer in ("fg", "bg") and view is not None:
             cut = _picture(view)
@@ -200,7 +199,7 @@ def pictures(found: Explanation) -> list[Picture]:
 
 
 def heat(image: Image.Image, values: Tensor) -> Image.Image:
-    """A map `[h, w]` over a picture in gray, as bright as its part of the map's maximum."""
+    """Overlay a map `[h, w]`, scaled to its maximum, on a gray picture."""
     from matplotlib import colormaps
 
     grid = torch.nn.functional.interpolate(values[None, None], (image.height, image.width), mode="bilinear")[0, 0].clamp(min=0)
@@ -218,37 +217,38 @@ def _picture(pixels: Tensor) -> Image.Image:
     return image
 
 
-def _said(found: Explanation, answer: str) -> str:
-    said = getattr(found.prediction, answer) if answer != "fused" else found.prediction
-    said = said or found.prediction
-    return f"{said.label} {100 * said.score:.0f} %"
+def _predicted(found: Explanation, answer: str) -> str:
+    predicted = getattr(found.prediction, answer) if answer != "fused" else found.prediction
+    predicted = predicted or found.prediction
+    return f"{predicted.label} {100 * predicted.score:.0f} %"
 
 
 def _answers(found: Explanation) -> Markup:
     names = [m for m in MEASURES if any(m in v for v in found.measures.values())]
     rows: list[list[Cell]] = [
-        [answer, _said(found, answer), *(percent(measures.get(m)) for m in names)] for answer, measures in found.measures.items()
+        [answer, _predicted(found, answer), *(percent(measures.get(m)) for m in names)]
+        for answer, measures in found.measures.items()
     ]
     asked = set(found.questions.values())
     caption = f"measures of the maps in %; they show {asked.pop()}" if len(asked) == 1 else "measures of the maps in %"
-    return table(["", "says", *(MEASURES[m] for m in names)], rows, caption=caption, words=[1], strong=[len(rows) - 1])
+    return table(["", "predicts", *(MEASURES[m] for m in names)], rows, caption=caption, words=[1], strong=[len(rows) - 1])
 
 
 def _changes(found: Explanation) -> Markup:
     answers = list(found.changes[0].probability)
     rows: list[list[Cell]] = [[c.words, *(percent(c.probability[a]) for a in answers), c.label] for c in found.changes]
     question = list(found.questions.values())[-1].removeprefix("why ").split(" and not ")[0]
-    head = ["change", *answers, "answer"]
+    head = ["change", *answers, "prediction"]
     return table(head, rows, caption=f"probability of {question} in %", strong=[0], words=[len(head) - 1])
 
 
 def _numbers_of(found: Explanation) -> Numbers:
-    said = found.prediction
+    predicted = found.prediction
     flat = next((v["flat"] for v in found.measures.values() if "flat" in v), None)
     before = found.changes[0].label if found.changes else ""
     return Numbers(
-        None if found.truth is None else said.label == found.truth,
-        None if said.full is None or said.fg is None else said.full.label == said.fg.label,
+        None if found.truth is None else predicted.label == found.truth,
+        None if predicted.full is None or predicted.fg is None else predicted.full.label == predicted.fg.label,
         flat,
         found.measures,
         {c.name: c.probability for c in found.changes},

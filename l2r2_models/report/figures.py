@@ -30,7 +30,7 @@ STYLE: Any = {
     "axes.spines.right": False,
 }
 MOST_GROUPS, MOST_CLASSES = 40, 40
-DENSE = 20  # classes above which the confusion table is set smaller, to fit the page
+DENSE = 20  # number of classes above which the confusion table has smaller text, to fit the page
 
 
 def bars_by_group(
@@ -44,7 +44,7 @@ def bars_by_group(
     Of more than 40 groups, the 40 in which the last series is worst are shown.
 
     Args:
-        values: shares of 1 by series and group; every series has the same groups.
+        values: fractions by series and group; every series has the same groups.
         intervals: `(low, high)` by series and group.
         title: label of the axis.
 
@@ -154,7 +154,7 @@ def _confusion_picture(counts: Tensor) -> Markup:
 
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[Figure]:
-    """A figure, sized in inches, without pyplot, so that the caller's own plots are not affected."""
+    """Make a figure, sized in inches, without pyplot, so that the caller's plots are not affected."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -179,6 +179,6 @@ def _svg(figure: Figure, alt: str) -> Markup:
 
 
 def _clean(name: str, longest: int = 40) -> str:
-    """A user's name as one line of text that is valid in SVG."""
+    """Return a user's name as one line of text that is valid in SVG."""
     text = "".join(c if c.isprintable() else " " for c in name.encode("utf-8", "backslashreplace").decode()).strip()
     return (text if len(text) <= longest else f"{text[: longest - 1]}…") or "(empty)"

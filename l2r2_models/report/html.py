@@ -82,7 +82,7 @@ def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Secti
 
 
 def percent(value: float | None, interval: tuple[float, float] | None = None) -> Markup:
-    """Format a share of 1 in percent, with its confidence interval in small print below; empty for None.
+    """Format a fraction in percent, with its confidence interval in small print below; empty for None.
 
     >>> percent(0.5, (0.4, 0.6))
     Markup('50.0<small>40.0–60.0</small>')
@@ -155,7 +155,7 @@ def _card(picture: Picture) -> Markup:
     answers = []
     for who, what, right in picture.answers:
         kind = "" if right is None else "right" if right else "wrong"
-        sign = "" if right is None else "✓ " if right else "✗ "  # not by color alone
+        sign = "" if right is None else "✓ " if right else "✗ "  # a sign too, not just a color
         answers.append(Markup('<tr><th scope=row>{}</th><td class="{}">{}{}</td></tr>').format(who, kind, sign, what))
     predictions = Markup("<table>{}</table>").format(Markup("").join(answers)) if answers else ""
     note = Markup("<small>{}</small>").format(picture.note) if picture.note else ""
@@ -166,7 +166,7 @@ def _card(picture: Picture) -> Markup:
 def _thumbnail(picture: Picture) -> Markup:
     try:
         image = picture.image if isinstance(picture.image, Image.Image) else load_image(picture.image)
-    except L2R2Error as error:  # deleted or damaged since: the text is still worth reading
+    except L2R2Error as error:  # deleted or damaged in the meantime; the text is still shown
         return Markup('<div class="lost">{}</div>').format(str(error))
     scale = THUMBNAIL / max(image.size)  # smaller images are enlarged, so that the box is drawn thin
     size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
@@ -174,7 +174,7 @@ def _thumbnail(picture: Picture) -> Markup:
     if picture.box is not None:
         x0, y0, x1, y1 = (scale * v for v in picture.box)
         draw = ImageDraw.Draw(small)
-        draw.rectangle((x0 - 1, y0 - 1, max(x1, x0), max(y1, y0)), outline=(0, 0, 0), width=4)  # dark under light
+        draw.rectangle((x0 - 1, y0 - 1, max(x1, x0), max(y1, y0)), outline=(0, 0, 0), width=4)  # a dark line under the light one
         draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=(255, 214, 10), width=2)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=80)

@@ -1,4 +1,4 @@
-"""The parts of an iFAM model in the report of an evaluation: their size, and where they lie."""
+"""The parts of an iFAM model in the report of an evaluation: their size and position."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..evaluate.logits import Progress
 from ..evaluate.parts import FoundParts, find_parts
 from .html import Cell, Picture, Section, gallery, percent, table
 
-MOST, SHOWN = 128, 12  # images that are measured, and those of them that are drawn
+MOST, SHOWN = 128, 12  # number of images used for the metrics, and of those that are drawn
 SIDE = 256  # side of a drawn image in pixels
 TINT, DARK = 0.5, 0.6  # opacity of a part's color on its patches, and of black on dropped patches
 
@@ -35,10 +35,10 @@ def parts_section(judged: Judged, progress: Progress) -> list[Section]:
     kept = 100 * found.keep.float().mean().item()
     text = (
         f"Stage 1 finds {found.num_parts} parts without boxes or masks; stage 2 only sees their patches, here {kept:.0f} % of "
-        f"all (on {len(found.rows):,} images, evenly sampled). The index of a part is what --drop-parts takes."
+        f"all (on {len(found.rows):,} images, evenly sampled). --drop-parts takes these part indices."
     )
     if empty := int((~found.keep.any((1, 2))).sum()):
-        text += f"\nIn {empty:,} of them no patch is kept; the prediction is that of stage 1."
+        text += f"\nIn {empty:,} of them no patch is kept, so the prediction is that of stage 1."
     shares, occurrence = found.shares(), found.occurrence()
     names: list[Cell] = [_swatch(k, found.num_parts) for k in range(found.num_parts)]
     rows = [[name, percent(s), percent(o)] for name, s, o in zip([*names, "background"], shares, occurrence)]

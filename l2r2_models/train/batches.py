@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 
 
 class EpochBatches(Sampler[list[int]]):
-    """Batch sampler of one process; yields the row indices of one part of a batch after the other.
+    """Batch sampler of one process; yields the row indices of the parts of each batch, one part at a time.
 
     The order of an epoch depends only on seed and epoch. A last batch with fewer than two rows per process is dropped, because
     batch norm needs two rows.
@@ -19,8 +19,8 @@ class EpochBatches(Sampler[list[int]]):
         targets: class index of each row.
         batch_size: rows per batch, over all processes and parts.
         seed: random seed of the order.
-        balanced: draw equally many rows per class (up to one). Rows of small classes are repeated, but none before all others
-            of its class were drawn.
+        balanced: draw equally many rows per class (up to one). Rows of small classes are repeated, but none before all
+            rows of its class have been drawn.
         parts: number of parts per batch; lowered if a process would get fewer than two rows per part.
         rank, world: index of this process, and number of processes.
 
@@ -83,5 +83,5 @@ class EpochBatches(Sampler[list[int]]):
         return joined[torch.randperm(len(joined), generator=generator)]
 
     def _parts_of(self, rows: int) -> int:
-        """The number of parts that leaves each process at least two rows per part."""
+        """Return the largest number of parts with at least two rows per process and part."""
         return max(1, min(self.parts, rows // (2 * self.world)))

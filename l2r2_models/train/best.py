@@ -1,4 +1,4 @@
-"""Choose the best epoch and when to stop, from the log of the run, so that interruptions change nothing."""
+"""Choose the best epoch and decide when to stop, from the log of the run, so that interruptions make no difference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Best:
     """The best epoch so far.
 
     Attributes:
-        epoch: its number, counted from 1; the first of equals.
+        epoch: its number, counted from 1; the first one in case of ties.
         value: its metric.
         epochs: number of evaluated epochs.
     """
@@ -29,7 +29,7 @@ class Best:
         return self.epoch == self.epochs
 
     def exhausted(self, patience: int) -> bool:
-        """Whether `patience` epochs brought no improvement; never with patience 0."""
+        """Return whether there was no improvement for `patience` epochs; always False for patience 0."""
         return bool(patience) and self.epochs - self.epoch >= patience
 
 

@@ -45,7 +45,7 @@ class Result:
         images, with_box: number of training images, and of those with an object that fg can see.
         skipped: excluded images, with the reason.
         was_finished: whether the run was already finished, and nothing was done.
-        notes: notes on the initialization, on look-alikes across splits, and on the choice of the epoch.
+        notes: notes on the initialization, on near-duplicates across splits, and on the choice of the epoch.
     """
 
     folder: Path
@@ -85,7 +85,7 @@ def finetune(
         train_split, val_split: names of splits; by default `train` (all images if there are no splits), and `val` or
             `validation` if there is one.
         skip_bad: skip unreadable images instead of stopping.
-        overwrite: delete the run in `out` as soon as the new one can start.
+        overwrite: delete the run in `out` once the new one is ready to start.
         tensorboard: write logs for TensorBoard to `out/logs`.
         progress: wraps the iteration while images are checked.
 
@@ -93,8 +93,8 @@ def finetune(
         The run folder, its validation metrics, and notes.
 
     Raises:
-        L2R2Error: when the data or the model is unusable, the training diverges, or `out` holds another run or is being written
-            by another process.
+        L2R2Error: when the data or the model is unusable, the training diverges, or `out` contains another run or is being
+            written by another process.
 
     >>> recipe = Recipe.default("l2r2_convnextv2_tiny", pretrained=True, epochs=10)  # doctest: +SKIP
     >>> result = finetune("data/", recipe, "runs/fungi", boxes="boxes.json")  # doctest: +SKIP
@@ -153,7 +153,7 @@ def _trainer_module(tensorboard: bool) -> Any:
 def _plan(
     table: ImageTable, recipe: Recipe, train_split: str | None, val_split: str | None
 ) -> tuple[ImageTable, ImageTable | None, dict[str, Any]]:
-    """Training and validation rows, and the settings that identify the run."""
+    """Return the training and validation rows, and the settings that identify the run."""
     train, val = _split(table, train_split, val_split, recipe)
     about = {"train": rows_digest(train), "images": len(train), "classes": list(train.classes())}
     if table.boxes_from:
@@ -161,15 +161,15 @@ def _plan(
     if recipe.best_metric != NO_METRIC:
         if val is None:
             raise L2R2Error(
-                f"{train.root}: best_metric needs validation rows to choose an epoch on; give --val-split or --val-fraction, "
-                "or best_metric none, which keeps the last epoch."
+                f"{train.root}: best_metric needs validation rows to choose the best epoch; pass --val-split or "
+                "--val-fraction, or set best_metric to none to keep the last epoch."
             )
         about["val"] = rows_digest(val)
     return train, val, {"recipe": recipe.to_dict(), "data": about}
 
 
 def _claim(out: Path, data: Path, settings: dict[str, Any], overwrite: bool, held: ExitStack) -> dict[str, Any] | None:
-    """The record of a finished run, or None; then the folder is locked until `held` is closed."""
+    """Return the record of a finished run, or else None with the folder locked until `held` is closed."""
     if (done := _finished(out, data, settings, overwrite)) is None:
         held.enter_context(only_writer(out))
         if out.is_dir():
@@ -185,7 +185,7 @@ def _finished(out: Path, data: Path, settings: dict[str, Any], overwrite: bool) 
 
 
 def _model(recipe: Recipe, classes: Sequence[str], start: InitCheckpoint | None, trainer: Any) -> tuple[L2R2, list[str]]:
-    """The model, and a note on its initialization."""
+    """Create the model, and a note on its initialization."""
     trainer.check_device(recipe)
     check_optimizer(recipe.optimizer)
     model = create_model(recipe, len(classes), start)
@@ -193,12 +193,12 @@ def _model(recipe: Recipe, classes: Sequence[str], start: InitCheckpoint | None,
 
 
 def _start(recipe: Recipe, out: Path, settings: dict[str, Any]) -> InitCheckpoint | None:
-    """The checkpoint to start from, which becomes part of the run's settings."""
+    """Open the checkpoint to start from, which becomes part of the run's settings."""
     if recipe.init is None:
         return None
     start = InitCheckpoint.read(recipe.init)
     if start.folder.resolve().is_relative_to(out.resolve()):
-        raise L2R2Error(f"{out}: holds the checkpoint to start from; choose another -o.")
+        raise L2R2Error(f"{out}: contains the checkpoint to start from; choose another -o.")
     settings["init"] = start.about()
     return start
 
@@ -218,7 +218,7 @@ def _begin(out: Path, recipe: Recipe, settings: dict[str, Any], overwrite: bool)
 
 
 def _localizer(recipe: Recipe, boxes_from: dict[str, Any]) -> dict[str, Any]:
-    """The localizer the model was trained for: its own box head, or the one that made the box file."""
+    """Return the localizer that the model is trained for: its own box head, or the one that made the box file."""
     spec = "head" if recipe.box_head else boxes_from.get("localizer")
     return {} if spec is None else {"spec": spec, **({"oracle": True} if boxes_from.get("oracle") else {})}
 
@@ -232,7 +232,7 @@ def _finish(
         localizer = _localizer(recipe, settings["data"].get("boxes_from", {}))
         digest = save_checkpoint(model, out, classes, settings, localizer=localizer)
     except OSError as error:
-        raise L2R2Error(f"{out}: cannot be written ({error.strerror or error}); the same call again finishes the run.") from error
+        raise L2R2Error(f"{out}: cannot be written ({error.strerror or error}); run the same command again to finish.") from error
     write_json(out / RUN, {**record, "weights_sha256": digest})  # written last: it marks the run as finished
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
@@ -240,7 +240,7 @@ def _finish(
 def _notes(recipe: Recipe, trained: Any) -> list[str]:
     notes, best = [], trained.best
     if recipe.trainable == "head" and not recipe.pretrained:
-        notes.append("the backbone is random and was not trained; only the heads were")
+        notes.append("the backbone has random weights; only the heads were trained")
     if best is not None:
         name = recipe.best_metric.replace("_", " ")
         notes.append(f"kept epoch {best.epoch} of {best.epochs}: best {name} on the validation rows ({100 * best.value:.1f} %)")
@@ -259,7 +259,7 @@ def _split(table: ImageTable, train: str | None, val: str | None, recipe: Recipe
     if val and val == train:
         raise L2R2Error(f"{table.root}: the split {val} cannot be used for both training and validation; choose another one.")
     if val and recipe.val_fraction:
-        raise L2R2Error(f"{table.root}: already has the validation split {val}; leave val_fraction out.")
+        raise L2R2Error(f"{table.root}: already has the validation split {val}; do not set val_fraction.")
     if not recipe.val_fraction:
         return train_table, table.of_split(val) if val else None
     train_table.classes()  # check the labels before splitting
@@ -269,28 +269,28 @@ def _split(table: ImageTable, train: str | None, val: str | None, recipe: Recipe
 def _check(train: ImageTable, val: ImageTable | None, recipe: Recipe, model: L2R2, skip_bad: bool, progress: Progress) -> Check:
     """Decode every image once, and check that enough usable images remain."""
     rows = train.rows + (val.rows if val else ())
-    check = check_images(replace(train, rows=rows), progress, recipe.box_threshold, lambda sample: _shows(model, sample))
+    check = check_images(replace(train, rows=rows), progress, recipe.box_threshold, lambda sample: _fg_sees_object(model, sample))
     if check.bad and not skip_bad:
         count = f"{len(check.bad)} of {len(rows)} images cannot be used"
         raise L2R2Error(f"{count}, e.g. {next(iter(check.bad.values()))} Fix them, or skip them with --skip-bad.")
     left = {str(row.label) for row in train.rows if row.path not in check.bad}
     if left != set(train.classes()):
         names = ", ".join(sorted(left)) or "none"
-        raise L2R2Error(f"{train.root}: a class has no usable images; the classes left are {names}.")
+        raise L2R2Error(f"{train.root}: a class has no usable images; the remaining classes are {names}.")
     if val and all(row.path in check.bad for row in val.rows):
         raise L2R2Error(f"{val.root}: no validation image can be read.")
-    looks_at_objects = [b for b in recipe.branches if b != "full" and not model.finds_object]
-    if looks_at_objects and not any(row.path in check.with_box for row in train.rows):
+    needs_objects = [b for b in recipe.branches if b != "full" and not model.finds_object]
+    if needs_objects and not any(row.path in check.with_box for row in train.rows):
         raise L2R2Error(
             f"{train.root}: no training image has a usable box or mask (inside the image, not empty, score at "
-            f"least {recipe.box_threshold:g}), so {' and '.join(looks_at_objects)} would learn nothing; "
-            "give --boxes FILE, or train a plain classifier with --branches full."
+            f"least {recipe.box_threshold:g}), so {' and '.join(needs_objects)} cannot be trained; "
+            "pass --boxes FILE, or train a plain classifier with --branches full."
         )
     return check
 
 
-def _shows(model: L2R2, sample: Sample) -> bool:
-    """Whether fg sees anything of a sample's object: token masks may keep no patch of a small one."""
+def _fg_sees_object(model: L2R2, sample: Sample) -> bool:
+    """Return whether fg sees the object of a sample; a token mask may keep no patch of a small object."""
     spec = model.view_spec
     if "fg" not in model.branches or not (spec.fg.erases or spec.fg.takes_mask):
         return sample.has_box
@@ -303,7 +303,7 @@ def _shows(model: L2R2, sample: Sample) -> bool:
 
 
 def _other_rows(table: ImageTable, train: ImageTable, val: ImageTable | None) -> dict[str, ImageTable]:
-    """The rows that are not trained on, by split."""
+    """Return the rows that are not trained on, by split."""
     ours = {train.rows[0].split}
     others = {} if val is None else {HELD_OUT if val.rows[0].split in ours else str(val.rows[0].split): val}
     return {**{name: table.of_split(name) for name in table.splits if name not in ours}, **others}

@@ -73,7 +73,7 @@ class InitCheckpoint:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is a checkpoint of this project, and not of timm."""
+        """Whether it is a checkpoint of l2r2-models, and not of timm."""
         return "l2r2" in self.config
 
     @property
@@ -83,7 +83,8 @@ class InitCheckpoint:
 
     @property
     def _cfg(self) -> Mapping[str, Any]:
-        return self.config.get("pretrained_cfg", {})
+        cfg: Mapping[str, Any] = self.config.get("pretrained_cfg", {})
+        return cfg
 
     # ---- its settings ----
 
@@ -137,12 +138,12 @@ class InitCheckpoint:
         return {"name": self._short_name(), "digest": digest.hexdigest(), "source": asdict(self._source())}
 
     def _short_name(self) -> str:
-        """The name without parent folders of this machine."""
+        """Return the name without local parent folders."""
         folder = local_folder(self.name)
         return self.name.removeprefix("hf-hub:") if folder is None else folder.resolve().name
 
     def _source(self) -> Source:
-        """For the model card: a local run inherits its own source; a published checkpoint has its own license."""
+        """Return the source for the model card: of a local run, the source it was trained from; else the published checkpoint."""
         upstream = source_of_training(self._training())
         if self.is_ours and (self.folder / RUN).exists():
             return upstream
@@ -159,7 +160,7 @@ class InitCheckpoint:
     def files(self, classes: Sequence[str]) -> list[str]:
         """Return the names of the images that the weights were trained on, if the checkpoint is a run with the same classes.
 
-        Such a run is probably on the same data; in other data, a name like `1.jpg` means another image.
+        Such a run was probably trained on the same data; in other data, a name like `1.jpg` would be another image.
         """
         if not (self.folder / RUN).exists() or self.labels != tuple(classes):
             return []
@@ -206,7 +207,7 @@ class InitCheckpoint:
             raise L2R2Error(f"{self.name}: its weights cannot be read ({' '.join(str(error).split())[:200]}).") from None
 
     def _prefix(self, state: Mapping[str, Tensor], branch: str) -> str:
-        """Prefix of a branch's backbone in the checkpoint."""
+        """Return the prefix of a branch's backbone in the checkpoint."""
         own = f"branch_backbones.{branch}."
         return own if any(k.startswith(own) for k in state) else "backbone." if self.is_ours else ""
 
@@ -224,9 +225,9 @@ class InitCheckpoint:
         return {prefix + k: v for k, v in found.items()}
 
     def _heads(self, state: Mapping[str, Tensor], model: L2R2, own: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """By branch, the head that was trained on the backbone this branch gets: its own, or else that of another branch.
+        """Return the head for each branch: the one trained on the backbone that the branch gets, if possible its own.
 
-        The head of iFAM's stage 1 is of another kind, on parts.
+        The head of iFAM's stage 1 works on parts, so it is not used for other models.
         """
         if self.is_ours:
             of_parts = "full" if _has_parts(state) and not model.finds_object else None
@@ -252,7 +253,7 @@ class InitCheckpoint:
 
 
 def _branch_of(prefix: str, model: L2R2) -> str:
-    """The branch whose backbone has this prefix; the first branch if it is shared."""
+    """Return the branch whose backbone has this prefix; the first branch if the backbone is shared."""
     return prefix.split(".")[1] if prefix.startswith("branch_backbones.") else model.branches[0]
 
 

@@ -63,7 +63,7 @@ class BranchLoss(nn.Module):
         bg: Tensor | None = None,
         mask: Tensor | None = None,
         box: Tensor | None = None,
-        looked_for: Tensor | None = None,
+        localized: Tensor | None = None,
         counts: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the loss and the logits.
@@ -74,9 +74,9 @@ class BranchLoss(nn.Module):
             full, fg, bg: `[B, C, S, S]` views of the branches, see `L2R2.forward_views`.
             mask: see `L2R2.forward_views`.
             box: `[B, 4]` target of the model's box head, see `ViewDataset`; its loss is added, see `box_losses`.
-            looked_for: `[B]` bool, False for rows that were not localized; they are ignored by the box head's objectness loss.
-            counts: `[2]`, the number of rows and of rows with an object to divide by, if this is a part of a batch; None divides
-                by the numbers in this batch.
+            localized: `[B]` bool, False for rows where the localizer failed or was not run; the objectness loss ignores them.
+            counts: `[2]`, the number of rows and of rows with an object in the whole batch, by which sums are divided if this is
+                a part of a batch; None uses the counts of this batch.
 
         Returns:
             `loss`, and logits `[B, classes]`: `fused`, and one entry per branch. Rows without an object have the logits of the
@@ -90,7 +90,7 @@ class BranchLoss(nn.Module):
             for branch in views:
                 views[branch], targets[branch] = self.mix(views[branch], labels, rows[branch])
         out = self.model.forward_views(**views, has_fg=has_fg, mask=mask)
-        rows.update(fg=out.has_fg, bg=out.has_fg)  # without rows whose mask keeps no patch in the network
+        rows.update(fg=out.has_fg, bg=out.has_fg)  # excludes rows whose mask keeps no patch
         logits = {branch: z.float() for branch, z in out.branches().items()}  # float32 under autocast too
         losses = []
         for branch, z in logits.items():
@@ -98,8 +98,8 @@ class BranchLoss(nn.Module):
             losses.append(self._sum(z, targets[branch], rows[branch]) / count)
         if box is not None and out.located is not None:
             of_box, of_object = box_losses(out.located, box)
-            if looked_for is not None:
-                of_object = of_object * looked_for
+            if localized is not None:
+                of_object = of_object * localized
             losses += [of_box.sum() / _count(has_fg, counts, 1), of_object.sum() / _count(torch.ones_like(has_fg), counts, 0)]
         if self.training:
             part_of_batch = 1 if counts is None else len(labels) / counts[0]
@@ -112,5 +112,5 @@ class BranchLoss(nn.Module):
 
 
 def _count(rows: Tensor, counts: Tensor | None, which: int) -> Tensor:
-    """The divisor of a sum over rows."""
+    """Return the divisor of a sum over rows."""
     return rows.sum().clamp(min=1) if counts is None else counts[which]

@@ -13,7 +13,7 @@ class ViewMixup:
 
     Args:
         classes: number of classes.
-        mixup, cutmix: alpha of the Beta distribution of the mixing ratio; 0 turns it off. With both on, one is drawn per batch.
+        mixup, cutmix: alpha of the Beta distribution of the mixing ratio; 0 turns it off. If both are on, one is drawn per batch.
         probability: probability that a batch is mixed.
     """
 
@@ -25,7 +25,7 @@ class ViewMixup:
         self.classes, self.probability = classes, probability
 
     def __call__(self, view: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix the rows that count for a branch with each other, so that no view without an object enters one with an object.
+        """Mix the given rows with each other only, so that views with an object are not mixed with views without one.
 
         Args:
             view: `[B, C, S, S]`.

@@ -1,4 +1,4 @@
-"""Create the model of a recipe, and try it out before anything slow starts."""
+"""Create the model of a recipe, and check it before the slow steps start."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def create_model(recipe: Recipe, num_classes: int, start: InitCheckpoint | None 
     options.update({key: rate for key, rate in (("drop_rate", recipe.drop), ("drop_path_rate", recipe.drop_path)) if rate})
     if recipe.box_head:
         if model_class(architecture).finds_object:
-            raise L2R2Error(f"{recipe.model} finds its object itself; leave box_head out.")
+            raise L2R2Error(f"{recipe.model} finds its object itself; do not set box_head.")
         options["box_head"] = True
     if recipe.num_parts is not None:
         if not model_class(architecture).finds_object:
-            raise L2R2Error(f"num_parts is for iFAM models, not for {recipe.model}; leave it out.")
+            raise L2R2Error(f"num_parts is for iFAM models, not for {recipe.model}; do not set it.")
         options["num_parts"] = recipe.num_parts
     if recipe.size and cfg is not None and cfg.fixed_input_size:
         options["img_size"] = recipe.size
@@ -77,7 +77,7 @@ def create_model(recipe: Recipe, num_classes: int, start: InitCheckpoint | None 
     model.view_spec = ViewSpec.from_pretrained_cfg({**model.pretrained_cfg, **from_start}, **changes)
     fg = model.view_spec.fg
     if (recipe.mixup or recipe.cutmix) and fg.in_network:
-        raise L2R2Error(f'mixup and cutmix cannot mix the masks that fg_mode "{fg.name}" needs; leave them out.')
+        raise L2R2Error(f'mixup and cutmix cannot mix the masks that fg_mode "{fg.name}" needs; do not set them.')
     if fg.drops_tokens and (recipe.backbone or {}).get("attn_drop_rate"):
         raise L2R2Error(f'attn_drop_rate does not work with fg_mode "{fg.name}", which drops tokens; use one or the other.')
     _try_out(model, recipe)
@@ -87,7 +87,7 @@ def create_model(recipe: Recipe, num_classes: int, start: InitCheckpoint | None 
         try:
             model.set_grad_checkpointing(True)
         except AssertionError as error:
-            raise L2R2Error(f"{recipe.model}: its backbone has no grad_checkpointing; leave it out.") from error
+            raise L2R2Error(f"{recipe.model}: its backbone has no grad_checkpointing; do not set it.") from error
     return model
 
 

@@ -16,7 +16,7 @@ def check_optimizer(name: str) -> None:
     """Check that timm has an optimizer of this name.
 
     Raises:
-        L2R2Error: when it has not.
+        L2R2Error: when there is none.
     """
     known = [str(optimizer) for optimizer in timm.optim.list_optimizers()]
     if name.lower().removeprefix("lookahead_") not in known:

@@ -35,72 +35,72 @@ class Recipe:
 
     Attributes:
         model: registered architecture, with or without a tag; or any timm backbone as `timm:NAME`.
-        pretrained: start from weights instead of random ones: those of `init`, or of the tag (downloaded once by timm).
+        pretrained: start from pretrained weights instead of random ones: those of `init`, or of the tag (downloaded by timm).
         init: start from a checkpoint: a run folder, a Hub repository, or a timm classifier saved in timm's layout. Its backbone
-            must be the model's; its heads are used where the classes are the same. It must stay until the run is finished.
-        backbone: more arguments of the timm backbone, e.g. `{patch_size: 8, depth: 6}` for a small ViT from scratch.
+            must be the model's; its heads are used if the classes are the same. Keep it in place until the run is finished.
+        backbone: other arguments of the timm backbone, e.g. `{patch_size: 8, depth: 6}` for a small ViT from scratch.
         branches: any of full, fg and bg; `full` alone is a plain classifier.
         shared: one backbone for all branches; false gives each branch its own.
         fusion: how the branches' outputs are combined: average, max_confidence or robust.
-        fusion_inputs: the branches that are fused; null is all.
+        fusion_inputs: the branches that are fused; null fuses all.
         threshold: confidence above which the `robust` fusion trusts fg.
         drop: dropout rate before the heads.
-        drop_path: rate of stochastic depth in the backbone (arXiv 1603.09382), where timm has it.
-        box_head: also train a head that finds the object's box, from the boxes of the rows; rows in which none was found are its
-            negatives, those where nobody looked (a localizer failed, a box file does not name the image) teach it nothing.
-        grad_checkpointing: compute activations again in the backward pass instead of keeping them; less memory.
-        fg_mode: what the fg branch sees: crop, masked_crop, masked, late or tokens; null is the model's own.
-        bg: what the bg branch does not see: `shape` (the object's pixels) or `box` (its box); null is the model's own.
-        square: pad views to a square before the resize; false stretches them; null is the model's own.
-        fill: RGB levels (0-255) of padding and of replaced pixels; null is the model's own.
-        interpolation: of views: bilinear or bicubic; null is the model's own.
-        mode: of views: `float`, or `pil`, which rounds as Pillow does; null is the model's own.
-        decode: of image files: `full`, or `scaled`, which reduces large ones first; null is the model's own.
-        margin: how far the fg box grows at each end, relative to its side.
+        drop_path: rate of stochastic depth in the backbone (arXiv 1603.09382), if timm supports it.
+        box_head: also train a head that predicts the object's box, on the boxes of the rows. Rows where no box was found are
+            negatives; rows without a result (the localizer failed, or the box file does not list the image) are ignored.
+        grad_checkpointing: recompute activations in the backward pass instead of storing them, to save memory.
+        fg_mode: what the fg branch sees: crop, masked_crop, masked, late or tokens; null keeps the model's default.
+        bg: what is removed from the bg view: `shape` (the object's pixels) or `box` (its box); null keeps the model's default.
+        square: pad views to a square before the resize; false stretches them; null keeps the model's default.
+        fill: RGB levels (0-255) of padding and of replaced pixels; null keeps the model's default.
+        interpolation: how views are resized: bilinear or bicubic; null keeps the model's default.
+        mode: how views are rounded: `float` (not at all), or `pil` as Pillow does; null keeps the model's default.
+        decode: how image files are decoded: `full`, or `scaled` to reduce large ones; null keeps the model's default.
+        margin: margin added to the fg box at each end, relative to its side.
         late_stage: fg_mode `late` masks the output of the `last` stage, or of the one `before_last`.
         late_pool: fg_mode `late` pools by the masked mean (`mask`), over all positions (`all`), or by the class token (`token`).
-        coverage: fg_mode `tokens` keeps the patches that the object covers by at least this part of their area.
-        size: side of the views in pixels; null is the model's own input size.
+        coverage: fg_mode `tokens` keeps the patches of which the object covers at least this fraction.
+        size: side of the views in pixels; null keeps the model's input size.
         box_threshold: boxes with a lower score are not used.
-        val_fraction: part of the training rows to hold out for validation; 0 holds none out.
-        val_group: metadata column (site, physical object) whose values stay on one side when rows are held out.
-        val_from: rows to hold out: `random`, or the `end` of each class, for video frames.
-        num_parts: number of parts of an ifam model; null is the model's own.
-        part_presence: weight of the ifam loss that wants every part to be found.
-        part_equivariance: weight of the ifam loss that wants parts to move with the image.
-        part_variation: weight of the ifam loss that wants connected parts (total variation).
-        part_entropy: weight of the ifam loss that wants each patch to belong to one part.
-        part_orthogonality: weight of the ifam loss that wants the parts to differ.
-        part_background: weight of the ifam loss that wants the background at the border.
-        trainable: `all`, or `head`: the backbones stay as they are, their batch-norm statistics included.
+        val_fraction: fraction of the training rows to hold out for validation; 0 holds none out.
+        val_group: metadata column (site, physical object); rows with the same value are held out together.
+        val_from: which rows to hold out: `random`, or the `end` of each class, for video frames.
+        num_parts: number of parts of an iFAM model; null keeps the model's default.
+        part_presence: weight of the iFAM loss that encourages each part to occur.
+        part_equivariance: weight of the iFAM loss that encourages parts to move with the image.
+        part_variation: weight of the iFAM loss that encourages connected parts (total variation).
+        part_entropy: weight of the iFAM loss that encourages each patch to belong to one part.
+        part_orthogonality: weight of the iFAM loss that encourages parts to differ.
+        part_background: weight of the iFAM loss that encourages background at the border.
+        trainable: `all`, or `head` to freeze the backbones, including their batch-norm statistics.
         epochs: passes over the training rows.
-        batch_size: rows per step of the optimizer, over all processes and parts.
-        grad_accumulation: parts that a batch is computed in, one after the other, to fit into memory. The result is that of one
-            part, but for batch norm, which sees one part at a time.
-        balanced: draw equally many rows of every class in each epoch; an epoch keeps its length.
-        optimizer: a name of `timm.optim.list_optimizers()`; norms, biases and what the backbone names have no weight decay.
-        lr: peak learning rate, reached after the warm-up; then it falls to zero as a cosine.
-        weight_decay: of the optimizer.
-        momentum: for optimizers that take one.
-        layer_decay: factor of the rate from each layer of the backbone to the one before it (arXiv 2106.08254); 1 is off.
-        warmup: part of all steps in which the rate rises linearly.
-        clip_grad: largest norm of the gradients; 0 is off.
-        label_smoothing: of the cross-entropy.
-        scale: smallest area of the random crop relative to the image; 1 is off.
+        batch_size: rows per optimizer step, over all processes and accumulation steps.
+        grad_accumulation: number of parts into which each batch is split to save memory. The result is the same as with one part,
+            except for batch norm, which sees one part at a time.
+        balanced: draw equally many rows of every class in each epoch; the length of an epoch stays the same.
+        optimizer: a name of `timm.optim.list_optimizers()`; norms, biases and what the backbone excludes get no weight decay.
+        lr: peak learning rate, reached after the warm-up, followed by cosine decay to zero.
+        weight_decay: weight decay of the optimizer.
+        momentum: momentum, for optimizers that take one.
+        layer_decay: factor of the learning rate from each layer of the backbone to the previous one (arXiv 2106.08254); 1 is off.
+        warmup: fraction of all steps in which the learning rate rises linearly.
+        clip_grad: maximum norm of the gradients; 0 is off.
+        label_smoothing: label smoothing of the cross-entropy.
+        scale: minimum area of the random crop relative to the image; 1 is off.
         flip: probability of a horizontal flip.
         color: strength of brightness, contrast and saturation jitter; 0 is off.
-        box_jitter: how far each edge of the box moves at most, relative to its side.
+        box_jitter: maximum shift of each edge of the box, relative to its side.
         occlusion: probability that a part of the object is covered by noise.
         background_swap: probability that a training image gets the background of another.
         mixup: alpha of mixup (arXiv 1710.09412); 0 is off.
         cutmix: alpha of cutmix (arXiv 1905.04899); 0 is off.
-        mix_probability: part of the batches that mixup or cutmix mixes.
+        mix_probability: fraction of the batches to which mixup or cutmix is applied.
         ema: decay of an exponential moving average of the weights, which is then evaluated and saved; 0 is off.
-        best_metric: keep the epoch that is best by this metric on the validation rows, e.g. fused_accuracy; `none`: the last.
+        best_metric: metric on the validation rows that selects the epoch to keep, e.g. fused_accuracy; `none` keeps the last.
         patience: stop after this many epochs without a new best one; 0 is off.
         precision: fp32, or bf16 or fp16 under autocast; the weights stay fp32.
-        channels_last: memory layout of images and filters; the same result up to rounding, faster for most convolutions.
-        seed: of weights, order and augmentation.
+        channels_last: use the channels-last memory layout; same result up to rounding, faster for most convolutions.
+        seed: random seed of weights, order and augmentation.
         workers: processes that load images; the result does not depend on it.
 
     >>> Recipe("l2r2_convnextv2_tiny", lr=1e-4).epochs
@@ -173,7 +173,7 @@ class Recipe:
     ema: float = 0.0
     best_metric: str = NO_METRIC
     patience: int = 0
-    # how it is computed
+    # computation
     precision: str = "fp32"
     channels_last: bool = False
     seed: int = 0
@@ -182,14 +182,12 @@ class Recipe:
     def __post_init__(self) -> None:
         self._check_ranges()
         if (self.val_group or self.val_from != "random") and not self.val_fraction:
-            raise L2R2Error(f"val_{'group' if self.val_group else 'from'} says how to hold rows out; give a val_fraction too.")
+            raise L2R2Error(f"val_{'group' if self.val_group else 'from'} has no effect without val_fraction; set both.")
         if self.grad_accumulation > self.batch_size:
-            raise L2R2Error(
-                f"grad_accumulation {self.grad_accumulation} is more than the {self.batch_size} rows of a batch; lower it."
-            )
+            raise L2R2Error(f"grad_accumulation {self.grad_accumulation} is larger than batch_size {self.batch_size}; lower it.")
         self._check_best()
         if self.init is not None and not self.pretrained:
-            raise L2R2Error("init starts from given weights, pretrained false from random ones; use one or the other.")
+            raise L2R2Error("init loads weights, but pretrained is false; use one or the other.")
         if self.box_head and (self.mixup or self.cutmix):
             raise L2R2Error("mixup and cutmix cannot mix the boxes that a box head is trained on; use one or the other.")
         self.augment()
@@ -197,7 +195,7 @@ class Recipe:
         if self.fusion in FUSIONS and FUSIONS[self.fusion].needs_fit:
             raise L2R2Error(f'Fusion "{self.fusion}" must be fitted: train with another fusion, then run `l2r2 fuse`.')
         if self.threshold is not None and self.fusion != "robust":
-            raise L2R2Error(f'threshold belongs to the fusion "robust", not to "{self.fusion}".')
+            raise L2R2Error(f'threshold is for the fusion "robust", not for "{self.fusion}".')
 
     def _check_ranges(self) -> None:
         for name, most in {"epochs": 100_000, "batch_size": 1_000_000, "grad_accumulation": 1_000_000}.items():
@@ -234,7 +232,7 @@ class Recipe:
             has = ", ".join(self.branches)
             raise L2R2Error(f"best_metric {self.best_metric} needs the branch {branch}; this model has {has}.")
         if self.patience and self.best_metric == NO_METRIC:
-            raise L2R2Error("patience counts epochs without improvement; give a best_metric too, e.g. fused_accuracy.")
+            raise L2R2Error("patience needs a metric to improve; set best_metric too, e.g. fused_accuracy.")
 
     @classmethod
     def default(cls, model: str, pretrained: bool, **changes: Any) -> Recipe:
@@ -242,7 +240,7 @@ class Recipe:
 
         Args:
             model: see `Recipe`.
-            pretrained: whether to take the built-in recipe `finetune` or `scratch`.
+            pretrained: use the built-in recipe `finetune` if true, else `scratch`.
             changes: keys to override; None leaves the recipe's value.
         """
         given = {key: value for key, value in changes.items() if value is not None}
@@ -268,7 +266,7 @@ class Recipe:
             given = {key: value for key, value in values.items() if key != "model"}
             values = {**InitCheckpoint.read(str(values["init"])).recipe_keys(), **given}
         if not values.get("model"):
-            raise L2R2Error(f"{source}: names no model; give --model, see `l2r2 list`, or --init.")
+            raise L2R2Error(f"{source}: no model is set; pass --model (see `l2r2 list`) or --init.")
         return cls.from_dict(values)
 
     @classmethod
@@ -318,7 +316,7 @@ def read_keys(source: str | Path) -> dict[str, Any]:
         source: see `Recipe.read`.
 
     Raises:
-        L2R2Error: when there is no such recipe or file, or it does not hold a mapping.
+        L2R2Error: when there is no such recipe or file, or it does not contain a mapping.
     """
     name, file = str(source), Path(source)
     if name in builtin_recipes():
@@ -328,15 +326,15 @@ def read_keys(source: str | Path) -> dict[str, Any]:
             text = read_text(file)
         except L2R2Error as error:
             why = str(error).removeprefix(f"{name}: ").rstrip(".")
-            raise L2R2Error(f"{name}: {why}; give a YAML file or one of {', '.join(builtin_recipes())}.") from None
+            raise L2R2Error(f"{name}: {why}; pass a YAML file or one of {', '.join(builtin_recipes())}.") from None
     values = parse_yaml(text, name)
     if not isinstance(values, dict):
-        raise L2R2Error(f"{name}: a recipe is a YAML mapping of keys to values.")
+        raise L2R2Error(f"{name}: not a recipe; it must be a YAML mapping of keys to values.")
     return values
 
 
 def describe_keys() -> dict[str, tuple[Any, str]]:
-    """Every key of a recipe with its default (None for `model`, which has none) and what it means, as `Recipe` documents it.
+    """Return the default (None for `model`, which has none) and the description of each recipe key, from the docs of `Recipe`.
 
     >>> describe_keys()["epochs"]
     (20, 'passes over the training rows.')
@@ -362,7 +360,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         if not key or not equals:
             raise L2R2Error(f'--set takes key=value, got "{setting}".')
         if key in values:
-            raise L2R2Error(f"--set gives {key} twice.")
+            raise L2R2Error(f"--set {key} is given twice; pass it once.")
         values[key] = parse_yaml(text, f"--set {setting}")
     return values
 

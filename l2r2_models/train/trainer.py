@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from .. import distributed as processes
@@ -33,6 +33,7 @@ from .ema import WeightEMA, tensors_of
 from .losses import BranchLoss
 from .mixup import ViewMixup
 from .optimizers import create_optimizer
+from .progress import EpochLines
 from .recipe import NO_METRIC, Recipe
 
 AVERAGE, BEST = "average.safetensors", "best.safetensors"
@@ -46,7 +47,7 @@ class Trained:
         metrics: accuracies on the validation rows; empty without any.
         best: the chosen epoch; None if no epoch was chosen.
         epochs: number of epochs trained.
-        continued: how many of them before this call.
+        continued: number of those that were trained before this call.
     """
 
     metrics: dict[str, float]
@@ -69,9 +70,9 @@ class BranchTrainer(Trainer):
         super().__init__(model, callbacks=[_EachStep(self)], **arguments)
         self.recipe, self.batches = recipe, batches
         self.average = WeightEMA(model, recipe.ema) if recipe.ema else None
-        if self.accelerator.num_processes != processes.world():  # else each would silently train on its own
+        if self.accelerator.num_processes != processes.world():  # otherwise each process would train on its own
             seen = self.accelerator.num_processes
-            raise L2R2Error(f"{processes.world()} processes were started, but the Trainer sees {seen}; start them with torchrun.")
+            raise L2R2Error(f"{processes.world()} processes were started, but the Trainer uses {seen}; start them with torchrun.")
         self.model_accepts_loss_kwargs = True  # the loss is divided by the counts of get_batch_samples
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -155,7 +156,7 @@ class BranchTrainer(Trainer):
 
 
 class _EachStep(TrainerCallback):
-    """Passes the epoch on to the batches and the augmentation, and each step to the moving average."""
+    """Pass the epoch to the batches and the augmentation, and each step to the moving average."""
 
     def __init__(self, trainer: BranchTrainer) -> None:
         self.trainer = trainer
@@ -210,6 +211,8 @@ def train(
         L2R2Error: when the training fails.
     """
     trainer = _trainer(model, recipe, train, val, classes, out)
+    trainer.remove_callback(PrinterCallback)  # prints dicts
+    trainer.add_callback(EpochLines(trainer.batches.rows, trainer.batches.steps))
     if tensorboard:
         callback = TensorBoardCallback()
         callback.logging_dir = str(out / LOGS)
@@ -220,7 +223,7 @@ def train(
             return _run(trainer, checkpoint)
     except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
         what = " ".join(str(error).split())[:300]
-        raise L2R2Error(f"{out}: training stopped ({what}); finished epochs are kept, and the same call continues.") from error
+        raise L2R2Error(f"{out}: training stopped ({what}); run the same command to continue after its last epoch.") from error
 
 
 def _run(trainer: BranchTrainer, checkpoint: str | None) -> Trained:
@@ -230,7 +233,7 @@ def _run(trainer: BranchTrainer, checkpoint: str | None) -> Trained:
         trainer.state.log_history, trainer.state.global_step = state["log_history"], state["global_step"]
         continued = state["global_step"] // steps
     best = trainer.best()
-    if best is None or not best.exhausted(trainer.recipe.patience):  # exhausted: it was killed after its last epoch
+    if best is None or not best.exhausted(trainer.recipe.patience):  # exhausted: the run was killed after its last epoch
         trainer.train(resume_from_checkpoint=checkpoint)
     best, epochs = trainer.best(), trainer.state.global_step // steps
     trainer.use_chosen_weights()
@@ -261,7 +264,7 @@ def _trainer(
     )
     if min(batches.rows, recipe.batch_size) < batches.world:
         raise L2R2Error(
-            f"{batches.world} processes cannot share batches of {min(batches.rows, recipe.batch_size)} images; start fewer."
+            f"{batches.world} processes are too many for batches of {min(batches.rows, recipe.batch_size)} images; start fewer."
         )
     mix = ViewMixup(len(classes), recipe.mixup, recipe.cutmix, recipe.mix_probability) if recipe.mixup or recipe.cutmix else None
     loss = BranchLoss(
@@ -299,6 +302,7 @@ def _arguments(recipe: Recipe, batches: EpochBatches, out: Path, *, validate: bo
         logging_strategy="epoch",
         eval_strategy="epoch" if validate else "no",
         report_to="none",
+        disable_tqdm=True,  # see `EpochLines`
         remove_unused_columns=False,
         label_names=["labels"],
         seed=recipe.seed,
@@ -323,7 +327,7 @@ def accuracies(names: Sequence[str], prediction: Any) -> dict[str, float]:
         prediction: transformers' `EvalPrediction`.
 
     Returns:
-        Shares in [0, 1], as `NAME_accuracy` and `NAME_macro_accuracy`.
+        Fractions in [0, 1], as `NAME_accuracy` and `NAME_macro_accuracy`.
     """
     from sklearn.metrics import recall_score
 

@@ -1,4 +1,4 @@
-"""Cutting the branches' views from images and boxes, as a serialized `ViewSpec` defines. No other module cuts."""
+"""Cut the branches' views from images and boxes, as a serialized `ViewSpec` defines. No other module cuts views."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def make_views(
     """Cut the views of every box from the original images (`docs/method.md`, Views).
 
     Args:
-        images: upright RGB images, PIL or uint8 tensors `[H, W, 3]`, of any sizes; or `Patches`, made for these boxes.
+        images: upright RGB images, PIL or uint8 tensors `[H, W, 3]`, of any sizes; or `Patches` for these boxes.
         boxes: `[V, 4]` xyxy pixels of the original image; a NaN row has no box. None: no image has a box.
         spec: how to cut.
         branches: which views to make.
@@ -123,20 +123,21 @@ def make_views(
         views["full"] = views["full"][index]
     mask = None
     if in_network and spec.fg.finds_object:
-        has_fg = torch.ones_like(has_fg)  # the network looks for the object itself
+        has_fg = torch.ones_like(has_fg)  # the network finds the object itself
     elif in_network:
         mask = _cut_masks([kept.to(whole.device) for kept in objects.kept()], whole, spec)
     return Views(views.get("full"), views.get("fg"), views.get("bg"), has_fg, mask)
 
 
 def view_map(branch: str, spec: ViewSpec, image_size: tuple[int, int], box: Tensor | None = None) -> ViewMap:
-    """Where in its image a view comes from that `make_views` cuts.
+    """Return the mapping between an image and a view that `make_views` cuts from it.
 
     Args:
         branch: `full`, `fg` or `bg`.
         spec: how it is cut.
         image_size: `(height, width)`.
-        box: `[4]` xyxy pixels of the object; None, or a box without a pixel in the image: the view shows the whole image.
+        box: `[4]` xyxy pixels of the object. If None, or if the box contains no pixel of the image, the view shows the whole
+            image.
     """
     window = (0, 0, image_size[1], image_size[0])
     if branch == "fg" and spec.fg.crops and box is not None:
@@ -232,7 +233,7 @@ def _cut(pixels: list[Tensor], parts: Mapping[str, _Part], spec: ViewSpec) -> di
     for part in parts.values():
         masks += part.masks or [None] * len(part.boxes)
     views, _ = roi_views(
-        [p.permute(2, 0, 1) if len(p) == 3 else p for p in pixels],  # the kernel would take a 3-pixel-high image for [3, H, W]
+        [p.permute(2, 0, 1) if len(p) == 3 else p for p in pixels],  # the kernel would read a 3-pixel-high image as [3, H, W]
         torch.cat([part.boxes for part in parts.values()]),
         torch.cat([part.images for part in parts.values()]),
         masks=None if all(mask is None for mask in masks) else masks,
@@ -251,7 +252,7 @@ def _cut(pixels: list[Tensor], parts: Mapping[str, _Part], spec: ViewSpec) -> di
 def _cut_patches(
     images: list[Patches], parts: Mapping[str, _Part], spec: ViewSpec, device: torch.device | str | None
 ) -> dict[str, Tensor]:
-    """Cut all parts from patches, each of which is a whole view."""
+    """Cut all parts from patches, each of which covers one view."""
     pixels: list[Tensor] = []
     for part in parts.values():
         if part.masks is not None:
@@ -270,11 +271,11 @@ def _of_window(image: Patches, window: Sequence[int]) -> Tensor:
     try:
         return image.parts[tuple(window)]  # type: ignore[index]
     except KeyError:
-        raise L2R2Error(f"The patches of this image were made for other boxes; none shows the window {window}.") from None
+        raise L2R2Error(f"The patches of this image are for other boxes; none covers the window {window}.") from None
 
 
 def _sent(pixels: Tensor, device: torch.device | str | None) -> Tensor:
-    """Pixels on the device; to a GPU without waiting, through pinned memory."""
+    """Return the pixels on the device; copies to a GPU are asynchronous, through pinned memory."""
     if device is None or torch.device(device).type != "cuda":
         return pixels.to(device)
     return pixels.pin_memory().to(device, non_blocking=True)
@@ -289,13 +290,13 @@ def _cut_masks(masks: list[Tensor], whole: Tensor, spec: ViewSpec) -> Tensor:
 
 
 def _whole_images(sizes: Tensor) -> _Part:
-    """Whole images of these sizes, `[N, 2]` height and width."""
+    """Return the part that shows whole images of sizes `[N, 2]` (height, width)."""
     ends = torch.cat([torch.zeros_like(sizes), sizes.flip(1)], 1)
     return _Part(ends.float(), torch.arange(len(sizes), device=sizes.device))
 
 
 class _Objects(NamedTuple):
-    """The object of each row: its mask, or else its box; nothing where `has_fg` is False."""
+    """The object of each row: its mask, or else its box; empty where `has_fg` is False."""
 
     boxes: Tensor
     sizes: Tensor
@@ -317,7 +318,7 @@ class _Objects(NamedTuple):
         With `boxes_only` it is False on the smallest rectangle that contains box and mask.
         """
         kept, found = self.kept(boxes_only), self.has_fg.tolist()
-        if boxes_only and self.masks is not None:  # no part of the object may stick out of the box that hides it
+        if boxes_only and self.masks is not None:  # the erased box must cover the whole object
             kept = [keep if mask is None else _tight(keep | mask) for keep, mask in zip(kept, self.masks)]
         return [~keep if has else torch.ones_like(keep) for keep, has in zip(kept, found)]
 

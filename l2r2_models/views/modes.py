@@ -1,4 +1,4 @@
-"""The table of fg modes: what the fg branch sees, and what other modules need to know about it."""
+"""The table of fg modes: what the fg branch sees, and the properties that other modules use."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ FG_MODES: dict[str, FgMode] = {
     for mode in (
         FgMode("crop", crops=True),
         FgMode("masked_crop", crops=True, erases=True),
-        FgMode("masked", "the object, the background painted over", erases=True),
-        FgMode("late", "the object, the background masked in the network", in_network=True, takes_mask=True),
-        FgMode("tokens", "the object alone, by its tokens", in_network=True, takes_mask=True, drops_tokens=True),
-        FgMode("parts", "the object's parts, which it finds itself", in_network=True, finds_object=True, drops_tokens=True),
+        FgMode("masked", "the object, with the background replaced", erases=True),
+        FgMode("late", "the object, with the background masked inside the network", in_network=True, takes_mask=True),
+        FgMode("tokens", "only the tokens of the object", in_network=True, takes_mask=True, drops_tokens=True),
+        FgMode("parts", "the object's parts, found by the network", in_network=True, finds_object=True, drops_tokens=True),
     )
 }

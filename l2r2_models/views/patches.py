@@ -1,4 +1,4 @@
-"""The parts of an image file that its views show, decoded no finer than the views need (`docs/method.md`, Views)."""
+"""Decode the parts of an image file that its views show, at no higher resolution than needed (`docs/method.md`, Views)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .spec import ViewSpec
 
 Window = tuple[int, int, int, int]
 SCALES = (8, 4, 2)  # at which JPEGs are decoded
-DETAIL = 2  # a reduced view has at least so many times the pixels of its size on each side
+DETAIL = 2  # a reduced part has at least this many pixels per pixel of the view on its longer side
 
 
 @dataclass(frozen=True)
 class Patches:
-    """The windows of one image that `make_views` cuts, in place of the whole image.
+    """The windows of one image that `make_views` cuts, as a substitute for the whole image.
 
     Attributes:
         size: `(height, width)` of the image.
-        parts: uint8 pixels `[h, w, 3]` by window, an integer box xyxy of the image. A part may be reduced; it shows its window.
+        parts: uint8 pixels `[h, w, 3]` by window (integer xyxy in pixels of the image), possibly at a reduced resolution.
     """
 
     size: tuple[int, int]
@@ -32,23 +32,23 @@ class Patches:
 
     @property
     def pixels(self) -> int:
-        """The number of pixels that are held."""
+        """The number of pixels in all parts."""
         return sum(part.shape[0] * part.shape[1] for part in self.parts.values())
 
 
 def takes_patches(spec: ViewSpec, branches: Sequence[str]) -> bool:
-    """Whether these views can be cut from patches: no pixels are replaced by the fill color, so no mask is cut along."""
+    """Return whether these views can be cut from patches: if no pixels are replaced by the fill color."""
     return "bg" not in branches and not ("fg" in branches and spec.fg.erases)
 
 
 def decode_patches(image: LazyImage, boxes: Tensor | None, spec: ViewSpec, branches: Sequence[str]) -> Patches:
-    """Decode what the views of an image show: the whole image, and each box if fg is cropped.
+    """Decode what the views of an image show: the whole image, and each box if the fg view is a crop.
 
     Args:
         image: the image file.
         boxes: `[V, 4]` xyxy pixels of the upright image, or None; a box without a pixel in the image shows the whole image.
         spec: how views are cut, see `takes_patches`.
-        branches: which views are made.
+        branches: which views are cut.
 
     Raises:
         ImageError: when the image cannot be decoded.
@@ -71,17 +71,17 @@ def decode_patches(image: LazyImage, boxes: Tensor | None, spec: ViewSpec, branc
 
 
 def scale_of(window: Window, spec: ViewSpec) -> int:
-    """How many pixels of a window's side become one before the view is cut."""
+    """Return the factor by which a window is reduced before its view is cut."""
     sides = window[2] - window[0], window[3] - window[1]
     side = max(sides) if spec.square else min(sides)
     return next((s for s in SCALES if spec.decode == "scaled" and side >= s * DETAIL * spec.size), 1)
 
 
 def _part(decoded: Image.Image, window: Window, decoded_at: int, scale: int, spec: ViewSpec) -> Image.Image:
-    """A window at `scale`, out of the image at `decoded_at`.
+    """Return a window reduced by `scale`, from the image decoded at `decoded_at`.
 
-    A view is padded by whole pixels, so the part of a square view begins and ends where pixels of the padded square do, and
-    contains some of its fill where they do not meet the window.
+    Views are padded by whole pixels. The part of a square view therefore begins and ends on the pixel grid of the padded square,
+    and contains some of the fill where the grid does not meet the window.
     """
     if decoded_at == scale == 1:
         return decoded if window == (0, 0, *decoded.size) else decoded.crop(window)
@@ -96,7 +96,7 @@ def _part(decoded: Image.Image, window: Window, decoded_at: int, scale: int, spe
     padded = [spec.square and side < max(sides) for side in sides]
     step = scale // decoded_at
     rest = tuple(-length % step if pads else 0 for length, pads in zip((x1 - x0, y1 - y0), padded))
-    if step == 1 or any(rest):  # what a padded window ends at is its fill
+    if step == 1 or any(rest):  # beyond a padded window is fill
         pixels = ImageOps.expand(decoded.crop((x0, y0, x1, y1)), (0, 0, *rest), spec.fill).reduce(step)
     else:
         pixels = decoded.reduce(step, (x0, y0, x1, y1))
@@ -107,12 +107,12 @@ def _part(decoded: Image.Image, window: Window, decoded_at: int, scale: int, spe
 
 
 def _axis(low: int, length: int, side: int, scale: int) -> tuple[int, float, float]:
-    """The pixels of a part along one axis, and where they begin and end in the image.
+    """Return the number of pixels of a part along one axis, and where they begin and end in the image.
 
     Args:
-        low: where the window begins.
-        length: its pixels.
-        side: pixels of the canvas, of which the window is the middle.
+        low: start of the window.
+        length: length of the window.
+        side: length of the canvas, in the middle of which the window lies.
         scale: see `scale_of`.
     """
     cells = max(1, round(side / scale))

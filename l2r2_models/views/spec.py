@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from .. import config
 from ..errors import L2R2Error
 from .modes import FG_MODES, FgMode
@@ -43,14 +46,14 @@ class ViewSpec:
         fill: RGB levels (0-255) of padding and of replaced pixels.
         interpolation: `bilinear` or `bicubic`, antialiased.
         mode: `float`, or `pil`, which rounds exactly as Pillow does (square views only).
-        decode: `full`, or `scaled`: an image file of which a view shows at least twice `size` pixels a side is reduced by 2, 4 or
-            8 first, a JPEG while it is decoded (`docs/method.md`, Views). Not with the mode `pil`.
+        decode: `full`, or `scaled` to reduce image files by 2, 4 or 8 before cutting, while at least twice `size` pixels remain,
+            JPEG files while decoding (`docs/method.md`, Views). Mode `pil` needs `full`.
         mean: mean per channel of pixels in [0, 1], for normalization.
         std: standard deviation per channel of pixels in [0, 1], for normalization.
         late_stage: whether `late` masks the output of the `last` stage, or of the one `before_last`; the last then runs twice.
         late_pool: whether `late` pools by the masked mean (`mask`), over all positions with zeros outside (`all`), or by a ViT's
             class token (`token`, needs `before_last`).
-        coverage: the smallest share of a patch's area that the object must cover for `tokens` to keep the patch.
+        coverage: minimum fraction of a patch that the object must cover for `tokens` to keep the patch.
 
     Raises:
         L2R2Error: when a value is out of range or not one of the choices.
@@ -98,11 +101,11 @@ class ViewSpec:
         if self.mode == "pil" and not self.square:
             raise L2R2Error('Views of mode "pil" must be square.')
         if self.mode == "pil" and self.decode != "full":
-            raise L2R2Error('Views of mode "pil" need decode "full": they equal those of Pillow in every bit.')
+            raise L2R2Error('Views of mode "pil" need decode "full", to match Pillow exactly.')
 
     @property
     def fg(self) -> FgMode:
-        """The entry of `fg_mode` in the table of modes."""
+        """Entry of `fg_mode` in the table of modes."""
         return FG_MODES[self.fg_mode]
 
     @property
@@ -148,6 +151,15 @@ class ViewSpec:
             "decode": "full" if changes.get("mode") == "pil" else "scaled",
         }
         return cls(**{**values, **changes})
+
+    def to_uint8(self, views: Tensor) -> Tensor:
+        """Turn normalized views `[..., 3, H, W]` back into uint8 pixels of the same shape, to look at them.
+
+        >>> ViewSpec(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)).to_uint8(torch.ones(3, 1, 1)).flatten()
+        tensor([255, 255, 255], dtype=torch.uint8)
+        """
+        mean, std = (torch.tensor(v, device=views.device).view(3, 1, 1) for v in (self.mean, self.std))
+        return ((views * std + mean).clamp(0, 1) * 255).round().byte()
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain values for JSON or YAML."""

@@ -1,4 +1,4 @@
-"""The audit as a whole: what it says of models that are known to look at one thing, and what it refuses."""
+"""The whole audit: its result for models that are known to use only the object or only the background, and invalid input."""
 
 import csv
 import json
@@ -53,10 +53,10 @@ def test_a_model_of_the_object_and_one_of_the_background_get_opposite_verdicts(t
     assert m["rfs"].value == pytest.approx(1) and c["rfs"].value == pytest.approx(-1)
     assert m["irfs"].value > 0.1 and c["irfs"].value < -0.1
     assert ("bg_only_mask" in m) == masks
-    assert any("not masks" in w for w in middle.warnings) != masks
+    assert any("no masks" in w for w in middle.warnings) != masks
 
 
-def test_figures_hang_on_the_seed_and_not_on_batches_or_the_order_of_rows(tmp_path, data):
+def test_metrics_depend_on_the_seed_but_not_on_batches_or_the_order_of_rows(tmp_path, data):
     model = write_model(tmp_path / "corner", "corner")
     first = audit(model, data, batch_size=32, group="site")
     assert values(audit(model, data, batch_size=5, group="site", work=tmp_path / "other")) == values(first)
@@ -112,7 +112,7 @@ def test_a_work_folder_that_cannot_be_written_does_not_stop_the_audit(tmp_path, 
     assert sum("cannot be written" in record.message for record in caplog.records) == 1
 
 
-def test_a_run_is_audited_by_branch_and_as_it_answers(tmp_path):
+def test_a_run_is_audited_by_branch_and_fused(tmp_path):
     data, run = write_dataset(tmp_path / "set", 6, ("test",)), write_run(tmp_path / "run")
     result = audit(run, data)
     assert tuple(result.answers) == ("full", "fg", "fused")
@@ -167,13 +167,13 @@ def test_large_images_are_shrunk_with_their_boxes_and_masks(tmp_path, monkeypatc
     assert result.answers["full"]["accuracy"].value == 1 and result.answers["full"]["mixed_rand"].value == 1
 
 
-def test_one_class_and_few_images_end_in_words(tmp_path, data):
+def test_one_class_and_few_images_have_verdicts(tmp_path, data):
     model = write_model(tmp_path / "corner", "corner")
     head, *rows = (data / "metadata.csv").read_text().splitlines()
     (data / "metadata.csv").write_text("\n".join([head, *(row for row in rows if ",red," in row)]) + "\n")
     result = audit(model, data)
     assert "bg_gap" not in result.answers["full"] and "swap_loss" not in result.answers["full"]
-    assert result.verdict.startswith("Only 4 images") and any("a single class" in w for w in result.warnings)
+    assert result.verdict.startswith("Only 4 images") and any("the same class" in w for w in result.warnings)
     assert audit(model, data, limit=1).images == 1
 
 
@@ -189,7 +189,7 @@ def test_without_any_box_the_error_says_where_boxes_come_from(tmp_path, data):
     rows = [f"images/{i:03d}.png,{list(OBJECTS)[i % 3]}\n" for i in range(12)]
     (data / "metadata.csv").write_text("file_name,label\n" + "".join(rows))
     model = write_model(tmp_path / "middle", "middle")
-    with pytest.raises(L2R2Error, match=r"none of the 12 images can be audited \(12 no box or mask\); give boxes with --boxes"):
+    with pytest.raises(L2R2Error, match=r"none of the 12 images can be audited \(12 no box or mask\); pass boxes with --boxes"):
         audit(model, data)
     (tmp_path / "boxes.json").write_text(json.dumps({f"{i:03d}.png": [[8, 8, 24, 24]] for i in range(12)}))
     assert audit(model, data, boxes=tmp_path / "boxes.json").images == 12
@@ -198,7 +198,7 @@ def test_without_any_box_the_error_says_where_boxes_come_from(tmp_path, data):
 def test_classes_are_matched_by_name_or_by_a_map(tmp_path, data):
     names = ["Signal_Red", "green", "Blue"]
     model = write_model(tmp_path / "middle", "middle", names)
-    with pytest.raises(L2R2Error, match=r"1 class name matches no class of the model: red; give --classes map.csv"):
+    with pytest.raises(L2R2Error, match=r"1 class name matches no class of the model: red; pass --classes map.csv"):
         audit(model, data)
     (tmp_path / "map.csv").write_text("class,model_class\nred,signal-red\n")
     assert audit(model, data, classes=tmp_path / "map.csv").answers["full"]["accuracy"].value == 1
@@ -259,7 +259,7 @@ def test_the_command_refuses_what_it_cannot_use(l2r2, tmp_path, data):
     assert "its pretrained weights cannot be loaded" in sentence(l2r2("audit", "timm:audit_middle", data))
     assert "neither a run nor a checkpoint" in sentence(l2r2("audit", data, data))
     assert "hf download nobody/nothing" in sentence(l2r2("audit", "nobody/nothing", data))
-    assert 'no image of split "val"' in sentence(l2r2("audit", model, data, "--split", "val"))
+    assert 'no image has the split "val"' in sentence(l2r2("audit", model, data, "--split", "val"))
     assert 'no column "place"' in sentence(l2r2("audit", model, data, "--group", "place"))
     (model / "pytorch_model.bin").write_bytes(b"")
     assert "pickled weights are never loaded" in sentence(l2r2("audit", model, data))

@@ -1,4 +1,4 @@
-"""Loading any classifier for the audit, and what its classes are called."""
+"""Loading any classifier for the audit, and matching its class names."""
 
 import pytest
 import timm
@@ -26,7 +26,7 @@ def test_imagenet_classes_go_by_wordnet_id_and_by_synonym(imagenet):
 
 
 def test_an_ambiguous_name_needs_a_map_and_one_class_may_mean_several(imagenet, tmp_path):
-    with pytest.raises(L2R2Error, match="several classes of the model are called crane; give --classes"):
+    with pytest.raises(L2R2Error, match="several classes of the model are called crane; pass --classes"):
         match_classes(["crane"], imagenet)
     (tmp_path / "map.csv").write_text("class,model_class\ncrane,n02012849\nfish,tench\nfish,goldfish\n")
     assert match_classes(["crane", "fish"], imagenet, tmp_path / "map.csv") == {"crane": [134], "fish": [0, 1]}
@@ -38,7 +38,7 @@ def test_what_does_not_match_is_listed(imagenet):
     assert "21 class names match no class of the model: cow, kind 0" in str(error.value) and "(21)" in str(error.value)
 
 
-def test_a_plain_model_answers_as_timm_does_and_is_cut_by_its_pretrained_cfg(imagenet, tmp_path):
+def test_a_plain_model_predicts_as_timm_does_and_is_cut_by_its_pretrained_cfg(imagenet, tmp_path):
     assert imagenet.answers == ("full",) and imagenet.spec.size == imagenet.network.pretrained_cfg["input_size"][-1]
     assert imagenet.spec.mean == tuple(imagenet.network.pretrained_cfg["mean"]) and not imagenet.network.training
 
@@ -56,7 +56,7 @@ def test_the_digest_tells_weights_and_fusions_apart(tmp_path):
 
 def test_models_without_class_names_or_of_other_channels_are_refused(tmp_path):
     for name, options, says in (
-        ("names", {"num_classes": 7}, "the names of its 7 classes are not known; give --labels FILE"),
+        ("names", {"num_classes": 7}, "the names of its 7 classes are unknown; pass --labels FILE"),
         ("channels", {"in_chans": 1}, "is not a classifier of RGB images"),
         ("headless", {"num_classes": 0}, "is not a classifier of RGB images"),
     ):
@@ -66,7 +66,7 @@ def test_models_without_class_names_or_of_other_channels_are_refused(tmp_path):
         save_for_hf(model, str(tmp_path / name), safe_serialization=True)
         with pytest.raises(L2R2Error, match=says):
             load_audited(tmp_path / name)
-    with pytest.raises(L2R2Error, match="leave --labels out"):
+    with pytest.raises(L2R2Error, match="do not pass --labels"):
         load_audited(write_run(tmp_path / "run"), tmp_path / "names.txt")
 
 

@@ -1,4 +1,4 @@
-"""The audit's arithmetic against naive loops, and the changed images against what they promise."""
+"""Metrics of the audit compared with naive loops, and properties of the changed images."""
 
 import numpy as np
 import pytest
@@ -210,7 +210,7 @@ def figures(loss, accuracy=(0.9, 0.88, 0.92), gap=None):
     [
         (figures((0.41, 0.36, 0.46), gap=(0.35, 0.3, 0.4)), 400, "41 points (36 to 46) of its 90 % accuracy, and 35 points"),
         (figures((0.41, 0.36, 0.46)), 400, "the background decides many of its predictions"),
-        (figures((0.21, 0.19, 0.23)), 400, "it leans on the background"),
+        (figures((0.21, 0.19, 0.23)), 400, "it relies on the background"),
         (figures((0.21, 0.19, 0.23), gap=(0.01, -0.01, 0.03)), 400, "so any change has this effect, including the pasting"),
         (figures((0.02, 0.00, 0.04)), 400, "the object decides"),
         (figures((-0.02, -0.03, 0.0)), 400, "loses nothing: the object decides"),
@@ -220,13 +220,13 @@ def figures(loss, accuracy=(0.9, 0.88, 0.92), gap=None):
         ({"accuracy": Estimate(0.9, 0.8, 1.0)}, 400, "No background of another class"),
     ],
 )
-def test_the_verdict_is_no_surer_than_its_interval(found, images, says):
+def test_the_verdict_respects_the_whole_interval(found, images, says):
     assert says in verdict_of("this model", found, images, 10)
 
 
 def test_a_wide_interval_of_the_gap_names_no_cause():
     said = verdict_of("this model", figures((0.3, 0.1, 0.5), gap=(0.1, -0.01, 0.21)), 40, 10)
-    assert said.endswith("(10 to 50) of its 90 % accuracy: it leans on the background.")
+    assert said.endswith("(10 to 50) of its 90 % accuracy: it relies on the background.")
 
 
 def test_nothing_of_an_object_is_left_where_its_mask_sticks_out_of_its_box():

@@ -133,7 +133,7 @@ def test_failures_are_kept(tmp_path, format):
     assert again["unreadable.jpg"].failure == "cannot be decoded" and again["nothing.jpg"].failure is None
 
 
-def test_plain_lists_do_not_say_that_a_failed_image_is_empty(tmp_path):
+def test_plain_lists_do_not_make_a_failed_image_empty(tmp_path):
     write_boxes(table_of_everything(), tmp_path / "out.json", "xyxy")
     again = read_boxes(tmp_path / "out.json").entries
     assert "unreadable.jpg" not in again and again["nothing.jpg"].boxes == ()

@@ -1,4 +1,4 @@
-"""Box files that cannot be meant as they stand are refused in one sentence, never by a KeyError."""
+"""Malformed box files are refused with one sentence, never with a KeyError."""
 
 import copy
 import random

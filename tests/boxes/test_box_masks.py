@@ -1,4 +1,4 @@
-"""Masks in box files: COCO RLE there and back, the views that use them, files whose masks do not fit."""
+"""Masks in box files: COCO RLE round trips, the views that use them, and files whose masks do not match."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Detections, and the way from a view back to its image."""
+"""Detections, and the mapping from a view back to its image."""
 
 import hypothesis.strategies as st
 import pytest
@@ -169,7 +169,7 @@ windows = st.builds(
 
 
 def into_view(x, y, window, size, square):
-    """Where a point of the image lies in the view: cut, pad to a centerd square, resize."""
+    """Where a point of the image lies in the view: cut, pad to a centered square, resize."""
     x0, y0, x1, y1 = window
     width, height = x1 - x0, y1 - y0
     pad_x = max(0, height - width) // 2 if square else 0

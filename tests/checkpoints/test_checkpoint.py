@@ -1,4 +1,4 @@
-"""Checkpoints: written once, read by timm, by transformers and by us, and refused with a sentence when damaged."""
+"""Checkpoints: written once, loaded by timm, by transformers and by us, and refused with a sentence if damaged."""
 
 import json
 import subprocess
@@ -201,7 +201,7 @@ def test_damaged_or_missing_files_are_refused(tmp_path):
         hub.load_checkpoint(run)
 
 
-def test_names_that_lead_nowhere_say_what_to_do():
+def test_unknown_names_say_what_to_do():
     with pytest.raises(L2R2Error, match="no such folder; for a repository on the Hub, use hf-hub:org/name"):
         hub.load_checkpoint("no/such/folder/here")
     with pytest.raises(L2R2Error, match="hf download nobody/nothing"):

@@ -1,4 +1,4 @@
-"""Runs without training: out of a timm classifier, and out of independent networks and back."""
+"""Runs without training: derived from a timm classifier, and joined from independent networks and split again."""
 
 import sys
 from dataclasses import replace
@@ -30,7 +30,7 @@ def there(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["resnet18.a1_in1k", "resnet10t.c3_in1k"])
-def test_a_timm_classifier_becomes_a_run_that_answers_as_it_did(there, tmp_path, name):
+def test_a_timm_classifier_becomes_a_run_with_the_same_predictions(there, tmp_path, name):
     _, labels = derive.derive(name, tmp_path / "run")
     source = timm.create_model(name, pretrained=True).eval()
     x = torch.randn(2, 3, 64, 64)
@@ -54,9 +54,9 @@ def test_the_command_derives(there, tmp_path, monkeypatch, capsys):
     (tmp_path / "labels.txt").write_text("\n".join(f"class {i}" for i in range(1000)))
     options = ("--labels", tmp_path / "labels.txt", "--branches", "full,fg,bg", "-o", tmp_path / "run")
     code, text = l2r2("derive", "timm:resnet10t", *options)
-    assert code == 0 and "1000 classes, not trained" in text
+    assert code == 0 and "1000 classes; not trained" in text
     assert hub.load_checkpoint(tmp_path / "run").model.branches == ("full", "fg", "bg")
-    for source, sentence in (("timm:resnet10t", "already contains a checkpoint"), ("resnet10t", "give timm:NAME")):
+    for source, sentence in (("timm:resnet10t", "already contains a checkpoint"), ("resnet10t", "write timm:NAME")):
         code, text = l2r2("derive", source, "-o", tmp_path / "run")
         assert code == 1 and sentence in text and "Traceback" not in text
 

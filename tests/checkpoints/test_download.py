@@ -1,4 +1,4 @@
-"""Pulling from a Hub: every way in gives the same model, and whatever goes wrong there leaves nothing half-loaded."""
+"""Loading from a Hub: every interface gives the same model, and no failure leaves it half-loaded."""
 
 import json
 
@@ -177,7 +177,7 @@ def test_a_path_that_does_not_exist_never_asks_the_hub(name, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("name", ["org/fungi", "org/fungi@main", "hf-hub:runs/typo"])
-def test_what_may_be_a_hub_id_says_so_before_the_hub_is_asked(name, tmp_path, monkeypatch, caplog):
+def test_a_possible_hub_id_is_logged_before_the_hub_is_queried(name, tmp_path, monkeypatch, caplog):
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
     asked = []

@@ -1,4 +1,4 @@
-"""The commands as a newcomer meets them: what they print, and that no mistake of the input ends in a traceback."""
+"""The commands as a new user meets them: their output, and that invalid input never ends in a traceback."""
 
 import json
 import os
@@ -32,10 +32,10 @@ def test_list_shows_models_tags_parameters_and_input_sizes(l2r2):
     assert "No model matches" in sentence(l2r2("list", "nonsense"))
 
 
-def test_predict_writes_answers_with_reasons(l2r2, run, dataset, tmp_path):
+def test_predict_writes_predictions_with_reasons(l2r2, run, dataset, tmp_path):
     result = l2r2("predict", run, dataset, "--split", "test", "-o", tmp_path / "out.json")
     assert result.returncode == 0, result.stderr
-    assert "12 images: 12 answers, 12 with an object found, 0 from the whole image; 0 failed" in result.stdout
+    assert "12 images: 12 predictions, 12 with an object found, 0 from the whole image; 0 failed" in result.stdout
     images = json.loads((tmp_path / "out.json").read_text())["images"]
     assert images[0]["objects"][0]["reason"] and images[0]["objects"][0]["fg"]["label"]
     again = l2r2("predict", run, dataset, "--split", "test", "-o", tmp_path / "out.json")
@@ -139,5 +139,5 @@ def test_fuse_and_evaluate_print_tables_or_json(l2r2, tmp_path, dataset):
     assert result.returncode == 0 and "worst label" in result.stdout and "scaled_average" in result.stdout
     assert "accuracy by label" in result.stdout and "12 of the 12 images of val" not in result.stderr
     assert json.loads(l2r2("evaluate", run, dataset, "--json").stdout)["images"] == 12
-    assert "no image of split" in sentence(l2r2("evaluate", run, dataset, "--split", "nowhere"))
+    assert "no image has the split" in sentence(l2r2("evaluate", run, dataset, "--split", "nowhere"))
     assert 'Unknown fusion "rubust"' in sentence(l2r2("fuse", run, dataset, "--method", "rubust"))

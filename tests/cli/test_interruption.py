@@ -1,4 +1,4 @@
-"""Ctrl-C: one line and exit status 130, whatever the command is doing."""
+"""Ctrl-C prints one line and exits with status 130, whatever the command is doing."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-LINE = "interrupted; the same command (without --overwrite) continues"
+LINE = "interrupted; run the same command (without --overwrite) to continue"
 
 
 def interrupted(command, when, **options):

@@ -1,4 +1,4 @@
-"""What a user waits for before anything happens: help, version, completion, list and usage errors import nothing heavy."""
+"""Fast startup: help, version, completion, list and usage errors import nothing heavy."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""timm's own test_models.py on our models. Its source distribution holds it: `make test-more`."""
+"""timm's own test_models.py on our models; its source distribution contains it: `make test-more`."""
 
 import os
 import subprocess

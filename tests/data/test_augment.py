@@ -26,7 +26,7 @@ def test_occlusion_covers_a_part_of_the_object_and_nothing_else():
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
-def test_occlusion_comes_as_often_as_asked_for(probability):
+def test_occlusion_has_the_requested_probability(probability):
     augment = Augment(**STILL, occlusion=probability)
     seen = [bool(augment(black(), BOX, None, seed=(i,))[0].any()) for i in range(300)]
     assert abs(sum(seen) / 300 - probability) < 0.09

@@ -1,4 +1,4 @@
-"""What `finetune` does with the rows: swapped backgrounds, occlusion, held-out ends, and words on look-alikes."""
+"""Use of the rows by `finetune`: swapped backgrounds, occlusion, held-out ends, and near-duplicate warnings."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ def l2r2(monkeypatch, *arguments):
     return ended.value.code
 
 
-def test_the_flags_reach_the_run_and_look_alikes_are_named_and_recorded(tmp_path, monkeypatch, capsys):
+def test_the_options_reach_the_run_and_near_duplicates_are_reported_and_recorded(tmp_path, monkeypatch, capsys):
     data = write_dataset(tmp_path / "data", splits=("train", "test"))
     names = [(data / "images" / f"{split}_{i:03d}.png") for i in (9, 10) for split in ("train", "test")]
     names[1].write_bytes(names[0].read_bytes())  # the last row of a class, and a test image that is the same
@@ -81,7 +81,7 @@ def test_swaps_and_occlusion_change_what_is_learned_and_a_run_can_be_repeated(tm
         ({"background_swap": 1.2}, "background_swap must lie between 0 and 1"),
         ({"occlusion": -0.1}, "occlusion must lie between 0 and 1"),
         ({"val_from": "start", "val_fraction": 0.1}, 'Unknown val_from "start"; choose from random, end'),
-        ({"val_from": "end"}, "val_from says how to hold rows out; give a val_fraction too"),
+        ({"val_from": "end"}, "val_from has no effect without val_fraction"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(wrong, message):

@@ -210,6 +210,6 @@ def test_the_command_makes_them_and_tells_how_many(sources, tmp_path, monkeypatc
     assert code == 0 and "train 48, val 24, test_id 48, test_ood 48" in said.out
     assert Image.open(Path(tmp_path / "out" / lines(tmp_path / "out")[0]["file_name"])).size == (32, 32)
     code, said = run("--correlation", "high")
-    assert code == 1 and '--correlation takes numbers like 0.97,0.87, not "high"' in said.err
+    assert code == 1 and '--correlation takes comma-separated numbers such as 0.97,0.87, got "high"' in said.err
     code, said = run("--object-column", "nothing")
     assert code == 1 and 'no column "nothing"' in said.err

@@ -1,4 +1,4 @@
-"""Objects on other images' backgrounds: as augmentation, and as a split to fit fusions on."""
+"""Objects on the backgrounds of other images: as augmentation, and as rows to fit fusions on."""
 
 from dataclasses import replace
 
@@ -78,7 +78,7 @@ def test_a_mask_takes_only_the_object_along(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.4, 1.0])
-def test_training_items_are_swapped_with_the_probability_asked_for_and_the_same_in_any_worker(dataset, probability):
+def test_training_items_are_swapped_with_the_requested_probability_and_the_same_in_any_worker(dataset, probability):
     table = split(dataset, "train")
     make = lambda p: ViewDataset(table, table.classes(), ViewSpec(size=32), ("full", "fg"), background_swap=p)  # noqa: E731
     items, again, plain = make(probability), make(probability), make(0.0)
@@ -101,7 +101,7 @@ def test_training_items_are_swapped_with_the_probability_asked_for_and_the_same_
 def test_a_swap_needs_two_images_with_an_object(dataset):
     table = split(dataset, "train")
     rows = tuple(replace(row, entry=row.entry if i == 0 else None) for i, row in enumerate(table.rows))
-    with pytest.raises(L2R2Error, match="fewer than two have one"):
+    with pytest.raises(L2R2Error, match="needs at least two images"):
         ViewDataset(replace(table, rows=rows), table.classes(), ViewSpec(size=16), ("full",), background_swap=0.5)
 
 

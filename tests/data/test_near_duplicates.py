@@ -1,4 +1,4 @@
-"""Look-alikes across splits, and held-out blocks that avoid them."""
+"""Near-duplicates across splits, and held-out blocks that avoid them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 
 from l2r2_models import L2R2Error
 from l2r2_models.data.dataset import check_images
-from l2r2_models.data.near_duplicates import ALIKE, HELD_OUT, LOOKED_AT, find_leaks, perceptual_hash
+from l2r2_models.data.near_duplicates import ALIKE, HELD_OUT, MAX_COMPARED, find_leaks, perceptual_hash
 from l2r2_models.data.splits import hold_out
 from l2r2_models.data.table import ImageTable, Row, read_table
 
@@ -66,7 +66,7 @@ def test_the_distance_is_the_number_of_bits_that_differ_and_the_nearest_pair_is_
     assert find_leaks(train, {}) == []
 
 
-def test_look_alikes_of_another_class_do_not_count_and_unlabeled_ones_do(tmp_path):
+def test_near_duplicates_of_another_class_do_not_count_and_unlabeled_ones_do(tmp_path):
     train = table_of(tmp_path / "train", [scene(i) for i in range(4)], ["a", "b", "a", "b"])
     same, other, nameless = (table_of(tmp_path / "v", [scene(0)], [label]) for label in ("a", "b", None))
     assert [len(find_leaks(train, {"v": t})) for t in (same, other, nameless)] == [1, 0, 1]
@@ -87,9 +87,9 @@ def test_hashes_of_the_check_are_used_and_bad_images_do_no_harm(dataset):
 def test_of_a_large_split_evenly_spaced_images_are_compared(tmp_path):
     train = table_of(tmp_path / "train", [scene(0)])
     digest = perceptual_hash(scene(0))
-    rows = tuple(Row(tmp_path / f"{i}.png", "x") for i in range(3 * LOOKED_AT))
+    rows = tuple(Row(tmp_path / f"{i}.png", "x") for i in range(3 * MAX_COMPARED))
     (leak,) = find_leaks(train, {"test": replace(train, rows=rows)}, {row.path: digest for row in rows})
-    assert leak.images == leak.alike == LOOKED_AT
+    assert leak.images == leak.alike == MAX_COMPARED
 
 
 def test_the_end_of_each_class_is_held_out_as_one_block(dataset):

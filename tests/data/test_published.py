@@ -1,4 +1,4 @@
-"""`l2r2 import`: what holds for every published set, on tiny folders of their documented layouts."""
+"""`l2r2 import`: properties of every published set, on tiny folders in their documented layouts."""
 
 import os
 import shutil
@@ -84,7 +84,7 @@ def test_the_parent_of_the_archives_folder_and_the_folder_itself_are_the_same(na
 
 
 @every_set
-def test_another_folder_is_refused_with_what_was_looked_for(name, tmp_path):
+def test_another_folder_is_refused_with_the_expected_files(name, tmp_path):
     _, extra = make(name, tmp_path)
     image(tmp_path / "photos/holiday.jpg")
     with pytest.raises(L2R2Error, match=r"looked for|needs") as error:
@@ -125,7 +125,7 @@ def test_a_killed_import_continues_by_the_same_call(name, tmp_path):
     assert (again.linked, again.copied) == (0, 0)
 
 
-def test_images_are_links_unless_copies_are_asked_for(tmp_path):
+def test_images_are_links_unless_copies_are_requested(tmp_path):
     folder, _ = make("cub", tmp_path)
     source = folder / "CUB_200_2011/images/014.Indigo_Bunting/I_1.jpg"
     source.chmod(0o600)
@@ -160,7 +160,7 @@ def test_an_output_that_holds_something_else_is_left_alone(tmp_path):
     before = contents(tmp_path / "birds")
     image(folder / "CUB_200_2011/images/014.Indigo_Bunting/I_1.jpg", level=3)  # another version of the archive
     (folder / "CUB_200_2011/train_test_split.txt").write_text("1 0\n2 1\n3 1\n4 0\n")
-    with pytest.raises(L2R2Error, match="of other files"):
+    with pytest.raises(L2R2Error, match="from other files"):
         import_published("cub", folder, tmp_path / "birds")
     assert set(contents(tmp_path / "birds")) == set(before)
 

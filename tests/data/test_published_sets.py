@@ -1,4 +1,4 @@
-"""What is particular to single published sets."""
+"""Particularities of single published sets."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The README, CONTRIBUTING and the pages of docs/, and what is in them: code blocks, commands, options, links."""
+"""The README, CONTRIBUTING and the pages of docs/, and their contents: code blocks, commands, options, links."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""The notebook's cells run one after another, offline, and show what its text says."""
+"""The notebook's cells run in order, offline, and show what the text describes."""
 
 import json
 
@@ -16,6 +16,7 @@ def cells(tmp_path, monkeypatch):
     matplotlib.use(backend)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_fg_survives_swapped_backgrounds(cells):
     namespace = {}
     for cell in cells:

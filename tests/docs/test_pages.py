@@ -1,4 +1,4 @@
-"""What the README and docs/ say is true: links lead somewhere, commands and options exist, Python runs, the site builds."""
+"""The README and docs/ are correct: links resolve, commands and options exist, Python runs, the site builds."""
 
 import os
 import re
@@ -77,7 +77,7 @@ def test_python_runs(page, workspace, capsys):
                 exec(code, namespace)
 
 
-def test_the_table_of_models_is_what_the_hub_configs_say():
+def test_the_table_of_models_matches_the_hub_configs():
     page = (ROOT / "docs" / "models.md").read_text()
     defaults = [c for c in load_hub_configs() if c.default]
     for c in defaults:

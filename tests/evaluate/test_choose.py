@@ -1,4 +1,4 @@
-"""A fusion is chosen by regret on two kinds of held-out rows; it never loses to fg, and likelihood decides between equals."""
+"""A fusion is chosen by regret on two kinds of held-out rows; it is never worse than fg, and likelihood breaks ties."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_the_smallest_regret_where_it_is_largest_is_chosen():
     )
     assert found.name == "robust"
     assert found.regret["average"] == pytest.approx({"plain": 0.0, "swapped": 0.25})
-    assert found.reason.startswith("robust is behind") and "3.0 on plain rows and 1.0 on swapped rows" in found.reason
+    assert found.reason.startswith("robust trails") and "3.0 on plain rows and 1.0 on swapped rows" in found.reason
 
 
 def test_a_fusion_that_loses_to_fg_on_either_column_is_never_chosen():
@@ -50,11 +50,24 @@ def test_a_fusion_that_loses_to_fg_on_either_column_is_never_chosen():
     assert found.name == "robust" and "1 fusion" in found.reason
 
 
+@pytest.mark.parametrize(("swapped", "name"), [(696, "agreement"), (680, "robust")])
+def test_less_than_a_point_away_may_be_lost_for_more_at_home(swapped, name):
+    """However sure the loss: 4 of 1,000 rows, each of which fg has right."""
+    compared = {
+        n: {c: column(round(1000 * f.accuracy), rows=1000) for c, f in columns.items()} for n, columns in COMPARED.items()
+    }
+    rows = {
+        n: Fitted(create_fusion(n, 2, 3), {"plain": column(plain, rows=1000), "swapped": column(away, rows=1000)})
+        for n, plain, away in (("robust", 850, 700), ("agreement", 910, swapped))
+    }
+    assert choose(rows, compared).name == name
+
+
 def test_where_all_are_right_the_likelihood_decides():
     sure = {name: {"plain": column(100), "swapped": column(100)} for name in COMPARED}
     same = {n: candidate(n, 100, 100, nll) for n, nll in (("robust", 0.3), ("agreement", 0.1), ("average", 0.2))}
     found = choose(same, sure)
-    assert found.name == "agreement" and "most likely" in found.reason
+    assert found.name == "agreement" and "lowest NLL" in found.reason
 
 
 def test_one_row_in_a_hundred_is_no_reason_but_ten_are():

@@ -1,4 +1,4 @@
-"""Stored logits, fitted fusions in a run, and the measures."""
+"""Stored logits, fitted fusions in a run, and the metrics."""
 
 import json
 from dataclasses import replace
@@ -27,7 +27,7 @@ def own_run(tmp_path):
     return write_run(tmp_path / "run")
 
 
-def test_logits_are_what_the_model_says_and_are_computed_once(own_run, dataset):
+def test_logits_are_those_of_the_model_and_are_computed_once(own_run, dataset):
     checkpoint, table = hub.load_checkpoint(own_run), read_table(dataset).of_split("val")
     passes = []
     count = lambda batches, total: passes.append(total) or batches  # noqa: E731
@@ -54,7 +54,7 @@ def test_other_boxes_or_other_weights_never_reuse_stored_logits(own_run, dataset
     assert len(list(store.iterdir())) == 3
 
 
-def test_anything_that_changes_the_answer_is_computed_anew(own_run, dataset, tmp_path):
+def test_anything_that_changes_the_logits_is_computed_again(own_run, dataset, tmp_path):
     """Scores under the threshold, an image replaced by one of the same size, labels in another order, a damaged store."""
     checkpoint, store = hub.load_checkpoint(own_run), own_run / "logits"
     for score in (0.9, 0.1):
@@ -86,12 +86,12 @@ def test_anything_that_changes_the_answer_is_computed_anew(own_run, dataset, tmp
     assert torch.equal(branch_logits(checkpoint, read_table(dataset).of_split("val"), store).logits["full"], after.logits["full"])
 
 
-def test_a_store_that_cannot_be_written_does_not_stop_the_judging(own_run, dataset):
+def test_a_store_that_cannot_be_written_does_not_stop_the_evaluation(own_run, dataset):
     (own_run / "logits").write_text("in the way")
     assert evaluate_run(own_run, dataset, "val").images == 12
 
 
-def test_weights_and_config_of_different_saves_are_refused_and_mended_by_fitting(own_run, dataset):
+def test_weights_and_config_of_different_saves_are_refused_and_fixed_by_fitting(own_run, dataset):
     weights = (own_run / "model.safetensors").read_bytes()
     fit_run(own_run, dataset, "val", method="scaled_average")
     (own_run / "model.safetensors").write_bytes(weights)  # as if killed between the two files
@@ -104,7 +104,7 @@ def test_weights_and_config_of_different_saves_are_refused_and_mended_by_fitting
 def test_predictions_made_before_the_fusion_changed_are_not_kept(own_run, dataset, tmp_path):
     predict_to_file(Predictor.from_pretrained(own_run, device="cpu"), gather([dataset], split="val"), tmp_path / "p.json")
     fit_run(own_run, dataset, "val", method="max_confidence")
-    with pytest.raises(L2R2Error, match=r"made with another .*fusion"):
+    with pytest.raises(L2R2Error, match=r"made with a different .*fusion"):
         predict_to_file(Predictor.from_pretrained(own_run, device="cpu"), gather([dataset], split="val"), tmp_path / "p.json")
 
 
@@ -119,7 +119,7 @@ def test_without_a_full_branch_evaluate_and_predict_agree(dataset, tmp_path):
     assert "no object was found in any image" in judged.warnings[0]
 
 
-def test_a_fitted_fusion_is_saved_and_every_answer_uses_it(own_run, dataset):
+def test_a_fitted_fusion_is_saved_and_used_in_every_prediction(own_run, dataset):
     report = fit_run(own_run, dataset, "val", method="scaled_weighted_average")
     assert report.rows == report.with_object == 48  # as they are, and on three other backgrounds each
     assert set(report.numbers) == {"scaled_weighted_average"}
@@ -160,13 +160,13 @@ def test_fitting_on_training_rows_warns(own_run, dataset):
     assert evaluate_run(own_run, dataset, "val").warnings == ()
 
 
-def test_rows_that_chose_the_epoch_warn_where_they_judge(own_run, dataset):
+def test_evaluating_on_rows_that_chose_the_epoch_warns(own_run, dataset):
     record = {"val_files": read_table(dataset).of_split("val").names(), "val_used_for": []}
     (own_run / "run.json").write_text(json.dumps(record))
     assert evaluate_run(own_run, dataset, "val").warnings == ()
     (own_run / "run.json").write_text(json.dumps({**record, "val_used_for": ["best_metric"]}))
     (warning,) = evaluate_run(own_run, dataset, "val").warnings
-    assert warning.startswith("12 of the 12 images of val were used to choose the epoch; the figures are too good")
+    assert warning.startswith("12 of the 12 images of val were used to choose the epoch; the metrics are too optimistic")
     assert evaluate_run(own_run, dataset, "test").warnings == fit_run(own_run, dataset, "val").warnings == ()
 
 
@@ -177,7 +177,7 @@ def test_held_out_images_are_counted_as_images_not_as_rows(own_run, dataset):
     (own_run / "run.json").write_text(json.dumps({"val_files": [*names, *names]}))  # two objects an image, when it was trained
     assert len(rows_of(own_run, unsplit, "val")) == 12
     (own_run / "run.json").write_text(json.dumps({"val_files": [*names, "gone.png"]}))
-    with pytest.raises(L2R2Error, match="lacks 1 of the 13 images"):
+    with pytest.raises(L2R2Error, match=r"1 of the images that .* held out are missing"):
         rows_of(own_run, unsplit, "val")
 
 
@@ -189,7 +189,7 @@ def test_val_means_the_rows_that_the_run_held_out(tmp_path):
     report = fit_run(tmp_path / "run", data, "val", method="average")
     assert report.rows == 48 and not any("trained on" in warning for warning in report.warnings)
     assert evaluate_run(tmp_path / "run", data, "val").rows["full"]["accuracy"] == pytest.approx(result.metrics["full_accuracy"])
-    with pytest.raises(L2R2Error, match='no image of split "test"'):
+    with pytest.raises(L2R2Error, match='no image has the split "test"'):
         evaluate_run(tmp_path / "run", data, "test")
 
 
@@ -211,11 +211,11 @@ def test_the_choice_is_made_on_unseen_rows(dataset):
 def test_fusing_what_cannot_be_fused_is_a_sentence(own_run, dataset, tmp_path):
     with pytest.raises(L2R2Error, match='Unknown fusion "rubust"; choose from best_on_val'):
         fit_run(own_run, dataset, "val", method="rubust")
-    with pytest.raises(L2R2Error, match='no image of split "dev"'):
+    with pytest.raises(L2R2Error, match='no image has the split "dev"'):
         fit_run(own_run, dataset, "dev")
     with pytest.raises(L2R2Error, match="no such run"):
         fit_run(tmp_path / "nowhere", dataset, "val")
-    with pytest.raises(L2R2Error, match="this one has full"):
+    with pytest.raises(L2R2Error, match="this one has only full"):
         fit_run(write_run(tmp_path / "plain", branches=("full",)), dataset, "val")
     text = "\n".join(",".join(line.split(",")[:3]) for line in (dataset / "metadata.csv").read_text().splitlines())
     (dataset / "metadata.csv").write_text(text)
@@ -228,7 +228,7 @@ def test_fusing_what_cannot_be_fused_is_a_sentence(own_run, dataset, tmp_path):
 def test_rows_of_one_class_fit_nothing(own_run, dataset):
     text = (dataset / "metadata.csv").read_text()
     (dataset / "metadata.csv").write_text(text.replace("green,val", "red,val").replace("blue,val", "red,val"))
-    with pytest.raises(L2R2Error, match="show one class only"):
+    with pytest.raises(L2R2Error, match="all have one class"):
         fit_run(own_run, dataset, "val")
 
 
@@ -247,23 +247,23 @@ def test_evaluate_gives_every_branch_and_fusion_and_agrees_with_predict(own_run,
     assert figures["without_box"] is None
 
 
-def test_metadata_can_correct_the_answers(own_run, dataset):
+def test_metadata_can_correct_the_predictions(own_run, dataset):
     table = read_table(dataset)
-    with pytest.raises(L2R2Error, match="holds none of the images"):
+    with pytest.raises(L2R2Error, match="contains none of the images"):
         evaluate_run(own_run, dataset, "test", prior="label")
     (own_run / "run.json").write_text(json.dumps({"train_files": table.of_split("train").names()}))
     rows = evaluate_run(own_run, dataset, "test", prior="label").rows  # the label itself as metadata: as good as knowing it
     assert rows["full + label"]["accuracy"] > rows["full"]["accuracy"] and "fused: robust + label" in rows
     relabeled = (dataset / "metadata.csv").read_text().replace("train_000.png,red", "train_000.png,teal")
     (dataset / "teal.csv").write_text(relabeled)
-    with pytest.raises(L2R2Error, match=r"train_000\.png: was trained on by .*, which knows no class teal"):
+    with pytest.raises(L2R2Error, match=r"train_000\.png: its class teal is unknown to"):
         evaluate_run(own_run, dataset, "test", prior="label", metadata=dataset / "teal.csv")
     same = evaluate_run(own_run, dataset, "test", prior="file_name").rows  # values that training never saw
     assert same["fg + file_name"]["accuracy"] == same["fg"]["accuracy"]
 
 
-def test_a_split_is_never_both_fitted_on_and_judged_by(own_run, dataset):
-    with pytest.raises(L2R2Error, match="cannot be both fitted on and judged by"):
+def test_a_split_is_never_used_both_to_fit_and_to_evaluate(own_run, dataset):
+    with pytest.raises(L2R2Error, match="cannot be used both to fit and to evaluate"):
         evaluate_run(own_run, dataset, "test", fit_split="test")
     with pytest.raises(L2R2Error, match='no column "weather" in the metadata; there are file_name, label, split'):
         evaluate_run(own_run, dataset, "test", group="weather")

@@ -1,4 +1,4 @@
-"""Judging: what is said of the figures, that nothing is fitted on the rows judged by, ensembles, classes that do not occur."""
+"""Evaluation: its warnings and notes, nothing is fitted on the evaluated rows, ensembles, absent classes."""
 
 import json
 
@@ -37,7 +37,7 @@ def relabel(dataset, split, change):
     (dataset / "metadata.csv").write_text("\n".join(",".join(row) for row in cells))
 
 
-def test_nothing_is_fitted_on_the_rows_judged_by(own_run, dataset):
+def test_nothing_is_fitted_on_the_evaluated_rows(own_run, dataset):
     """Other labels on the judged split change figures, and no number of a fusion or a temperature."""
 
     def fitted():
@@ -57,7 +57,7 @@ def test_nothing_is_fitted_on_the_rows_judged_by(own_run, dataset):
     assert fitted()[1] != temperatures  # whereas the split to fit on matters
 
 
-def test_temperatures_mend_the_calibration_of_what_they_were_fitted_on(own_run, dataset):
+def test_temperatures_calibrate_the_rows_they_were_fitted_on(own_run, dataset):
     """With the same rows under another name, the scaled logits have the least cross-entropy, with 3 rows of unknown class."""
     text = (dataset / "metadata.csv").read_text()
     twins = [line.replace(",val,", ",twin,").replace("val_", "twin_") for line in text.splitlines() if ",val," in line]
@@ -155,7 +155,7 @@ def test_an_ensemble_of_other_classes_is_refused(own_run, dataset, tmp_path):
     config = json.loads((other / "config.json").read_text())
     config["label_names"][0] = "teal"
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(L2R2Error, match=r"other: has other classes than .*run \(blue, teal only in one of them\)"):
+    with pytest.raises(L2R2Error, match=r"other: its classes differ from those of .*run \(only one of them has blue, teal\)"):
         evaluate_run(own_run, dataset, "test", others=[other])
 
 
@@ -170,7 +170,7 @@ def test_fitting_on_rows_that_one_of_the_runs_was_trained_on_warns(own_run, data
     other = write_run(tmp_path / "other", seed=1)
     (other / "run.json").write_text(json.dumps({"train_files": [f"images/val_00{i}.png" for i in range(4)]}))
     (warning,) = evaluate_run(own_run, dataset, "test", fit_split="val", others=[other]).warnings
-    assert warning == f"{other}: 4 of the 12 images of val were trained on; what is fitted on them will trust this run too much."
+    assert warning == f"{other}: 4 of the 12 images of val were trained on; a fusion fitted on them will overrate this run."
     assert evaluate_run(own_run, dataset, "test", fit_split="val").warnings == ()
 
 
@@ -185,27 +185,27 @@ def test_mistakes_of_the_command_show_before_the_network_runs(own_run, dataset, 
     assert passes == []
 
 
-def test_classes_that_do_not_occur_are_said_and_not_counted(own_run, dataset):
+def test_classes_that_do_not_occur_are_noted_and_not_counted(own_run, dataset):
     relabel(dataset, "test", lambda i, label: "red" if label == "blue" else label)
     judged = judge_run(own_run, dataset, "test")
     figures = evaluation_of(judged)
-    assert figures.notes == ("1 of 3 classes do not occur in test (blue); the macro accuracy is over the others.",)
+    assert figures.notes == ("1 of 3 classes do not occur in test (blue); the macro accuracy leaves them out.",)
     recall = figures.rows["full"]["recall"]
     assert recall["blue"] is None
     assert figures.rows["full"]["macro_accuracy"] == pytest.approx((recall["green"] + recall["red"]) / 2)
 
 
-def test_a_split_of_one_class_is_judged_and_said(own_run, dataset):
+def test_a_split_of_one_class_is_evaluated_with_a_note(own_run, dataset):
     relabel(dataset, "test", lambda i, label: "red")
     figures = evaluate_run(own_run, dataset, "test", fit_split="val")
-    assert figures.notes == ("All images of test show red: the accuracy is how often this class is found, and no more.",)
+    assert figures.notes == ("All images of test show red: the accuracy is the recall of this class.",)
     for row in figures.rows.values():
         assert row["accuracy"] == row["macro_accuracy"] == row["recall"]["red"]
 
 
 def test_classes_that_training_never_saw_are_named(own_run, dataset):
     relabel(dataset, "test", lambda i, label: "lynx" if i < 2 else "wolf" if i == 3 else label)
-    message = r"3 of the 12 images of test show what .*run was not trained on: lynx \(2\), wolf \(1\); take them out"
+    message = r"3 of the 12 images of test have classes that .*run was not trained on: lynx \(2\), wolf \(1\); take them out"
     with pytest.raises(L2R2Error, match=message):
         evaluate_run(own_run, dataset, "test")
 
@@ -236,11 +236,11 @@ def test_bad_images_are_left_out_named_and_counted(own_run, dataset):
 def test_no_usable_image_at_all_is_a_sentence(own_run, dataset):
     for path in (dataset / "images").glob("test_*"):
         path.write_bytes(b"")
-    with pytest.raises(L2R2Error, match=r"None of the 12 images can be used; the first: .*test_000\.png: is empty"):
+    with pytest.raises(L2R2Error, match=r"None of the 12 images can be used. The first one: .*test_000\.png: is empty"):
         evaluate_run(own_run, dataset, "test", skip_bad=True)
 
 
-def test_a_mended_image_is_judged_again(own_run, dataset):
+def test_a_repaired_image_is_evaluated_again(own_run, dataset):
     path = dataset / "images" / "test_001.png"
     content = path.read_bytes()
     path.write_bytes(b"")
@@ -258,7 +258,7 @@ def test_the_gain_is_over_full_and_has_its_own_interval(own_run, dataset):
     json.dumps(figures, allow_nan=False)
 
 
-def test_the_command_says_and_writes_it_all(l2r2, own_run, dataset, tmp_path):
+def test_the_command_prints_and_writes_everything(l2r2, own_run, dataset, tmp_path):
     other = write_run(tmp_path / "other", seed=1)
     (dataset / "images" / "test_001.png").write_bytes(b"PK\x03\x04")
     base = ["evaluate", own_run, dataset, "--group", "label", "--fit-split", "val", "--with", other, "--skip-bad"]

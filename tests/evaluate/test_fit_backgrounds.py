@@ -1,4 +1,4 @@
-"""Fusions fitted on held-out objects that lie on other backgrounds."""
+"""Fusions fitted on held-out objects on other backgrounds."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ def own_run(tmp_path):
     return write_run(tmp_path / "run")
 
 
-def test_swapped_rows_change_what_full_says_and_hardly_what_fg_says(own_run, dataset):
+def test_swapped_rows_change_the_prediction_of_full_and_hardly_that_of_fg(own_run, dataset):
     checkpoint, table = hub.load_checkpoint(own_run), read_table(dataset)
     val, train = table.of_split("val"), table.of_split("train")
     plain = logits_to_fit(checkpoint, val, train)
@@ -80,7 +80,7 @@ def test_copies_of_one_image_stay_in_one_fold(tmp_path):
     assert fit(data, ["concat_mlp"])["concat_mlp"].accuracy < 0.35
 
 
-def test_the_background_says_nothing_of_the_class_neither_for_nor_against_it(own_run, tmp_path):
+def test_the_swapped_background_is_independent_of_the_class(own_run, tmp_path):
     data = write_dataset(tmp_path / "data", splits=("train", "val"))
     table = read_table(data)
     found = logits_to_fit(hub.load_checkpoint(own_run), table.of_split("val"), table.of_split("train"), "swapped")
@@ -112,7 +112,7 @@ def test_groups_that_do_not_exist_or_are_too_few_are_sentences(own_run, dataset)
     rows = (dataset / "metadata.csv").read_text().splitlines()
     with_site = "\n".join(f"{row},{'site' if i == 0 else i % 3}" for i, row in enumerate(rows))
     (dataset / "metadata.csv").write_text(with_site)
-    with pytest.raises(L2R2Error, match='The column "site" tells 3 groups of images with an object apart; a fit needs 5'):
+    with pytest.raises(L2R2Error, match='The column "site" has 3 groups of images with an object; fitting takes at least 5'):
         fit_run(own_run, dataset, "val", group="site")
 
 

@@ -1,4 +1,4 @@
-"""Maps that must be right because the network's reasons are known, measures by hand, and changes that move what they should."""
+"""Saliency maps of networks whose evidence is known, metrics checked by hand, and counterfactuals with known effects."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from l2r2_models import Explainer, L2R2Error, Predictor
 from l2r2_models.boxes.detections import ViewMap
 from l2r2_models.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from l2r2_models.explain.measures import against_mask, insertion_deletion
-from l2r2_models.explain.saliency import Question, attributions, default_method, look_of, on_image, saliency
+from l2r2_models.explain.saliency import Question, attributions, branch_input, default_method, on_image, saliency
 from l2r2_models.views import ViewSpec, make_views, view_map
 
 BOX = [10, 6, 26, 22]
@@ -103,10 +103,10 @@ def test_a_contrast_asks_for_the_difference():
 
 def test_integrated_gradients_add_up_to_the_difference_of_scores():
     model, pixels = spots(), scene()
-    look, question = look_of(model, "full", views_of(model, pixels)), Question((0,), (1,))
-    blank = torch.zeros_like(look.view)
-    values = attributions("ig", lambda x: question.score(look.logits(x)), look.view[..., :28, :28], blank[..., :28, :28])
-    change = [question.score(look.logits(x[..., :28, :28])) for x in (look.view, blank)]
+    given, question = branch_input(model, "full", views_of(model, pixels)), Question((0,), (1,))
+    blank = torch.zeros_like(given.view)
+    values = attributions("ig", lambda x: question.score(given.logits(x)), given.view[..., :28, :28], blank[..., :28, :28])
+    change = [question.score(given.logits(x[..., :28, :28])) for x in (given.view, blank)]
     assert torch.isclose(values.sum(), (change[0] - change[1])[0], rtol=0.05)
 
 
@@ -169,7 +169,7 @@ def test_vit_rollout_by_a_naive_product_and_leaves_the_network_as_it_was():
         assert set(found) == {"full", "fg"} and all(v.isfinite().all() for v in found.values())
 
 
-def test_ifam_has_part_maps_and_is_asked_without_each_part(tmp_path):
+def test_ifam_has_part_maps_and_counterfactuals_without_each_part(tmp_path):
     torch.manual_seed(0)
     small = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_parts": 3}
     model = timm.create_model("ifam_vit_tiny_patch16_224", num_classes=3, **small).eval()
@@ -223,7 +223,7 @@ def test_insertion_is_high_and_deletion_low_for_the_pixels_that_count():
     assert bad["insertion"] == pytest.approx(0.125) and bad["deletion"] == pytest.approx(0.875) and asked[0] == 16
 
 
-def test_changes_move_the_branch_that_looks_there(tmp_path):
+def test_changes_affect_the_branch_that_uses_them(tmp_path):
     explain = Explainer(checkpoint(tmp_path, spots()), method="gradcam", target=("red",))
     other = torch.tensor(GROUNDS["green"], dtype=torch.uint8).expand(30, 30, 3)
     changes = {c.name: c.probability for c in explain(scene(), [BOX], background=other).changes}
@@ -236,7 +236,7 @@ def test_changes_move_the_branch_that_looks_there(tmp_path):
     assert changes["box_grown"]["fg"] < before["fg"]
 
 
-def test_the_answers_are_those_of_predict(tmp_path):
+def test_the_outputs_are_those_of_predict(tmp_path):
     of = checkpoint(tmp_path, spots("robust"))
     image, boxes = Image.fromarray(scene("red", "blue").numpy()), [[40, 30, 50, 38], BOX]
     assert Explainer(of, numbers=False)(image, boxes).prediction == Predictor(of)(image, boxes).objects[0]
@@ -257,10 +257,10 @@ def test_large_images_are_explained_at_a_size_that_can_be_drawn(tmp_path, monkey
     [
         ({"method": "magic"}, 'Unknown method "magic"; choose from auto, gradcam'),
         ({"target": ("pink",)}, 'has no class "pink"; it has red, green, blue'),
-        ({"target": ("red",), "against": "red"}, "both the class to explain and the one against it"),
+        ({"target": ("red",), "against": "red"}, "both the class to explain and the one to contrast with"),
         ({"method": "rollout", "against": "runner-up"}, "the same for every class"),
         ({"method": "rollout"}, "attention rollout needs a plain ViT; choose gradcam"),
-        ({"method": "parts"}, "Part maps belong to the ifam models"),
+        ({"method": "parts"}, "Only iFAM models have part maps"),
     ],
 )
 def test_what_cannot_be_explained_is_a_sentence(tmp_path, options, sentence):

@@ -1,4 +1,4 @@
-"""Fusions that ask whether the context can be believed: what e means at both ends, and what is fitted."""
+"""Fusions that weigh the context by its agreement with fg: the limits of e, and the fitted parameters."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_it_gains_at_home_and_keeps_most_of_fg_away(name):
     assert right(fusion(*away[:2]), away[2]) > right(away[0], away[2]) - 0.1
 
 
-def test_what_backgrounds_say_is_taken_out_only_where_they_name_another_class():
+def test_background_evidence_is_removed_only_against_the_class():
     assert fitted("two_worlds", rows=2000, subtract=True).subtract > 0
     assert fitted("two_worlds", rows=2000).subtract == 0  # independent of the class: there is nothing to subtract
 
@@ -102,7 +102,7 @@ def test_the_evidence_is_calibrated_on_rows_of_both_kinds():
     assert abs(float(home[sure].mean() - (~away)[sure].double().mean())) < 0.05
 
 
-def test_without_word_of_the_backgrounds_the_rule_stays_the_fixed_one():
+def test_without_swapped_rows_the_rule_stays_the_fixed_one():
     fg, context, labels, _ = draw()
     fusion = create_fusion("two_worlds", 2, CLASSES)
     fusion.fit(fg, context, labels)
@@ -112,12 +112,12 @@ def test_without_word_of_the_backgrounds_the_rule_stays_the_fixed_one():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [-0.1, 1.1, True, "half"])
 def test_a_share_out_of_range_is_a_sentence(name, value):
-    with pytest.raises(L2R2Error, match="a share of misleading backgrounds from 0 to 1"):
+    with pytest.raises(L2R2Error, match="a fraction of misleading backgrounds between 0 and 1"):
         create_fusion({"name": name, "misled": value}, 2, CLASSES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_scripted_and_exported_it_says_the_same(name):
+def test_scripted_and_exported_models_give_the_same_output(name):
     fusion = fitted(name).eval()
     fg, context, _, _ = draw(20, seed=2)
     assert torch.allclose(torch.jit.script(fusion)(fg, context), fusion(fg, context), atol=1e-6)

@@ -1,4 +1,4 @@
-"""Fusing the images of a place together: how many backgrounds mislead is estimated without labels, and never at fg's expense."""
+"""Fusing images taken at the same place jointly: the fraction of misleading backgrounds is estimated without labels."""
 
 from itertools import pairwise
 

@@ -60,12 +60,12 @@ def test_not_a_number_in_an_unused_row_does_not_spread(name, logits):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_agreeing_branches_keep_their_answer(name, logits):
+def test_agreeing_branches_keep_their_prediction(name, logits):
     fg = 20 * torch.eye(5)[torch.randint(0, 5, (200,))] if name == "concat_mlp" else logits[0]  # an MLP needs a clear case
     assert torch.equal(make(name)(fg, 2 * fg[None]).argmax(-1), fg.argmax(-1))
 
 
-def test_max_confidence_takes_the_row_of_the_surer_branch(logits):
+def test_max_confidence_takes_the_row_of_the_more_confident_branch(logits):
     fg, context = logits
     sure = fg.softmax(-1).max(-1).values >= context[0].softmax(-1).max(-1).values
     expected = torch.where(sure[:, None], fg, context[0])
@@ -117,7 +117,7 @@ def test_a_config_builds_the_same_fusion_again(config, logits):
     assert torch.equal(again(*logits), fusion(*logits))
 
 
-def test_temperature_never_changes_an_answer_and_minimizes_the_cross_entropy_with_three_rows_of_unknown_class():
+def test_temperature_never_changes_a_prediction_and_minimizes_the_cross_entropy_with_three_rows_of_unknown_class():
     _, context, labels = biased(500)
     logits = context[0]
     best = fit_temperature(logits, labels)
@@ -133,7 +133,7 @@ def test_temperature_never_changes_an_answer_and_minimizes_the_cross_entropy_wit
 
 
 @pytest.mark.parametrize("rows", [20, 100, 500])
-def test_rows_without_an_error_do_not_make_a_branch_surer_than_so_few_can_show(rows):
+def test_rows_without_an_error_do_not_make_a_branch_overconfident(rows):
     labels = torch.arange(rows) % 5
     perfect = 10 * torch.eye(5)[labels]
     sure = (perfect / fit_temperature(perfect, labels)).softmax(-1).max(-1).values
@@ -219,7 +219,7 @@ def test_a_metadata_prior_is_bayes_rule_on_smoothed_counts():
     expected = image * given / overall
     assert torch.allclose(prior(image.log(), ["wet"]).exp(), expected / expected.sum())
     assert torch.allclose(prior(image.log(), ["never seen"]).exp(), image)
-    with pytest.raises(L2R2Error, match="one value a training row, got 1 for 2"):
+    with pytest.raises(L2R2Error, match="one value per training row, got 1 for 2"):
         MetadataPrior(labels[:2], ["wet"], 3)
 
 

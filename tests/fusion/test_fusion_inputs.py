@@ -1,4 +1,4 @@
-"""Which branches are fused: the paper's fg with bg, full as the fallback only; every pair out of one run; macro accuracy."""
+"""Which branches are fused: fg with bg and full only as the fallback; every pair from one run; macro accuracy."""
 
 import json
 
@@ -30,7 +30,7 @@ def logits_of(*branches, rows=40, classes=4, seed=0):
 
 
 @pytest.mark.parametrize("inputs", [("fg", "bg"), ("fg", "full"), ("full", "bg"), THREE])
-def test_only_the_inputs_are_fused_and_full_answers_where_there_is_no_object(inputs):
+def test_only_the_inputs_are_fused_and_full_is_the_fallback(inputs):
     logits, has_fg = logits_of(*THREE), torch.arange(40) % 3 > 0
     fusion = create_fusion({"name": "average", "inputs": inputs}, THREE, 4)
     fused = fuse_branches(fusion, logits, has_fg)
@@ -69,7 +69,7 @@ def test_the_inputs_travel_in_the_checkpoint(three):
     assert model.fusion.over == ("fg", "bg")
 
 
-def test_one_run_reports_every_pair_and_fits_the_one_that_is_asked_for(three, dataset):
+def test_one_run_reports_every_pair_and_fits_the_requested_one(three, dataset):
     rows = evaluate_run(three, dataset, "test", fit_split="val").rows
     for pair in ("fg + full", "fg + bg", "full + bg"):
         assert {f"average ({pair})", f"robust ({pair})", f"weighted_logits ({pair})"} <= set(rows)
@@ -115,7 +115,7 @@ def test_weights_of_rows_make_accuracy_macro_accuracy():
 
 
 @pytest.mark.parametrize("name", ["robust", "scaled_weighted_average"])
-def test_thresholds_and_weights_are_fitted_by_macro_accuracy_where_it_is_asked_for(name):
+def test_thresholds_and_weights_can_be_fitted_by_macro_accuracy(name):
     fg, context, labels = rare_classes()
     found = {}
     for metric in ("accuracy", "macro_accuracy"):

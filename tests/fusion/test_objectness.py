@@ -1,4 +1,4 @@
-"""The fusion that weighs fg's confidence with the box's score, from the box file to the answer."""
+"""The fusion that multiplies fg's confidence by the box score, from the box file to the prediction."""
 
 import json
 
@@ -26,7 +26,7 @@ def rows(count=50):
     return {b: 3 * torch.randn(count, 4, generator=generator) for b in ("full", "fg")}
 
 
-def test_it_is_the_surer_of_score_times_fg_and_full():
+def test_it_is_the_more_confident_of_score_times_fg_and_full():
     fusion, logits = create_fusion("objectness_max_confidence", 2, 4), rows()
     scores = torch.rand(50, generator=torch.Generator().manual_seed(1))
     sure = {b: z.softmax(-1).amax(-1) for b, z in logits.items()}
@@ -69,7 +69,7 @@ def test_scores_come_from_the_box_file_in_evaluation_and_prediction(weighing, da
     assert torch.equal(found[0.3], logits.logits["full"]) and not torch.equal(found[1.0], found[0.3])
 
 
-def test_the_box_with_the_highest_product_answers_for_the_image(weighing, dataset):
+def test_the_box_with_the_highest_product_labels_the_image(weighing, dataset):
     predictor = Predictor.from_pretrained(weighing, device="cpu")
     path = next((dataset / "images").glob("val_*"))
     image = load_image(path)

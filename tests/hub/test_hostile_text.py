@@ -1,4 +1,4 @@
-"""Text of users where it could do harm: in cards, snippets and terminals."""
+"""User text that could do harm: in cards, snippets and terminals."""
 
 import ast
 import re

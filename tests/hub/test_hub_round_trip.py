@@ -1,4 +1,4 @@
-"""Train, evaluate, publish, and pull again in fresh processes by every way: the same logits, the same predictions."""
+"""Train, evaluate, publish, and load again in fresh processes by every interface: same logits, same predictions."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`l2r2 publish`: what it shows, what it refuses to send, and that what arrives is what was sent."""
+"""`l2r2 publish`: its output, what it refuses to upload, and that the uploaded files are the prepared ones."""
 
 import json
 import re
@@ -127,7 +127,7 @@ def test_what_would_go_up_is_three_files_without_a_path_of_this_machine(finished
     assert hub.load_checkpoint(package.folder).digest == hub.load_checkpoint(finished).digest
 
 
-def test_the_card_says_what_was_measured_and_its_metadata_can_be_read_back(finished, tmp_path):
+def test_the_card_lists_the_metrics_and_its_metadata_can_be_read_back(finished, tmp_path):
     from huggingface_hub import ModelCard
 
     text = (made(finished, tmp_path).folder / "README.md").read_text()
@@ -162,7 +162,7 @@ def test_evaluations_of_other_weights_are_left_out(finished, tmp_path):
             read_evaluations(finished, [tmp_path / "broken.json"])
 
 
-def test_without_an_evaluation_the_validation_figures_of_the_training_count(finished, tmp_path):
+def test_without_an_evaluation_the_card_has_the_validation_metrics(finished, tmp_path):
     for file in (finished / "evaluations").iterdir():
         file.unlink()
     package = made(finished, tmp_path)
@@ -171,7 +171,7 @@ def test_without_an_evaluation_the_validation_figures_of_the_training_count(fini
     assert "split validation (of the training): 2 images" in text
 
 
-def test_the_validation_figures_of_a_fusion_that_was_fitted_since_are_left_out(finished, tmp_path):
+def test_the_validation_metrics_of_a_replaced_fusion_are_left_out(finished, tmp_path):
     """Those of finetune are of the fusion before the fit."""
     checkpoint = hub.load_checkpoint(finished)
     fit = {"split": "val", "backgrounds": "both", "group": "plant", "rows": 72, "method": "best_on_val", "accuracy": 0.5}
@@ -195,7 +195,7 @@ def test_what_stands_against_publishing(tmp_path):
     with pytest.raises(L2R2Error, match="not a Hub id of the form org/name"):
         prepare(run, "name", tmp_path / "d", FACTS)
     (run / "optimizer.pt").write_bytes(b"\x80\x04")
-    with pytest.raises(L2R2Error, match=r"holds optimizer\.pt; pickled weights"):
+    with pytest.raises(L2R2Error, match=r"contains optimizer\.pt; pickled weights"):
         prepare(run, "org/x", tmp_path / "e", FACTS)
 
 
@@ -208,16 +208,16 @@ def test_every_kind_of_model_can_be_published(tmp_path, kind):
 SAID = {  # what the card says of each kind of model, and what it must not
     "ifam": (["gives the fused prediction, and needs no boxes", "The network finds the object itself"], ["boxes=", "Localizer"]),
     "tokens": (["so that a misleading background matters less", "fg: tokens |", "boxes=[["], ["margin"]),
-    "late": (["masked in the network", "is the whole-image head alone"], ["cut out of it"]),
-    "box head": (["boxes of its own box head", 'localizer="head")', "predict(photo).objects"], ["not stated.", "boxes=[["]),
-    "gray": (["As a plain timm model (in_chans=1) it"], ["Predictor", "`pipeline`"]),
+    "late": (["masked inside the network", "is the whole-image branch alone"], ["cut out of it"]),
+    "box head": (["boxes from its own box head", 'localizer="head")', "predict(photo)"], ["not stated.", "boxes=[["]),
+    "gray": (["As a plain timm model (in_chans=1), it"], ["Predictor", "`pipeline`"]),
     "full": (["(the whole image). Made", "gives the same prediction"], ["misleading", "fg:", "boxes", "Localizer"]),
-    "fg": (["is the fg head alone", "without a box the whole image counts as the object"], ["misleading", "whole-image head"]),
+    "fg": (["is the fg branch alone", "without boxes, the whole image counts as the object"], ["misleading"]),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_card_says_what_holds_for_the_kind_of_model_and_its_usage_runs(tmp_path, kind):
+def test_the_card_fits_the_kind_of_model_and_its_usage_runs(tmp_path, kind):
     localizer = {"spec": "head"} if kind == "box head" else None
     run = write_kind(tmp_path / "run", kind, localizer=localizer)
     card = model_card(hub.load_checkpoint(run), "org/x", CardMetadata(), ())
@@ -234,7 +234,7 @@ def test_predictor_refuses_a_model_that_does_not_take_rgb(tmp_path):
 
 def test_the_usage_names_a_localizer_that_others_can_have(run):
     checkpoint = hub.load_checkpoint(run)
-    line = '# finds the boxes itself: Predictor.from_pretrained("org/x", localizer="owlv2:google/owlv2?prompt=a bird")'
+    line = '# to find the boxes automatically: Predictor.from_pretrained("org/x", localizer="owlv2:google/owlv2?prompt=a bird")'
     assert line in model_card(checkpoint, "org/x", CardMetadata(localizer="owlv2:google/owlv2", prompt="a bird"), ())
     for spec in ("owlv2:google/owlv2", "owlv2?prompt=bird", "boxes:mine.json", "cam:runs/x", "head", "by hand", "?"):
         assert "localizer=" not in model_card(checkpoint, "org/x", CardMetadata(localizer=spec), ()), spec
@@ -289,7 +289,7 @@ def test_numbers_for_labels_and_weights_that_are_not_finite(tmp_path):
 def test_secrets_are_found_and_not_repeated(finished, tmp_path, secret):
     package = made(finished, tmp_path, CardMetadata("mit", limits=f"token {secret}"))
     (problem,) = package.problems
-    assert problem.startswith("README.md holds what looks like") and secret not in problem
+    assert problem.startswith("README.md contains what looks like") and secret not in problem
     with pytest.raises(L2R2Error, match="not pushed"):
         push(package)
 
@@ -306,14 +306,14 @@ def test_paths_of_this_machine_are_found(path):
 def test_a_dry_run_sends_nothing(finished, there, l2r2):
     code, out, err = l2r2("publish", finished, "org/squares", "--license", "mit")
     assert code == 0, err
-    assert "nothing was sent; --push sends it to org/squares" in out and "model.safetensors" in out
+    assert "nothing was uploaded; pass --push to upload to org/squares" in out and "model.safetensors" in out
     assert there.log == [] and there.repos == {}
 
 
-def test_push_arrives_in_one_commit_and_answers_as_before(finished, there, l2r2):
+def test_push_is_one_commit_with_the_same_predictions(finished, there, l2r2):
     code, out, err = l2r2("publish", finished, "org/squares", "--license", "mit", "--push")
     assert code == 0, err
-    assert "hashes compared" in out
+    assert "hashes verified" in out
     repo = there.repos["org/squares"]
     assert repo.messages == ["initial commit", "Upload with l2r2-models"] and not repo.private
     assert {"README.md", "config.json", "model.safetensors"} == set(repo.files("main")[1]) - {".gitattributes"}
@@ -346,7 +346,7 @@ def test_private_branch_and_pull_request(finished, there, l2r2, monkeypatch):
     assert code == 0 and "/discussions/1" in out and "None known." not in str(there.repos["org/squares"].files("main"))
     assert b"None known." in there.repos["org/squares"].files("refs/pr/1")[1]["README.md"]
     code, _, err = l2r2(*push, "--create-pr", "--revision", "next")
-    assert code == 1 and "leave --revision out" in err
+    assert code == 1 and "do not pass --revision" in err
     there.add("org/public", {"README.md": b""})
     code, _, err = l2r2("publish", finished, "org/public", "--license", "mit", "--push", "--private")
     assert code == 1 and "exists and is public" in err and there.repos["org/public"].messages == ["first"]
@@ -383,7 +383,7 @@ def test_other_hashes_there_than_here(finished, tmp_path, there, monkeypatch):
         push(made(finished, tmp_path))
 
 
-def test_evaluate_keeps_its_figures_for_the_card(finished, dataset, tmp_path, l2r2):
+def test_evaluate_stores_its_metrics_for_the_card(finished, dataset, tmp_path, l2r2):
     assert l2r2("evaluate", finished, dataset, "--split", "test")[0] == 0
     evaluations = {e["split"]: e for e in read_evaluations(finished, digest=hub.load_checkpoint(finished).digest)}
     assert evaluations["test"]["data"] == dataset.name and evaluations["test"]["images"] == 12

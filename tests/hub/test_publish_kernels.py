@@ -1,4 +1,4 @@
-"""`l2r2 publish-kernels`: the layout of the Kernel Hub, loaded from where it lies, pushed to the branch of its version."""
+"""`l2r2 publish-kernels`: the layout of the Kernel Hub, loaded from a folder, pushed to the branch of its version."""
 
 import importlib.util
 import json
@@ -67,7 +67,7 @@ def test_a_dry_run_sends_nothing(there, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["l2r2", "publish-kernels", str(KERNELS), "org/kernels"])
     with pytest.raises(SystemExit) as end:
         main()
-    assert not end.value.code and "nothing was sent" in capsys.readouterr().out and there.log == []
+    assert not end.value.code and "nothing was uploaded" in capsys.readouterr().out and there.log == []
 
 
 def test_written_to_a_folder_that_kernels_loads(tmp_path, monkeypatch, capsys):
@@ -81,7 +81,7 @@ def test_written_to_a_folder_that_kernels_loads(tmp_path, monkeypatch, capsys):
 
     assert not publish() and f"written to {folder}" in capsys.readouterr().out
     assert (folder / "README.md").is_file() and (folder / "build" / "torch-cpu" / "metadata.json").is_file()
-    assert publish() == 1 and "is not empty; give a new folder" in capsys.readouterr().err
+    assert publish() == 1 and "is not empty; choose a new folder" in capsys.readouterr().err
     loader = pytest.importorskip("kernels.load", reason="needs the package `kernels`")
     module = loader.get_local_kernel(folder, backend="cpu")
     image, box = torch.zeros(30, 40, 3, dtype=torch.uint8), torch.tensor([[0.0, 0, 9, 8]])

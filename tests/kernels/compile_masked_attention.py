@@ -1,4 +1,4 @@
-"""Compiles the attention kernels for sm_90 and prints what they use, one JSON line a kernel.
+"""Compile the attention kernels for sm_90 and print their resource use, one JSON line per kernel.
 
 Run by test_kernels_sm90.py. Arguments: dtype:head_dim:typical ...
 """

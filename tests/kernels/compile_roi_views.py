@@ -1,4 +1,4 @@
-"""Compiles every launch table entry of roi_views for sm_90 and prints what it uses, one JSON line an entry.
+"""Compile every launch table entry of roi_views for sm_90 and print its resource use, one JSON line per entry.
 
 Run by test_kernels_sm90.py. Arguments: patterns of the names wanted; all without any.
 """

@@ -1,4 +1,4 @@
-"""Compiles a Triton kernel for Hopper (sm_90) without a GPU. Not under TRITON_INTERPRET: its kernels cannot be compiled."""
+"""Compile a Triton kernel for Hopper (sm_90) without a GPU; not under TRITON_INTERPRET, whose kernels cannot be compiled."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Runs the Triton kernels on the CPU, in processes of their own: Triton reads TRITON_INTERPRET once, when it is imported."""
+"""Run the Triton kernels on the CPU, in separate processes, because Triton reads TRITON_INTERPRET once, on import."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What the launch tables can choose compiles for sm_90, without a GPU: no spills, tensor cores used, shared memory fits.
+"""All entries of the launch tables compile for sm_90, without a GPU: no spills, tensor cores used, shared memory fits.
 
 The kernels of uint8 images read words, 32 lanes side by side along a row; lanes along a column would read uncoalesced.
 """

@@ -1,4 +1,4 @@
-"""LocalizerSpec strings, the controls, boxes of a file, and what is done to every localizer's boxes."""
+"""LocalizerSpec strings, the controls, boxes from a file, and the postprocessing of all boxes."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_specs_are_canonical():
     ("spec", "message"),
     [
         ("middle", 'Unknown localizer "middle"; choose from owlv2'),
-        ("", "names no localizer"),
+        ("", "does not name a localizer"),
         ("center?share", "write option=value pairs joined by &"),
         ("boxes:a?b.json", "write a ? in a name as %3F"),
         ("center?share=2", 'share must be a number between 0.01 and 1, got "2"'),
@@ -82,7 +82,7 @@ def test_boxes_of_a_file_are_found_by_name(tmp_path):
     assert first.boxes.tolist() == [[0, 0, 10, 40]] and len(second) == 0  # clipped; those outside and strangers have none
     (tmp_path / "a?b.json").write_text((tmp_path / "b.json").read_text())
     assert len(create_localizer(f"boxes:{tmp_path}/a%3Fb.json").table.entries) == 2
-    with pytest.raises(L2R2Error, match="give files, not images"):
+    with pytest.raises(L2R2Error, match="pass files, not images"):
         localizer(IMAGES)
 
 

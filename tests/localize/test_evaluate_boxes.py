@@ -1,4 +1,4 @@
-"""`l2r2 evaluate-boxes`: the figures of a naive loop, misses and failures told apart, the worst images drawn."""
+"""`l2r2 evaluate-boxes`: metrics compared with a naive loop, misses and failures counted apart, the worst images drawn."""
 
 import json
 
@@ -24,7 +24,7 @@ def overlap(a, b):
     return len(a & b) / len(a | b), len(a & b) / len(a)
 
 
-def test_the_figures_are_those_of_counting_pixels(dataset, tmp_path):
+def test_the_metrics_are_those_of_counting_pixels(dataset, tmp_path):
     torch.manual_seed(0)
     rows = read_table(dataset).rows
     entries, ious, recalls = {}, [], []
@@ -78,7 +78,7 @@ def test_failures_strangers_and_images_without_an_object_are_told_apart(dataset,
     assert (report.empty, report.false_boxes) == (2, 1) and list(report.unreadable) == [names[3]]
 
 
-def test_a_mask_says_how_much_of_the_object_is_inside(dataset, tmp_path):
+def test_with_a_mask_recall_counts_its_pixels(dataset, tmp_path):
     mask = Image.new("L", (60, 40))
     mask.paste(255, (10, 10, 30, 20))
     mask.paste(255, (10, 20, 15, 30))  # an L: 250 pixels
@@ -101,7 +101,7 @@ def test_the_worst_are_drawn_with_both_boxes(l2r2, dataset, tmp_path):
     assert Image.open(tmp_path / "few.png").size == (520, 290)
 
 
-def test_what_cannot_be_judged_is_refused(l2r2, dataset, tmp_path):
+def test_boxes_that_cannot_be_evaluated_are_refused(l2r2, dataset, tmp_path):
     (tmp_path / "boxes.json").write_text('{"elsewhere.png": [[1, 2, 30, 40]]}')
     assert "none of its 1 entries" in sentence(l2r2("evaluate-boxes", tmp_path / "boxes.json", dataset))
     (tmp_path / "boxes.json").write_text('{"train_000.png": [[1, 2, 30, 40]]}')

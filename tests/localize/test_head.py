@@ -1,4 +1,4 @@
-"""The box head: what it learns, what it costs, that it travels with the model, and that nothing uses it unasked."""
+"""The box head: training, cost, saving with the model, and that it is only used on request."""
 
 import pytest
 import timm

@@ -1,4 +1,4 @@
-"""`finetune --box-head`: trained with the branches, kept in the run, used by predict and localize."""
+"""`finetune --box-head`: trained with the branches, saved in the run, used by predict and localize."""
 
 import json
 from dataclasses import replace
@@ -65,7 +65,7 @@ def test_rows_without_a_box_are_negatives_and_give_the_box_no_gradient(tmp_path)
     assert gradients.abs().sum() == 0 and head.out.weight.grad[1].abs().sum() > 0
 
 
-def test_where_nobody_looked_there_is_nothing_to_learn(dataset, tmp_path):
+def test_rows_that_were_not_localized_are_ignored(dataset, tmp_path):
     import timm
 
     entries = {f"train_{i:03d}.png": BoxEntry(((0, 0, 9, 9),), (1.0,), ("",), image_size=(40, 60)) for i in range(4)}
@@ -74,17 +74,17 @@ def test_where_nobody_looked_there_is_nothing_to_learn(dataset, tmp_path):
     table = read_table(dataset, boxes=tmp_path / "boxes.json")
     items = ViewDataset(table, CLASSES, ViewSpec(size=32), ("full", "fg"), locate=True)
     batch = torch.utils.data.default_collate([items[i] for i in (0, 1, 2, 4)])  # a box, none, a failure, not in the file
-    assert batch["looked_for"].tolist() == [True, True, False, False]
+    assert batch["localized"].tolist() == [True, True, False, False]
     assert batch["box"].isfinite().all(1).tolist() == [True, False, False, False]
     loss = BranchLoss(timm.create_model("l2r2", backbone="resnet10t", num_classes=3, box_head=True).eval())
-    branches = loss(**{k: v for k, v in batch.items() if k not in ("box", "looked_for")})["loss"]
+    branches = loss(**{k: v for k, v in batch.items() if k not in ("box", "localized")})["loss"]
     of_box, of_object = box_losses(loss.model.locate(batch["full"]), batch["box"])
     torch.testing.assert_close(loss(**batch)["loss"] - branches, of_box[0] + of_object[:2].sum() / 4, atol=1e-5, rtol=1e-4)
     masks = replace(table, rows=tuple(replace(row, mask_file=row.path) for row in table.rows))
-    assert ViewDataset(masks, CLASSES, ViewSpec(size=32), ("full", "fg"), locate=True)[4]["looked_for"]
+    assert ViewDataset(masks, CLASSES, ViewSpec(size=32), ("full", "fg"), locate=True)[4]["localized"]
 
 
-def test_the_run_says_what_finds_its_boxes(trained, tmp_path, l2r2):
+def test_the_run_records_its_localizer(trained, tmp_path, l2r2):
     checkpoint = hub.load_checkpoint(trained / "run")
     assert checkpoint.model.box_head is not None and checkpoint.localizer == {"spec": "head"}
     data = trained / "data"

@@ -1,4 +1,4 @@
-"""`l2r2 localize`: one file of boxes, however often the work was interrupted, and on however many processes."""
+"""`l2r2 localize`: the same box file after any interruption, and with any number of processes."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def test_a_file_of_another_localizer_or_of_others_is_refused(l2r2, dataset, tmp_
     assert "cannot be written" in sentence(l2r2("localize", dataset, "--localizer", "full", "-o", out))
 
 
-def test_what_cannot_be_written_is_said_before_the_work(tmp_path, dataset):
+def test_what_cannot_be_written_is_reported_before_the_work(tmp_path, dataset):
     def refused(name, **how):
         with pytest.raises(L2R2Error) as error:
             localize_to_file(create_localizer("full"), list_images([dataset]), tmp_path / name, **how, progress=None)
@@ -83,7 +83,7 @@ def test_what_cannot_be_written_is_said_before_the_work(tmp_path, dataset):
     assert 'Unknown box format "parquet" for a .json' in refused("x.json", format="parquet")
 
 
-def test_one_image_under_two_paths_is_looked_at_once(tmp_path, dataset, monkeypatch):
+def test_one_image_under_two_paths_is_predicted_once(tmp_path, dataset, monkeypatch):
     monkeypatch.chdir(dataset)
     localizer, out = create_localizer("full"), tmp_path / "boxes.json"
     relative, absolute = list_images(["images"]), list_images([dataset / "images"])
@@ -106,7 +106,7 @@ def test_of_a_changed_box_file_only_what_changed_is_done_again(tmp_path, dataset
 
 
 @pytest.mark.parametrize("name", ["boxes.json", "boxes.parquet", "coco.json"])
-def test_a_changed_photo_is_looked_at_again(tmp_path, dataset, name):
+def test_a_changed_photo_is_predicted_again(tmp_path, dataset, name):
     paths, out, how = list_images([dataset / "images"]), tmp_path / name, {"format": "coco"} if name[0] == "c" else {}
     localize_to_file(create_localizer("full"), paths, out, **how)
     Image.new("RGB", (30, 20)).save(paths[5])
@@ -230,7 +230,7 @@ def test_oracle_prompts_are_marked_wherever_the_boxes_go(l2r2, run, dataset, tmp
     again = l2r2("localize", dataset, "--localizer", plain, "--oracle-prompts", "-o", tmp_path / "plain.json")
     assert "was made without the true labels as prompts" in sentence(again)
     folder = l2r2("localize", dataset / "images", "--localizer", spec, "--oracle-prompts", "-o", tmp_path / "x.json")
-    assert "needs a label of every image" in sentence(folder)
+    assert "needs a label for every image" in sentence(folder)
 
 
 def test_a_prompt_on_the_command_line_is_part_of_the_spec(l2r2, dataset, tmp_path, tiny):

@@ -1,4 +1,4 @@
-"""A Predictor that finds its own boxes: by a spec, by its box head in one full pass, by asking for the likely classes."""
+"""A Predictor with a localizer: by a spec, by its box head in one full pass, by prompting with the likely classes."""
 
 import json
 
@@ -28,7 +28,7 @@ def paths(dataset):
     return [row.path for row in read_table(dataset).of_split("test").rows]
 
 
-def test_boxes_found_on_the_way_answer_as_boxes_of_a_file(run, paths, tmp_path):
+def test_boxes_of_the_localizer_give_the_predictions_of_a_box_file(run, paths, tmp_path):
     spec = "center?share=0.7"
     localize_to_file(create_localizer(spec), paths, tmp_path / "boxes.json")
     inputs = gather(paths, tmp_path / "boxes.json")
@@ -65,7 +65,7 @@ def test_the_head_needs_one_full_pass_and_cuts_from_the_original(headed, paths):
         assert prediction.objects[0].box == pytest.approx(predictor(path).objects[0].box, abs=0.02)
 
 
-def test_an_unsure_head_leaves_the_answer_to_the_whole_image(headed, paths):
+def test_with_low_objectness_the_whole_image_is_classified(headed, paths):
     sure = Predictor.from_pretrained(headed, device="cpu", localizer="head", box_threshold=1.0)
     (answer,) = sure(paths[0]).objects
     assert answer.source == "full" and "no box reaches the score 1" in answer.reason
@@ -119,7 +119,7 @@ def test_what_the_localizer_failed_on_is_tried_again(run, paths, tmp_path, monke
     assert not second.localizer_failures and second.images[3]["objects"][0]["source"] == "fused"
 
 
-def test_a_localizer_that_cannot_look_is_said_on_the_command_line(l2r2, headed, dataset, tmp_path, tiny):
+def test_a_failing_localizer_is_reported_on_the_command_line(l2r2, headed, dataset, tmp_path, tiny):
     base = ["predict", headed, dataset, "--split", "test", "-o"]
     forgotten = sentence(l2r2(*base, tmp_path / "none.json", "--localizer", f"owlv2:{tiny('owlv2')}"))
     assert "needs a prompt" in forgotten and not (tmp_path / "none.json").exists()
@@ -163,7 +163,7 @@ def test_top_k_prompts_are_scored_as_the_paper_says(tiny, paths, tmp_path, branc
     for i, prediction in enumerate(predictor.predict_files(paths[:4])):
         if found.boxes[i].isfinite().any():
             best = found.scores[i].argmax()
-            assert prediction.label == labels[found.classes[i, best]] and "whole image suggests" in prediction.objects[0].reason
+            assert prediction.label == labels[found.classes[i, best]] and "by the whole image" in prediction.objects[0].reason
         else:
             assert prediction.objects[0].source == "full" and "no object was found" in prediction.objects[0].reason
 
@@ -187,7 +187,7 @@ def test_top_k_prompts_go_on_where_the_localizer_fails_on_one_image(run, paths, 
 def test_top_k_prompts_need_what_they_need(run, tiny, tmp_path):
     with pytest.raises(L2R2Error, match="a localizer that takes prompts"):
         Predictor.from_pretrained(run, localizer="center", topk_prompts=2)
-    with pytest.raises(L2R2Error, match="for a localizer that is given too"):
+    with pytest.raises(L2R2Error, match="topk_prompts must be at least 1"):
         Predictor.from_pretrained(run, topk_prompts=2)
     with pytest.raises(L2R2Error, match="need the branches full and fg"):
         plain = write_run(tmp_path / "plain", branches=("full",))
@@ -200,7 +200,7 @@ def test_predict_localizes_on_the_command_line(l2r2, headed, dataset, tmp_path, 
     assert l2r2(*base, "--localizer", "center").returncode == 0
     data = json.loads(out.read_text())
     assert data["localizer"]["localizer"] == "center" and data["images"][0]["objects"][0]["box"] == [15, 10, 45, 30]
-    assert "made with another localizer" in sentence(l2r2(*base, "--localizer", "head"))
+    assert "made with a different localizer" in sentence(l2r2(*base, "--localizer", "head"))
     (tmp_path / "boxes.json").write_text("{}")
     assert l2r2(*base, "--localizer", "head", "--boxes", tmp_path / "boxes.json").returncode == 2
     topk = ["--localizer", f"owlv2:{tiny('owlv2')}?threshold=0", "--topk-prompts", 2]
@@ -211,7 +211,7 @@ def test_predict_says_which_localizer_a_model_is_meant_for(l2r2, dataset, tmp_pa
     checkpoint = hub.load_checkpoint(write_run(tmp_path / "run"))
     hub.save_checkpoint(checkpoint.model, tmp_path / "run", checkpoint.labels, localizer={"spec": "center?share=0.6"})
     base = ["predict", tmp_path / "run", dataset / "images", "-o", tmp_path / "out.json"]
-    assert "meant for those of --localizer center?share=0.6" in l2r2(*base).stderr
+    assert "meant for boxes from --localizer center?share=0.6" in l2r2(*base).stderr
     again = l2r2(*base[:-1], tmp_path / "other.json", "--localizer", "center?share=0.6")
     assert again.returncode == 0 and "meant for" not in again.stderr
 

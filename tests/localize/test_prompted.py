@@ -1,4 +1,4 @@
-"""Prompted detectors: everything around the network, on tiny random ones loaded as real ones are."""
+"""Prompted detectors: everything around the network, on tiny random ones loaded like real ones."""
 
 import pytest
 import torch
@@ -89,7 +89,7 @@ def test_several_prompts_of_owlv2_are_the_mean_of_their_directions(tiny, picture
     assert found.scores[0] == pytest.approx(scores[0].item(), abs=1e-4) and set(found.labels) == {""}
 
 
-def test_top_k_prompts_look_at_each_image_once(tiny, pictures, monkeypatch):
+def test_top_k_prompts_encode_each_image_once(tiny, pictures, monkeypatch):
     localizer = create_localizer(spec(tiny, "owlv2", EVERYTHING), device="cpu")
     asked = [["bird", "insect"], ["insect", "a"], ["red", "bird"], ["animal", "bird"]]
     alone = [[localizer([i], prompts=[p])[0] for p in prompts] for i, prompts in zip(pictures, asked)]

@@ -12,7 +12,7 @@ from l2r2_models.localize.segment import Segmenter
 
 
 @pytest.mark.parametrize("kind", ["sam", "sam2"])
-def test_a_mask_is_what_the_network_says_of_the_box(tiny, pictures, kind):
+def test_a_mask_is_the_networks_output_for_the_box(tiny, pictures, kind):
     localizer = create_localizer(f"center?share=0.8&masks={kind}:{tiny(kind)}", device="cpu")
     assert str(localizer.spec) == f"center?share=0.8&masks={kind}:{tiny(kind)}"
     found = localizer(pictures)
@@ -30,7 +30,7 @@ def test_a_mask_is_what_the_network_says_of_the_box(tiny, pictures, kind):
     assert torch.equal(alone.masks, found[1].masks)
 
 
-def test_every_box_gets_its_own_mask_and_an_image_without_a_box_is_not_looked_at(tiny, pictures, monkeypatch):
+def test_every_box_gets_its_own_mask_and_images_without_a_box_are_skipped(tiny, pictures, monkeypatch):
     segmenter = Segmenter(f"sam:{tiny('sam')}", torch.device("cpu"))
     boxes = [[2, 3, 20, 30], [30, 1, 58, 20]]
     found = Detections.from_lists(boxes, (40, 60), [0.9, 0.5], ["a", "b"])

@@ -1,4 +1,4 @@
-"""Boxes from a network's own features: planted ones are found exactly, reference implementations agree, padding is no object."""
+"""Boxes from a network's own features: planted objects are found exactly, reference implementations agree, padding is ignored."""
 
 from types import SimpleNamespace
 
@@ -238,7 +238,7 @@ def test_parts_of_an_ifam_model_are_box_and_mask(tmp_path, monkeypatch):
         create_localizer(f"parts:{write_run(tmp_path / 'plain')}")
 
 
-def test_a_predictor_looks_with_its_own_network(run, dataset):
+def test_a_predictor_localizes_with_its_own_network(run, dataset):
     path = dataset / "images" / "train_000.png"
     for name in ("ncut", "cam"):
         own = Predictor.from_pretrained(run, device="cpu", localizer=name)(path)
@@ -258,6 +258,6 @@ def test_a_predictor_looks_with_its_own_network(run, dataset):
         ("ncut:x?tau=7", "tau must be a cosine"),
     ],
 )
-def test_what_cannot_look_is_refused(spec, message):
+def test_unsuitable_localizers_are_refused(spec, message):
     with pytest.raises(L2R2Error, match=message):
         create_localizer(spec)

@@ -1,4 +1,4 @@
-"""Tiny random detectors and segmenters, built from config and saved to folders as real ones are."""
+"""Tiny random detectors and segmenters, built from a config and saved to folders like real ones."""
 
 import torch
 from transformers import (

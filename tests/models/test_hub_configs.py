@@ -1,4 +1,4 @@
-"""Hub configs: the table that comes with the package, the strict schema of YAML files; reading and writing of files."""
+"""Hub configs: the table in the package, the strict schema of the YAML files, reading and writing."""
 
 import csv
 import hashlib
@@ -118,9 +118,9 @@ def test_a_trained_checkpoint():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"label_names": None}, "belong together"),
-        ({"label_names": ["a", "a"]}, "different names"),
-        ({"label_names": []}, "different names"),
+        ({"label_names": None}, "must be given together"),
+        ({"label_names": ["a", "a"]}, "must be distinct"),
+        ({"label_names": []}, "must be distinct"),
         ({"default": True}, "default"),
         ({"localizer": {"name": "x"}}, "localizer"),
         ({"localizer": {"spec": 3}}, "localizer"),

@@ -1,4 +1,4 @@
-"""iFAM: parts found without masks, the hard mask and its gradient, the losses, interventions, and the way through a run."""
+"""iFAM: parts found without masks, the hard mask and its gradient, the losses, interventions, and use in a run."""
 
 import pytest
 import timm
@@ -59,7 +59,7 @@ def test_the_noise_draws_each_part_with_its_probability():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_trains_and_answers(dtype):
+def test_half_precision_trains_and_predicts(dtype):
     """As a model of this dtype, and under autocast."""
     net, x = ifam(), images()
     expected = net(x)
@@ -75,17 +75,17 @@ def test_half_precision_trains_and_answers(dtype):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in half.parts.parameters())
 
 
-def test_the_answer_is_the_mean_over_parts_and_dropped_ones_have_no_say():
+def test_stage_1_averages_over_the_parts_that_are_not_dropped():
     discovery, head = PartDiscovery(6, 3).eval(), torch.nn.Linear(6, 4, bias=False)
     vectors = torch.randn(2, 3, 6)
     each = head(discovery.norm(vectors))
-    assert torch.allclose(discovery.answer(vectors, head), each.mean(1), atol=1e-6)
-    assert torch.allclose(discovery.answer(vectors, head, (1,)), each[:, [0, 2]].mean(1), atol=1e-6)
+    assert torch.allclose(discovery.classify(vectors, head), each.mean(1), atol=1e-6)
+    assert torch.allclose(discovery.classify(vectors, head, (1,)), each[:, [0, 2]].mean(1), atol=1e-6)
 
 
 def test_part_dropout_never_drops_every_part():
     discovery, head = PartDiscovery(6, 1, dropout=0.9).train(), torch.nn.Linear(6, 4, bias=False)
-    assert (discovery.answer(torch.randn(64, 1, 6), head).abs().sum(1) > 0).all()
+    assert (discovery.classify(torch.randn(64, 1, 6), head).abs().sum(1) > 0).all()
 
 
 # ---- the mask and its gradient ----
@@ -128,7 +128,7 @@ def test_a_pixel_of_the_mask_pulls_its_foreground_score():
 # ---- answers ----
 
 
-def test_the_answer_is_stage_2_where_it_sees_anything():
+def test_the_prediction_is_that_of_stage_2_if_it_sees_a_patch():
     net, x = ifam(), images()
     with torch.no_grad():
         net.parts.prototypes[3] = 100  # far away: nothing is background
@@ -263,7 +263,7 @@ def test_a_scripted_and_saved_model_and_an_fx_graph_predict_the_same(options, tm
         assert 0 < kept < 1
         assert torch.allclose(scripted(x), net(x), atol=1e-4)
         assert torch.allclose(torch.fx.symbolic_trace(net)(x), net(x), atol=1e-4)
-    with pytest.raises(Exception, match="a scripted ifam model cannot be trained"):
+    with pytest.raises(Exception, match="a scripted iFAM model cannot be trained"):
         scripted.train()(x)
 
 

@@ -1,4 +1,4 @@
-"""What the loss of iFAM's stage 2 tells stage 1 through the hard mask, against finite differences of attention written out."""
+"""The gradient of iFAM's stage 2 loss through the hard mask, compared with finite differences of attention written out."""
 
 import copy
 
@@ -72,7 +72,7 @@ def test_the_gradient_is_that_of_how_much_a_patch_counts(pool):
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_the_weights_of_training_change_no_answer(pool):
+def test_the_weights_of_training_change_no_prediction(pool):
     """Stage 2 sees the hard mask: in training to rounding, in evaluation to the bit, as if the mask came by hand."""
     net, x = ifam(part_dropout=0.0, **POOLS[pool]), images()
     net.parts.eval()  # no noise

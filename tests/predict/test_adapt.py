@@ -1,4 +1,4 @@
-"""`--adapt`: images of one place are fused together in predict and evaluate, whatever the order, and after any interruption."""
+"""`--adapt`: images taken at the same place are fused jointly, independent of order and interruptions."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_the_reason_names_the_share_and_the_place(fitted, predictor, tmp_path):
     report = predict_to_file(predictor, gather([fitted[1]], split="test"), tmp_path / "out.json", adapt="folder")
     (share,) = report.shares.values()
     assert all(
-        f"{100 * share.misled:.0f} % of this folder's backgrounds mislead; the" in i["objects"][0]["reason"]
+        f"{100 * share.misled:.0f} % of this folder's backgrounds are misleading; the" in i["objects"][0]["reason"]
         for i in report.images
     )
 
@@ -86,7 +86,7 @@ def test_the_order_of_files_changes_nothing(fitted, predictor, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["json", "csv"])
-def test_continued_with_more_images_it_says_what_one_call_says(fitted, predictor, tmp_path, monkeypatch, name):
+def test_continued_with_more_images_it_equals_one_call(fitted, predictor, tmp_path, monkeypatch, name):
     """What was there is adapted to the images that came later, and no image is looked at twice."""
     inputs = gather([fitted[1]], split="test")
     first = type(inputs)(inputs.paths[:5], inputs.entries, {}, {}, columns=inputs.columns)
@@ -97,7 +97,7 @@ def test_continued_with_more_images_it_says_what_one_call_says(fitted, predictor
     assert len(seen) == 12
     predict_to_file(predictor, inputs, tmp_path / f"once.{name}", adapt="folder")
     assert out.read_bytes() == (tmp_path / f"once.{name}").read_bytes()
-    with pytest.raises(L2R2Error, match="another settings"):
+    with pytest.raises(L2R2Error, match="a different settings"):
         predict_to_file(predictor, inputs, out)
 
 

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from l2r2_models import L2R2Error, Predictor
-from l2r2_models.predict.benchmark import STAGES, made_up_photos, run_benchmark
+from l2r2_models.predict.benchmark import STAGES, run_benchmark, synthetic_photos
 
 
 def test_stages_views_and_failures_are_counted(run, tmp_path):
-    inputs = made_up_photos(tmp_path, 6, (80, 60), boxes=2)
+    inputs = synthetic_photos(tmp_path, 6, (80, 60), boxes=2)
     inputs.paths[3].write_bytes(b"no image")
     found = run_benchmark(Predictor.from_pretrained(run, device="cpu", batch_size=4), inputs, repeats=1)
     assert (found.images, found.objects) == (5, 10) and found.rows == 3.0  # each image once, each box once
@@ -18,7 +18,7 @@ def test_stages_views_and_failures_are_counted(run, tmp_path):
 
 
 def test_a_localizer_and_files_that_are_no_images_are_refused(run, tmp_path):
-    inputs = made_up_photos(tmp_path, 2, (80, 60))
+    inputs = synthetic_photos(tmp_path, 2, (80, 60))
     with pytest.raises(L2R2Error, match="localizer"):
         run_benchmark(Predictor.from_pretrained(run, device="cpu", localizer="center"), inputs)
     for path in inputs.paths:

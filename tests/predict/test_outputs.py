@@ -1,4 +1,4 @@
-"""A file of predictions: every format, an archive that grows and changes, kills, damage, and outputs that are not finite."""
+"""Prediction files: every format, an archive that grows and changes, kills, damage, and non-finite outputs."""
 
 import csv
 import json
@@ -43,7 +43,7 @@ def rows_of(out):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_says_the_same_and_is_continued(predictor, dataset, tmp_path, looked_at, name):
+def test_every_format_has_the_same_contents_and_is_continued(predictor, dataset, tmp_path, looked_at, name):
     inputs, out = gather([dataset], split="train"), tmp_path / f"out.{name}"
     bad = inputs.paths[3]
     good = bad.read_bytes()
@@ -90,7 +90,7 @@ def test_only_what_changed_in_a_growing_archive_is_done_again(predictor, tmp_pat
     assert out.read_bytes() == (tmp_path / "fresh.json").read_bytes()
 
 
-def test_a_changed_mask_is_looked_at_again(predictor, dataset, tmp_path, looked_at):
+def test_a_changed_mask_is_predicted_again(predictor, dataset, tmp_path, looked_at):
     mask = Image.new("L", (60, 40))
     mask.paste(255, (10, 5, 40, 30))
     mask.save(dataset / "mask.png")
@@ -116,7 +116,7 @@ def test_one_photo_by_two_paths_is_one_image(predictor, dataset, tmp_path, monke
     assert [image["file"] for image in json.loads((tmp_path / "out.json").read_text())["images"]] == absolute
 
 
-def test_earlier_answers_for_other_images_stay(predictor, dataset, tmp_path):
+def test_earlier_predictions_for_other_images_stay(predictor, dataset, tmp_path):
     out = tmp_path / "out.json"
     predict_to_file(predictor, gather([dataset], split="val"), out)
     report = predict_to_file(predictor, gather([dataset], split="test"), out)
@@ -160,18 +160,18 @@ HEADER = '{"format_version": "1.0", "model_sha256": "x", "images": [\n'
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda text: "", "is not a file of predictions"),
-        (lambda text: "[1, 2]\n", "is not a file of predictions"),
-        (lambda text: "\x00" * 100, "is not a file of predictions"),
-        (lambda text: "[" * 100_000, "is not a file of predictions"),
-        (lambda text: json.dumps(json.loads(text), indent=1), "is not a file of predictions"),
+        (lambda text: "", "was not written by `l2r2 predict`"),
+        (lambda text: "[1, 2]\n", "was not written by `l2r2 predict`"),
+        (lambda text: "\x00" * 100, "was not written by `l2r2 predict`"),
+        (lambda text: "[" * 100_000, "was not written by `l2r2 predict`"),
+        (lambda text: json.dumps(json.loads(text), indent=1), "was not written by `l2r2 predict`"),
         (lambda text: text[: len(text) // 2], "is damaged"),
         (lambda text: text.replace('"file"', '"fil"', 1), "is damaged (line 2)"),
         (lambda text: text.replace('"reason"', '"raison"', 1), "is damaged (line 2)"),
         (lambda text: text.replace('"objects": [', '"objects": 3, "x": [', 1), "is damaged (line 2)"),
         (lambda text: text.split("\n")[0] + '\n{"file": ["a"], "failure": "b"}\n]}\n', "is damaged (line 2)"),
         (lambda text: text.split("\n")[0] + "\n" + "[" * 100_000 + "\n]}\n", "is damaged (line 2)"),
-        (lambda text: HEADER + "]}\n", "was made with another"),
+        (lambda text: HEADER + "]}\n", "was made with a different"),
     ],
 )
 def test_a_damaged_file_of_predictions_is_a_sentence(predictor, dataset, tmp_path, change, said):
@@ -197,7 +197,7 @@ def test_a_damaged_line_of_the_journal_is_done_again(predictor, dataset, tmp_pat
 
 def test_a_file_without_its_journal_or_of_another_kind_is_refused(l2r2, run, dataset, tmp_path):
     (tmp_path / "out.csv").write_text("file,label\n")
-    assert "exists without" in sentence(l2r2("predict", run, dataset, "-o", tmp_path / "out.csv"))
+    assert "cannot be continued without" in sentence(l2r2("predict", run, dataset, "-o", tmp_path / "out.csv"))
     assert "must end in .json, .jsonl, .csv, .parquet" in sentence(l2r2("predict", run, dataset, "-o", tmp_path / "out.txt"))
 
 

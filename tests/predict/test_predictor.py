@@ -1,4 +1,4 @@
-"""From files to answers: several objects, no object, bad files, and a file of predictions that can be continued."""
+"""From files to predictions: several objects, no object, bad files, and a prediction file that can be continued."""
 
 import json
 
@@ -22,7 +22,7 @@ def predictor(run):
     return Predictor.from_pretrained(run, device="cpu")
 
 
-def test_an_answer_is_what_the_model_says_of_the_views(predictor, dataset):
+def test_a_prediction_is_the_models_output_for_the_views(predictor, dataset):
     path, box = dataset / "images" / "train_000.png", [5.0, 4, 40, 30]
     prediction = predictor(path, [box])
     views = make_views([load_image(path)], torch.tensor([box]), predictor.model.view_spec)
@@ -35,7 +35,7 @@ def test_an_answer_is_what_the_model_says_of_the_views(predictor, dataset):
     assert answer.top[0].label == answer.label and len(answer.top) == 3
 
 
-def test_every_object_of_an_image_gets_its_own_answer(predictor, dataset):
+def test_every_object_of_an_image_gets_its_own_prediction(predictor, dataset):
     path = dataset / "images" / "train_000.png"
     boxes = Detections.from_lists([[0, 0, 20, 20], [20, 10, 60, 40], [3, 3, 9, 9]], (40, 60), [0.5, 0.9, 0.7])
     together = predictor(path, boxes).objects
@@ -53,12 +53,12 @@ def test_every_object_of_an_image_gets_its_own_answer(predictor, dataset):
         (None, "no box was given"),
         ([], "no object was found"),
         (Detections.from_lists([[1, 1, 30, 30]], (40, 60), [0.01]), "no box reaches the score 0.2"),
-        ([[100, 100, 200, 200]], "every box lies outside"),
-        ([[10, 10, 10, 30]], "every box lies outside of the image or is empty"),
-        ([[float("nan")] * 4], "every box lies outside of the image or is empty"),
+        ([[100, 100, 200, 200]], "every box is empty or outside"),
+        ([[10, 10, 10, 30]], "every box is empty or outside of the image"),
+        ([[float("nan")] * 4], "every box is empty or outside of the image"),
     ],
 )
-def test_without_a_usable_box_the_full_branch_answers_and_says_why(predictor, dataset, boxes, reason):
+def test_without_a_usable_box_the_full_branch_is_used_with_the_reason(predictor, dataset, boxes, reason):
     path = dataset / "images" / "train_000.png"
     (answer,) = predictor(path, boxes).objects
     assert answer.source == "full" and reason in answer.reason and answer.box is None and answer.fg is None
@@ -67,7 +67,7 @@ def test_without_a_usable_box_the_full_branch_answers_and_says_why(predictor, da
 
 def test_boxes_of_another_image_size_are_refused_and_a_failed_localizer_is_named(predictor, dataset):
     path = dataset / "images" / "train_000.png"
-    with pytest.raises(L2R2Error, match="this one is"):
+    with pytest.raises(L2R2Error, match="but it is"):
         predictor(path, Detections.from_lists([[1, 1, 30, 30]], (400, 600)))
     (prediction,) = predictor.predict_files([path], {str(path): BoxEntry(failure="out of memory")})
     assert "the localizer failed (out of memory)" in prediction.objects[0].reason
@@ -78,7 +78,7 @@ def test_a_box_over_the_border_is_used_where_it_lies_inside(predictor, dataset):
     assert answer.source == "fused"
 
 
-def test_batches_answer_as_single_images_do(run, dataset):
+def test_batches_give_the_predictions_of_single_images(run, dataset):
     inputs = gather([dataset], split="train")
     one_by_one = list(Predictor.from_pretrained(run, batch_size=1, device="cpu").predict_files(inputs.paths, inputs.entries))
     batched = list(Predictor.from_pretrained(run, batch_size=5, device="cpu").predict_files(inputs.paths, inputs.entries))
@@ -171,12 +171,12 @@ def test_predictions_of_another_model_or_other_settings_are_not_mixed(run, datas
     inputs, out = gather([dataset], split="train"), tmp_path / "out.json"
     predict_to_file(Predictor.from_pretrained(run, device="cpu"), inputs, out)
     other = write_run(tmp_path / "other", seed=1)
-    with pytest.raises(L2R2Error, match="made with another model_sha256"):
+    with pytest.raises(L2R2Error, match="made with a different model_sha256"):
         predict_to_file(Predictor.from_pretrained(other, device="cpu"), inputs, out)
-    with pytest.raises(L2R2Error, match="made with another settings"):
+    with pytest.raises(L2R2Error, match="made with a different settings"):
         predict_to_file(Predictor.from_pretrained(run, box_threshold=0.9, device="cpu"), inputs, out)
     (tmp_path / "notes.json").write_text("[1, 2]")
-    with pytest.raises(L2R2Error, match="is not a file of predictions"):
+    with pytest.raises(L2R2Error, match="was not written by"):
         predict_to_file(Predictor.from_pretrained(run, device="cpu"), inputs, tmp_path / "notes.json")
 
 

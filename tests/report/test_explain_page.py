@@ -1,4 +1,4 @@
-"""`l2r2 explain` and its page: pictures in the order asked for, numbers of all images, invalid input as sentences."""
+"""`l2r2 explain` and its page: the order of the pictures, means over all images, one sentence for invalid input."""
 
 import json
 
@@ -36,7 +36,7 @@ def test_a_folder_becomes_a_page_with_numbers_and_pictures(case, tmp_path):
         "2 of 6, most disagreement of full and fg first",
         "background swapped",
         "a flat map",
-        "6 of 6 are answered right",
+        "6 of 6 are correct",
     ):
         assert words in page.words
     rows = [json.loads(line) for line in result.stdout.splitlines()]
@@ -94,7 +94,7 @@ def test_a_damaged_image_is_named_and_the_others_go_on(case, tmp_path):
     ("options", "sentence"),
     [
         (["--sort", "size"], 'Unknown order "size"; choose from disagreement'),
-        (["--sort", "error"], "has no label, and --sort error needs one"),
+        (["--sort", "error"], "has no label, which --sort error needs"),
     ],
 )
 def test_bad_options_are_sentences(case, tmp_path, options, sentence):

@@ -1,4 +1,4 @@
-"""The page: nothing from outside, user text escaped, figures that say what the numbers say."""
+"""The page: nothing external, user text escaped, figures that match the numbers."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The page of `l2r2 evaluate --report`: what it says is what the figures say, and the disagreements are the right ones."""
+"""The page of `l2r2 evaluate --report`: its sentences match the metrics, and the disagreements are the right ones."""
 
 import re
 from dataclasses import replace
@@ -40,7 +40,7 @@ def cards(page):
     return re.findall(r"images/test_(\d+)\.png", page.words)
 
 
-def test_the_disagreements_are_those_and_the_surest_come_first(judged, tmp_path):
+def test_the_disagreements_are_sorted_by_confidence(judged, tmp_path):
     truth = judged.data.labels
     wrong = (truth + 1) % 3
     fused, full = truth.clone(), truth.clone()
@@ -51,7 +51,7 @@ def test_the_disagreements_are_those_and_the_surest_come_first(judged, tmp_path)
     sure = torch.full((24,), 0.6)
     sure[[7, 3, 8]], sure[[5, 0, 1]] = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0.95, 0.85, 0.75])
     page = page_of(saying(judged, full=(full, sure), fg=(both, 0.5), fused=(fused, sure)), tmp_path)
-    lost, won = page.words.index("Wrong, though a branch was right"), page.words.rindex("Right, though a branch was wrong")
+    lost, won = page.words.index("Wrong although a branch was right"), page.words.rindex("Right although a branch was wrong")
     assert cards(page) == ["007", "003", "008", "005", "000", "001"] and lost < page.words.index("test_007") < won
     assert len(page.images) == 6 and "3 images, 3 of them shown" in page.words
     card = page.words[page.words.index("test_007") - 100 : page.words.index("test_007")]
@@ -66,7 +66,7 @@ def test_a_failure_seen_often_does_not_fill_the_gallery(judged, tmp_path):
     assert len(cards(page)) == 6 and "24 images, 6 of them shown" in page.words
 
 
-def test_the_lead_says_what_can_be_said_and_no_more(judged, tmp_path):
+def test_the_lead_only_claims_significant_differences(judged, tmp_path):
     truth = judged.data.labels
     wrong = (truth + 1) % 3
     bad, one = wrong.clone(), wrong.clone()
@@ -77,7 +77,7 @@ def test_the_lead_says_what_can_be_said_and_no_more(judged, tmp_path):
     assert "The object alone would be more accurate, by +75.0 to +100.0 points." in page.words
     page = page_of(saying(judged, full=(bad, 0.5), fg=(truth, 0.5), fused=(truth, 0.5)), tmp_path)
     assert "That is +91.7 points" in page.words and "too close" not in page.words and "would be more accurate" not in page.words
-    assert "Wherever a branch" not in page.words
+    assert "Whenever one of" not in page.words
 
 
 def test_images_without_an_object_are_shown_wrong_ones_first(judged, tmp_path):
@@ -91,7 +91,7 @@ def test_images_without_an_object_are_shown_wrong_ones_first(judged, tmp_path):
     assert "In 2 of 24 images; the accuracy is 50.0 % on these, and 100.0 % on the others." in page.words
     assert (
         cards(page) == ["004", "002"]
-        and "Wherever a branch or the fused prediction (robust) is right, all of them are." in page.words
+        and "Whenever one of the branches or the fused prediction (robust) is correct, all of them are." in page.words
     )
     assert "no object found" in page.words
 
@@ -108,7 +108,7 @@ def test_temperatures_that_do_harm_are_called_so(judged, tmp_path):
     answers = (truth + (torch.arange(24) % 2)) % 3  # half of them right, and half sure: ECE about 0
     said = saying(judged, **dict.fromkeys(("full", "fg", "fused"), (answers, 0.5)))
     harmed = replace(said, fitted_on="val", temperatures=dict.fromkeys(said.outputs, 0.1))
-    assert "worse here: test is not like val" in page_of(harmed, tmp_path).words
+    assert "less calibrated: test differs from val" in page_of(harmed, tmp_path).words
     unchanged = replace(said, fitted_on="val", temperatures=dict.fromkeys(said.outputs, 1.0))
-    assert "worse here" not in page_of(unchanged, tmp_path).words
+    assert "less calibrated" not in page_of(unchanged, tmp_path).words
     assert "With --fit-split" in page_of(said, tmp_path).words

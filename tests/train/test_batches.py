@@ -1,4 +1,4 @@
-"""Which rows a step sees: all of them once, the same whatever the processes and parts, balanced where asked for."""
+"""Batches: every row once per epoch, independent of processes and parts, balanced on request."""
 
 from collections import Counter
 from itertools import chain

@@ -1,4 +1,4 @@
-"""Which weights a run ends with: the last, their average, or those of the epoch that is best on the validation rows."""
+"""The final weights of a run: the last, their average, or those of the best epoch on the validation rows."""
 
 import json
 
@@ -66,7 +66,7 @@ def test_the_weights_of_the_best_epoch_are_kept_and_it_is_recorded(dataset, tmp_
 
 def test_choosing_needs_validation_rows_and_other_ones_are_another_run(tmp_path):
     data = write_dataset(tmp_path / "data")
-    with pytest.raises(L2R2Error, match=r"best_metric needs validation rows .* give --val-split or --val-fraction"):
+    with pytest.raises(L2R2Error, match=r"best_metric needs validation rows .* pass --val-split or --val-fraction"):
         finetune(data, recipe(best_metric="fg_accuracy"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     finetune(data, recipe(best_metric="fg_accuracy", val_fraction=0.25, epochs=1), tmp_path / "run")
@@ -74,7 +74,7 @@ def test_choosing_needs_validation_rows_and_other_ones_are_another_run(tmp_path)
 
 def test_head_only_from_a_random_backbone_says_what_it_is(dataset, tmp_path):
     result = finetune(dataset, recipe(trainable="head", epochs=1), tmp_path / "run")
-    assert any("backbone is random and was not trained" in note for note in result.notes)
+    assert any("backbone has random weights" in note for note in result.notes)
 
 
 def test_layers_that_share_weights_train_save_and_load(dataset, tmp_path):

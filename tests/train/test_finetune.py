@@ -1,4 +1,4 @@
-"""Training on a user's folder: it learns, it is killed and continues, it stops before training on what it cannot use."""
+"""Training on a user's folder: it learns, continues after a kill, and refuses unusable data before training."""
 
 import json
 import os
@@ -45,11 +45,11 @@ def test_another_recipe_or_other_data_never_mix_with_a_run(dataset, tmp_path):
     run = tmp_path / "run"
     finetune(dataset, recipe(), run)
     weights = (run / "model.safetensors").read_bytes()
-    with pytest.raises(L2R2Error, match="holds a run with another epochs, seed"):
+    with pytest.raises(L2R2Error, match="contains a run with a different epochs, seed"):
         finetune(dataset, recipe(epochs=2, seed=1), run)
     text = (dataset / "metadata.csv").read_text()
     (dataset / "metadata.csv").write_text(text.replace("images/train_000.png,red", "images/train_000.png,blue"))
-    with pytest.raises(L2R2Error, match="another data set"):
+    with pytest.raises(L2R2Error, match="a different data set"):
         finetune(dataset, recipe(), run)
     assert (run / "model.safetensors").read_bytes() == weights
     finetune(dataset, recipe(), run, overwrite=True)
@@ -155,7 +155,7 @@ def test_training_without_any_box_says_what_to_do(tmp_path):
     data = write_dataset(tmp_path / "data")
     text = "\n".join(",".join(line.split(",")[:3]) for line in (data / "metadata.csv").read_text().splitlines())
     (data / "metadata.csv").write_text(text)
-    with pytest.raises(L2R2Error, match="so fg would learn nothing; give --boxes FILE, or train a plain classifier"):
+    with pytest.raises(L2R2Error, match="so fg cannot be trained; pass --boxes FILE, or train a plain classifier"):
         finetune(data, recipe(), tmp_path / "run")
     assert finetune(data, recipe(branches=("full",)), tmp_path / "plain").folder.exists()
 
@@ -180,7 +180,7 @@ def test_rows_without_a_box_train_the_full_branch_only():
         ({"fg_mode": "cropped"}, 'Unknown fg_mode "cropped"'),
         ({"branches": ("whole",)}, 'Unknown branch "whole"'),
         ({"epochs": 0}, "epochs must lie between 1 and 100,000, got 0"),
-        ({"threshold": 0.5, "fusion": "average"}, 'threshold belongs to the fusion "robust"'),
+        ({"threshold": 0.5, "fusion": "average"}, 'threshold is for the fusion "robust"'),
         ({"box_jitter": 3.0}, "box_jitter must lie between 0 and 1"),
         ({"seed": -1}, "seed must lie between"),
         ({"workers": -1}, "workers must be at least 0"),

@@ -1,4 +1,4 @@
-"""iFAM on its way through a run: trained from labels alone, continued, predicted with, published."""
+"""iFAM in a run: trained from labels alone, resumed, used for prediction, published."""
 
 import json
 
@@ -83,7 +83,7 @@ def test_evaluate_under_interventions(run):
         return json.loads(result.stdout)
 
     plain, without = judged(), judged("--drop-parts", "0,1")
-    assert plain["notes"] == [] and "judged without its parts 0, 1." in without["notes"][0]
+    assert plain["notes"] == [] and "without the parts 0, 1." in without["notes"][0]
     assert without["with_object"] <= plain["with_object"] and plain["images"] == without["images"]
     assert judged("--token-quantile", "1.0")["with_object"] <= plain["with_object"]
     assert judged()["with_object"] == plain["with_object"]  # the stored logits are those of the untouched network
@@ -110,7 +110,7 @@ def test_interventions_belong_to_ifam(dataset):
 
     run = write_run(dataset.parent / "run")
     result = CliRunner().invoke(app, ["evaluate", str(run), str(dataset), "--drop-parts", "0"])
-    assert result.exit_code == 1 and "ifam" in str(result.exception)
+    assert result.exit_code == 1 and "iFAM" in str(result.exception)
 
 
 def test_num_parts_belongs_to_ifam(tmp_path, dataset):

@@ -1,4 +1,4 @@
-"""The loss of a step: right for each branch under mixing, and the same whatever parts its batch is computed in."""
+"""The training loss: correct for each branch with mixing, and independent of how the batch is split."""
 
 import pytest
 import torch

@@ -52,7 +52,7 @@ def test_parts_need_no_box():
     assert views.has_fg.all() and set(views.inputs()) == {"full", "has_fg"}
 
 
-def test_prediction_says_why_nothing_is_left(tmp_path):
+def test_prediction_gives_the_reason_for_an_empty_mask(tmp_path):
     torch.manual_seed(0)
     net = timm.create_model("l2r2", backbone="vit_tiny_patch16_224", num_classes=3, fg_mode="tokens", **VIT)
     net.view_spec = ViewSpec.from_pretrained_cfg(net.pretrained_cfg, size=64, fg_mode="tokens", coverage=1.0)
@@ -109,7 +109,7 @@ def test_the_masked_vits_are_registered_with_tokens():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_audit_and_a_known_full_answer_go_the_same_way(kind, tmp_path):
+def test_the_audit_and_known_full_logits_take_the_same_path(kind, tmp_path):
     """What looks at an L2R2 from outside passes the mask on: the audit, and the predictor after its box head's pass."""
     from l2r2_models.audit.classifier import Audited
     from l2r2_models.predict.items import Item, Job, Pending, Row
@@ -165,6 +165,6 @@ def test_finetune_counts_the_images_whose_object_fg_can_see(tmp_path, kind, side
         ({"model": "timm:mixer_s32_224", "fg_mode": "late", "size": 224}, "MlpMixer cannot be masked late"),
     ],
 )
-def test_what_cannot_be_trained_is_said_before_the_images_are_read(keys, why):
+def test_what_cannot_be_trained_is_reported_before_the_images_are_read(keys, why):
     with pytest.raises(L2R2Error, match=why):
         create_model(Recipe.read("scratch", {"size": 32, **keys}), 3)

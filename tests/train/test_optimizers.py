@@ -1,4 +1,4 @@
-"""timm's optimizers as a recipe names them."""
+"""timm's optimizers as a recipe selects them."""
 
 import pytest
 import torch

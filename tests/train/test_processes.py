@@ -1,4 +1,4 @@
-"""torchrun: two processes give the result of one, one of them writes and speaks, and an error is said once."""
+"""torchrun: two processes give the result of one, only one of them writes and prints, and an error is reported once."""
 
 import json
 import os
@@ -45,6 +45,7 @@ def test_two_processes_give_the_result_of_one(dataset, tmp_path):
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_an_error_is_one_sentence_however_many_processes_meet_it(dataset, tmp_path):
     (dataset / "images" / "train_003.png").write_bytes(b"broken")
     broken = start(*TWO, *COMMAND, dataset, "--model", "timm:resnet10t", "--no-pretrained", "-o", tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Recipes: built-in ones, files, overrides, and what a person gets for a slip of the pen."""
+"""Recipes: built-in ones, files, overrides, and the messages for mistakes."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def test_every_built_in_recipe_is_complete_but_for_the_model():
     recipes = {name: Recipe.read(name, {"model": "timm:resnet10t"}) for name in builtin_recipes()}
     assert [recipes[name].pretrained for name in builtin_recipes()] == [True, True, False]
     assert recipes["head_only"].trainable == "head" and recipes["scratch"].lr > recipes["finetune"].lr
-    with pytest.raises(L2R2Error, match="names no model; give --model"):
+    with pytest.raises(L2R2Error, match="no model is set; pass --model"):
         Recipe.read("finetune")
 
 
@@ -46,8 +46,8 @@ def test_settings_are_yaml_and_numbers_may_be_written_as_people_write_them():
         ({"trainable": "neck"}, 'Unknown trainable "neck"; choose from all, head'),
         ({"best_metric": "loss"}, 'Unknown best_metric "loss"; choose from none, fused_accuracy'),
         ({"best_metric": "bg_accuracy"}, "needs the branch bg; this model has full, fg"),
-        ({"patience": 3}, "give a best_metric too"),
-        ({"grad_accumulation": 64}, "is more than the 32 rows of a batch"),
+        ({"patience": 3}, "set best_metric too"),
+        ({"grad_accumulation": 64}, "is larger than batch_size 32"),
     ],
 )
 def test_slips_are_sentences(changes, message):
@@ -58,10 +58,10 @@ def test_slips_are_sentences(changes, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a list", "a recipe is a YAML mapping"),
+        ("- a list", "must be a YAML mapping"),
         ("a: [", "is not valid YAML"),
         ("lr: !!python/object/apply:os.getcwd []", "is not valid YAML"),  # nothing in a recipe is ever run
-        (b"\xff\xfe\x00", "cannot be read .*; give a YAML file or one of"),
+        (b"\xff\xfe\x00", "cannot be read .*; pass a YAML file or one of"),
         ("a: &x [1, 2]\nb: *x", "aliases .* are not supported"),
         ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
     ],
@@ -71,7 +71,7 @@ def test_files_that_are_no_recipe_are_sentences(tmp_path, text, message):
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(L2R2Error, match=message):
         Recipe.read(file, {"model": "m"})
-    with pytest.raises(L2R2Error, match="give a YAML file or one of finetune, head_only, scratch"):
+    with pytest.raises(L2R2Error, match="pass a YAML file or one of finetune, head_only, scratch"):
         Recipe.read("fintune", {"model": "m"})
 
 
@@ -81,5 +81,5 @@ def test_files_that_are_no_recipe_are_sentences(tmp_path, text, message):
 def test_settings_that_are_none_are_sentences(setting, message):
     with pytest.raises(L2R2Error, match=message):
         parse_settings([setting])
-    with pytest.raises(L2R2Error, match="--set gives lr twice"):
+    with pytest.raises(L2R2Error, match="--set lr is given twice"):
         parse_settings(["lr=1", "lr=2"])

@@ -1,4 +1,4 @@
-"""A training that is killed continues to the very same weights, with everything that has a state of its own."""
+"""A killed training continues to bit-identical weights, with all its state."""
 
 import json
 import subprocess
@@ -69,7 +69,9 @@ def same_weights(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case))
+@pytest.mark.parametrize(
+    "case", [CASES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[1:])], ids=lambda case: " ".join(case)
+)
 def test_killed_or_not_the_weights_are_the_same(data, tmp_path, case):
     whole = finetune(data, recipe(**case), tmp_path / "whole")
     train_and_kill(data, recipe(**case), tmp_path / "killed")
@@ -80,6 +82,7 @@ def test_killed_or_not_the_weights_are_the_same(data, tmp_path, case):
     assert 1 <= record["epochs"]["before_this_call"] < 5 and record["epochs"]["trained"] == 5
 
 
+@pytest.mark.slow
 def test_every_setting_of_the_cases_does_something(data, tmp_path):
     """Else the test above would pass for settings that do nothing."""
     finetune(data, recipe(epochs=1), tmp_path / "plain")
@@ -111,7 +114,7 @@ def test_a_stop_for_lack_of_progress_survives_an_interruption(data, tmp_path):
 
 def test_only_what_does_not_change_the_result_may_change_on_the_way(data, tmp_path):
     train_and_kill(data, recipe(), tmp_path / "run")
-    with pytest.raises(L2R2Error, match="holds a run with another ema"):
+    with pytest.raises(L2R2Error, match="contains a run with a different ema"):
         finetune(data, recipe(ema=0.9), tmp_path / "run")
     finetune(data, recipe(workers=1), tmp_path / "run")
     finetune(data, recipe(), tmp_path / "whole")

@@ -13,6 +13,7 @@ from l2r2_models.views import ViewSpec, decode_patches, make_views
 
 LEVELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}  # normalized values are levels of 255
 BOXES = torch.tensor([[101.3, 77.8, 480.2, 390.1], [10, 20, 40.5, 61], [-30, 150, 650, 700], [torch.nan] * 4, [50, 50, 50, 50]])
+NO_BOX = torch.full((1, 4), torch.nan)
 ORIENTATION = 0x0112
 
 
@@ -101,16 +102,29 @@ def test_no_more_is_decoded_than_the_finest_view_needs(monkeypatch):
     assert decode_patches(LazyImage(data), None, spec, ("full", "fg")).pixels == 76 * 100
 
 
+@pytest.mark.parametrize("size", [(640, 480), (633, 473)])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(orientation):
+def test_exif_orientation(orientation, size):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    data = encode(ramps(640, 480), exif=exif)
+    data = encode(ramps(*size), exif=exif)
     image = LazyImage(data)
     assert image.size == (load_image(data).height, load_image(data).width)
     ours, whole, _ = both(data, ViewSpec(size=32, decode="scaled", **LEVELS))
     assert_close(ours.full, whole.full)
     assert_close(ours.fg, whole.fg)
+    ours, whole, _ = both(data, ViewSpec(size=24, decode="scaled", square=False, **LEVELS), NO_BOX)  # at an eighth
+    assert_close(ours.full, whole.full, square=False)
+
+
+@pytest.mark.parametrize("size", [(600, 5), (3, 700), (633, 473), (640, 480)])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_reduced_images_have_the_size_that_the_scale_says(size, orientation):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    image = LazyImage(encode(ramps(*size), exif=exif))
+    for scale in (1, 2, 4, 8):
+        assert image.load(scale).size == (-(-image.size[1] // scale), -(-image.size[0] // scale))
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])

@@ -1,4 +1,4 @@
-"""ViewSpec: what a checkpoint stores comes back the same, and nothing else comes in."""
+"""ViewSpec: round trip through a checkpoint, and strict validation."""
 
 import json
 

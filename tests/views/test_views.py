@@ -184,7 +184,7 @@ def test_a_mask_that_misses_the_crop_falls_back_instead_of_showing_nothing():
     assert wide.has_fg.tolist() == [True]
 
 
-def test_only_the_branches_asked_for_are_made():
+def test_only_the_requested_branches_are_made():
     views = make_views([picture((20, 20))], None, ViewSpec(size=8), branches=("bg",))
     assert views.full is None and views.fg is None and views.bg.shape == (1, 3, 8, 8)
 

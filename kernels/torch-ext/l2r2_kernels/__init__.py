@@ -1,4 +1,4 @@
-"""Fused image-view and masked-attention ops: a PyTorch reference beside every Triton kernel."""
+"""Fused image-view and masked-attention ops, with a PyTorch reference for every Triton kernel."""
 
 from .masked_attention import (
     Packed,

@@ -1,4 +1,4 @@
-"""Importing published benchmarks of background shift from their archives as an imagefolder that `read_table` reads.
+"""Import published benchmarks of background shift from their archives, as an imagefolder that `read_table` reads.
 
 Nothing is downloaded: the user unpacks an archive and passes the folder. Each set's module cites the source of its layout.
 """
@@ -122,7 +122,7 @@ def import_published(
     if name not in SETS:
         raise L2R2Error(f'Unknown set "{name}"; choose from {", ".join(SETS)}.')
     if extra is not None and not SETS[name].extra:
-        raise L2R2Error(f"{name} takes no second folder (--with).")
+        raise L2R2Error(f"{name} takes no second folder; do not pass --with.")
     items = SETS[name].read(Path(folder), *([] if extra is None else [Path(extra)]))
     _check_files(items, Path(folder))
     out = Path(out)
@@ -174,9 +174,9 @@ def _check_out(out: Path, about: dict[str, Any]) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / ABOUT).is_file():
-        raise L2R2Error(f"{out}: exists and is not an import; choose another -o.")
+        raise L2R2Error(f"{out}: already exists and is not an imported set; choose another -o.")
     if read_json(out / ABOUT) != about:
-        raise L2R2Error(f"{out}: is an import of another set, or of other files; choose another -o.")
+        raise L2R2Error(f"{out}: contains another imported set, or one made from other files; choose another -o.")
 
 
 def _place(source: Path, target: Path, copy: bool) -> str:

@@ -1,4 +1,4 @@
-"""Shared code of the readers of published sets: finding the unpacked archive, reading its tables, and the record of an image."""
+"""Shared code of the readers of published sets: find the unpacked archive, read its tables, and describe its images."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def read_csv(file: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:
         with open(file, newline="", encoding="utf-8-sig") as lines:
             rows = list(csv.DictReader(lines))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise L2R2Error(f"{file}: cannot be read as csv ({error}).") from error
+        raise L2R2Error(f"{file}: cannot be read as CSV ({error}).") from error
     if not rows:
         raise L2R2Error(f"{file}: has no rows.")
     for number, row in enumerate(rows, 2):
@@ -88,7 +88,7 @@ def read_numbered(file: Path) -> dict[str, str]:
         if line.strip():
             key, _, value = line.strip().partition(" ")
             if not value:
-                raise L2R2Error(f"{file}: line {number} has no value after its id.")
+                raise L2R2Error(f"{file}: line {number} has no value after its id; unpack the archive again.")
             values[key] = value.strip()
     return values
 

@@ -3,7 +3,7 @@
 Layout, from the README in the archive: `images/`, and text files of one line per image or class: `images.txt` (id, file),
 `image_class_labels.txt` (id, class id), `classes.txt` (class id, name), `train_test_split.txt` (id, 1 for training),
 `bounding_boxes.txt` (id, x, y, width, height). The masks are a separate archive, `segmentations/` with one PNG per image,
-unpacked into this folder or beside it.
+unpacked into this folder or next to it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def boxes_of(root: Path) -> dict[str, Box]:
 
 
 def masks_folder(root: Path) -> Path | None:
-    """The folder `segmentations/` in `root` or beside it, or None."""
+    """The folder `segmentations/` in `root` or next to it, or None."""
     return next((p for p in (root / "segmentations", root.parent / "segmentations") if p.is_dir()), None)
 
 

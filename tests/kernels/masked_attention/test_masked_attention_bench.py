@@ -1,4 +1,4 @@
-"""A dry run of the speed table on the CPU, with tiny sizes: every case, every provider, no numbers asserted but counts."""
+"""A dry run of the speed table on the CPU, with tiny sizes: every case and provider; only counts are asserted."""
 
 import importlib
 from pathlib import Path

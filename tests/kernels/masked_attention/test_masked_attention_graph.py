@@ -1,4 +1,4 @@
-"""PackedRunner: eager where no graph can serve, one graph a shape, the same numbers either way."""
+"""PackedRunner: eager if no graph can be replayed, one graph per shape, the same results either way."""
 
 import copy
 

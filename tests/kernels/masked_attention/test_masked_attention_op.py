@@ -1,4 +1,4 @@
-"""The public attention functions and their operators: numbers, rules, errors, compile and export."""
+"""The public attention functions and their operators: results, edge cases, errors, compile and export."""
 
 import pytest
 import torch
@@ -198,7 +198,7 @@ def test_errors_name_the_argument():
     cases = {
         "q must be": lambda: masked_attention(q[0], q[0], q[0], mask),
         "q must have at least one head and one channel": lambda: varlen_attention(flat[:, :0], flat[:, :0], flat[:, :0], cu, 12),
-        "keys must be what": lambda: masked_attention(q, q, q, mask, keys=(torch.zeros(2, 11), torch.zeros(2))),
+        "keys must be the output of": lambda: masked_attention(q, q, q, mask, keys=(torch.zeros(2, 11), torch.zeros(2))),
         "k must have q's shape": lambda: masked_attention(q, q[:, :1], q, mask),
         "v must have q's dtype": lambda: masked_attention(q, q, q.double(), mask),
         "key_mask must be a bool": lambda: masked_attention(q, q, q, mask.int()),

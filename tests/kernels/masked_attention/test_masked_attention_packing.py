@@ -1,4 +1,4 @@
-"""pack and unpack: what they keep, gradients, capacities."""
+"""pack and unpack: kept tokens, gradients, capacities."""
 
 import pytest
 import torch

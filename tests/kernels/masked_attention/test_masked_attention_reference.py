@@ -1,4 +1,4 @@
-"""The definitions themselves: against SDPA, against finite differences, and their rules."""
+"""The reference implementations compared with SDPA and finite differences, and their edge cases."""
 
 import pytest
 import torch

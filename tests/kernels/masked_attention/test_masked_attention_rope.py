@@ -96,5 +96,5 @@ def test_a_rope_that_does_not_fit_is_named():
         for rope in (torch.zeros(51, 32), torch.zeros(32), torch.zeros(2, 3, 49, 32)):
             with pytest.raises(ValueError, match=r"rope must be \[P, 2 D\], .* for P <= 50 patches"):
                 runner(model.blocks, x, mask, rope=rope)
-        with pytest.raises(TypeError, match=r"it takes no rotary embeddings; leave rope out"):
+        with pytest.raises(TypeError, match=r"it takes no rotary embeddings; do not pass rope"):
             runner([Block(48, 3)], x, mask, rope=torch.zeros(49, 32))

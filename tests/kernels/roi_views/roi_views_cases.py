@@ -55,15 +55,15 @@ def canvas_of(image, box, fill, square=True, mask=None):
     """Padded canvas [3, H, W] of an integer box, written the long way round."""
     image = image if image.shape[0] == 3 else image.permute(2, 0, 1)
     x0, y0, x1, y1 = box
-    colour = torch.tensor(fill, dtype=image.dtype)[:, None, None]
+    color = torch.tensor(fill, dtype=image.dtype)[:, None, None]
     if mask is not None:
-        image = torch.where(mask != 0, image, colour)
+        image = torch.where(mask != 0, image, color)
     crop = image[:, y0:y1, x0:x1]
     if not square:
         return crop
     height, width = crop.shape[1:]
     side = max(height, width)
-    canvas = colour.expand(3, side, side).clone()
+    canvas = color.expand(3, side, side).clone()
     top, left = (side - height) // 2, (side - width) // 2
     canvas[:, top : top + height, left : left + width] = crop
     return canvas

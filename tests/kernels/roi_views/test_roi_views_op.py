@@ -42,7 +42,7 @@ BOX = torch.tensor([[0.0, 0, 5, 5]])
         ([IMAGE[0]], BOX, {}, ValueError, "roi_views: images must be [3, H, W] or [H, W, 3], got (8, 9)"),
         (IMAGE, BOX, {}, ValueError, "roi_views: images must be [B, 3, H, W] when given as one tensor, got (3, 8, 9)"),
         (IMAGE[None].int(), BOX, {}, TypeError, "roi_views: images must be uint8 or floating, got torch.int32"),
-        ([IMAGE], BOX, {"masks": []}, ValueError, "roi_views: masks must have one entry a view (1), got 0"),
+        ([IMAGE], BOX, {"masks": []}, ValueError, "roi_views: masks must have one entry per view (1), got 0"),
         ([IMAGE], BOX, {"masks": [torch.ones(8, 9)]}, TypeError, "roi_views: masks must be bool or uint8 tensors"),
         ([IMAGE], BOX, {"masks": [torch.ones(1, 8, 9).bool()]}, ValueError, "roi_views: masks must be [H, W] each"),
         ([IMAGE], BOX, {"masks": [torch.ones(8, 8).bool()]}, ValueError, "roi_views: masks must have their image's size (8, 9)"),

@@ -86,6 +86,6 @@ def test_normalisation_is_x_over_scale_minus_mean_over_std():
     image = noise_image(20, 20, seed=7)
     box = torch.tensor([[0, 0, 20, 20]])
     plain, _ = truth([image], box, size=8)
-    normalised, _ = truth([image], box, size=8, mean=MEAN, std=STD, scale=200.0)
+    normalized, _ = truth([image], box, size=8, mean=MEAN, std=STD, scale=200.0)
     expected = (plain * 255 / 200 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-    torch.testing.assert_close(normalised, expected.double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(normalized, expected.double(), rtol=0, atol=1e-6)

@@ -180,7 +180,7 @@ def test_images_in_one_buffer_are_as_a_list(device, mode, dtype):
 
 
 @on_devices
-def test_a_list_is_looked_at_once_and_its_addresses_every_time(device):
+def test_a_list_is_inspected_once_and_its_addresses_every_time(device):
     boxes = torch.tensor([[0.0, 0, 20, 16]] * 2, device=device)
     for seed in (1, 2):  # the same shapes and other memory
         images = [noise_image(16, 20, seed=seed, hwc=True).to(device), noise_image(16, 20, seed=seed + 5).to(device)]

@@ -1,4 +1,4 @@
-"""The public attention functions: arguments checked, then the operator or PyTorch's own attention."""
+"""The public attention functions: check the arguments, then call the operator or PyTorch's attention."""
 
 import contextlib
 
@@ -20,16 +20,16 @@ def masked_attention(
         q, k, v: ``[B, H, N, D]``, one floating dtype (under autocast they are cast to its dtype, as SDPA does).
         key_mask: ``[B, N]`` bool, True = the token is a key. None keeps all.
         scale: factor of the scores; ``D ** -0.5`` by default.
-        keys: what ``key_index(key_mask)`` returned, to share it among blocks with one mask; computed when not given.
+        keys: output of ``key_index(key_mask)``, to share it among blocks with the same mask; computed if not given.
         backend: "auto", "triton" (needs CUDA, or TRITON_INTERPRET=1 on the CPU) or "torch".
 
     Returns:
-        ``[B, H, N, D]``. An image with no kept key gets zeros and gives zero gradients. What masked keys and values hold,
-        NaN and Inf included, reaches neither the output nor a gradient; their own gradients are exactly zero. The
-        backward is bitwise repeatable with Triton.
+        ``[B, H, N, D]``. An image without a kept key has zero output and zero gradients. Masked keys and values, even NaN
+        or Inf, affect neither the output nor any gradient; their own gradients are exactly zero. The backward is bitwise
+        repeatable with Triton.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        ValueError: when a shape, dtype or device does not match; the message names the argument.
 
     Source: iFAM's second stage (masked tokens are keys in no block); kernels after FlashAttention-2, arXiv 2307.08691.
     """
@@ -48,12 +48,13 @@ def masked_attention(
     if not runs_triton(q, q.shape[-1], backend):
         return _masked_sdpa(q, k, v, key_mask, scale)
     index, count = keys if keys is not None else key_index(key_mask, backend)
-    return masked_attention_op(q, k, v, index, count, scale, backend)[0]
+    out: Tensor = masked_attention_op(q, k, v, index, count, scale, backend)[0]
+    return out
 
 
 def _masked_sdpa(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
     dropped = ~key_mask[:, None, :, None]
-    empty = ~key_mask.any(1)[:, None]  # such a row would be NaN in some SDPA backends: let it see all, then zero it
+    empty = ~key_mask.any(1)[:, None]  # NaN in some SDPA backends: attend to all keys instead, then set to zero
     k, v = k.masked_fill(dropped, 0), v.masked_fill(dropped, 0)
     # cuDNN's masked backward gives NaN on Hopper at some lengths (pytorch #196678).
     safe = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -71,15 +72,15 @@ def varlen_attention(
         q, k, v: ``[T, H, D]``, one floating dtype (under autocast they are cast to its dtype).
         cu_seqlens: ``[B + 1]`` int32: segment i is the tokens ``cu_seqlens[i]:cu_seqlens[i + 1]``; the first is 0, the
             last at most T. Tokens after it are padding: output 0, gradient 0.
-        max_len: an upper bound of the segment lengths, known to the host. On CUDA it only shapes the launch: a longer
-            segment is still right, and slow. On the CPU it raises.
+        max_len: an upper bound of the segment lengths, known to the host. On CUDA it only determines the launch: a longer
+            segment is still correct, but slow. On the CPU it raises.
         scale, backend: as in ``masked_attention``.
 
     Returns:
-        ``[T, H, D]``. Reads nothing back from the device.
+        ``[T, H, D]``. Does not synchronize with the device.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        ValueError: when a shape, dtype or device does not match; the message names the argument.
     """
     q, k, v = _checked(q, k, v, 3, "[T, H, D]")
     _check_backend(backend, q)
@@ -89,11 +90,12 @@ def varlen_attention(
             f"got {cu_seqlens.dtype} {list(cu_seqlens.shape)} on {cu_seqlens.device}."
         )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return varlen_attention_op(q, k, v, cu_seqlens, max_len, scale, backend)[0]
+    out: Tensor = varlen_attention_op(q, k, v, cu_seqlens, max_len, scale, backend)[0]
+    return out
 
 
 def _checked(q: Tensor, k: Tensor, v: Tensor, dims: int, layout: str) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v in one dtype: that of autocast where it is on."""
+    """Return q, k, v in one dtype, that of autocast if it is on."""
     if q.dim() != dims or not q.is_floating_point():
         raise ValueError(f"q must be a floating {layout} tensor; got {q.dtype} {list(q.shape)}.")
     if q.shape[-1] == 0 or q.shape[1] == 0:
@@ -110,7 +112,7 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, dims: int, layout: str) -> tuple[T
 def _check_keys(keys: tuple[Tensor, Tensor], key_mask: Tensor) -> None:
     for x, shape in zip(keys, (key_mask.shape, key_mask.shape[:1])):
         if x.shape != shape or x.dtype != torch.int32 or x.device != key_mask.device:
-            raise ValueError(f"keys must be what key_index(key_mask) gave; got {x.dtype} {list(x.shape)} on {x.device}.")
+            raise ValueError(f"keys must be the output of key_index(key_mask); got {x.dtype} {list(x.shape)} on {x.device}.")
 
 
 def _check_backend(backend: str, q: Tensor) -> None:

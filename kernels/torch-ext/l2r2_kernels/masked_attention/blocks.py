@@ -1,8 +1,8 @@
 """timm's ViT and Eva blocks on kept tokens only, and the masked form that keeps every token.
 
-Both run the blocks' own layers and replace only the attention core, so weights, norms, LayerScale, dropout and drop path
-are the model's. With one mask through all blocks the two agree on the kept tokens: a dropped token is never a key, so
-nothing else can see it.
+Both run the layers of the blocks and replace only the attention core, so weights, norms, LayerScale, dropout and drop path
+are those of the model. With the same mask in all blocks, the two agree on the kept tokens: a dropped token is never a key, so
+it affects no other token.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,8 +20,8 @@ from .op import key_index, runs_triton
 from .packing import Packed, check_tokens, pack, unpack
 from .rope import Rotary, rotaries
 
-# What timm's vision_transformer.Block and layers.Attention hold, and eva.EvaBlock with its attentions. Anything else would be
-# ignored here, so it is refused.
+# Members of timm's vision_transformer.Block and layers.Attention, and of eva.EvaBlock with its attentions. Any other member would
+# be ignored here, so such blocks are refused.
 _BLOCK_CHILDREN = {"norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2"}
 _BLOCK_NAMES = {"Block": _BLOCK_CHILDREN | {"ls1", "ls2"}, "EvaBlock": _BLOCK_CHILDREN | {"gamma_1", "gamma_2", "init_values"}}
 _ATTENTION_NAMES = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
@@ -38,18 +38,18 @@ def run_packed(
     blocks: Iterable[nn.Module], x: Tensor, mask: Tensor, *, num_prefix: int = 0, capacity: int | str | None = None,
     unpacked: bool = False, fill: float = 0.0, backend: str = "auto", checkpoint: bool = False, rope: Tensor | None = None,
 ) -> tuple[Packed, Tensor | None]:  # fmt: skip
-    """Runs timm ViT blocks on the kept tokens only.
+    """Run timm ViT blocks on the kept tokens only.
 
     Args:
-        blocks: timm ``Block`` or ``EvaBlock`` modules, e.g. ``model.blocks``. Blocks that hold more than timm's, or forward
-            hooks, would not run as they should: they are refused (but not looked for while ``torch.compile`` traces).
+        blocks: timm ``Block`` or ``EvaBlock`` modules, e.g. ``model.blocks``. Blocks with other members than timm's, or
+            with forward hooks, would not run correctly, so they are refused (not checked while ``torch.compile`` traces).
         x: ``[B, N, C]`` tokens as they enter the first block: prefix tokens first, positions added, ``norm_pre`` done.
         mask: ``[B, N]`` bool, True = kept; the same through all blocks.
-        num_prefix: this many first tokens are always kept.
+        num_prefix: number of first tokens that are always kept.
         capacity: rows of the packed tokens, see ``pack``.
-        unpacked: also return the tokens in their places, ``fill`` where they were dropped.
+        unpacked: also return the tokens at their original positions, with ``fill`` for dropped ones.
         backend: see ``masked_attention``.
-        checkpoint: keep the input of each block only, and compute its activations again in the backward pass.
+        checkpoint: store only the input of each block, and recompute its activations in the backward pass.
         rope: rotary embeddings of the patches, as Eva models (EVA-02, DINOv3, PE) give them to their blocks: ``[P, 2 D]``,
             ``[H, P, 2 D]`` or ``[depth, H, P, 2 D]``, sines before cosines. The N - P tokens before them are not rotated.
 
@@ -58,10 +58,10 @@ def run_packed(
         tokens. The model's final norm is not applied.
 
     Raises:
-        TypeError: a block that this cannot run; the message names its class and why.
-        ValueError: an argument does not fit.
+        TypeError: when a block is not supported; the message names its class and the reason.
+        ValueError: when an argument does not match.
 
-    Source: iFAM; equal to keys-only masking (``run_masked``) for kept tokens. Drop path is drawn once an image, as in timm.
+    Source: iFAM; equal to keys-only masking (``run_masked``) for kept tokens. Drop path is drawn once per image, as in timm.
     """
     blocks = _checked(blocks, rope)
     packed = pack(x, mask, num_prefix=num_prefix, capacity=capacity)
@@ -74,7 +74,7 @@ def run_packed(
     def drop_path(layer: nn.Module, branch: Tensor) -> Tensor:
         if image is None:
             return branch
-        factor = layer(branch.new_ones(packed.batch, 1))  # [B, 1]: one draw an image
+        factor: Tensor = layer(branch.new_ones(packed.batch, 1))  # [B, 1]: one draw per image
         return branch * factor[image]
 
     tokens = packed.tokens
@@ -88,20 +88,22 @@ def run_masked(
     blocks: Iterable[nn.Module], x: Tensor, mask: Tensor, *, num_prefix: int = 0, backend: str = "auto",
     key_weight: Tensor | None = None, checkpoint: bool = False, rope: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Runs timm ViT blocks on all tokens, with the masked ones never as keys.
+    """Run timm ViT blocks on all tokens, with masked tokens excluded as keys.
 
     Arguments and errors as in ``run_packed``, and ``key_weight``, ``[B, N]``: 1 where ``mask`` is True and 0 elsewhere, a
-    straight-through mask. It changes no value; its gradient says how the result would change if a token counted more or less as
-    a key, in every block and head, masked tokens included (see ``with_key_gradient``; its memory does not grow with the blocks).
+    straight-through mask. It does not change the result; its gradient is how the result would change if a token counted more or
+    less as a key, in every block and head, masked tokens included (see ``with_key_gradient``; its memory does not grow with the
+    number of blocks).
 
     Returns ``[B, N, C]``; masked tokens are computed too (they see the kept ones), for models whose later layers need every
-    token. Without a kept token or prefix, an image's attention gives zeros.
+    token. The attention output of an image without a kept token or prefix is zero.
     """
     blocks = _checked(blocks, rope)
     mask, index, count = _keys(x, mask, key_weight, num_prefix, backend)
 
     def core(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:  # [B, N, H, D]
-        return _core(q, k, v, mask, index, count, key_weight, scale, backend)
+        out: Tensor = _core(q, k, v, mask, index, count, key_weight, scale, backend)
+        return out
 
     for block, rotary in zip(blocks, _rotaries(rope, x.shape[1], len(blocks), None)):
         x = _run(checkpoint, block, x, core, lambda layer, branch: layer(branch), rotary)
@@ -109,7 +111,7 @@ def run_masked(
 
 
 def _rotaries(rope: Tensor | None, tokens: int, blocks: int, rows: Tensor | None) -> list[Rotary | None]:
-    """The rotary embeddings of each block, at the tokens ``rows`` where given; one gather where the blocks share them."""
+    """Return the rotary embeddings of each block, at the tokens ``rows`` if given; one gather if the blocks share them."""
     if rope is None:
         return [None] * blocks
     all_rotaries = rotaries(rope, tokens, blocks)
@@ -120,7 +122,7 @@ def _rotaries(rope: Tensor | None, tokens: int, blocks: int, rows: Tensor | None
     return [rotary.at(rows) for rotary in all_rotaries]
 
 
-# What depends on values, or asks for shapes, is one node of an FX graph (and stays Python where such a graph is scripted).
+# Code that depends on values or shapes is one node of an FX graph (and stays Python if such a graph is scripted).
 
 
 @torch.fx.wrap
@@ -132,7 +134,7 @@ def _keys(
     num_prefix: int,
     backend: str,
 ) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:  # noqa: UP045
-    """The checked mask with the prefix in it, and its ``key_index`` where the Triton kernels run."""
+    """Return the checked mask with the prefix kept, and its ``key_index`` if the Triton kernels run."""
     check_tokens(x, mask, num_prefix)
     if key_weight is not None:
         _check_weight(key_weight, x)
@@ -148,7 +150,7 @@ def _core(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, index: Optional[Tensor], count: Optional[Tensor],  # noqa: UP045
     key_weight: Optional[Tensor], scale: float, backend: str,  # noqa: UP045
 ) -> Tensor:  # fmt: skip
-    """Masked attention of q, k, v ``[B, N, H, D]``, with the gradient of the keys' weights where they are given."""
+    """Masked attention of q, k, v ``[B, N, H, D]``, with the gradient of the key weights if they are given."""
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
     keys = None if index is None or count is None else (index, count)
     out = masked_attention(q, k, v, mask, scale=scale, keys=keys, backend=backend)
@@ -184,8 +186,9 @@ def _block(
 def _scaled(block: Any, which: str, branch: Tensor) -> Tensor:
     """A branch times the block's layer scale: the layer ``ls`` of a Block, the parameter ``gamma_`` of an EvaBlock."""
     if hasattr(block, f"ls{which}"):
-        return getattr(block, f"ls{which}")(branch)
-    gamma = getattr(block, f"gamma_{which}")
+        scaled: Tensor = getattr(block, f"ls{which}")(branch)
+        return scaled
+    gamma: Tensor | None = getattr(block, f"gamma_{which}")
     return branch if gamma is None else gamma * branch
 
 
@@ -203,7 +206,8 @@ def _attention(attn: Any, x: Tensor, core: Core, rotary: Rotary | None) -> Tenso
     out = attn.norm(out) if hasattr(attn, "norm") else out
     if getattr(attn, "gate", None) is not None:
         out = out * attn.gate(x).sigmoid()
-    return attn.proj_drop(attn.proj(out))
+    projected: Tensor = attn.proj_drop(attn.proj(out))
+    return projected
 
 
 def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
@@ -216,7 +220,8 @@ def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
     else:
         bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
         qkv = attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
-    return qkv.unflatten(-1, (3, attn.num_heads, -1)).unbind(-3)
+    by_head: Tensor = qkv.unflatten(-1, (3, attn.num_heads, -1))
+    return by_head.unbind(-3)
 
 
 def _drops_paths(block: Any) -> bool:
@@ -228,7 +233,7 @@ def _checked(blocks: Iterable[nn.Module], rope: Tensor | None) -> list[nn.Module
     for number, block in enumerate(blocks):
         reason = _refusal(block)
         if not reason and rope is not None and type(block).__name__ == "Block":
-            reason = "it takes no rotary embeddings; leave rope out"
+            reason = "it takes no rotary embeddings; do not pass rope"
         if reason:
             raise TypeError(
                 f"Block {number} is a {type(block).__name__} that cannot run on masked tokens: {reason}. "
@@ -238,7 +243,7 @@ def _checked(blocks: Iterable[nn.Module], rope: Tensor | None) -> list[nn.Module
 
 
 def _refusal(block: Any) -> str | None:
-    """Why this block would not do here what its own forward does, or None."""
+    """Return the reason why this block would behave differently here than in its own forward, or None."""
     kind = type(block).__name__
     if kind not in _BLOCK_NAMES or not hasattr(block, "attn"):
         return "its forward is not that of timm's Block"
@@ -255,12 +260,12 @@ def _refusal(block: Any) -> str | None:
         return "its BatchNorm mixes tokens"
     if attn.training and attn.attn_drop.p > 0:
         return "attention dropout is not supported in training; set attn_drop to 0"
-    # Older compilers cannot trace the look at a module's names: a compiled model is checked for them when it runs eagerly.
+    # Older compilers cannot trace the inspection of a module's names; a compiled model is checked when it runs eagerly.
     return None if torch.compiler.is_compiling() else _ignored(block)
 
 
 def _ignored(block: Any) -> str | None:
-    """What the block or its attention holds that would not run here, or None."""
+    """Return the members of the block or its attention that would not run here, or None."""
     eva = type(block).__name__ == "EvaBlock"
     known_of_attention = _ATTENTION_NAMES | (_EVA_NAMES if eva else set())
     for module, name, known in (
@@ -275,6 +280,6 @@ def _ignored(block: Any) -> str | None:
 
 
 def _own_names(module: nn.Module) -> set[str]:
-    """Children, parameters, buffers and plain attributes, without what nn.Module itself keeps."""
+    """Return the names of children, parameters, buffers and plain attributes, without those of nn.Module itself."""
     plain = {name for name in vars(module) if not name.startswith("_") and name != "training"}
     return plain | set(module._modules) | set(module._parameters) | set(module._buffers)

@@ -1,7 +1,7 @@
-"""`run_packed` as one CUDA graph: about 180 launches of a ViT-B become one, and the host stops being the limit."""
+"""`run_packed` as one CUDA graph: about 180 launches of a ViT-B become one, which removes the host-side bottleneck."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from .blocks import run_packed
 from .packing import Packed
 
+Replay = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # tokens and mask in, outputs of `_Blocks` out
+
 
 class _Blocks(nn.Module):
-    """The blocks on packed tokens as a module of tensors, which is what can be captured."""
+    """The blocks on packed tokens as a module with tensors as inputs and outputs, so that it can be captured."""
 
     def __init__(self, blocks: Iterable[nn.Module], capacity: int, num_prefix: int, unpacked: bool) -> None:
         super().__init__()
@@ -27,18 +29,18 @@ class _Blocks(nn.Module):
 
 
 class PackedRunner:
-    """Runs timm ViT blocks on the kept tokens of batches of one shape, replaying a CUDA graph.
+    """Run timm ViT blocks on the kept tokens of batches of a fixed shape by replaying a CUDA graph.
 
-    The graph is captured at the first call, and again when the dtype, autocast or the place of a parameter changes. Calls that
-    no graph can serve (on a CPU, of another shape, under `torch.compile`, with gradients unless `training`) run eagerly.
+    The graph is captured at the first call, and again if the dtype, autocast or the address of a parameter changes. Calls that
+    cannot be replayed (on a CPU, with another shape, under `torch.compile`, with gradients unless `training`) run eagerly.
 
     Args:
         blocks: see `run_packed`.
         batch, tokens: the shape ``[B, N]`` of the masks.
-        capacity: rows of the packed tokens. More kept tokens than that make every token NaN and `packed.overflow` True.
+        capacity: rows of the packed tokens. With more kept tokens than that, every token is NaN and `packed.overflow` is True.
         num_prefix, unpacked: see `run_packed`.
         training: capture the backward pass too; then calls with gradients are replayed, and those without run eagerly. Dropout
-            and drop path draw anew in every replay.
+            and drop path draw new random numbers in every replay.
 
     >>> import timm
     >>> vit = timm.create_model("vit_tiny_patch16_224", depth=1).eval()
@@ -54,26 +56,26 @@ class PackedRunner:
     ) -> None:  # fmt: skip
         self.module = _Blocks(blocks, capacity, num_prefix, unpacked)
         self.shape, self.training = (batch, tokens), training
-        self._graph: tuple[Any, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] | None = None
+        self._graph: tuple[Any, Replay] | None = None
 
     def __call__(self, x: Tensor, mask: Tensor) -> tuple[Packed, Tensor | None]:
         """Run the blocks on tokens ``[B, N, C]`` with a bool mask ``[B, N]``.
 
         Returns:
-            What `run_packed` does. The tensors of a replay are overwritten by the next one.
+            As `run_packed`. The tensors of a replay are overwritten by the next one.
         """
         if not self._replays(x, mask):
             return self._eager(x, mask)
         key = self.key(x)
         if self._graph is None or self._graph[0] != key:
-            self._graph = None  # gives the memory of the old graph back before the new one takes its own
+            self._graph = None  # free the memory of the old graph before the new one is captured
             self._graph = (key, self._capture_training(x, mask) if self.training else self._capture(x, mask))
         tokens, cu_seqlens, source, inverse, overflow, *rest = self._graph[1](x, mask)
         packed = Packed(tokens, cu_seqlens, self.shape[1], source, inverse, overflow, self.module.num_prefix)
         return packed, rest[0] if rest else None
 
     def key(self, x: Tensor) -> tuple[Any, ...]:
-        """What a graph is good for: shape, dtype, autocast, modes of the blocks, and where the parameters lie."""
+        """Return everything a captured graph depends on: shape, dtype, autocast, modes of the blocks, parameter addresses."""
         autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
         modes = tuple(block.training for block in self.module.blocks)
         places = tuple(parameter.data_ptr() for parameter in self.module.parameters())
@@ -95,22 +97,22 @@ class PackedRunner:
         return run_packed(module.blocks, x, mask, num_prefix=module.num_prefix, capacity=capacity, unpacked=module.unpacked)
 
     def _autocast(self, x: Tensor) -> torch.autocast:
-        """Autocast as it is, without its cache: casts of weights must be in the graph, not in memory that goes with the cache."""
+        """Return the current autocast without its cache, so that casts of weights are captured in the graph."""
         device = x.device.type
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
 
-    def _capture(self, x: Tensor, mask: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+    def _capture(self, x: Tensor, mask: Tensor) -> Replay:
         place_x, place_mask = x.clone(), mask.to(x.device, copy=True)
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(x.device)
         with torch.cuda.device(x.device), self._autocast(x):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(2):  # compiles the kernels and sets up the libraries, which cannot be captured
+                for _ in range(2):  # compile the kernels and initialize the libraries, which cannot be captured
                     self.module(place_x, place_mask)
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph):
-                outputs = self.module(place_x, place_mask)
+                outputs: tuple[Tensor, ...] = self.module(place_x, place_mask)
 
         def replay(x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
             place_x.copy_(x)
@@ -120,12 +122,10 @@ class PackedRunner:
 
         return replay
 
-    def _capture_training(self, x: Tensor, mask: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+    def _capture_training(self, x: Tensor, mask: Tensor) -> Replay:
         module = _Blocks(self.module.blocks, self.module.capacity, self.module.num_prefix, self.module.unpacked)
         sample = x.detach().clone().requires_grad_(x.requires_grad)
         with torch.cuda.device(x.device), self._autocast(x):
-            # only some of its outputs have a gradient, and nothing may be asked of a parameter that has none
-            graphed: Any = torch.cuda.make_graphed_callables(
-                module, (sample, mask.to(x.device, copy=True)), allow_unused_input=True
-            )
-        return graphed
+            # only some outputs and parameters require gradients
+            graphed = torch.cuda.make_graphed_callables(module, (sample, mask.to(x.device, copy=True)), allow_unused_input=True)
+        return cast(Replay, graphed)

@@ -1,10 +1,11 @@
-"""The registered operators, and which implementation each of them runs.
+"""The registered operators, and the choice of their implementation.
 
-``backend`` is "auto" (Triton on CUDA where it can, else PyTorch), "triton" (which also takes CPU tensors under
-TRITON_INTERPRET=1, for tests) or "torch". Triton is imported when first used: without a driver its import may fail.
+``backend`` is "auto" (Triton on CUDA if supported, else PyTorch), "triton" (which also takes CPU tensors under
+TRITON_INTERPRET=1, for tests) or "torch". Triton is imported on first use, because without a driver the import may fail.
 """
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def runs_triton(x: Tensor, head_dim: int, backend: str) -> bool:
-    """Whether the Triton kernels take this call."""
+    """Return whether the Triton kernels run for this call."""
     if backend == "auto":
         return x.is_cuda and _HAS_TRITON and head_dim <= MAX_HEAD_DIM and x.dtype != torch.float64
     return backend == "triton"
@@ -30,7 +31,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _tokens_first(x: Tensor) -> Tensor:
-    """[B, H, N, D] laid out in memory as [B, N, H, D]: joining the heads afterwards copies nothing."""
+    """Return [B, H, N, D] with the memory layout [B, N, H, D], so that joining the heads afterwards needs no copy."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -53,7 +54,7 @@ def key_index(key_mask: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
 
 
 @key_index.register_fake
-def _(key_mask, backend="auto"):
+def _(key_mask: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     return key_mask.new_empty(key_mask.shape, dtype=torch.int32), key_mask.new_empty(key_mask.shape[0], dtype=torch.int32)
 
 
@@ -64,7 +65,7 @@ def _(key_mask, backend="auto"):
 def masked_attention_op(
     q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, scale: float, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """out ``[B, H, N, D]`` and lse ``[B, H, N]`` (float32 at least); index and count as ``key_index`` gives them."""
+    """Output ``[B, H, N, D]`` and lse ``[B, H, N]`` (float32 at least); index and count as ``key_index`` gives them."""
     if runs_triton(q, q.shape[-1], backend):
         from . import triton
 
@@ -76,7 +77,9 @@ def masked_attention_op(
 
 
 @masked_attention_op.register_fake
-def _(q, k, v, index, count, scale, backend="auto"):
+def _(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, scale: float, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     return _empty_tokens_first(q), q.new_empty(q.shape[:3], dtype=_wide(q))
 
 
@@ -97,16 +100,19 @@ def masked_attention_backward_op(
 
 
 @masked_attention_backward_op.register_fake
-def _(grad, q, k, v, out, lse, index, count, scale, backend="auto"):
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    index: Tensor, count: Tensor, scale: float, backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _empty_tokens_first(q), _empty_tokens_first(k), _empty_tokens_first(v)
 
 
-def _masked_context(ctx, inputs, output):
+def _masked_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, index, count, ctx.scale, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, *output, index, count)
 
 
-def _masked_backward(ctx, grad, _grad_lse):
+def _masked_backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, index, count = ctx.saved_tensors
     grads = masked_attention_backward_op(grad, q, k, v, out, lse, index, count, ctx.scale, ctx.backend)
     return *grads, None, None, None, None
@@ -122,7 +128,7 @@ masked_attention_op.register_autograd(_masked_backward, setup_context=_masked_co
 def varlen_attention_op(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, scale: float, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """out ``[T, H, D]`` and lse ``[H, T]`` (float32 at least)."""
+    """Output ``[T, H, D]`` and lse ``[H, T]`` (float32 at least)."""
     if runs_triton(q, q.shape[-1], backend):
         from . import triton
 
@@ -136,7 +142,9 @@ def varlen_attention_op(
 
 
 @varlen_attention_op.register_fake
-def _(q, k, v, cu_seqlens, max_len, scale, backend="auto"):
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, scale: float, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=_wide(q))
 
 
@@ -159,16 +167,19 @@ def varlen_attention_backward_op(
 
 
 @varlen_attention_backward_op.register_fake
-def _(grad, q, k, v, out, lse, cu_seqlens, max_len, scale, backend="auto"):
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_seqlens: Tensor, max_len: int, scale: float, backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _varlen_context(ctx, inputs, output):
+def _varlen_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, cu_seqlens, ctx.max_len, ctx.scale, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
 
 
-def _varlen_backward(ctx, grad, _grad_lse):
+def _varlen_backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
     grads = varlen_attention_backward_op(grad, q, k, v, out, lse, cu_seqlens, ctx.max_len, ctx.scale, ctx.backend)
     return *grads, None, None, None, None
@@ -184,7 +195,7 @@ varlen_attention_op.register_autograd(_varlen_backward, setup_context=_varlen_co
 def take_rows(source: Tensor, index: Tensor, inverse: Tensor, fill: float, backend: str = "auto") -> Tensor:
     """Rows of ``source [M, C]`` by ``index [K]`` int32 (-1 gives ``fill``, -2 NaN).
 
-    ``inverse [M]`` says where in the result each source row went (-1: nowhere), so the backward is a gather as well.
+    ``inverse [M]`` is the position of each source row in the result (-1: none), so that the backward is a gather too.
     """
     if runs_triton(source, 0, backend):
         from . import triton_rows
@@ -194,16 +205,16 @@ def take_rows(source: Tensor, index: Tensor, inverse: Tensor, fill: float, backe
 
 
 @take_rows.register_fake
-def _(source, index, inverse, fill, backend="auto"):
+def _(source: Tensor, index: Tensor, inverse: Tensor, fill: float, backend: str = "auto") -> Tensor:
     return source.new_empty(index.shape[0], source.shape[1])
 
 
-def _take_context(ctx, inputs, output):
+def _take_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, index, inverse, _, ctx.backend = inputs
     ctx.save_for_backward(index, inverse)
 
 
-def _take_backward(ctx, grad):
+def _take_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     index, inverse = ctx.saved_tensors
     return take_rows(grad, inverse, index, 0.0, ctx.backend), None, None, None, None
 

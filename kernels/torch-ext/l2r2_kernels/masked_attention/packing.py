@@ -1,4 +1,4 @@
-"""Kept tokens of a batch side by side, and back again."""
+"""Pack the kept tokens of a batch, and unpack them."""
 
 from typing import NamedTuple
 
@@ -10,13 +10,13 @@ from .op import take_rows
 
 
 class Packed(NamedTuple):
-    """The kept tokens of B images in one row, image after image, in their order; padding at the end is zero.
+    """The kept tokens of B images, concatenated image by image in their original order, with zero padding at the end.
 
     tokens: ``[T_cap, C]``. cu_seqlens: ``[B + 1]`` int32, image i has the rows ``cu_seqlens[i]:cu_seqlens[i + 1]``.
-    max_len: N, the longest an image can be. source: ``[T_cap]`` int32, the row's place in the flat ``[B * N]`` (-1 for
+    max_len: N, the maximum length of an image. source: ``[T_cap]`` int32, the row's position in the flat ``[B * N]`` (-1 for
     padding). inverse: ``[B * N]`` int32, the token's row (-1 if dropped). overflow: a bool tensor of one element, True
-    when the capacity was too small; then every token is NaN, and so is everything unpacked. num_prefix: how many first tokens of
-    each image were kept without asking the mask.
+    if the capacity was too small; then every packed and unpacked token is NaN. num_prefix: number of first tokens of each image
+    that are kept whatever the mask.
     """
 
     tokens: Tensor
@@ -29,6 +29,7 @@ class Packed(NamedTuple):
 
     @property
     def batch(self) -> int:
+        """B, the number of images."""
         return self.cu_seqlens.shape[0] - 1
 
     def image_of_token(self) -> Tensor:
@@ -39,43 +40,44 @@ class Packed(NamedTuple):
         """The prefix tokens (class, registers) of each image, ``[B, num_prefix, C]``."""
         rows = self.cu_seqlens[:-1, None] + torch.arange(self.num_prefix, device=self.cu_seqlens.device)
         rows = rows.flatten().clamp_max(max(self.tokens.shape[0] - 1, 0))  # out of range only after an overflow
-        return self.tokens.index_select(0, rows).unflatten(0, (self.batch, self.num_prefix))
+        tokens: Tensor = self.tokens.index_select(0, rows).unflatten(0, (self.batch, self.num_prefix))
+        return tokens
 
     def check(self) -> None:
-        """Raises OverflowError if the capacity was too small. Waits for the device."""
+        """Raise OverflowError if the capacity was too small; synchronizes with the device."""
         if bool(self.overflow):
-            raise OverflowError(f"pack: the kept tokens did not fit into {self.tokens.shape[0]} rows; give a larger capacity.")
+            raise OverflowError(f"pack: the kept tokens did not fit into {self.tokens.shape[0]} rows; pass a larger capacity.")
 
 
 def round_capacity(total: int) -> int:
-    """A capacity of at least ``total`` tokens: one of 32 sizes an octave, at most 3 % more, and a multiple of 64.
+    """Round up to a capacity of at least ``total`` tokens: one of 32 sizes per octave, at most 3 % more, and a multiple of 64.
 
-    Few sizes mean few compiled graphs and repeatable matrix shapes.
+    A small number of sizes limits the number of compiled graphs and matrix shapes.
     """
     step = max(64, 1 << max(total.bit_length() - 6, 0))
     return -(-total // step) * step
 
 
 def pack(x: Tensor, mask: Tensor, *, num_prefix: int = 0, capacity: int | str | None = None) -> Packed:
-    """Drops the masked tokens of a batch.
+    """Drop the masked tokens of a batch.
 
     Args:
         x: ``[B, N, C]`` floating tokens, prefix tokens (class, registers) first.
         mask: ``[B, N]`` bool, True = kept. May stay on the CPU when x does not.
-        num_prefix: this many first tokens are kept whatever the mask says.
+        num_prefix: number of first tokens that are kept whatever the mask.
         capacity: rows of the result.
-            An int, if a bound is known without asking the device: from boxes, from masks on the CPU, from a fixed
+            An int, if a bound is known without a synchronization: from boxes, from masks on the CPU, from a fixed
             coverage (``round_capacity`` helps). Needed for a mask on a GPU and inside ``torch.compile(fullgraph=True)``.
             None: counted from a mask on the CPU; rounded up by ``round_capacity`` when x is on a GPU.
-            "sync": counted from the mask wherever it is, which makes the host wait for the GPU once.
-            A mask on a GPU with None is an error: B * N rows would be right, and would save nothing.
+            "sync": counted from the mask on any device, which makes the host wait for the GPU once.
+            None with a mask on a GPU is an error: B * N rows would be correct, but save nothing.
 
     Returns:
         ``Packed``. With an int capacity the kept tokens may not fit. With the mask on the CPU this raises; on a GPU,
-        where looking would wait, all tokens become NaN and ``packed.overflow`` is True (``packed.check()`` raises).
+        where checking would synchronize, all tokens become NaN and ``packed.overflow`` is True (``packed.check()`` raises).
 
     Raises:
-        ValueError: an argument does not fit; the message names it.
+        ValueError: when an argument does not match; the message names it.
 
     Differentiable in x: dropped tokens get a zero gradient, and no atomics are used.
     """
@@ -100,13 +102,14 @@ def pack(x: Tensor, mask: Tensor, *, num_prefix: int = 0, capacity: int | str | 
 
 
 def unpack(packed: Packed, fill: float = 0.0) -> Tensor:
-    """``[B, N, C]``: every token back in its place, ``fill`` where it was dropped. Differentiable in ``packed.tokens``."""
+    """Return the tokens ``[B, N, C]`` at their original positions, ``fill`` for dropped ones; differentiable."""
     flat = take_rows(packed.tokens, packed.inverse, packed.source, float(fill))
-    return flat.unflatten(0, (packed.batch, packed.max_len))
+    tokens: Tensor = flat.unflatten(0, (packed.batch, packed.max_len))
+    return tokens
 
 
 def check_tokens(x: Tensor, mask: Tensor, num_prefix: int) -> None:
-    """Raises a ValueError that names what does not fit."""
+    """Raise a ValueError that names the argument that does not match."""
     if x.dim() != 3 or not x.is_floating_point():
         raise ValueError(f"x must be a floating tensor [B, N, C]; got {x.dtype} {list(x.shape)}.")
     if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
@@ -123,8 +126,8 @@ def _check_capacity(mask: Tensor, capacity: int | str | None) -> None:
         raise ValueError(f"capacity must not be negative; got {capacity}.")
     elif capacity is None and mask.device.type != "cpu":
         raise ValueError(
-            "capacity is needed for a mask on a GPU, where counting it would stop the host: "
-            'give a bound, pass the mask from the CPU, or ask for one wait with capacity="sync".'
+            "capacity is needed for a mask on a GPU, because counting its tokens would synchronize: "
+            'pass a bound, a mask on the CPU, or capacity="sync".'
         )
 
 
@@ -135,7 +138,7 @@ def _capacity(x: Tensor, mask: Tensor, num_prefix: int, capacity: int | str | No
     if mask.device.type == "cpu" and not torch.compiler.is_compiling():
         total = _total(mask, num_prefix)
         if total > capacity:
-            raise ValueError(f"capacity is {capacity}, but the mask keeps {total} tokens; give at least that many.")
+            raise ValueError(f"capacity is {capacity}, but the mask keeps {total} tokens; pass at least that many.")
     return capacity
 
 

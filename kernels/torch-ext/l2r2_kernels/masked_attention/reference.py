@@ -1,7 +1,7 @@
-"""What masked and varlen attention mean, in plain PyTorch.
+"""Masked and varlen attention in plain PyTorch.
 
-Everything else in this folder is compared with these functions. They take any float dtype (float64 for the comparisons),
-are differentiable, and are written for reading, not for speed.
+All other implementations in this folder are compared with these functions. They take any float dtype (float64 for the
+comparisons), are differentiable, and are written for clarity, not for speed.
 """
 
 from itertools import pairwise
@@ -14,10 +14,10 @@ def masked_attention_reference(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor
     """Softmax attention of all queries over the kept keys.
 
     q, k, v: ``[B, H, N, D]``; key_mask: ``[B, N]`` bool, True = kept. Returns out ``[B, H, N, D]`` and the natural-log
-    sum of exponentials ``[B, H, N]``. An image with no kept key gives out 0, lse -inf and zero gradients.
+    sum of exponentials ``[B, H, N]``. For an image without a kept key, out is 0, lse is -inf and the gradients are zero.
     """
     kept = key_mask[:, None, :, None]
-    k, v = k.masked_fill(~kept, 0), v.masked_fill(~kept, 0)  # NaN * 0 is NaN: a zero weight alone would let it through
+    k, v = k.masked_fill(~kept, 0), v.masked_fill(~kept, 0)  # a zero weight alone would not remove NaN
     scores = (q @ k.transpose(-2, -1) * scale).masked_fill(~key_mask[:, None, None, :], float("-inf"))
     top = scores.detach().amax(-1, keepdim=True)
     weights = torch.exp(scores - top.masked_fill(top == float("-inf"), 0))
@@ -30,7 +30,7 @@ def varlen_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tens
     """Softmax attention inside each segment ``cu_seqlens[i]:cu_seqlens[i + 1]`` of packed tokens.
 
     q, k, v: ``[T, H, D]``; cu_seqlens: ``[B + 1]`` integers, rising from 0. Returns out ``[T, H, D]`` and lse ``[H, T]``;
-    tokens past the last segment give out 0 and lse -inf.
+    for tokens past the last segment, out is 0 and lse is -inf.
     """
     bounds = [*cu_seqlens.tolist(), q.shape[0]]
     outs, lses = [q.new_zeros(0, *q.shape[1:])], [q.new_zeros(q.shape[1], 0)]
@@ -65,8 +65,15 @@ def attention_backward(
 
 
 def key_index_reference(key_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """``index [B, N]`` int32, the kept token numbers of each image in order and then the dropped ones, and
-    ``count [B]`` int32, how many are kept. ``key_mask`` is ``[B, N]`` bool."""
+    """Return the kept tokens of each image.
+
+    Args:
+        key_mask: ``[B, N]`` bool, True for tokens to keep.
+
+    Returns:
+        ``index [B, N]`` int32, the indices of the kept tokens of each image in order and then of the dropped ones, and
+        ``count [B]`` int32, the number of kept tokens.
+    """
     index = torch.argsort(~key_mask, dim=1, stable=True).to(torch.int32)
     return index, key_mask.sum(1, dtype=torch.int32)
 

@@ -1,4 +1,4 @@
-"""Rotary position embeddings of kept tokens: the angles are gathered with the tokens they belong to."""
+"""Rotary position embeddings of kept tokens: the angles are gathered like the tokens."""
 
 from typing import NamedTuple
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 class Rotary(NamedTuple):
-    """Sines and cosines ``[..., N, h, D]`` of the tokens of one block; h is 1, or the heads where each has its own."""
+    """Sines and cosines ``[..., N, h, D]`` of the tokens of one block; h is 1, or the number of heads if each has its own."""
 
     sin: Tensor
     cos: Tensor
 
     def at(self, rows: Tensor) -> "Rotary":
-        """Those of the tokens ``rows [T]``."""
+        """Return the embeddings of the tokens ``rows [T]``."""
         return Rotary(self.sin.index_select(0, rows), self.cos.index_select(0, rows))
 
     def rotate(self, x: Tensor, half: bool) -> Tensor:
@@ -28,12 +28,12 @@ class Rotary(NamedTuple):
 
 
 def rotaries(rope: Tensor, tokens: int, blocks: int) -> list[Rotary]:
-    """One `Rotary` a block, from timm's embedding of the patches; tokens before them (class, registers) are not rotated.
+    """Make one `Rotary` per block, from timm's embedding of the patches; tokens before them (class, registers) are not rotated.
 
     rope: sines and cosines side by side, ``[P, 2 D]``, or ``[H, P, 2 D]``, or ``[blocks, H, P, 2 D]``.
 
     Raises:
-        ValueError: rope does not fit; the message says what it must be.
+        ValueError: when the shape of rope does not match.
     """
     if not 2 <= rope.dim() <= 4 or rope.shape[-2] > tokens or (rope.dim() == 4 and rope.shape[0] != blocks):
         raise ValueError(

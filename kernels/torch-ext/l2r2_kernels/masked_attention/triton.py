@@ -1,6 +1,6 @@
-"""The attention kernels: forward, dq, and dk/dv, for packed segments and for masked images alike.
+"""The attention kernels: forward, dq, and dk/dv, for both packed segments and masked images.
 
-A masked image reaches its keys through an index of the kept ones, a segment reaches them directly; the rest is one code.
+The keys of a masked image are read through an index of the kept ones, those of a segment directly; the rest is shared.
 No atomics: each program owns the rows that it writes, so the backward is bitwise repeatable.
 Algorithm: FlashAttention-2 (arXiv 2307.08691). Under TRITON_INTERPRET=1 the kernels run on CPU tensors.
 """
@@ -16,7 +16,7 @@ from .._common import on_device
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
-_FULL_GRID = 2048  # programs: a few for each of a large GPU's multiprocessors
+_FULL_GRID = 2048  # programs: a few per multiprocessor of a large GPU
 
 
 class Config(NamedTuple):
@@ -30,8 +30,11 @@ class Config(NamedTuple):
 
 @triton.jit
 def _program(B, H, NUM, TAIL):
-    """Segment, head, first block and step of this program: NUM programs share the blocks of a segment and head, whatever
-    its length is, and TAIL programs a head those of the padding, which is segment B."""
+    """Segment, head, first block and step of this program.
+
+    NUM programs share the blocks of a segment and head, whatever its length, and TAIL programs per head those of the padding,
+    which is segment B.
+    """
     pid = tl.program_id(0)
     past = pid - B * H * NUM
     padding = past >= 0
@@ -61,7 +64,7 @@ def _offset(b, start, h, stride_b, stride_t, stride_h):
 
 @triton.jit
 def _stats_offset(b, start, h, H, T, VARLEN: tl.constexpr):
-    """lse and delta are [H, T] for segments and [B, H, T] for images."""
+    """Where the lse and delta of a segment start: they are [H, T] for segments and [B, H, T] for images."""
     if VARLEN:
         return h.to(tl.int64) * T + start
     return (b.to(tl.int64) * H + h) * T
@@ -74,7 +77,7 @@ def _load_rows(base, rows, stride, valid, D: tl.constexpr, BLOCK_D: tl.constexpr
     if BLOCK_D != D:
         mask = mask & (d < D)[None, :]
     x = tl.load(base + rows[:, None] * stride + d[None, :], mask=mask, other=0.0)
-    if UPCAST:  # the interpreter's bf16 arithmetic is wrong
+    if UPCAST:  # the interpreter's bf16 arithmetic is incorrect
         x = x.to(tl.float32)
     return x
 
@@ -93,8 +96,10 @@ def _load_keys(
     k_base, v_base, index_base, n0, keys, T, skt, svt,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, VARLEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values n0.. of a segment, and which of them exist. An image that keeps all its tokens has them in order: its
-    loads wait for no index."""
+    """Keys and values n0.. of a segment, and which of them exist.
+
+    An image that keeps all its tokens has them in order, so its loads do not need the index.
+    """
     n = n0 + tl.arange(0, BLOCK_N)
     kept = n < keys
     if not VARLEN:
@@ -111,6 +116,7 @@ def forward_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     VARLEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Output and lse of the queries, BLOCK_M at a time, by the online softmax of FlashAttention."""
     b, h, turn, turns = _program(B, H, NUM, TAIL)
     start, rows, keys = _segment(LENGTHS, b, B, T, VARLEN)
     q_base = Q + _offset(b, start, h, sqb, sqt, sqh)
@@ -189,7 +195,10 @@ def dkv_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     VARLEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BLOCK_N keys; the index also lists the dropped keys, after the kept ones, so that they are zeroed here."""
+    """Gradients of BLOCK_N keys and values.
+
+    The index also lists the dropped keys, after the kept ones, so that they are zeroed here.
+    """
     b, h, turn, turns = _program(B, H, NUM, TAIL)
     start, rows, keys = _segment(LENGTHS, b, B, T, VARLEN)
     q_base = Q + _offset(b, start, h, sqb, sqt, sqh)
@@ -232,11 +241,11 @@ def dkv_kernel(
 
 
 def configs(block_d: int, itemsize: int, typical: int, varlen: bool) -> dict[str, Config]:
-    """The tiles of each kernel, from a fixed table: autotuning would make the first steps slow and results vary.
+    """The tiles of each kernel, from a fixed table; autotuning would make the first steps slow and the results vary.
 
-    block_d: head width padded to a power of two; itemsize: bytes a number; typical: tokens in an ordinary segment.
-    The entries compile for sm_90 without register spills (a test says so); long segments get the larger tiles. Those of heads
-    up to 64 wide were the fastest of those without spills on an H100.
+    block_d: head width padded to a power of two; itemsize: bytes per number; typical: tokens in a typical segment.
+    The entries compile for sm_90 without register spills (tested); long segments get larger tiles. The entries for heads up to
+    64 wide were the fastest without spills on an H100.
     """
     if itemsize > 2:  # IEEE float32 dots use no tensor core: small tiles keep the registers
         return {"forward": Config(32, 32, 8, 2), "dq": Config(32, 32, 4, 2), "dkv": Config(16, 32, 8, 2)}
@@ -261,19 +270,21 @@ class Problem(NamedTuple):
 
     @staticmethod
     def of(q: Tensor, lengths: Tensor, max_len: int) -> "Problem":
+        """The sizes of a call on these queries; arguments as in ``attention_forward``."""
         if q.dim() == 3:
             return Problem(True, lengths.shape[0] - 1, q.shape[1], q.shape[0], q.shape[2], max(1, min(max_len, q.shape[0])))
         return Problem(False, q.shape[0], q.shape[1], q.shape[2], q.shape[3], q.shape[2])
 
     @property
     def typical(self) -> int:
+        """Tokens of an average segment or image."""
         return self.rows // max(self.batch, 1) if self.varlen else self.rows
 
     def programs(self, block: int) -> tuple[int, int]:
-        """How many programs share the blocks of a segment and head, and those of the padding of a head.
+        """Return the number of programs that share the blocks of a segment and head, and of those for the padding of a head.
 
-        With programs enough to fill a GPU, as many as an ordinary segment has blocks: programs for lengths that hardly
-        occur would only start and stop.
+        If there are enough programs to fill a GPU, this is the number of blocks of a typical segment: programs for rare
+        lengths would start and stop without work.
         """
         blocks = triton.cdiv(self.max_len, block)
         if not self.varlen:
@@ -287,21 +298,25 @@ class Problem(NamedTuple):
         return (0, x.stride(0), x.stride(1)) if self.varlen else (x.stride(0), x.stride(2), x.stride(1))
 
     def empty(self, like: Tensor) -> Tensor:
-        """An output: tokens before heads in memory, so that joining the heads afterwards copies nothing."""
+        """Allocate an output with tokens before heads in memory, so that joining the heads afterwards needs no copy."""
         if self.varlen:
             return like.new_empty(self.rows, self.heads, self.dim)
         return like.new_empty(self.batch, self.rows, self.heads, self.dim).transpose(1, 2)
 
     def ordered(self, x: Tensor) -> Tensor:
-        """x in the memory order of ``empty``."""
+        """The tensor in the memory order of ``empty``."""
         return x.contiguous() if self.varlen else x.transpose(1, 2).contiguous().transpose(1, 2)
 
     def stats(self, like: Tensor) -> Tensor:
+        """Memory for one float32 number per row and head, as lse and delta are."""
         shape = (self.heads, self.rows) if self.varlen else (self.batch, self.heads, self.rows)
         return like.new_empty(shape, dtype=torch.float32)
 
 
-def _launch(kernel, name: str, problem: Problem, tensors: tuple[Tensor, ...], qkv: tuple[Tensor, ...], *scales: float) -> None:
+def _launch(
+    kernel: triton.KernelInterface, name: str, problem: Problem, tensors: tuple[Tensor, ...], qkv: tuple[Tensor, ...],
+    *scales: float,
+) -> None:  # fmt: skip
     q = qkv[0]
     block_d = max(16, triton.next_power_of_2(problem.dim))
     config = configs(block_d, q.element_size(), problem.typical, problem.varlen)[name]
@@ -329,7 +344,7 @@ def _dense_last(x: Tensor) -> Tensor:
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, index: Tensor, max_len: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """out and lse. lengths: cu_seqlens of segments, or the key counts of images whose kept keys ``index`` lists."""
+    """Output and lse. lengths: cu_seqlens of segments, or the key counts of images whose kept keys ``index`` lists."""
     q, k, v = map(_dense_last, (q, k, v))
     problem = Problem.of(q, lengths, max_len)
     out, lse = problem.empty(q), problem.stats(q)

@@ -1,4 +1,4 @@
-"""Two small kernels: the index of kept keys, and rows taken by an index."""
+"""Two small kernels: the index of kept keys, and gathering rows by an index."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ from .._common import on_device
 
 @triton.jit(do_not_specialize=["N"])
 def key_index_kernel(MASK, INDEX, COUNT, N, BLOCK: tl.constexpr):
-    """One image a program: each kept token goes to its rank, each dropped one behind the kept."""
+    """One program per image: each kept token is written to its rank, each dropped one after the kept ones."""
     base = tl.program_id(0).to(tl.int64) * N
     token = tl.arange(0, BLOCK)
     inside = token < N
@@ -26,6 +26,7 @@ def key_index_kernel(MASK, INDEX, COUNT, N, BLOCK: tl.constexpr):
 def take_rows_kernel(
     SOURCE, INDEX, OUT, fill, stride, ROWS, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
+    """Copy the rows of SOURCE that INDEX names; -1 gives a row of ``fill``, -2 one of NaN."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (row < ROWS)[:, None] & (column < C)[None, :]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -17,9 +17,9 @@ from torch import Tensor
 from .reference import Geometry, as_chw, axis_weights, crop_mask, filter_weights, placements
 from .spec import Spec
 
-# Outputs a product: fewer waste less of the window, more make larger products (measured).
+# Outputs per product: fewer waste less of the window, more make larger products (measured).
 BLOCK_Y, BLOCK_X = 8, 16
-KEPT = 1 << 23  # floats of scratch kept a buffer and thread; larger images allocate
+KEPT = 1 << 23  # floats of scratch kept per buffer and thread; larger images allocate
 
 
 @lru_cache(maxsize=64)
@@ -29,12 +29,12 @@ def _bands(n_in: int, n_out: int, interpolation: str, antialias: bool, block: in
     stretch = max(ratio, 1.0) if antialias else 1.0
     support = stretch * (1 if interpolation == "bilinear" else 2)
     outputs = torch.arange(-(-n_out // block) * block, dtype=torch.float64).clamp(max=n_out - 1).view(-1, block, 1)
-    centre = (outputs + 0.5) * ratio
-    first = (centre[:, :1] - support).floor().clamp(min=0)
-    window = int((centre[:, -1:] + support - first).max()) + 2
+    center = (outputs + 0.5) * ratio
+    first = (center[:, :1] - support).floor().clamp(min=0)
+    window = int((center[:, -1:] + support - first).max()) + 2
     taps = first + torch.arange(window, dtype=torch.float64)
     if antialias:
-        weights = filter_weights(interpolation, (taps + 0.5 - centre).abs() / stretch, a=-0.5)
+        weights = filter_weights(interpolation, (taps + 0.5 - center).abs() / stretch, a=-0.5)
     else:
         dense = axis_weights(n_in, n_out, interpolation, antialias=False)
         weights = dense[outputs.long(), taps.clamp(max=n_in - 1).long()]
@@ -43,7 +43,7 @@ def _bands(n_in: int, n_out: int, interpolation: str, antialias: bool, block: in
 
 
 def _weight_inside(bands: tuple[list[int], Tensor], pad: int, extent: int, n_out: int) -> Tensor:
-    """How much of each output's weight falls on [pad, pad + extent): float32 [n_out]."""
+    """Return how much of each output's weight falls on [pad, pad + extent): float32 [n_out]."""
     starts, weights = bands
     if pad == 0 and extent >= starts[-1] + weights.shape[2]:
         return torch.ones(n_out, dtype=torch.float32)
@@ -62,7 +62,7 @@ class _Scratch(threading.local):
         if size > KEPT:
             return torch.empty(shape, dtype=torch.float32)
         if name not in self.buffers or self.buffers[name].numel() < size:
-            with torch.inference_mode(False):  # a buffer made in inference mode could not be written to outside of it
+            with torch.inference_mode(False):  # a buffer made in inference mode cannot be written outside of it
                 self.buffers[name] = torch.empty(size, dtype=torch.float32)
         return self.buffers[name][:size].view(shape)
 
@@ -86,7 +86,7 @@ def _vertical(bands: tuple[list[int], Tensor], x: Tensor, pad: int) -> Tensor:
 
 
 def _horizontal(bands: tuple[list[int], Tensor], x: Tensor, pad: int) -> Tensor:
-    """x [rows, extent] times the weights of the columns -> scratch [rows, outputs]."""
+    """Rows ``x [rows, extent]`` times the weights of the columns -> scratch [rows, outputs]."""
     starts, weights = bands
     _, block, window = weights.shape
     out = _scratch.get("resized", x.shape[0], len(starts) * block)
@@ -105,14 +105,14 @@ def _float_pixels(crop: Tensor, mask: Tensor | None, fill: Tensor) -> tuple[Tens
     _, h, w = crop.shape
     if crop.stride(0) == 1:
         x = _scratch.get("pixels", h, w, 3).copy_(crop.permute(1, 2, 0))
-        colour, keep = fill.view(3), None if mask is None else mask[:, :, None]
+        color, keep = fill.view(3), None if mask is None else mask[:, :, None]
     else:
         x = _scratch.get("pixels", h, 3, w)
         for c in range(3):  # faster than one permuted copy
             x[:, c].copy_(crop[c])
-        colour, keep = fill.view(3, 1), None if mask is None else mask[:, None]
+        color, keep = fill.view(3, 1), None if mask is None else mask[:, None]
     if keep is not None:
-        x.copy_(torch.where(keep, x, colour))
+        x.copy_(torch.where(keep, x, color))
     return x, crop.stride(0) == 1
 
 
@@ -125,13 +125,13 @@ def _resize_bands(
     bx = _bands(g.canvas_w, width, spec.interpolation, spec.antialias, BLOCK_X)
     x, interleaved = _float_pixels(crop, mask, fill)
     rows = _vertical(by, x.view(g.h, 3 * g.w), g.pad_y)[:height]
-    if interleaved:  # now there are fewer pixels to reorder, to [3, height, w]
+    if interleaved:  # fewer pixels to reorder now, to [3, height, w]
         rows = _scratch.get("planar", 3, height, g.w).copy_(rows.view(height, g.w, 3).permute(2, 0, 1))
     resized = _horizontal(bx, rows.view(height * 3, g.w), g.pad_x)[:, :width]
     resized = resized.view(3, height, width) if interleaved else resized.view(height, 3, width).transpose(0, 1)
     if (g.w, g.h) == (g.canvas_w, g.canvas_h):
         torch.addcmul(b - a * fill, resized, a, out=out)
-    else:  # the padding is fill and weighs the rest, so what is subtracted is fill's share of the crop
+    else:  # the padding is fill, so only the share of the crop is subtracted
         inside = _weight_inside(by, g.pad_y, g.h, height)[:, None] * _weight_inside(bx, g.pad_x, g.w, width)
         torch.addcmul(resized, inside, fill, value=-1, out=out)
         torch.addcmul(b, out, a, out=out)
@@ -160,7 +160,7 @@ def _color(channels: Sequence[float]) -> Tensor:
 
 
 def forward(
-    images: Sequence[Tensor], boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor | None], spec: Spec
+    images: Iterable[Tensor], boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor | None], spec: Spec
 ) -> tuple[Tensor, Tensor]:
     """Images as [3, H, W] or [H, W, 3] on the CPU -> (views [V, 3, height, width] in spec.dtype, valid [V])."""
     images = [as_chw(image) for image in images]

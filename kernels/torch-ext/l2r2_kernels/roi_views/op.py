@@ -1,8 +1,9 @@
-"""`roi_views`: the public function, its custom ops, and which implementation runs where."""
+"""`roi_views`: the public function, its custom ops, and the choice of implementation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,38 +42,39 @@ def roi_views(
     memory_format: torch.memory_format = torch.contiguous_format,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cut, mask, pad, resize and normalise views of images in one pass: decoded images and boxes in, network input out.
+    """Cut, mask, pad, resize and normalize views of images in one pass, from decoded images and boxes to network input.
 
     Per view: the box grows by `margin`, is rounded outwards (floor / ceil) and clipped to its image; the crop is taken,
-    masked pixels become `fill`, the crop is padded to a centred square with `fill` and resized. A box that is not finite or
+    masked pixels become `fill`, the crop is padded to a centered square with `fill` and resized. A box that is not finite or
     has no pixel inside the image gives a view of `fill` and `valid` False.
 
     Args:
-        images: list of uint8 tensors [3, H, W] or [H, W, 3] of any sizes (a tensor that fits both readings is [3, H, W]),
-            `RaggedImages` (the same in one buffer, which spares the host a look at every image), or one batch [B, 3, H, W],
-            uint8 or floating. All on one device. A floating batch receives gradients; a pixel in it that is not finite may
-            spread over the tile of outputs that is computed with it.
+        images: list of uint8 tensors [3, H, W] or [H, W, 3] of any sizes (if ambiguous, [3, H, W]),
+            `RaggedImages` (the same in one buffer, which saves the host a loop over the images), or one batch [B, 3, H, W],
+            uint8 or floating. All on one device. A floating batch receives gradients; a non-finite pixel in it may spread
+            over its tile of outputs.
         boxes: [V, 4] xyxy in absolute pixels of the view's image, exclusive end; a NaN row means no box.
-        image_index: [V] integers, the image of each view; None when there is one view an image, in order. Out of range is
-            an error on the CPU and gives an invalid view on CUDA, where looking would stall the stream.
-        masks: None, or one entry a view: None or bool / uint8 [H, W] of that view's image; nonzero keeps the pixel. A wrong
+        image_index: [V] integers, the image of each view; None if there is one view per image, in order. An index out of
+            range is an error on the CPU and an invalid view on CUDA, where checking would stall the stream.
+        masks: None, or one entry per view: None or bool / uint8 [H, W] of that view's image; nonzero keeps the pixel. A wrong
             size is an error on the CPU; on CUDA, pixels beyond the mask are kept.
         size: output side, or (height, width).
-        margin: each end of the box moves out by `margin` times that side.
+        margin: margin added to the box at each end, relative to its side.
         square: pad the crop to a square before the resize; False stretches it.
-        fill: colour of padding and masked pixels, in the units of the input.
+        fill: color of padding and masked pixels, in the units of the input.
         interpolation, antialias: "bilinear" or "bicubic", as `F.interpolate` defines them.
         mode: "float" equals `F.interpolate` in float on the padded canvas; "pil" equals Pillow's resize of it bit for bit
             (uint8 images, square output, antialias).
-        mean, std, scale: normalised = (x / scale - mean) / std; scale None is 255 for uint8 and 1 for floating images.
-        dtype, memory_format: of the views.
+        mean, std, scale: normalized = (x / scale - mean) / std; scale None is 255 for uint8 and 1 for floating images.
+        dtype, memory_format: dtype and memory format of the views.
         backend: None chooses by device (CUDA: Triton, CPU: the CPU path, else the reference); or "reference", "cpu", "triton".
 
     Returns:
         views [V, 3, height, width] and valid, bool [V].
 
     Raises:
-        TypeError, ValueError: one sentence that names the argument.
+        TypeError: when an argument has the wrong type; the message names it.
+        ValueError: when an argument has an invalid value; the message names it.
     """
     source = None
     if isinstance(images, RaggedImages):
@@ -82,7 +84,7 @@ def roi_views(
         count, is_uint8, device = _check_batch(images)
     else:
         if isinstance(images, (list, tuple)) and images and _at_once(images[0], backend):
-            source = from_list(images)  # None: an error is to be told
+            source = from_list(images)  # None: an error is reported below
         count, is_uint8, device = _check_list(images) if source is None else (source.images, True, source.pixels.device)
     spec = make_spec(
         is_uint8=is_uint8, size=size, margin=margin, square=square, fill=fill, interpolation=interpolation,
@@ -96,13 +98,16 @@ def roi_views(
         from . import triton as kernels
 
         return kernels.forward(source, boxes, image_index, present, mask_views, spec)
+    cut: tuple[Tensor, Tensor]
     if isinstance(images, RaggedImages):
-        return _packed_op(*images, *rest)
-    return _batch_op(images, *rest) if isinstance(images, Tensor) else _ragged_op(images, *rest)
+        cut = _packed_op(*images, *rest)
+    else:
+        cut = _batch_op(images, *rest) if isinstance(images, Tensor) else _ragged_op(images, *rest)
+    return cut
 
 
 def _at_once(first: Tensor, backend: str | None) -> bool:
-    """Whether Triton takes uint8 images without the operator, which costs the host time for each image of a list."""
+    """Return whether Triton is called without the operator, which costs the host time for each image of a list."""
     chosen = backend == "triton" or (not backend and isinstance(first, Tensor) and first.is_cuda)
     return chosen and type(first) is Tensor and not torch.compiler.is_compiling()
 
@@ -172,14 +177,14 @@ def _check_boxes(boxes: Tensor, image_index: Tensor | None, count: int, device: 
 
 
 def _check_masks(masks: Sequence[Tensor | None] | None, views: int, device: torch.device) -> tuple[list[Tensor], list[int]]:
-    """The masks there are, as uint8, and [-1, view of each].
+    """Return the masks that are not None, as uint8, and [-1, view of each].
 
-    An op's autograd takes neither a list with None in it nor, beside a list of tensors, an empty list of integers.
+    Autograd of an op supports neither a list with None nor, besides a list of tensors, an empty list of integers.
     """
     if masks is None:
         return [], [-1]
     if len(masks) != views:
-        raise ValueError(f"roi_views: masks must have one entry a view ({views}), got {len(masks)}")
+        raise ValueError(f"roi_views: masks must have one entry per view ({views}), got {len(masks)}")
     present: list[Tensor] = []
     of_view = [-1]
     for view, mask in enumerate(masks):
@@ -222,20 +227,22 @@ def _source(images: Sequence[Tensor] | RaggedImages | Tensor) -> Source | None:
     return from_batch(images) if isinstance(images, Tensor) else from_list(images)
 
 
-def _run(images, boxes, image_index, masks, mask_views, spec: Spec, backend: str) -> tuple[Tensor, Tensor]:
+def _run(
+    images: Sequence[Tensor] | RaggedImages | Tensor, boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor],
+    mask_views: Sequence[int], spec: Spec, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     first = images if isinstance(images, Tensor) else (images[0] if len(images) else boxes)
     chosen = _choose(backend, first.device, first.dtype, spec)
     if chosen == "triton":
         from . import triton as kernels
 
         return kernels.forward(_source(images), boxes, image_index, masks, mask_views, spec)
-    if isinstance(images, RaggedImages):
-        images = images.images()
-    masks = _per_view(masks, mask_views, boxes.shape[0])
+    each: Iterable[Tensor] = images.images() if isinstance(images, RaggedImages) else images
+    of_view = _per_view(masks, mask_views, boxes.shape[0])
     with no_autocast(first.device):
         if chosen == "cpu":
-            return cpu.forward(images, boxes, image_index, masks, spec)
-        return reference.forward(images, boxes, image_index, masks, spec, _compute_dtype(first.dtype, spec))
+            return cpu.forward(each, boxes, image_index, of_view, spec)
+        return reference.forward(each, boxes, image_index, of_view, spec, _compute_dtype(first.dtype, spec))
 
 
 def _empty_views(like: Tensor, boxes: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
@@ -247,12 +254,16 @@ def _empty_views(like: Tensor, boxes: Tensor, spec: Spec) -> tuple[Tensor, Tenso
 @torch.library.custom_op(
     add_op_namespace_prefix("roi_views_ragged"), mutates_args=(), schema=f"(Tensor[] images, {_VIEWS}) -> (Tensor, Tensor)"
 )
-def _ragged_op(images, boxes, image_index, masks, mask_views, *spec):
+def _ragged_op(
+    images: Sequence[Tensor], boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor], mask_views: Sequence[int], *spec: Any
+) -> tuple[Tensor, Tensor]:
     return _run(images, boxes, image_index, masks, mask_views, Spec(*spec[:-1]), spec[-1])
 
 
 @_ragged_op.register_fake
-def _(images, boxes, image_index, masks, mask_views, *spec):
+def _(
+    images: Sequence[Tensor], boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor], mask_views: Sequence[int], *spec: Any
+) -> tuple[Tensor, Tensor]:
     return _empty_views(boxes, boxes, Spec(*spec[:-1]))
 
 
@@ -261,56 +272,72 @@ def _(images, boxes, image_index, masks, mask_views, *spec):
     mutates_args=(),
     schema=f"(Tensor pixels, Tensor places, SymInt max_height, SymInt max_width, {_VIEWS}) -> (Tensor, Tensor)",
 )
-def _packed_op(pixels, places, max_height, max_width, boxes, image_index, masks, mask_views, *spec):
+def _packed_op(
+    pixels: Tensor, places: Tensor, max_height: int, max_width: int, boxes: Tensor, image_index: Tensor,
+    masks: Sequence[Tensor], mask_views: Sequence[int], *spec: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     images = RaggedImages(pixels, places, max_height, max_width)
     return _run(images, boxes, image_index, masks, mask_views, Spec(*spec[:-1]), spec[-1])
 
 
 @_packed_op.register_fake
-def _(pixels, places, max_height, max_width, boxes, image_index, masks, mask_views, *spec):
+def _(
+    pixels: Tensor, places: Tensor, max_height: int, max_width: int, boxes: Tensor, image_index: Tensor,
+    masks: Sequence[Tensor], mask_views: Sequence[int], *spec: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _empty_views(boxes, boxes, Spec(*spec[:-1]))
 
 
 @torch.library.custom_op(
     add_op_namespace_prefix("roi_views_batch"), mutates_args=(), schema=f"(Tensor images, {_VIEWS}) -> (Tensor, Tensor)"
 )
-def _batch_op(images, boxes, image_index, masks, mask_views, *spec):
+def _batch_op(
+    images: Tensor, boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor], mask_views: Sequence[int], *spec: Any
+) -> tuple[Tensor, Tensor]:
     return _run(images, boxes, image_index, masks, mask_views, Spec(*spec[:-1]), spec[-1])
 
 
 @_batch_op.register_fake
-def _(images, boxes, image_index, masks, mask_views, *spec):
+def _(
+    images: Tensor, boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor], mask_views: Sequence[int], *spec: Any
+) -> tuple[Tensor, Tensor]:
     return _empty_views(images, boxes, Spec(*spec[:-1]))
 
 
 @torch.library.custom_op(
     add_op_namespace_prefix("roi_views_backward"), mutates_args=(), schema=f"(Tensor grad, Tensor images, {_VIEWS}) -> Tensor"
 )
-def _backward_op(grad, images, boxes, image_index, masks, mask_views, *spec):
-    spec, backend = Spec(*spec[:-1]), str(spec[-1])
+def _backward_op(
+    grad: Tensor, images: Tensor, boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor], mask_views: Sequence[int],
+    *settings: Any,
+) -> Tensor:  # fmt: skip
+    spec, backend = Spec(*settings[:-1]), str(settings[-1])
     if _choose(backend, images.device, images.dtype, spec) == "triton":
         from . import triton as kernels
 
         return kernels.backward(grad, images, boxes, image_index, masks, mask_views, spec)
-    masks = _per_view(masks, mask_views, boxes.shape[0])
+    of_view = _per_view(masks, mask_views, boxes.shape[0])
     compute = _compute_dtype(images.dtype, spec)
     with no_autocast(images.device):
-        return reference.backward(grad, images.shape, boxes, image_index, masks, spec, compute).to(images.dtype)
+        return reference.backward(grad, images.shape, boxes, image_index, of_view, spec, compute).to(images.dtype)
 
 
 @_backward_op.register_fake
-def _(grad, images, boxes, image_index, masks, mask_views, *spec):
+def _(
+    grad: Tensor, images: Tensor, boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor], mask_views: Sequence[int],
+    *settings: Any,
+) -> Tensor:  # fmt: skip
     return torch.empty(images.shape, dtype=images.dtype, device=images.device)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     images, boxes, image_index, masks, mask_views, *spec = inputs
     ctx.save_for_backward(images, boxes, image_index, *masks)
     ctx.mask_views, ctx.spec = mask_views, spec
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad, _grad_valid):
+def _backward(ctx: Any, grad: Tensor, _grad_valid: Tensor) -> tuple[Tensor | list[None] | None, ...]:
     images, boxes, image_index, *masks = ctx.saved_tensors
     grad_images = None
     if ctx.needs_input_grad[0]:

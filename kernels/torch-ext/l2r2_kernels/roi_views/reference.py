@@ -1,7 +1,7 @@
-"""What `roi_views` means, in plain PyTorch: the definition that every faster path is tested against.
+"""`roi_views` in plain PyTorch: the reference that every faster implementation is tested against.
 
-Per view: margin, floor / ceil, clip to the image; crop; masked pixels become `fill`; pad to a centred square with `fill`;
-resize; normalise. Both resizes are separable, so a view is `Wy @ crop @ Wx^T` with one weight matrix an axis.
+Per view: margin, floor / ceil, clip to the image; crop; masked pixels become `fill`; pad to a centered square with
+`fill`; resize; normalize. Both resizes are separable, so a view is `Wy @ crop @ Wx^T` with one weight matrix per axis.
 
 `float` mode is `torch.nn.functional.interpolate` on the padded canvas. `pil` mode is Pillow's resize of that canvas, bit for
 bit: horizontal pass first, rounded and clipped to uint8, then vertical, with coefficients rounded to 22 fractional bits.
@@ -9,7 +9,7 @@ bit: horizontal pass first, rounded and clipped to uint8, then vertical, with co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ def integer_boxes(boxes: Tensor, heights: Tensor, widths: Tensor, margin: float)
 
 
 def geometry_of(box: Sequence[int], square: bool) -> Geometry:
-    """Where the crop of one integer box sits on its canvas."""
+    """Return the placement of the crop of one integer box on its canvas."""
     x0, y0, x1, y1 = box
     w, h = x1 - x0, y1 - y0
     if not square:
@@ -60,7 +60,7 @@ def geometry_of(box: Sequence[int], square: bool) -> Geometry:
 
 
 def as_chw(image: Tensor) -> Tensor:
-    """[3, H, W] view of an image that is [3, H, W] or [H, W, 3]; CHW wins where both readings fit."""
+    """[3, H, W] view of an image that is [3, H, W] or [H, W, 3]; CHW if ambiguous."""
     return image if image.shape[0] == 3 else image.permute(2, 0, 1)
 
 
@@ -75,12 +75,12 @@ def filter_weights(interpolation: str, t: Tensor, a: float) -> Tensor:
 
 def axis_weights(n_in: int, n_out: int, interpolation: str, antialias: bool, dtype: torch.dtype = torch.float64) -> Tensor:
     """Weights [n_out, n_in] of one axis of `F.interpolate(align_corners=False)`; every row sums to 1."""
-    centre = (torch.arange(n_out, dtype=torch.float64)[:, None] + 0.5) * (n_in / n_out)
+    center = (torch.arange(n_out, dtype=torch.float64)[:, None] + 0.5) * (n_in / n_out)
     if antialias:
         taps = torch.arange(n_in, dtype=torch.float64)[None] + 0.5
-        weights = filter_weights(interpolation, (taps - centre).abs() / max(n_in / n_out, 1.0), a=-0.5)
+        weights = filter_weights(interpolation, (taps - center).abs() / max(n_in / n_out, 1.0), a=-0.5)
         return (weights / weights.sum(1, keepdim=True)).to(dtype)
-    source = centre - 0.5
+    source = center - 0.5
     if interpolation == "bilinear":
         source = source.clamp(min=0)
     first = source.floor()
@@ -96,15 +96,15 @@ def pil_coefficients(n_in: int, n_out: int, interpolation: str) -> Tensor:
     scale = n_in / n_out
     stretch = max(scale, 1.0)
     support = (1.0 if interpolation == "bilinear" else 2.0) * stretch
-    centre = (torch.arange(n_out, dtype=torch.float64)[:, None] + 0.5) * scale
-    first = (centre - support + 0.5).trunc().clamp(min=0)
-    last = (centre + support + 0.5).trunc().clamp(max=n_in)
+    center = (torch.arange(n_out, dtype=torch.float64)[:, None] + 0.5) * scale
+    first = (center - support + 0.5).trunc().clamp(min=0)
+    last = (center + support + 0.5).trunc().clamp(max=n_in)
     tap = torch.arange(n_in, dtype=torch.float64)[None]
-    # Pillow multiplies by the reciprocal and adds the tap index first: the last bit decides how a coefficient rounds.
-    weights = filter_weights(interpolation, ((tap - centre + 0.5) * (1.0 / stretch)).abs(), a=-0.5)
+    # Pillow multiplies by the reciprocal and adds the tap index first; the last bit can change how a coefficient is rounded.
+    weights = filter_weights(interpolation, ((tap - center + 0.5) * (1.0 / stretch)).abs(), a=-0.5)
     weights = weights * ((tap >= first) & (tap < last))
     weights = weights / weights.cumsum(1)[:, -1:]  # cumsum adds in Pillow's order, sum does not
-    return (weights * 2**PIL_BITS + torch.where(weights < 0, -0.5, 0.5)).trunc().long()
+    return (weights * (1 << PIL_BITS) + torch.where(weights < 0, -0.5, 0.5)).trunc().long()
 
 
 def _resize_float(crop: Tensor, mask: Tensor | None, g: Geometry, spec: Spec) -> Tensor:
@@ -133,7 +133,7 @@ def _resize_pil(crop: Tensor, mask: Tensor | None, g: Geometry, spec: Spec) -> T
     coefficients = pil_coefficients(g.canvas_w, spec.width, spec.interpolation).to(crop.device)
     canvas = fill.expand(3, g.h, g.canvas_w).clone()
     canvas[:, :, g.pad_x : g.pad_x + g.w] = x
-    # Rows of pure fill stay fill: their coefficients sum to 2**22 within half a unit a tap, far from a rounding edge.
+    # Rows of pure fill stay fill: their coefficients sum to 2**22 within half a unit per tap, far from a rounding boundary.
     rows = fill.expand(3, g.canvas_h, spec.width).clone()
     rows[:, g.pad_y : g.pad_y + g.h] = _pil_pass(canvas, coefficients)
     return _pil_pass(rows.transpose(1, 2), coefficients).transpose(1, 2) - fill
@@ -153,7 +153,7 @@ def placements(
 
 
 def crop_mask(mask: Tensor | None, image: Tensor, g: Geometry) -> Tensor | None:
-    """The part of a view's mask [H, W] that its crop sees, as bool."""
+    """Return the part of a view's mask [H, W] inside its crop, as bool."""
     if mask is None:
         return None
     if mask.shape != image.shape[-2:]:
@@ -162,7 +162,7 @@ def crop_mask(mask: Tensor | None, image: Tensor, g: Geometry) -> Tensor | None:
 
 
 def forward(
-    images: Sequence[Tensor], boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor | None], spec: Spec,
+    images: Iterable[Tensor], boxes: Tensor, image_index: Tensor, masks: Sequence[Tensor | None], spec: Spec,
     compute_dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Images as [3, H, W] or [H, W, 3] -> (views [V, 3, height, width] in spec.dtype, valid [V]), differentiable."""

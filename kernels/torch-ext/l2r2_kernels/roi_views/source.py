@@ -1,7 +1,7 @@
-"""Where the kernels find the pixels of a call: one batch by strides, or a table with a row an image.
+"""How the kernels address the pixels of a call: a batch by strides, or a table with one row per image.
 
-A list of hundreds of images is looked at once: what its shapes and strides say is kept for the next batches like it, and only the
-addresses are read anew. `RaggedImages` has its table on the device from the start, so that a call costs the same for any number.
+For a list of hundreds of images, the table derived from their shapes and strides is cached for similar batches, and only the
+addresses are updated. `RaggedImages` has its table on the device from the start, so that a call costs the same for any number.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-READABLE = 16  # columns that a window of the kernels may read; narrower images are copied into rows of so many
+READABLE = 16  # columns that a window of the kernels may read; narrower images are copied into rows of this width
 ROW = 6  # int64 of a table row: address, height, width, steps from channel to channel and row to row, columns that may be read
 
 
 class RaggedImages(NamedTuple):
-    """uint8 images of any sizes in one buffer: what a decoder writes side by side, as `roi_views` takes it without a loop.
+    """uint8 images of any sizes in one buffer, as a decoder writes them; `roi_views` takes them without a loop over images.
 
     Args:
-        pixels: uint8 ``[bytes]``, the images one after another, each ``[H, W, 3]`` contiguous; after the last one come at least
-            48 bytes that may be read.
-        places: int64 ``[B, 3]`` on the device of `pixels`: offset of the image's first byte, height, width. Nothing checks that
-            the images lie in the buffer: looking would stall the stream.
+        pixels: uint8 ``[bytes]``, the images one after another, each ``[H, W, 3]`` contiguous; followed by at least 48
+            readable bytes.
+        places: int64 ``[B, 3]`` on the device of `pixels`: offset of the image's first byte, height, width. It is not
+            checked that the images are inside the buffer, because this would stall the stream.
         max_height, max_width: upper bounds of the sizes, known to the host.
     """
 
@@ -38,7 +38,7 @@ class RaggedImages(NamedTuple):
 
     @staticmethod
     def pack(images: Sequence[Tensor]) -> RaggedImages:
-        """Copy a list of uint8 images ``[H, W, 3]`` or ``[3, H, W]`` side by side.
+        """Copy a list of uint8 images ``[H, W, 3]`` or ``[3, H, W]`` into one buffer.
 
         >>> RaggedImages.pack([torch.zeros(4, 5, 3, dtype=torch.uint8), torch.zeros(3, 2, 7, dtype=torch.uint8)]).places.tolist()
         [[0, 4, 5], [60, 2, 7]]
@@ -61,11 +61,11 @@ class RaggedImages(NamedTuple):
 class Source(NamedTuple):
     """What the launchers need to know about the pixels.
 
-    pixels: a tensor of their dtype, the batch itself if not ragged. images: how many. ragged: int64 a row of the table
+    pixels: a tensor of their dtype, the batch itself if not ragged. images: their number. ragged: int64 per row of the table
     [B, ragged] on the device, 0 for a batch.
     size: (height, width, columns that may be read) and strides: (image, channel, row, pixel), of a batch.
     largest: no image is (higher, wider). span: elements that the pixels of a tile's rows may lie apart, at most.
-    layouts: steps from pixel to pixel that occur. held: copies that must live until the kernels are queued.
+    layouts: steps from pixel to pixel that occur. held: copies that must stay alive until the kernels are queued.
     """
 
     pixels: Tensor
@@ -86,9 +86,9 @@ class Source(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """What the shapes and strides of a list of images say: the table without addresses, and what to copy before."""
+    """The information in the shapes and strides of a list of images: the table without addresses, and the images to copy."""
 
-    table: array
+    table: array[int]
     largest: tuple[int, int]
     span: int
     layouts: tuple[int, ...]
@@ -129,9 +129,9 @@ def _copy(image: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _known(shapes: tuple[tuple[int, ...], ...], strides: tuple[tuple[int, ...], ...]) -> _Known | None:
-    """What these shapes and strides say; None if one of them is no image."""
+    """Return the information in these shapes and strides; None if one of them is not an image."""
     rows = list(map(_row, shapes, strides))
-    columns = [] if None in rows else list(zip(*rows))  # type: ignore[arg-type]
+    columns = [] if None in rows else list(zip(*rows))
     if not columns:
         return None
     table = array("q", bytes(8 * ROW * len(rows)))
@@ -208,7 +208,7 @@ def mask_table(
     return _to_device(table, device, 4), masks
 
 
-def _to_device(table: array, device: torch.device, columns: int = ROW) -> Tensor:
+def _to_device(table: array[int], device: torch.device, columns: int = ROW) -> Tensor:
     """An int64 table on the device, copied through pinned memory so that the host does not wait."""
     tensor = torch.frombuffer(table, dtype=torch.int64).view(-1, columns)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -33,10 +33,11 @@ class Spec(NamedTuple):
 
     @property
     def memory_format(self) -> torch.memory_format:
+        """Memory format of the views."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def affine(self) -> tuple[list[float], list[float]]:
-        """Per channel (a, b) with normalised(x) = a * (x - fill) + b."""
+        """Per channel (a, b) with normalized(x) = a * (x - fill) + b."""
         a = [1.0 / (self.scale * s) for s in self.std]
         b = [(f / self.scale - m) / s for f, m, s in zip(self.fill, self.mean, self.std)]
         return a, b

@@ -1,4 +1,4 @@
-"""Launches the Triton kernels: buffers, and a fixed table of tile shapes. Nothing here waits for the GPU."""
+"""Launch the Triton kernels, with buffers and a fixed table of tile shapes, without synchronization."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import triton_backward, triton_forward, triton_pil, triton_place, triton_
 from .source import Source, from_batch, mask_table
 from .spec import Spec
 
-PREPARE = {"BLOCK": 64, "num_warps": 2, "enable_fp_fusion": False}  # the reference's roundings, so no fused multiply-add
+PREPARE = {"BLOCK": 64, "num_warps": 2, "enable_fp_fusion": False}  # no fused multiply-add: rounds as the reference does
 # Fixed launch tables (no spills on sm_90; tests compile every entry). Those of uint8 images and of the backward were the fastest
 # of a sweep on an H100; the general kernel's were chosen by counting wasted taps and registers.
 GENERAL_HALF = {"BLOCK_H": 32, "BLOCK_W": 16, "CHUNK_Y": 16, "ONE_X": False, "CHUNK_X": 32}
@@ -30,10 +30,10 @@ ELEMENTS = {
 
 
 def fits_half(spec: Spec, ratio: float) -> bool:
-    """Whether float16 holds a column's sum of uint8 levels minus fill, and is precise enough for the output.
+    """Return whether float16 can represent a column's sum of uint8 levels minus fill, precisely enough for the output.
 
-    Its weights cost 0.3 of a level at most. A float32 output needs more bits: it takes three tf32 dots (a single one truncates
-    its operands and so darkens). bfloat16 is never used for weights: it costs more than a level.
+    The error of float16 weights is at most 0.3 of a level. A float32 output needs more bits: it takes three tf32 dots (a single
+    one truncates its operands, which darkens the result). bfloat16 weights are never used; their error exceeds one level.
     """
     return spec.dtype != torch.float32 and (255 + max(map(abs, spec.fill))) * 1.3 * max(ratio, 1.0) < 65504
 
@@ -41,18 +41,18 @@ def fits_half(spec: Spec, ratio: float) -> bool:
 def uint8_config(half: bool, kind: int, masked: bool, mixed: bool, ratio: float) -> dict[str, Any]:
     """Launch options of the uint8 kernel; `ratio` is the most source pixels a column of the output, see `fits_half` for `half`.
 
-    Views of few taps take one window of as many. The wider ones of a batch take a third window if none needs more, else a loop.
+    Views with few taps use one window of that many. Wider views of a batch use a third window if none needs more, else a loop.
     """
     looped = kind == 1 or ratio > 3.5
     options: dict[str, Any] = {"T1": 5, "T2": 11, "T3": 5} if kind else {"T1": 3, "T2": 5, "T3": 3 if looped else 7}
     options |= {"BLOCK_W": 32, "BLOCK_H": 32 if half else 16, "CHUNK_Y": 16}
     options |= {"num_warps": 4 if masked else 2, "num_stages": 1, "enable_fp_fusion": True}
     if masked:
-        options["maxnreg"] = 224  # left to itself, the assembler rounds down to 168 and spills
+        options["maxnreg"] = 224  # by default, the assembler rounds down to 168 and spills
     if half and ratio > 12:
         options |= {"BLOCK_H": 16, "CHUNK_Y": 32, "num_warps": 4}
     elif half and not (kind or masked or mixed):
-        options["maxnreg"] = 128  # twice the warps a multiprocessor, and still no spills
+        options["maxnreg"] = 128  # twice the warps per multiprocessor, still without spills
     return {**options, "LOOPED": looped, "MIXED": mixed, "DOT": tl.float16 if half else tl.float32, "BIASED": half}
 
 
@@ -141,7 +141,7 @@ class _Call:
     def launch_pil(self, out: Tensor) -> None:
         spec, source, size, device = self.spec, self.source, self.spec.height, out.device
         needed = math.ceil((1 + self.kind) * max(source.canvas(True)[0] / size, 1.0)) * 2 + 1
-        taps = triton.next_power_of_2(needed)  # rounded up: a new largest image rarely means a new compilation
+        taps = triton.next_power_of_2(needed)  # rounded up, so that a new largest image rarely causes a recompilation
         coefficients = torch.empty(self.views, size, taps, dtype=torch.int32, device=device)
         first = torch.empty(self.views, size, dtype=torch.int32, device=device)
         sums = torch.empty(self.views, size, dtype=torch.int32, device=device)
@@ -161,7 +161,7 @@ class _Call:
 def forward(
     source: Source | None, boxes: Tensor, index: Tensor, masks: Sequence[Tensor], mask_views: Sequence[int], spec: Spec
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as reference.forward; source None: no image; masks: those there are; mask_views: [-1, view of each]."""
+    """Same contract as reference.forward; source None: no image; masks: the given ones; mask_views: [-1, view of each]."""
     views, device = boxes.shape[0], boxes.device
     shape = (views, 3, spec.height, spec.width)
     out = torch.empty(shape, dtype=spec.dtype, device=device, memory_format=spec.memory_format)
@@ -173,7 +173,7 @@ def forward(
     with on_device(device):
         call = _Call(source, boxes, index, table, spec)
         call.launch_pil(out) if spec.mode == "pil" else call.launch_float(out)
-    del rows  # copies that had to live until here
+    del rows  # copies that had to stay alive until here
     return out, call.valid
 
 

@@ -16,7 +16,7 @@ from .triton_words import mask_place
 
 @triton.jit
 def kept(mask_table, v, y, x, rows, cols):
-    """Where the mask of view v keeps the image's pixels (y + rows, x + cols); everywhere, if the view has no mask."""
+    """Whether the mask of view v keeps the pixels (y + rows, x + cols); all are kept without a mask."""
     start, step, height, width = mask_place(mask_table, v, y, x)  # what is left of the mask from (y, x) on
     inside = (rows < height)[:, None] & (cols < width)[None, :]
     offset = rows[:, None] * step.to(tl.int32) + cols[None, :]

@@ -21,7 +21,7 @@ def pil_coefficients(coefficients, first_out, sums, n_in, OUT: tl.constexpr, KIN
                      BLOCK: tl.constexpr):  # fmt: skip
     """Integer coefficients [OUT, TAPS] of one axis, the first tap and the coefficient sum of each output.
 
-    Every operation is in float64 and in Pillow's order, since the last bit decides how a coefficient rounds.
+    Every operation is in float64 and in Pillow's order, since the last bit can change how a coefficient is rounded.
     """
     scale = tl.cast(n_in, tl.float64) / tl.cast(OUT, tl.float64)
     stretch = tl.maximum(scale, 1.0)
@@ -29,16 +29,16 @@ def pil_coefficients(coefficients, first_out, sums, n_in, OUT: tl.constexpr, KIN
     inverse = 1.0 / stretch
     for start in range(0, OUT, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        centre = (i.to(tl.float64) + 0.5) * scale
-        first = tl.maximum((centre - support + 0.5).to(tl.int32), 0)
-        last = tl.minimum((centre + support + 0.5).to(tl.int32), n_in)
+        center = (i.to(tl.float64) + 0.5) * scale
+        first = tl.maximum((center - support + 0.5).to(tl.int32), 0)
+        last = tl.minimum((center + support + 0.5).to(tl.int32), n_in)
         total = tl.zeros([BLOCK], tl.float64)
         for k in range(0, TAPS):
-            total += pil_weight(first, last, k, centre, inverse, KIND)
+            total += pil_weight(first, last, k, center, inverse, KIND)
         total = tl.where(i < OUT, total, 1.0)  # lanes beyond the last output have no taps
         summed = tl.zeros([BLOCK], tl.int32)
         for k in range(0, TAPS):
-            w = pil_weight(first, last, k, centre, inverse, KIND) / total
+            w = pil_weight(first, last, k, center, inverse, KIND) / total
             c = (w * 4194304.0 + tl.where(w < 0, -0.5, 0.5)).to(tl.int32)
             summed += c
             tl.store(coefficients + i * TAPS + k, c, mask=i < OUT)
@@ -47,9 +47,9 @@ def pil_coefficients(coefficients, first_out, sums, n_in, OUT: tl.constexpr, KIN
 
 
 @triton.jit
-def pil_weight(first, last, k, centre, inverse, KIND: tl.constexpr):
+def pil_weight(first, last, k, center, inverse, KIND: tl.constexpr):
     """Weight of tap first + k in float64, 0 from `last` on."""
-    t = tl.abs(((first + k).to(tl.float64) - centre + 0.5) * inverse)
+    t = tl.abs(((first + k).to(tl.float64) - center + 0.5) * inverse)
     w = tl.maximum(1.0 - t, 0.0) if KIND == 0 else cubic(t, -0.5)
     return tl.where(first + k < last, w, 0.0)
 
@@ -60,7 +60,7 @@ def pil_prepare(
     record, valid_out, coefficients, first, sums,
     OUT: tl.constexpr, KIND: tl.constexpr, TAPS: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a view: its record, validity and the coefficients of its square canvas."""
+    """One program per view: its record, validity and the coefficients of its square canvas."""
     v = tl.program_id(0).to(tl.int64)
     valid, x0, y0, w, h, canvas_w, canvas_h, pad_x, pad_y = place(
         boxes, index, table, n_images, batch_h, batch_w, margin, v, RAGGED, True
@@ -91,7 +91,7 @@ def digits(c):
 
 @triton.jit
 def exact_dot(left, c0, c1, c2, acc):
-    """acc + left @ c for int8 left and c in digits."""
+    """Return acc + left @ c for int8 left and c in digits."""
     high = tl.dot(left, c2, out_dtype=tl.int32)
     middle = tl.dot(left, c1, out_dtype=tl.int32) + (high << 8)
     return tl.dot(left, c0, acc, out_dtype=tl.int32) + (middle << 8)
@@ -199,7 +199,7 @@ def pil_forward(
 ):  # fmt: skip
     """All three channels of one [BLOCK_W, BLOCK_H] tile of one view: horizontal pass, uint8, vertical pass, normalize.
 
-    PIXEL, MIXED as in triton_uint8. Views of up to T1 taps a column take one window, wider ones loop over windows of LOOP taps.
+    PIXEL, MIXED as in triton_uint8. Views of up to T1 taps per column use one window, wider ones loop over windows of LOOP taps.
     """
     tiles_x: tl.constexpr = (OUT + BLOCK_W - 1) // BLOCK_W
     tiles: tl.constexpr = tiles_x * ((OUT + BLOCK_H - 1) // BLOCK_H)

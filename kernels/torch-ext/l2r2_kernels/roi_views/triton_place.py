@@ -1,4 +1,4 @@
-"""The small kernel that places every view and finds its pixels before they are touched: one record a view."""
+"""The small kernel that computes the placement of every view and the addresses of its pixels: one record per view."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .triton_weights import axis_norm
 # first pixel, steps from row to row, channel to channel and pixel to pixel (in elements), how many columns may be read from the
 # crop's first on, and BIAS.
 RECORD = tl.constexpr(14)
-# The float32 bits of 32768, in whose place a byte-permute puts a level (see triton_words). It is read from memory, since the
-# assembler would build a constant anew for every permute.
+# The float32 bits of 32768, into which a byte-permute inserts a level (see triton_words). They are read from memory, since the
+# assembler would rebuild a constant for every permute.
 BIAS = tl.constexpr(0x47000000)
 
 
@@ -60,9 +60,9 @@ def store_record(
     record, valid_out, images, index, table, stride_b, stride_c, stride_y, stride_x, columns, v,
     valid, x0, y0, w, h, canvas_w, canvas_h, pad_x, pad_y, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Write one view's record and validity. RAGGED: int64 a row of the table, 0 for a batch."""
+    """Write one view's record and validity. RAGGED: int64 per row of the table, 0 for a batch."""
     size: tl.constexpr = images.dtype.element_ty.primitive_bitwidth // 8
-    b = tl.where(valid, tl.load(index + v), 0)  # an invalid view may name no image
+    b = tl.where(valid, tl.load(index + v), 0)  # an invalid view may have no image
     row = table + b * RAGGED
     if RAGGED == 6:  # see source.from_list
         start = tl.load(row)
@@ -112,7 +112,7 @@ def load_steps(record, v):
     return tl.load(r), tl.load(r + 1), tl.load(r + 2), tl.load(r + 3)
 
 
-# Image sizes and strides change with every batch: not specializing on them avoids compiling again.
+# Image sizes and strides change with every batch: not specializing on them avoids recompilation.
 @triton.jit(do_not_specialize=["n_images", "batch_h", "batch_w", "columns", "stride_b", "stride_c", "stride_y", "stride_x"])
 def prepare(
     boxes, index, images, table, n_images, batch_h, batch_w, columns, stride_b, stride_c, stride_y, stride_x, margin,
@@ -120,7 +120,7 @@ def prepare(
     OUT_H: tl.constexpr, OUT_W: tl.constexpr, KIND: tl.constexpr, RAGGED: tl.constexpr, SQUARE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a view: its record, validity, and the norms [OUT_H + OUT_W] of both axes."""
+    """One program per view: its record, validity, and the norms [OUT_H + OUT_W] of both axes."""
     v = tl.program_id(0).to(tl.int64)
     valid, x0, y0, w, h, canvas_w, canvas_h, pad_x, pad_y = place(
         boxes, index, table, n_images, batch_h, batch_w, margin, v, RAGGED, SQUARE

@@ -1,4 +1,4 @@
-"""Forward kernel of `float` mode for uint8 images with antialias: both passes of the resize, one program a tile of one view.
+"""Forward kernel of `float` mode for uint8 images with antialias: both passes of the resize, one program per tile of a view.
 
 The horizontal pass runs on CUDA cores: 32 lanes along the columns of the output read neighboring words (see triton_words), and a
 column's few taps are summed in float32. The vertical pass is a dot on tensor cores. Tiles are [columns, rows] for that reason.
@@ -102,7 +102,7 @@ def window(
 ):  # fmt: skip
     """Add crop columns first .. first + T - 1 of the rows at byte `at` to the sums of a tile of columns.
 
-    A window that would leave the image starts further left; what it reads there weighs nothing.
+    A window that would extend beyond the image starts further left; the extra pixels have weight 0.
     """
     x = tl.minimum(first, columns - T)
     j, lo, hi = x - origin, first - origin, tl.minimum(first + T, w) - origin
@@ -139,9 +139,9 @@ def forward_uint8(
 ):  # fmt: skip
     """views[v] = a * (Wy @ (crop - fill) @ Wx^T) + b, all three channels of one [BLOCK_W, BLOCK_H] tile.
 
-    PIXEL: 3 for packed images (HWC), 1 for planes (CHW); MIXED: views of the other layout are left alone.
-    T1 < T2: taps a column for which a view takes one window; a wider view takes one of T3 taps, or a loop of such if LOOPED.
-    BIASED: levels enter as 32768 + level, which float16 output is too coarse to show.
+    PIXEL: 3 for packed images (HWC), 1 for planes (CHW); MIXED: views of the other layout are skipped.
+    T1 < T2: taps per column for which a view uses one window; a wider view uses one of T3 taps, or a loop of these if LOOPED.
+    BIASED: levels enter as 32768 + level; the rounding error is below the resolution of float16 output.
     """
     tiles_x: tl.constexpr = (OUT_W + BLOCK_W - 1) // BLOCK_W
     tiles: tl.constexpr = tiles_x * ((OUT_H + BLOCK_H - 1) // BLOCK_H)
@@ -169,7 +169,7 @@ def forward_uint8(
     first = tl.maximum(first_tap(cols, canvas_w, OUT_W, half_x, above_x) - pad_x, 0)[:, None]
     inverse_x = 0.5 / tl.maximum(canvas_w, OUT_W).to(tl.float32)
     step_x = (2 * OUT_W) * inverse_x
-    # distances count from the crop column x_lo, so that they stay small and exact
+    # distances are relative to the crop column x_lo, so that they stay small and exact
     center_x = (((2 * cols + 1) * canvas_w - (2 * (x_lo + pad_x) + 1) * OUT_W).to(tl.float32) * inverse_x)[:, None]
     shift: tl.constexpr = 32768.0 if BIASED else 0.0
     zero0, zero1, zero2 = fill0 + shift, fill1 + shift, fill2 + shift  # fill, as levels are read

@@ -1,7 +1,7 @@
 """Resampling weights in registers, and the norms of every output.
 
 Distances are kept as integers: output i and input j are `|(2i+1) * n_in - (2j+1) * n_out| / (2 * n_out)` pixels apart, exactly,
-so float32 weights carry no error of a large coordinate. Sizes are limited to keep these products in 32 bits.
+so float32 weights are not affected by large coordinates. Sizes are limited to keep these products in 32 bits.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# How a weight follows from the distance (the constexpr KIND).
+# How a weight is computed from the distance (the constexpr KIND).
 KINDS = {("bilinear", True): 0, ("bicubic", True): 1, ("bilinear", False): 2, ("bicubic", False): 3}
 
 

@@ -1,8 +1,8 @@
-"""Runs of bytes read as aligned 32-bit words: what the kernels for uint8 images take their pixels and masks from.
+"""Read runs of bytes as aligned 32-bit words, for the pixels and masks of the kernels for uint8 images.
 
-A lane needs the bytes `off .. off + N - 1` of a row, at any alignment. It loads the words that hold them, each of which touches
-at least one of these bytes (so nothing outside the image's memory is read but the rest of its first and last word), and a funnel
-shift brings the bytes of two neighboring words into place.
+A lane needs the bytes `off .. off + N - 1` of a row, at any alignment. It loads the words that contain them, each of which
+includes at least one of these bytes (so only the rest of the first and last word is read outside the image's memory), and a
+funnel shift aligns the bytes of two neighboring words.
 
 `ASM` chooses single instructions (shf, prmt) over arithmetic that also runs in Triton's interpreter.
 """
@@ -26,8 +26,8 @@ def funnel(low, high, off, ASM: tl.constexpr):
 def load_word(words, i):
     """Words at the places i of a [columns, rows] tile, with the lanes of a warp side by side along the columns.
 
-    Where nothing is known of the addresses, the order of the lanes is the compiler's choice, and its versions differ. The hint
-    decides; as the words' alignment is not known, it cannot widen the loads.
+    If nothing is known about the addresses, the order of the lanes depends on the compiler version. The hint fixes it; since the
+    alignment of the words is not known, it cannot widen the loads.
     """
     return tl.load(tl.max_contiguous(words + i, [2, 1]))
 
@@ -50,7 +50,7 @@ def byte_level(four, k: tl.constexpr):
 
 @triton.jit
 def byte_float(four, k: tl.constexpr, bias, BIASED: tl.constexpr, ASM: tl.constexpr):
-    """Byte k of a word as float32; 32768 more if BIASED, which takes one byte-permute and no conversion.
+    """Byte k of a word as float32; plus 32768 if BIASED, which takes one byte-permute and no conversion.
 
     bias: the bits of 32768 as uint32, see triton_place.BIAS.
     """
@@ -73,7 +73,7 @@ def byte_float(four, k: tl.constexpr, bias, BIASED: tl.constexpr, ASM: tl.conste
 def mask_place(mask_table, v, y0, x0):
     """(address of the mask's byte at the crop's first pixel, row step, rows and columns that the mask has from there on).
 
-    A view without a mask has none of either, and so keeps all its pixels, as every mask keeps those beyond it.
+    A view without a mask has zero rows and columns, so all its pixels are kept, as are the pixels beyond any mask.
     """
     entry = mask_table + v * 4
     step = tl.load(entry + 3)

@@ -1,4 +1,4 @@
-"""Predictions by `topk_prompts`: the classes that the whole image suggests are what the localizer is asked for."""
+"""Predictions with `topk_prompts`: the localizer is prompted with the classes that the whole image suggests."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from .items import Item, whole_images
 from .prediction import Answer, ObjectPrediction, Prediction
 
 
-def ask(
+def predict_topk(
     items: Sequence[Item], model: L2R2, labels: Sequence[str], localizer: Localizer, count: int, threshold: float, top: int
 ) -> list[Item | Prediction]:
-    """Predict a batch of images, with an item for each that the full branch is to answer.
+    """Predict images; one in which no prompted class is found is returned as an item, for the full branch.
 
     Args:
-        items: with whole images.
-        model, labels: what predicts.
-        localizer: takes prompts.
-        count: classes to ask for.
+        items: decoded whole images.
+        model: classifies the images.
+        labels: class names of the model.
+        localizer: a localizer that takes prompts.
+        count: number of classes to prompt with.
         threshold: boxes with a lower score count as not found.
-        top: classes listed.
+        top: number of classes listed in `ObjectPrediction.top`.
     """
     from ..localize.topk import check_promptable, topk_prompts
 
@@ -37,34 +38,33 @@ def ask(
     except (L2R2Error, RuntimeError) as error:
         if len(items) == 1:
             return [replace(items[0], localizer_failure=" ".join(str(error).split())[:300])]
-        return [answer for item in items for answer in ask([item], model, labels, localizer, count, threshold, top)]
-    answers: list[Item | Prediction] = []
+        return [answer for item in items for answer in predict_topk([item], model, labels, localizer, count, threshold, top)]
+    predictions: list[Item | Prediction] = []
     for i, item in enumerate(items):
         if not bool(found.boxes[i].isfinite().any()):
-            answers.append(replace(item, boxes=Detections.from_lists([], (images[i].height, images[i].width))))
+            predictions.append(replace(item, boxes=Detections.from_lists([], (images[i].height, images[i].width))))
             continue
         parts, order = found.scores[i].softmax(0).tolist(), found.scores[i].argsort(descending=True).tolist()
         best, has_box = order[0], bool(found.boxes[i, order[0]].isfinite().all())
         listed = tuple(Answer(labels[int(found.classes[i, j])], round(parts[j], 6)) for j in order[:top])
-        said = {b: answer_of(z[i] if b == "full" else z[i, best], labels) for b, z in found.branches.items()}
-        answer = ObjectPrediction(
+        answers = {b: _answer(z[i] if b == "full" else z[i, best], labels) for b, z in found.branches.items()}
+        prediction = ObjectPrediction(
             label=listed[0].label,
             score=listed[0].score,
             source="fused" if has_box else "full",
-            reason=f"the best of the {len(order)} classes that the whole image suggests"
-            + ("" if has_box else "; it was not found, the whole image stands for it"),
-            full=said["full"],
-            fg=said["fg"] if has_box else None,
-            bg=said.get("bg") if has_box else None,
-            box=tuple(round(v, 2) for v in found.boxes[i, best].tolist()) if has_box else None,  # type: ignore[arg-type]
+            reason=f"the best of the {len(order)} classes suggested by the whole image"
+            + ("" if has_box else "; it was not found, so its score is from the whole image"),
+            full=answers["full"],
+            fg=answers["fg"] if has_box else None,
+            bg=answers.get("bg") if has_box else None,
+            box=tuple(round(v, 2) for v in found.boxes[i, best].tolist()) if has_box else None,
             box_score=round(float(found.box_scores[i, best]), 4) if has_box else None,
             top=listed,
         )
-        answers += checked([Prediction(item.name, (answer,))])
-    return answers
+        predictions += checked([Prediction(item.name, (prediction,))])
+    return predictions
 
 
-def answer_of(logits: Tensor, labels: Sequence[str]) -> Answer:
-    """The class that logits `[classes]` say."""
+def _answer(logits: Tensor, labels: Sequence[str]) -> Answer:
     score, index = logits.float().softmax(-1).max(-1)
     return Answer(labels[int(index)], round(float(score), 6))
