@@ -195,7 +195,7 @@ def test_what_stands_against_publishing(tmp_path):
     with pytest.raises(L2R2Error, match="not a Hub id of the form org/name"):
         prepare(run, "name", tmp_path / "d", FACTS)
     (run / "optimizer.pt").write_bytes(b"\x80\x04")
-    with pytest.raises(L2R2Error, match=r"holds optimizer\.pt; pickled weights"):
+    with pytest.raises(L2R2Error, match=r"contains optimizer\.pt; pickled weights"):
         prepare(run, "org/x", tmp_path / "e", FACTS)
 
 

@@ -127,7 +127,7 @@ def test_a_start_whose_weights_changed_is_another_run(dataset, tmp_path):
     finetune(dataset, recipe, out)
     shutil.rmtree(made)
     write_run(made, seed=5)
-    with pytest.raises(L2R2Error, match="another init"):
+    with pytest.raises(L2R2Error, match="other values of init"):
         finetune(dataset, recipe, out)
 
 
