@@ -36,6 +36,11 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -
 test: lint
 	@$(PYTEST)
 
+# timm's own suite on the smallest model of every family; minutes.
+.PHONY: test-timm
+test-timm: $(INSTALLED) $(TIMM)
+	@L2R2_TIMM_CHECKOUT=$(CURDIR)/$(TIMM) $(PYTEST) -m timm_suite tests/contract
+
 # What takes longer: the Triton kernels in the interpreter and compiled for sm_90, timm's own suite, tutorials, whole trainings.
 test-more: $(INSTALLED) $(TIMM)
 	@L2R2_TIMM_CHECKOUT=$(CURDIR)/$(TIMM) $(PYTEST) -m "interpreter or timm_suite or slow"

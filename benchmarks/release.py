@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,18 +31,17 @@ def l2r2(*arguments: object) -> str:
     return done.stdout
 
 
-def imagenet(out: Path, org: str, number: int) -> str:
-    """Derive the ImageNet classifier of one size; its Hub id."""
+def imagenet(out: Path, org: str, number: int) -> None:
+    """Derive the ImageNet classifier of one size."""
     name = f"l2r2_efficientnet_lite{number}.in1k"
     if not (out / name).is_dir():
         l2r2("derive", f"timm:tf_efficientnet_lite{number}.in1k", "-o", out / name)
     limits = "The fg head is that of the whole image and has never seen a crop; fine-tune it before you rely on it."
     publish(out, f"{org}/{name}", "--license", "apache-2.0", "--data", "ImageNet-1k", "--without-metrics", "--limits", limits)
-    return f"{org}/{name}"
 
 
-def digits(out: Path, org: str) -> str:
-    """Train the demo's network and evaluate it on both test splits; its Hub id."""
+def digits(out: Path, org: str) -> None:
+    """Train the demo's network and evaluate it on both test splits."""
     name, demo = "l2r2_efficientnet_lite0.digits", out / "demo"
     l2r2("demo", "-o", demo)
     if not (out / name).is_dir():
@@ -53,13 +53,14 @@ def digits(out: Path, org: str) -> str:
         metrics[-1].write_text(json.dumps(json.loads(found)))
     options = ("--license", "apache-2.0", "--data", DIGITS, "--data-license", DIGITS_LICENSE, *metrics)
     publish(out, f"{org}/{name}", *options, "--limits", "A demonstration: it reads digits on cards and nothing else.")
-    return f"{org}/{name}"
 
 
 def publish(out: Path, repo: str, *options: object) -> None:
-    """Check a run and write its card; nothing leaves the machine."""
+    """Check a run, write its card, and print the command that uploads it; nothing leaves the machine."""
     name = repo.split("/")[1]
-    print(l2r2("publish", out / name, repo, *options, "--card", out / f"{name}.md"), end="", flush=True)
+    arguments = ["publish", out / name, repo, *options]
+    l2r2(*arguments, "--card", out / f"{name}.md")
+    print(shlex.join(["l2r2", *map(str, arguments), "--push"]), flush=True)
 
 
 if __name__ == "__main__":
@@ -67,5 +68,6 @@ if __name__ == "__main__":
     parser.add_argument("-o", "--out", type=Path, default=Path("weights"), help="folder for checkpoints and cards")
     parser.add_argument("--org", default="l2r2-models", help="organization on the Hub")
     args = parser.parse_args()
-    for repo in (*(imagenet(args.out, args.org, number) for number in range(3)), digits(args.out, args.org)):
-        print(f"ready: l2r2 publish {args.out / repo.split('/')[1]} {repo} --push, with the options above")
+    for number in range(3):
+        imagenet(args.out, args.org, number)
+    digits(args.out, args.org)
