@@ -253,6 +253,8 @@ def _cut_patches(
     images: list[Patches], parts: Mapping[str, _Part], spec: ViewSpec, device: torch.device | str | None
 ) -> dict[str, Tensor]:
     """Cut all parts from patches, each of which covers one view."""
+    if not parts:
+        return {}
     pixels: list[Tensor] = []
     for part in parts.values():
         if part.masks is not None:
@@ -263,7 +265,7 @@ def _cut_patches(
         pixels += [_of_window(image, window) for image, window in zip(of, windows.tolist())]
     pixels = [_sent(part, device) for part in pixels]
     ends = _whole_images(torch.tensor([p.shape[:2] for p in pixels], device=device))
-    views = _cut(pixels, {"all": ends}, spec)["all"] if pixels else torch.empty(0)
+    views = _cut(pixels, {"all": ends}, spec)["all"]
     return dict(zip(parts, views.split([len(part.boxes) for part in parts.values()])))
 
 

@@ -69,6 +69,17 @@ def test_files_answer_as_the_decoded_images_do(run, photos):
         assert [o.score for o in file.objects] == pytest.approx([o.score for o in image.objects], abs=0.02)
 
 
+@pytest.mark.parametrize("branches", [("full",), ("fg",), ("fg", "bg"), ("full", "fg", "bg")])
+def test_files_are_predicted_whatever_the_branches(branches, photos, tmp_path):
+    paths, boxes = photos
+    predictor = Predictor.from_pretrained(write_run(tmp_path / "run", branches=branches), device="cpu")
+    found = list(predictor.predict_files(paths[:4], boxes))
+    given = predictor([Image.open(p) for p in paths[:4]], [boxes[str(p)].detections((300, 400), "") for p in paths[:4]])
+    for file, image in zip(found, given):
+        assert [(o.source, o.reason, o.box) for o in file.objects] == [(o.source, o.reason, o.box) for o in image.objects]
+        assert [o.score for o in file.objects] == pytest.approx([o.score for o in image.objects], abs=0.02)
+
+
 def test_batches_are_full_across_images_and_boxes_and_nothing_is_seen_twice(run, photos):
     paths, boxes = photos
     predictor = Predictor.from_pretrained(run, device="cpu", batch_size=4)
