@@ -57,6 +57,7 @@ class Recipe:
         fill: RGB levels (0-255) of padding and of replaced pixels; null keeps the model's default.
         interpolation: how views are resized: bilinear or bicubic; null keeps the model's default.
         mode: how views are rounded: `float` (not at all), or `pil` as Pillow does; null keeps the model's default.
+        decode: how image files are decoded: `full`, or `scaled` to reduce large ones; null keeps the model's default.
         margin: margin added to the fg box at each end, relative to its side.
         late_stage: fg_mode `late` masks the output of the `last` stage, or of the one `before_last`.
         late_pool: fg_mode `late` pools by the masked mean (`mask`), over all positions (`all`), or by the class token (`token`).
@@ -102,10 +103,10 @@ class Recipe:
         ema: decay of an exponential moving average of the weights, which is then evaluated and saved; 0 is off.
         best_metric: metric on the validation rows that selects the epoch to keep, e.g. fused_accuracy; `none` keeps the last.
         patience: stop after this many epochs without a new best one; 0 is off.
-        precision: fp32, or bf16 or fp16 under autocast; the weights stay fp32. `auto` is bf16 where that is faster, else fp32; the
-            run records which.
-        channels_last: use the channels-last memory layout; same result up to rounding, faster for most convolutions. `auto` uses it
-            for convolutional backbones.
+        precision: fp32, or bf16 or fp16 under autocast; the weights stay fp32. `auto` is bf16 where that is faster, else fp32;
+            the run records which.
+        channels_last: use the channels-last memory layout; same result up to rounding, faster for most convolutions. `auto`
+            uses it for convolutional backbones.
         compile: compile the backbone with `torch.compile`, which takes minutes at the start.
         seed: random seed of weights, order and augmentation.
         workers: processes that load images; the result does not depend on it.
@@ -134,6 +135,7 @@ class Recipe:
     fill: tuple[int, ...] | None = None
     interpolation: str | None = None
     mode: str | None = None
+    decode: str | None = None
     margin: float = 0.0
     late_stage: str = "last"
     late_pool: str = "mask"

@@ -4,18 +4,22 @@ from .batch import batch_masks, batch_views, cut_batch
 from .branches import BRANCHES, check_branches
 from .cut import Views, make_views, view_map
 from .modes import FG_MODES, FgMode
+from .patches import Patches, decode_patches, takes_patches
 from .spec import ViewSpec
 
 __all__ = [
     "BRANCHES",
     "FG_MODES",
     "FgMode",
+    "Patches",
     "ViewSpec",
     "Views",
     "batch_masks",
     "batch_views",
     "check_branches",
     "cut_batch",
+    "decode_patches",
     "make_views",
+    "takes_patches",
     "view_map",
 ]

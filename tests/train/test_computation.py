@@ -87,9 +87,9 @@ def test_a_machine_without_a_compiler(monkeypatch, tmp_path):
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
-    with config.patch({"cpp.cxx": (str(tmp_path / "missing-compiler"),), "force_disable_caches": True}):
-        with pytest.raises(L2R2Error, match=r"compile needs a C\+\+ compiler"):
-            check_compiler(create_model(recipe(), 3))
+    without = config.patch({"cpp.cxx": (str(tmp_path / "missing-compiler"),), "force_disable_caches": True})
+    with without, pytest.raises(L2R2Error, match=r"compile needs a C\+\+ compiler"):
+        check_compiler(create_model(recipe(), 3))
 
 
 @pytest.mark.slow
