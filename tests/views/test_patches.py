@@ -66,6 +66,19 @@ def test_views_are_where_those_of_the_whole_image_are(size, format, square):
         assert_close(getattr(ours, branch), getattr(whole, branch), square)
 
 
+@pytest.mark.parametrize("sizes", [{"full": 16}, {"fg": 16}, {"full": 24, "fg": 64}])
+def test_branches_of_different_sizes_get_the_detail_that_each_needs(sizes):
+    spec = ViewSpec(size=32, sizes=sizes, decode="scaled", **LEVELS)
+    boxes = torch.cat([BOXES, torch.tensor([[0.0, 0, 640, 480]])])
+    ours, whole, patches = both(encode(ramps(640, 480)), spec, boxes)
+    for branch in ("full", "fg"):
+        view = getattr(ours, branch)
+        assert view.shape[-1] == spec.size_of(branch)
+        assert_close(view, getattr(whole, branch))
+    least = max(spec.size_of("full"), spec.size_of("fg"))  # fg shows the whole image too, in rows without a box
+    assert max(patches.parts[0, 0, 640, 480].shape) >= 2 * least
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_a_photo_differs_by_a_level_or_so(interpolation):
     """The tolerance that docs/method.md states."""
