@@ -140,7 +140,7 @@ import l2r2_cli, resource, numpy
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
-        numpy.ones(2**21)
+        numpy.ones(2**23)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults(), print(faults())
 """
