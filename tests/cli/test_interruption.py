@@ -63,9 +63,9 @@ def test_in_a_prediction_with_its_threads(run, dataset, tmp_path):
 
     def predicting(process):
         deadline = time.monotonic() + 100
-        while not list(out.parent.glob("out.json.parts/*")) and process.poll() is None and time.monotonic() < deadline:
+        while not any(part.read_text().count("\n") > 20 for part in out.parent.glob("out.json.parts/*.jsonl")):
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
-        time.sleep(0.5)
 
     code, lines = interrupted(["predict", run, photos, "-o", out, "--workers", "3"], predicting)
     assert code == 130 and lines[-1] == LINE and not any("Traceback" in line for line in lines), lines[-5:]

@@ -35,7 +35,8 @@ def data(tmp_path_factory):
 
 
 def recipe(model="timm:test_vit", **changes):
-    settings = {"size": 32, "epochs": 2, "batch_size": 5, "optimizer": "sgd", "lr": 0.05, "label_smoothing": 0.1, **changes}
+    settings = {"size": 32, "epochs": 2, "batch_size": 5, "optimizer": "sgd", "lr": 0.05, "label_smoothing": 0.1}
+    settings = {**settings, "precision": "fp32", **changes}
     return Recipe.default(model, False, **settings)
 
 
