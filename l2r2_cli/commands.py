@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": ("evaluate:evaluate", "Evaluate every branch and every fusion of a run."),
     "audit": ("audit:audit", "Measure how much a classifier relies on backgrounds."),
     "predict": ("predict:predict", "Classify images and give the reasons."),
+    "benchmark": ("benchmark:benchmark", "Measure how long each stage of a prediction takes."),
     "explain": ("explain:explain", "Explain predictions with saliency maps and counterfactuals."),
     "publish": ("publish:publish", "Publish a run on the Hugging Face Hub."),
     "publish-kernels": ("publish_kernels:publish_kernels", "Publish the kernels on the Hugging Face Hub."),

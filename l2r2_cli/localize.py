@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from .common import count, errors, say, track
-from .options import BatchSize, Device, Json, Split
+from .options import BatchSize, Device, Json, Split, Workers
 
 
 def localize(
@@ -34,6 +34,7 @@ def localize(
     split: Split = None,
     format: Annotated[str, typer.Option(help="Format of a .json file: megadetector or coco.")] = "megadetector",
     batch_size: BatchSize = 8,
+    workers: Workers = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -59,6 +60,7 @@ def localize(
         format=format,
         batch_size=batch_size,
         prompts=inputs.labels if oracle_prompts else None,
+        workers=workers,
         progress=lambda steps, total: track(steps, total, "localizing") if first else steps,
     )
     if not first:

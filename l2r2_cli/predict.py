@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from .common import count, errors, say, show_shares, track
-from .options import BatchSize, Boxes, Run, Split, box_threshold
+from .options import BatchSize, Boxes, Precision, Run, Split, Workers, box_threshold
 
 
 def predict(
@@ -38,6 +38,16 @@ def predict(
     max_objects: Annotated[int, typer.Option(min=1, help="Boxes to classify per image, best first.")] = 10,
     top: Annotated[int, typer.Option(min=1, help="Classes to list per object.")] = 3,
     batch_size: BatchSize = 32,
+    workers: Workers = None,
+    precision: Precision = "float32",
+    cascade: Annotated[
+        bool,
+        typer.Option(
+            "--cascade",
+            help="Classify the object first, and the whole image only where it could change the prediction; labels and scores "
+            "stay the same.",
+        ),
+    ] = False,
 ) -> None:
     """Classify images; every object gets a prediction and the reason for it. Unreadable files are listed as failures."""
     from l2r2_models.predict.predict_files import gather, predict_to_file
@@ -56,6 +66,9 @@ def predict(
         top=top,
         localizer=localizer,
         topk_prompts=topk_prompts,
+        workers=workers,
+        precision=precision,
+        cascade=cascade,
     )
     if predictor.model.finds_object and (inputs.entries or inputs.masks):
         errors.print("this model finds its object itself; boxes and masks are not used")

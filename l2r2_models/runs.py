@@ -26,6 +26,7 @@ KINDS = {  # fields of the record that other modules read
     **dict.fromkeys(("train_files", "init_files", "val_files", "fit_files", "notes"), "names"),
     "metrics": "numbers",
     "recipe": "mapping",
+    "resolved": "mapping",
 }
 
 

@@ -52,6 +52,11 @@ class Audited:
     folder: Path | None = None
 
     @property
+    def grain(self) -> int:
+        """Side of the largest view in pixels, at which noise is drawn."""
+        return max(self.spec.size_of(branch) for branch in self.branches)
+
+    @property
     def answers(self) -> tuple[str, ...]:
         """The audited outputs, the model's own prediction last: full, fg and their fusion, or its only branch."""
         if len(self.branches) == 1:

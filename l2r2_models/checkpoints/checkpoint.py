@@ -105,7 +105,7 @@ def save_checkpoint(
         config = read_json(Path(temporary) / CONFIG)
         # transformers passes num_classes itself, and fails if model_args has it too
         config["model_args"] = {k: v for k, v in {**config.get("model_args", {}), **arguments}.items() if k != "num_classes"}
-        size = spec["size"]
+        size = model.view_spec.size_of(model.branches[0])  # of the branch that `model(x)` uses
         config["pretrained_cfg"].update(
             tag="finetuned",
             input_size=[model.in_chans, size, size],

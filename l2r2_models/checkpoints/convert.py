@@ -232,7 +232,7 @@ def _check_alike(first: _Part, other: _Part) -> None:
         for what, a, b in (
             ("backbones", (first.backbone, first.arguments), (other.backbone, other.arguments)),
             ("classes", sorted(first.labels), sorted(other.labels)),
-            ("view sizes", first.spec.size, other.spec.size),
+            ("view sizes", (first.spec.size, first.spec.sizes), (other.spec.size, other.spec.sizes)),
             ("paddings", (first.spec.square, first.spec.fill), (other.spec.square, other.spec.fill)),
             ("interpolations", first.spec.interpolation, other.spec.interpolation),
             ("normalizations", (first.spec.mean, first.spec.std), (other.spec.mean, other.spec.std)),

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..fusion import INPUTS, create_fusion
-from .fuse import Column, Fitted, columns_of, fuse
+from .fuse import Column, Fitted, columns_of, fit, fuse
 from .logits import BranchLogits
 
 ALONE = " alone"
 NEGLIGIBLE = 0.01  # accuracy that a fusion may lose to fg in exchange for more elsewhere, however sure the loss
+ONE_SIDED = 1.645  # standard errors of a one-sided test at 5 %
 Columns = Mapping[str, Column]
 
 
@@ -54,9 +55,10 @@ def lead_of(data: BranchLogits, inputs: Sequence[str] | None = None) -> str:
 def lead_alone(
     data: BranchLogits, inputs: Sequence[str] | None = None, group: str | None = None, metric: str = "accuracy"
 ) -> dict[str, Fitted]:
-    """Return the leading branch as a candidate, e.g. `fg alone`: a `robust` fusion with threshold 0."""
-    fusion = create_fusion({"name": "robust", "threshold": 0.0, "inputs": inputs}, tuple(data.logits), data.classes)
-    return {lead_of(data, inputs) + ALONE: Fitted(fusion, columns_of(fuse(fusion, data), data, group, metric))}
+    """Return the leading branch with a fitted temperature as a candidate, e.g. `fg alone`; see `fit`."""
+    name = "scaled_weighted_average"
+    fitted = fit(data, [{"name": name, "weight": 1.0}], inputs=inputs, group=group, metric=metric)[name]
+    return {lead_of(data, inputs) + ALONE: fitted}
 
 
 def choose(fitted: Mapping[str, Fitted], compared: Mapping[str, Columns], lead: str = "fg") -> Choice:
@@ -64,8 +66,9 @@ def choose(fitted: Mapping[str, Fitted], compared: Mapping[str, Columns], lead: 
 
     The regret on a column is the gap in accuracy to the best of `compared`. A fusion that is behind `lead` on any column by more
     than one standard error and more than one point is excluded. Among the fusions within one standard error of the smallest
-    maximum regret on every column, over images or groups (Breiman et al. 1984), the one with the lowest NLL is chosen, because
-    accuracy cannot separate fusions that are right on nearly every held-out row. See `docs/method.md`, section 4.
+    maximum regret on every column, over images or groups (Breiman et al. 1984), the one with the lowest NLL is chosen. It must be
+    more accurate than `lead` alone on at least one column (one-sided test at 5 %); else `lead` alone is chosen, because the
+    likelihood of held-out rows that resemble the training rows rewards confidence. See `docs/method.md`, section 4.
 
     Args:
         fitted: candidates with their columns; should include `lead` alone, which is never excluded.
@@ -77,14 +80,17 @@ def choose(fitted: Mapping[str, Fitted], compared: Mapping[str, Columns], lead: 
     safe = [n for n, f in fitted.items() if not _loses(f.columns, compared[lead])]
     top = min(safe, key=lambda n: (max(regret[n].values()), _nll(fitted[n])))
     equal = [n for n in safe if _lag(fitted[top].columns, fitted[n].columns) <= 1e-9]
-    name = min(equal, key=lambda n: (_nll(fitted[n]), fitted[n].fusion.count()))
+    alone = lead + ALONE
+    ahead = [n for n in equal if alone not in safe or _lag(fitted[n].columns, fitted[alone].columns, ONE_SIDED) > 1e-9]
+    name = min(ahead, key=lambda n: (_nll(fitted[n]), fitted[n].fusion.count()), default=alone)
     points = " and ".join(f"{100 * max(r, 0):.1f} on {c} rows" for c, r in regret[name].items())
     who = ", ".join([*list(compared)[:-1]]) + f" and {list(compared)[-1]}"
-    how = (
-        "the smallest maximum regret"
-        if len(equal) == 1
-        else f"within one standard error of the smallest regret, like {len(equal) - 1} others, and the lowest NLL among them"
-    )
+    if not ahead:
+        how = f"no fusion is more accurate than {lead} alone beyond chance (5 %)"
+    elif len(ahead) == 1:
+        how = "the smallest maximum regret"
+    else:
+        how = f"within one standard error of the smallest regret, like {len(ahead) - 1} others, and the lowest NLL among them"
     out = f"; {len(fitted) - len(safe)} fusions are worse than {lead} alone and were excluded" if len(safe) < len(fitted) else ""
     return Choice(name, f"{name} trails the best of {who} by {points} (percentage points): {how}{out}.", regret)
 
@@ -94,10 +100,10 @@ def _loses(columns: Columns, lead: Columns) -> bool:
     return any(float(-d.mean()) > max(float(d.std()) / len(d) ** 0.5, NEGLIGIBLE) + 1e-9 for d in gaps)
 
 
-def _lag(top: Columns, other: Columns) -> float:
-    """Return the largest gap over the columns by which `other` trails `top`, less one standard error of the difference."""
+def _lag(top: Columns, other: Columns, errors: float = 1.0) -> float:
+    """Return the largest gap over the columns by which `other` trails `top`, less some standard errors of the difference."""
     differences = [top[c].right - other[c].right for c in other]
-    return max(float(d.mean() - d.std() / len(d) ** 0.5) for d in differences)
+    return max(float(d.mean() - errors * d.std() / len(d) ** 0.5) for d in differences)
 
 
 def _nll(candidate: Fitted) -> float:

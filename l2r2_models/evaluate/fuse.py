@@ -67,7 +67,7 @@ def fuse(fusion: Fusion, data: BranchLogits) -> Tensor:
 
 def fit(
     data: BranchLogits,
-    methods: Sequence[str] | None = None,
+    methods: Sequence[str | Mapping[str, Any]] | None = None,
     class_wise: bool = False,
     group: str | None = None,
     *,
@@ -80,7 +80,7 @@ def fit(
     Args:
         data: logits of held-out rows of a model with two branches or more, on their own backgrounds, on others (`swapped`), or
             both. The several other backgrounds of an object count as one observation.
-        methods: names of fusions; defaults to `affordable`.
+        methods: names or configs (see `create_fusion`) of fusions; defaults to `affordable`.
         class_wise: fit one temperature per class, for fusions that scale logits.
         group: a metadata column (site, physical object): its rows stay in one fold and count as one, since they are not
             independent. A row with an empty value is its own group.
@@ -106,7 +106,8 @@ def fit(
     chosen = methods or affordable(data, inputs)
     counts = rows.labels.bincount(minlength=rows.classes) if train_counts is None else train_counts
     task = _Task(data, rows, class_wise, group, metric, counts)
-    return {name: _fit_one({"name": name, "inputs": inputs}, task) for name in chosen}
+    configs = [{"name": method} if isinstance(method, str) else method for method in chosen]
+    return {config["name"]: _fit_one({**config, "inputs": inputs}, task) for config in configs}
 
 
 def affordable(data: BranchLogits, inputs: Sequence[str] | None = None) -> list[str]:

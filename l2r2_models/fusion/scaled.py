@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import L2R2Error
 from .base import Fusion, register_fusion
 from .calibration import fit_class_temperatures, fit_temperature
-from .confidence import most_confident
+from .confidence import confidence, most_confident
 
 
 class Scaled(Fusion):
@@ -59,6 +60,11 @@ class MaxScaledConfidence(Scaled):
         """Select the most confident branch per row; see `Fusion.combine`."""
         return most_confident(self.scaled(fg, context))
 
+    @torch.jit.ignore
+    def decided(self, fg: Tensor, objectness: Tensor) -> Tensor:
+        """Return the rows where the scaled fg has confidence 1 (ties go to fg); see `Fusion.decided`."""
+        return confidence(fg / self.temperatures[0].to(fg)) >= 1
+
 
 @register_fusion
 class ScaledAverage(Scaled):
@@ -77,14 +83,26 @@ class ScaledWeightedAverage(Scaled):
 
     `fit` sets `a` to the value in 0, 0.01, ..., 1 with the highest accuracy; ties go to the largest, which favors fg. Source:
     L2R2 3.3 [R].
+
+    Args:
+        inputs: see `Scaled`.
+        classes: see `Scaled`.
+        class_wise: see `Scaled`.
+        weight: a fixed `a` in [0, 1], which is not fitted; 1 is fg alone with its temperature.
+
+    Raises:
+        L2R2Error: when the weight is out of range.
     """
 
     name = "scaled_weighted_average"
 
-    def __init__(self, inputs: int = 2, classes: int = 0, class_wise: bool = False) -> None:
+    def __init__(self, inputs: int = 2, classes: int = 0, class_wise: bool = False, weight: float | None = None) -> None:
         super().__init__(inputs, classes, class_wise)
+        if weight is not None and not (isinstance(weight, (int, float)) and 0 <= weight <= 1):
+            raise L2R2Error(f"The weight of a scaled_weighted_average must be between 0 and 1, got {weight!r}.")
+        self.fixed = None if weight is None else float(weight)
         self.weight: Tensor
-        self.register_buffer("weight", torch.tensor(0.5))
+        self.register_buffer("weight", torch.tensor(0.5 if weight is None else float(weight)))
 
     def combine(self, fg: Tensor, context: Tensor) -> Tensor:
         """Return the weighted average of the scaled logits; see `Fusion.combine`."""
@@ -92,9 +110,16 @@ class ScaledWeightedAverage(Scaled):
         return self.weight.to(z) * z[0] + (1 - self.weight.to(z)) * z[1:].mean(0)
 
     @torch.jit.ignore
+    def decided(self, fg: Tensor, objectness: Tensor) -> Tensor:
+        """Return all rows if the weight of fg is 1, else none; see `Fusion.decided`."""
+        return (self.weight >= 1).expand(len(fg))
+
+    @torch.jit.ignore
     def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:
         """Fit the temperatures, then the weight `a`; see `Fusion.fit`."""
         super().fit(fg, context, labels, weights)
+        if self.fixed is not None:
+            return
         z = self.scaled(fg, context)
         count = torch.ones(len(labels), dtype=torch.double) if weights is None else weights.double()
         grid = torch.linspace(1, 0, 101)
@@ -103,5 +128,10 @@ class ScaledWeightedAverage(Scaled):
 
     @torch.jit.ignore
     def count(self) -> int:
-        """Return the number of temperatures plus one, for the weight `a`."""
-        return self.temperatures.numel() + 1
+        """Return the number of temperatures, plus one for a fitted weight `a`."""
+        return self.temperatures.numel() + (self.fixed is None)
+
+    @torch.jit.ignore
+    def chosen(self) -> dict[str, Any]:
+        """Return `class_wise`, and the weight if it is fixed."""
+        return {**super().chosen(), **({} if self.fixed is None else {"weight": self.fixed})}

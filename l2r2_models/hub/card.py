@@ -110,7 +110,7 @@ def hub_config(
         source=source_of_training(checkpoint.training).name or "random weights",
         labels=metadata.data,
         parameters=sum(p.numel() for p in model.parameters()),
-        input_size=model.view_spec.size,
+        input_size=model.view_spec.size_of(model.branches[0]),
         top1=None,
         made_by=made_by,
         label_names=list(checkpoint.labels),
@@ -176,7 +176,7 @@ def _details(checkpoint: Checkpoint, source: Source, metadata: CardMetadata) -> 
         "architecture": f"{code(model.pretrained_cfg['architecture'])}, backbone {code(model.backbone_name)}, "
         + ("shared by the branches" if model.shared else "one per branch"),
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
-        "views": f"{spec.size} x {spec.size} pixels{_fg_views(checkpoint)}",
+        "views": f"{spec.size_words(model.branches)}{_fg_views(checkpoint)}",
         "branches": ", ".join(model.branches),
         "fusion": f"`{fusion['name']}`" + (f" ({settings})" if settings else ""),
         "started from": start,

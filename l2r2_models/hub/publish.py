@@ -325,7 +325,7 @@ def text_problems(texts: Mapping[str, str]) -> list[str]:
 @torch.inference_mode()
 def _logit_problems(run: Checkpoint, sent: Checkpoint) -> list[str]:
     """Check that the prepared checkpoint has the same outputs as the run, on noise, with and without boxes."""
-    size = run.model.view_spec.size
+    size = run.model.view_spec.size_of(run.model.branches[0])
     images = torch.rand(2, run.model.in_chans, size, size, generator=torch.Generator().manual_seed(0))
     boxes = torch.tensor([[0.1 * size, 0.1 * size, 0.9 * size, 0.9 * size], [torch.nan] * 4])
     outputs = [torch.cat([model(images), model(images, boxes)]) for model in (run.model, sent.model)]

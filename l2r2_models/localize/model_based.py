@@ -39,13 +39,13 @@ class ModelLocalizer(Localizer):
 
         Args:
             images: B images.
-            size: side S of the views; defaults to the model's.
+            size: side S of the views; defaults to that of the model's full view.
 
         Returns:
             Views `[B, 3, S, S]`, and for each the mapping back to its image.
         """
         spec = self.model.view_spec
-        spec = spec if size is None else ViewSpec.from_dict({**spec.to_dict(), "size": size})
+        spec = spec if size is None else replace(spec, size=size, sizes={})
         views = make_views(images, None, spec, branches=("full",), device=self.context.device)
         assert views.full is not None
         return views.full, [view_map("full", spec, size_of(image)) for image in images]
@@ -83,7 +83,8 @@ def detections_of(found: FoundBoxes, images: Sequence[Image], spec: ViewSpec) ->
     Raises:
         L2R2Error: when a box is not finite.
     """
-    boxes, scores = found.in_pixels(spec.size, spec.size, 0.0).cpu(), found.objectness.float().sigmoid().tolist()
+    size = spec.size_of("full")
+    boxes, scores = found.in_pixels(size, size, 0.0).cpu(), found.objectness.float().sigmoid().tolist()
     if not bool(boxes.isfinite().all()):
         raise L2R2Error("the boxes of the box head are not finite; its training has diverged.")
     maps = [view_map("full", spec, size_of(image)) for image in images]

@@ -59,7 +59,7 @@ class NormalizedCut(ModelLocalizer):
         else:
             super().__init__(spec, context)
         size = self.options["size"]
-        if size not in (None, self.model.view_spec.size):
+        if size not in (None, self.model.view_spec.size_of("full")):
             views, _ = self.full_views([new("RGB", (size, size))], size)
             sized = SimpleNamespace(backbone=_for_views(self.model.backbone, views, str(spec)), view_spec=self.model.view_spec)
             self.model = sized  # type: ignore[assignment]

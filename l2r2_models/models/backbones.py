@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
@@ -58,22 +58,30 @@ def check_backbone_arguments(name: str, arguments: Mapping[str, Any]) -> None:
         raise UnknownArgument(f"The backbone {name} takes no {wrong[0]}{hint}")
 
 
-def check_view_size(backbone: Any, name: str, size: int) -> None:
-    """Check that a backbone takes square views of this size.
+def check_view_sizes(backbone: Any, name: str, sizes: Sequence[int]) -> None:
+    """Check that a backbone takes square views of these sizes.
 
     Args:
         backbone: the timm model.
         name: its name, for messages.
-        size: the side of the views in pixels.
+        sizes: the side of each branch's view in pixels.
 
     Raises:
         L2R2Error: when it was built for another size and takes no other.
     """
     embed = getattr(backbone, "patch_embed", None)
     built = getattr(embed, "img_size", None)
-    if built is not None and getattr(embed, "strict_img_size", False) and tuple(built) != (size, size):
+    if built is not None and getattr(embed, "strict_img_size", False) and set(sizes) != set(built):
         sides = " x ".join(map(str, built))
+        if len(set(sizes)) > 1:
+            raise L2R2Error(f"{name} takes views of {sides} pixels only; leave sizes out, or use another backbone.")
+        size = sizes[0]
         raise L2R2Error(f"{name} was built for {sides} pixels, but the views have {size} x {size}; pass img_size={size}.")
+
+
+def is_convolutional(backbone: nn.Module) -> bool:
+    """Whether a backbone has more convolutions than a patch embedding; the channels-last memory layout suits these."""
+    return sum(isinstance(module, nn.Conv2d) for module in backbone.modules()) > 1
 
 
 def feature_info(backbone: Any) -> list[dict[str, Any]]:

@@ -14,14 +14,12 @@ from torch import Tensor, nn
 from ..boxes.detections import BOX_THRESHOLD
 from ..errors import L2R2Error
 from ..fusion import Fusion, create_fusion, fuse_branches
-from ..views import ViewSpec, batch_masks, cut_batch
-from .backbones import check_backbone_arguments, check_view_size, feature_info, unknown_backbone
+from ..views import ViewSpec, batch_views, check_branches
+from .backbones import check_backbone_arguments, check_view_sizes, feature_info, unknown_backbone
 from .box_head import BoxHead, FoundBoxes, features_and_maps, map_channels
 from .masking import check_late_backbone, check_mask, check_tokens_backbone, late_features, token_features
 from .parts import PartMaps, PartWeights
 from .timm_contract import TimmContract
-
-BRANCHES = ("full", "fg", "bg")
 
 
 class L2R2Output(NamedTuple):
@@ -65,7 +63,7 @@ class L2R2(TimmContract):
     """Localize to Recognize Robustly: a classifier that sees the whole image, and the object cut out of it.
 
     `model(x)` is an ordinary timm classifier, the head of the first branch. `forward_views` takes the views of all branches. With
-    a shared backbone, the views pass through it as one batch, so batch norm is trained on the statistics of both;
+    a shared backbone, views of one size pass through it as one batch, so batch norm is trained on the statistics of both;
     `shared=False` separates them. Source: L2R2 (arXiv 2411.15933), section 3 and appendix B; the shared backbone is this
     project's (`docs/method.md`, Training).
 
@@ -196,16 +194,7 @@ class L2R2(TimmContract):
             raise L2R2Error(f'Pass either boxes or localize="head", got localize={localize!r}.')
         if boxes is None:
             boxes = self.locate(x).in_pixels(x.shape[2], x.shape[3], BOX_THRESHOLD)
-        views, has_fg, spec = {}, None, self.view_spec
-        for branch in self.branches:
-            if branch == "full":
-                views[branch] = x
-            elif branch == "fg" and spec.fg.in_network:
-                views["mask"], has_fg = batch_masks(x, boxes)
-                views["fg" if "full" not in self.branches else "full"] = x
-            else:
-                views[branch], has_fg = cut_batch(x, boxes, spec, branch)
-        out: L2R2Output = self.forward_views(**views, has_fg=has_fg)
+        out: L2R2Output = self.forward_views(**batch_views(x, boxes, self.view_spec, self.branches))
         return out.fused
 
     @torch.jit.ignore
@@ -235,7 +224,7 @@ class L2R2(TimmContract):
         """Logits of the branches whose view is given, and their fusion (`docs/method.md`, Fallback).
 
         Args:
-            full, fg, bg: normalized views `[B, C, S, S]`.
+            full, fg, bg: normalized views `[B, C, S, S]`, each at its own size.
             has_fg: `[B]` bool, False where no object was found; those rows equal the full branch exactly. None: all found.
             mask: the object in the whole image, for an fg that is masked in the network (`late`, `tokens`): `[B, h, w]` of any
                 size (see `masking.coverage`), bool or in [0, 1]. The image is `fg` if given, else `full`. A row whose mask keeps
@@ -281,11 +270,18 @@ class L2R2(TimmContract):
         return {b: self.heads[b](features[b]) for b in self.branches if b in features}, seen, located
 
     def _features(self, views: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], FoundBoxes | None]:
-        """Pooled features by branch, in one `[nB, C, S, S]` pass if the backbone is shared, and the box head's boxes."""
-        groups = [list(views)] if self.shared else [[b] for b in views]
+        """Pooled features by branch, and the box head's boxes; views of one size share a `[nB, C, S, S]` pass of a backbone."""
+        groups: list[list[str]] = []
+        for branch, view in views.items():
+            for names in groups:
+                if self.shared and views[names[0]].shape[2:] == view.shape[2:]:
+                    names.append(branch)
+                    break
+            else:
+                groups.append([branch])
         pooled: dict[str, Tensor] = {}
         located = None
-        for names in groups if views else []:
+        for names in groups:
             backbone: Any = self.backbone_of(names[0])
             x, sizes = torch.cat([views[b] for b in names]), [views[b].shape[0] for b in names]
             if self.box_head is None or "full" not in names:
@@ -345,7 +341,7 @@ class L2R2(TimmContract):
 
     def _check_views(self, spec: ViewSpec) -> None:
         """Check that the backbone takes views of this size and supports the spec's fg mode."""
-        check_view_size(self.backbone, self.backbone_name, spec.size)
+        check_view_sizes(self.backbone, self.backbone_name, [spec.size_of(branch) for branch in self.branches])
         if self.box_head is not None and ("full" not in self.branches or spec.fg.in_network):
             raise L2R2Error(
                 f'A box head needs a full branch and an fg that is cropped, not fg_mode "{spec.fg_mode}" with {self.branches}.'
@@ -379,20 +375,3 @@ class L2R2(TimmContract):
     def backbone_prefixes(self) -> list[str]:
         """Prefixes of the backbones' keys in the state dict."""
         return ["backbone.", *(f"branch_backbones.{b}." for b in self.branch_backbones)]
-
-
-def check_branches(branches: str | Sequence[str]) -> tuple[str, ...]:
-    """Check the branches and return them as a tuple.
-
-    Raises:
-        L2R2Error: when a branch is unknown or repeated, or there is none.
-
-    >>> check_branches(["full", "fg"])
-    ('full', 'fg')
-    """
-    branches = (branches,) if isinstance(branches, str) else tuple(branches)
-    if unknown := [b for b in branches if b not in BRANCHES]:
-        raise L2R2Error(f'Unknown branch "{unknown[0]}"; choose from {", ".join(BRANCHES)}.')
-    if not branches or len(set(branches)) != len(branches):
-        raise L2R2Error(f"Branches must be one or more of {', '.join(BRANCHES)}, without repetition, got {branches}.")
-    return branches

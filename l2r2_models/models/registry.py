@@ -24,11 +24,11 @@ from torch import Tensor
 
 from ..errors import L2R2Error
 from ..offline import cache_if_offline
-from ..views import ViewSpec
+from ..views import ViewSpec, check_branches
 from .backbones import unknown_backbone
 from .hub_configs import load_hub_configs
 from .ifam import IFAM
-from .l2r2 import L2R2, check_branches
+from .l2r2 import L2R2
 from .weights import forget, overlay
 
 __all__: list[str] = []  # timm appends to it
@@ -112,13 +112,15 @@ def _default_cfgs() -> dict[str, dict[str, Any] | PretrainedCfg]:
 
 def _trained_cfg(config: HubConfig) -> dict[str, Any]:
     """The pretrained cfg of an L2R2 checkpoint on the Hub."""
-    views = ViewSpec.from_dict((config.model_args or {}).get("views", {}))
+    arguments = config.model_args or {}
+    views = ViewSpec.from_dict(arguments.get("views", {}))
+    size = views.size_of(arguments.get("branches", ["full"])[0])  # of the branch that `model(x)` uses
     return dict(
         hf_hub_id=config.hub_id,
         license=config.license,
         num_classes=len(config.label_names or ()),
         label_names=config.label_names,
-        input_size=(3, views.size, views.size),
+        input_size=(3, size, size),
         mean=views.mean,
         std=views.std,
         interpolation=views.interpolation,

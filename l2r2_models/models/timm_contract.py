@@ -102,7 +102,7 @@ class TimmContract(nn.Module):
         self.backbone_kwargs.update(changed)  # these rebuild the model when a checkpoint is loaded
         update_model_input_size(self, self.backbone_kwargs.get("img_size"), **kwargs)
         if side is not None and self._view_spec is not None:
-            self._view_spec = replace(self._view_spec, size=side)
+            self._view_spec = replace(self._view_spec, size=side, sizes={})
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -249,7 +249,8 @@ def _left_out(result: Evaluation) -> list[Section]:
 def _origin(judged: Judged, result: Evaluation) -> Section:
     checkpoint, table_ = judged.checkpoint, judged.data.table
     model = checkpoint.model
-    name = f"{model.pretrained_cfg.get('architecture', 'l2r2')} on {model.backbone_name}, views of {model.view_spec.size} pixels"
+    sizes = model.view_spec.size_words(model.branches)
+    name = f"{model.pretrained_cfg.get('architecture', 'l2r2')} on {model.backbone_name}, views of {sizes}"
     rows: list[list[Cell]] = [
         ["run", checkpoint.name],
         ["weights (SHA-256)", checkpoint.digest[:16]],

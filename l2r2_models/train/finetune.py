@@ -23,8 +23,9 @@ from ..io import remove_stale, write_json, write_text
 from ..locks import only_writer
 from ..models.l2r2 import L2R2
 from ..models.masking import kept_patches, patch_grid
-from ..runs import CHECKPOINTS, RECIPE, RUN, check_place, finished, surroundings
+from ..runs import CHECKPOINTS, RECIPE, RUN, check_place, finished, record_of, surroundings
 from ..views import make_views
+from .computation import CHOSEN, check_device, resolve
 from .init import InitCheckpoint
 from .models import create_model
 from .optimizers import check_optimizer
@@ -112,13 +113,14 @@ def finetune(
 
         classes = train.classes()
         # before the slow check of the images, so that a wrong name is reported at once
-        model, notes = processes.together(lambda: _model(recipe, classes, start, trainer))
+        model, notes = processes.together(lambda: _model(recipe, classes, start))
+        settings["resolved"] = processes.on_first(lambda: _resolved(recipe, model, {} if overwrite else record_of(out)))
         notes += _seen_before(start, val, classes)
         check = processes.on_first(lambda: _check(train, val, recipe, model, skip_bad, progress))
         train, val = _without(train, check.bad), _without(val, check.bad) if val else None
         leaks = processes.on_first(lambda: find_leaks(train, _other_rows(table, train, val), check.hashes, progress))
         processes.on_first(lambda: _begin(out, recipe, settings, overwrite))
-        trained = trainer.train(model, recipe, train, val, classes, out, tensorboard=tensorboard)
+        trained = trainer.train(model, replace(recipe, **settings["resolved"]), train, val, classes, out, tensorboard=tensorboard)
         if not all(value.isfinite().all() for value in model.state_dict().values()):
             raise L2R2Error(f"{out}: the training has diverged; train again with --overwrite and a lower --lr.")
         with_box = sum(row.path in check.with_box for row in train.rows)
@@ -184,12 +186,18 @@ def _finished(out: Path, data: Path, settings: dict[str, Any], overwrite: bool) 
     return None if overwrite else finished(out)
 
 
-def _model(recipe: Recipe, classes: Sequence[str], start: InitCheckpoint | None, trainer: Any) -> tuple[L2R2, list[str]]:
+def _model(recipe: Recipe, classes: Sequence[str], start: InitCheckpoint | None) -> tuple[L2R2, list[str]]:
     """Create the model, and a note on its initialization."""
-    trainer.check_device(recipe)
+    check_device(recipe)
     check_optimizer(recipe.optimizer)
     model = create_model(recipe, len(classes), start)
     return model, [start.give(model, classes)] if start else []
+
+
+def _resolved(recipe: Recipe, model: L2R2, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the recipe leaves to the hardware, as an earlier call chose it if the run is continued."""
+    resolved = resolve(recipe, model, record.get("resolved", {}))
+    return {key: getattr(resolved, key) for key in CHOSEN}
 
 
 def _start(recipe: Recipe, out: Path, settings: dict[str, Any]) -> InitCheckpoint | None:
@@ -298,7 +306,7 @@ def _fg_sees_object(model: L2R2, sample: Sample) -> bool:
     if not spec.fg.drops_tokens:
         return bool(views.has_fg)
     assert views.mask is not None
-    grid = patch_grid(model.backbone_of("fg"), spec.size, spec.size)
+    grid = patch_grid(model.backbone_of("fg"), spec.size_of("fg"), spec.size_of("fg"))
     return bool(views.has_fg & kept_patches(views.mask, grid, spec.coverage).any(1))
 
 

@@ -30,6 +30,7 @@ OF_RECIPE = (
     "late_pool",
     "coverage",
     "size",
+    "sizes",
 )  # the fields of a ViewSpec that a recipe always sets
 NOT_OF_BACKBONE = ("views", "fusion", "format_version", "in_chans", "img_size", "num_classes")
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ..fusion import with_fallback
 from ..models.box_head import box_losses
-from ..models.l2r2 import BRANCHES, L2R2
+from ..models.l2r2 import L2R2
 from ..models.parts import PartWeights
+from ..views import BRANCHES
 from .mixup import ViewMixup
 
 
@@ -114,3 +117,18 @@ class BranchLoss(nn.Module):
 def _count(rows: Tensor, counts: Tensor | None, which: int) -> Tensor:
     """Return the divisor of a sum over rows."""
     return rows.sum().clamp(min=1) if counts is None else counts[which]
+
+
+def by_branch(inputs: Mapping[str, Tensor], branches: Sequence[str]) -> list[dict[str, Tensor]]:
+    """Split the arguments of `BranchLoss` into those of each branch, whose losses add up to that of all branches.
+
+    Args:
+        inputs: the arguments by name.
+        branches: the branches of the model, in order.
+    """
+    common = {name: value for name, value in inputs.items() if name not in (*BRANCHES, "mask")}
+    parts = []
+    for branch in branches:
+        view = inputs[branch if branch in inputs else "full"]  # an fg that is masked in the network sees the full view
+        parts.append({**common, branch: view, **({"mask": inputs["mask"]} if branch == "fg" and "mask" in inputs else {})})
+    return parts

@@ -69,7 +69,7 @@ def create_model(recipe: Recipe, num_classes: int, start: InitCheckpoint | None 
         hint = "; without network access, pass --no-pretrained" if downloads else ""
         raise L2R2Error(f"{recipe.model} cannot be created ({what}){hint}.") from error
     changes = {name: getattr(recipe, name) for name in ("margin", "late_stage", "late_pool", "coverage")}
-    given = {name: getattr(recipe, name) for name in ("bg", "square", "fill", "interpolation", "mode", "size")}
+    given = {name: getattr(recipe, name) for name in ("bg", "square", "fill", "interpolation", "mode", "decode", "size", "sizes")}
     changes["fg_mode"] = recipe.fg_mode or model.view_spec.fg_mode
     changes.update({name: value for name, value in given.items() if value is not None})
     from_start = start.views() if start else {}
@@ -80,6 +80,8 @@ def create_model(recipe: Recipe, num_classes: int, start: InitCheckpoint | None 
         raise L2R2Error(f'mixup and cutmix cannot mix the masks that fg_mode "{fg.name}" needs; do not set them.')
     if fg.drops_tokens and (recipe.backbone or {}).get("attn_drop_rate"):
         raise L2R2Error(f'attn_drop_rate does not work with fg_mode "{fg.name}", which drops tokens; use one or the other.')
+    if recipe.branch_backward == "separate":
+        check_separable(model, frozen=recipe.trainable == "head")
     _try_out(model, recipe)
     if recipe.grad_checkpointing:
         if fg.name == "late" and recipe.late_stage == "before_last":
@@ -96,12 +98,37 @@ def _try_out(model: L2R2, recipe: Recipe) -> None:
     model.eval()
     try:
         with torch.inference_mode():
-            size = model.view_spec.size
-            view = torch.zeros(2, model.in_chans, size, size)
-            views = [b for b in model.branches if b != "fg" or not model.finds_object]
-            model.forward_branches(torch.ones(2, size, size) if model.takes_mask else None, **dict.fromkeys(views, view))
+            spec, seen = model.view_spec, [b for b in model.branches if b != "fg" or not model.finds_object]
+            views = {b: torch.zeros(2, model.in_chans, spec.size_of(b), spec.size_of(b)) for b in seen}
+            mask = torch.ones(2, spec.size_of("fg"), spec.size_of("fg")) if model.takes_mask else None
+            model.forward_branches(mask, **views)
     except (RuntimeError, AssertionError, ValueError) as error:
         what = " ".join(str(error).split())[:200]
-        raise L2R2Error(f"{recipe.model} does not take views of {model.view_spec.size} pixels ({what}).") from error
+        raise L2R2Error(f"{recipe.model} does not take views of {spec.size_words(model.branches)} ({what}).") from error
     finally:
         model.train()
+
+
+def check_separable(model: L2R2, *, frozen: bool) -> None:
+    """Check that the gradients of the branches can be computed one branch at a time.
+
+    Args:
+        model: the model to train.
+        frozen: whether the backbones are not trained.
+
+    Raises:
+        L2R2Error: when the gradients would differ from those of all branches together, or no memory would be saved.
+    """
+    instead = "leave branch_backward at joint"
+    if model.finds_object:
+        raise L2R2Error(f"Stage 2 of an iFAM model sends its gradient through stage 1; {instead}.")
+    if model.shared and model.takes_mask and model.view_spec.fg_mode == "late":
+        raise L2R2Error(f'With fg_mode "late", one forward pass serves both branches, so nothing can be saved; {instead}.')
+    if len({model.view_spec.size_of(branch) for branch in model.branches}) == len(model.branches):
+        return  # views of other sizes go through the backbone separately anyway
+    statistics = any(name.endswith("running_var") for name, _ in model.backbone.named_buffers())
+    if model.shared and statistics and not frozen:
+        raise L2R2Error(
+            f"{model.backbone_name} has batch norm, whose statistics are those of all branches together; {instead}, "
+            "or train with shared=false or trainable=head."
+        )

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..models.l2r2 import BRANCHES
+from ..views import BRANCHES
 
 OUTPUTS = (*BRANCHES, "fused")
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import yaml
 
@@ -20,11 +20,13 @@ from ..data.splits import VAL_FROM
 from ..errors import L2R2Error
 from ..fusion import FUSIONS
 from ..io import parse_yaml, read_text
-from ..models.l2r2 import BRANCHES
 from ..models.parts import PartWeights
+from ..views import BRANCHES, ViewSpec
 
 TRAINABLE = ("all", "head")
-PRECISIONS = ("fp32", "bf16", "fp16")
+AUTO: Final = "auto"
+PRECISIONS = (AUTO, "fp32", "bf16", "fp16")
+BACKWARDS = ("joint", "separate")
 NO_METRIC = "none"
 METRICS = (NO_METRIC, *(f"{name}_{kind}accuracy" for kind in ("", "macro_") for name in ("fused", *BRANCHES)))
 
@@ -55,11 +57,13 @@ class Recipe:
         fill: RGB levels (0-255) of padding and of replaced pixels; null keeps the model's default.
         interpolation: how views are resized: bilinear or bicubic; null keeps the model's default.
         mode: how views are rounded: `float` (not at all), or `pil` as Pillow does; null keeps the model's default.
+        decode: how image files are decoded: `full`, or `scaled` to reduce large ones; null keeps the model's default.
         margin: margin added to the fg box at each end, relative to its side.
         late_stage: fg_mode `late` masks the output of the `last` stage, or of the one `before_last`.
         late_pool: fg_mode `late` pools by the masked mean (`mask`), over all positions (`all`), or by the class token (`token`).
         coverage: fg_mode `tokens` keeps the patches of which the object covers at least this fraction.
         size: side of the views in pixels; null keeps the model's input size.
+        sizes: other sides of the views of single branches, e.g. `{full: 128}`; null keeps `size` for all.
         box_threshold: boxes with a lower score are not used.
         val_fraction: fraction of the training rows to hold out for validation; 0 holds none out.
         val_group: metadata column (site, physical object); rows with the same value are held out together.
@@ -76,6 +80,8 @@ class Recipe:
         batch_size: rows per optimizer step, over all processes and accumulation steps.
         grad_accumulation: number of parts into which each batch is split to save memory. The result is the same as with one part,
             except for batch norm, which sees one part at a time.
+        branch_backward: `joint`, or `separate` to run the forward and backward pass of one branch after the other, which needs
+            about half the memory for two branches. The gradients are the same, except that dropout draws other positions.
         balanced: draw equally many rows of every class in each epoch; the length of an epoch stays the same.
         optimizer: a name of `timm.optim.list_optimizers()`; norms, biases and what the backbone excludes get no weight decay.
         lr: peak learning rate, reached after the warm-up, followed by cosine decay to zero.
@@ -97,8 +103,11 @@ class Recipe:
         ema: decay of an exponential moving average of the weights, which is then evaluated and saved; 0 is off.
         best_metric: metric on the validation rows that selects the epoch to keep, e.g. fused_accuracy; `none` keeps the last.
         patience: stop after this many epochs without a new best one; 0 is off.
-        precision: fp32, or bf16 or fp16 under autocast; the weights stay fp32.
-        channels_last: use the channels-last memory layout; same result up to rounding, faster for most convolutions.
+        precision: fp32, or bf16 or fp16 under autocast; the weights stay fp32. `auto` is bf16 where that is faster, else fp32;
+            the run records which.
+        channels_last: use the channels-last memory layout; same result up to rounding, faster for most convolutions. `auto`
+            uses it for convolutional backbones.
+        compile: compile the backbone with `torch.compile`, which takes minutes at the start.
         seed: random seed of weights, order and augmentation.
         workers: processes that load images; the result does not depend on it.
 
@@ -126,11 +135,13 @@ class Recipe:
     fill: tuple[int, ...] | None = None
     interpolation: str | None = None
     mode: str | None = None
+    decode: str | None = None
     margin: float = 0.0
     late_stage: str = "last"
     late_pool: str = "mask"
     coverage: float = 0.25
     size: int | None = None
+    sizes: dict[str, int] | None = None
     box_threshold: float = BOX_THRESHOLD
     val_fraction: float = 0.0
     val_group: str | None = None
@@ -148,6 +159,7 @@ class Recipe:
     epochs: int = 20
     batch_size: int = 32
     grad_accumulation: int = 1
+    branch_backward: str = "joint"
     balanced: bool = False
     optimizer: str = "adamw"
     lr: float = 2e-4
@@ -172,8 +184,9 @@ class Recipe:
     best_metric: str = NO_METRIC
     patience: int = 0
     # computation
-    precision: str = "fp32"
-    channels_last: bool = False
+    precision: str = AUTO
+    channels_last: Literal["auto", True, False] = AUTO
+    compile: bool = False
     seed: int = 0
     workers: int = 0
 
@@ -219,10 +232,15 @@ class Recipe:
             raise L2R2Error(f"seed must lie between 0 and 4294967295, got {self.seed}.")
         if self.size is not None and not 1 <= self.size <= 4096:
             raise L2R2Error(f"size must lie between 1 and 4096 pixels, got {self.size}.")
+        if lacking := [branch for branch in ViewSpec(sizes=self.sizes or {}).sizes if branch not in self.branches]:
+            raise L2R2Error(f"sizes has a size for {lacking[0]}, but this model has {', '.join(self.branches)}; leave it out.")
         known = {"trainable": TRAINABLE, "precision": PRECISIONS, "best_metric": METRICS, "val_from": VAL_FROM}
+        known["branch_backward"] = BACKWARDS
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise L2R2Error(f'Unknown {name} "{getattr(self, name)}"; choose from {", ".join(choices)}.')
+        if self.channels_last not in (AUTO, True, False):
+            raise L2R2Error(f"channels_last must be auto, true or false, got {self.channels_last!r}.")
 
     def _check_best(self) -> None:
         branch = self.best_metric.removesuffix("_accuracy").removesuffix("_macro")

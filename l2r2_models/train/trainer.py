@@ -25,12 +25,14 @@ from ..data.dataset import ViewDataset
 from ..data.table import ImageTable
 from ..errors import L2R2Error
 from ..io import write_atomic
-from ..models.l2r2 import BRANCHES, L2R2
+from ..models.l2r2 import L2R2
 from ..runs import CHECKPOINTS, LOGS, last_checkpoint
+from ..views import BRANCHES
 from .batches import EpochBatches
 from .best import Best, best_of
+from .computation import compile_backbones
 from .ema import WeightEMA, tensors_of
-from .losses import BranchLoss
+from .losses import BranchLoss, by_branch
 from .mixup import ViewMixup
 from .optimizers import create_optimizer
 from .progress import EpochLines
@@ -106,6 +108,16 @@ class BranchTrainer(Trainer):
             torch.distributed.all_reduce(counts)
         return parts, counts.clamp(min=1) / processes.world()  # gradients are averaged over the processes
 
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Add the gradients of one part of a batch: of all branches at once, or of one after the other."""
+        step = super().training_step
+        if self.recipe.branch_backward == "joint":
+            return step(model, inputs, num_items_in_batch)
+        *others, last = by_branch(self._prepare_inputs(inputs), self.model.model.branches)
+        with self.accelerator.no_sync(model):  # processes exchange the sum of the gradients, in the last backward pass
+            losses = [step(model, part, num_items_in_batch) for part in others]
+        return torch.stack([*losses, step(model, last, num_items_in_batch)]).sum()
+
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Compute the loss, normalized by the counts in training."""
         outputs = model(**inputs, counts=num_items_in_batch if model.training else None)
@@ -171,19 +183,6 @@ class _EachStep(TrainerCallback):
             self.trainer.average.update(state.global_step)
 
 
-def check_device(recipe: Recipe) -> None:
-    """Check that this machine supports the recipe's precision.
-
-    Raises:
-        L2R2Error: when it does not.
-    """
-    cuda = torch.cuda.is_available()
-    if recipe.precision == "fp16" and not cuda:
-        raise L2R2Error("precision fp16 needs a GPU; on a CPU, use bf16 or fp32.")
-    if recipe.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise L2R2Error("precision bf16 is not supported by this GPU; use fp16 or fp32.")
-
-
 def train(
     model: L2R2,
     recipe: Recipe,
@@ -198,7 +197,7 @@ def train(
 
     Args:
         model: the model to train.
-        recipe: see `Recipe`.
+        recipe: see `Recipe`; without `auto`, see `resolve`.
         train, val: rows; without `val` nothing is evaluated.
         classes: class names, in the order of the logits.
         out: folder of the run.
@@ -266,13 +265,15 @@ def _trainer(
         raise L2R2Error(
             f"{batches.world} processes are too many for batches of {min(batches.rows, recipe.batch_size)} images; start fewer."
         )
+    if recipe.compile:
+        compile_backbones(model)
     mix = ViewMixup(len(classes), recipe.mixup, recipe.cutmix, recipe.mix_probability) if recipe.mixup or recipe.cutmix else None
     loss = BranchLoss(
         model,
         recipe.label_smoothing,
         mix=mix,
         head_only=recipe.trainable == "head",
-        channels_last=recipe.channels_last,
+        channels_last=recipe.channels_last is True,
         part_weights=recipe.part_weights(),
     )
     return BranchTrainer(
@@ -311,7 +312,8 @@ def _arguments(recipe: Recipe, batches: EpochBatches, out: Path, *, validate: bo
         # explicit, or the Trainer rejects bf16 and does not see the other processes
         use_cpu=not torch.cuda.is_available() and (recipe.precision == "bf16" or batches.world > 1),
         average_tokens_across_devices=False,
-        ddp_find_unused_parameters=not recipe.grad_checkpointing,  # incompatible with checkpointing
+        # the last backward pass of one branch after the other does not use the other heads
+        ddp_find_unused_parameters=recipe.branch_backward == "separate" or not recipe.grad_checkpointing,
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
     )

@@ -1,7 +1,25 @@
 """Views, the crops and masked images that the branches see. Only `make_views` cuts them."""
 
-from .cut import Views, batch_masks, cut_batch, make_views, view_map
+from .batch import batch_masks, batch_views, cut_batch
+from .branches import BRANCHES, check_branches
+from .cut import Views, make_views, view_map
 from .modes import FG_MODES, FgMode
+from .patches import Patches, decode_patches, takes_patches
 from .spec import ViewSpec
 
-__all__ = ["FG_MODES", "FgMode", "ViewSpec", "Views", "batch_masks", "cut_batch", "make_views", "view_map"]
+__all__ = [
+    "BRANCHES",
+    "FG_MODES",
+    "FgMode",
+    "Patches",
+    "ViewSpec",
+    "Views",
+    "batch_masks",
+    "batch_views",
+    "check_branches",
+    "cut_batch",
+    "decode_patches",
+    "make_views",
+    "takes_patches",
+    "view_map",
+]

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..boxes.detections import Detections, ViewMap
 from ..errors import L2R2Error
+from .batch import rectangles
+from .patches import Patches
 from .spec import ViewSpec
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ class Views(NamedTuple):
     Where `has_fg` is False, the fg view shows the whole image, so that the batch contains only real images.
 
     Attributes:
-        full: normalized views `[V, 3, S, S]`, or None if not requested; likewise `fg` and `bg`.
+        full: normalized views `[V, 3, S, S]`, or None if not requested; likewise `fg` and `bg`, each at its own size.
         fg: see `full`.
         bg: see `full`.
         has_fg: `[V]` bool, whether an object was found.
@@ -46,7 +48,7 @@ class Views(NamedTuple):
 
 
 def make_views(
-    images: Sequence[Image | Tensor],
+    images: Sequence[Image | Tensor | Patches],
     boxes: Tensor | None,
     spec: ViewSpec,
     *,
@@ -58,7 +60,7 @@ def make_views(
     """Cut the views of every box from the original images (`docs/method.md`, Views).
 
     Args:
-        images: upright RGB images, PIL or uint8 tensors `[H, W, 3]`, of any sizes.
+        images: upright RGB images, PIL or uint8 tensors `[H, W, 3]`, of any sizes; or `Patches` for these boxes.
         boxes: `[V, 4]` xyxy pixels of the original image; a NaN row has no box. None: no image has a box.
         spec: how to cut.
         branches: which views to make.
@@ -78,8 +80,8 @@ def make_views(
     >>> views.full.shape, views.fg.shape, views.has_fg
     (torch.Size([1, 3, 8, 8]), torch.Size([1, 3, 8, 8]), tensor([True]))
     """
-    pixels = [_pixels(image).to(device) for image in images]
-    place = pixels[0].device if pixels else torch.device("cpu")
+    pixels = [image if isinstance(image, Patches) else _pixels(image).to(device) for image in images]
+    place = pixels[0].device if pixels and isinstance(pixels[0], Tensor) else torch.device("cpu")
     if boxes is not None and (boxes.ndim != 2 or boxes.shape[1] != 4):
         raise L2R2Error(f"boxes must be [V, 4], got {list(boxes.shape)}.")
     index = torch.arange(len(pixels), device=place) if image_index is None else image_index.to(place)
@@ -90,7 +92,8 @@ def make_views(
         raise L2R2Error("There is no image to cut views from; pass at least one.")
     if image_index is not None:
         _check_index(image_index, rows, len(pixels))
-    sizes = torch.tensor([p.shape[:2] for p in pixels], device=place)[index]  # [V, 2] height, width
+    of_image = torch.tensor([p.size if isinstance(p, Patches) else p.shape[:2] for p in pixels], device=place)
+    sizes = of_image[index]  # [V, 2] height, width
     boxes = torch.full((rows, 4), float("nan"), device=place) if boxes is None else boxes.to(place, torch.float32)
     keep = _object_masks(masks, sizes)
 
@@ -104,7 +107,7 @@ def make_views(
     objects = _Objects(boxes, sizes, has_fg, keep)
     parts: dict[str, _Part] = {}
     if "full" in branches:
-        parts["full"] = _whole_images(pixels)  # once per image, however many boxes it has
+        parts["full"] = _whole_images(of_image)  # once per image, however many boxes it has
     if in_network and "full" not in branches:
         parts["fg"] = _Part(whole, index)
     if "fg" in branches and not in_network:
@@ -112,14 +115,18 @@ def make_views(
         parts["fg"] = _Part(where, index, objects.kept() if spec.fg.erases else None)
     if "bg" in branches:
         parts["bg"] = _Part(whole, index, objects.erased(boxes_only=spec.bg == "box"))
-    views = _cut(pixels, parts, spec)
+    if any(isinstance(image, Patches) for image in pixels):
+        views = _cut_patches(pixels, parts, spec, device)  # type: ignore[arg-type]
+        has_fg, index, whole = has_fg.to(device), index.to(device), whole.to(device)
+    else:
+        views = _cut(pixels, parts, spec)  # type: ignore[arg-type]
     if image_index is not None and "full" in views:
         views["full"] = views["full"][index]
     mask = None
     if in_network and spec.fg.finds_object:
         has_fg = torch.ones_like(has_fg)  # the network finds the object itself
     elif in_network:
-        mask = _cut_masks(objects.kept(), whole, spec)
+        mask = _cut_masks([kept.to(whole.device) for kept in objects.kept()], whole, spec)
     return Views(views.get("full"), views.get("fg"), views.get("bg"), has_fg, mask)
 
 
@@ -137,78 +144,8 @@ def view_map(branch: str, spec: ViewSpec, image_size: tuple[int, int], box: Tens
     if branch == "fg" and spec.fg.crops and box is not None:
         (cut,), (found,) = Detections(box[None].float().cpu(), torch.ones(1), image_size).windows(spec.margin)
         window = tuple(cut.tolist()) if found else window
-    return ViewMap(window, (spec.size, spec.size), spec.square)
-
-
-def cut_batch(x: Tensor, boxes: Tensor, spec: ViewSpec, branch: str) -> tuple[Tensor, Tensor]:
-    """Cut the fg or bg views from a normalized batch, at its own size; differentiable in `x`.
-
-    Args:
-        x: `[B, C, H, W]` normalized images; the fill color is 0, their mean.
-        boxes: `[B, 4]` xyxy in pixels of `x`; a NaN row has no box.
-        spec: only its fg mode, margin, square and interpolation are used.
-        branch: `fg` or `bg`. There are no masks, so the box is the object.
-
-    Returns:
-        Views `[B, C, H, W]`, and `has_fg` `[B]` bool; a row without a box shows the whole image.
-
-    Raises:
-        L2R2Error: when the boxes are not `[B, 4]`.
-
-    >>> views, has_fg = cut_batch(torch.rand(2, 3, 8, 8), torch.tensor([[0.0, 0, 4, 4], [torch.nan] * 4]), ViewSpec(), "fg")
-    >>> views.shape, has_fg
-    (torch.Size([2, 3, 8, 8]), tensor([ True, False]))
-    """
-    window, has_fg = _windows(x, boxes)
-    batch, channels, height, width = x.shape
-    whole = boxes.new_tensor([0, 0, width, height]).expand(batch, 4)
-    if branch == "bg" or spec.fg.erases:
-        inside = _rectangles(window, height, width)[:, None]
-        erased = inside if branch == "bg" else ~inside
-        x = torch.where(erased & has_fg[:, None, None, None], torch.zeros_like(x), x)
-    if branch == "bg" or not spec.fg.crops:
-        return x, has_fg
-    where = torch.where(has_fg[:, None], boxes.to(whole), whole)
-    three = channels == 3  # the kernel takes three channels; other inputs are cut one channel at a time
-    views, _ = roi_views(
-        x if three else x.flatten(0, 1)[:, None].expand(-1, 3, -1, -1),
-        where if three else where.repeat_interleave(channels, 0),
-        size=(height, width),
-        margin=spec.margin,
-        square=spec.square,
-        fill=(0.0, 0.0, 0.0),
-        interpolation=spec.interpolation,
-        dtype=x.dtype,
-    )
-    if not three:
-        views = views[:, 0].unflatten(0, (batch, channels))
-    return views, has_fg
-
-
-def batch_masks(x: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn the boxes of a batch into masks, for an fg that is masked inside the network.
-
-    Args:
-        x: `[B, C, H, W]` images.
-        boxes: `[B, 4]` xyxy in pixels of `x`; a NaN row has no box.
-
-    Returns:
-        Masks `[B, H, W]` bool, True everywhere in a row without a box, and `has_fg` `[B]` bool.
-
-    Raises:
-        L2R2Error: when the boxes are not `[B, 4]`.
-    """
-    window, has_fg = _windows(x, boxes)
-    return _rectangles(window, x.shape[2], x.shape[3]) | ~has_fg[:, None, None], has_fg
-
-
-def _windows(x: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Integer boxes `[B, 4]` in a batch, and which of them contain a pixel."""
-    batch, _, height, width = x.shape  # not len(x), which export would fix
-    if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.shape[0] != batch:
-        raise L2R2Error(f"boxes must be [B, 4] = [{batch}, 4], got {list(boxes.shape)}.")
-    window, valid = integer_boxes(boxes, boxes.new_full((batch,), height), boxes.new_full((batch,), width), 0.0)
-    return window, valid
+    size = spec.size_of(branch)
+    return ViewMap(window, (size, size), spec.square)
 
 
 class _Part(NamedTuple):
@@ -220,9 +157,18 @@ class _Part(NamedTuple):
 
 
 def _cut(pixels: list[Tensor], parts: Mapping[str, _Part], spec: ViewSpec) -> dict[str, Tensor]:
-    """Cut all parts in one kernel launch; the margin does not change whole images, because boxes are clipped."""
-    if not parts:
-        return {}
+    """Cut all parts, those of one size in one kernel launch."""
+    by_size: dict[int, dict[str, _Part]] = {}
+    for branch, part in parts.items():
+        by_size.setdefault(spec.size_of(branch), {})[branch] = part
+    found: dict[str, Tensor] = {}
+    for size, of_size in by_size.items():
+        found.update(_cut_alike(pixels, of_size, spec, size))
+    return found
+
+
+def _cut_alike(pixels: list[Tensor], parts: Mapping[str, _Part], spec: ViewSpec, size: int) -> dict[str, Tensor]:
+    """Cut parts of one size; the margin does not change whole images, because boxes are clipped."""
     masks: list[Tensor | None] = []
     for part in parts.values():
         masks += part.masks or [None] * len(part.boxes)
@@ -231,7 +177,7 @@ def _cut(pixels: list[Tensor], parts: Mapping[str, _Part], spec: ViewSpec) -> di
         torch.cat([part.boxes for part in parts.values()]),
         torch.cat([part.images for part in parts.values()]),
         masks=None if all(mask is None for mask in masks) else masks,
-        size=spec.size,
+        size=size,
         margin=spec.margin,
         square=spec.square,
         fill=spec.fill,
@@ -243,18 +189,55 @@ def _cut(pixels: list[Tensor], parts: Mapping[str, _Part], spec: ViewSpec) -> di
     return dict(zip(parts, views.split([len(part.boxes) for part in parts.values()])))
 
 
+def _cut_patches(
+    images: list[Patches], parts: Mapping[str, _Part], spec: ViewSpec, device: torch.device | str | None
+) -> dict[str, Tensor]:
+    """Cut all parts from patches, each of which covers one view."""
+    pixels: list[Tensor] = []
+    of_branch: dict[str, int] = {}
+    for branch, part in parts.items():
+        if part.masks is not None:
+            raise L2R2Error("Views with replaced pixels cannot be cut from patches; pass whole images.")
+        of = [images[i] for i in part.images.tolist()]
+        height, width = (torch.tensor([image.size[axis] for image in of]) for axis in (0, 1))
+        windows, _ = integer_boxes(part.boxes, height, width, spec.margin)
+        pixels += [_of_window(image, window) for image, window in zip(of, windows.tolist())]
+        of_branch[branch] = len(of)
+    pixels = [_sent(part, device) for part in pixels]
+    if not pixels:
+        return {}
+    ends = _whole_images(torch.tensor([p.shape[:2] for p in pixels], device=device))
+    counts = list(of_branch.values())
+    split = map(_Part, ends.boxes.split(counts), ends.images.split(counts))
+    return _cut(pixels, dict(zip(of_branch, split)), spec)
+
+
+def _of_window(image: Patches, window: Sequence[int]) -> Tensor:
+    try:
+        return image.parts[tuple(window)]  # type: ignore[index]
+    except KeyError:
+        raise L2R2Error(f"The patches of this image are for other boxes; none covers the window {window}.") from None
+
+
+def _sent(pixels: Tensor, device: torch.device | str | None) -> Tensor:
+    """Return the pixels on the device; copies to a GPU are asynchronous, through pinned memory."""
+    if device is None or torch.device(device).type != "cuda":
+        return pixels.to(device)
+    return pixels.pin_memory().to(device, non_blocking=True)
+
+
 def _cut_masks(masks: list[Tensor], whole: Tensor, spec: ViewSpec) -> Tensor:
     """Cut object masks `[H, W]` bool like whole images: `[V, S, S]` in [0, 1], 0 in the padding."""
     plain = replace(spec, fill=(0, 0, 0), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), interpolation="bilinear")
     pixels = [mask[..., None].to(torch.uint8).mul(255).expand(-1, -1, 3).contiguous() for mask in masks]
     part = _Part(whole, torch.arange(len(pixels), device=whole.device))
-    return _cut(pixels, {"mask": part}, plain)["mask"][:, 0].clamp(0, 1)
+    return _cut(pixels, {"full": part}, plain)["full"][:, 0].clamp(0, 1)
 
 
-def _whole_images(pixels: list[Tensor]) -> _Part:
-    place = pixels[0].device
-    ends = torch.tensor([[0, 0, p.shape[1], p.shape[0]] for p in pixels], device=place)
-    return _Part(ends.float(), torch.arange(len(pixels), device=place))
+def _whole_images(sizes: Tensor) -> _Part:
+    """Return the part that shows whole images of sizes `[N, 2]` (height, width)."""
+    ends = torch.cat([torch.zeros_like(sizes), sizes.flip(1)], 1)
+    return _Part(ends.float(), torch.arange(len(sizes), device=sizes.device))
 
 
 class _Objects(NamedTuple):
@@ -270,7 +253,7 @@ class _Objects(NamedTuple):
         windows, _ = integer_boxes(self.boxes, self.sizes[:, 0], self.sizes[:, 1], 0.0)
         given = [None] * len(windows) if self.masks is None or boxes_only else self.masks
         return [
-            mask if mask is not None and found else _rectangles(window[None], height, width)[0]
+            mask if mask is not None and found else rectangles(window[None], height, width)[0]
             for mask, found, window, (height, width) in zip(given, self.has_fg.tolist(), windows, self.sizes.tolist())
         ]
 
@@ -328,11 +311,3 @@ def _tight(mask: Tensor) -> Tensor:
     rows, columns = (mask.any(axis).long() for axis in (1, 0))
     inside = [ends.cumsum(0).bool() & ends.flip(0).cumsum(0).flip(0).bool() for ends in (rows, columns)]
     return inside[0][:, None] & inside[1][None]
-
-
-def _rectangles(windows: Tensor, height: int, width: int) -> Tensor:
-    """`[V, H, W]` bool, True inside each integer box."""
-    rows = torch.arange(height, device=windows.device)[None, :, None]
-    columns = torch.arange(width, device=windows.device)[None, None, :]
-    x0, y0, x1, y1 = (end[:, None, None] for end in windows.unbind(1))
-    return (rows >= y0) & (rows < y1) & (columns >= x0) & (columns < x1)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import config
 from ..errors import L2R2Error
+from .branches import BRANCHES
 from .modes import FG_MODES, FgMode
 
 CHOICES = {
@@ -19,6 +20,7 @@ CHOICES = {
     "bg": ("shape", "box"),
     "interpolation": ("bilinear", "bicubic"),
     "mode": ("float", "pil"),
+    "decode": ("full", "scaled"),
     "late_stage": ("last", "before_last"),
     "late_pool": ("mask", "all", "token"),
 }
@@ -33,7 +35,9 @@ class ViewSpec:
     appendix B.2).
 
     Attributes:
-        size: side of the square view in pixels.
+        size: side of the square views in pixels.
+        sizes: other sides, by branch, e.g. `{"full": 128}`: a small full view makes a model faster. Not for an fg that is masked
+            inside the network, because it sees the full view.
         fg_mode: `crop` (cut to the box), `masked_crop` (background replaced by `fill`, then cut) or `masked` (background
             replaced, not cut); or masked inside the network, which sees the whole image: `late` (features outside the object are
             zeroed), `tokens` (patches outside are dropped from a ViT) or `parts` (the network finds the object itself, see
@@ -45,6 +49,8 @@ class ViewSpec:
         fill: RGB levels (0-255) of padding and of replaced pixels.
         interpolation: `bilinear` or `bicubic`, antialiased.
         mode: `float`, or `pil`, which rounds exactly as Pillow does (square views only).
+        decode: `full`, or `scaled` to reduce image files by 2, 4 or 8 before cutting, while at least twice `size` pixels remain,
+            JPEG files while decoding (`docs/method.md`, Views). Mode `pil` needs `full`.
         mean: mean per channel of pixels in [0, 1], for normalization.
         std: standard deviation per channel of pixels in [0, 1], for normalization.
         late_stage: whether `late` masks the output of the `last` stage, or of the one `before_last`; the last then runs twice.
@@ -60,6 +66,7 @@ class ViewSpec:
     """
 
     size: int = 224
+    sizes: dict[str, int] = field(default_factory=dict, hash=False)
     fg_mode: Literal["crop", "masked_crop", "masked", "late", "tokens", "parts"] = "crop"
     bg: Literal["shape", "box"] = "shape"
     margin: float = 0.0
@@ -67,6 +74,7 @@ class ViewSpec:
     fill: tuple[int, int, int] = (124, 116, 104)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     mode: Literal["float", "pil"] = "float"
+    decode: Literal["full", "scaled"] = "full"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     late_stage: Literal["last", "before_last"] = "last"
@@ -77,8 +85,7 @@ class ViewSpec:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise L2R2Error(f'Unknown {name} "{getattr(self, name)}" of a view; choose from {", ".join(choices)}.')
-        if not isinstance(self.size, int) or isinstance(self.size, bool) or not 1 <= self.size <= MOST_SIZE:
-            raise L2R2Error(f"A view's size must be between 1 and {MOST_SIZE} pixels, got {self.size!r}.")
+        self._check_sizes()
         if not _is_number(self.margin) or not 0 <= self.margin <= 10:
             raise L2R2Error(f"A view's margin must be between 0 and 10 box sides, got {self.margin!r}.")
         if not _is_number(self.coverage) or not 0 <= self.coverage <= 1:
@@ -96,6 +103,39 @@ class ViewSpec:
             raise L2R2Error(f"A view's std must be above 0, got {self.std}.")
         if self.mode == "pil" and not self.square:
             raise L2R2Error('Views of mode "pil" must be square.')
+        if self.mode == "pil" and self.decode != "full":
+            raise L2R2Error('Views of mode "pil" need decode "full", to match Pillow exactly.')
+
+    def _check_sizes(self) -> None:
+        for branch, size in {"": self.size, **self.sizes}.items():
+            if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MOST_SIZE:
+                what = f"A view's size for {branch}" if branch else "A view's size"
+                raise L2R2Error(f"{what} must be between 1 and {MOST_SIZE} pixels, got {size!r}.")
+        if unknown := [branch for branch in self.sizes if branch not in BRANCHES]:
+            raise L2R2Error(f'Unknown branch "{unknown[0]}" in the sizes of views; choose from {", ".join(BRANCHES)}.')
+        if self.fg.in_network and self.size_of("full") != self.size_of("fg"):
+            raise L2R2Error(f'With fg_mode "{self.fg_mode}", fg sees the full view, so their sizes must be equal.')
+        object.__setattr__(self, "sizes", dict(self.sizes))
+
+    def size_of(self, branch: str) -> int:
+        """Side of a branch's view in pixels.
+
+        >>> spec = ViewSpec(sizes={"full": 128})
+        >>> spec.size_of("full"), spec.size_of("fg")
+        (128, 224)
+        """
+        return self.sizes.get(branch, self.size)
+
+    def size_words(self, branches: Sequence[str]) -> str:
+        """The sizes of the views of these branches, in words.
+
+        >>> ViewSpec(sizes={"full": 128}).size_words(["full", "fg"])
+        '128 x 128 (full) and 224 x 224 (fg) pixels'
+        """
+        sides = {branch: f"{self.size_of(branch)} x {self.size_of(branch)}" for branch in branches}
+        if len(set(sides.values())) == 1:
+            return f"{sides[branches[0]]} pixels"
+        return " and ".join(f"{side} ({branch})" for branch, side in sides.items()) + " pixels"
 
     @property
     def fg(self) -> FgMode:
@@ -121,7 +161,7 @@ class ViewSpec:
 
     @classmethod
     def from_pretrained_cfg(cls, cfg: Mapping[str, Any], **changes: Any) -> ViewSpec:
-        """Build the spec that matches a timm model: its input size, interpolation, mean and std; `fill` is the mean color.
+        """Build the spec of a new model on a timm model: its input size, interpolation, mean and std; `fill` is the mean color.
 
         Args:
             cfg: the model's `pretrained_cfg`.
@@ -142,6 +182,7 @@ class ViewSpec:
             "mean": mean,
             "std": std,
             "fill": tuple(round(255 * m) for m in mean),
+            "decode": "full" if changes.get("mode") == "pil" else "scaled",
         }
         return cls(**{**values, **changes})
 

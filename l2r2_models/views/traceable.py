@@ -39,36 +39,37 @@ def cut_in_graph(image: Tensor, boxes: Tensor, spec: ViewSpec, branches: Sequenc
     pixels = (image.float() - fill).permute(2, 0, 1)  # [3, H, W]; 0 is the fill color
     views = {}
     if "full" in branches:
-        views["full"] = _resized(pixels, whole[:1], whole[:1], spec)
+        views["full"] = _resized(pixels, whole[:1], whole[:1], spec, spec.size_of("full"))
     if "fg" in branches:
         window = grown if spec.fg.crops else whole
-        views["fg"] = _resized(pixels, window, tight if spec.fg.erases else window, spec)
+        views["fg"] = _resized(pixels, window, tight if spec.fg.erases else window, spec, spec.size_of("fg"))
     if "bg" in branches:
-        erased = _resized(pixels, whole, tight, spec)
-        views["bg"] = _resized(pixels, whole, whole, spec) - torch.where(has_fg[:, None, None, None], erased, 0.0)
+        size = spec.size_of("bg")
+        erased = _resized(pixels, whole, tight, spec, size)
+        views["bg"] = _resized(pixels, whole, whole, spec, size) - torch.where(has_fg[:, None, None, None], erased, 0.0)
     scale = 1 / (255 * torch.tensor(spec.std, dtype=torch.float32))[:, None, None]
     shift = (fill / 255 - torch.tensor(spec.mean)) / torch.tensor(spec.std)
     return {branch: view * scale + shift[:, None, None] for branch, view in views.items()}, has_fg
 
 
-def _resized(pixels: Tensor, window: Tensor, keep: Tensor, spec: ViewSpec) -> Tensor:
+def _resized(pixels: Tensor, window: Tensor, keep: Tensor, spec: ViewSpec, size: int) -> Tensor:
     """Resize each window's canvas of pixels `[3, H, W]` to `[V, 3, S, S]`, with fill outside `keep`."""
     x0, y0, x1, y1 = window.double().unbind(1)
     kx0, ky0, kx1, ky1 = keep.double().unbind(1)
     w, h = x1 - x0, y1 - y0
     side_x, side_y = (torch.maximum(w, h),) * 2 if spec.square else (w, h)
     taps = pixels.shape[1] + pixels.shape[2]  # an upper bound for the side of a canvas
-    rows = _axis(y0, h, side_y, ky0, ky1, pixels.shape[1], taps, spec)  # [V, S, H]
-    columns = _axis(x0, w, side_x, kx0, kx1, pixels.shape[2], taps, spec)  # [V, S, W]
+    rows = _axis(y0, h, side_y, ky0, ky1, pixels.shape[1], taps, spec, size)  # [V, S, H]
+    columns = _axis(x0, w, side_x, kx0, kx1, pixels.shape[2], taps, spec, size)  # [V, S, W]
     return rows[:, None] @ (pixels[None] @ columns[:, None].transpose(2, 3))  # [V, 3, H, S], then [V, 3, S, S]
 
 
 def _axis(
-    start: Tensor, length: Tensor, side: Tensor, keep0: Tensor, keep1: Tensor, pixels: int, taps: int, spec: ViewSpec
+    start: Tensor, length: Tensor, side: Tensor, keep0: Tensor, keep1: Tensor, pixels: int, taps: int, spec: ViewSpec, size: int
 ) -> Tensor:
     """Resize weights `[V, S, pixels]` of one axis, for a canvas of `side` taps that contains the window and its padding."""
-    scale = side[:, None, None] / spec.size
-    center = (torch.arange(spec.size, dtype=torch.float64)[None, :, None] + 0.5) * scale  # [V, S, 1]
+    scale = side[:, None, None] / size
+    center = (torch.arange(size, dtype=torch.float64)[None, :, None] + 0.5) * scale  # [V, S, 1]
     stretch = scale.clamp(min=1.0)
 
     def weights(tap: Tensor) -> Tensor:

@@ -275,9 +275,9 @@ def test_the_challenge_tries_every_background_and_a_sample_is_an_upper_bound(tmp
     shown = []
     seen = audit_module._logits
 
-    def count(audited, images, *more):
-        shown.append(len(images))
-        return seen(audited, images, *more)
+    def count(audited, views):
+        shown.append(len(views.has_fg))
+        return seen(audited, views)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(audit_module, "_logits", count)

@@ -77,6 +77,28 @@ def test_one_row_in_a_hundred_is_no_reason_but_ten_are():
     assert better(86) == "robust" and better(95) == "average"
 
 
+@pytest.mark.parametrize(("right", "name"), [(99, "fg alone"), (100, "agreement")])
+def test_a_fusion_must_be_more_accurate_than_fg_beyond_chance(right, name):
+    """A lower NLL is not enough: held-out rows are easy, and branches that agree are more confident."""
+    alone = {"plain": column(97, 0.5), "swapped": column(97, 0.5)}
+    better = candidate("agreement", right, 97, nll=0.1)
+    found = choose({"fg alone": Fitted(create_fusion("robust", 2, 3), alone), "agreement": better}, {"fg": alone, "full": alone})
+    assert found.name == name and ("beyond chance" in found.reason) == (name == "fg alone")
+
+
+def test_fg_alone_is_calibrated(tmp_path):
+    """Its confidence is compared with that of fusions, and shown to users."""
+    data = rows(tmp_path, misled=True)
+    data.logits["fg"].mul_(10)  # far too confident
+    (name, fitted), *_ = lead_alone(data).items()
+    assert name == "fg alone" and fitted.columns["plain"].ece < references(data)["fg"]["plain"].ece / 2
+    assert fitted.columns["plain"].accuracy == references(data)["fg"]["plain"].accuracy
+    again = create_fusion(fitted.fusion.config(), ("full", "fg"), 5)
+    again.load_state_dict(fitted.fusion.state_dict())
+    again.fit(data.logits["fg"], data.logits["full"][None], data.labels)
+    assert again.weight == 1 and again.decided(data.logits["fg"], torch.ones(800)).all()
+
+
 def rows(tmp_path, misled, seed=0):
     """200 objects as they are and on three other backgrounds each; full names the class at home, and away another one."""
     generator = torch.Generator().manual_seed(seed)

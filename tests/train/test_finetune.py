@@ -88,7 +88,7 @@ def test_a_last_batch_of_one_row_does_not_stop_batch_norm(tmp_path):
 
 
 def test_a_size_that_the_backbone_does_not_take_shows_before_training(dataset, tmp_path):
-    with pytest.raises(L2R2Error, match="does not take views of 8 pixels"):
+    with pytest.raises(L2R2Error, match="does not take views of 8 x 8 pixels"):
         finetune(dataset, Recipe.default("timm:efficientformer_l1", False, size=8), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

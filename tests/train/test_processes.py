@@ -29,7 +29,7 @@ def test_two_processes_give_the_result_of_one(dataset, tmp_path):
     lines[1:3] = [",".join(line.split(",")[:3]) + ",,,," for line in lines[1:3]]
     (dataset / "metadata.csv").write_text("\n".join(lines[:12] + lines[13:]))  # 11 rows of train
     settings = dict(optimizer="sgd", lr=0.05, balanced=True, ema=0.5, best_metric="fused_accuracy")
-    settings.update(epochs=3, batch_size=6, size=32)
+    settings.update(epochs=3, batch_size=6, size=32, precision="fp32")
     finetune(dataset, Recipe.default("timm:test_vit", False, **settings), tmp_path / "one")
     options = ["--model", "timm:test_vit", "--no-pretrained", *(f"--set={key}={value}" for key, value in settings.items())]
     two = start(*TWO, *COMMAND, dataset, *options, "--json", "-o", tmp_path / "two")

@@ -42,7 +42,7 @@ def test_settings_are_yaml_and_numbers_may_be_written_as_people_write_them():
         ({"optimizer": None}, "optimizer must be text, got None"),
         ({"ema": 1}, "ema must be at least 0 and below 1"),
         ({"layer_decay": 0}, "layer_decay must be above 0"),
-        ({"precision": "int8"}, 'Unknown precision "int8"; choose from fp32, bf16, fp16'),
+        ({"precision": "int8"}, 'Unknown precision "int8"; choose from auto, fp32, bf16, fp16'),
         ({"trainable": "neck"}, 'Unknown trainable "neck"; choose from all, head'),
         ({"best_metric": "loss"}, 'Unknown best_metric "loss"; choose from none, fused_accuracy'),
         ({"best_metric": "bg_accuracy"}, "needs the branch bg; this model has full, fg"),

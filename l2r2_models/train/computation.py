@@ -1,0 +1,88 @@
+"""How a training computes: the precision, the memory layout and the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import L2R2Error
+from ..hardware import has_bf16
+from ..models.backbones import is_convolutional
+from ..models.l2r2 import L2R2
+from .recipe import AUTO, Recipe
+
+CHOSEN = ("precision", "channels_last")  # recipe keys that may be left to the hardware
+
+
+def resolve(recipe: Recipe, model: L2R2, before: Mapping[str, Any]) -> Recipe:
+    """Replace `auto` by what suits the hardware and the network.
+
+    Precision is bf16 where the hardware has it, except for depthwise convolutions on a CPU, which are slower in bf16;
+    convolutional backbones are channels_last.
+
+    Args:
+        recipe: see `Recipe`.
+        model: the model to train.
+        before: what was chosen when the run was started, which a continued run keeps; empty for a new run.
+
+    Returns:
+        The recipe without `auto`.
+
+    Raises:
+        L2R2Error: when this machine does not support what was chosen, or cannot compile a model that should be compiled.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fast = has_bf16(device) and (device.type == "cuda" or not _has_depthwise(model.backbone))
+    precision = ("bf16" if fast else "fp32") if recipe.precision == AUTO else recipe.precision
+    channels_last = is_convolutional(model.backbone) if recipe.channels_last == AUTO else recipe.channels_last
+    resolved = replace(recipe, **{"precision": precision, "channels_last": channels_last, **before})
+    check_device(resolved)
+    if recipe.compile:
+        check_compiler(model)
+    return resolved
+
+
+def _has_depthwise(backbone: nn.Module) -> bool:
+    convolutions = [module for module in backbone.modules() if isinstance(module, nn.Conv2d)]
+    return any(module.groups == module.in_channels > 1 for module in convolutions)
+
+
+def check_device(recipe: Recipe) -> None:
+    """Check that this machine supports the recipe's precision.
+
+    Raises:
+        L2R2Error: when it does not.
+    """
+    cuda = torch.cuda.is_available()
+    if recipe.precision == "fp16" and not cuda:
+        raise L2R2Error("precision fp16 needs a GPU; on a CPU, use bf16 or fp32.")
+    if recipe.precision == "bf16" and cuda and not has_bf16(torch.device("cuda")):
+        raise L2R2Error("precision bf16 is not supported by this GPU; use fp16 or fp32.")
+
+
+def check_compiler(model: L2R2) -> None:
+    """Check that `torch.compile` works on this machine, and for this model.
+
+    Raises:
+        L2R2Error: when nothing can be compiled here, or the branches do not run the backbone's own forward pass.
+    """
+    if model.box_head is not None or model.takes_mask or model.finds_object:
+        raise L2R2Error("compile has no effect with a box head, or an fg that is masked inside the network; leave it out.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))
+    except Exception as error:  # torch._dynamo and torch._inductor raise many kinds
+        what = " ".join(str(error).split())[:200]
+        raise L2R2Error(
+            f"compile needs a C++ compiler, and Triton on a GPU ({what}); install it or leave compile out."
+        ) from error
+
+
+def compile_backbones(model: L2R2) -> None:
+    """Compile the forward pass of each backbone in place; the names of parameters stay the same."""
+    for backbone in (model.backbone, *model.branch_backbones.values()):
+        backbone.compile()
