@@ -32,9 +32,9 @@ from torch.utils.data import DataLoader, Dataset
 from l2r2_models.boxes import BoxEntry
 from l2r2_models.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from l2r2_models.checkpoints.export import export_run
+from l2r2_models.hardware import has_bf16
 from l2r2_models.pipe import in_order
 from l2r2_models.predict.benchmark import synthetic_photos
-from l2r2_models.predict.classify import has_bfloat16
 from l2r2_models.predict.predict_files import Inputs
 from l2r2_models.predict.predictor import Predictor
 
@@ -163,8 +163,8 @@ def main() -> None:
         rows["plain timm, timm's transform"] = by_hand(inputs, plain[:1], options.workers, device)
         rows[BASE] = by_hand(inputs, plain, options.workers, device)
         variants: dict[str, dict[str, object]] = {"L2R2": {}, "L2R2, cascade": {"cascade": True}, "L2R2, full of 128 px": small}
-        if device.type == "cuda" or has_bfloat16():
-            half = {"precision": "bfloat16"}
+        if has_bf16(device):
+            half = {"precision": "bf16"}
             variants |= {"L2R2, bfloat16": half, "L2R2, all three": {**half, **small, "cascade": True}}
         made = {name: predictor(**more) for name, more in variants.items()}
         rows |= {name: predicting(one, inputs) for name, one in made.items()}
