@@ -30,7 +30,7 @@ def benchmark(
     plain: Annotated[bool, typer.Option(help="Also measure a plain timm network with the same backbone.")] = True,
     batch_size: BatchSize = 32,
     workers: Workers = None,
-    precision: Precision = "float32",
+    precision: Precision = "fp32",
     cascade: Annotated[
         bool, typer.Option("--cascade", help="Skip the whole image where it cannot change the prediction, see `l2r2 predict`.")
     ] = False,

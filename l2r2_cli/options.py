@@ -35,7 +35,7 @@ Workers = Annotated[
 ]
 Precision = Annotated[
     str,
-    typer.Option("--precision", help="Precision of the network: float32, or bfloat16, which is faster and less precise."),
+    typer.Option("--precision", help="Precision of the network: fp32, or bf16, which is faster and less precise."),
 ]
 Device = Annotated[
     Optional[str], typer.Option("--device", help="Device to compute on: cpu, cuda, ...", show_default="cuda if available")

@@ -39,7 +39,7 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="Classes to list per object.")] = 3,
     batch_size: BatchSize = 32,
     workers: Workers = None,
-    precision: Precision = "float32",
+    precision: Precision = "fp32",
     cascade: Annotated[
         bool,
         typer.Option(

@@ -4,16 +4,17 @@
 
 Rows: a plain timm classifier with timm's transform in a DataLoader; two timm networks with Pillow crops in a DataLoader of as
 many workers (what an L2R2 model replaces); the shared L2R2 of the same backbone; the same with a cascade (a threshold that half
-of the boxes pass), in bfloat16 (if the processor has it), with both; and ONNX Runtime behind L2R2's own decoding. All see the
-same made-up photos, one box each, and random weights; the rounds alternate and the medians are compared, after a round to warm
-up. `ratio` is the time of the two networks over the row's. `network` is images per second of the network alone, on views in
-memory. Appends to benchmarks/results/endtoend_DEVICE.csv.
+of the boxes pass), with a full view of 128 pixels, in bfloat16 (if the processor has it), with all three; and ONNX Runtime behind
+L2R2's own decoding. All see the same made-up photos, one box each, and random weights; the rounds alternate and the medians are
+compared, after a round to warm up. `ratio` is the time of the two networks over the row's. `network` is images per second of the
+network alone, on views in memory. Appends to benchmarks/results/endtoend_DEVICE.csv.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import datetime
 import platform
 import statistics
@@ -31,9 +32,9 @@ from torch.utils.data import DataLoader, Dataset
 from l2r2_models.boxes import BoxEntry
 from l2r2_models.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from l2r2_models.checkpoints.export import export_run
+from l2r2_models.hardware import has_bf16
 from l2r2_models.pipe import in_order
 from l2r2_models.predict.benchmark import synthetic_photos
-from l2r2_models.predict.classify import has_bfloat16
 from l2r2_models.predict.predict_files import Inputs
 from l2r2_models.predict.predictor import Predictor
 
@@ -143,13 +144,16 @@ def main() -> None:
         run, photos = Path(folder) / "run", Path(folder) / "photos"
         photos.mkdir()
         save_checkpoint(model, run, [f"class {i}" for i in range(CLASSES)])
+        model.view_spec = dataclasses.replace(model.view_spec, sizes={"full": 128})
+        save_checkpoint(model, Path(folder) / "small", [f"class {i}" for i in range(CLASSES)])
+        small = {"run": Path(folder) / "small"}
         inputs = synthetic_photos(photos, options.images, (width, height))
         for name, entry in list(inputs.entries.items()):
             x0, y0 = (min(start, (1 - options.share) * side) for start, side in zip(entry.boxes[0], (width, height)))
             box = (x0, y0, x0 + options.share * width, y0 + options.share * height)
             inputs.entries[name] = BoxEntry((box,), (1.0,), ("",))
 
-        def predictor(**more: object) -> Predictor:
+        def predictor(run: Path = run, **more: object) -> Predictor:
             made = Predictor(load_checkpoint(run), workers=options.workers, batch_size=BATCH, device=device, **more)
             made.model.fusion.threshold.fill_(threshold)
             return made
@@ -158,10 +162,10 @@ def main() -> None:
         threshold = middle_confidence(predictor(), inputs)
         rows["plain timm, timm's transform"] = by_hand(inputs, plain[:1], options.workers, device)
         rows[BASE] = by_hand(inputs, plain, options.workers, device)
-        variants: dict[str, dict[str, object]] = {"L2R2": {}, "L2R2, cascade": {"cascade": True}}
-        if device.type == "cuda" or has_bfloat16():
-            half = {"precision": "bfloat16"}
-            variants |= {"L2R2, bfloat16": half, "L2R2, cascade, bfloat16": {**half, "cascade": True}}
+        variants: dict[str, dict[str, object]] = {"L2R2": {}, "L2R2, cascade": {"cascade": True}, "L2R2, full of 128 px": small}
+        if has_bf16(device):
+            half = {"precision": "bf16"}
+            variants |= {"L2R2, bfloat16": half, "L2R2, all three": {**half, **small, "cascade": True}}
         made = {name: predictor(**more) for name, more in variants.items()}
         rows |= {name: predicting(one, inputs) for name, one in made.items()}
         if options.onnx and device.type == "cpu":

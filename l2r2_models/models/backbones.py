@@ -90,6 +90,28 @@ def feature_info(backbone: Any) -> list[dict[str, Any]]:
     return list(info.info if hasattr(info, "info") else info)
 
 
+def early_stages(backbone: Any, stride: int) -> list[nn.Module]:
+    """Return the modules up to the last stage whose output stride is at most `stride`, in the order of their definition.
+
+    >>> import timm
+    >>> [type(module).__name__ for module in early_stages(timm.create_model("resnet10t"), 4)]
+    ['Sequential', 'BatchNorm2d', 'ReLU', 'MaxPool2d', 'Sequential']
+    """
+    names = [stage["module"] for stage in feature_info(backbone) if stage["reduction"] <= stride]
+    return _until(backbone, names[-1]) if names else []
+
+
+def _until(parent: nn.Module, name: str) -> list[nn.Module]:
+    """Return the children up to a submodule, and of the child that contains it, those up to it."""
+    first, _, rest = name.partition(".")
+    found: list[nn.Module] = []
+    for child, module in parent.named_children():
+        if child == first:
+            return found + (_until(module, rest) if rest else [module])
+        found.append(module)
+    return found
+
+
 def feature_map(backbone: Any, features: Tensor, view: Tensor) -> Tensor:
     """Convert the output of a timm backbone's `forward_features` to a map `[B, C, h, w]`, without prefix tokens."""
     if features.ndim == 4:

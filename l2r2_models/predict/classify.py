@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import L2R2Error
+from ..hardware import has_bf16
 from ..models.l2r2 import L2R2, L2R2Output
 from ..views import Views, make_views
 from .items import Item, Job, Pending, Row, images_of
 
 logger = logging.getLogger(__name__)
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["fp32", "bf16"]
 WINDOW = 4  # batches of fg that a cascade runs before the remaining images of full, so that their batches are full too
 
 
@@ -42,7 +43,7 @@ class Network:
         model: a model in eval mode, on `device`.
         device: device to compute on.
         batch_size: objects per forward pass.
-        precision: precision of the network, `float32` or `bfloat16`; views and fusion are always float32.
+        precision: precision of the network, `fp32` or `bf16`; views and fusion are always fp32.
         cascade: run fg first, and the other branches only on the rows that they could change.
 
     Raises:
@@ -50,15 +51,15 @@ class Network:
     """
 
     def __init__(
-        self, model: L2R2, device: torch.device, batch_size: int, precision: Precision = "float32", cascade: bool = False
+        self, model: L2R2, device: torch.device, batch_size: int, precision: Precision = "fp32", cascade: bool = False
     ) -> None:
         check_precision(precision, device)
         self.model, self.device, self.precision, self.cascade = model, device, precision, cascade
         self.batch_size = batch_size
         # fg that is masked in the network, or finds its object itself, shares its pass with full
         self.separate = not model.takes_mask and not model.finds_object
-        if precision != "float32" and not self.separate:
-            raise L2R2Error("A model that masks inside the network or finds its object itself needs the precision float32.")
+        if precision != "fp32" and not self.separate:
+            raise L2R2Error("A model that masks inside the network or finds its object itself needs the precision fp32.")
         if cascade:
             if not self.separate or not {"full", "fg"} <= set(model.branches):
                 raise L2R2Error("A cascade needs a full branch, and an fg branch whose view is cut from the image.")
@@ -186,7 +187,7 @@ class Network:
 
     def _pass(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         given = {b: v.to(self.device, memory_format=self.memory_format) for b, v in views.items()}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return {b: z.float() for b, z in self.model.forward_branches(**given).items()}
 
     def _together(self, jobs: Sequence[Job]) -> Answered:
@@ -220,14 +221,9 @@ def check_precision(precision: str, device: torch.device) -> None:
     """Check that the precision is known and that the device supports it.
 
     Raises:
-        L2R2Error: when the precision is unknown, or the processor has no bfloat16 instructions.
+        L2R2Error: when the precision is unknown, or the hardware has no bfloat16 instructions.
     """
-    if precision not in ("float32", "bfloat16"):
-        raise L2R2Error(f'Unknown precision "{precision}"; choose from float32, bfloat16.')
-    if precision == "bfloat16" and device.type == "cpu" and not has_bfloat16():
-        raise L2R2Error("This processor has no bfloat16 instructions (avx512_bf16 or amx_bf16); use the precision float32.")
-
-
-def has_bfloat16() -> bool:
-    """Return whether the processor has bfloat16 instructions."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    if precision not in ("fp32", "bf16"):
+        raise L2R2Error(f'Unknown precision "{precision}"; choose from fp32, bf16.')
+    if precision == "bf16" and not has_bf16(device):
+        raise L2R2Error(f"This {device.type.upper()} has no bfloat16 instructions; use the precision fp32.")

@@ -290,7 +290,7 @@ def _header(predictor: Predictor, inputs: Inputs) -> dict[str, Any]:
             "max_objects": predictor.max_objects,
             "top": predictor.top,
             "topk_prompts": predictor.topk_prompts,
-            **({"precision": predictor.network.precision} if predictor.network.precision != "float32" else {}),
+            **({"precision": predictor.network.precision} if predictor.network.precision != "fp32" else {}),
             **({"cascade": True} if predictor.network.cascade else {}),  # which leaves out the answers of full
         },
     }

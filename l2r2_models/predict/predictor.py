@@ -49,7 +49,7 @@ class Predictor:
             model's own box head: one forward pass on the whole image, then one on the boxes it found.
         topk_prompts: prompt the localizer with this many top classes of the full branch, see `localize.topk`.
         workers: number of threads that decode files in advance; 0 for none, by default one per core.
-        precision: precision of the network, `float32`, or the faster and less precise `bfloat16`, if the hardware supports it.
+        precision: precision of the network, `fp32`, or the faster and less precise `bf16`, if the hardware supports it.
         cascade: run the fg branch first, and the others only where they could change the fused prediction; labels and scores
             stay the same (`docs/method.md`, section 4). `ObjectPrediction.full` is None where it was not needed.
 
@@ -70,7 +70,7 @@ class Predictor:
         localizer: str | Localizer | None = None,
         topk_prompts: int | None = None,
         workers: int | None = None,
-        precision: Precision = "float32",
+        precision: Precision = "fp32",
         cascade: bool = False,
     ) -> None:
         self.checkpoint = checkpoint

@@ -24,7 +24,7 @@ class BranchLoss(nn.Module):
         model: the model to train.
         label_smoothing: see `torch.nn.functional.cross_entropy`.
         mix: mixup or cutmix of the views in training.
-        head_only: train the heads only; the backbones are frozen, including their batch-norm statistics.
+        frozen: parts of the model that are not trained, see `frozen_parts`; their batch-norm statistics stay as they are.
         channels_last: memory layout of weights and views.
         part_weights: weights of the losses on the parts of an iFAM model.
     """
@@ -35,26 +35,24 @@ class BranchLoss(nn.Module):
         label_smoothing: float = 0.0,
         *,
         mix: ViewMixup | None = None,
-        head_only: bool = False,
+        frozen: Sequence[nn.Module] = (),
         channels_last: bool = False,
         part_weights: PartWeights | None = None,
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last) if channels_last else model
-        self.label_smoothing, self.mix, self.head_only = label_smoothing, mix, head_only
+        self.label_smoothing, self.mix = label_smoothing, mix
         self.part_weights = part_weights or PartWeights()
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        for backbone in self._frozen():
-            backbone.requires_grad_(False)
-
-    def _frozen(self) -> list[nn.Module]:
-        return [self.model.backbone, self.model.branch_backbones] if self.head_only else []
+        self._frozen = tuple(frozen)  # a tuple, so that the state dict does not contain them twice
+        for part in self._frozen:
+            part.requires_grad_(False)
 
     def train(self, mode: bool = True) -> BranchLoss:
-        """Set training or evaluation mode; frozen backbones stay in evaluation mode."""
+        """Set training or evaluation mode; frozen parts stay in evaluation mode."""
         super().train(mode)
-        for backbone in self._frozen():
-            backbone.eval()
+        for part in self._frozen:
+            part.eval()
         return self
 
     def forward(

@@ -7,8 +7,10 @@ from typing import Any, cast
 import timm
 import torch
 from l2r2_hub_configs import unknown_model
+from torch import nn
 
 from ..errors import L2R2Error
+from ..models.backbones import early_stages
 from ..models.l2r2 import L2R2
 from ..models.registry import model_class
 from ..views import ViewSpec
@@ -132,3 +134,11 @@ def check_separable(model: L2R2, *, frozen: bool) -> None:
             f"{model.backbone_name} has batch norm, whose statistics are those of all branches together; {instead}, "
             "or train with shared=false or trainable=head."
         )
+
+
+def frozen_parts(model: L2R2, recipe: Recipe) -> list[nn.Module]:
+    """Return the parts of the backbones that the recipe freezes: all of each, or the stages up to a stride."""
+    backbones: list[nn.Module] = [model.backbone, *model.branch_backbones.values()]
+    if recipe.trainable == "head":
+        return backbones
+    return [part for backbone in backbones for part in early_stages(backbone, recipe.frozen_stride)]

@@ -26,6 +26,7 @@ from ..views import BRANCHES, ViewSpec
 TRAINABLE = ("all", "head")
 AUTO: Final = "auto"
 PRECISIONS = (AUTO, "fp32", "bf16", "fp16")
+STRIDES = (0, 2, 4, 8, 16, 32)
 BACKWARDS = ("joint", "separate")
 NO_METRIC = "none"
 METRICS = (NO_METRIC, *(f"{name}_{kind}accuracy" for kind in ("", "macro_") for name in ("fused", *BRANCHES)))
@@ -76,6 +77,8 @@ class Recipe:
         part_orthogonality: weight of the iFAM loss that encourages parts to differ.
         part_background: weight of the iFAM loss that encourages background at the border.
         trainable: `all`, or `head` to freeze the backbones, including their batch-norm statistics.
+        frozen_stride: freeze the stem and the stages of the backbones up to this output stride, e.g. 8, including their
+            batch-norm statistics; 0 freezes none. ViTs have a larger stride from the start.
         epochs: passes over the training rows.
         batch_size: rows per optimizer step, over all processes and accumulation steps.
         grad_accumulation: number of parts into which each batch is split to save memory. The result is the same as with one part,
@@ -156,6 +159,7 @@ class Recipe:
     part_background: float = 2.0
     # optimization
     trainable: str = "all"
+    frozen_stride: int = 0
     epochs: int = 20
     batch_size: int = 32
     grad_accumulation: int = 1
@@ -199,6 +203,8 @@ class Recipe:
         self._check_best()
         if self.init is not None and not self.pretrained:
             raise L2R2Error("init loads weights, but pretrained is false; use one or the other.")
+        if self.frozen_stride and not self.pretrained:
+            raise L2R2Error("frozen_stride keeps pretrained weights, but pretrained is false; leave one of them out.")
         if self.box_head and (self.mixup or self.cutmix):
             raise L2R2Error("mixup and cutmix cannot mix the boxes that a box head is trained on; use one or the other.")
         self.augment()
@@ -234,11 +240,11 @@ class Recipe:
             raise L2R2Error(f"size must lie between 1 and 4096 pixels, got {self.size}.")
         if lacking := [branch for branch in ViewSpec(sizes=self.sizes or {}).sizes if branch not in self.branches]:
             raise L2R2Error(f"sizes has a size for {lacking[0]}, but this model has {', '.join(self.branches)}; leave it out.")
-        known = {"trainable": TRAINABLE, "precision": PRECISIONS, "best_metric": METRICS, "val_from": VAL_FROM}
-        known["branch_backward"] = BACKWARDS
+        known: dict[str, tuple[Any, ...]] = {"trainable": TRAINABLE, "precision": PRECISIONS, "best_metric": METRICS}
+        known |= {"val_from": VAL_FROM, "branch_backward": BACKWARDS, "frozen_stride": STRIDES}
         for name, choices in known.items():
             if getattr(self, name) not in choices:
-                raise L2R2Error(f'Unknown {name} "{getattr(self, name)}"; choose from {", ".join(choices)}.')
+                raise L2R2Error(f'Unknown {name} "{getattr(self, name)}"; choose from {", ".join(map(str, choices))}.')
         if self.channels_last not in (AUTO, True, False):
             raise L2R2Error(f"channels_last must be auto, true or false, got {self.channels_last!r}.")
 

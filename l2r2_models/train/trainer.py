@@ -34,6 +34,7 @@ from .computation import compile_backbones
 from .ema import WeightEMA, tensors_of
 from .losses import BranchLoss, by_branch
 from .mixup import ViewMixup
+from .models import frozen_parts
 from .optimizers import create_optimizer
 from .progress import EpochLines
 from .recipe import NO_METRIC, Recipe
@@ -272,7 +273,7 @@ def _trainer(
         model,
         recipe.label_smoothing,
         mix=mix,
-        head_only=recipe.trainable == "head",
+        frozen=frozen_parts(model, recipe),
         channels_last=recipe.channels_last is True,
         part_weights=recipe.part_weights(),
     )

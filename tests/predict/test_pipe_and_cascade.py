@@ -11,6 +11,7 @@ from PIL import Image
 from l2r2_models import Detections, L2R2Error, Predictor
 from l2r2_models.boxes import BoxEntry
 from l2r2_models.checkpoints.checkpoint import load_checkpoint
+from l2r2_models.hardware import has_bf16
 from l2r2_models.images import LazyImage
 from l2r2_models.predict import classify, items
 from l2r2_models.predict.predict_files import gather, predict_to_file
@@ -223,13 +224,13 @@ def test_a_file_made_by_a_cascade_is_not_continued_without(run, photos, tmp_path
 
 def test_bfloat16_is_asked_for_and_close(run, photos, monkeypatch):
     paths, boxes = photos
-    if classify.has_bfloat16():
+    if has_bf16(torch.device("cpu")):
         plain = list(Predictor.from_pretrained(run, device="cpu").predict_files(paths[:4], boxes))
-        fast = list(Predictor.from_pretrained(run, device="cpu", precision="bfloat16").predict_files(paths[:4], boxes))
+        fast = list(Predictor.from_pretrained(run, device="cpu", precision="bf16").predict_files(paths[:4], boxes))
         for one, other in zip(plain, fast):
             assert [o.score for o in one.objects] == pytest.approx([o.score for o in other.objects], abs=0.05)
-    monkeypatch.setattr(classify, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(classify, "has_bf16", lambda device: False)
     with pytest.raises(L2R2Error, match="no bfloat16 instructions"):
-        Predictor.from_pretrained(run, device="cpu", precision="bfloat16")
+        Predictor.from_pretrained(run, device="cpu", precision="bf16")
     with pytest.raises(L2R2Error, match="Unknown precision"):
         Predictor.from_pretrained(run, device="cpu", precision="half")

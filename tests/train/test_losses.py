@@ -1,12 +1,14 @@
 """The training loss: correct for each branch with mixing, and independent of how the batch is split."""
 
+import re
+
 import pytest
 import torch
 
 from l2r2_models import L2R2Error
 from l2r2_models.train.losses import BranchLoss
 from l2r2_models.train.mixup import ViewMixup
-from l2r2_models.train.models import create_model
+from l2r2_models.train.models import create_model, frozen_parts
 from l2r2_models.train.optimizers import create_optimizer
 from l2r2_models.train.recipe import Recipe
 
@@ -74,15 +76,29 @@ def test_parts_of_a_batch_add_up_to_the_whole(smoothing):
     assert torch.allclose(sum(loss(**part, counts=torch.tensor([7.0, 4.0]))["loss"] for part in parts), whole, atol=1e-6)
 
 
-def test_head_only_leaves_the_backbone_and_its_statistics_as_they_are():
-    loss = BranchLoss(model_of(shared=False), head_only=True).train()
+@pytest.mark.parametrize(
+    ("backbone", "changes", "trained"),
+    [
+        ("resnet10t", {"trainable": "head"}, {"heads"}),
+        ("resnet10t", {"frozen_stride": 8}, {"heads", "layer3", "layer4"}),
+        ("test_convnext", {"frozen_stride": 4}, {"heads", "stages.1", "stages.2", "stages.3", "head"}),
+        ("tf_efficientnet_lite0", {"frozen_stride": 8}, {"heads", *(f"blocks.{i}" for i in (3, 4, 5, 6)), "conv_head", "bn2"}),
+    ],
+)
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_is_frozen_keeps_its_weights_and_statistics(backbone, changes, trained, shared):
+    model = model_of(backbone, shared=shared)
+    recipe = Recipe.default(f"timm:{backbone}", True, optimizer="sgd", lr=0.1, weight_decay=0.1, **changes)
+    loss = BranchLoss(model, frozen=frozen_parts(model, recipe)).train()
     before = {k: v.clone() for k, v in loss.model.state_dict().items()}
-    optimizer = create_optimizer(loss.model, Recipe.default("m", False, optimizer="sgd", lr=0.1))
-    views = torch.randn(2, 4, 3, 32, 32)
+    optimizer = create_optimizer(loss.model, recipe)
+    views = torch.randn(2, 4, 3, 64, 64)
     loss(torch.arange(4), torch.ones(4, dtype=torch.bool), full=views[0], fg=views[1])["loss"].backward()
     optimizer.step()
-    changed = {k.split(".")[0] for k, v in loss.model.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed == {"heads"}
+    changed = {k for k, v in loss.model.state_dict().items() if not torch.equal(v, before[k])}
+    names = {re.sub(r"^(backbone|branch_backbones.\w+)\.", "", name) for name in changed}
+    assert {re.match(r"(blocks|stages)\.\d+|\w+", name).group() for name in names} == trained
+    assert shared or any(name.startswith("branch_backbones") for name in changed) == (trained != {"heads"})
 
 
 def test_channels_last_and_grad_checkpointing_change_nothing_but_rounding():

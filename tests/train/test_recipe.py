@@ -40,6 +40,8 @@ def test_settings_are_yaml_and_numbers_may_be_written_as_people_write_them():
         ({"lr": True}, "lr must be a number, got True"),
         ({"branches": {"full": 1}}, "branches must be a list of names"),
         ({"optimizer": None}, "optimizer must be text, got None"),
+        ({"frozen_stride": 3}, 'Unknown frozen_stride "3"; choose from 0, 2, 4'),
+        ({"frozen_stride": 4}, "frozen_stride keeps pretrained weights, but pretrained is false"),
         ({"ema": 1}, "ema must be at least 0 and below 1"),
         ({"layer_decay": 0}, "layer_decay must be above 0"),
         ({"precision": "int8"}, 'Unknown precision "int8"; choose from auto, fp32, bf16, fp16'),
