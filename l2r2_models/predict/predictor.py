@@ -117,7 +117,7 @@ class Predictor:
         'chanterelle'
         """
         if not isinstance(image, (list, tuple)):
-            return self._predict([self._given(image, boxes)])[0]
+            return self.predict_items([self._given(image, boxes)])[0]
         if boxes is not None and len(boxes) != len(image):
             raise L2R2Error(f"{len(boxes)} entries of boxes for {len(image)} images; pass one per image (None for no boxes).")
         found: list[Prediction] = []
@@ -125,9 +125,9 @@ class Predictor:
         for one, of_one in zip(image, boxes or [None] * len(image)):
             batch.append(self._given(one, of_one))
             if is_full(batch, self.batch_size):
-                found += self._predict(batch)
+                found += self.predict_items(batch)
                 batch = []
-        return found + (self._predict(batch) if batch else [])
+        return found + (self.predict_items(batch) if batch else [])
 
     def predict_many(
         self, images: Sequence[ImageSource], boxes: Sequence[Boxes | None] | None = None, *, groups: Sequence[str] | None = None
@@ -214,9 +214,9 @@ class Predictor:
             except L2R2Error as error:
                 done.append(Prediction(str(path), (), str(error)))
             if is_full(batch, self.batch_size):
-                yield from merged(done, self._predict(batch))
+                yield from merged(done, self.predict_items(batch))
                 batch, done = [], []
-        yield from merged(done, self._predict(batch) if batch else [])
+        yield from merged(done, self.predict_items(batch) if batch else [])
 
     def _load(self, path: Path, entry: BoxEntry | None, mask_file: Path | None) -> Item:
         image = load_image(path, fill=self.model.view_spec.fill)
@@ -227,7 +227,8 @@ class Predictor:
         return Item(str(path), image, None if mask is None else Detections.from_mask(mask), None, mask)
 
     @torch.inference_mode()
-    def _predict(self, items: Sequence[Item]) -> list[Prediction]:
+    def predict_items(self, items: Sequence[Item]) -> list[Prediction]:
+        """Classify decoded images as one batch; the localizer finds the boxes of those without any."""
         if self.localizer is not None:
             lacking = [i for i, item in enumerate(items) if item.boxes is None and item.localizer_failure is None]
             if self.topk_prompts is not None and len(lacking) == len(items):
