@@ -24,6 +24,7 @@ COMMANDS = {
     "audit": ("audit:audit", "Measure how much a classifier relies on backgrounds."),
     "predict": ("predict:predict", "Classify images and give the reasons."),
     "explain": ("explain:explain", "Explain predictions with saliency maps and counterfactuals."),
+    "app": ("app:app", "Show predictions and their reasons in the browser."),
     "serve": ("serve:serve", "Answer HTTP requests with predictions."),
     "publish": ("publish:publish", "Publish a run on the Hugging Face Hub."),
     "publish-kernels": ("publish_kernels:publish_kernels", "Publish the kernels on the Hugging Face Hub."),
