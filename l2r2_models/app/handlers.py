@@ -79,11 +79,11 @@ class Handlers:
         import gradio as gr
 
         if photo is None:
-            return [None, markup.notice(sentence), markup.stage(None), gr.update(visible=False), "", "", "", ""]
+            return [None, markup.notice(sentence), markup.stage(None), gr.update(visible=False), "", markup.answers(None), "", ""]
         answers = maps = elsewhere = ""
         try:
             look = self.studio.look(photo, saliency)
-            answers, maps = markup.answers(look, "Prediction"), markup.maps(look)
+            answers, maps = markup.answers(look), markup.maps(look)
             elsewhere = markup.elsewhere(self.studio.look_elsewhere(photo, saliency), look, photo.box)
         except L2R2Error as error:
             sentence = sentence or str(error)

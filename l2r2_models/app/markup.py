@@ -13,6 +13,7 @@ from .studio import Look, Photo, Studio
 SHOWN = 960  # longer side of the photo on the page
 THUMB = 160
 HINT = "Drag on the photo to draw a box around the object."
+EMPTY = "The predictions appear here: for the whole image, for the object in the box, and for both together."
 NAMES = {"full": "Whole image", "fg": "Object", "bg": "Background", "fused": "Together"}
 
 
@@ -37,7 +38,7 @@ def _boxed(image: Image.Image, boxes: Sequence[Sequence[float]], chosen: int, ti
 def heading(name: str, labels: Sequence[str]) -> str:
     """Return the title of the page."""
     some = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
-    form = Markup('<h1>{}</h1><p class="soft">{} classes: {}. Photos stay on this machine.</p>')
+    form = Markup('<h1>L2R2: {}</h1><p class="soft">{} classes: {}. Photos stay on this machine.</p>')
     return form.format(name, len(labels), some)
 
 
@@ -49,16 +50,16 @@ def stage(photo: Photo | None) -> str:
     return Markup('<div class="stage">{}</div><p class="hint">{}</p>').format(drawn, HINT)
 
 
-def answers(look: Look, title: str) -> str:
-    """Return the predictions of each branch and of their fusion as bars, and the reason."""
+def answers(look: Look | None, title: str = "Prediction") -> str:
+    """Return the predictions of each branch and of their fusion as bars, and the reason; without any, what to expect."""
+    if look is None:
+        return Markup('<p class="hint">{}</p>').format(EMPTY)
     cards = []
+    row = Markup(
+        '<li><span>{}</span><span class="number">{:.0f} %</span><span class="bar"><i style="width:{:.1f}%"></i></span></li>'
+    )
     for name, found in look.answers.items():
-        bars = Markup("").join(
-            Markup(
-                '<li><span class="label">{}</span><span class="number">{:.0f} %</span><i style="width:{:.1f}%"></i></li>'
-            ).format(one.label, 100 * one.score, 100 * one.score)
-            for one in found
-        )
+        bars = Markup("").join(row.format(one.label, 100 * one.score, 100 * one.score) for one in found)
         form = Markup('<div class="answer {}" data-label="{}"><b>{}</b><ul>{}</ul></div>')
         cards.append(form.format(name, found[0].label, f"{NAMES[name]} ({name})" if name != "fused" else NAMES[name], bars))
     form = Markup('<h3>{}</h3><div class="answers">{}</div><p class="reason">{}</p>')
@@ -67,7 +68,7 @@ def answers(look: Look, title: str) -> str:
 
 def maps(look: Look) -> str:
     """Return the saliency maps."""
-    return strip("Bright areas speak for the class", look.maps) if look.maps else ""
+    return strip("Bright areas increase the score of the class", look.maps) if look.maps else ""
 
 
 def elsewhere(look: Look | None, before: Look, box: Sequence[float] | None) -> str:
@@ -80,8 +81,8 @@ def elsewhere(look: Look | None, before: Look, box: Sequence[float] | None) -> s
     for name, found in look.answers.items():
         old, new = before.answers[name][0].label, found[0].label
         changes.append(f"{NAMES[name]}: {f'still {new}' if new == old else f'{new} instead of {old}'}")
-    form = Markup('<div class="moved">{}<div>{}<p class="changes">{}</p></div></div>{}')
-    return form.format(picture, answers(look, "On the other background"), ". ".join(changes) + ".", maps(look))
+    form = Markup('<div class="moved">{}<div><p class="changes">{}</p>{}</div></div>{}')
+    return form.format(picture, ". ".join(changes) + ".", answers(look, "On the other background"), maps(look))
 
 
 def picker(studio: Studio) -> str:

@@ -92,23 +92,24 @@ def _controls(studio: Studio) -> Controls:
     photo = gr.State(None, time_to_live=HOUR)
     notice = gr.HTML(elem_id="notice")
     file: dict[str, Any] = dict(file_types=["image"], height=120)
+    button: dict[str, Any] = dict(min_width=120, size="md")
     with gr.Row():
         with gr.Column(scale=5, min_width=300):
             upload = gr.File(label="Photo", elem_id="photo", **file)
             stage = gr.HTML(markup.stage(None), js_on_load=_asset("draw.js"), elem_id="stage")
             with gr.Row():
-                find = gr.Button("Find the object", visible=studio.localizer is not None, min_width=120, elem_id="find")
-                whole = gr.Button("Whole image", min_width=120, elem_id="whole")
+                find = gr.Button("Find the object", visible=studio.localizer is not None, elem_id="find", **button)
+                whole = gr.Button("Whole image", elem_id="whole", **button)
             objects = gr.Radio([], label="Object", type="index", visible=False, elem_id="objects")
             box = gr.Textbox(label="Box in pixels: x0, y0, x1, y1", max_lines=1, elem_id="box")
             saliency = gr.Checkbox(label="Show where each prediction comes from", elem_id="saliency")
         with gr.Column(scale=6, min_width=300):
-            answers, maps = gr.HTML(elem_id="answers"), gr.HTML(elem_id="maps")
-    gr.HTML("<h2>Another background</h2>")
-    picker = gr.HTML(markup.picker(studio), js_on_load=_asset("pick.js"), visible=bool(studio.backgrounds), elem_id="picker")
+            answers, maps = gr.HTML(markup.answers(None), elem_id="answers"), gr.HTML(elem_id="maps")
     with gr.Row():
-        second = gr.File(label="A photo as the background", elem_id="second", **file)
-        back = gr.Button("Own background", min_width=120, elem_id="back")
+        gr.HTML("<h2>Another background</h2>", min_width=160)
+        back = gr.Button("Back to its own", scale=0, min_width=150, size="sm", elem_id="back")
+    picker = gr.HTML(markup.picker(studio), js_on_load=_asset("pick.js"), visible=bool(studio.backgrounds), elem_id="picker")
+    second = gr.File(label="Another photo", elem_id="second", **file)
     elsewhere = gr.HTML(elem_id="elsewhere")
     return Controls(
         photo, upload, notice, stage, find, whole, objects, box, saliency, answers, maps, picker, second, back, elsewhere

@@ -36,6 +36,8 @@ def case(tmp_path_factory):
     (folder / "text.png").write_text("hello")
     (folder / "temporary").mkdir()
     write_backgrounds(folder / "grounds")
+    for i in range(20):  # more than fit on a phone
+        Image.new("RGB", (40, 30)).save(folder / "grounds" / f"z{i}.png")
     write_spots(folder / "run")
     return folder
 
@@ -132,6 +134,7 @@ def test_a_visit(case):
         field.fill("1, 2, 3")
         field.press("Enter")
         page.wait_for_selector("#notice >> text=A box is four numbers")
+        assert page.locator("#notice .notice").evaluate("e => e.getBoundingClientRect().bottom <= window.innerHeight")
         page.locator("#photo input[type=file]").set_input_files(case / "text.png")
         page.wait_for_selector("#notice >> text=text.png: is not an image in a supported format.")
         wait_for(page, "#answers", "fg", "blue")  # the photo stays
