@@ -36,6 +36,11 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -
 test: lint
 	@$(PYTEST)
 
+# timm's own suite on the smallest model of every family; minutes.
+.PHONY: test-timm
+test-timm: $(INSTALLED) $(TIMM)
+	@L2R2_TIMM_CHECKOUT=$(CURDIR)/$(TIMM) $(PYTEST) -m timm_suite tests/contract
+
 # What takes longer: the Triton kernels in the interpreter and compiled for sm_90, timm's own suite, tutorials, whole trainings.
 test-more: $(INSTALLED) $(TIMM)
 	@L2R2_TIMM_CHECKOUT=$(CURDIR)/$(TIMM) $(PYTEST) -m "interpreter or timm_suite or slow"
@@ -43,6 +48,11 @@ test-more: $(INSTALLED) $(TIMM)
 .PHONY: docs
 docs: $(INSTALLED)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict && echo "wrote build/site/index.html"
+
+# Checkpoints that may be published from here, with their model cards; a few minutes on a CPU.
+.PHONY: weights
+weights: $(INSTALLED)
+	@$(BIN)/python benchmarks/release.py -o weights
 
 benchmark: $(INSTALLED)
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q benchmarks/speed -p no:xdist

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from .common import cell, errors, say, show, track
-from .options import Boxes, Data, Group, Json, Metadata, Report, Seed, SkipBad
+from .options import Boxes, Data, Group, Json, Metadata, Report, Seed, SkipBad, Workers
 
 if TYPE_CHECKING:
     from l2r2_models.audit.audit import Audit
@@ -40,6 +40,7 @@ def audit(
     work: Annotated[
         Optional[Path], typer.Option(help="Folder for intermediate results.", show_default="RUN/audit, or the user's cache")
     ] = None,
+    workers: Workers = None,
     report: Report = None,
     as_json: Json = False,
 ) -> None:
@@ -65,6 +66,7 @@ def audit(
         seed=seed,
         skip_bad=skip_bad,
         work=work,
+        workers=workers,
         progress=track,
     )
     result = audited.result

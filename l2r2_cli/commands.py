@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": ("evaluate:evaluate", "Evaluate every branch and every fusion of a run."),
     "audit": ("audit:audit", "Measure how much a classifier relies on backgrounds."),
     "predict": ("predict:predict", "Classify images and give the reasons."),
+    "benchmark": ("benchmark:benchmark", "Measure how long each stage of a prediction takes."),
     "explain": ("explain:explain", "Explain predictions with saliency maps and counterfactuals."),
     "app": ("app:app", "Show predictions and their reasons in the browser."),
     "serve": ("serve:serve", "Answer HTTP requests with predictions."),

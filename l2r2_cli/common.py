@@ -50,6 +50,15 @@ def say(text: str, *, err: bool = False) -> None:
     typer.echo(printable(text), err=err)
 
 
+def count(number: int, what: str) -> str:
+    """The number with its noun in the singular or plural.
+
+    >>> count(1, "image"), count(2, "image")
+    ('1 image', '2 images')
+    """
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def show(table: Any) -> None:
     """Print a table; if the output is not a terminal, with a width of 160 characters."""
     from rich.console import Console

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from .common import cell, errors, numbers, say, show, show_shares, track
-from .options import Boxes, Data, Group, Json, Metadata, Report, Run, SkipBad
+from .options import Boxes, Data, Group, Json, Metadata, Report, Run, SkipBad, Workers
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,6 +43,7 @@ def evaluate(
     adapt: Annotated[
         str, typer.Option(help="Fuse images taken at the same place jointly: group:COLUMN, folder, batch:N or off.")
     ] = "off",
+    workers: Workers = None,
     report: Report = None,
     as_json: Json = False,
 ) -> None:
@@ -65,6 +66,7 @@ def evaluate(
         drop_parts=numbers("--drop-parts", drop_parts),
         token_quantile=token_quantile,
         adapt=adapt,
+        workers=workers,
         progress=lambda batches, total: track(batches, total, "branch logits"),
     )
     result = evaluation_of(judged)

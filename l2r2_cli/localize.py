@@ -9,8 +9,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from .common import errors, say, track
-from .options import BatchSize, Device, Json, Split
+from .common import count, errors, say, track
+from .options import BatchSize, Device, Json, Split, Workers
 
 
 def localize(
@@ -34,6 +34,7 @@ def localize(
     split: Split = None,
     format: Annotated[str, typer.Option(help="Format of a .json file: megadetector or coco.")] = "megadetector",
     batch_size: BatchSize = 8,
+    workers: Workers = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -59,6 +60,7 @@ def localize(
         format=format,
         batch_size=batch_size,
         prompts=inputs.labels if oracle_prompts else None,
+        workers=workers,
         progress=lambda steps, total: track(steps, total, "localizing") if first else steps,
     )
     if not first:
@@ -72,7 +74,7 @@ def localize(
     else:
         before = f", {report.kept} of them from before" if report.kept else ""
         without = total - report.with_box - failed
-        say(f"{total} images{before}: {report.with_box} with a box, {without} without; {failed} failed")
+        say(f"{count(total, 'image')}{before}: {report.with_box} with a box, {without} without; {failed} failed")
         say(f"wrote {out}")
     if failed:
         raise typer.Exit(1)

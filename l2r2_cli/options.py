@@ -29,6 +29,16 @@ Metadata = Annotated[
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip images that cannot be used instead of stopping.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Random seed.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images per batch.")]
+Workers = Annotated[
+    Optional[int],
+    typer.Option(
+        "--workers", min=0, help="Number of threads that decode images in advance; 0 for none.", show_default="one per core"
+    ),
+]
+Precision = Annotated[
+    str,
+    typer.Option("--precision", help="Precision of the network: float32, or bfloat16, which is faster and less precise."),
+]
 Device = Annotated[
     Optional[str], typer.Option("--device", help="Device to compute on: cpu, cuda, ...", show_default="cuda if available")
 ]

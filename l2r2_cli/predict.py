@@ -7,8 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from .common import errors, say, show_shares, track
-from .options import BatchSize, Boxes, Localizer, MaxObjects, Run, Split, Top, box_threshold
+from .common import count, errors, say, show_shares, track
+from .options import BatchSize, Boxes, Localizer, MaxObjects, Precision, Run, Split, Top, Workers, box_threshold
 
 
 def predict(
@@ -35,6 +35,16 @@ def predict(
     max_objects: MaxObjects = 10,
     top: Top = 3,
     batch_size: BatchSize = 32,
+    workers: Workers = None,
+    precision: Precision = "float32",
+    cascade: Annotated[
+        bool,
+        typer.Option(
+            "--cascade",
+            help="Classify the object first, and the whole image only where it could change the prediction; labels and scores "
+            "stay the same.",
+        ),
+    ] = False,
 ) -> None:
     """Classify images; every object gets a prediction and the reason for it. Unreadable files are listed as failures."""
     from l2r2_models.predict.predict_files import gather, predict_to_file
@@ -53,6 +63,9 @@ def predict(
         top=top,
         localizer=localizer,
         topk_prompts=topk_prompts,
+        workers=workers,
+        precision=precision,
+        cascade=cascade,
     )
     if predictor.model.finds_object and (inputs.entries or inputs.masks):
         errors.print("this model finds its object itself; boxes and masks are not used")
@@ -70,8 +83,8 @@ def predict(
     again = f", {report.kept} of them from before" if report.kept else ""
     because = f" ({len(unlocalized)} because the localizer failed)" if unlocalized else ""
     say(
-        f"{report.total} images{again}: {sources.total()} predictions, {sources['fused']} with an object found, "
-        f"{sources['full']} from the whole image{because}; {len(report.failures)} failed"
+        f"{count(report.total, 'image')}{again}: {count(sources.total(), 'prediction')}, "
+        f"{sources['fused']} with an object found, {sources['full']} from the whole image{because}; {len(report.failures)} failed"
     )
     show_shares(report.shares)
     say(f"wrote {out}")

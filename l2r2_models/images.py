@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +28,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
 # Pillow decodes only the formats of the suffixes above, because some others run programs (EPS starts Ghostscript).
+SCALED = ("JPEG", "MPO")  # formats that can be decoded at 1/2, 1/4 or 1/8 of their size
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that exchange width and height
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 
 
@@ -62,12 +65,66 @@ def load_image(
     >>> load_image(np.zeros((2, 3), dtype=np.uint8)).size
     (3, 2)
     """
-    name = name or (str(source) if isinstance(source, (str, Path)) else "image")
+    name = name or _name_of(source)
+    with _one_sentence(name, max_pixels):
+        return _decoded(_opened(_read(source), name, max_pixels), name, fill, ours=not isinstance(source, Image.Image))
+
+
+class LazyImage:
+    """An image with a known upright size, whose pixels are decoded on request, at full or reduced resolution.
+
+    Takes the arguments of `load_image` and raises the same exceptions, on creation or in `load`.
+
+    Attributes:
+        size: `(height, width)` of the upright image in pixels.
+
+    >>> LazyImage(np.zeros((20, 30), dtype=np.uint8)).load(2).size
+    (15, 10)
+    """
+
+    def __init__(
+        self, source: ImageSource, *, fill: Sequence[int] = FILL, max_pixels: int = MAX_PIXELS, name: str | None = None
+    ) -> None:
+        self.name, self.fill, self.max_pixels = name or _name_of(source), fill, max_pixels
+        self._decoded: Image.Image | None = None
+        with _one_sentence(self.name, max_pixels):
+            readable = _read(source)
+            self._encoded = b"" if isinstance(readable, Image.Image) else _bytes(readable, self.name)
+            image = _opened(self._encoded or readable, self.name, max_pixels)
+            if self._encoded and image.format in SCALED:
+                self.size = (image.width, image.height) if _orientation(image) in TURNED else (image.height, image.width)
+                return
+            self._decoded = _decoded(image, self.name, fill, ours=not isinstance(source, Image.Image))
+        self._encoded = b""
+        self.size = (self._decoded.height, self._decoded.width)
+
+    def load(self, scale: int = 1) -> Image.Image:
+        """Decode as upright 8-bit RGB.
+
+        Args:
+            scale: factor to reduce by: 1, 2, 4 or 8. JPEG files are reduced in the discrete cosine transform, other images by
+                averaging. The last row and column may cover fewer pixels.
+        """
+        if self._decoded is not None:
+            return self._decoded if scale == 1 else self._decoded.reduce(scale)
+        with _one_sentence(self.name, self.max_pixels):
+            image = _opened(self._encoded, self.name, self.max_pixels)
+            width, height = image.size
+            # turning a reduced image would move a last row or column that covers fewer pixels to the front
+            whole_cells = _orientation(image) == 1 or not (width % scale or height % scale)
+            drafted = scale > 1 and whole_cells and min(width, height) >= scale
+            if drafted:
+                image.draft(None, (width // scale, height // scale))
+            decoded = _decoded(image, self.name, self.fill, ours=True)
+            return decoded if drafted or scale == 1 else decoded.reduce(scale)
+
+
+@contextmanager
+def _one_sentence(name: str, max_pixels: int) -> Iterator[None]:
+    """Convert the exceptions of decoders to ImageError."""
     try:
         with _Quiet():
-            image = _open(_read(source), name)
-            _check_size(image, name, max_pixels)
-            return _to_rgb(_upright(image), tuple(fill), name, _grey_scale(image))
+            yield
     except (ImageError, TypeError):
         raise
     except Image.DecompressionBombError:
@@ -75,6 +132,38 @@ def load_image(
         raise ImageError(f"{name}: has more pixels than the limit of {limit:,}; make it smaller first.") from None
     except Exception as error:  # decoders raise all kinds of exceptions on damaged files
         raise ImageError(f"{name}: cannot be decoded ({_one_line(error)}); the file is damaged or truncated.") from error
+
+
+def _name_of(source: ImageSource) -> str:
+    return str(source) if isinstance(source, (str, Path)) else "image"
+
+
+def _opened(source: str | Path | bytes | Image.Image, name: str, max_pixels: int) -> Image.Image:
+    """Open an image without decoding it, and check its size."""
+    image = source if isinstance(source, Image.Image) else _open(_bytes(source, name), name)
+    _check_size(image, name, max_pixels)
+    return image
+
+
+def _decoded(image: Image.Image, name: str, fill: Sequence[int], ours: bool) -> Image.Image:
+    """Return the upright RGB image, which is a copy unless the image is `ours`."""
+    scale = _grey_scale(image)
+    image.load()
+    if ours:
+        with suppress(Exception):  # malformed EXIF gives no orientation, but the pixels are fine
+            ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image, tuple(fill), name, scale)
+    upright = image
+    with suppress(Exception):
+        upright = ImageOps.exif_transpose(image)
+    return _to_rgb(upright.copy() if upright is image else upright, tuple(fill), name, scale)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:
+        return 1
 
 
 def load_mask(path: str | Path, image_size: tuple[int, int]) -> Tensor:
@@ -164,7 +253,7 @@ class _Quiet:
 
 
 def _read(source: ImageSource) -> str | Path | bytes | Image.Image:
-    """Convert the source to one of the types that `_open` takes.
+    """Convert the source to one of the types that `_opened` takes.
 
     Raises:
         TypeError: when that is not possible.
@@ -189,9 +278,8 @@ def _read(source: ImageSource) -> str | Path | bytes | Image.Image:
     )
 
 
-def _open(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source
+def _bytes(source: str | Path | bytes, name: str) -> bytes:
+    """Return the content of a file; raises if it is empty."""
     if isinstance(source, (str, Path)):
         try:
             check_readable(source)
@@ -206,6 +294,10 @@ def _open(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
             raise ImageError(f"{name}: cannot be read ({getattr(error, 'strerror', error)}).") from error
     if not source:
         raise ImageError(f"{name}: is empty (0 bytes).")
+    return source
+
+
+def _open(source: bytes, name: str) -> Image.Image:
     try:
         Image.init()
         return Image.open(io.BytesIO(source), formats=[f for f in FORMATS if f in Image.OPEN])
@@ -224,14 +316,6 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
         raise ImageError(f"{name}: has no pixels ({width}x{height}).")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    image.load()
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # malformed EXIF gives no orientation, but the pixels are fine
-        return image
-
-
 def _grey_scale(image: Image.Image) -> tuple[int, bool]:
     """Return the white level of an image with more than 8 bits, and whether 0 is white; Pillow keeps TIFF levels as stored."""
     tags = getattr(image, "tag_v2", {})
@@ -241,7 +325,7 @@ def _grey_scale(image: Image.Image) -> tuple[int, bool]:
 
 def _to_rgb(image: Image.Image, fill: tuple[int, ...], name: str, scale: tuple[int, bool]) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
-        return image.convert("RGB")  # decodes, and copies a caller's image
+        return image
     if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
         return Image.fromarray(_eight_bit(np.asarray(image), name, *scale)).convert("RGB")
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:

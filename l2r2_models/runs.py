@@ -55,7 +55,7 @@ def check_place(out: Path, data: Path, settings: dict[str, Any], overwrite: bool
     changed += ["data set"] if any(old_data.get(k) != v for k, v in settings["data"].items()) else []
     changed += ["init"] if old.get("init") != settings.get("init") and "init" not in changed else []
     if changed:
-        raise L2R2Error(f"{out}: has a run with other values of {', '.join(changed)}; choose another -o, or use --overwrite.")
+        raise L2R2Error(f"{out}: contains a run with a different {', '.join(changed)}; choose another -o, or use --overwrite.")
 
 
 def record_of(run: Path | str) -> dict[str, Any]:

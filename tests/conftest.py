@@ -64,7 +64,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """`tiny("owlv2")` -> folder of a tiny random network of that kind, see tests/localize/tiny_models.py."""
+    """`tiny("owlv2")` -> folder of a tiny random network of that kind, see tests/tiny_models.py."""
     made = {}
 
     def folder(kind):

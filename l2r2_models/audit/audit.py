@@ -20,8 +20,9 @@ from ..data.table import ImageTable, read_table, rows_digest
 from ..errors import L2R2Error
 from ..evaluate.fit_run import rows_of, warnings_of
 from ..io import check_readable, write_atomic
+from ..pipe import in_order, worker_count
 from ..versions import version_of
-from ..views import make_views
+from ..views import Views, make_views
 from .classifier import Audited, load_audited, match_classes
 from .metrics import Estimate, measures
 from .perturbations import Donors, Subject, number_of, plan
@@ -133,6 +134,7 @@ def run_audit(
     skip_bad: bool = False,
     work: Path | None = None,
     batch_size: int = 32,
+    workers: int | None = None,
     progress: Progress = lambda items, *_: items,
 ) -> AuditRun:
     """Measure how much a classifier relies on the background (`docs/method.md`, section 9).
@@ -155,6 +157,7 @@ def run_audit(
         skip_bad: skip unreadable images instead of stopping.
         work: folder for intermediate results; defaults to `audit` in the run folder, or else in the user's cache folder.
         batch_size: changed images per forward pass; does not affect the result.
+        workers: number of threads that decode and change images in advance; 0 for none, by default one per core.
         progress: wraps the iteration over the images.
 
     Returns:
@@ -173,7 +176,7 @@ def run_audit(
     )
     store = Store(work or _work_folder(audited), audited, subjects, matched, plan(backgrounds, challenge), seed)
     donors = Donors(subjects.keys, subjects.labels, backgrounds, seed, subjects.images.tolist())
-    answers = _run_model(audited, subjects, matched, donors, challenge, store, batch_size, progress)
+    answers = _run_model(audited, subjects, matched, donors, challenge, store, batch_size, worker_count(workers), progress)
     groups = subjects.table.column(group) if group else None
     found = {name: measures(*answers.of(name), subjects.images, groups, subjects.labels, seed=seed) for name in audited.answers}
     split_name = split or ("test" if table.splits else "all")
@@ -230,6 +233,7 @@ def _run_model(
     challenge: bool,
     store: Store,
     batch_size: int,
+    workers: int,
     progress: Progress,
 ) -> Answers:
     """Run the model on all changed images that are not in the store yet."""
@@ -238,18 +242,26 @@ def _run_model(
     todo = [i for i in range(len(subjects)) if not values[i].isfinite().any()]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.network.to(device)
+
+    def change(i: int) -> _Changed:
+        subject = subjects[i]
+        size = min(batch_size, max(1, BATCH_PIXELS // (max(1, workers) * subject.inside.numel())))
+        changed = iter(subjects.changed(i, subject, donors, model.spec.size, donors.seed))
+        parts = []
+        while part := list(islice(changed, size)):
+            places, images = zip(*part)
+            parts.append((list(places), _views(model, images, subject, device)))
+        return _Changed(subject, size, parts)
+
     try:
-        for count, i in enumerate(progress(todo, len(todo), "changing images"), 1):
+        prepared = in_order(change, todo, workers, weigh=_Changed.pixels)
+        for count, (i, (subject, size, parts)) in enumerate(zip(progress(todo, len(todo), "changing images"), prepared), 1):
             row = torch.full(values.shape[1:], torch.nan)
             own = list(matched[subjects.labels[i]])
-            subject = subjects[i]
-            size = min(batch_size, max(1, BATCH_PIXELS // subject.inside.numel()))
-            changed = iter(subjects.changed(i, subject, donors, model.spec.size, donors.seed))
-            while part := list(islice(changed, size)):
-                places, images = zip(*part)
-                logits = _logits(model, images, subject.boxes[0], subject.view_mask, device)
+            for places, views in parts:
+                logits = _logits(model, views)
                 for a, name in enumerate(names):
-                    row[a, list(places)] = _scores(logits[name], own)
+                    row[a, places] = _scores(logits[name], own)
             if challenge:
                 row[:, -1] = _challenged(model, subjects.challenges(i, subject, donors), subject, own, size, device)
             if not row[:, 0].isfinite().all():
@@ -269,19 +281,30 @@ def _challenged(
     """Return `[outputs, 2]`: whether all images are correct, and the lowest true-class probability; stops when all are wrong."""
     worst, images = torch.ones(len(model.answers), 2), iter(changed)
     while (part := list(islice(images, size))) and worst[:, 0].any():
-        logits = _logits(model, part, subject.boxes[0], subject.view_mask, device)
+        logits = _logits(model, _views(model, part, subject, device))
         worst = torch.minimum(worst, torch.stack([_scores(logits[name], own).amin(0) for name in model.answers]))
     return worst
 
 
+class _Changed(NamedTuple):
+    """A subject, the number of its changed images per batch, and the places in `plan` and views of each batch."""
+
+    subject: Subject
+    size: int
+    parts: list[tuple[list[int], Views]]
+
+    def pixels(self) -> int:
+        """Return the number of uint8 RGB pixels that would take as much memory as the views."""
+        return sum(4 * view.numel() // 3 for _, views in self.parts for view in views.inputs().values())
+
+
+def _views(model: Audited, images: Sequence[Tensor], subject: Subject, device: torch.device) -> Views:
+    boxes, masks = subject.boxes[:1].expand(len(images), 4), [subject.view_mask] * len(images)
+    return make_views(images, boxes, model.spec, branches=model.branches, masks=masks, device=device)
+
+
 @torch.inference_mode()
-def _logits(
-    model: Audited, images: Iterable[Tensor], box: Tensor, mask: Tensor | None, device: torch.device
-) -> dict[str, Tensor]:
-    images = list(images)
-    views = make_views(
-        images, box.expand(len(images), 4), model.spec, branches=model.branches, masks=[mask] * len(images), device=device
-    )
+def _logits(model: Audited, views: Views) -> dict[str, Tensor]:
     return {name: z.float().cpu() for name, z in model(views).items()}
 
 

@@ -97,11 +97,11 @@ class Subjects:
         return (swap(subject, self._background(other)) for other in donors.others(i))
 
     def _background(self, i: int) -> Tensor:
-        if i not in self.backgrounds:
-            if sum(kept.numel() for kept in self.backgrounds.values()) > KEPT_BYTES:
+        if (found := self.backgrounds.get(i)) is None:  # another thread may clear the cache
+            if sum(kept.numel() for kept in list(self.backgrounds.values())) > KEPT_BYTES:
                 self.backgrounds.clear()
-            self.backgrounds[i] = self._donor(i).background
-        return self.backgrounds[i]
+            found = self.backgrounds[i] = self._donor(i).background
+        return found
 
     def _donor(self, i: int) -> Subject:
         """Return subject i with all objects in its image, including those of other rows."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import L2R2Error
 from ..io import read_json
+from ..offline import cache_if_offline
 from .format import CONFIG, PICKLES, WEIGHTS
 
 logger = logging.getLogger(__name__)
@@ -98,9 +99,10 @@ def download(name: str) -> Path:
 
     repo, _, revision = name.removeprefix("hf-hub:").partition("@")
     try:
-        config = Path(hf_hub_download(repo, CONFIG, revision=revision or None))
-        # pin the commit, in case somebody pushes between the two downloads
-        return Path(hf_hub_download(repo, WEIGHTS, revision=config.parent.name)).parent
+        with cache_if_offline():
+            config = Path(hf_hub_download(repo, CONFIG, revision=revision or None))
+            # pin the commit, in case somebody pushes between the two downloads
+            return Path(hf_hub_download(repo, WEIGHTS, revision=config.parent.name)).parent
     except HFValidationError:
         raise L2R2Error(f"{name}: no such folder, and not a Hub id of the form org/name.") from None
     except Exception as error:  # exceptions of huggingface_hub and its HTTP client have no common base

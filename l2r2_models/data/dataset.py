@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 
 from ..boxes.detections import Detections
 from ..errors import L2R2Error
-from ..images import image_tensor, load_image, load_mask
-from ..views import ViewSpec, make_views, view_map
+from ..images import LazyImage, image_tensor, load_mask
+from ..views import Patches, ViewSpec, decode_patches, make_views, takes_patches, view_map
 from .augment import Augment
 from .composite import background_of, paste_object
 from .near_duplicates import perceptual_hash
@@ -127,16 +127,17 @@ def sample_of(row: Row, fill: Sequence[int], box_threshold: float = 0.0, draw: r
 
 def _decode(row: Row, fill: Sequence[int], box_threshold: float) -> tuple[Tensor, Detections, Tensor | None]:
     """Return the pixels `[H, W, 3]`, all usable objects, and the mask of the mask file; without boxes, the box of the mask."""
-    image = load_image(row.path, fill=fill)
-    size = (image.height, image.width)
+    image = LazyImage(row.path, fill=fill)
+    found, mask = _objects(row, image.size, box_threshold)
+    return image_tensor(image.load()), found, mask
+
+
+def _objects(row: Row, size: tuple[int, int], box_threshold: float) -> tuple[Detections, Tensor | None]:
+    """Return all usable objects of an image of this size, and the mask of the mask file; without boxes, the box of the mask."""
     mask = load_mask(row.mask_file, size) if row.mask_file else None
     if row.entry is not None:
-        found = row.entry.detections(size, str(row.path)).above(box_threshold).usable()
-    elif mask is not None:
-        found = Detections.from_mask(mask)
-    else:
-        found = Detections.from_lists([], size)
-    return image_tensor(image), found, mask
+        return row.entry.detections(size, str(row.path)).above(box_threshold).usable(), mask
+    return (Detections.from_lists([], size) if mask is None else Detections.from_mask(mask)), mask
 
 
 def _of_box(mask: Tensor | None, found: Detections, pick: int) -> Tensor | None:
@@ -219,19 +220,40 @@ class ViewDataset(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        sample = self._sample(i)
-        views = make_views([sample.pixels], sample.box[None], self.spec, branches=self.branches, masks=[sample.mask])
+        if (
+            self.augment is None
+            and not self.background_swap
+            and self.rows[i].background is None
+            and takes_patches(self.spec, self.branches)
+        ):
+            pixels: Tensor | Patches
+            patches, box, mask, score = self._patches(self.rows[i])
+            pixels, size = patches, patches.size
+        else:
+            sample = self._sample(i)
+            pixels, box, mask, score = sample.pixels, sample.box, sample.mask, sample.score
+            size = (pixels.shape[0], pixels.shape[1])
+        views = make_views([pixels], box[None], self.spec, branches=self.branches, masks=[mask])
         item = {**{name: value[0] for name, value in views.inputs().items()}, "labels": self.targets[i]}
         if self.objectness:
-            item["objectness"] = sample.score
+            item["objectness"] = score
         if self.locate:
-            item |= {"box": self._in_full_view(sample), "localized": _was_localized(self.rows[i])}
+            item |= {"box": self._in_full_view(box, size), "localized": _was_localized(self.rows[i])}
         return item
 
-    def _in_full_view(self, sample: Sample) -> Tensor:
-        height, width = sample.pixels.shape[:2]
-        view = view_map("full", self.spec, (height, width))
-        (window,), (found,) = Detections(sample.box[None], torch.ones(1), (height, width)).windows()
+    def _patches(self, row: Row) -> tuple[Patches, Tensor, Tensor | None, float]:
+        """Return what `sample_of` would, with the patches that the views show instead of the whole image, and the box score."""
+        image = LazyImage(row.path, fill=self.spec.fill)
+        found, mask = _objects(row, image.size, self.box_threshold)
+        box = found.boxes[0] if len(found) else torch.full((4,), float("nan"))
+        if mask is None and len(found) and found.masks is not None:
+            mask = found.masks[0]
+        patches = decode_patches(image, box[None], self.spec, self.branches)
+        return patches, box, mask, float(found.scores[0]) if len(found) else 1.0
+
+    def _in_full_view(self, box: Tensor, size: tuple[int, int]) -> Tensor:
+        view = view_map("full", self.spec, size)
+        (window,), (found,) = Detections(box[None], torch.ones(1), size).windows()
         return view.boxes_to_view(window.float()) / self.spec.size if found else torch.full((4,), float("nan"))
 
     def _sample(self, i: int) -> Sample:

@@ -19,6 +19,7 @@ from ..errors import L2R2Error
 from ..io import write_text
 
 PHOTOGRAPHS = ("coffee", "grass", "brick", "gravel", "rocket", "retina", "china", "flower", "immunohistochemistry", "chelsea")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIDE = 96  # of an image, in pixels
 AT_HOME = 0.97  # share of training digits on their home photograph
 COLUMNS = ("file_name", "label", "split", "x0", "y0", "x1", "y1", "background")
@@ -64,7 +65,7 @@ def make_demo_data(folder: str | Path, *, train: int = 600, val: int = 150, test
             box = _paste(image, ink[digit], rng)
             name = f"images/{split}_{i:04d}.png"
             Image.fromarray(image).save(folder / name)
-            rows.append((name, label, split, *box, PHOTOGRAPHS[where]))
+            rows.append((name, DIGITS[label], split, *box, PHOTOGRAPHS[where]))
     lines = io.StringIO()
     csv.writer(lines, lineterminator="\n").writerows([COLUMNS, *rows])
     write_text(folder / "metadata.csv", lines.getvalue())  # written last, so it marks the data set as complete

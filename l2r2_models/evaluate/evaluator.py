@@ -138,6 +138,7 @@ def judge_run(
     drop_parts: Sequence[int] = (),
     token_quantile: float = 0.0,
     adapt: str = "off",
+    workers: int | None = None,
     progress: Progress = lambda batches, _: batches,
 ) -> Judged:
     """Compute the outputs of each branch and fusion of a run for every image of a split.
@@ -154,7 +155,7 @@ def judge_run(
         skip_bad: leave out images that cannot be used instead of stopping.
         drop_parts, token_quantile: see `IFAM.intervene`.
         adapt: grouping of images, see `Grouping.parse`; adds the run's fusion by group (`fused: NAME, by ADAPT`).
-        progress: wraps the batches while logits are computed.
+        workers, progress: see `branch_logits`.
 
     Raises:
         L2R2Error: when the data are unusable, a column is unknown, the labels of the runs differ, or `fit_split` is `split`.
@@ -189,7 +190,7 @@ def judge_run(
         for checkpoint, source in zip(runs, (run, *others)):
             store = Path(source) / LOGITS if Path(source).is_dir() else None
             usable = parts[0].table if parts else splits[name]
-            parts.append(branch_logits(checkpoint, usable, store, skip_bad=skip_bad, progress=progress))
+            parts.append(branch_logits(checkpoint, usable, store, skip_bad=skip_bad, workers=workers, progress=progress))
         return parts
 
     judged, held_out = logits_of_runs(split), logits_of_runs(fit_split) if fit_split else None

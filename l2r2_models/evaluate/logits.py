@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,7 @@ from ..data.table import ImageTable, rows_digest
 from ..errors import L2R2Error
 from ..io import check_readable, write_atomic
 from ..models.l2r2 import L2R2
+from ..pipe import in_order
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[Iterable[list[int]], int], Iterable[list[int]]]
@@ -68,6 +70,7 @@ def branch_logits(
     *,
     batch_size: int = 32,
     skip_bad: bool = False,
+    workers: int | None = None,
     progress: Progress = lambda batches, _: batches,
 ) -> BranchLogits:
     """Load the branch logits of a table from the store, or compute them.
@@ -78,6 +81,7 @@ def branch_logits(
         store: folder for the logits, one file per model and table; None to not store them.
         batch_size: images per forward pass.
         skip_bad: leave out images that cannot be used (unreadable, or boxes for another size) instead of stopping.
+        workers: number of threads that decode images and cut views in advance; 0 for none, by default one per core.
         progress: wraps the batches.
 
     Raises:
@@ -93,7 +97,7 @@ def branch_logits(
     stored = None if file is None else _read(file, key, len(table), model)
     faults = {} if stored is None else _faults(items, stored)
     if stored is None or not all(faults.values()):  # an image that was unreadable at the time is readable now
-        stored = _compute(model, items, batch_size, skip_bad, progress)
+        stored = _compute(model, items, batch_size, skip_bad, workers, progress)
         finite = torch.stack([stored[b].isfinite().all(1) for b in model.branches]).all(0)
         if wrong := [table.rows[i].path for i in stored["used"][~finite].tolist()]:
             where = f"for {len(wrong)} of {len(finite)} images, e.g. {wrong[0]}"
@@ -110,20 +114,26 @@ def branch_logits(
     return BranchLogits(logits, stored["has_fg"].bool(), labels, rows, stored["objectness"], bad)
 
 
-def _compute(model: L2R2, items: ViewDataset, batch_size: int, skip_bad: bool, progress: Progress) -> dict[str, Tensor]:
+def _compute(
+    model: L2R2, items: ViewDataset, batch_size: int, skip_bad: bool, workers: int | None, progress: Progress
+) -> dict[str, Tensor]:
     """Compute the logits by branch, `has_fg`, `objectness`, and `used`, the row indices of the usable images."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     found: dict[str, list[Tensor]] = {name: [] for name in (*model.branches, "has_fg", "objectness", "used")}
     batches = [list(range(i, min(i + batch_size, len(items)))) for i in range(0, len(items), batch_size)]
+
+    def load(i: int) -> dict[str, Any] | None:
+        try:
+            return items[i]
+        except L2R2Error as error:
+            if not skip_bad:
+                raise _stop(error) from error
+            return None
+
+    cut = in_order(load, range(len(items)), workers, ahead=batch_size)
     for batch in progress(batches, len(batches)):
-        loaded = {}
-        for i in batch:
-            try:
-                loaded[i] = items[i]
-            except L2R2Error as error:
-                if not skip_bad:
-                    raise _stop(error) from error
+        loaded = {i: item for i, item in zip(batch, cut) if item is not None}
         if not loaded:
             continue
         names = [name for name in next(iter(loaded.values())) if name not in ("labels", "objectness")]

@@ -68,6 +68,11 @@ class Agreement(Scaled):
         return (f + c).logsumexp(-1)
 
     @torch.jit.ignore
+    def decided(self, fg: Tensor, objectness: Tensor) -> Tensor:
+        """Return all rows if every background misleads (e = 1), else none; see `Fusion.decided`."""
+        return (self.misled >= 1).expand(len(fg))
+
+    @torch.jit.ignore
     def set_prior(self, counts: Tensor) -> None:
         """Store the class prior, estimated from the training rows per class `[classes]` with add-one smoothing."""
         self.prior.copy_((counts + 1) / (counts + 1).sum())
@@ -122,6 +127,11 @@ class TwoWorlds(Agreement):
         away, e = (f - self.subtract.to(f) * c).log_softmax(-1), misled.to(f)
         home = (1 - e).log() + self.evidence(fg, context)[:, None] + (f + c).log_softmax(-1)
         return torch.logaddexp(home, e.log() + away).log_softmax(-1)
+
+    @torch.jit.ignore
+    def decided(self, fg: Tensor, objectness: Tensor) -> Tensor:
+        """Return all rows if every background misleads and the context is not subtracted; see `Fusion.decided`."""
+        return ((self.misled >= 1) & (self.subtract == 0)).expand(len(fg))
 
     def evidence(self, fg: Tensor, context: Tensor) -> Tensor:
         """Return the log likelihood ratio `[B]` of home to away: `b + s log r`."""

@@ -60,6 +60,18 @@ class Fusion(nn.Module):
         return self.combine(fg, context) if objectness is None else self.weigh(fg, context, objectness)
 
     @torch.jit.ignore
+    def decided(self, fg: Tensor, objectness: Tensor) -> Tensor:
+        """Return `[B]` bool, the rows whose fused logits do not depend on the other branches; in most fusions, none.
+
+        A cascade does not run the other branches on these rows (`docs/method.md`, section 4).
+
+        Args:
+            fg: `[B, classes]` logits of the fg branch.
+            objectness: `[B]` box scores in [0, 1].
+        """
+        return torch.zeros(len(fg), dtype=torch.bool, device=fg.device)
+
+    @torch.jit.ignore
     def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:
         """Fit the parameters on held-out logits of rows that have a box; a no-op for fusions without parameters.
 

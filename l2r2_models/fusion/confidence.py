@@ -43,6 +43,11 @@ class MaxConfidence(Fusion):
         """Select the most confident branch per row; see `Fusion.combine`."""
         return most_confident(torch.cat([fg[None], context]))
 
+    @torch.jit.ignore
+    def decided(self, fg: Tensor, objectness: Tensor) -> Tensor:
+        """Return the rows where fg has confidence 1 (ties go to fg); see `Fusion.decided`."""
+        return confidence(fg) >= 1
+
 
 @register_fusion
 class Average(Fusion):
@@ -84,6 +89,12 @@ class Robust(Fusion):
         """Select fg or the most confident branch per row; see `Fusion.combine`."""
         sure = confidence(fg) > self.threshold
         return torch.where(sure[:, None], fg, most_confident(torch.cat([fg[None], context])))
+
+    @torch.jit.ignore
+    def decided(self, fg: Tensor, objectness: Tensor) -> Tensor:
+        """Return the rows where fg is above the threshold or has confidence 1 (ties go to fg); see `Fusion.decided`."""
+        sure = confidence(fg)
+        return (sure > self.threshold) | (sure >= 1)
 
     @torch.jit.ignore
     def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .base import Fusion, register_fusion
 from .calibration import fit_class_temperatures, fit_temperature
-from .confidence import most_confident
+from .confidence import confidence, most_confident
 
 
 class Scaled(Fusion):
@@ -59,6 +59,11 @@ class MaxScaledConfidence(Scaled):
         """Select the most confident branch per row; see `Fusion.combine`."""
         return most_confident(self.scaled(fg, context))
 
+    @torch.jit.ignore
+    def decided(self, fg: Tensor, objectness: Tensor) -> Tensor:
+        """Return the rows where the scaled fg has confidence 1 (ties go to fg); see `Fusion.decided`."""
+        return confidence(fg / self.temperatures[0].to(fg)) >= 1
+
 
 @register_fusion
 class ScaledAverage(Scaled):
@@ -90,6 +95,11 @@ class ScaledWeightedAverage(Scaled):
         """Return the weighted average of the scaled logits; see `Fusion.combine`."""
         z = self.scaled(fg, context)
         return self.weight.to(z) * z[0] + (1 - self.weight.to(z)) * z[1:].mean(0)
+
+    @torch.jit.ignore
+    def decided(self, fg: Tensor, objectness: Tensor) -> Tensor:
+        """Return all rows if the weight of fg is 1, else none; see `Fusion.decided`."""
+        return (self.weight >= 1).expand(len(fg))
 
     @torch.jit.ignore
     def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:

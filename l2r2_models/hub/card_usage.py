@@ -21,18 +21,17 @@ def usage(checkpoint: Checkpoint, repo: str, metadata: CardMetadata) -> str:
     """Write the section on usage, with snippets that run as pasted."""
     model = checkpoint.model
     with_boxes = _predictor_usage(model, repo, _localizer_spec(checkpoint, metadata)) if model.in_chans == 3 else ""
-    alone = "is the whole-image head alone" if model.branches[0] == "full" else f"is the {model.branches[0]} head alone"
+    alone = "is the whole-image branch alone" if model.branches[0] == "full" else f"is the {model.branches[0]} branch alone"
     if model.finds_object:
         alone = "gives the fused prediction, and needs no boxes: it finds the object itself"
     elif model.branches == ("full",):
         alone = "gives the same prediction"
-    too = ", as it does in transformers' `pipeline`" if model.in_chans == 3 else ""
-    channels = "" if model.in_chans == 3 else f" (in_chans={model.in_chans})"
+    channels = " and in transformers' `pipeline`" if model.in_chans == 3 else f" (in_chans={model.in_chans})"
     return f"""## Use
 
 Needs the Python package l2r2-models.
 {with_boxes}
-As a plain timm model{channels} it {alone}{too}:
+As a plain timm model{channels}, it {alone}:
 
 ```python
 import timm

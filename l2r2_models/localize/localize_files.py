@@ -11,7 +11,6 @@ import datetime
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +26,10 @@ from ..errors import L2R2Error
 from ..images import load_image
 from ..journal import Journal, digest_of
 from ..locks import only_writer
+from ..pipe import in_order, worker_count
 from .base import Localizer
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
-LOADERS = 4  # threads that decode the next batch of images
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,7 @@ def localize_to_file(
     format: str = "megadetector",
     batch_size: int = 8,
     prompts: Mapping[str, str] | None = None,
+    workers: int | None = None,
     progress: Progress = lambda steps, _: steps,
 ) -> CacheReport:
     """Localize images into a box file; existing entries are kept, and failed images are tried again.
@@ -77,6 +77,7 @@ def localize_to_file(
         format: format of a JSON file, `megadetector` or `coco`.
         batch_size: images per call of the localizer.
         prompts: one prompt per path instead of the spec's; the file is then marked `oracle`.
+        workers: number of threads that decode images in advance; 0 for none, by default one per core.
         progress: wraps the iteration over the batches.
 
     Returns:
@@ -106,7 +107,7 @@ def localize_to_file(
         if todo:
             journal.start({"info": info})
         try:
-            for found in _localize(localizer, todo, batch_size, prompts, progress):
+            for found in _localize(localizer, todo, batch_size, prompts, worker_count(workers), progress):
                 for name, entry in found.items():
                     journal.add({**record_of(name, entry), "stamp": stamps[name]})
         finally:
@@ -224,22 +225,20 @@ def _other(place: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def _localize(
-    localizer: Localizer, names: Sequence[str], size: int, prompts: Mapping[str, str] | None, progress: Progress
+    localizer: Localizer, names: Sequence[str], size: int, prompts: Mapping[str, str] | None, workers: int, progress: Progress
 ) -> Iterator[dict[str, BoxEntry]]:
-    """Yield the entries of each batch; the next batch is decoded meanwhile."""
+    """Yield the entries of each batch; the next images are decoded meanwhile."""
     batches = [names[i : i + size] for i in range(0, len(names), size)]
-    with ThreadPoolExecutor(LOADERS) as pool:
+    decoded = in_order(_load, names, workers, ahead=size, weigh=_pixels)
+    for batch in progress(batches, len(batches)):
+        loaded = dict(zip(batch, decoded))
+        images = {name: image for name, image in loaded.items() if not isinstance(image, str)}
+        entries = {name: BoxEntry(failure=why) for name, why in loaded.items() if isinstance(why, str)}
+        yield {**entries, **_entries(localizer, images, prompts)}
 
-        def load(batch: Sequence[str]) -> list[Any]:
-            return [pool.submit(_load, name) for name in batch]
 
-        waiting = load(batches[0]) if batches else []
-        for i, batch in enumerate(progress(batches, len(batches))):
-            loaded = {name: future.result() for name, future in zip(batch, waiting)}
-            waiting = load(batches[i + 1]) if i + 1 < len(batches) else []
-            images = {name: image for name, image in loaded.items() if not isinstance(image, str)}
-            entries = {name: BoxEntry(failure=why) for name, why in loaded.items() if isinstance(why, str)}
-            yield {**entries, **_entries(localizer, images, prompts)}
+def _pixels(loaded: Image.Image | str) -> int:
+    return 0 if isinstance(loaded, str) else loaded.width * loaded.height
 
 
 def _load(name: str) -> Image.Image | str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from ..errors import L2R2Error
 from ..io import file_sha256
+from ..offline import cache_if_offline
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -45,12 +47,13 @@ def load_pretrained(
     except ImportError as error:
         raise L2R2Error('Detectors and segmenters need more packages: pip install "l2r2-models[detect]".') from error
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
-        if config.model_type not in model_types:
-            raise L2R2Error(f"{source}: is a model of type {config.model_type}; use one of type {' or '.join(model_types)}.")
-        of_model, of_processor = (getattr(transformers, name) for name in classes)
-        processor = of_processor.from_pretrained(source)
-        model = of_model.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True)
+        with nullcontext() if Path(source).is_dir() else cache_if_offline():
+            config = transformers.AutoConfig.from_pretrained(source)
+            if config.model_type not in model_types:
+                raise L2R2Error(f"{source}: is a model of type {config.model_type}; use one of type {' or '.join(model_types)}.")
+            of_model, of_processor = (getattr(transformers, name) for name in classes)
+            processor = of_processor.from_pretrained(source)
+            model = of_model.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True)
     except L2R2Error:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:

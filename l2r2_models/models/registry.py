@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from timm.models._registry import get_arch_pretrained_cfgs  # private: pinned by
 from torch import Tensor
 
 from ..errors import L2R2Error
+from ..offline import cache_if_offline
 from ..views import ViewSpec
 from .backbones import unknown_backbone
 from .hub_configs import load_hub_configs
@@ -222,15 +224,16 @@ def _create(
     kwargs["pretrained_cfg_overlay"] = {**names, **installed, **(kwargs.get("pretrained_cfg_overlay") or {})}
     if architecture.startswith(MASKED) and kwargs.get("views") is None:
         kwargs.setdefault("fg_mode", "tokens")
-    model = build_model_with_cfg(
-        model_class(architecture),
-        architecture,
-        pretrained,
-        pretrained_filter_fn=load_filter,
-        feature_cfg=dict(feature_cls="getter", out_indices=_feature_indices(backbone)),
-        backbone=backbone,
-        **kwargs,
-    )
+    with cache_if_offline() if pretrained and not installed else contextlib.nullcontext():
+        model = build_model_with_cfg(
+            model_class(architecture),
+            architecture,
+            pretrained,
+            pretrained_filter_fn=load_filter,
+            feature_cfg=dict(feature_cls="getter", out_indices=_feature_indices(backbone)),
+            backbone=backbone,
+            **kwargs,
+        )
     forget(model)
     return model
 

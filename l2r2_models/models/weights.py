@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import L2R2Error
 from ..io import file_sha256
+from ..offline import cache_if_offline
 
 
 def load_packaged(source: str) -> dict[str, Tensor] | None:
@@ -58,7 +59,8 @@ def create_pretrained(name: str, **kwargs: Any) -> Any:
     Raises:
         L2R2Error: see `load_packaged`.
     """
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay(name), **kwargs)
+    with cache_if_offline():
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay(name), **kwargs)
     forget(model)
     return model
 

@@ -182,7 +182,7 @@ def _check_header(place: Path, old: Any, new: Mapping[str, Any]) -> None:
         raise L2R2Error(f"{place}: is damaged; remove it or choose another -o.")
     keys = [key for key in {**new, **old} if key != "model"]  # a run may be moved
     if changed := [key for key in keys if old.get(key) != new.get(key)]:
-        raise L2R2Error(f"{place}: was made with other values of {', '.join(changed)}; remove it or choose another -o.")
+        raise L2R2Error(f"{place}: was made with a different {', '.join(changed)}; remove it or choose another -o.")
 
 
 def _is_whole(record: Any) -> bool:

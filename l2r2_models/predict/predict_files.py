@@ -294,6 +294,8 @@ def header_of(predictor: Predictor, oracle: bool = False) -> dict[str, Any]:
             "max_objects": predictor.max_objects,
             "top": predictor.top,
             "topk_prompts": predictor.topk_prompts,
+            **({"precision": predictor.network.precision} if predictor.network.precision != "float32" else {}),
+            **({"cascade": True} if predictor.network.cascade else {}),  # which leaves out the answers of full
         },
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +18,17 @@ from ..boxes.detections import Detections
 from ..checkpoints.checkpoint import Checkpoint, load_checkpoint
 from ..errors import L2R2Error
 from ..fusion import ObjectnessMaxConfidence
-from ..images import ImageSource, load_image, load_mask
+from ..images import ImageSource, LazyImage, load_image, load_mask
 from ..localize import Localizer, create_localizer
 from ..localize.model_based import Head, detections_of
-from ..models.l2r2 import L2R2Output
-from ..views import make_views
+from ..pipe import in_order, worker_count
+from ..views import decode_patches, make_views, takes_patches
 from .adapt import DIGITS, Adapter
+from .classify import Answered, Network, Precision
 from .finite import checked
-from .items import Item, Row, is_full, merged
+from .items import Item, Job, Pending, Row, images_of, is_large, whole_images
 from .prediction import Answer, ObjectPrediction, Prediction, product, why_full, why_fused
+from .topk import predict_topk
 
 EMPTY_MASK = "the object's mask is empty"
 LOCALIZER_FAILED = "the localizer failed"  # prefix of the reason in that case
@@ -45,10 +48,14 @@ class Predictor:
         localizer: finds the boxes of images given without any: a spec (see `localize.base`) or a Localizer. `head` is the
             model's own box head: one forward pass on the whole image, then one on the boxes it found.
         topk_prompts: prompt the localizer with this many top classes of the full branch, see `localize.topk`.
+        workers: number of threads that decode files in advance; 0 for none, by default one per core.
+        precision: precision of the network, `float32`, or the faster and less precise `bfloat16`, if the hardware supports it.
+        cascade: run the fg branch first, and the others only where they could change the fused prediction; labels and scores
+            stay the same (`docs/method.md`, section 4). `ObjectPrediction.full` is None where it was not needed.
 
     Raises:
-        L2R2Error: when the model does not take RGB images, a number is out of range, or the localizer cannot be created or
-            does not fit the model.
+        L2R2Error: when the model does not take RGB images, a number is out of range, the localizer cannot be created or does
+            not fit the model, the hardware does not support the precision, or the model lacks a branch for the cascade.
     """
 
     def __init__(
@@ -62,6 +69,9 @@ class Predictor:
         device: str | torch.device | None = None,
         localizer: str | Localizer | None = None,
         topk_prompts: int | None = None,
+        workers: int | None = None,
+        precision: Precision = "float32",
+        cascade: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -78,6 +88,8 @@ class Predictor:
             localizer = create_localizer(localizer, device=self.device, checkpoint=checkpoint)
         self.localizer: Localizer | None = localizer
         self.topk_prompts = topk_prompts
+        self.network = Network(self.model, self.device, batch_size, precision, cascade)
+        self.workers = worker_count(workers)
         self.keep_logits = False
         if topk_prompts is None and self.localizer is not None:
             self.localizer.check_prompt()
@@ -117,17 +129,10 @@ class Predictor:
         'chanterelle'
         """
         if not isinstance(image, (list, tuple)):
-            return self.predict_items([self._given(image, boxes)])[0]
+            return next(self.predict_items([self._given(image, boxes)]))
         if boxes is not None and len(boxes) != len(image):
             raise L2R2Error(f"{len(boxes)} entries of boxes for {len(image)} images; pass one per image (None for no boxes).")
-        found: list[Prediction] = []
-        batch: list[Item] = []
-        for one, of_one in zip(image, boxes or [None] * len(image)):
-            batch.append(self._given(one, of_one))
-            if is_full(batch, self.batch_size):
-                found += self.predict_items(batch)
-                batch = []
-        return found + (self.predict_items(batch) if batch else [])
+        return list(self.predict_items(self._given(*pair) for pair in zip(image, boxes or [None] * len(image))))
 
     def predict_many(
         self, images: Sequence[ImageSource], boxes: Sequence[Boxes | None] | None = None, *, groups: Sequence[str] | None = None
@@ -160,10 +165,12 @@ class Predictor:
         """Return an `Adapter` that fuses the predictions of a group (named `noun` in messages) jointly.
 
         Raises:
-            L2R2Error: when the fusion has no batch rule, or `topk_prompts` is set, which fuses in another way.
+            L2R2Error: when the fusion has no batch rule, or `topk_prompts` or `cascade` is set.
         """
         if self.topk_prompts is not None:
             raise L2R2Error("Predictions with topk_prompts cannot be adapted; use one or the other.")
+        if self.network.cascade:
+            raise L2R2Error("Predictions with cascade cannot be adapted; use one or the other.")
         return Adapter(copy.deepcopy(self.model.fusion).cpu().float(), self.labels, self.top, noun)
 
     @torch.inference_mode()
@@ -183,7 +190,8 @@ class Predictor:
         found = self._usable(item)[0]
         if found is not None and found.masks is None and mask is not None:
             found = replace(found, masks=mask.expand(len(found), -1, -1))
-        return item.image, found, checked(self._classify([item]))[0]
+        (whole,) = whole_images([item])
+        return whole, found, next(self._classify([item]))
 
     def _given(self, image: ImageSource, boxes: Boxes | None) -> Item:
         name = str(image) if isinstance(image, (str, Path)) else None
@@ -205,48 +213,95 @@ class Predictor:
             boxes: entries by `str(path)`, see `BoxTable.join`.
             masks: mask files by `str(path)`; without an entry in `boxes`, the tight box around the mask is used.
         """
-        batch: list[Item] = []
-        done: list[Prediction | None] = []
-        for path in paths:
+        known, mask_files = boxes or {}, masks or {}
+
+        def load(path: Path) -> Item | Prediction:
             try:
-                batch.append(self._load(path, (boxes or {}).get(str(path)), (masks or {}).get(str(path))))
-                done.append(None)
+                return self._load(path, known.get(str(path)), mask_files.get(str(path)))
             except L2R2Error as error:
-                done.append(Prediction(str(path), (), str(error)))
-            if is_full(batch, self.batch_size):
-                yield from merged(done, self.predict_items(batch))
-                batch, done = [], []
-        yield from merged(done, self.predict_items(batch) if batch else [])
+                return Prediction(str(path), (), str(error))
+
+        def weigh(loaded: Item | Prediction) -> int:
+            return loaded.pixels if isinstance(loaded, Item) else 0
+
+        return self.predict_items(in_order(load, paths, self.workers, ahead=self.network.most, weigh=weigh))
 
     def _load(self, path: Path, entry: BoxEntry | None, mask_file: Path | None) -> Item:
-        image = load_image(path, fill=self.model.view_spec.fill)
-        size = (image.height, image.width)
-        mask = load_mask(mask_file, size) if mask_file else None
+        return self._cut(*self.decode(path, entry, mask_file))
+
+    def load(self, image: LazyImage, boxes: Detections | None = None) -> Item:
+        """Decode an image as `predict_files` does, for `predict_items`; several threads can do so at the same time.
+
+        Args:
+            image: created with the `fill` of the model's ViewSpec.
+            boxes: its boxes; None for the localizer.
+
+        Raises:
+            ImageError: when the image cannot be decoded.
+        """
+        return self._cut(*self._decoded(image, Item(image.name, None, boxes)))
+
+    def decode(self, path: Path, entry: BoxEntry | None = None, mask_file: Path | None = None) -> tuple[Item, list[Row]]:
+        """Decode what the views show, and list the boxes to classify; before the localizer runs, the whole image and no boxes."""
+        image = LazyImage(path, fill=self.model.view_spec.fill)
+        mask = load_mask(mask_file, image.size) if mask_file else None
+        boxes = None if mask is None else Detections.from_mask(mask)
         if entry is not None:
-            return Item(str(path), image, entry.detections(size, str(path)), entry.failure, mask)
-        return Item(str(path), image, None if mask is None else Detections.from_mask(mask), None, mask)
+            boxes = entry.detections(image.size, str(path))
+        return self._decoded(image, Item(str(path), None, boxes, entry.failure if entry else None, mask))
+
+    def _decoded(self, image: LazyImage, item: Item) -> tuple[Item, list[Row]]:
+        if self._lacks_boxes(item):
+            return replace(item, image=image.load()), []
+        spec, branches, rows = self.model.view_spec, self.model.branches, self.rows_of(item)
+        where = torch.stack([row.box for row in rows])
+        pixels = decode_patches(image, where, spec, branches) if takes_patches(spec, branches) else image.load()
+        return replace(item, image=pixels), rows
+
+    def _cut(self, item: Item, rows: list[Row]) -> Item:
+        """On a CPU, cut the views, so that this happens in the thread that decodes."""
+        return self.network.cut(item, rows) if self.device.type == "cpu" and rows else item
+
+    def _lacks_boxes(self, item: Item) -> bool:
+        return self.localizer is not None and item.boxes is None and item.localizer_failure is None
 
     @torch.inference_mode()
-    def predict_items(self, items: Sequence[Item]) -> list[Prediction]:
-        """Classify decoded images as one batch; the localizer finds the boxes of those without any."""
-        if self.localizer is not None:
-            lacking = [i for i, item in enumerate(items) if item.boxes is None and item.localizer_failure is None]
-            if self.topk_prompts is not None and len(lacking) == len(items):
-                return checked(self._predict_topk(items))
-            found = dict(zip(lacking, self._localize([items[i] for i in lacking]))) if lacking else {}
-            items = [found.get(i, item) for i, item in enumerate(items)]
-        return checked(self._classify(items))
+    def predict_items(self, items: Iterable[Item | Prediction]) -> Iterator[Prediction]:
+        """Classify items of `load`, in batches, and yield predictions in their order; failed predictions are passed on."""
+        yield from self._classify(items if self.localizer is None else self._located(items))
+
+    def _located(self, items: Iterable[Item | Prediction]) -> Iterator[Item | Prediction]:
+        """Yield the items; those without boxes are localized, one batch at a time."""
+        held: list[Item | Prediction] = []
+        for item in items:
+            held.append(item)
+            if len(held) >= self.batch_size or is_large(item for item in held if isinstance(item, Item)):
+                yield from self._with_boxes(held)
+                held = []
+        yield from self._with_boxes(held)
+
+    def _with_boxes(self, held: Sequence[Item | Prediction]) -> list[Item | Prediction]:
+        lacking = [item for item in held if isinstance(item, Item) and self._lacks_boxes(item)]
+        if not lacking or self.localizer is None:
+            return list(held)
+        found: Iterator[Item | Prediction]
+        if self.topk_prompts is None:
+            found = iter(self._localize(lacking))
+        else:
+            args = self.model, self.labels, self.localizer, self.topk_prompts, self.box_threshold, self.top
+            found = iter(predict_topk(lacking, *args))
+        return [next(found) if isinstance(item, Item) and self._lacks_boxes(item) else item for item in held]
 
     def _localize(self, items: Sequence[Item]) -> list[Item]:
         """Return the items with their boxes; if the localizer fails on a batch, each image is tried alone."""
         assert self.localizer is not None
-        images, names = [item.image for item in items], [item.name or "" for item in items]
+        images, names = whole_images(items), [item.name or "" for item in items]
         try:
             if isinstance(self.localizer, Head) and self.localizer.model is self.model:
                 full = make_views(images, None, self.model.view_spec, branches=("full",), device=self.device).full
                 out = self.model.forward_views(full=full)
-                found = detections_of(out.located, images, self.model.view_spec)
-                return [replace(item, boxes=d, full=z) for item, d, z in zip(items, found, out.full)]
+                located = detections_of(out.located, images, self.model.view_spec)
+                return [replace(item, boxes=d, full=z) for item, d, z in zip(items, located, out.full)]
             found = self.localizer(images, names=names if all(names) else None)
             return [replace(item, boxes=detections) for item, detections in zip(items, found)]
         except (L2R2Error, RuntimeError) as error:
@@ -254,90 +309,49 @@ class Predictor:
                 return [replace(items[0], localizer_failure=" ".join(str(error).split())[:300])]
         return [found for item in items for found in self._localize([item])]
 
-    def _predict_topk(self, items: Sequence[Item]) -> list[Prediction]:
-        """Predict with `topk_prompts`; an image in which no prompted class is found is classified by the full branch."""
-        from ..localize.topk import check_promptable, topk_prompts
-
-        assert self.localizer is not None and self.topk_prompts is not None
-        localizer, images = check_promptable(self.localizer, self.model), [item.image for item in items]
-        try:
-            found = topk_prompts(self.model, self.labels, localizer, images, self.topk_prompts, self.box_threshold)
-        except (L2R2Error, RuntimeError) as error:
-            if len(items) == 1:
-                return self._classify([replace(items[0], localizer_failure=" ".join(str(error).split())[:300])])
-            return [prediction for item in items for prediction in self._predict_topk([item])]
-        predictions = []
-        for i, item in enumerate(items):
-            if not bool(found.boxes[i].isfinite().any()):
-                predictions += self._classify([replace(item, boxes=Detections.from_lists([], item.image.size[::-1]))])
-                continue
-            parts, order = found.scores[i].softmax(0).tolist(), found.scores[i].argsort(descending=True).tolist()
-            top = tuple(Answer(self.labels[int(found.classes[i, j])], round(parts[j], 6)) for j in order[: self.top])
-            best, has_box = order[0], bool(found.boxes[i, order[0]].isfinite().all())
-            answers = {b: self._answer(z[i] if b == "full" else z[i, best]) for b, z in found.branches.items()}
-            predictions.append(
-                Prediction(
-                    item.name,
-                    (
-                        ObjectPrediction(
-                            label=top[0].label,
-                            score=top[0].score,
-                            source="fused" if has_box else "full",
-                            reason=f"the best of the {len(order)} classes suggested by the whole image"
-                            + ("" if has_box else "; it was not found, so its score is from the whole image"),
-                            full=answers["full"],
-                            fg=answers["fg"] if has_box else None,
-                            bg=answers.get("bg") if has_box else None,
-                            box=tuple(round(v, 2) for v in found.boxes[i, best].tolist()) if has_box else None,
-                            box_score=round(float(found.box_scores[i, best]), 4) if has_box else None,
-                            top=top,
-                        ),
-                    ),
-                )
-            )
-        return predictions
-
-    def _answer(self, logits: Tensor) -> Answer:
-        score, index = logits.float().softmax(-1).max(-1)
-        return Answer(self.labels[int(index)], round(float(score), 6))
-
-    def _classify(self, items: Sequence[Item]) -> list[Prediction]:
-        found = [self._usable(item) for item in items]
-        rows: list[Row] = []
-        for i, (usable, why) in enumerate(found):
-            if usable is None:
-                rows.append(Row(i, torch.full((4,), float("nan")), None, why, items[i].mask))
+    def _classify(self, items: Iterable[Item | Prediction]) -> Iterator[Prediction]:
+        """Yield predictions in the order of the items; batches are filled with the boxes of several images."""
+        waiting: deque[Pending | Prediction] = deque()
+        jobs: list[Job] = []
+        for item in items:
+            if isinstance(item, Item):
+                pending = Pending(item, self.rows_of(item))
+                jobs += [Job(pending, number) for number in range(len(pending.rows))]
+                waiting.append(pending)
             else:
-                masks = usable.masks if usable.masks is not None else [items[i].mask] * len(usable)
-                rows += [Row(i, box, s, "", mask) for box, s, mask in zip(usable.boxes, usable.scores.tolist(), masks)]
-        answers: list[list[ObjectPrediction]] = [[] for _ in items]
-        for start in range(0, len(rows), self.batch_size):
-            part = rows[start : start + self.batch_size]
-            output, has_fg = self._forward(items, part)
-            for row, answer in zip(part, self._answers(output, part, has_fg)):
-                answers[row.item].append(answer)
-        if isinstance(self.model.fusion, ObjectnessMaxConfidence):  # the box that decides the image's label comes first
-            answers = [sorted(objects, key=product, reverse=True) for objects in answers]
-        return [Prediction(item.name, tuple(objects)) for item, objects in zip(items, answers)]
+                waiting.append(item)
+            while len(jobs) >= self.network.most or is_large(pending.item for pending in images_of(jobs)):
+                self._answer(jobs[: self.network.most])
+                jobs = jobs[self.network.most :]
+            yield from self._completed(waiting)
+        for start in range(0, len(jobs), self.network.most):
+            self._answer(jobs[start : start + self.network.most])
+        yield from self._completed(waiting)
 
-    def _forward(self, items: Sequence[Item], rows: Sequence[Row]) -> tuple[L2R2Output, list[bool]]:
-        """Return the model output for the rows, and whether an object was found in each."""
-        used = sorted({row.item for row in rows})
-        known = [items[row.item].full for row in rows]
-        scores = torch.tensor([1.0 if row.score is None else row.score for row in rows], device=self.device)
-        full = None if any(z is None for z in known) else torch.stack(known)  # type: ignore[arg-type]
-        views = make_views(
-            [items[i].image for i in used],
-            torch.stack([row.box for row in rows]),
-            self.model.view_spec,
-            branches=[b for b in self.model.branches if b != "full" or full is None],
-            image_index=torch.tensor([used.index(row.item) for row in rows]),
-            masks=[row.mask for row in rows],
-            device=self.device,
-        )
-        known_full = {} if full is None else {"full_logits": full}
-        output = self.model.forward_views(**views.inputs(), objectness=scores, **known_full)
-        return output, output.has_fg.tolist()
+    def _completed(self, waiting: deque[Pending | Prediction]) -> Iterator[Prediction]:
+        """Remove and yield the completed predictions at the front."""
+        while waiting:
+            first = waiting[0]
+            if isinstance(first, Pending):
+                if (objects := first.objects) is None:
+                    return
+                if isinstance(self.model.fusion, ObjectnessMaxConfidence):  # the box that decides the image's label comes first
+                    objects = tuple(sorted(objects, key=product, reverse=True))
+                first = checked([Prediction(first.item.name, objects)])[0]
+            waiting.popleft()
+            yield first
+
+    def _answer(self, jobs: Sequence[Job]) -> None:
+        for job, answer in zip(jobs, self.answers(self.network(jobs), jobs)):
+            job.pending.answers[job.number] = answer
+
+    def rows_of(self, item: Item) -> list[Row]:
+        """Return the boxes of an image to classify, or one row without a box."""
+        usable, why = self._usable(item)
+        if usable is None:
+            return [Row(torch.full((4,), float("nan")), None, why, item.mask)]
+        masks = usable.masks if usable.masks is not None else [item.mask] * len(usable)
+        return [Row(box, score, "", mask) for box, score, mask in zip(usable.boxes, usable.scores.tolist(), masks)]
 
     def _usable(self, item: Item) -> tuple[Detections | None, str]:
         """Return the boxes to classify, or None and the reason why there are none (`docs/method.md`, section 2)."""
@@ -356,14 +370,17 @@ class Predictor:
             return None, "every box is empty or outside of the image"
         return usable.sorted().select(torch.arange(min(len(usable), self.max_objects))), ""
 
-    def _answers(self, output: L2R2Output, rows: Sequence[Row], has_fg: Sequence[bool]) -> Iterator[ObjectPrediction]:
+    def answers(self, answered: Answered, jobs: Sequence[Job]) -> Iterator[ObjectPrediction]:
+        """Yield the prediction for each box."""
+        output, has_fg, skipped = answered.output, answered.output.has_fg.tolist(), answered.skipped.tolist()
         given = {**output.branches(), "fused": output.fused}
         best = {b: z.float().softmax(-1).topk(self.top if b == "fused" else 1) for b, z in given.items()}
         probabilities = {b: t.values.tolist() for b, t in best.items()}
         classes = {b: t.indices.tolist() for b, t in best.items()}
-        for i, (_, box, box_score, why, _) in enumerate(rows):
+        for i, (box, box_score, why, _) in enumerate(job.row for job in jobs):
             keep = self.keep_logits and has_fg[i]
-            answers = {b: [Answer(self.labels[c], round(p, 6)) for c, p in zip(classes[b][i], probabilities[b][i])] for b in best}
+            pairs = {b: zip(classes[b][i], probabilities[b][i]) for b in best if b in ("fg", "fused") or not skipped[i]}
+            answers = {b: [Answer(self.labels[c], round(p, 6)) for c, p in of_branch] for b, of_branch in pairs.items()}
             found = has_fg[i] and "fg" in answers
             yield ObjectPrediction(
                 label=answers["fused"][0].label,

@@ -79,7 +79,7 @@ def _draw_image(axes: Any, file: str, found: Mapping[str, Any], label: str, spec
     assert views.fg is not None
     axes[0].imshow(image, interpolation="nearest")
     axes[0].add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="red", linewidth=1.5))
-    axes[0].set_title(f"true digit: {label}", fontsize=10, fontweight="bold", pad=4)
+    axes[0].set_title(f"true digit: {label}", fontsize=9.5, fontweight="bold", pad=4)
     axes[1].imshow(spec.to_uint8(views.fg)[0].permute(1, 2, 0), interpolation="nearest")
     for axis in axes:
         axis.axis("off")

@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager, contextmanager
 
 from ..boxes.detections import Detections
 from ..errors import L2R2Error
-from ..images import load_image
-from ..predict.items import BATCH_PIXELS, Item, is_full
+from ..images import LazyImage
+from ..predict.items import BATCH_PIXELS, Item, is_large
 from ..predict.prediction import Prediction
 from ..predict.predictor import Predictor
 from .form import Upload
@@ -99,17 +99,16 @@ class Batcher:
                 return Prediction(upload.name, (), str(error))
             async with self._room:  # the next image is decoded once this one has room
                 await self._room.wait_for(lambda: self._held < BATCH_PIXELS)
-                self._held += _pixels(item)
+                self._held += item.pixels
         answer: asyncio.Future[Prediction] = loop.create_future()
         self._ready.put_nowait((item, answer))
         return await answer
 
     def _item(self, upload: Upload) -> Item:
         fill, most = self.predictor.model.view_spec.fill, self.limits.pixels
-        image = load_image(upload.data, fill=fill, max_pixels=most, name=upload.name)
-        boxes = upload.boxes
-        size = (image.height, image.width)
-        return Item(upload.name, image, None if boxes is None else Detections.from_lists(boxes, size, upload.scores))
+        image = LazyImage(upload.data, fill=fill, max_pixels=most, name=upload.name)
+        given = upload.boxes
+        return self.predictor.load(image, None if given is None else Detections.from_lists(given, image.size, upload.scores))
 
     async def _work(self) -> None:
         loop, size = asyncio.get_running_loop(), self.predictor.batch_size
@@ -118,7 +117,7 @@ class Batcher:
             if self._ready.qsize() + 1 < size:
                 await asyncio.sleep(self.wait)
             items = [batch[0][0]]
-            while not is_full(items, size) and not self._ready.empty():
+            while len(items) < size and not is_large(items) and not self._ready.empty():
                 batch.append(self._ready.get_nowait())
                 items.append(batch[-1][0])
             start = time.perf_counter()
@@ -133,19 +132,15 @@ class Batcher:
             self.metrics.add("l2r2_batches_total")
             self.metrics.add("l2r2_batch_seconds_total", time.perf_counter() - start)
             async with self._room:
-                self._held -= sum(map(_pixels, items))
+                self._held -= sum(item.pixels for item in items)
                 self._room.notify_all()
 
     def _classify(self, items: Sequence[Item]) -> list[Prediction]:
         """Classify a batch; if that fails, e.g. because the memory of the GPU is full, each image is tried alone."""
         try:
-            return self.predictor.predict_items(items)
+            return list(self.predictor.predict_items(items))
         except (L2R2Error, RuntimeError) as error:
             if len(items) == 1:
                 why = " ".join(str(error).split())[:300]
                 return [Prediction(items[0].name, (), f"{items[0].name}: cannot be classified ({why}).")]
         return [prediction for item in items for prediction in self._classify([item])]
-
-
-def _pixels(item: Item) -> int:
-    return item.image.width * item.image.height

@@ -69,7 +69,7 @@ def create_model(recipe: Recipe, num_classes: int, start: InitCheckpoint | None 
         hint = "; without network access, pass --no-pretrained" if downloads else ""
         raise L2R2Error(f"{recipe.model} cannot be created ({what}){hint}.") from error
     changes = {name: getattr(recipe, name) for name in ("margin", "late_stage", "late_pool", "coverage")}
-    given = {name: getattr(recipe, name) for name in ("bg", "square", "fill", "interpolation", "mode", "size")}
+    given = {name: getattr(recipe, name) for name in ("bg", "square", "fill", "interpolation", "mode", "decode", "size")}
     changes["fg_mode"] = recipe.fg_mode or model.view_spec.fg_mode
     changes.update({name: value for name, value in given.items() if value is not None})
     from_start = start.views() if start else {}

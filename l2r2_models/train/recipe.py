@@ -55,6 +55,7 @@ class Recipe:
         fill: RGB levels (0-255) of padding and of replaced pixels; null keeps the model's default.
         interpolation: how views are resized: bilinear or bicubic; null keeps the model's default.
         mode: how views are rounded: `float` (not at all), or `pil` as Pillow does; null keeps the model's default.
+        decode: how image files are decoded: `full`, or `scaled` to reduce large ones; null keeps the model's default.
         margin: margin added to the fg box at each end, relative to its side.
         late_stage: fg_mode `late` masks the output of the `last` stage, or of the one `before_last`.
         late_pool: fg_mode `late` pools by the masked mean (`mask`), over all positions (`all`), or by the class token (`token`).
@@ -126,6 +127,7 @@ class Recipe:
     fill: tuple[int, ...] | None = None
     interpolation: str | None = None
     mode: str | None = None
+    decode: str | None = None
     margin: float = 0.0
     late_stage: str = "last"
     late_pool: str = "mask"

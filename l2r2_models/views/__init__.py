@@ -2,6 +2,19 @@
 
 from .cut import Views, batch_masks, cut_batch, make_views, view_map
 from .modes import FG_MODES, FgMode
+from .patches import Patches, decode_patches, takes_patches
 from .spec import ViewSpec
 
-__all__ = ["FG_MODES", "FgMode", "ViewSpec", "Views", "batch_masks", "cut_batch", "make_views", "view_map"]
+__all__ = [
+    "FG_MODES",
+    "FgMode",
+    "Patches",
+    "ViewSpec",
+    "Views",
+    "batch_masks",
+    "cut_batch",
+    "decode_patches",
+    "make_views",
+    "takes_patches",
+    "view_map",
+]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..boxes.detections import Detections, ViewMap
 from ..errors import L2R2Error
+from .patches import Patches
 from .spec import ViewSpec
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Views(NamedTuple):
 
 
 def make_views(
-    images: Sequence[Image | Tensor],
+    images: Sequence[Image | Tensor | Patches],
     boxes: Tensor | None,
     spec: ViewSpec,
     *,
@@ -58,7 +59,7 @@ def make_views(
     """Cut the views of every box from the original images (`docs/method.md`, Views).
 
     Args:
-        images: upright RGB images, PIL or uint8 tensors `[H, W, 3]`, of any sizes.
+        images: upright RGB images, PIL or uint8 tensors `[H, W, 3]`, of any sizes; or `Patches` for these boxes.
         boxes: `[V, 4]` xyxy pixels of the original image; a NaN row has no box. None: no image has a box.
         spec: how to cut.
         branches: which views to make.
@@ -78,8 +79,8 @@ def make_views(
     >>> views.full.shape, views.fg.shape, views.has_fg
     (torch.Size([1, 3, 8, 8]), torch.Size([1, 3, 8, 8]), tensor([True]))
     """
-    pixels = [_pixels(image).to(device) for image in images]
-    place = pixels[0].device if pixels else torch.device("cpu")
+    pixels = [image if isinstance(image, Patches) else _pixels(image).to(device) for image in images]
+    place = pixels[0].device if pixels and isinstance(pixels[0], Tensor) else torch.device("cpu")
     if boxes is not None and (boxes.ndim != 2 or boxes.shape[1] != 4):
         raise L2R2Error(f"boxes must be [V, 4], got {list(boxes.shape)}.")
     index = torch.arange(len(pixels), device=place) if image_index is None else image_index.to(place)
@@ -90,7 +91,8 @@ def make_views(
         raise L2R2Error("There is no image to cut views from; pass at least one.")
     if image_index is not None:
         _check_index(image_index, rows, len(pixels))
-    sizes = torch.tensor([p.shape[:2] for p in pixels], device=place)[index]  # [V, 2] height, width
+    of_image = torch.tensor([p.size if isinstance(p, Patches) else p.shape[:2] for p in pixels], device=place)
+    sizes = of_image[index]  # [V, 2] height, width
     boxes = torch.full((rows, 4), float("nan"), device=place) if boxes is None else boxes.to(place, torch.float32)
     keep = _object_masks(masks, sizes)
 
@@ -104,7 +106,7 @@ def make_views(
     objects = _Objects(boxes, sizes, has_fg, keep)
     parts: dict[str, _Part] = {}
     if "full" in branches:
-        parts["full"] = _whole_images(pixels)  # once per image, however many boxes it has
+        parts["full"] = _whole_images(of_image)  # once per image, however many boxes it has
     if in_network and "full" not in branches:
         parts["fg"] = _Part(whole, index)
     if "fg" in branches and not in_network:
@@ -112,14 +114,18 @@ def make_views(
         parts["fg"] = _Part(where, index, objects.kept() if spec.fg.erases else None)
     if "bg" in branches:
         parts["bg"] = _Part(whole, index, objects.erased(boxes_only=spec.bg == "box"))
-    views = _cut(pixels, parts, spec)
+    if any(isinstance(image, Patches) for image in pixels):
+        views = _cut_patches(pixels, parts, spec, device)  # type: ignore[arg-type]
+        has_fg, index, whole = has_fg.to(device), index.to(device), whole.to(device)
+    else:
+        views = _cut(pixels, parts, spec)  # type: ignore[arg-type]
     if image_index is not None and "full" in views:
         views["full"] = views["full"][index]
     mask = None
     if in_network and spec.fg.finds_object:
         has_fg = torch.ones_like(has_fg)  # the network finds the object itself
     elif in_network:
-        mask = _cut_masks(objects.kept(), whole, spec)
+        mask = _cut_masks([kept.to(whole.device) for kept in objects.kept()], whole, spec)
     return Views(views.get("full"), views.get("fg"), views.get("bg"), has_fg, mask)
 
 
@@ -243,6 +249,40 @@ def _cut(pixels: list[Tensor], parts: Mapping[str, _Part], spec: ViewSpec) -> di
     return dict(zip(parts, views.split([len(part.boxes) for part in parts.values()])))
 
 
+def _cut_patches(
+    images: list[Patches], parts: Mapping[str, _Part], spec: ViewSpec, device: torch.device | str | None
+) -> dict[str, Tensor]:
+    """Cut all parts from patches, each of which covers one view."""
+    if not parts:
+        return {}
+    pixels: list[Tensor] = []
+    for part in parts.values():
+        if part.masks is not None:
+            raise L2R2Error("Views with replaced pixels cannot be cut from patches; pass whole images.")
+        of = [images[i] for i in part.images.tolist()]
+        height, width = (torch.tensor([image.size[axis] for image in of]) for axis in (0, 1))
+        windows, _ = integer_boxes(part.boxes, height, width, spec.margin)
+        pixels += [_of_window(image, window) for image, window in zip(of, windows.tolist())]
+    pixels = [_sent(part, device) for part in pixels]
+    ends = _whole_images(torch.tensor([p.shape[:2] for p in pixels], device=device))
+    views = _cut(pixels, {"all": ends}, spec)["all"]
+    return dict(zip(parts, views.split([len(part.boxes) for part in parts.values()])))
+
+
+def _of_window(image: Patches, window: Sequence[int]) -> Tensor:
+    try:
+        return image.parts[tuple(window)]  # type: ignore[index]
+    except KeyError:
+        raise L2R2Error(f"The patches of this image are for other boxes; none covers the window {window}.") from None
+
+
+def _sent(pixels: Tensor, device: torch.device | str | None) -> Tensor:
+    """Return the pixels on the device; copies to a GPU are asynchronous, through pinned memory."""
+    if device is None or torch.device(device).type != "cuda":
+        return pixels.to(device)
+    return pixels.pin_memory().to(device, non_blocking=True)
+
+
 def _cut_masks(masks: list[Tensor], whole: Tensor, spec: ViewSpec) -> Tensor:
     """Cut object masks `[H, W]` bool like whole images: `[V, S, S]` in [0, 1], 0 in the padding."""
     plain = replace(spec, fill=(0, 0, 0), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), interpolation="bilinear")
@@ -251,10 +291,10 @@ def _cut_masks(masks: list[Tensor], whole: Tensor, spec: ViewSpec) -> Tensor:
     return _cut(pixels, {"mask": part}, plain)["mask"][:, 0].clamp(0, 1)
 
 
-def _whole_images(pixels: list[Tensor]) -> _Part:
-    place = pixels[0].device
-    ends = torch.tensor([[0, 0, p.shape[1], p.shape[0]] for p in pixels], device=place)
-    return _Part(ends.float(), torch.arange(len(pixels), device=place))
+def _whole_images(sizes: Tensor) -> _Part:
+    """Return the part that shows whole images of sizes `[N, 2]` (height, width)."""
+    ends = torch.cat([torch.zeros_like(sizes), sizes.flip(1)], 1)
+    return _Part(ends.float(), torch.arange(len(sizes), device=sizes.device))
 
 
 class _Objects(NamedTuple):

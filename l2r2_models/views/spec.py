@@ -19,6 +19,7 @@ CHOICES = {
     "bg": ("shape", "box"),
     "interpolation": ("bilinear", "bicubic"),
     "mode": ("float", "pil"),
+    "decode": ("full", "scaled"),
     "late_stage": ("last", "before_last"),
     "late_pool": ("mask", "all", "token"),
 }
@@ -45,6 +46,8 @@ class ViewSpec:
         fill: RGB levels (0-255) of padding and of replaced pixels.
         interpolation: `bilinear` or `bicubic`, antialiased.
         mode: `float`, or `pil`, which rounds exactly as Pillow does (square views only).
+        decode: `full`, or `scaled` to reduce image files by 2, 4 or 8 before cutting, while at least twice `size` pixels remain,
+            JPEG files while decoding (`docs/method.md`, Views). Mode `pil` needs `full`.
         mean: mean per channel of pixels in [0, 1], for normalization.
         std: standard deviation per channel of pixels in [0, 1], for normalization.
         late_stage: whether `late` masks the output of the `last` stage, or of the one `before_last`; the last then runs twice.
@@ -67,6 +70,7 @@ class ViewSpec:
     fill: tuple[int, int, int] = (124, 116, 104)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     mode: Literal["float", "pil"] = "float"
+    decode: Literal["full", "scaled"] = "full"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     late_stage: Literal["last", "before_last"] = "last"
@@ -96,6 +100,8 @@ class ViewSpec:
             raise L2R2Error(f"A view's std must be above 0, got {self.std}.")
         if self.mode == "pil" and not self.square:
             raise L2R2Error('Views of mode "pil" must be square.')
+        if self.mode == "pil" and self.decode != "full":
+            raise L2R2Error('Views of mode "pil" need decode "full", to match Pillow exactly.')
 
     @property
     def fg(self) -> FgMode:
@@ -121,7 +127,7 @@ class ViewSpec:
 
     @classmethod
     def from_pretrained_cfg(cls, cfg: Mapping[str, Any], **changes: Any) -> ViewSpec:
-        """Build the spec that matches a timm model: its input size, interpolation, mean and std; `fill` is the mean color.
+        """Build the spec of a new model on a timm model: its input size, interpolation, mean and std; `fill` is the mean color.
 
         Args:
             cfg: the model's `pretrained_cfg`.
@@ -142,6 +148,7 @@ class ViewSpec:
             "mean": mean,
             "std": std,
             "fill": tuple(round(255 * m) for m in mean),
+            "decode": "full" if changes.get("mode") == "pil" else "scaled",
         }
         return cls(**{**values, **changes})
 

@@ -169,7 +169,7 @@ def test_the_command(tmp_path, run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["l2r2", "export", str(run), "-o", str(tmp_path / "model.bin")])
     with pytest.raises(SystemExit):
         main()
-    assert "name it *.onnx or *.pt2" in capsys.readouterr().err
+    assert "name the file *.onnx or *.pt2" in capsys.readouterr().err
 
 
 def example(*arguments):

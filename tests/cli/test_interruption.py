@@ -54,6 +54,27 @@ def test_in_a_training_with_its_workers(workers, dataset, tmp_path):
     assert not list(tmp_path.glob("*.lock"))
 
 
+def test_in_a_prediction_with_its_threads(run, dataset, tmp_path):
+    """The same command then continues."""
+    photos, out = tmp_path / "photos", tmp_path / "out.json"
+    photos.mkdir()
+    for i in range(6000):
+        os.link(dataset / "images" / f"train_{i % 12:03}.png", photos / f"{i:05}.png")
+
+    def predicting(process):
+        deadline = time.monotonic() + 100
+        while not list(out.parent.glob("out.json.parts/*")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+
+    code, lines = interrupted(["predict", run, photos, "-o", out, "--workers", "3"], predicting)
+    assert code == 130 and lines[-1] == LINE and not any("Traceback" in line for line in lines), lines[-5:]
+    for path in list(photos.iterdir())[1000:]:
+        path.unlink()
+    done = subprocess.run([sys.executable, "-m", "l2r2_cli", "predict", run, photos, "-o", out], capture_output=True, text=True)
+    assert done.returncode == 0 and "1000 images" in done.stdout and "from before" in done.stdout, done.stderr[-500:]
+
+
 def test_when_all_is_done():
     """While Python shuts down: the result stands, and nothing is said about it."""
     start = "import atexit, os, signal, sys, l2r2_cli; atexit.register(os.kill, os.getpid(), signal.SIGINT)"

@@ -11,7 +11,7 @@ from PIL import Image
 from l2r2_models import L2R2Error, ViewSpec
 from l2r2_models.data.augment import Augment
 from l2r2_models.data.dataset import ViewDataset, check_images, sample_of
-from l2r2_models.data.demo import AT_HOME, PHOTOGRAPHS, make_demo_data
+from l2r2_models.data.demo import AT_HOME, DIGITS, PHOTOGRAPHS, make_demo_data
 from l2r2_models.data.splits import hold_out
 from l2r2_models.data.table import read_table
 
@@ -230,7 +230,7 @@ def test_demo_data_ties_classes_to_backgrounds_in_training_and_unties_them_in_th
 
     def at_home(split):
         chosen = [r for r in rows if r["split"] == split]
-        return sum(PHOTOGRAPHS[int(r["label"])] == r["background"] for r in chosen) / len(chosen)
+        return sum(PHOTOGRAPHS[DIGITS.index(r["label"])] == r["background"] for r in chosen) / len(chosen)
 
     assert at_home("train") > AT_HOME - 0.06 and at_home("test_usual") > AT_HOME - 0.1 and at_home("test_swapped") == 0
     table = read_table(tmp_path)

@@ -234,7 +234,7 @@ def test_one_of_the_boxes_is_drawn_in_training_and_the_best_is_taken_else(tmp_pa
 def test_two_labels_without_a_box_each_stay_an_error(tmp_path, lines):
     Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,label,x0,y0,x1,y1\n" + lines)
-    with pytest.raises(L2R2Error, match=r"gives a\.png two values of label, cat and dog"):
+    with pytest.raises(L2R2Error, match=r"a\.png has two values of label, cat and dog"):
         read_table(tmp_path)
 
 

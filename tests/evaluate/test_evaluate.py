@@ -104,7 +104,7 @@ def test_weights_and_config_of_different_saves_are_refused_and_fixed_by_fitting(
 def test_predictions_made_before_the_fusion_changed_are_not_kept(own_run, dataset, tmp_path):
     predict_to_file(Predictor.from_pretrained(own_run, device="cpu"), gather([dataset], split="val"), tmp_path / "p.json")
     fit_run(own_run, dataset, "val", method="max_confidence")
-    with pytest.raises(L2R2Error, match=r"made with another .*fusion"):
+    with pytest.raises(L2R2Error, match=r"made with a different .*fusion"):
         predict_to_file(Predictor.from_pretrained(own_run, device="cpu"), gather([dataset], split="val"), tmp_path / "p.json")
 
 

@@ -195,7 +195,7 @@ def test_what_stands_against_publishing(tmp_path):
     with pytest.raises(L2R2Error, match="not a Hub id of the form org/name"):
         prepare(run, "name", tmp_path / "d", FACTS)
     (run / "optimizer.pt").write_bytes(b"\x80\x04")
-    with pytest.raises(L2R2Error, match=r"holds optimizer\.pt; pickled weights"):
+    with pytest.raises(L2R2Error, match=r"contains optimizer\.pt; pickled weights"):
         prepare(run, "org/x", tmp_path / "e", FACTS)
 
 
@@ -208,11 +208,11 @@ def test_every_kind_of_model_can_be_published(tmp_path, kind):
 SAID = {  # what the card says of each kind of model, and what it must not
     "ifam": (["gives the fused prediction, and needs no boxes", "The network finds the object itself"], ["boxes=", "Localizer"]),
     "tokens": (["so that a misleading background matters less", "fg: tokens |", "boxes=[["], ["margin"]),
-    "late": (["masked inside the network", "is the whole-image head alone"], ["cut out of it"]),
+    "late": (["masked inside the network", "is the whole-image branch alone"], ["cut out of it"]),
     "box head": (["boxes from its own box head", 'localizer="head")', "predict(photo)"], ["not stated.", "boxes=[["]),
-    "gray": (["As a plain timm model (in_chans=1) it"], ["Predictor", "`pipeline`"]),
+    "gray": (["As a plain timm model (in_chans=1), it"], ["Predictor", "`pipeline`"]),
     "full": (["(the whole image). Made", "gives the same prediction"], ["misleading", "fg:", "boxes", "Localizer"]),
-    "fg": (["is the fg head alone", "without a box the whole image counts as the object"], ["misleading", "whole-image head"]),
+    "fg": (["is the fg branch alone", "without boxes, the whole image counts as the object"], ["misleading"]),
 }
 
 

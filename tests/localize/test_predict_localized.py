@@ -163,7 +163,7 @@ def test_top_k_prompts_are_scored_as_the_paper_says(tiny, paths, tmp_path, branc
     for i, prediction in enumerate(predictor.predict_files(paths[:4])):
         if found.boxes[i].isfinite().any():
             best = found.scores[i].argmax()
-            assert prediction.label == labels[found.classes[i, best]] and "whole image suggests" in prediction.objects[0].reason
+            assert prediction.label == labels[found.classes[i, best]] and "by the whole image" in prediction.objects[0].reason
         else:
             assert prediction.objects[0].source == "full" and "no object was found" in prediction.objects[0].reason
 
@@ -200,7 +200,7 @@ def test_predict_localizes_on_the_command_line(l2r2, headed, dataset, tmp_path, 
     assert l2r2(*base, "--localizer", "center").returncode == 0
     data = json.loads(out.read_text())
     assert data["localizer"]["localizer"] == "center" and data["images"][0]["objects"][0]["box"] == [15, 10, 45, 30]
-    assert "made with another localizer" in sentence(l2r2(*base, "--localizer", "head"))
+    assert "made with a different localizer" in sentence(l2r2(*base, "--localizer", "head"))
     (tmp_path / "boxes.json").write_text("{}")
     assert l2r2(*base, "--localizer", "head", "--boxes", tmp_path / "boxes.json").returncode == 2
     topk = ["--localizer", f"owlv2:{tiny('owlv2')}?threshold=0", "--topk-prompts", 2]

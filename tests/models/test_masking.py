@@ -352,5 +352,5 @@ def test_the_views_are_of_the_size_that_the_network_was_made_for():
 
 
 def test_parts_belong_to_ifam_models():
-    with pytest.raises(L2R2Error, match="ifam"):
+    with pytest.raises(L2R2Error, match="iFAM"):
         model(fg_mode="parts")

@@ -127,5 +127,5 @@ def test_the_page_shows_the_parts_of_an_ifam_run_only(ifam, tmp_path):
     other = write_run(tmp_path / "run")
     CliRunner().invoke(app, ["evaluate", str(other), str(data), "--report", str(tmp_path / "other.html")])
     assert "Stage 1" not in (tmp_path / "other.html").read_text(encoding="utf-8")
-    with pytest.raises(L2R2Error, match="finds no parts"):
+    with pytest.raises(L2R2Error, match="does not find parts"):
         find_parts(hub.load_checkpoint(other), read_table(data))

@@ -97,7 +97,7 @@ def test_continued_with_more_images_it_equals_one_call(fitted, predictor, tmp_pa
     assert len(seen) == 12
     predict_to_file(predictor, inputs, tmp_path / f"once.{name}", adapt="folder")
     assert out.read_bytes() == (tmp_path / f"once.{name}").read_bytes()
-    with pytest.raises(L2R2Error, match="other values of settings"):
+    with pytest.raises(L2R2Error, match="a different settings"):
         predict_to_file(predictor, inputs, out)
 
 

@@ -171,7 +171,7 @@ HEADER = '{"format_version": "1.0", "model_sha256": "x", "images": [\n'
         (lambda text: text.replace('"objects": [', '"objects": 3, "x": [', 1), "is damaged (line 2)"),
         (lambda text: text.split("\n")[0] + '\n{"file": ["a"], "failure": "b"}\n]}\n', "is damaged (line 2)"),
         (lambda text: text.split("\n")[0] + "\n" + "[" * 100_000 + "\n]}\n", "is damaged (line 2)"),
-        (lambda text: HEADER + "]}\n", "was made with other values of"),
+        (lambda text: HEADER + "]}\n", "was made with a different"),
     ],
 )
 def test_a_damaged_file_of_predictions_is_a_sentence(predictor, dataset, tmp_path, change, said):

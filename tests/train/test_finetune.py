@@ -45,11 +45,11 @@ def test_another_recipe_or_other_data_never_mix_with_a_run(dataset, tmp_path):
     run = tmp_path / "run"
     finetune(dataset, recipe(), run)
     weights = (run / "model.safetensors").read_bytes()
-    with pytest.raises(L2R2Error, match="has a run with other values of epochs, seed"):
+    with pytest.raises(L2R2Error, match="contains a run with a different epochs, seed"):
         finetune(dataset, recipe(epochs=2, seed=1), run)
     text = (dataset / "metadata.csv").read_text()
     (dataset / "metadata.csv").write_text(text.replace("images/train_000.png,red", "images/train_000.png,blue"))
-    with pytest.raises(L2R2Error, match="another data set"):
+    with pytest.raises(L2R2Error, match="a different data set"):
         finetune(dataset, recipe(), run)
     assert (run / "model.safetensors").read_bytes() == weights
     finetune(dataset, recipe(), run, overwrite=True)

@@ -110,7 +110,7 @@ def test_interventions_belong_to_ifam(dataset):
 
     run = write_run(dataset.parent / "run")
     result = CliRunner().invoke(app, ["evaluate", str(run), str(dataset), "--drop-parts", "0"])
-    assert result.exit_code == 1 and "ifam" in str(result.exception)
+    assert result.exit_code == 1 and "iFAM" in str(result.exception)
 
 
 def test_num_parts_belongs_to_ifam(tmp_path, dataset):

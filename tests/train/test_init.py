@@ -118,7 +118,7 @@ def test_a_run_starts_from_another(dataset, run, tmp_path):
     result = call(app, [*arguments, str(run), "-o", str(out)])
     assert result.exit_code == 0 and "already finished" in result.stdout
     result = call(app, [*arguments, str(write_run(tmp_path / "other", seed=3)), "-o", str(out)])
-    assert isinstance(result.exception, L2R2Error) and "a run with other values of init" in str(result.exception)
+    assert isinstance(result.exception, L2R2Error) and "a run with a different init" in str(result.exception)
 
 
 def test_a_start_whose_weights_changed_is_another_run(dataset, tmp_path):
@@ -127,7 +127,7 @@ def test_a_start_whose_weights_changed_is_another_run(dataset, tmp_path):
     finetune(dataset, recipe, out)
     shutil.rmtree(made)
     write_run(made, seed=5)
-    with pytest.raises(L2R2Error, match="another init"):
+    with pytest.raises(L2R2Error, match="a different init"):
         finetune(dataset, recipe, out)
 
 

@@ -112,7 +112,7 @@ def test_the_masked_vits_are_registered_with_tokens():
 def test_the_audit_and_known_full_logits_take_the_same_path(kind, tmp_path):
     """What looks at an L2R2 from outside passes the mask on: the audit, and the predictor after its box head's pass."""
     from l2r2_models.audit.classifier import Audited
-    from l2r2_models.predict.items import Item, Row
+    from l2r2_models.predict.items import Item, Job, Pending, Row
 
     backbone, options = KINDS[kind]
     net = timm.create_model("l2r2", backbone=backbone, num_classes=3, fg_mode=kind, **options).eval()
@@ -126,8 +126,12 @@ def test_the_audit_and_known_full_logits_take_the_same_path(kind, tmp_path):
         audited = Audited("run", net, (("a",), ("b",), ("c",)), net.view_spec, net.branches)(views)
         assert torch.equal(audited["fg"], expected.fg) and torch.equal(audited["fused"], expected.fused)
         item = Item(None, Image.fromarray(image.numpy()), None, full=expected.full[0])
-        seen, has_fg = predictor._look([item], [Row(0, boxes[0], 1.0, "", None)])
-    assert has_fg == [True] and torch.allclose(seen.fg, expected.fg, atol=1e-5) and torch.equal(seen.full, expected.full)
+        seen = predictor.network([Job(Pending(item, [Row(boxes[0], 1.0, "", None)]), 0)]).output
+    assert (
+        seen.has_fg.tolist() == [True]
+        and torch.allclose(seen.fg, expected.fg, atol=1e-5)
+        and torch.equal(seen.full, expected.full)
+    )
 
 
 @pytest.mark.parametrize(("kind", "side", "seen"), [("tokens", 1, 0), ("tokens", 12, 4), ("late", 0, 0), ("late", 1, 4)])

@@ -114,7 +114,7 @@ def test_a_stop_for_lack_of_progress_survives_an_interruption(data, tmp_path):
 
 def test_only_what_does_not_change_the_result_may_change_on_the_way(data, tmp_path):
     train_and_kill(data, recipe(), tmp_path / "run")
-    with pytest.raises(L2R2Error, match="has a run with other values of ema"):
+    with pytest.raises(L2R2Error, match="contains a run with a different ema"):
         finetune(data, recipe(ema=0.9), tmp_path / "run")
     finetune(data, recipe(workers=1), tmp_path / "run")
     finetune(data, recipe(), tmp_path / "whole")

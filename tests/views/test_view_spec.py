@@ -12,7 +12,7 @@ NAN = float("nan")
 SPECS = [
     ViewSpec(),
     ViewSpec(size=384, fg_mode="masked_crop", bg="box", margin=0.1, fill=(0, 1, 255), interpolation="bilinear", mode="pil"),
-    ViewSpec(square=False, mean=(0.5, 0.5, 0.5), std=(1, 2, 3), margin=10),
+    ViewSpec(square=False, mean=(0.5, 0.5, 0.5), std=(1, 2, 3), margin=10, decode="scaled"),
 ]
 
 
@@ -28,6 +28,7 @@ def test_lists_make_the_same_spec():
 
 def test_old_configs_get_the_defaults():
     assert ViewSpec.from_dict({}) == ViewSpec() and ViewSpec.from_dict({"size": 96}) == ViewSpec(size=96)
+    assert ViewSpec.from_dict({}).decode == "full"  # as they were trained, before there was another way
 
 
 @pytest.mark.parametrize("key", ["sizes", "Size", "", 5, None])
@@ -44,6 +45,7 @@ def test_unknown_fields(key):
         "bg": ["crop", None, ["box"]],
         "interpolation": ["nearest", "Bicubic", None],
         "mode": ["pillow", None],
+        "decode": ["half", "", None, 2],
         "margin": [-0.1, 10.1, NAN, float("inf"), "0.1", None, True, [0.1]],
         "square": ["false", "true", 0, 1, None],
         "fill": [
@@ -74,9 +76,16 @@ def test_pil_mode_needs_squares():
         ViewSpec(mode="pil", square=False)
 
 
+def test_pil_mode_decodes_in_full():
+    with pytest.raises(L2R2Error, match='decode "full"'):
+        ViewSpec(mode="pil", decode="scaled")
+    assert ViewSpec.from_pretrained_cfg({}, mode="pil").decode == "full"
+
+
 def test_spec_of_a_timm_model():
     cfg = {"input_size": (3, 384, 384), "interpolation": "bilinear", "mean": (0.5, 0.5, 0.5), "std": [0.5, 0.5, 0.5]}
     spec = ViewSpec.from_pretrained_cfg(cfg, margin=0.1)
-    assert spec == ViewSpec(384, margin=0.1, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3, fill=(128, 128, 128))
-    assert ViewSpec.from_pretrained_cfg({}) == ViewSpec()
+    own = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "fill": (128, 128, 128), "decode": "scaled"}
+    assert spec == ViewSpec(384, margin=0.1, interpolation="bilinear", **own)
+    assert ViewSpec.from_pretrained_cfg({}) == ViewSpec(decode="scaled")
     assert ViewSpec.from_pretrained_cfg({"interpolation": "random"}, size=96).interpolation == "bicubic"

@@ -57,7 +57,7 @@ def test_the_report_has_a_row_a_goal_with_the_peers_as_columns(monkeypatch, tmp_
     table[0]["correct"] = False
     capsys.readouterr()
     assert driver.report(table, about, rates) == 1
-    assert capsys.readouterr().out == "Wrong results, so no speeds: roi_views, roi_views a\n"
+    assert capsys.readouterr().out == "Wrong results, so nothing was timed: roi_views, roi_views a\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be measured")
@@ -66,5 +66,5 @@ def test_without_a_gpu_the_driver_says_so_and_writes_nothing():
     before = sorted(results.glob("*")) if results.exists() else []
     run = subprocess.run([sys.executable, str(SPEED / "kernels.py")], capture_output=True, text=True, timeout=120)
     assert run.returncode == 1
-    assert run.stdout.count("\n") == 1 and "unmeasured" in run.stdout
+    assert run.stdout.count("\n") == 1 and "nothing was measured" in run.stdout
     assert (sorted(results.glob("*")) if results.exists() else []) == before

@@ -1,0 +1,233 @@
+"""Network: the logits of every branch for the boxes of many images, in as few forward passes as possible."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import L2R2Error
+from ..models.l2r2 import L2R2, L2R2Output
+from ..views import Views, make_views
+from .items import Item, Job, Pending, Row, images_of
+
+logger = logging.getLogger(__name__)
+Precision = Literal["float32", "bfloat16"]
+WINDOW = 4  # batches of fg that a cascade runs before the remaining images of full, so that their batches are full too
+
+
+class Answered(NamedTuple):
+    """The logits of V boxes.
+
+    Attributes:
+        output: logits of the V rows.
+        skipped: `[V]` bool, rows that fg decided and the other branches did not compute; their logits are those of fg.
+    """
+
+    output: L2R2Output
+    skipped: Tensor
+
+
+class Network:
+    """Run the branches of a model on a device, each on as few views as possible.
+
+    The full branch runs once per image, however many boxes the image has, and not at all if its logits are known; the fg branch
+    skips rows without an object.
+
+    Args:
+        model: a model in eval mode, on `device`.
+        device: device to compute on.
+        batch_size: objects per forward pass.
+        precision: precision of the network, `float32` or `bfloat16`; views and fusion are always float32.
+        cascade: run fg first, and the other branches only on the rows that they could change.
+
+    Raises:
+        L2R2Error: when the device does not support the precision, or the branches of the model cannot run separately.
+    """
+
+    def __init__(
+        self, model: L2R2, device: torch.device, batch_size: int, precision: Precision = "float32", cascade: bool = False
+    ) -> None:
+        check_precision(precision, device)
+        self.model, self.device, self.precision, self.cascade = model, device, precision, cascade
+        self.batch_size = batch_size
+        # fg that is masked in the network, or finds its object itself, shares its pass with full
+        self.separate = not model.takes_mask and not model.finds_object
+        if precision != "float32" and not self.separate:
+            raise L2R2Error("A model that masks inside the network or finds its object itself needs the precision float32.")
+        if cascade:
+            if not self.separate or not {"full", "fg"} <= set(model.branches):
+                raise L2R2Error("A cascade needs a full branch, and an fg branch whose view is cut from the image.")
+            self.decides = can_decide(model, device)
+            if not self.decides:
+                logger.warning('the fusion "%s" always needs all branches, so the cascade saves nothing', model.fusion.name)
+        convolutional = sum(isinstance(module, nn.Conv2d) for module in model.modules()) > len(model.backbone_prefixes())
+        self.memory_format = torch.channels_last if convolutional else torch.contiguous_format
+
+    @property
+    def most(self) -> int:
+        """The number of boxes to collect for a call."""
+        return self.batch_size * (WINDOW if self.cascade else 1)
+
+    def cut(self, item: Item, rows: Sequence[Row]) -> Item:
+        """Return the item with the views of `rows` instead of its pixels.
+
+        A cascade keeps the pixels, because most whole images will not be needed.
+        """
+        if not self.separate or item.image is None or item.views is not None:
+            return item
+        spec, others = self.model.view_spec, self._others
+        index, boxes = torch.zeros(len(rows), dtype=torch.long), torch.stack([row.box for row in rows])
+        masks = [row.mask for row in rows]
+        views = make_views([item.image], boxes, spec, branches=others, image_index=index, masks=masks)
+        if self.cascade:
+            return replace(item, views=views)
+        if "full" in self.model.branches and item.full is None:
+            views = views._replace(full=make_views([item.image], None, spec, branches=("full",)).full)
+        return replace(item, image=None, views=views)
+
+    @torch.inference_mode()
+    def __call__(self, jobs: Sequence[Job]) -> Answered:
+        """Classify boxes."""
+        if not self.separate:
+            return self._together(jobs)
+        scores = torch.tensor([1.0 if job.row.score is None else job.row.score for job in jobs], device=self.device)
+        views = self._object_views(jobs)
+        has_fg = views.has_fg
+        # without a full branch to fall back on, the others run on the whole image
+        seen = has_fg if "full" in self.model.branches else torch.ones_like(has_fg)
+        skipped = torch.zeros_like(has_fg)
+        if self.cascade:
+            logits = self._run(jobs, views, ("fg",), seen)
+            skipped = seen & self.decides & self.model.fusion.decided(logits["fg"], scores)
+            rest = tuple(b for b in self.model.branches if b != "fg")
+            logits.update(self._run(jobs, views, rest, seen & ~skipped, skipped))
+        else:
+            logits = self._run(jobs, views, self.model.branches, seen)
+        # logits that were not computed do not affect the fusion, whatever their values
+        if self.cascade:
+            logits |= {b: torch.where(skipped[:, None], logits["fg"], z) for b, z in logits.items()}
+        if "full" in logits:
+            logits |= {b: torch.where(seen[:, None], logits[b], logits["full"]) for b in self._others}
+        fused = self.model.fuse(logits, has_fg, scores)
+        return Answered(L2R2Output(logits.get("full"), logits.get("fg"), fused, logits.get("bg"), has_fg), skipped)
+
+    @property
+    def _others(self) -> tuple[str, ...]:
+        return tuple(b for b in self.model.branches if b != "full")
+
+    def _object_views(self, jobs: Sequence[Job]) -> Views:
+        """Return the views of fg and bg, one row per job."""
+        images = images_of(jobs)
+        if self.device.type == "cpu":
+            for pending in images:
+                pending.item = self.cut(pending.item, pending.rows)
+            rows = [(job.pending.item.views, job.number) for job in jobs]
+            parts = {b: torch.stack([getattr(views, b)[number] for views, number in rows]) for b in self._others}
+            has_fg = torch.stack([views.has_fg[number] for views, number in rows if views is not None])
+            return Views(None, parts.get("fg"), parts.get("bg"), has_fg)
+        return make_views(
+            [pending.item.image for pending in images],  # type: ignore[misc]
+            torch.stack([job.row.box for job in jobs]),
+            self.model.view_spec,
+            branches=self._others,
+            image_index=torch.tensor([images.index(job.pending) for job in jobs]),
+            masks=[job.row.mask for job in jobs],
+            device=self.device,
+        )
+
+    def _run(
+        self, jobs: Sequence[Job], views: Views, branches: Sequence[str], rows: Tensor, skipped: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return the logits `[V, classes]` by branch: full for images with a row that is not `skipped`, others for `rows`."""
+        given = {b: getattr(views, b)[rows] for b in branches if b != "full"}
+        given = {b: view for b, view in given.items() if len(view)}
+        wanted: list[Pending] = []
+        if "full" in branches:
+            left = [job for job, skip in zip(jobs, [False] * len(jobs) if skipped is None else skipped.tolist()) if not skip]
+            wanted = [pending for pending in images_of(left) if pending.item.full is None]
+            given |= {"full": self._full_views(wanted)} if wanted else {}
+        computed = self.logits(given)
+        for pending, z in zip(wanted, computed.get("full", ())):
+            pending.set_full(z)
+        found: dict[str, Tensor] = {}
+        for branch in branches:
+            z = torch.zeros(len(jobs), self.model.num_classes, device=self.device)
+            if branch == "full":
+                for i, job in enumerate(jobs):
+                    z[i] = 0 if job.pending.item.full is None else job.pending.item.full
+            elif branch in computed:
+                z[rows] = computed[branch]
+            found[branch] = z
+        return found
+
+    def _full_views(self, images: Sequence[Pending]) -> Tensor:
+        cut = [pending.item.views.full for pending in images if pending.item.views is not None]
+        if cut and all(view is not None for view in cut):
+            return torch.cat(cut)  # type: ignore[arg-type]
+        pixels = [pending.item.image for pending in images]
+        full = make_views(pixels, None, self.model.view_spec, branches=("full",), device=self.device).full  # type: ignore[arg-type]
+        assert full is not None
+        return full
+
+    def logits(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the logits by branch of the views `[B, 3, S, S]` by branch; a pass has up to twice `batch_size` views."""
+        size = self.batch_size * (2 if len(views) == 1 else 1)
+        logits: dict[str, list[Tensor]] = {branch: [] for branch in views}
+        for start in range(0, max(map(len, views.values()), default=0), size):
+            part = {b: view[start : start + size] for b, view in views.items() if len(view) > start}
+            for branch, z in self._pass(part).items():
+                logits[branch].append(z)
+        return {branch: torch.cat(parts) for branch, parts in logits.items()}
+
+    def _pass(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        given = {b: v.to(self.device, memory_format=self.memory_format) for b, v in views.items()}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return {b: z.float() for b, z in self.model.forward_branches(**given).items()}
+
+    def _together(self, jobs: Sequence[Job]) -> Answered:
+        """Run all branches in one pass, for models that mask inside the network."""
+        images = images_of(jobs)
+        known = [job.pending.item.full for job in jobs]
+        full = None if any(z is None for z in known) else torch.stack(known)  # type: ignore[arg-type]
+        views = make_views(
+            [pending.item.image for pending in images],  # type: ignore[misc]
+            torch.stack([job.row.box for job in jobs]),
+            self.model.view_spec,
+            branches=[b for b in self.model.branches if b != "full" or full is None],
+            image_index=torch.tensor([images.index(job.pending) for job in jobs]),
+            masks=[job.row.mask for job in jobs],
+            device=self.device,
+        )
+        scores = torch.tensor([1.0 if job.row.score is None else job.row.score for job in jobs], device=self.device)
+        known_full = {} if full is None else {"full_logits": full}
+        output = self.model.forward_views(**views.inputs(), objectness=scores, **known_full)
+        return Answered(output, torch.zeros_like(output.has_fg))
+
+
+def can_decide(model: L2R2, device: torch.device) -> bool:
+    """Return whether an fg branch with confidence 1 decides alone."""
+    certain = torch.tensor([[1e4] + [0.0] * (model.num_classes - 1)], device=device)
+    uses_fg = model.fusion.over is None or "fg" in model.fusion.over
+    return uses_fg and bool(model.fusion.decided(certain, torch.ones(1, device=device)).all())
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Check that the precision is known and that the device supports it.
+
+    Raises:
+        L2R2Error: when the precision is unknown, or the processor has no bfloat16 instructions.
+    """
+    if precision not in ("float32", "bfloat16"):
+        raise L2R2Error(f'Unknown precision "{precision}"; choose from float32, bfloat16.')
+    if precision == "bfloat16" and device.type == "cpu" and not has_bfloat16():
+        raise L2R2Error("This processor has no bfloat16 instructions (avx512_bf16 or amx_bf16); use the precision float32.")
+
+
+def has_bfloat16() -> bool:
+    """Return whether the processor has bfloat16 instructions."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
