@@ -116,7 +116,9 @@ def finetune(
         Optional[float], typer.Option(help="Peak learning rate.", show_default="2e-4, or 1e-3 with --no-pretrained")
     ] = None,
     seed: Annotated[Optional[int], typer.Option(help="Random seed.", show_default="0")] = None,
-    workers: Annotated[Optional[int], typer.Option(help="Processes that load images.", show_default="0")] = None,
+    workers: Annotated[
+        Optional[int], typer.Option(help="Workers that decode images in advance; 0 for none.", show_default="0")
+    ] = None,
     skip_bad: SkipBad = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in the folder first.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log metrics for TensorBoard in the run folder.")] = False,

@@ -31,9 +31,7 @@ Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Random 
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images per batch.")]
 Workers = Annotated[
     Optional[int],
-    typer.Option(
-        "--workers", min=0, help="Number of threads that decode images in advance; 0 for none.", show_default="one per core"
-    ),
+    typer.Option("--workers", min=0, help="Workers that decode images in advance; 0 for none.", show_default="one per core"),
 ]
 Precision = Annotated[
     str,
