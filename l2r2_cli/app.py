@@ -10,7 +10,7 @@ import typer
 
 from .common import say
 from .options import Device, Host, Localizer, MaxPixels, Method, Port, Run, box_threshold
-from .serve import warn_if_public
+from .serve import until_stopped, warn_if_public
 
 
 def app(
@@ -48,4 +48,5 @@ def app(
         page = create_app(studio, Path(folder), max_mb)
         warn_if_public(opened)
         say(f"open {url} in a browser (Ctrl-C to stop)")
-        serve(page, opened, seconds=1)  # an open page holds its connection
+        with until_stopped():
+            serve(page, opened, seconds=1)  # an open page holds its connection

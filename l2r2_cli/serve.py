@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from socket import socket
 from typing import Annotated, Optional
 
 import typer
 
+from . import Interrupted
 from .common import errors, say
 from .options import BatchSize, Device, Host, Localizer, MaxObjects, MaxPixels, Port, Run, Top, box_threshold
 
@@ -52,7 +55,17 @@ def serve(
     )
     warn_if_public(opened)
     say(f"serving {run} on {url} (Ctrl-C to stop)")
-    run_server(create_app(predictor, limits, wait / 1000), opened)
+    with until_stopped():
+        run_server(create_app(predictor, limits, wait / 1000), opened)
+
+
+@contextmanager
+def until_stopped() -> Iterator[None]:
+    """Say that the server has stopped, because there is nothing to continue after Ctrl-C."""
+    try:
+        yield
+    except Interrupted:
+        raise Interrupted("stopped") from None
 
 
 def warn_if_public(opened: socket) -> None:

@@ -93,7 +93,8 @@ def create_app(predictor: Predictor, limits: Limits | None = None, wait: float =
     @app.exception_handler(404)
     @app.exception_handler(405)
     async def missing(request: Request, error: HTTPException) -> Response:
-        sentence = "There is no such address; see /." if error.status_code == 404 else "This address takes another method; see /."
+        unknown = error.status_code == 404
+        sentence = "There is no such address; see /." if unknown else f"This address does not accept {request.method}; see /."
         return JSONResponse({"error": sentence}, error.status_code, error.headers)
 
     @app.exception_handler(Exception)

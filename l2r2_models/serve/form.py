@@ -54,6 +54,8 @@ async def read_form(request: Request, limits: Limits) -> list[Upload]:
     except ClientDisconnect:
         raise Refused(400, "The upload was cut off.") from None
     except MultiPartException as error:
+        if error.message.startswith("Too many"):
+            raise Refused(422, f"More than {limits.images} images or fields of boxes; send fewer per request.") from None
         raise Refused(422, f"The form cannot be read ({error.message.rstrip('.')}); {HOW}.") from None
     if unknown := sorted({name for name, _ in form} - {"image", "boxes"}):
         raise Refused(422, f"Unknown field {json.dumps(unknown[0][:50])}; the fields are image and boxes.")
@@ -104,7 +106,7 @@ def _boxes(value: Any) -> tuple[list[list[float]] | None, list[float] | None]:
     if boxes is None and given is None:
         return None, None
     if not isinstance(boxes, list) or not all(isinstance(box, list) and len(box) == 4 and _numbers(box) for box in boxes):
-        raise Refused(422, f"The boxes have another form; {BOXES}.")
+        raise Refused(422, f"The boxes have an unexpected form; {BOXES}.")
     if scores is not None and (not isinstance(scores, list) or len(scores) != len(boxes) or not _numbers(scores)):
         raise Refused(422, "The scores are not one number per box.")
     return boxes, scores

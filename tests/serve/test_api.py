@@ -113,13 +113,13 @@ def test_bad_images_are_failures_of_their_own(predictor):
 @pytest.mark.parametrize(
     ("boxes", "words"),
     [
-        ("[[1, 2, 3]]", "another form"),
-        ("[1, 2, 3, 4]", "another form"),
-        ('[["a", 0, 1, 1]]', "another form"),
-        ("[[NaN, 0, 1, 1]]", "another form"),
-        (f"[[1{'0' * 400}, 0, 1, 1]]", "another form"),
-        ("7", "another form"),
-        ("{}", "another form"),
+        ("[[1, 2, 3]]", "unexpected form"),
+        ("[1, 2, 3, 4]", "unexpected form"),
+        ('[["a", 0, 1, 1]]', "unexpected form"),
+        ("[[NaN, 0, 1, 1]]", "unexpected form"),
+        (f"[[1{'0' * 400}, 0, 1, 1]]", "unexpected form"),
+        ("7", "unexpected form"),
+        ("{}", "unexpected form"),
         ('{"boxes": [[0, 0, 9, 9]], "scores": []}', "not one number per box"),
         ('{"boxes": [[0, 0, 9, 9]], "scores": [true]}', "not one number per box"),
         ("[" * 100_000, "not JSON"),
@@ -155,7 +155,7 @@ def test_requests_that_are_no_form_of_images(client):
 def test_the_limits_of_a_request(predictor):
     with TestClient(create_app(predictor, Limits(megabytes=1, images=2, boxes=3))) as client:
         assert post(client, [("a.png", png())] * 2, [[BOX], [BOX, BOX]]).status_code == 200
-        assert "Maximum number of files is 2" in refusal(post(client, [("a.png", png())] * 3), 422)
+        assert "More than 2 images or fields of boxes" in refusal(post(client, [("a.png", png())] * 3), 422)
         assert "4 boxes, more than the limit of 3" in refusal(post(client, [("a.png", png())] * 2, [[BOX] * 2] * 2), 422)
         big = [("a.png", b"x" * 2**20)]
         assert "larger than the limit of 1 MB" in refusal(post(client, big), 413)
@@ -266,7 +266,7 @@ def test_the_other_addresses(client):
     body = client.get("/openapi.json").json()["paths"]["/predict"]["post"]["requestBody"]["content"]
     assert set(body["multipart/form-data"]["schema"]["properties"]) == {"image", "boxes"}
     assert "no such address" in refusal(client.get("/docs"), 404)
-    assert "another method" in refusal(client.get("/predict"), 405)
+    assert "does not accept GET" in refusal(client.get("/predict"), 405)
 
 
 def test_metrics_are_in_the_text_format_of_prometheus(client):
