@@ -11,7 +11,7 @@ INTERRUPTED = "interrupted; run the same command (without --overwrite) to contin
 
 
 class Interrupted(BaseException):
-    """Ctrl-C; not a KeyboardInterrupt, which the option parser would catch."""
+    """Ctrl-C; not a KeyboardInterrupt, which the option parser would catch. Its text replaces the line that is printed."""
 
 
 def main() -> None:
@@ -34,14 +34,14 @@ def main() -> None:
             run()
         finally:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done; do not interrupt Python's shutdown
-    except Interrupted:
+    except Interrupted as interruption:
         sys.stdout.flush()
         print(file=sys.stderr)  # the line may contain a progress bar
         import multiprocessing  # not before the handler is set
 
         for worker in multiprocessing.active_children():
             worker.kill()
-        _leave()  # cleanup is done; do not wait for threads and workers of libraries
+        _exit(str(interruption) or INTERRUPTED)  # cleanup is done; do not wait for threads and workers of libraries
 
 
 def keep_freed_memory() -> None:
@@ -60,6 +60,10 @@ def keep_freed_memory() -> None:
 
 
 def _leave(*_: object) -> None:
+    _exit(INTERRUPTED)
+
+
+def _exit(line: str) -> None:
     sys.stderr.flush()
-    os.write(2, f"{INTERRUPTED}\n".encode())
+    os.write(2, f"{line}\n".encode())
     os._exit(130)

@@ -25,6 +25,8 @@ COMMANDS = {
     "predict": ("predict:predict", "Classify images and give the reasons."),
     "benchmark": ("benchmark:benchmark", "Measure how long each stage of a prediction takes."),
     "explain": ("explain:explain", "Explain predictions with saliency maps and counterfactuals."),
+    "app": ("app:app", "Show predictions and their reasons in the browser."),
+    "serve": ("serve:serve", "Answer HTTP requests with predictions."),
     "publish": ("publish:publish", "Publish a run on the Hugging Face Hub."),
     "publish-kernels": ("publish_kernels:publish_kernels", "Publish the kernels on the Hugging Face Hub."),
     "export": ("export:export", "Export a run to ONNX or torch.export."),

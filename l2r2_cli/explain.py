@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from .common import errors, say, track
-from .options import Boxes, Json, Run, Seed, Split, box_threshold
+from .options import Boxes, Json, Localizer, Method, Run, Seed, Split, box_threshold
 
 
 def explain(
@@ -17,14 +17,9 @@ def explain(
     images: Annotated[list[Path], typer.Argument(help="Images, folders of images, or a data set.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="HTML page to write.")],
     boxes: Boxes = None,
-    localizer: Annotated[
-        Optional[str],
-        typer.Option(help="Localizer that finds the boxes, see `l2r2 localize`; `head` is the model's own box head."),
-    ] = None,
+    localizer: Localizer = None,
     split: Split = None,
-    method: Annotated[
-        str, typer.Option(help="gradcam, ig, occlusion, rollout (plain ViTs), parts (iFAM models) or auto.")
-    ] = "auto",
+    method: Method = "auto",
     target: Annotated[
         Optional[list[str]],
         typer.Option(help="Class to explain. Repeatable: several count as one.", show_default="the predicted class"),

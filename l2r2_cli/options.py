@@ -40,6 +40,18 @@ Precision = Annotated[
 Device = Annotated[
     Optional[str], typer.Option("--device", help="Device to compute on: cpu, cuda, ...", show_default="cuda if available")
 ]
+Localizer = Annotated[
+    Optional[str],
+    typer.Option("--localizer", help="Localizer that finds the boxes, see `l2r2 localize`; `head`: the model's own."),
+]
+MaxObjects = Annotated[int, typer.Option("--max-objects", min=1, help="Boxes to classify per image, best first.")]
+Top = Annotated[int, typer.Option("--top", min=1, help="Classes to list per object.")]
+Host = Annotated[str, typer.Option("--host", help="Interface to listen on; the default is this machine alone.")]
+Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 for any free one.")]
+MaxPixels = Annotated[int, typer.Option("--max-pixels", min=1, help="Largest width * height of an image.")]
+Method = Annotated[
+    str, typer.Option("--method", help="gradcam, ig, occlusion, rollout (plain ViTs), parts (iFAM models) or auto.")
+]
 Report = Annotated[Optional[Path], typer.Option("--report", help="Write a report to this HTML file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from .common import count, errors, say, show_shares, track
-from .options import BatchSize, Boxes, Precision, Run, Split, Workers, box_threshold
+from .options import BatchSize, Boxes, Localizer, MaxObjects, Precision, Run, Split, Top, Workers, box_threshold
 
 
 def predict(
@@ -19,10 +19,7 @@ def predict(
         typer.Option("--out", "-o", help="File to write: .json, .jsonl, .csv or .parquet; rerun to resume."),
     ],
     boxes: Boxes = None,
-    localizer: Annotated[
-        Optional[str],
-        typer.Option(help="Localizer that finds the boxes, see `l2r2 localize`; `head`: the model's own."),
-    ] = None,
+    localizer: Localizer = None,
     topk_prompts: Annotated[
         Optional[int], typer.Option(min=1, help="Prompt the localizer with this many classes that the whole image suggests.")
     ] = None,
@@ -35,8 +32,8 @@ def predict(
     ] = "off",
     split: Split = None,
     box_threshold: Annotated[Optional[float], box_threshold("the model's, usually 0.2")] = None,
-    max_objects: Annotated[int, typer.Option(min=1, help="Boxes to classify per image, best first.")] = 10,
-    top: Annotated[int, typer.Option(min=1, help="Classes to list per object.")] = 3,
+    max_objects: MaxObjects = 10,
+    top: Top = 3,
     batch_size: BatchSize = 32,
     workers: Workers = None,
     precision: Precision = "fp32",

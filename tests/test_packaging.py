@@ -46,7 +46,9 @@ def test_the_wheel_holds_our_packages_and_none_called_kernels(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"l2r2_models", "l2r2_kernels", "l2r2_cli", "l2r2_hub_configs"}
-    assert {"l2r2_hub_configs/derived.csv", "l2r2_models/py.typed", "l2r2_models/report/report.html"} <= set(names)
+    data = {"l2r2_hub_configs/derived.csv", "l2r2_models/py.typed", "l2r2_models/report/report.html"}
+    data |= {f"l2r2_models/app/{name}" for name in ("style.css", "draw.js", "pick.js")}
+    assert data <= set(names)
     for source in (ROOT / "l2r2_models").rglob("*.py"):
         assert source.relative_to(ROOT).as_posix() in names
     for source in (ROOT / "kernels" / "torch-ext").rglob("*.py"):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PRODUCT = ROOT / "l2r2_models"
-HEAVY = {"transformers", "triton", "datasets", "accelerate", "sklearn", "skimage", "matplotlib", "gradio", "captum", "typer"}
+HEAVY = {"transformers", "triton", "datasets", "accelerate", "sklearn", "skimage", "matplotlib", "captum", "typer"}
+HEAVY |= {"gradio", "fastapi", "starlette", "uvicorn"}
 
 
 def test_importing_the_package_loads_nothing_heavy():
@@ -31,6 +32,7 @@ FLOORS = (
     ("audit",),
     ("explain", "zero_shot", "scale"),
     ("report", "hub"),
+    ("serve",),
     ("demo", "app", "timm_script"),
 )
 

@@ -169,7 +169,7 @@ def predict_to_file(
             or other settings, is being written by another process, or cannot be written.
     """
     check_ending(out)
-    header, asked = _header(predictor, inputs), _by_place(inputs.paths)
+    header, asked = header_of(predictor, inputs.oracle), _by_place(inputs.paths)
     if (grouping := Grouping.parse(adapt)) is not None:
         header["settings"]["adapt"] = str(grouping)
         adapter, predictor = predictor.adapter(grouping.noun), predictor.keeping_logits()
@@ -272,7 +272,13 @@ def accuracy_by_branch(images: Sequence[Mapping[str, Any]], truth: Mapping[str, 
     return {name: sum(right) / len(right) for name, right in correct.items()}
 
 
-def _header(predictor: Predictor, inputs: Inputs) -> dict[str, Any]:
+def header_of(predictor: Predictor, oracle: bool = False) -> dict[str, Any]:
+    """Return the fields of a prediction file that say how its predictions were made.
+
+    Args:
+        predictor: makes the predictions.
+        oracle: whether the boxes were found with the true labels as prompts.
+    """
     origin = None if predictor.localizer is None else predictor.localizer.info
     return {
         "format_version": FORMAT_VERSION,
@@ -282,9 +288,7 @@ def _header(predictor: Predictor, inputs: Inputs) -> dict[str, Any]:
         "fusion": predictor.model.fusion.config(),
         "views": predictor.model.view_spec.to_dict(),
         "localizer": origin,
-        **(
-            {"oracle": True} if inputs.oracle or (origin or {}).get("oracle") else {}
-        ),  # boxes found with the true labels as prompts
+        **({"oracle": True} if oracle or (origin or {}).get("oracle") else {}),
         "settings": {
             "box_threshold": predictor.box_threshold,
             "max_objects": predictor.max_objects,

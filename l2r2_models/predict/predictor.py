@@ -129,10 +129,10 @@ class Predictor:
         'chanterelle'
         """
         if not isinstance(image, (list, tuple)):
-            return next(self._predict(iter([self._given(image, boxes)])))
+            return next(self.predict_items([self._given(image, boxes)]))
         if boxes is not None and len(boxes) != len(image):
             raise L2R2Error(f"{len(boxes)} entries of boxes for {len(image)} images; pass one per image (None for no boxes).")
-        return list(self._predict(self._given(*pair) for pair in zip(image, boxes or [None] * len(image))))
+        return list(self.predict_items(self._given(*pair) for pair in zip(image, boxes or [None] * len(image))))
 
     def predict_many(
         self, images: Sequence[ImageSource], boxes: Sequence[Boxes | None] | None = None, *, groups: Sequence[str] | None = None
@@ -191,7 +191,7 @@ class Predictor:
         if found is not None and found.masks is None and mask is not None:
             found = replace(found, masks=mask.expand(len(found), -1, -1))
         (whole,) = whole_images([item])
-        return whole, found, next(self._classify(iter([item])))
+        return whole, found, next(self._classify([item]))
 
     def _given(self, image: ImageSource, boxes: Boxes | None) -> Item:
         name = str(image) if isinstance(image, (str, Path)) else None
@@ -224,12 +224,22 @@ class Predictor:
         def weigh(loaded: Item | Prediction) -> int:
             return loaded.pixels if isinstance(loaded, Item) else 0
 
-        return self._predict(in_order(load, paths, self.workers, ahead=self.network.most, weigh=weigh))
+        return self.predict_items(in_order(load, paths, self.workers, ahead=self.network.most, weigh=weigh))
 
     def _load(self, path: Path, entry: BoxEntry | None, mask_file: Path | None) -> Item:
-        """Decode a file; on a CPU, also cut its views in this thread."""
-        item, rows = self.decode(path, entry, mask_file)
-        return self.network.cut(item, rows) if self.device.type == "cpu" and rows else item
+        return self._cut(*self.decode(path, entry, mask_file))
+
+    def load(self, image: LazyImage, boxes: Detections | None = None) -> Item:
+        """Decode an image as `predict_files` does, for `predict_items`; several threads can do so at the same time.
+
+        Args:
+            image: created with the `fill` of the model's ViewSpec.
+            boxes: its boxes; None for the localizer.
+
+        Raises:
+            ImageError: when the image cannot be decoded.
+        """
+        return self._cut(*self._decoded(image, Item(image.name, None, boxes)))
 
     def decode(self, path: Path, entry: BoxEntry | None = None, mask_file: Path | None = None) -> tuple[Item, list[Row]]:
         """Decode what the views show, and list the boxes to classify; before the localizer runs, the whole image and no boxes."""
@@ -238,7 +248,9 @@ class Predictor:
         boxes = None if mask is None else Detections.from_mask(mask)
         if entry is not None:
             boxes = entry.detections(image.size, str(path))
-        item = Item(str(path), None, boxes, entry.failure if entry else None, mask)
+        return self._decoded(image, Item(str(path), None, boxes, entry.failure if entry else None, mask))
+
+    def _decoded(self, image: LazyImage, item: Item) -> tuple[Item, list[Row]]:
         if self._lacks_boxes(item):
             return replace(item, image=image.load()), []
         spec, branches, rows = self.model.view_spec, self.model.branches, self.rows_of(item)
@@ -246,15 +258,19 @@ class Predictor:
         pixels = decode_patches(image, where, spec, branches) if takes_patches(spec, branches) else image.load()
         return replace(item, image=pixels), rows
 
+    def _cut(self, item: Item, rows: list[Row]) -> Item:
+        """On a CPU, cut the views, so that this happens in the thread that decodes."""
+        return self.network.cut(item, rows) if self.device.type == "cpu" and rows else item
+
     def _lacks_boxes(self, item: Item) -> bool:
         return self.localizer is not None and item.boxes is None and item.localizer_failure is None
 
     @torch.inference_mode()
-    def _predict(self, items: Iterator[Item | Prediction]) -> Iterator[Prediction]:
-        """Yield predictions in the order of the items; failed predictions are passed on."""
+    def predict_items(self, items: Iterable[Item | Prediction]) -> Iterator[Prediction]:
+        """Classify items of `load`, in batches, and yield predictions in their order; failed predictions are passed on."""
         yield from self._classify(items if self.localizer is None else self._located(items))
 
-    def _located(self, items: Iterator[Item | Prediction]) -> Iterator[Item | Prediction]:
+    def _located(self, items: Iterable[Item | Prediction]) -> Iterator[Item | Prediction]:
         """Yield the items; those without boxes are localized, one batch at a time."""
         held: list[Item | Prediction] = []
         for item in items:
@@ -293,7 +309,7 @@ class Predictor:
                 return [replace(items[0], localizer_failure=" ".join(str(error).split())[:300])]
         return [found for item in items for found in self._localize([item])]
 
-    def _classify(self, items: Iterator[Item | Prediction]) -> Iterator[Prediction]:
+    def _classify(self, items: Iterable[Item | Prediction]) -> Iterator[Prediction]:
         """Yield predictions in the order of the items; batches are filled with the boxes of several images."""
         waiting: deque[Pending | Prediction] = deque()
         jobs: list[Job] = []

@@ -176,7 +176,11 @@ def _thumbnail(picture: Picture) -> Markup:
         draw = ImageDraw.Draw(small)
         draw.rectangle((x0 - 1, y0 - 1, max(x1, x0), max(y1, y0)), outline=(0, 0, 0), width=4)  # a dark line under the light one
         draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=(255, 214, 10), width=2)
+    return Markup('<img alt="{}" src="{}">').format(picture.title, jpeg_url(small))
+
+
+def jpeg_url(image: Image.Image) -> str:
+    """Return an RGB image as a data URL."""
     buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=80)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return Markup('<img alt="{}" src="data:image/jpeg;base64,{}">').format(picture.title, data)
+    image.save(buffer, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

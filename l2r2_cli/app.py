@@ -1,0 +1,52 @@
+"""`l2r2 app`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Optional
+
+import typer
+
+from .common import say
+from .options import Device, Host, Localizer, MaxPixels, Method, Port, Run, box_threshold
+from .serve import until_stopped, warn_if_public
+
+
+def app(
+    run: Run,
+    backgrounds: Annotated[
+        Optional[Path], typer.Option("--backgrounds", help="Folder of images to which the object can be moved; 24 are offered.")
+    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 7860,
+    localizer: Localizer = None,
+    box_threshold: Annotated[Optional[float], box_threshold("the model's, usually 0.2")] = None,
+    method: Method = "auto",
+    max_mb: Annotated[int, typer.Option(min=1, help="Megabytes per photo.")] = 20,
+    max_pixels: MaxPixels = 50_000_000,
+    device: Device = None,
+) -> None:
+    """Show a page in the browser: photo, box, predictions, saliency, and other backgrounds; Ctrl-C stops it."""
+    from l2r2_models.serve.server import check_installed, listen, serve
+
+    check_installed("app", "gradio", "fastapi", "uvicorn", "captum", "sklearn", "jinja2", "matplotlib")
+    from l2r2_models.app.page import create_app
+    from l2r2_models.app.studio import Studio
+    from l2r2_models.checkpoints import load_checkpoint
+    from l2r2_models.explain.explainer import Explainer
+
+    opened, url = listen(host, port)
+    checkpoint = load_checkpoint(run)
+    if localizer is None and checkpoint.model.box_head is not None:
+        localizer = "head"
+    explainer = Explainer(
+        checkpoint, method=method, numbers=False, box_threshold=box_threshold, localizer=localizer, device=device
+    )
+    studio = Studio(explainer, backgrounds, max_pixels)
+    with TemporaryDirectory(prefix="l2r2-app-") as folder:
+        page = create_app(studio, Path(folder), max_mb)
+        warn_if_public(opened)
+        say(f"open {url} in a browser (Ctrl-C to stop)")
+        with until_stopped():
+            serve(page, opened, seconds=1)  # an open page holds its connection

@@ -1,0 +1,97 @@
+"""The page's own pieces of HTML. All text is escaped, because file and class names come from users."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from markupsafe import Markup
+from PIL import Image
+
+from ..report.html import jpeg_url, strip
+from .studio import Look, Photo, Studio
+
+SHOWN = 960  # longer side of the photo on the page
+THUMB = 160
+HINT = "Drag on the photo to draw a box around the object."
+EMPTY = "The predictions appear here: for the whole image, for the object in the box, and for both together."
+NAMES = {"full": "Whole image", "fg": "Object", "bg": "Background", "fused": "Together"}
+
+
+def _url(image: Image.Image, side: int) -> str:
+    small = image.copy()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return jpeg_url(small)
+
+
+def _boxed(image: Image.Image, boxes: Sequence[Sequence[float]], chosen: int, title: str) -> Markup:
+    """Return a picture with its boxes, placed in percent, so that they stay where they are at any width."""
+    marks = []
+    for i, (x0, y0, x1, y1) in enumerate(boxes):
+        place = [100 * v / side for v, side in zip((x0, y0, x1 - x0, y1 - y0), image.size * 2)]
+        kind = "chosen" if i == chosen else "other"
+        form = Markup('<div class="box {}" style="left:{:.3f}%;top:{:.3f}%;width:{:.3f}%;height:{:.3f}%"></div>')
+        marks.append(form.format(kind, *place))
+    picture = Markup('<img draggable="false" alt="{}" src="{}">').format(title, _url(image, SHOWN))
+    return Markup('<div class="picture">{}{}</div>').format(picture, Markup("").join(marks))
+
+
+def heading(name: str, labels: Sequence[str]) -> str:
+    """Return the title of the page."""
+    some = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
+    form = Markup('<h1>L2R2: {}</h1><p class="soft">{} classes: {}. Photos stay on this machine.</p>')
+    return form.format(name, len(labels), some)
+
+
+def stage(photo: Photo | None) -> str:
+    """Return the photo on which a box is drawn, or what to do first."""
+    if photo is None:
+        return Markup('<p class="hint">{}</p>').format("Choose a photo, or drop one above.")
+    drawn = _boxed(photo.image, photo.boxes, photo.chosen, photo.name)
+    return Markup('<div class="stage">{}</div><p class="hint">{}</p>').format(drawn, HINT)
+
+
+def answers(look: Look | None, title: str = "Prediction") -> str:
+    """Return the predictions of each branch and of their fusion as bars, and the reason; without any, what to expect."""
+    if look is None:
+        return Markup('<p class="hint">{}</p>').format(EMPTY)
+    cards = []
+    row = Markup(
+        '<li><span>{}</span><span class="number">{:.0f} %</span><span class="bar"><i style="width:{:.1f}%"></i></span></li>'
+    )
+    for name, found in look.answers.items():
+        bars = Markup("").join(row.format(one.label, 100 * one.score, 100 * one.score) for one in found)
+        form = Markup('<div class="answer {}" data-label="{}"><b>{}</b><ul>{}</ul></div>')
+        cards.append(form.format(name, found[0].label, f"{NAMES[name]} ({name})" if name != "fused" else NAMES[name], bars))
+    form = Markup('<h3>{}</h3><div class="answers">{}</div><p class="reason">{}</p>')
+    return form.format(title, Markup("").join(cards), f"Why: {look.reason}.")
+
+
+def maps(look: Look) -> str:
+    """Return the saliency maps."""
+    return strip("Bright areas increase the score of the class", look.maps) if look.maps else ""
+
+
+def elsewhere(look: Look | None, before: Look, box: Sequence[float] | None) -> str:
+    """Return the object on the other background, and how the predictions change."""
+    if look is None or box is None:
+        return ""
+    scale = look.image.width / before.image.width
+    picture = _boxed(look.image, [[v * scale for v in box]], 0, "the object on the other background")
+    changes = []
+    for name, found in look.answers.items():
+        old, new = before.answers[name][0].label, found[0].label
+        changes.append(f"{NAMES[name]}: {f'still {new}' if new == old else f'{new} instead of {old}'}")
+    form = Markup('<div class="moved">{}<div><p class="changes">{}</p>{}</div></div>{}')
+    return form.format(picture, ". ".join(changes) + ".", answers(look, "On the other background"), maps(look))
+
+
+def picker(studio: Studio) -> str:
+    """Return the backgrounds of the folder as buttons."""
+    form = Markup('<button type="button" data-index="{}" title="{}"><img alt="{}" src="{}"></button>')
+    buttons = (form.format(i, name, name, _url(image, THUMB)) for i, (name, image) in enumerate(studio.backgrounds))
+    return Markup('<div class="picker">{}</div>').format(Markup("").join(buttons))
+
+
+def notice(sentence: str) -> str:
+    """Return a message about what went wrong; empty for none."""
+    return Markup('<p class="notice" role="alert">{}</p>').format(sentence) if sentence else ""

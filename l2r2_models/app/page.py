@@ -1,0 +1,134 @@
+"""The page, made with Gradio: what is on it, and what each control does."""
+
+from __future__ import annotations
+
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import markup
+from .handlers import Handlers
+from .studio import Studio
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from gradio import Blocks
+
+HOUR = 3600  # seconds until a photo is forgotten, and until a file that an interrupted upload left is removed
+WAITING = 32  # clicks that may wait
+
+
+class Controls(NamedTuple):
+    """The components of the page that do or show something."""
+
+    photo: Any
+    upload: Any
+    notice: Any
+    stage: Any
+    find: Any
+    whole: Any
+    objects: Any
+    box: Any
+    saliency: Any
+    answers: Any
+    maps: Any
+    picker: Any
+    second: Any
+    back: Any
+    elsewhere: Any
+
+
+def create_app(studio: Studio, folder: Path, megabytes: int = 20) -> FastAPI:
+    """Create the web application.
+
+    Args:
+        studio: the model.
+        folder: temporary folder for uploads; every upload is removed once it is read.
+        megabytes: maximum size of a file.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    import gradio as gr
+    from fastapi import FastAPI
+
+    fonts: dict[str, Any] = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none is loaded
+    app: FastAPI = gr.mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        _page(studio),
+        path="/",
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        max_file_size=megabytes * 2**20,
+        ssr_mode=False,
+        pwa=False,
+        enable_monitoring=False,
+        theme=gr.themes.Default(**fonts),
+        css=_asset("style.css"),
+    )
+    return app
+
+
+def _asset(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _page(studio: Studio) -> Blocks:
+    import gradio as gr
+
+    name = Path(studio.predictor.checkpoint.name).name
+    page: Blocks = gr.Blocks(title=f"L2R2: {name}", analytics_enabled=False, delete_cache=(HOUR, HOUR))
+    with page:
+        gr.HTML(markup.heading(name, studio.predictor.labels))
+        _connect(_controls(studio), Handlers(studio))
+    page.queue(max_size=WAITING, api_open=False)
+    return page
+
+
+def _controls(studio: Studio) -> Controls:
+    import gradio as gr
+
+    photo = gr.State(None, time_to_live=HOUR)
+    notice = gr.HTML(elem_id="notice")
+    file: dict[str, Any] = dict(file_types=["image"], height=120)
+    button: dict[str, Any] = dict(min_width=120, size="md")
+    with gr.Row():
+        with gr.Column(scale=5, min_width=300):
+            upload = gr.File(label="Photo", elem_id="photo", **file)
+            stage = gr.HTML(markup.stage(None), js_on_load=_asset("draw.js"), elem_id="stage")
+            with gr.Row():
+                find = gr.Button("Find the object", visible=studio.localizer is not None, elem_id="find", **button)
+                whole = gr.Button("Whole image", elem_id="whole", **button)
+            objects = gr.Radio([], label="Object", type="index", visible=False, elem_id="objects")
+            box = gr.Textbox(label="Box in pixels: x0, y0, x1, y1", max_lines=1, elem_id="box")
+            saliency = gr.Checkbox(label="Show where each prediction comes from", elem_id="saliency")
+        with gr.Column(scale=6, min_width=300):
+            answers, maps = gr.HTML(markup.answers(None), elem_id="answers"), gr.HTML(elem_id="maps")
+    with gr.Row():
+        gr.HTML("<h2>Another background</h2>", min_width=160)
+        back = gr.Button("Back to its own", scale=0, min_width=150, size="sm", elem_id="back")
+    picker = gr.HTML(markup.picker(studio), js_on_load=_asset("pick.js"), visible=bool(studio.backgrounds), elem_id="picker")
+    second = gr.File(label="Another photo", elem_id="second", **file)
+    elsewhere = gr.HTML(elem_id="elsewhere")
+    return Controls(
+        photo, upload, notice, stage, find, whole, objects, box, saliency, answers, maps, picker, second, back, elsewhere
+    )
+
+
+def _connect(c: Controls, to: Handlers) -> None:
+    """Connect the controls with what they do; one click at a time runs the model."""
+    given = [c.photo, c.saliency]
+    shown = [c.photo, c.notice, c.stage, c.objects, c.box, c.answers, c.maps, c.elsewhere]
+    do: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1, show_progress="minimal", api_visibility="private")
+    studio = to.studio
+    c.upload.upload(to.after_upload(studio.open), [*given, c.upload], [*shown, c.upload], **do)
+    c.second.upload(to.after_upload(to.needs_photo(studio.put_on_photo)), [*given, c.second], [*shown, c.second], **do)
+    c.stage.select(to.after_event(studio.draw, "box"), given, shown, **do)
+    c.picker.select(to.after_event(studio.put_on, "index"), given, shown, **do)
+    c.box.submit(to.after(studio.write), [*given, c.box], shown, **do)
+    c.objects.input(to.after(studio.choose), [*given, c.objects], shown, **do)
+    c.find.click(to.after(studio.find), given, shown, **do)
+    c.whole.click(to.after(studio.whole), given, shown, **do)
+    c.back.click(to.after(studio.put_back), given, shown, **do)
+    c.saliency.input(to.after(lambda photo: photo), given, shown, **do)

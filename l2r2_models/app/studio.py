@@ -1,0 +1,240 @@
+"""What the page shows of a photo, apart from how: predictions, saliency maps, and the object on another background."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..audit.perturbations import Subject, swap
+from ..audit.samples import shrunk
+from ..boxes.detections import Detections
+from ..errors import L2R2Error
+from ..explain.explainer import Explainer
+from ..images import MAX_PIXELS, image_tensor, list_images, load_image
+from ..predict.prediction import Answer, ObjectPrediction
+from ..report.explain import pictures
+from ..report.html import Picture
+
+MOST_BACKGROUNDS = 24  # images of the folder that are offered
+BACKGROUND_SIDE = 1600  # pixels; a background is no larger than that
+BAD_BOX = "A box is four numbers, x0, y0, x1, y1, in pixels of the photo."
+
+
+@dataclass(frozen=True)
+class Photo:
+    """What one visitor looks at.
+
+    Attributes:
+        image: the upright photo.
+        name: its file name.
+        boxes: the objects, best first; empty for the whole image.
+        scores: scores of the boxes.
+        chosen: index of the box that is looked at.
+        background: uint8 `[h, w, 3]` to move the object to, or None.
+    """
+
+    image: Image.Image
+    name: str
+    boxes: tuple[tuple[float, ...], ...] = ()
+    scores: tuple[float, ...] = ()
+    chosen: int = 0
+    background: Tensor | None = None
+
+    @property
+    def box(self) -> tuple[float, ...] | None:
+        """The chosen box xyxy in pixels, or None."""
+        return self.boxes[self.chosen] if self.boxes else None
+
+
+@dataclass(frozen=True)
+class Look:
+    """The predictions for one image.
+
+    Attributes:
+        image: the image.
+        answers: the most probable classes by output, the model's own prediction last.
+        reason: why this is the prediction.
+        maps: pictures of the saliency, empty if they were not asked for.
+    """
+
+    image: Image.Image
+    answers: dict[str, list[Answer]]
+    reason: str
+    maps: list[Picture]
+
+
+class Studio:
+    """Look at photos with one model.
+
+    Args:
+        explainer: the model, with its localizer.
+        backgrounds: folder of background images, or None.
+        max_pixels: maximum width * height of a photo.
+
+    Raises:
+        L2R2Error: when the folder has no image that can be read.
+    """
+
+    def __init__(self, explainer: Explainer, backgrounds: Path | None = None, max_pixels: int = MAX_PIXELS) -> None:
+        self.explainer, self.max_pixels = explainer, max_pixels
+        self.localizer = explainer.predictor.localizer
+        self.predictor = explainer.predictor.keeping_logits()
+        self.predictor.localizer = None  # it runs when it is asked to
+        self.fill = self.predictor.model.view_spec.fill
+        self.backgrounds = [] if backgrounds is None else self._read_backgrounds(backgrounds)
+
+    def _read_backgrounds(self, folder: Path) -> list[tuple[str, Image.Image]]:
+        paths, found = list_images([folder]), []
+        count = min(len(paths), MOST_BACKGROUNDS)
+        for path in (paths[i * len(paths) // count] for i in range(count)):
+            try:
+                found.append((path.name, self._small(load_image(path, fill=self.fill))))
+            except L2R2Error:  # other images of the folder will do
+                continue
+        if not found:
+            raise L2R2Error(f"{folder}: has no image that can be read; pass a folder of background images.")
+        return found
+
+    @staticmethod
+    def _small(image: Image.Image) -> Image.Image:
+        image.thumbnail((BACKGROUND_SIDE, BACKGROUND_SIDE), Image.Resampling.LANCZOS)
+        return image
+
+    def open(self, before: Photo | None, path: str) -> Photo:
+        """Read a photo and find its objects; a background that was chosen before stays.
+
+        Raises:
+            L2R2Error: when the file is not an image, or too large.
+        """
+        image = self._read(path)
+        photo = Photo(image, Path(path).name, background=before.background if before else None)
+        return photo if self.localizer is None else self.find(photo)
+
+    def _read(self, path: str) -> Image.Image:
+        return load_image(Path(path).read_bytes(), fill=self.fill, max_pixels=self.max_pixels, name=Path(path).name)
+
+    def find(self, photo: Photo) -> Photo:
+        """Let the localizer find the objects.
+
+        Raises:
+            L2R2Error: when it fails, or finds no object.
+        """
+        _, found, prediction = self.explainer.predictor.look_at(photo.image, name=photo.name)
+        if found is None:
+            raise L2R2Error(f"{prediction.reason[:1].upper()}{prediction.reason[1:]}; draw a box around the object.")
+        boxes = tuple(tuple(round(v, 1) for v in box) for box in found.boxes.tolist())
+        return replace(photo, boxes=boxes, scores=tuple(found.scores.tolist()), chosen=0)
+
+    def draw(self, photo: Photo, box: Sequence[float]) -> Photo:
+        """Use this box xyxy, relative to the width and height of the photo.
+
+        Raises:
+            L2R2Error: when it is not a box, or lies outside the photo.
+        """
+        if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
+            raise L2R2Error(BAD_BOX)
+        return self._boxed(photo, [v * side for v, side in zip(box, photo.image.size * 2)])
+
+    @staticmethod
+    def _boxed(photo: Photo, box: Sequence[float]) -> Photo:
+        width, height = photo.image.size
+        x0, y0, x1, y1 = box
+        ordered = [min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)]
+        found = Detections.from_lists([ordered], (height, width)).clipped().usable()
+        if not len(found):
+            raise L2R2Error(f"The box covers no pixel of the photo, which has {width} x {height}; draw it on the object.")
+        return replace(photo, boxes=(tuple(round(v, 1) for v in found.boxes[0].tolist()),), scores=(1.0,), chosen=0)
+
+    def write(self, photo: Photo, text: str) -> Photo:
+        """Use a box xyxy in pixels that was typed; an empty text is the whole image.
+
+        Raises:
+            L2R2Error: as `draw` does.
+        """
+        if not text.strip():
+            return self.whole(photo)
+        try:
+            x0, y0, x1, y1 = (float(part) for part in text.replace(",", " ").split())
+        except ValueError:
+            raise L2R2Error(BAD_BOX) from None
+        return self._boxed(photo, (x0, y0, x1, y1))
+
+    def whole(self, photo: Photo) -> Photo:
+        """Look at the whole image."""
+        return replace(photo, boxes=(), scores=(), chosen=0)
+
+    def choose(self, photo: Photo, index: int) -> Photo:
+        """Look at another of the objects."""
+        return replace(photo, chosen=min(max(index, 0), max(len(photo.boxes) - 1, 0)))
+
+    def put_on(self, photo: Photo, index: int) -> Photo:
+        """Move the object to a background of the folder.
+
+        Raises:
+            L2R2Error: when there is no such background.
+        """
+        if not isinstance(index, int) or not 0 <= index < len(self.backgrounds):
+            raise L2R2Error(f"There are {len(self.backgrounds)} backgrounds; choose one of them.")
+        return replace(photo, background=image_tensor(self.backgrounds[index][1]))
+
+    def put_on_photo(self, photo: Photo, path: str) -> Photo:
+        """Move the object to another photo.
+
+        Raises:
+            L2R2Error: when the file is not an image, or too large.
+        """
+        return replace(photo, background=image_tensor(self._small(self._read(path))))
+
+    def put_back(self, photo: Photo) -> Photo:
+        """Leave the object on its own background."""
+        return replace(photo, background=None)
+
+    def look(self, photo: Photo, saliency: bool = False) -> Look:
+        """Predict the photo as it is.
+
+        Raises:
+            L2R2Error: when the network's output is not finite, or it does not support the saliency method.
+        """
+        return self._look(photo.image, photo.box, photo.scores[photo.chosen] if photo.boxes else 1.0, saliency)
+
+    def look_elsewhere(self, photo: Photo, saliency: bool = False) -> Look | None:
+        """Predict the object on the background that was chosen; None without one.
+
+        Raises:
+            L2R2Error: when there is no box, and as `look` does.
+        """
+        if photo.background is None:
+            return None
+        if photo.box is None:
+            raise L2R2Error("To see the object on another background, draw a box around it first.")
+        subject = shrunk(Subject(photo.name, image_tensor(photo.image), torch.tensor([photo.box]), None, None))
+        image = Image.fromarray(swap(subject, photo.background).numpy())
+        return self._look(image, subject.boxes[0].tolist(), photo.scores[photo.chosen], saliency)
+
+    def _look(self, image: Image.Image, box: Sequence[float] | None, score: float, saliency: bool) -> Look:
+        size = (image.height, image.width)
+        given = None if box is None else Detections.from_lists([box], size, [score])
+        _, _, prediction = self.predictor.look_at(image, given)
+        if prediction.failure is not None:
+            raise L2R2Error(prediction.failure)
+        answer = prediction.objects[0]
+        nothing = Detections.from_lists([], size)  # None would ask the localizer
+        maps = pictures(self.explainer(image, nothing if given is None else given))[1:] if saliency else []
+        return Look(image, self._answers(answer), answer.reason, maps)
+
+    def _answers(self, answer: ObjectPrediction) -> dict[str, list[Answer]]:
+        """Return the most probable classes of each branch, and of their fusion."""
+        found: dict[str, list[Answer]] = {}
+        for branch in self.predictor.model.branches:
+            best = getattr(answer, branch)
+            if answer.logits is not None:
+                top = torch.tensor(answer.logits[branch]).softmax(0).topk(self.predictor.top)
+                found[branch] = [Answer(self.predictor.labels[i], p) for p, i in zip(top.values.tolist(), top.indices.tolist())]
+            elif best is not None:
+                found[branch] = [best]
+        return {**found, "fused": list(answer.top)} if len(self.predictor.model.branches) > 1 else {**found}
