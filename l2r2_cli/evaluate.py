@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 def evaluate(
     run: Run,
     data: Data,
-    split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "test",
+    splits: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--split", help="Split to evaluate on. Repeatable: the others are compared with the first.", show_default="test"
+        ),
+    ] = None,
     group: Group = None,
     fit_split: Annotated[
         Optional[str], typer.Option(help="Also fit every fusion and temperature on this held-out split, for comparison.")
@@ -52,48 +57,58 @@ def evaluate(
     from l2r2_models.evaluate.evaluator import evaluation_of, judge_run
     from l2r2_models.runs import store_evaluation
 
-    judged = judge_run(
-        run,
-        data,
-        split,
-        group=group,
-        fit_split=fit_split,
-        prior=prior,
-        others=others or (),
-        metadata=metadata,
-        boxes=boxes,
-        skip_bad=skip_bad,
-        drop_parts=numbers("--drop-parts", drop_parts),
-        token_quantile=token_quantile,
-        adapt=adapt,
-        workers=workers,
-        progress=lambda batches, total: track(batches, total, "branch logits"),
-    )
-    result = evaluation_of(judged)
-    problems = [f"warning: {warning}" for warning in result.warnings]
-    problems += [f"left out: {reason}" for reason in result.left_out.values()]
-    for problem in problems:
-        errors.print(problem)
+    judged = [
+        judge_run(
+            run,
+            data,
+            split,
+            group=group,
+            fit_split=fit_split,
+            prior=prior,
+            others=others or (),
+            metadata=metadata,
+            boxes=boxes,
+            skip_bad=skip_bad,
+            drop_parts=numbers("--drop-parts", drop_parts),
+            token_quantile=token_quantile,
+            adapt=adapt,
+            workers=workers,
+            progress=lambda batches, total: track(batches, total, "branch logits"),
+        )
+        for split in dict.fromkeys(splits or ["test"])
+    ]
+    results = [evaluation_of(one) for one in judged]
+    for result in results:
+        problems = [f"warning: {warning}" for warning in result.warnings]
+        problems += [f"left out: {reason}" for reason in result.left_out.values()]
+        for problem in problems:
+            errors.print(problem)
     if report:
         from l2r2_models.report.evaluation import write_evaluation
 
-        write_evaluation(report, judged, result, lambda batches, total: track(batches, total, "parts"))
-    if Path(run).is_dir() and not judged.checkpoint.model.interventions():  # stored for the model card
+        write_evaluation(report, judged, results, lambda batches, total: track(batches, total, "parts"))
+    if Path(run).is_dir() and not judged[0].checkpoint.model.interventions():  # stored for the model card
         try:
-            store_evaluation(run, data, judged.checkpoint.digest, result.to_dict())
+            for one, result in zip(judged, results):
+                store_evaluation(run, data, one.checkpoint.digest, result.to_dict())
         except L2R2Error as error:
             errors.print(f"warning: {error} These metrics will be missing from the model card of this run.")
+    from l2r2_models.report.comparison import changes
+
     if as_json:
-        typer.echo(json.dumps(result.to_dict()))
+        found = [result.to_dict() for result in results]
+        typer.echo(json.dumps(found if len(found) > 1 else found[0]))
     else:
-        _print(judged, result)
+        for one, result in zip(judged, results):
+            _print(one, result, named=len(results) > 1)
+        if len(results) > 1:
+            say(changes(judged, results))
     if report:
         say(f"wrote {report}", err=as_json)
 
 
-def _print(judged: Judged, result: Evaluation) -> None:
-
-    show(_table(result))
+def _print(judged: Judged, result: Evaluation, named: bool) -> None:
+    show(_table(result, f"{cell(result.split)}, in %" if named else "in %"))
     if result.group:
         show(_groups(judged, result))
     fitted = f"; fusions and temperatures fitted on {result.fitted_on}" if result.fitted_on else ""
@@ -109,7 +124,7 @@ def _print(judged: Judged, result: Evaluation) -> None:
         say(f"note: {note}")
 
 
-def _table(result: Evaluation) -> Table:
+def _table(result: Evaluation, title: str) -> Table:
     from rich.table import Table
 
     columns = {"accuracy": "accuracy", "macro_accuracy": "macro", "ece": "ECE", "with_box": "with box", "without_box": "without"}
@@ -124,7 +139,7 @@ def _table(result: Evaluation) -> Table:
         }
     if result.group:
         columns["worst_group"] = f"worst {cell(result.group)}"
-    table = Table("in %", box=None, header_style="bold", pad_edge=False)
+    table = Table(title, box=None, header_style="bold", pad_edge=False)
     for title in columns.values():
         table.add_column(title, justify="right")
         if title == "accuracy":

@@ -169,7 +169,11 @@ def read_evaluations(run: str | Path, more: Iterable[str | Path] = (), digest: s
     """
     stored = [_check_evaluation(read_json(file), file) for file in sorted((Path(run) / EVALUATIONS).glob("*.json"))]
     own = [e for e in stored if digest is None or e.get("weights", digest) == digest]
-    return (*own, *(_check_evaluation(read_json(file), Path(file)) for file in more))
+    found = list(own)
+    for file in more:
+        given = read_json(file)
+        found += [_check_evaluation(one, Path(file)) for one in (given if isinstance(given, list) and given else [given])]
+    return tuple(found)
 
 
 def _check_evaluation(data: Any, file: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from ..errors import L2R2Error
 from ..evaluate.evaluator import OWN, Evaluation, Judged
 from ..evaluate.logits import Progress
 from ..evaluate.metrics import bootstrap_interval
+from .comparison import changes, compared
 from .figures import bars_by_group, confusion, reliability_diagram
 from .html import Cell, Picture, Section, gallery, percent, table, write_page
 from .parts import parts_section
@@ -32,24 +34,39 @@ WORDS = {
 
 
 def write_evaluation(
-    path: str | Path, judged: Judged, result: Evaluation, progress: Progress = lambda batches, _: batches
+    path: str | Path,
+    judged: Sequence[Judged],
+    results: Sequence[Evaluation],
+    progress: Progress = lambda batches, _: batches,
 ) -> None:
     """Write the report of an evaluation: metrics with 95 % intervals, groups, calibration, classes, parts, disagreements.
 
+    With several splits, it begins with the comparison of the first with each of the others, see `compared`.
+
     Args:
         path: the HTML file.
-        judged: an evaluated run, with its predictions.
-        result: the metrics computed from it.
+        judged: an evaluated run, with its predictions, per split.
+        results: the metrics computed from each.
         progress: wraps the batches while the parts of an iFAM model are computed.
 
     Raises:
         L2R2Error: when the file cannot be written, or matplotlib is missing.
     """
+    several = len(results) > 1
+    sections = compared(judged, results) if several else []
+    for one, result in zip(judged, results):
+        own = _sections(one, result, progress)
+        sections += [replace(section, title=f"{result.split}: {section.title}") for section in own] if several else own
+    title = f"{Path(judged[0].checkpoint.name).name} on {' and '.join(result.split for result in results)}"
+    lead = changes(judged, results) if several else _lead(judged[0], results[0])
+    notes = [note for result in results for note in (*result.warnings, *result.notes)]
+    write_page(path, title, lead, sections, list(dict.fromkeys(notes)))
+
+
+def _sections(judged: Judged, result: Evaluation, progress: Progress) -> list[Section]:
     sections = [_accuracy(judged, result), *_groups(judged, result), _calibration(judged, result), _classes(judged, result)]
     sections += [*parts_section(judged, progress), *_disagreements(judged), *_without_box(judged, result), *_left_out(result)]
-    sections.append(_origin(judged, result))
-    title = f"{Path(judged.checkpoint.name).name} on {result.split}"
-    write_page(path, title, _lead(judged, result), sections, [*result.warnings, *result.notes])
+    return [*sections, _origin(judged, result)]
 
 
 def _lead(judged: Judged, result: Evaluation) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 INK = "#0a0b0d"  # placeholder for the text color of the page
 COLORS = ("#e69f00", "#0086c9", "#00a37a", "#d55e00", "#cc79a7", "#8c8c8c")  # safe for color-blind readers, on white and black
+MARKERS = ("o", "s", "^", "D", "v", "P")
 STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     "svg.fonttype": "none",  # text stays searchable, and the browser's fonts cover every script
@@ -76,6 +77,44 @@ def bars_by_group(
             axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
         hidden = "" if len(groups) == len(last) else f"; the {len(groups)} worst of {len(last)}"
         return _svg(figure, f"{title} by group{hidden}")
+
+
+def home_and_away(
+    values: Mapping[str, tuple[float, float]], intervals: Mapping[str, tuple[Interval, Interval]], splits: tuple[str, str]
+) -> Markup:
+    """Draw a point per series: accuracy on one split against accuracy on another, with confidence intervals.
+
+    On the diagonal, the accuracy is the same on both.
+
+    Args:
+        values: the two fractions by series.
+        intervals: `(low, high)` of both, by series; series without intervals are small and gray.
+        splits: names of the splits, that of the horizontal axis first.
+
+    Raises:
+        L2R2Error: when matplotlib is missing.
+    """
+    with _figure(5.2, 4.6) as figure:
+        axes = figure.subplots()
+        low = max(0, min(min(pair) for pair in values.values()) * 100 - 8)
+        axes.plot((low, 100), (low, 100), color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        for i, (name, spans) in enumerate(intervals.items()):
+            x, y = (100 * value for value in values[name])
+            color = COLORS[i % len(COLORS)]
+            ends = [[[abs(100 * end - value)] for end in span] for span, value in zip(spans, (x, y))]
+            axes.errorbar(x, y, xerr=ends[0], yerr=ends[1], fmt="none", ecolor=color, elinewidth=1.2, capsize=2)
+            axes.plot(x, y, MARKERS[i % len(MARKERS)], color=color, markersize=8, label=_clean(name))
+        others = [pair for name, pair in values.items() if name not in intervals]
+        if others:
+            x_of, y_of = ([100 * pair[k] for pair in others] for k in (0, 1))
+            axes.plot(x_of, y_of, "o", color=COLORS[-1], markersize=4, label="other fusions")
+        axes.set_xlim(low, 101)
+        axes.set_ylim(low, 101)
+        axes.set_aspect("equal")
+        axes.set_xlabel(f"accuracy in % on {_clean(splits[0])}")
+        axes.set_ylabel(f"accuracy in % on {_clean(splits[1])}")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+        return _svg(figure, f"accuracy on {splits[0]} and on {splits[1]}")
 
 
 def reliability_diagram(logits: Mapping[str, Tensor], labels: Tensor) -> Markup:

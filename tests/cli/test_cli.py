@@ -10,6 +10,8 @@ import zlib
 import pytest
 from conftest import sentence, write_run
 
+from l2r2_models.runs import read_evaluations
+
 
 def bomb(path):
     """A PNG of a few bytes that claims 20000 x 10000 pixels."""
@@ -140,4 +142,9 @@ def test_fuse_and_evaluate_print_tables_or_json(l2r2, tmp_path, dataset):
     assert "accuracy by label" in result.stdout and "12 of the 12 images of val" not in result.stderr
     assert json.loads(l2r2("evaluate", run, dataset, "--json").stdout)["images"] == 12
     assert "no image has the split" in sentence(l2r2("evaluate", run, dataset, "--split", "nowhere"))
+    both = ("evaluate", run, dataset, "--split", "test", "--split", "val")
+    out = l2r2(*both, "--report", tmp_path / "both.html").stdout
+    assert "test, in %" in out and "val, in %" in out and "From test to val, the accuracy changes by" in out
+    (tmp_path / "both.json").write_text(l2r2(*both, "--json").stdout)
+    assert [e["split"] for e in read_evaluations(run, [tmp_path / "both.json"])] == ["test", "val", "test", "val"]
     assert 'Unknown fusion "rubust"' in sentence(l2r2("fuse", run, dataset, "--method", "rubust"))

@@ -279,6 +279,6 @@ def test_a_plain_classifier_has_a_report_too(dataset, tmp_path):
     from l2r2_models.report.evaluation import write_evaluation
 
     judged = judge_run(write_run(tmp_path / "plain", branches=("full",)), dataset, "test")
-    write_evaluation(tmp_path / "r.html", judged, evaluation_of(judged))
+    write_evaluation(tmp_path / "r.html", [judged], [evaluation_of(judged)])
     text = (tmp_path / "r.html").read_text()
     assert "The whole image alone is correct in" in text and "fused" not in text and "gain over full" not in text

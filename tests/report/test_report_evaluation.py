@@ -32,7 +32,7 @@ def saying(judged, **answers):
 
 
 def page_of(judged, tmp_path):
-    write_evaluation(tmp_path / "r.html", judged, evaluation_of(judged))
+    write_evaluation(tmp_path / "r.html", [judged], [evaluation_of(judged)])
     return Page((tmp_path / "r.html").read_text(encoding="utf-8"))
 
 
@@ -112,3 +112,20 @@ def test_temperatures_that_do_harm_are_called_so(judged, tmp_path):
     unchanged = replace(said, fitted_on="val", temperatures=dict.fromkeys(said.outputs, 1.0))
     assert "less calibrated" not in page_of(unchanged, tmp_path).words
     assert "With --fit-split" in page_of(said, tmp_path).words
+
+
+def test_several_splits_begin_with_a_comparison(judged, tmp_path):
+    truth = judged.data.labels
+    away = truth.clone()
+    away[:6] = (truth[:6] + 1) % 3
+    at_home = saying(judged, full=(truth, 0.9), fg=(truth, 0.9), fused=(truth, 0.9))
+    elsewhere = replace(saying(judged, full=(away, 0.9), fg=(truth, 0.9), fused=(away, 0.6)), split="new site")
+    both = [at_home, elsewhere]
+    write_evaluation(tmp_path / "r.html", both, [evaluation_of(one) for one in both])
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert (
+        "From test to new site, the accuracy changes by \u221225.0 points for full, +0.0 for fg, \u221225.0 for fused."
+        in page.words
+    )
+    assert page.words.index("Home and away") < page.words.index("test: Accuracy") < page.words.index("new site: Accuracy")
+    assert "accuracy in % on new site" in page.words and page.words.count("How it was made") >= 2
