@@ -197,5 +197,4 @@ def test_a_folder_without_images_is_one_sentence(case, tmp_path, l2r2):
 
 
 def test_boxes_without_a_data_set_are_misuse(case, l2r2):
-    code, _, error, _ = l2r2("app", case / "run", "--boxes", "boxes.json")
-    assert code == 2 and "add --audit DATA" in " ".join(error.split())
+    assert "add --audit DATA" in sentence(l2r2("app", case / "run", "--boxes", "boxes.json"), code=2)
