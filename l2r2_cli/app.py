@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from .common import say
-from .options import Device, Host, Localizer, MaxPixels, Method, Port, Run, box_threshold
+from .options import Boxes, Device, Host, Localizer, MaxPixels, Method, Port, Run, box_threshold
 from .serve import until_stopped, warn_if_public
 
 
@@ -18,6 +18,8 @@ def app(
     backgrounds: Annotated[
         Optional[Path], typer.Option("--backgrounds", help="Folder of images to which the object can be moved; 24 are offered.")
     ] = None,
+    audit: Annotated[Optional[Path], typer.Option("--audit", help="Labeled data set on which the page offers an audit.")] = None,
+    boxes: Boxes = None,
     host: Host = "127.0.0.1",
     port: Port = 7860,
     localizer: Localizer = None,
@@ -27,10 +29,13 @@ def app(
     max_pixels: MaxPixels = 50_000_000,
     device: Device = None,
 ) -> None:
-    """Show a page in the browser: photo, box, predictions, saliency, and other backgrounds; Ctrl-C stops it."""
+    """Show a page in the browser: predictions for a photo and their reasons, and an audit; Ctrl-C stops it."""
+    if boxes is not None and audit is None:
+        raise typer.BadParameter("--boxes are those of the audited images; add --audit DATA")
     from l2r2_models.serve.server import check_installed, listen, serve
 
     check_installed("app", "gradio", "fastapi", "uvicorn", "captum", "sklearn", "jinja2", "matplotlib")
+    from l2r2_models.app.audited import Folder
     from l2r2_models.app.page import create_app
     from l2r2_models.app.studio import Studio
     from l2r2_models.checkpoints import load_checkpoint
@@ -44,8 +49,9 @@ def app(
         checkpoint, method=method, numbers=False, box_threshold=box_threshold, localizer=localizer, device=device
     )
     studio = Studio(explainer, backgrounds, max_pixels)
+    audited = None if audit is None else Folder(run, audit, boxes)
     with TemporaryDirectory(prefix="l2r2-app-") as folder:
-        page = create_app(studio, Path(folder), max_mb)
+        page = create_app(studio, Path(folder), max_mb, audited)
         warn_if_public(opened)
         say(f"open {url} in a browser (Ctrl-C to stop)")
         with until_stopped():

@@ -49,7 +49,8 @@ def finetune(
     recipe: Annotated[
         Optional[str],
         typer.Option(
-            help="finetune, scratch, head_only, or a YAML file.", show_default="finetune, or scratch with --no-pretrained"
+            help="finetune, few_images, head_only, scratch, or a YAML file.",
+            show_default="finetune, or scratch with --no-pretrained",
         ),
     ] = None,
     settings: Annotated[

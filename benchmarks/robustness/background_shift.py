@@ -9,14 +9,16 @@ which makes a correlation of 95 %. The last 15 % of each class's rows of `train`
 composites: OBJECTS, cut out by their masks, on SCENES, generated for each seed (`l2r2 composite`: 97 % and 87 % correlation in
 two environments); `val` has other physical objects on other scenes, with the same correlation as in training.
 
-All networks are trained with the same recipe (batch 16, bf16), and evaluated with the weights of the last epoch. With `--start
-pretrained`, the default: EfficientNet-Lite0 from the installed ImageNet weights, recipe `finetune`, 128 pixels, 10 epochs
-(composites: 4). With `--start scratch`: ResNet-18, recipe `scratch`, 96 pixels, 20 epochs (composites: 64 pixels, 4 epochs).
+All networks are trained with the same recipe (batch 16), and evaluated with the weights of the last epoch. With `--start
+pretrained`, the default: EfficientNet-Lite0 from the installed ImageNet weights, recipe `few_images` (or `--recipe`), 128 pixels,
+10 epochs (composites: 4), fp32. With `--start scratch`: ResNet-18, recipe `scratch`, 96 pixels, 20 epochs (composites: 64
+pixels, 4 epochs), bf16.
 
 Fusions are fitted and chosen (by regret, see `l2r2 fuse`) on `val` (plain), on `val` with the backgrounds of other training
 images (swapped), and on both; `adapted` fuses random groups of images of a test split jointly. On composites, the
 cross-validation keeps physical objects together (`l2r2 fuse --group object`). Nothing is fitted or chosen on a test split. The
-same command continues an interrupted benchmark. Writes benchmarks/results/background_shift_NAME_START.csv.
+same command continues an interrupted benchmark. Writes benchmarks/results/background_shift_NAME_START.csv, with the recipe in the
+name if it is another one.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ from l2r2_models.train.recipe import Recipe
 
 MINORITY, HELD_OUT = 38, 0.15
 SPLITS = ("test_id", "test_ood")
-COMMON = {"batch_size": 16, "precision": "bf16", "channels_last": True}
+PRECISIONS = {"pretrained": "fp32", "scratch": "bf16"}  # depthwise convolutions are slower in bf16 on a CPU
+RECIPES = {"pretrained": "few_images", "scratch": "scratch"}
 NETWORKS = {"pretrained": "l2r2_efficientnet_lite0", "scratch": "l2r2_resnet18"}
 PIXELS = {
     "pretrained": {"fod_a_shift": 128, "composites": 128},
@@ -164,6 +167,12 @@ def outputs_of(
         yield name, backgrounds, {split: (fuse(fusion, data), data) for split, data in judged.items()}
 
 
+def recipe_of(start: str, name: str | None = None, **changes: Any) -> Recipe:
+    """Make the recipe that all networks of a table share; `name` defaults to the recipe of the start."""
+    settings = {"model": NETWORKS[start], "batch_size": 16, "precision": PRECISIONS[start], "channels_last": True}
+    return Recipe.read(name or RECIPES[start], {**settings, **changes})
+
+
 def class_counts(table: ImageTable, labels: Sequence[str]) -> torch.Tensor:
     """Count the training rows per class."""
     counts = table.label_counts()
@@ -179,8 +188,8 @@ def adapted(fusion: Fusion, data: BranchLogits, size: int) -> torch.Tensor:
 
 def run_one(data: Path, rows: Path, name: str, seed: int, work: Path, options: argparse.Namespace) -> list[dict]:
     """Train one model with one seed and evaluate all its outputs."""
-    changes = {**COMMON, "size": options.size, "epochs": options.epochs, **MODELS[name].changes}
-    recipe = Recipe.default(NETWORKS[options.start], options.start == "pretrained", seed=seed, **changes)
+    changes = {"seed": seed, "size": options.size, "epochs": options.epochs, **MODELS[name].changes}
+    recipe = recipe_of(options.start, options.recipe, **changes)
     run = work / f"{name.replace(' ', '_').replace(',', '')}_s{seed}"
     print(f"{name}, seed {seed}", flush=True)
     finetune(data, recipe, run, metadata=rows, val_split="val")
@@ -203,7 +212,7 @@ def about_run(**settings: Any) -> dict[str, Any]:
     """Collect the columns that every row of a result file has: settings, device, versions and date."""
     device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     versions = {name: version(name) for name in ("torch", "timm", "transformers")}
-    return {**settings, "precision": COMMON["precision"], "device": device, **versions, "date": datetime.date.today().isoformat()}
+    return {**settings, "device": device, **versions, "date": datetime.date.today().isoformat()}
 
 
 def write_table(table: list[dict], out: Path, about: dict) -> None:
@@ -244,13 +253,25 @@ def main() -> None:
     parser.add_argument("--start", choices=list(NETWORKS), default="pretrained")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument(
+        "--recipe", choices=("finetune", "few_images", "head_only"), help="with pretrained weights; default as above"
+    )
     parser.add_argument("--epochs", type=int, help="fewer for a quick try; default as above")
     parser.add_argument("--work", type=Path, default=Path("runs"))
     options = parser.parse_args()
     options.size = PIXELS[options.start][options.name]
     options.epochs = options.epochs or EPOCHS[options.start][options.name]
-    work = options.work / f"{options.name}_{options.start}"
-    about = about_run(backbone=NETWORKS[options.start], start=options.start, pixels=options.size, epochs=options.epochs)
+    options.recipe = options.recipe or RECIPES[options.start]
+    case = f"{options.name}_{options.start}{'' if options.recipe == RECIPES[options.start] else '_' + options.recipe}"
+    work = options.work / case
+    about = about_run(
+        backbone=NETWORKS[options.start],
+        start=options.start,
+        recipe=options.recipe,
+        pixels=options.size,
+        epochs=options.epochs,
+        precision=PRECISIONS[options.start],
+    )
     table: list[dict] = []
     for seed in options.seeds:
         data, rows = data_of(options, seed, work)
@@ -261,7 +282,7 @@ def main() -> None:
             file = write_rows(rows, control, work / f"rows_{control or 'given'}_s{seed}.csv", SIDE[options.name])
             table += run_one(data, file, name, seed, work, options)
             RESULTS.mkdir(parents=True, exist_ok=True)
-            write_table(table, RESULTS / f"background_shift_{options.name}_{options.start}.csv", about)
+            write_table(table, RESULTS / f"background_shift_{case}.csv", about)
     print_means(table)
 
 

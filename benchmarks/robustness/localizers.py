@@ -24,15 +24,17 @@ from collections import defaultdict
 from pathlib import Path
 
 from background_shift import (
-    COMMON,
     EPOCHS,
     NETWORKS,
     PIXELS,
+    PRECISIONS,
+    RECIPES,
     RESULTS,
     SIDE,
     SPLITS,
     about_run,
     data_of,
+    recipe_of,
     write_rows,
     write_table,
 )
@@ -46,7 +48,6 @@ from l2r2_models.evaluate.metrics import accuracy
 from l2r2_models.localize import create_localizer
 from l2r2_models.localize.localize_files import localize_to_file
 from l2r2_models.train.finetune import finetune
-from l2r2_models.train.recipe import Recipe
 
 LOCALIZERS = {"head": "head:{run}", "ncut": "ncut:{run}?size={size}", "cam": "cam:{run}", "center": "center", "full": "full"}
 METRICS = ("corloc", "mean_iou", "full", "fg", "robust", "gain")
@@ -107,13 +108,19 @@ def main() -> None:
     size, epochs = PIXELS[options.start][options.name], options.epochs or EPOCHS[options.start][options.name]
     name = f"{options.name}_{options.start}"
     work, out = options.work / name, options.out or RESULTS / f"localizers_{name}.csv"
-    about = about_run(backbone=NETWORKS[options.start], start=options.start, pixels=size, epochs=epochs)
+    about = about_run(
+        backbone=NETWORKS[options.start],
+        start=options.start,
+        recipe=RECIPES[options.start],
+        pixels=size,
+        epochs=epochs,
+        precision=PRECISIONS[options.start],
+    )
     table: list[dict] = []
     for seed in options.seeds:
         data, rows = data_of(options, seed, work)
         file, run = write_rows(rows, "", work / f"rows_given_s{seed}.csv", SIDE[options.name]), work / f"box_head_s{seed}"
-        settings = {**COMMON, "seed": seed, "box_head": True, "size": size, "epochs": epochs}
-        recipe = Recipe.default(NETWORKS[options.start], options.start == "pretrained", **settings)
+        recipe = recipe_of(options.start, seed=seed, box_head=True, size=size, epochs=epochs)
         print(f"seed {seed}", flush=True)
         finetune(data, recipe, run, metadata=file, val_split="val")
         table += [{"localizer": n, "seed": seed, **measure(data, file, run, n, size)} for n in ("given", *LOCALIZERS)]

@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from background_shift import COMMON, about_run, write_table
+from background_shift import PRECISIONS, about_run, recipe_of, write_table
 
 from l2r2_models.checkpoints.checkpoint import load_checkpoint
 from l2r2_models.data.spawrious import composites
@@ -26,7 +26,6 @@ from l2r2_models.data.table import read_table
 from l2r2_models.evaluate.logits import branch_logits
 from l2r2_models.evaluate.parts import AGREEMENT, find_parts
 from l2r2_models.train.finetune import finetune
-from l2r2_models.train.recipe import Recipe
 
 SPLITS = ("test_id", "test_ood")
 SMALL_VIT = {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
@@ -64,8 +63,7 @@ def measure(data: Path, work: Path, name: str, keys: dict, seed: int, size: int,
     """Train one network with one seed, and evaluate its branches and, for iFAM, the patches it keeps."""
     run = work / f"{name.replace(':', '_').replace(', ', '_').replace(' ', '_')}_s{seed}"
     print(f"{name}, seed {seed}", flush=True)
-    settings = {**COMMON, "batch_size": 32, **keys, "pretrained": False, "size": size, "epochs": epochs, "seed": seed}
-    finetune(data, Recipe.read("scratch", settings), run)
+    finetune(data, recipe_of("scratch", **{"batch_size": 32, **keys, "size": size, "epochs": epochs, "seed": seed}), run)
     checkpoint = load_checkpoint(run)
     splits = {split: read_table(data).of_split(split) for split in SPLITS}
     found = {split: branch_logits(checkpoint, table, run / "logits") for split, table in splits.items()}
@@ -97,7 +95,7 @@ def main() -> None:
     arguments = parser.parse_args()
     data = composites(arguments.objects, arguments.scenes, arguments.work / "data")
     rows = len(read_table(data).of_split("train"))
-    about = about_run(pixels=arguments.size, epochs=arguments.epochs, training_rows=rows)
+    about = about_run(pixels=arguments.size, epochs=arguments.epochs, training_rows=rows, precision=PRECISIONS["scratch"])
     table: list[dict] = []
     for seed in arguments.seeds:
         for name, keys in plan(arguments.only).items():

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from background_shift import COMMON, NETWORKS, RESULTS, about_run, read_rows, write_rows, write_table
+from background_shift import NETWORKS, PRECISIONS, RESULTS, about_run, read_rows, recipe_of, write_rows, write_table
 from torch import Tensor
 
 from l2r2_models.checkpoints.checkpoint import load_checkpoint
@@ -38,8 +38,8 @@ from l2r2_models.evaluate.metrics import accuracy, by_group, macro_accuracy, ora
 from l2r2_models.fusion import create_fusion
 from l2r2_models.io import read_json
 from l2r2_models.train.finetune import finetune
-from l2r2_models.train.recipe import Recipe
 
+RECIPES = {"pretrained": "finetune", "scratch": "scratch"}
 HELD_OUT, FRACTION = "held_out", 0.15
 MODELS = {"independent": {"shared": False}, "shared": {}}
 FITTED_ON = ("plain", "both")
@@ -149,8 +149,8 @@ def run_one(folder: Path, name: str, model: str, seed: int, options: argparse.Na
     table = read_table(folder)
     boxes = boxes_of(folder, table, name)
     rows = write_rows(rows_of(folder, table, setup, seed), "", work / f"rows_s{seed}.csv", 0)
-    settings = {**COMMON, "seed": seed, "size": options.size, "epochs": options.epochs, **MODELS[model]}
-    recipe = Recipe.default(options.model or NETWORKS[options.start], options.start == "pretrained", **settings)
+    settings = {"seed": seed, "size": options.size, "epochs": options.epochs, **MODELS[model]}
+    recipe = recipe_of(options.start, RECIPES[options.start], model=options.model or NETWORKS[options.start], **settings)
     print(f"{name}, {model}, seed {seed}", flush=True)
     run = work / f"{model}_s{seed}"
     finetune(folder, recipe, run, metadata=rows, boxes=boxes, val_split=setup.val or HELD_OUT)
@@ -191,7 +191,14 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out or RESULTS / f"published_{options.start}.csv"
     backbone = options.model or NETWORKS[options.start]
-    about = about_run(backbone=backbone, start=options.start, pixels=options.size, epochs=options.epochs)
+    about = about_run(
+        backbone=backbone,
+        start=options.start,
+        recipe=RECIPES[options.start],
+        pixels=options.size,
+        epochs=options.epochs,
+        precision=PRECISIONS[options.start],
+    )
     table: list[dict] = []
     left = list(SETUPS)
     for folder in options.data:

@@ -2,13 +2,14 @@
 
 # Gradio reads the annotations of the handlers, so that they must not be strings.
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import L2R2Error
 from . import markup
+from .audited import Folder, save_report
 from .studio import Photo, Studio
 
 NO_PHOTO = "Choose a photo first."
@@ -17,8 +18,9 @@ NO_PHOTO = "Choose a photo first."
 class Handlers:
     """Make the handlers of a page.
 
-    A handler gets the photo and whether saliency is shown, and returns the photo, the notice, the stage, the choice of objects,
-    the box, the predictions, the saliency maps, and the object on another background.
+    A handler gets the photo and whether saliency is shown, and returns the photo, the notice, the stage, what is done with a
+    photo, the choice of objects and of parts, the box, the predictions, the saliency maps, the choice of backgrounds, and the
+    object on another background.
 
     Args:
         studio: the model.
@@ -78,8 +80,11 @@ class Handlers:
     def _outputs(self, photo: Photo | None, saliency: bool, sentence: str) -> list[Any]:
         import gradio as gr
 
+        finds_object = self.studio.ifam is not None
         if photo is None:
-            return [None, markup.notice(sentence), markup.stage(None), gr.update(visible=False), "", markup.answers(None), "", ""]
+            hidden = gr.update(visible=False)
+            answers = markup.answers(None)
+            return [None, markup.notice(sentence), markup.stage(None), hidden, hidden, [], "", answers, "", hidden, ""]
         answers = maps = elsewhere = ""
         try:
             look = self.studio.look(photo, saliency)
@@ -89,5 +94,30 @@ class Handlers:
             sentence = sentence or str(error)
         numbers = [str(i + 1) for i in range(len(photo.boxes))]
         objects = gr.update(choices=numbers, value=numbers[photo.chosen] if numbers else None, visible=len(numbers) > 1)
-        box = ", ".join(f"{v:g}" for v in photo.box or ())
-        return [photo, markup.notice(sentence), markup.stage(photo), objects, box, answers, maps, elsewhere]
+        parts = [str(k) for k in range(self.studio.parts) if k not in photo.dropped]
+        box, shown = ", ".join(f"{v:g}" for v in photo.box or ()), gr.update(visible=True)
+        stage = markup.stage(photo, finds_object)
+        return [photo, markup.notice(sentence), stage, shown, objects, parts, box, answers, maps, shown, elsewhere]
+
+
+def auditing(folder: Folder, reports: Path) -> Callable[..., list[Any]]:
+    """Make the handler that audits `folder`: it gets the split and the number of images; reports are written to `reports`.
+
+    It returns the notice, the result, and the file of the report.
+    """
+    import gradio as gr
+
+    def handler(split: Any, images: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008 (how Gradio passes it)
+        def track(items: Iterable[Any], total: int, words: str) -> Iterator[Any]:
+            for done, item in enumerate(items):
+                progress((done, total), desc=words, unit="images")
+                yield item
+
+        try:
+            run = folder.audit(split, images, track)
+            file = gr.update(value=save_report(run, reports), visible=True)
+            return [markup.notice(""), markup.audit(run), file]
+        except L2R2Error as error:
+            return [markup.notice(str(error)), "", gr.update(visible=False)]
+
+    return handler

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from markupsafe import Markup
 from PIL import Image
 
-from ..report.html import jpeg_url, strip
+from ..audit.audit import AuditRun
+from ..report.audit import ABOUT_EXAMPLES, ABOUT_METRICS, bars, examples
+from ..report.html import Picture, gallery, jpeg_url, strip
 from .studio import Look, Photo, Studio
 
 SHOWN = 960  # longer side of the photo on the page
 THUMB = 160
 HINT = "Drag on the photo to draw a box around the object."
+FINDS_OBJECT = (
+    "The model finds the object itself. A box only says what moves to another background; drag on the photo to draw one."
+)
+MOVED = "The whole box is moved, with a soft edge around it."
+ABOUT_AUDIT = (
+    "Every image is changed some 40 times: the object on other backgrounds, the object or the background erased, and noise. If "
+    "predictions change with the background, the model relies on it. Without a GPU this takes minutes."
+)
 EMPTY = "The predictions appear here: for the whole image, for the object in the box, and for both together."
 NAMES = {"full": "Whole image", "fg": "Object", "bg": "Background", "fused": "Together"}
 
@@ -42,12 +53,12 @@ def heading(name: str, labels: Sequence[str]) -> str:
     return form.format(name, len(labels), some)
 
 
-def stage(photo: Photo | None) -> str:
+def stage(photo: Photo | None, finds_object: bool = False) -> str:
     """Return the photo on which a box is drawn, or what to do first."""
     if photo is None:
         return Markup('<p class="hint">{}</p>').format("Choose a photo, or drop one above.")
     drawn = _boxed(photo.image, photo.boxes, photo.chosen, photo.name)
-    return Markup('<div class="stage">{}</div><p class="hint">{}</p>').format(drawn, HINT)
+    return Markup('<div class="stage">{}</div><p class="hint">{}</p>').format(drawn, FINDS_OBJECT if finds_object else HINT)
 
 
 def answers(look: Look | None, title: str = "Prediction") -> str:
@@ -67,8 +78,10 @@ def answers(look: Look | None, title: str = "Prediction") -> str:
 
 
 def maps(look: Look) -> str:
-    """Return the saliency maps."""
-    return strip("Bright areas increase the score of the class", look.maps) if look.maps else ""
+    """Return the parts and the saliency maps."""
+    parts = [] if look.parts is None else [Picture(look.parts, "dark patches are not used")]
+    found = [("Parts that the model finds", parts), ("Bright areas increase the score of the class", look.maps)]
+    return Markup("").join(strip(title, shown) for title, shown in found if shown)
 
 
 def elsewhere(look: Look | None, before: Look, box: Sequence[float] | None) -> str:
@@ -81,8 +94,24 @@ def elsewhere(look: Look | None, before: Look, box: Sequence[float] | None) -> s
     for name, found in look.answers.items():
         old, new = before.answers[name][0].label, found[0].label
         changes.append(f"{NAMES[name]}: {f'still {new}' if new == old else f'{new} instead of {old}'}")
-    form = Markup('<div class="moved">{}<div><p class="changes">{}</p>{}</div></div>{}')
-    return form.format(picture, ". ".join(changes) + ".", answers(look, "On the other background"), maps(look))
+    form = Markup('<div class="moved"><div>{}<p class="hint">{}</p></div><div><p class="changes">{}</p>{}</div></div>{}')
+    return form.format(picture, MOVED, ". ".join(changes) + ".", answers(look, "On the other background"), maps(look))
+
+
+def audit(run: AuditRun) -> str:
+    """Return the verdict of an audit, its warnings, the accuracy on changed images, and a few of them."""
+    result = run.result
+    others = Markup("").join(Markup("<p>{}</p>").format(verdict) for verdict in list(result.verdicts.values())[:-1])
+    note = Markup('<p class="note">{}</p>')
+    notes = Markup("").join(note.format(f"{warning[:1].upper()}{warning[1:]}") for warning in result.warnings)
+    about = Markup("").join(Markup("<p>{}</p>").format(line) for line in ABOUT_METRICS.split("\n"))
+    of_image = [list(cards) for _, cards in groupby(examples(run), key=lambda card: card.note)]
+    galleries = Markup("").join(gallery(cards, len(cards)) for cards in of_image)
+    form = Markup(
+        '<div class="audit"><p class="verdict">{}</p>{}{}<h3>Accuracy when the image is changed</h3>{}'
+        '<details><summary>What is this?</summary>{}</details><h3>Examples</h3><p class="hint">{}</p>{}</div>'
+    )
+    return form.format(result.verdict, others, notes, bars(result), about, ABOUT_EXAMPLES, galleries)
 
 
 def picker(studio: Studio) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,11 +16,14 @@ from ..audit.perturbations import Subject, swap
 from ..audit.samples import shrunk
 from ..boxes.detections import Detections
 from ..errors import L2R2Error
+from ..evaluate.parts import parts_of
 from ..explain.explainer import Explainer
 from ..images import MAX_PIXELS, image_tensor, list_images, load_image
+from ..models.ifam import IFAM
 from ..predict.prediction import Answer, ObjectPrediction
 from ..report.explain import pictures
 from ..report.html import Picture
+from ..report.parts import draw_parts
 
 MOST_BACKGROUNDS = 24  # images of the folder that are offered
 BACKGROUND_SIDE = 1600  # pixels; a background is no larger than that
@@ -36,6 +41,7 @@ class Photo:
         scores: scores of the boxes.
         chosen: index of the box that is looked at.
         background: uint8 `[h, w, 3]` to move the object to, or None.
+        dropped: indices of the parts that an iFAM model must do without.
     """
 
     image: Image.Image
@@ -44,6 +50,7 @@ class Photo:
     scores: tuple[float, ...] = ()
     chosen: int = 0
     background: Tensor | None = None
+    dropped: tuple[int, ...] = ()
 
     @property
     def box(self) -> tuple[float, ...] | None:
@@ -60,12 +67,14 @@ class Look:
         answers: the most probable classes by output, the model's own prediction last.
         reason: why this is the prediction.
         maps: pictures of the saliency, empty if they were not asked for.
+        parts: the parts that an iFAM model finds and uses; None for other models.
     """
 
     image: Image.Image
     answers: dict[str, list[Answer]]
     reason: str
     maps: list[Picture]
+    parts: Image.Image | None = None
 
 
 class Studio:
@@ -86,6 +95,9 @@ class Studio:
         self.predictor = explainer.predictor.keeping_logits()
         self.predictor.localizer = None  # it runs when it is asked to
         self.fill = self.predictor.model.view_spec.fill
+        network = self.predictor.model
+        self.ifam = network if isinstance(network, IFAM) else None
+        self.parts = 0 if self.ifam is None else self.ifam.parts.num_parts
         self.backgrounds = [] if backgrounds is None else self._read_backgrounds(backgrounds)
 
     def _read_backgrounds(self, folder: Path) -> list[tuple[str, Image.Image]]:
@@ -106,13 +118,15 @@ class Studio:
         return image
 
     def open(self, before: Photo | None, path: str) -> Photo:
-        """Read a photo and find its objects; a background that was chosen before stays.
+        """Read a photo and find its objects; the background and the parts that were chosen before stay.
 
         Raises:
             L2R2Error: when the file is not an image, or too large.
         """
         image = self._read(path)
-        photo = Photo(image, Path(path).name, background=before.background if before else None)
+        photo = Photo(image, Path(path).name)
+        if before is not None:
+            photo = replace(photo, background=before.background, dropped=before.dropped)
         return photo if self.localizer is None else self.find(photo)
 
     def _read(self, path: str) -> Image.Image:
@@ -172,6 +186,25 @@ class Studio:
         """Look at another of the objects."""
         return replace(photo, chosen=min(max(index, 0), max(len(photo.boxes) - 1, 0)))
 
+    def use_parts(self, photo: Photo, used: Any) -> Photo:
+        """Let an iFAM model use these parts and no others; `used` are their indices as text.
+
+        Raises:
+            L2R2Error: when there is no such part, or none is used.
+        """
+        names = [str(k) for k in range(self.parts)]
+        if not isinstance(used, list) or not used or not set(used) <= set(names):
+            raise L2R2Error(f"Keep at least one of the {self.parts} parts.")
+        return replace(photo, dropped=tuple(k for k, name in enumerate(names) if name not in used))
+
+    @contextmanager
+    def _without(self, parts: tuple[int, ...]) -> Iterator[None]:
+        if self.ifam is None:
+            yield
+        else:
+            with self.ifam.intervened(parts):
+                yield
+
     def put_on(self, photo: Photo, index: int) -> Photo:
         """Move the object to a background of the folder.
 
@@ -200,7 +233,7 @@ class Studio:
         Raises:
             L2R2Error: when the network's output is not finite, or it does not support the saliency method.
         """
-        return self._look(photo.image, photo.box, photo.scores[photo.chosen] if photo.boxes else 1.0, saliency)
+        return self._look(photo, photo.image, photo.box, saliency)
 
     def look_elsewhere(self, photo: Photo, saliency: bool = False) -> Look | None:
         """Predict the object on the background that was chosen; None without one.
@@ -214,18 +247,20 @@ class Studio:
             raise L2R2Error("To see the object on another background, draw a box around it first.")
         subject = shrunk(Subject(photo.name, image_tensor(photo.image), torch.tensor([photo.box]), None, None))
         image = Image.fromarray(swap(subject, photo.background).numpy())
-        return self._look(image, subject.boxes[0].tolist(), photo.scores[photo.chosen], saliency)
+        return self._look(photo, image, subject.boxes[0].tolist(), saliency)
 
-    def _look(self, image: Image.Image, box: Sequence[float] | None, score: float, saliency: bool) -> Look:
+    def _look(self, photo: Photo, image: Image.Image, box: Sequence[float] | None, saliency: bool) -> Look:
         size = (image.height, image.width)
-        given = None if box is None else Detections.from_lists([box], size, [score])
-        _, _, prediction = self.predictor.look_at(image, given)
-        if prediction.failure is not None:
-            raise L2R2Error(prediction.failure)
+        given = None if box is None else Detections.from_lists([box], size, [photo.scores[photo.chosen]])
+        with self._without(photo.dropped):
+            _, _, prediction = self.predictor.look_at(image, given)
+            if prediction.failure is not None:
+                raise L2R2Error(prediction.failure)
+            nothing = Detections.from_lists([], size)  # None would ask the localizer
+            maps = pictures(self.explainer(image, nothing if given is None else given))[1:] if saliency else []
+            parts = None if self.ifam is None else draw_parts(parts_of(self.ifam, image_tensor(image)), 0)
         answer = prediction.objects[0]
-        nothing = Detections.from_lists([], size)  # None would ask the localizer
-        maps = pictures(self.explainer(image, nothing if given is None else given))[1:] if saliency else []
-        return Look(image, self._answers(answer), answer.reason, maps)
+        return Look(image, self._answers(answer), answer.reason, maps, parts)
 
     def _answers(self, answer: ObjectPrediction) -> dict[str, list[Answer]]:
         """Return the most probable classes of each branch, and of their fusion."""

@@ -45,6 +45,9 @@ def verdict_of(who: str, estimates: Mapping[str, Estimate], images: int, classes
         return f"{lost}{_cause(estimates)}: it relies on the background."
     if loss.high < LEANS:
         return f"{lost if loss.value > 0 else f'On swapped backgrounds {who} loses nothing'}: the object decides."
+    if loss.value < 0:
+        low, high = round(100 * loss.low), round(100 * loss.high)
+        lost = f"On swapped backgrounds {who} loses nothing of its {100 * accuracy.value:.0f} % accuracy ({low} to {high} points)"
     return f"{lost}: {images} images are too few to tell whether that is more than {100 * LEANS:.0f} points."
 
 

@@ -116,6 +116,14 @@ def find_parts(
     return FoundParts(rows, views, part, keep, true, has_mask, model.parts.num_parts)
 
 
+@torch.inference_mode()
+def parts_of(model: IFAM, pixels: Tensor) -> FoundParts:
+    """Run stage 1 on one image, uint8 `[H, W, 3]`, under the interventions that the model has."""
+    sample = Sample(pixels, torch.full((4,), torch.nan), None)
+    views, part, keep, true, has_mask = _of_batch(model, [sample], False, next(model.parameters()).device)
+    return FoundParts([0], views, part, keep, true, has_mask, model.parts.num_parts)
+
+
 def _of_batch(model: IFAM, samples: list[Sample], are_true: bool, device: torch.device) -> tuple[Tensor, ...]:
     """Compute the tensors of `FoundParts` for one batch."""
     spec = replace(model.view_spec, fg_mode="tokens")  # views of this mode include the object mask

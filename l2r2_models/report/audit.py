@@ -14,7 +14,6 @@ from torch import Tensor
 from ..audit.audit import Answers, Audit, AuditRun
 from ..audit.metrics import Estimate
 from ..audit.perturbations import L2_LEVELS, STD_LEVELS, Donors, plan
-from ..audit.samples import Subjects
 from .figures import bars_by_group
 from .html import Cell, Picture, Section, gallery, percent, table, write_page
 
@@ -46,6 +45,7 @@ SHOWN = {
     "noise_bg_90": "noise on the background (90)",
 }
 EXAMPLES = 3  # number of images whose changed versions are shown
+ABOUT_EXAMPLES = "Images that become wrong on another background come first; p is the probability of the true class."
 ABOUT_METRICS = (
     "Mixed-Same, Mixed-Rand and Mixed-Next: the object on the object-free background of another image of its own class, of a "
     "random class, or of the next class. BG-Gap: Mixed-Same minus Mixed-Rand, the part of the loss that is due to the class of "
@@ -83,14 +83,13 @@ def write_report(path: Path, run: AuditRun) -> None:
     others = list(audit.verdicts.values())[:-1]
     text = "\n".join((counts, *others))
     sections = [
-        Section("Accuracy when the image is changed", text, [_bars(audit), _measures(audit)], ABOUT_METRICS),
+        Section("Accuracy when the image is changed", text, [bars(audit), _measures(audit)], ABOUT_METRICS),
         Section("Noise", "Accuracy with noise on the object and on the background, by level.", _noise(audit), ABOUT_NOISE),
     ]
     if audit.groups:
         sections.append(Section(f"Accuracy by {audit.groups}", "", [_groups(audit)]))
-    pictures = _examples(audit, run.subjects, run.answers, run.size)
-    text = "Images that become wrong on another background come first; p is the probability of the true class."
-    sections.append(Section("Examples", text, [gallery(pictures, len(pictures))]))
+    pictures = examples(run)
+    sections.append(Section("Examples", ABOUT_EXAMPLES, [gallery(pictures, len(pictures))]))
     write_page(path, f"Background audit of {audit.model}", audit.verdict, sections, audit.warnings)
 
 
@@ -115,7 +114,8 @@ def _measures(audit: Audit) -> Markup:
     return table(["", *audit.answers], rows, caption="in %; RFS and iRFS from -1 to 1")
 
 
-def _bars(audit: Audit) -> Markup:
+def bars(audit: Audit) -> Markup:
+    """Draw the accuracy of every output on unchanged and on changed images."""
     names = [n for n in BARS if all(n in estimates for estimates in audit.answers.values())]
     values = {a: {MEASURES[n]: f[n].value for n in names} for a, f in audit.answers.items()}
     spans = {a: {MEASURES[n]: (f[n].low, f[n].high) for n in names} for a, f in audit.answers.items()}
@@ -147,8 +147,9 @@ def _groups(audit: Audit) -> Markup:
     return bars_by_group(values, spans)
 
 
-def _examples(audit: Audit, subjects: Subjects, answers: Answers, grain: int) -> list[Picture]:
+def examples(run: AuditRun) -> list[Picture]:
     """Return changed images of a few subjects, first those whose prediction becomes wrong on Mixed-Rand."""
+    audit, subjects, answers, grain = run
     right, _ = answers.of(answers.names[-1])
     fooled = right["original"] - right.get("mixed_rand_0", right["original"]).nan_to_num(nan=0.0)
     order = torch.argsort(fooled, descending=True, stable=True).tolist()

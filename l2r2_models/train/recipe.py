@@ -326,7 +326,7 @@ def builtin_recipes() -> tuple[str, ...]:
     """List the recipes that come with the package.
 
     >>> builtin_recipes()
-    ('finetune', 'head_only', 'scratch')
+    ('few_images', 'finetune', 'head_only', 'scratch')
     """
     return tuple(sorted(f.name.removesuffix(".yaml") for f in _builtin_folder().iterdir() if f.name.endswith(".yaml")))
 

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from app_cases import BOXES, photo, write_backgrounds
-from audit_cases import GROUNDS
+from audit_cases import GROUNDS, write_data
 from conftest import sentence
 from explain_cases import write_spots
 from fastapi.testclient import TestClient
@@ -21,6 +21,7 @@ from PIL import Image
 from l2r2_models import Explainer
 from l2r2_models.app.page import create_app
 from l2r2_models.app.studio import Studio
+from l2r2_models.audit.audit import run_audit
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LAPTOP, PHONE = dict(width=1200, height=900), dict(width=400, height=800)
@@ -39,6 +40,7 @@ def case(tmp_path_factory):
     for i in range(20):  # more than fit on a phone
         Image.new("RGB", (40, 30)).save(folder / "grounds" / f"z{i}.png")
     write_spots(folder / "run")
+    write_data(folder / "data")
     return folder
 
 
@@ -101,6 +103,7 @@ def test_a_visit(case):
     with browser() as page, running(case, "--backgrounds", str(case / "grounds")) as (process, url):
         page.goto(url)
         page.wait_for_selector("#stage .hint")
+        assert not page.locator("#whole, #box, #second").count()  # nothing can be done without a photo
         page.locator("#photo input[type=file]").set_input_files(case / "photo.png")
         wait_for(page, "#answers", "full", "green")
         assert page.locator("#answers .answer.fg").count() == 0 and "no box was given" in page.inner_text("#answers .reason")
@@ -152,6 +155,24 @@ def test_a_visit(case):
         assert not list((case / "temporary").glob("l2r2-app-*"))
 
 
+def test_an_audit(case):
+    with browser() as page, running(case, "--audit", str(case / "data")) as (_, url):
+        page.goto(url)
+        page.get_by_role("tab", name="Audit of a folder").click()
+        page.get_by_label("20", exact=True).check()
+        page.locator("#run").click()
+        page.wait_for_selector("#audit .verdict")
+        run = run_audit(case / "run", case / "data", split="test", limit=20)
+        assert page.inner_text("#audit .verdict") == run.result.verdict
+        for size in (LAPTOP, PHONE):
+            page.set_viewport_size(size)
+            assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        with page.expect_download() as download:
+            page.locator("#report").click()
+        assert run.result.verdict in download.value.path().read_text()
+        assert not page.problems and page.hosts <= {"127.0.0.1", None}
+
+
 def test_what_the_page_loads_and_offers(case, tmp_path):
     studio = Studio(Explainer.from_pretrained(case / "run", numbers=False))
     with TestClient(create_app(studio, tmp_path, megabytes=1)) as client:
@@ -173,3 +194,8 @@ def test_a_missing_package_is_one_sentence(case, monkeypatch, l2r2):
 
 def test_a_folder_without_images_is_one_sentence(case, tmp_path, l2r2):
     assert "no image in this folder" in sentence(l2r2("app", case / "run", "--port", 0, "--backgrounds", tmp_path))
+
+
+def test_boxes_without_a_data_set_are_misuse(case, l2r2):
+    result = l2r2("app", case / "run", "--boxes", "boxes.json")
+    assert result.returncode == 2 and "add --audit DATA" in result.stderr

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
+import torch
 from app_cases import BOXES, photo, write_backgrounds
 from audit_cases import GROUNDS
 from explain_cases import write_spots
@@ -13,6 +15,7 @@ from PIL import Image
 from l2r2_models import Explainer, L2R2Error, Predictor
 from l2r2_models.app import markup
 from l2r2_models.app.studio import Photo, Studio
+from l2r2_models.checkpoints.checkpoint import save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,38 @@ def test_saliency_of_every_output(studio, seen):
     assert [t.split(":")[0] for t in titles] == ["full", "what fg sees", "fg", "fg's map on the image", "fused"]
     assert [p.title.split(":")[0] for p in studio.look(seen, saliency=True).maps] == ["full", "fused"]
     assert studio.look(seen).maps == []
+
+
+@pytest.fixture(scope="module")
+def ifam(folder):
+    torch.manual_seed(0)
+    small = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_parts": 3}
+    model = timm.create_model("ifam_vit_tiny_patch16_224", num_classes=3, **small)
+    save_checkpoint(model, folder / "ifam", ["a", "b", "c"])
+    return Studio(Explainer.from_pretrained(folder / "ifam", numbers=False))
+
+
+def test_an_ifam_model_can_do_without_parts(ifam, seen):
+    used = ifam.use_parts(seen, ["0", "2"])
+    with_all, without = ifam.look(seen), ifam.look(used)
+    assert used.dropped == (1,) and with_all.answers != without.answers
+    predictor = Predictor.from_pretrained(ifam.predictor.checkpoint.name)
+    for look, dropped in ((with_all, ()), (without, (1,))):
+        with predictor.model.intervened(dropped):
+            assert look.answers["fused"] == list(predictor(photo()).objects[0].top)
+    assert not np.array_equal(with_all.parts, without.parts)  # the patches of part 1 are dark
+    assert not ifam.ifam.interventions() and ifam.look(ifam.use_parts(used, ["0", "1", "2"])) == with_all
+    moved = ifam.look_elsewhere(replace(boxed(ifam, used, "red"), background=torch.zeros(9, 9, 3, dtype=torch.uint8)))
+    assert moved is not None and moved.parts is not None
+    html = markup.stage(seen, finds_object=True) + markup.maps(without)
+    assert "finds the object itself" in html and "Parts that the model finds" in html
+
+
+@pytest.mark.parametrize("sent", [[], ["3"], [0], None, "0"])
+def test_parts_that_do_not_exist_are_one_sentence(ifam, studio, seen, sent):
+    for one in (ifam, studio):
+        with pytest.raises(L2R2Error, match=r"Keep at least one of the [30] parts"):
+            one.use_parts(seen, sent)
 
 
 def test_files_that_are_no_photos(studio, tmp_path):

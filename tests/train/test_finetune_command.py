@@ -47,7 +47,7 @@ def test_a_redirected_training_prints_one_line_per_epoch_and_nothing_else_of_the
     [
         (["--model", "timm:resnet10t", "--lr", "1", "--set", "lr=2"], "lr is given twice, by its option and by --set"),
         (["--model", "timm:resnet10t", "--set", "epoch=2"], 'Unknown recipe key "epoch"; close matches: epochs'),
-        (["--recipe", "fine-tune"], "; pass a YAML file or one of finetune, head_only, scratch"),
+        (["--recipe", "fine-tune"], "; pass a YAML file or one of few_images, finetune, head_only, scratch"),
         (["--recipe", "head_only"], "no model is set; pass --model"),
     ],
 )

@@ -7,9 +7,9 @@ from l2r2_models.train.recipe import Recipe, builtin_recipes, parse_settings
 
 
 def test_every_built_in_recipe_is_complete_but_for_the_model():
-    assert builtin_recipes() == ("finetune", "head_only", "scratch")
+    assert builtin_recipes() == ("few_images", "finetune", "head_only", "scratch")
     recipes = {name: Recipe.read(name, {"model": "timm:resnet10t"}) for name in builtin_recipes()}
-    assert [recipes[name].pretrained for name in builtin_recipes()] == [True, True, False]
+    assert [recipes[name].pretrained for name in builtin_recipes()] == [True, True, True, False]
     assert recipes["head_only"].trainable == "head" and recipes["scratch"].lr > recipes["finetune"].lr
     with pytest.raises(L2R2Error, match="no model is set; pass --model"):
         Recipe.read("finetune")
@@ -73,7 +73,7 @@ def test_files_that_are_no_recipe_are_sentences(tmp_path, text, message):
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(L2R2Error, match=message):
         Recipe.read(file, {"model": "m"})
-    with pytest.raises(L2R2Error, match="pass a YAML file or one of finetune, head_only, scratch"):
+    with pytest.raises(L2R2Error, match="pass a YAML file or one of few_images, finetune, head_only, scratch"):
         Recipe.read("fintune", {"model": "m"})
 
 
