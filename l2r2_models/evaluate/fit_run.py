@@ -60,6 +60,12 @@ class FuseReport:
         return asdict(self)
 
 
+ONE_SIDED = {
+    "plain": "fitted on unchanged backgrounds only: the fusion may trust them elsewhere too; leave out --val-backgrounds.",
+    "swapped": "fitted on other backgrounds only: the fusion may ignore the usual ones; leave out --val-backgrounds.",
+}
+
+
 def fit_run(
     run: Path,
     data: Path,
@@ -109,7 +115,8 @@ def fit_run(
     table = rows_of(run, everything, split)
     trained = everything.of_names(record_of(run).get("train_files", []))
     donors = backgrounds_in(scenes) if scenes else trained if len(trained) else table
-    backgrounds = backgrounds or default_backgrounds(table, donors, checkpoint.box_threshold, whole=scenes is not None)
+    possible = default_backgrounds(table, donors, checkpoint.box_threshold, whole=scenes is not None)
+    backgrounds = backgrounds or possible
     logits = logits_to_fit(
         checkpoint, table, donors, backgrounds, Path(run) / LOGITS, whole=scenes is not None, skip_bad=skip_bad, progress=progress
     )
@@ -125,6 +132,7 @@ def fit_run(
     every = {**compared, **{name: f.columns for name, f in fitted.items()}}
     seen = trained_on(run, table, split)
     warnings = [f"{seen}; the metrics are too optimistic, and so is the fitted fusion."] if seen else []
+    warnings += [ONE_SIDED[backgrounds]] if possible == "both" != backgrounds else []
     report = FuseReport(
         chosen,
         fusion.config(),

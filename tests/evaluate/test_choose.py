@@ -134,3 +134,10 @@ def test_fuse_prints_both_columns_and_its_reason(tmp_path, dataset):
     assert report.reason in result.output and report.backgrounds == "both"
     assert {"fg", "full", "average"} <= set(report.table) and set(report.table["fg"]) == {"plain", "swapped"}
     assert not fit_run(run, dataset, "val", method="robust", save=False).reason
+    for backgrounds, warned in (
+        ("plain", "on unchanged backgrounds only"),
+        ("swapped", "on other backgrounds only"),
+        ("both", ""),
+    ):
+        found = [w for w in fit_run(run, dataset, "val", backgrounds=backgrounds, save=False).warnings if "backgrounds only" in w]
+        assert len(found) == bool(warned) and all(warned in w for w in found), backgrounds
