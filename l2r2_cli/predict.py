@@ -50,7 +50,8 @@ def predict(
     ] = False,
 ) -> None:
     """Classify images; every object gets a prediction and the reason for it. Unreadable files are listed as failures."""
-    from l2r2_models.predict.predict_files import gather, predict_to_file
+    from l2r2_models.predict.inputs import gather
+    from l2r2_models.predict.predict_files import predict_to_file
     from l2r2_models.predict.predictor import Predictor
 
     if localizer is not None and boxes is not None:

@@ -5,55 +5,21 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from ..boxes import BoxEntry, read_boxes
-from ..data.hf_datasets import is_source
-from ..data.table import METADATA, read_table
-from ..errors import L2R2Error
 from ..fusion import Grouping, GroupShare
-from ..images import list_images
 from ..journal import Journal, digest_of, state_of
 from ..locks import only_writer
 from .adapt import adapt_records
+from .inputs import Inputs, named
 from .outputs import Place, check_ending, holds_all, read_predictions, records_at, write_predictions
 from .prediction import Prediction
 from .predictor import LOCALIZER_FAILED, Predictor
 
 FORMAT_VERSION = "1.0"
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Images to classify, with their boxes and metadata; the mappings are keyed by `str(path)`.
-
-    Attributes:
-        paths: image files.
-        entries: box entries.
-        masks: mask files.
-        labels: true labels.
-        oracle: whether the boxes were found with the true labels as prompts.
-        columns: metadata columns.
-    """
-
-    paths: tuple[Path, ...]
-    entries: dict[str, BoxEntry]
-    masks: dict[str, Path]
-    labels: dict[str, str]
-    oracle: bool = False
-    columns: dict[str, dict[str, str]] = field(default_factory=dict)
-
-    def without_boxes(self) -> Inputs:
-        """Return the inputs without boxes and masks, for a localizer."""
-        return replace(self, entries={}, masks={}, oracle=False)
-
-    def evenly(self, most: int | None) -> Inputs:
-        """Keep at most `most` images, evenly spaced; None keeps all."""
-        count = len(self.paths) if most is None else min(most, len(self.paths))
-        return replace(self, paths=tuple(self.paths[i * len(self.paths) // count] for i in range(count)))
 
 
 @dataclass(frozen=True)
@@ -92,50 +58,6 @@ class Report:
         elif not _was_localized(image):
             self.localizer_failures.append(objects[0]["reason"])
         return image
-
-
-def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None = None) -> Inputs:
-    """Find the images among files and folders, and their boxes.
-
-    Args:
-        sources: images, folders of images, or data sets with metadata.csv or .jsonl, whose boxes are used.
-        boxes: box file to use instead, joined by path.
-        split: use only this split of the data sets.
-
-    Raises:
-        L2R2Error: when there is no image, the box file lists none of the images, or `split` is given without a data set.
-    """
-    found: dict[str, Path] = {}  # by absolute path
-    entries: dict[str, BoxEntry] = {}
-    masks: dict[str, Path] = {}
-    columns: dict[str, dict[str, str]] = {}
-    labels: dict[str, str] = {}
-    for source in sources:
-        if is_source(source) or (source.is_dir() and any((source / name).exists() for name in METADATA)):
-            table = read_table(source, missing_ok=True)  # a missing image becomes a failed prediction
-            table = table.of_split(split) if split else table
-            boxed = table.entries()
-            for row in table.rows:
-                name = str(_named(row.path, found))
-                entries.update({name: boxed[str(row.path)]} if str(row.path) in boxed else {})
-                masks.update({name: row.mask_file} if row.mask_file is not None else {})
-                labels.update({name: row.label} if row.label else {})
-                columns[name] = dict(row.columns)
-        elif split:
-            raise L2R2Error(f"{source}: --split needs a folder with {' or '.join(METADATA)}.")
-        else:
-            for path in list_images([source]):
-                _named(path, found)
-    oracle = False
-    if boxes is not None:
-        table_of_boxes = read_boxes(boxes)
-        entries, oracle = table_of_boxes.join(found.values()), bool(table_of_boxes.info.get("oracle"))
-    return Inputs(tuple(found.values()), entries, masks, labels, oracle, columns)
-
-
-def _named(path: Path, found: dict[str, Path]) -> Path:
-    """Return the path under which the image is already known, or register this one."""
-    return found.setdefault(os.path.abspath(path), path)
 
 
 def predict_to_file(
@@ -211,7 +133,7 @@ def _by_place(paths: Iterable[Path]) -> dict[str, Path]:
     """Index paths by absolute path, so that each image occurs once."""
     found: dict[str, Path] = {}
     for path in paths:
-        _named(path, found)
+        named(path, found)
     return found
 
 

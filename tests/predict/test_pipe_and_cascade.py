@@ -13,7 +13,8 @@ from l2r2_models.boxes import BoxEntry
 from l2r2_models.checkpoints.checkpoint import load_checkpoint
 from l2r2_models.images import LazyImage
 from l2r2_models.predict import classify, items
-from l2r2_models.predict.predict_files import gather, predict_to_file
+from l2r2_models.predict.inputs import gather
+from l2r2_models.predict.predict_files import predict_to_file
 
 
 @pytest.fixture
