@@ -18,6 +18,13 @@ def predict(
         Path,
         typer.Option("--out", "-o", help="File to write: .json, .jsonl, .csv or .parquet; rerun to resume."),
     ],
+    format: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Format of the file: json, jsonl, csv, parquet, megadetector (1.6, for Timelapse) or coco.",
+            show_default="by its ending",
+        ),
+    ] = None,
     boxes: Boxes = None,
     localizer: Annotated[
         Optional[str],
@@ -77,7 +84,7 @@ def predict(
     if meant_for and not inputs.entries and localizer is None:
         hint = f"no boxes are given, so the whole image is classified; this model is meant for boxes from --localizer {meant_for}"
         errors.print(hint)
-    report = predict_to_file(predictor, inputs, out, lambda items, total: track(items, total, "predicting"), adapt)
+    report = predict_to_file(predictor, inputs, out, lambda items, total: track(items, total, "predicting"), adapt, format)
     for image in report.failures[:10]:
         errors.print(f"failed: {image['failure']}")
     if unlocalized := report.localizer_failures:

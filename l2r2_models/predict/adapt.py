@@ -14,8 +14,6 @@ from ..fusion import INPUTS, Fusion, GroupShare, fuse_branches, fused_logits, sh
 from ..fusion.batch import UNFITTED
 from .prediction import Answer, ObjectPrediction, why_fused
 
-DIGITS = 5  # decimals of a stored logit
-
 
 class Adapter:
     """Fuse predictions again, given which images were taken at the same place (see `fuse_groups`).
@@ -99,7 +97,7 @@ def _logits_of(answer: ObjectPrediction) -> dict[str, torch.Tensor] | None:
 
 def object_of(record: Mapping[str, Any]) -> ObjectPrediction:
     """Rebuild an object from a record written by `Prediction.to_dict`."""
-    fields = {name: record.get(name) for name in ("label", "score", "source", "reason", "box_score", "logits")}
+    fields = {name: record.get(name) for name in ("label", "score", "source", "reason", "box_score", "box_label", "logits")}
     fields |= {b: Answer(**record[b]) if b in record else None for b in INPUTS}
     box = tuple(record["box"]) if "box" in record else None
     return ObjectPrediction(**fields, box=box, top=tuple(Answer(**answer) for answer in record["top"]))  # type: ignore[arg-type]

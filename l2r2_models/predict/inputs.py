@@ -25,6 +25,8 @@ class Inputs:
         labels: true labels.
         oracle: whether the boxes were found with the true labels as prompts.
         columns: metadata columns.
+        detector: name of the detector that found the boxes; empty if unknown.
+        folder: the folder or data set that all images come from; None if there are several sources.
     """
 
     paths: tuple[Path, ...]
@@ -33,10 +35,12 @@ class Inputs:
     labels: dict[str, str]
     oracle: bool = False
     columns: dict[str, dict[str, str]] = field(default_factory=dict)
+    detector: str = ""
+    folder: Path | None = None
 
     def without_boxes(self) -> Inputs:
         """Return the inputs without boxes and masks, for a localizer."""
-        return replace(self, entries={}, masks={}, oracle=False)
+        return replace(self, entries={}, masks={}, oracle=False, detector="")
 
     def evenly(self, most: int | None) -> Inputs:
         """Keep at most `most` images, evenly spaced; None keeps all."""
@@ -60,10 +64,13 @@ def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None
     masks: dict[str, Path] = {}
     columns: dict[str, dict[str, str]] = {}
     labels: dict[str, str] = {}
+    detector, folder = "", next((s for s in sources if s.is_dir() and len(sources) == 1), None)
     for source in sources:
         if is_source(source) or (source.is_dir() and any((source / name).exists() for name in METADATA)):
             table = read_table(source, missing_ok=True)  # a missing image becomes a failed prediction
             table = table.of_split(split) if split else table
+            folder = table.root if len(sources) == 1 else None
+            detector = str(table.boxes_from.get("localizer", ""))
             boxed = table.entries()
             for row in table.rows:
                 name = str(named(row.path, found))
@@ -80,7 +87,8 @@ def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None
     if boxes is not None:
         table_of_boxes = read_boxes(boxes)
         entries, oracle = table_of_boxes.join(found.values()), bool(table_of_boxes.info.get("oracle"))
-    return Inputs(tuple(found.values()), entries, masks, labels, oracle, columns)
+        detector = table_of_boxes.detector
+    return Inputs(tuple(found.values()), entries, masks, labels, oracle, columns, detector, folder)
 
 
 def named(path: Path, found: dict[str, Path]) -> Path:

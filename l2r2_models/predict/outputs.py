@@ -1,64 +1,40 @@
-"""Prediction files (`.json`, `.jsonl`, `.csv`, `.parquet`): atomic, streaming writes, and reading back.
+"""Reading of prediction files and their journals, record by record, for the command that continues them.
 
-A `.json` file contains all that the same command needs to continue. The other formats do not, so the journal `OUT.parts` is kept
-next to them.
+A file in our JSON contains all that the same command needs to continue. The other formats (see `formats`) do not, so the journal
+`OUT.parts` is kept next to them.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import groupby, islice
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..boxes.parquet import KEY, pyarrow
 from ..errors import L2R2Error
-from ..io import write_atomic
 from ..journal import Journal, parse, whole_lines
 
-NUMBERS = ("x0", "y0", "x1", "y1", "box_score", "score")
-COLUMNS = ("file", *NUMBERS[:5], "label", "score", "source", "reason", "failure")
-ROWS = 10_000  # Parquet rows held in memory at once
 Place = tuple[Path, int]  # a file, and the byte offset of an image's line in it
 
 
-def check_ending(out: Path) -> None:
-    """Check that predictions can be written in the format that the file name ends in.
-
-    Raises:
-        L2R2Error: when the extension is unknown, or a package for it is missing.
-    """
-    if out.suffix.lower() not in _WRITERS:
-        raise L2R2Error(f"{out}: unknown format for predictions; the file name must end in {', '.join(_WRITERS)}.")
-    if out.suffix.lower() == ".parquet":
-        pyarrow()
-
-
-def holds_all(out: Path) -> bool:
-    """Return whether the file alone, without its journal, is enough to continue.
-
-    >>> holds_all(Path("out.json")), holds_all(Path("out.csv"))
-    (True, False)
-    """
-    return out.suffix.lower() == ".json"
-
-
-def read_predictions(out: Path, journal: Journal, header: Mapping[str, Any]) -> Iterator[tuple[Place, dict[str, Any]]]:
+def read_predictions(
+    out: Path, journal: Journal, header: Mapping[str, Any], resumable: bool
+) -> Iterator[tuple[Place, dict[str, Any]]]:
     """Yield every record of the file and its journal with its location, newest last.
 
     Args:
         out: prediction file.
         journal: its journal.
         header: header that the records must match.
+        resumable: whether the format of the file is our JSON, which is enough to continue without the journal.
 
     Raises:
         L2R2Error: when the file or its journal is damaged, is not a prediction file, or was made with another model or other
             settings.
     """
     parts = list(journal.parts())
-    if out.exists() and holds_all(out):
+    if out.exists() and resumable:
         for offset, record in _images(out, header):
             yield (out, offset), record
     elif out.exists() and not parts:
@@ -78,80 +54,6 @@ def records_at(places: Iterable[tuple[str, Place]]) -> Iterator[dict[str, Any]]:
                 if stream.tell() != offset:
                     stream.seek(offset)
                 yield {**json.loads(stream.readline().rstrip(b",\n")), "file": name}
-
-
-def write_predictions(out: Path, header: Mapping[str, Any], records: Iterable[dict[str, Any]]) -> None:
-    """Write records atomically, in the format that the name of `out` ends in.
-
-    Raises:
-        L2R2Error: when the file cannot be written.
-    """
-    write_atomic(out, lambda temporary: _WRITERS[out.suffix.lower()](temporary, header, records))
-
-
-def _write_json(path: Path, header: Mapping[str, Any], records: Iterable[dict[str, Any]]) -> None:
-    """Write one image per line, so that each can be read alone."""
-    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:  # file names that are not UTF-8
-        file.write(_line({**header, "images": []})[:-2] + "\n")
-        before = ""
-        for record in records:
-            file.write(before + _line(record))
-            before = ",\n"
-        file.write("\n]}\n")
-
-
-def _write_jsonl(path: Path, header: Mapping[str, Any], records: Iterable[dict[str, Any]]) -> None:
-    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(_line(_public(record)) + "\n" for record in records)
-
-
-def _write_csv(path: Path, header: Mapping[str, Any], records: Iterable[dict[str, Any]]) -> None:
-    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for record in records:
-            writer.writerows(_rows(record))
-
-
-def _write_parquet(path: Path, header: Mapping[str, Any], records: Iterable[dict[str, Any]]) -> None:
-    pa, parquet = pyarrow()
-    fields = [(name, pa.float64() if name in NUMBERS else pa.string()) for name in COLUMNS]
-    schema = pa.schema(fields, metadata={KEY: json.dumps(header).encode()})
-    rows = ({**row, "file": _text(row["file"])} for record in records for row in _rows(record))
-    with parquet.ParquetWriter(path, schema) as writer:
-        while held := list(islice(rows, ROWS)):
-            writer.write_table(pa.Table.from_pylist(held, schema))
-
-
-_WRITERS: dict[str, Callable[[Path, Mapping[str, Any], Iterable[dict[str, Any]]], None]] = {
-    ".json": _write_json,
-    ".jsonl": _write_jsonl,
-    ".csv": _write_csv,
-    ".parquet": _write_parquet,
-}
-
-
-def _rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield one row per object, or one for the failure."""
-    if "failure" in record:
-        yield {"file": record["file"], "failure": _text(record["failure"])}
-    for o in record.get("objects", ()):
-        box = zip(NUMBERS, o.get("box", ()))
-        fields = {key: o[key] for key in ("box_score", "label", "score", "source", "reason") if key in o}
-        yield {"file": record["file"], **dict(box), **fields}
-
-
-def _text(text: str) -> str:
-    """Escape bytes that are not UTF-8."""
-    return text.encode("utf-8", errors="backslashreplace").decode()
-
-
-def _public(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key != "digest"}
-
-
-def _line(data: Any) -> str:
-    return json.dumps(data, ensure_ascii=False, allow_nan=False)
 
 
 def _images(out: Path, header: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -14,12 +14,14 @@ from ..fusion import Grouping, GroupShare
 from ..journal import Journal, digest_of, state_of
 from ..locks import only_writer
 from .adapt import adapt_records
+from .formats import format_of, holds_all, write_predictions
 from .inputs import Inputs, named
-from .outputs import Place, check_ending, holds_all, read_predictions, records_at, write_predictions
-from .prediction import Prediction
-from .predictor import LOCALIZER_FAILED, Predictor
+from .outputs import Place, read_predictions, records_at
+from .prediction import LOCALIZER_FAILED, Prediction
+from .predictor import Predictor
+from .rendering import About
 
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def predict_to_file(
     out: Path,
     progress: Callable[[Iterable[Prediction], int], Iterable[Prediction]] = lambda items, _: items,
     adapt: str = "off",
+    format: str | None = None,
 ) -> Report:
     """Classify images and write the predictions to a file.
 
@@ -79,9 +82,10 @@ def predict_to_file(
     Args:
         predictor: makes the predictions.
         inputs: images to classify.
-        out: JSON, JSONL, CSV or Parquet file, by its extension.
+        out: file to write.
         progress: wraps the predictions; takes their iterable and their number.
         adapt: grouping of images taken at the same place, see `Grouping.parse`.
+        format: format of the file, see `format_of`; None for the one of its extension.
 
     Returns:
         A summary of the call.
@@ -90,7 +94,7 @@ def predict_to_file(
         L2R2Error: when the grouping is invalid or the model does not support it, or when the file was made with another model
             or other settings, is being written by another process, or cannot be written.
     """
-    check_ending(out)
+    format = format_of(out, format)
     header, asked = _header(predictor, inputs), _by_place(inputs.paths)
     if (grouping := Grouping.parse(adapt)) is not None:
         header["settings"]["adapt"] = str(grouping)
@@ -100,7 +104,8 @@ def predict_to_file(
     digests = {key: _digest(predictor, inputs, str(path)) for key, path in asked.items()}
     with only_writer(out):
         journal = Journal(out)
-        places, finished = _known(read_predictions(out, journal, header), digests, retry=predictor.localizer is not None)
+        earlier = read_predictions(out, journal, header, holds_all(format))
+        places, finished = _known(earlier, digests, retry=predictor.localizer is not None)
         todo = [path for key, path in asked.items() if key not in finished]
         if todo:
             journal.start(header)
@@ -116,15 +121,16 @@ def predict_to_file(
             return read() if grouping is None else adapt_records(adapter, read, groups)
 
         def read_back() -> Iterator[dict[str, Any]]:
-            return _first_of(out, journal, header, listed)
+            return _first_of(out, journal, header, listed, holds_all(format))
 
-        read = read_back if holds_all(out) else lambda: finished_images(read_back)
+        read = read_back if holds_all(format) else lambda: finished_images(read_back)
         report = Report(len(listed), len(listed) - len(todo), read)
         others = ((key, place) for key, place in places.items())  # earlier predictions for other images stay, at the end
-        write_predictions(out, header, chain(map(report.count, finished_images(lambda: records_at(listed))), records_at(others)))
+        records = chain(map(report.count, finished_images(lambda: records_at(listed))), records_at(others))
+        write_predictions(out, records, About(format, header, inputs.detector, inputs.folder, journal.modified()))
         if grouping is not None:
             report.shares.update(adapter.shares)
-        if holds_all(out):
+        if holds_all(format):
             journal.remove()
     return report
 
@@ -160,12 +166,12 @@ def _known(
 
 
 def _first_of(
-    out: Path, journal: Journal, header: Mapping[str, Any], listed: Sequence[tuple[str, Place]]
+    out: Path, journal: Journal, header: Mapping[str, Any], listed: Sequence[tuple[str, Place]], resumable: bool
 ) -> Iterator[dict[str, Any]]:
     """Yield the requested images from the file, or from the journal if the file alone is not enough."""
-    if not holds_all(out):
+    if not resumable:
         return records_at(listed)
-    return islice((image for _, image in read_predictions(out, journal, header)), len(listed))
+    return islice((image for _, image in read_predictions(out, journal, header, resumable)), len(listed))
 
 
 def _was_localized(image: Mapping[str, Any]) -> bool:

@@ -8,6 +8,11 @@ from typing import Any, Literal
 
 from ..errors import L2R2Error
 
+# prefixes of the reason in these cases
+NO_BOX = "no box was given"
+LOCALIZER_FAILED = "the localizer failed"
+NO_FG = "the model has no fg branch"
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -32,6 +37,7 @@ class ObjectPrediction:
         box: xyxy in pixels of the upright image; None if there is no box.
         box_score: score of the box by the localizer; None if there is no score.
         top: the most probable classes of the fused prediction, best first.
+        box_label: label of the box by the localizer, e.g. `animal`; None if there is none.
         logits: logits by branch, one per class; kept only if predictions are adapted by group, see `adapt`.
     """
 
@@ -45,6 +51,7 @@ class ObjectPrediction:
     box: tuple[float, float, float, float] | None
     box_score: float | None
     top: tuple[Answer, ...]
+    box_label: str | None = None
     logits: dict[str, list[float]] | None = None
 
 
@@ -57,11 +64,13 @@ class Prediction:
         objects: one entry per object, best box first (with the fusion `objectness_max_confidence`, the highest product of box
             score and confidence first); exactly one entry if there is no box, and none after a failure.
         failure: why there is no prediction; None if there is one.
+        size: `(height, width)` of the upright image in pixels; None after a failure.
     """
 
     file: str | None
     objects: tuple[ObjectPrediction, ...]
     failure: str | None = None
+    size: tuple[int, int] | None = None
 
     @property
     def label(self) -> str:
@@ -93,7 +102,8 @@ class Prediction:
         data["objects"] = [{k: v for k, v in o.items() if v is not None} for o in data["objects"]]
         if self.failure is not None:
             return {"file": self.file, "failure": self.failure}
-        return {"file": self.file, "objects": data["objects"]}
+        size = {} if self.size is None else {"width": self.size[1], "height": self.size[0]}
+        return {"file": self.file, **size, "objects": data["objects"]}
 
 
 def product(answer: ObjectPrediction) -> float:
@@ -132,7 +142,7 @@ def why_full(by_branch: dict[str, list[Answer]], why: str) -> str:
     'no box was given; classified from the whole image'
     """
     if "fg" not in by_branch:
-        return "the model has no fg branch"
+        return NO_FG
     if "full" not in by_branch:
         return f"{why}; the model has no full branch, so fg is applied to the whole image, which it was not trained on"
     return f"{why}; classified from the whole image"

@@ -23,15 +23,14 @@ from ..localize import Localizer, create_localizer
 from ..localize.model_based import Head, detections_of
 from ..pipe import in_order, worker_count
 from ..views import decode_patches, make_views, takes_patches
-from .adapt import DIGITS, Adapter
+from .adapt import Adapter
+from .answers import answers_of
 from .classify import Answered, Network, Precision
 from .finite import checked
 from .items import Item, Job, Pending, Row, images_of, is_large, whole_images
-from .prediction import Answer, ObjectPrediction, Prediction, product, why_full, why_fused
+from .prediction import LOCALIZER_FAILED, NO_BOX, ObjectPrediction, Prediction, product
 from .topk import predict_topk
 
-EMPTY_MASK = "the object's mask is empty"
-LOCALIZER_FAILED = "the localizer failed"  # prefix of the reason in that case
 Boxes = Detections | Sequence[Sequence[float]]
 
 
@@ -201,7 +200,7 @@ class Predictor:
             boxes = Detections.from_lists(boxes, size)
         if boxes is not None and boxes.image_size != size:
             raise L2R2Error(f"{name or 'image'}: boxes for a {boxes.image_size} image (height, width), but it is {size}.")
-        return Item(name, loaded, boxes)
+        return Item(name, loaded, boxes, size=size)
 
     def predict_files(
         self, paths: Iterable[Path], boxes: Mapping[str, BoxEntry] | None = None, masks: Mapping[str, Path] | None = None
@@ -238,7 +237,7 @@ class Predictor:
         boxes = None if mask is None else Detections.from_mask(mask)
         if entry is not None:
             boxes = entry.detections(image.size, str(path))
-        item = Item(str(path), None, boxes, entry.failure if entry else None, mask)
+        item = Item(str(path), None, boxes, entry.failure if entry else None, mask, size=image.size)
         if self._lacks_boxes(item):
             return replace(item, image=image.load()), []
         spec, branches, rows = self.model.view_spec, self.model.branches, self.rows_of(item)
@@ -321,7 +320,7 @@ class Predictor:
                     return
                 if isinstance(self.model.fusion, ObjectnessMaxConfidence):  # the box that decides the image's label comes first
                     objects = tuple(sorted(objects, key=product, reverse=True))
-                first = checked([Prediction(first.item.name, objects)])[0]
+                first = checked([Prediction(first.item.name, objects, size=first.item.size)])[0]
             waiting.popleft()
             yield first
 
@@ -335,7 +334,8 @@ class Predictor:
         if usable is None:
             return [Row(torch.full((4,), float("nan")), None, why, item.mask)]
         masks = usable.masks if usable.masks is not None else [item.mask] * len(usable)
-        return [Row(box, score, "", mask) for box, score, mask in zip(usable.boxes, usable.scores.tolist(), masks)]
+        found = zip(usable.boxes, usable.scores.tolist(), masks, usable.labels)
+        return [Row(box, score, "", mask, label) for box, score, mask, label in found]
 
     def _usable(self, item: Item) -> tuple[Detections | None, str]:
         """Return the boxes to classify, or None and the reason why there are none (`docs/method.md`, section 2)."""
@@ -345,7 +345,7 @@ class Predictor:
         if item.localizer_failure is not None:
             return None, f"{LOCALIZER_FAILED} ({item.localizer_failure})"
         if detections is None or not len(detections):
-            return None, "no box was given" if detections is None else "no object was found"
+            return None, NO_BOX if detections is None else "no object was found"
         sure = detections.above(self.box_threshold)
         if not len(sure):
             return None, f"no box reaches the score {self.box_threshold:g} (best {detections.scores.max():.2f})"
@@ -356,26 +356,5 @@ class Predictor:
 
     def answers(self, answered: Answered, jobs: Sequence[Job]) -> Iterator[ObjectPrediction]:
         """Yield the prediction for each box."""
-        output, has_fg, skipped = answered.output, answered.output.has_fg.tolist(), answered.skipped.tolist()
-        given = {**output.branches(), "fused": output.fused}
-        best = {b: z.float().softmax(-1).topk(self.top if b == "fused" else 1) for b, z in given.items()}
-        probabilities = {b: t.values.tolist() for b, t in best.items()}
-        classes = {b: t.indices.tolist() for b, t in best.items()}
-        for i, (box, box_score, why, _) in enumerate(job.row for job in jobs):
-            keep = self.keep_logits and has_fg[i]
-            pairs = {b: zip(classes[b][i], probabilities[b][i]) for b in best if b in ("fg", "fused") or not skipped[i]}
-            answers = {b: [Answer(self.labels[c], round(p, 6)) for c, p in of_branch] for b, of_branch in pairs.items()}
-            found = has_fg[i] and "fg" in answers
-            yield ObjectPrediction(
-                label=answers["fused"][0].label,
-                score=answers["fused"][0].score,
-                source="fused" if found else "full",
-                reason=why_fused(answers, self.model.fusion.over) if found else why_full(answers, why or EMPTY_MASK),
-                full=answers["full"][0] if "full" in answers else None,
-                fg=answers["fg"][0] if found else None,
-                bg=answers["bg"][0] if has_fg[i] and "bg" in answers else None,
-                box=tuple(round(v, 2) for v in box.tolist()) if has_fg[i] and box.isfinite().all() else None,
-                box_score=None if box_score is None else round(box_score, 4),
-                top=tuple(answers["fused"]),
-                logits={b: [round(v, DIGITS) for v in z[i].tolist()] for b, z in output.branches().items()} if keep else None,
-            )
+        over, keep = self.model.fusion.over, self.keep_logits
+        return answers_of(answered, jobs, self.labels, self.top, over=over, keep_logits=keep)
