@@ -55,6 +55,17 @@ def predict(
             "stay the same.",
         ),
     ] = False,
+    image_rule: Annotated[
+        str,
+        typer.Option(
+            help="Prediction for the image: best (of the first object), weighted (the most confident of full and all objects, "
+            "weighted by box score), or full."
+        ),
+    ] = "best",
+    store_logits: Annotated[
+        bool,
+        typer.Option("--store-logits", help="Keep the branch logits, so that `l2r2 fuse --predictions` can fuse them again."),
+    ] = False,
 ) -> None:
     """Classify images; every object gets a prediction and the reason for it. Unreadable files are listed as failures."""
     from l2r2_models.predict.inputs import gather
@@ -77,6 +88,7 @@ def predict(
         workers=workers,
         precision=precision,
         cascade=cascade,
+        image_rule=image_rule,
     )
     if predictor.model.finds_object and (inputs.entries or inputs.masks):
         errors.print("this model finds its object itself; boxes and masks are not used")
@@ -84,7 +96,8 @@ def predict(
     if meant_for and not inputs.entries and localizer is None:
         hint = f"no boxes are given, so the whole image is classified; this model is meant for boxes from --localizer {meant_for}"
         errors.print(hint)
-    report = predict_to_file(predictor, inputs, out, lambda items, total: track(items, total, "predicting"), adapt, format)
+    bar = lambda items, total: track(items, total, "predicting")  # noqa: E731
+    report = predict_to_file(predictor, inputs, out, bar, adapt, format, store_logits)
     for image in report.failures[:10]:
         errors.print(f"failed: {image['failure']}")
     if unlocalized := report.localizer_failures:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ import torch
 from ..errors import L2R2Error
 from ..fusion import INPUTS, Fusion, GroupShare, fuse_branches, fused_logits, shares_of
 from ..fusion.batch import UNFITTED
-from .prediction import Answer, ObjectPrediction, why_fused
+from .answers import with_fused
+from .prediction import Answer, ObjectPrediction, Prediction
 
 
 class Adapter:
@@ -23,15 +24,16 @@ class Adapter:
         labels: class names.
         top: number of classes listed per object.
         noun: word for a group in messages: `folder`, `batch`, or the name of a metadata column.
+        image_rule: how the prediction for an image follows from those for its objects, see `image_answer`.
 
     Raises:
         L2R2Error: when the fusion has no batch rule.
     """
 
-    def __init__(self, fusion: Fusion, labels: Sequence[str], top: int, noun: str) -> None:
+    def __init__(self, fusion: Fusion, labels: Sequence[str], top: int, noun: str, image_rule: str = "best") -> None:
         if fusion.batch is None:
             raise L2R2Error(UNFITTED)
-        self.fusion, self.labels, self.top, self.noun = fusion, labels, top, noun
+        self.fusion, self.labels, self.top, self.noun, self.image_rule = fusion, labels, top, noun, image_rule
         self.shares: dict[str, GroupShare] = {}
         self._groups: list[str] = []
         self._misled: list[float] = []
@@ -41,7 +43,7 @@ class Adapter:
         evidence = []
         self._groups = []
         for answer, group in objects:
-            if (given := _logits_of(answer)) is not None and (found := fused_logits(self.fusion, given)) is not None:
+            if (given := logits_of(answer)) is not None and (found := fused_logits(self.fusion, given)) is not None:
                 evidence.append(float(self.fusion.batch.evidence(*found[1:])))
                 self._groups.append(group)
         misled, self.shares = shares_of(torch.tensor(evidence, dtype=torch.float64), self._groups)  # type: ignore[assignment]
@@ -60,7 +62,7 @@ class Adapter:
         """
         learned = zip(self._misled, self._groups)
         for answer in objects:
-            if (given := _logits_of(answer)) is None:
+            if (given := logits_of(answer)) is None:
                 yield answer
                 continue
             misled, group = next(learned)
@@ -77,21 +79,20 @@ class Adapter:
             if alone
             else self.fusion.batch.mixed(*found[1:], torch.tensor([[misled]]))
         )
-        best = fused[0].softmax(-1).topk(self.top)
-        top = tuple(Answer(self.labels[i], round(p, 6)) for p, i in zip(best.values.tolist(), best.indices.tolist()))
-        branches = {b: [one] for b in INPUTS if (one := getattr(answer, b)) is not None}
-        reason = why_fused({**branches, "fused": list(top)}, self.fusion.over)
-        if not alone:
-            reason = f"{100 * share.misled:.0f} % of this {self.noun}'s backgrounds are misleading; {reason}"
-        return replace(answer, label=top[0].label, score=top[0].score, reason=reason, top=top)
+        again = with_fused(answer, fused[0], self.labels, self.top, self.fusion.over)
+        if alone:
+            return again
+        return replace(
+            again, reason=f"{100 * share.misled:.0f} % of this {self.noun}'s backgrounds are misleading; {again.reason}"
+        )
 
 
-def _logits_of(answer: ObjectPrediction) -> dict[str, torch.Tensor] | None:
+def logits_of(answer: ObjectPrediction) -> dict[str, torch.Tensor] | None:
     """Return the logits `[1, classes]` by branch; None if no object was found."""
-    if answer.source != "fused":
+    if answer.fg is None:
         return None
     if answer.logits is None:
-        raise L2R2Error("These predictions have no branch logits, so they cannot be adapted; predict again with --adapt.")
+        raise L2R2Error("These predictions have no branch logits; predict again with --store-logits.")
     return {b: torch.tensor([z]) for b, z in answer.logits.items()}
 
 
@@ -118,13 +119,14 @@ def adapt_records(
         return (o for record in read() for o in record.get("objects", ()))
 
     adapter.learn((object_of(o), groups[record["file"]]) for record in read() for o in record.get("objects", ()))
-    adapted = zip(objects(), adapter.adapt(map(object_of, objects())))
+    adapted = adapter.adapt(map(object_of, objects()))
     for record in read():
         if "objects" in record:
-            record = {**record, "objects": [_changed(*next(adapted)) for _ in record["objects"]]}
+            record = changed(record, [next(adapted) for _ in record["objects"]], adapter.image_rule)
         yield record
 
 
-def _changed(record: dict[str, Any], answer: ObjectPrediction) -> dict[str, Any]:
-    top = [asdict(one) for one in answer.top]
-    return {**record, "label": answer.label, "score": answer.score, "reason": answer.reason, "top": top}
+def changed(record: dict[str, Any], objects: Sequence[ObjectPrediction], image_rule: str) -> dict[str, Any]:
+    """Return the record of an image with its objects, and the prediction for the image that follows from them, replaced."""
+    plain = Prediction(record["file"], tuple(objects), rule=image_rule).to_dict()
+    return {**record, "image": plain["image"], "objects": plain["objects"]}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from .classify import Answered
+from torch import Tensor
+
+from ..fusion import INPUTS
+from .classify import DIGITS, Answered
 from .items import Job
 from .prediction import Answer, ObjectPrediction, why_full, why_fused
 
-DIGITS = 5  # decimals of a stored logit
 EMPTY_MASK = "the object's mask is empty"
 
 
@@ -56,3 +59,14 @@ def answers_of(
             box_label=row.label or None if has_box else None,
             logits={b: [round(v, DIGITS) for v in z[i].tolist()] for b, z in output.branches().items()} if keep else None,
         )
+
+
+def with_fused(
+    answer: ObjectPrediction, fused: Tensor, labels: Sequence[str], top: int, over: Sequence[str] | None
+) -> ObjectPrediction:
+    """Return the prediction for an object with other fused logits `[classes]`; label, score, reason and `top` follow."""
+    best = fused.softmax(-1).topk(top)
+    listed = tuple(Answer(labels[i], round(p, 6)) for p, i in zip(best.values.tolist(), best.indices.tolist()))
+    branches = {b: [one] for b in INPUTS if (one := getattr(answer, b)) is not None}
+    reason = why_fused({**branches, "fused": list(listed)}, over)
+    return replace(answer, label=listed[0].label, score=listed[0].score, reason=reason, top=listed)

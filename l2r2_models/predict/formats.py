@@ -15,8 +15,8 @@ from ..io import write_atomic
 from .foreign import write_coco, write_megadetector
 from .rendering import About, line
 
-NUMBERS = ("x0", "y0", "x1", "y1", "box_score", "score")
-COLUMNS = ("file", *NUMBERS[:5], "box_label", "label", "score", "source", "reason", "failure")
+NUMBERS = ("x0", "y0", "x1", "y1", "box_score", "score", "image_score")
+COLUMNS = ("file", *NUMBERS[:5], "box_label", "label", "score", "source", "reason", "image_label", "image_score", "failure")
 ROWS = 10_000  # Parquet rows held in memory at once
 
 
@@ -110,7 +110,8 @@ def _rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for o in record.get("objects", ()):
         box = zip(NUMBERS, o.get("box", ()))
         fields = {key: o[key] for key in ("box_score", "box_label", "label", "score", "source", "reason") if key in o}
-        yield {"file": record["file"], **dict(box), **fields}
+        image = {f"image_{key}": record["image"][key] for key in ("label", "score")}
+        yield {"file": record["file"], **dict(box), **fields, **image}
 
 
 def _text(text: str) -> str:

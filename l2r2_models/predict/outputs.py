@@ -35,7 +35,12 @@ def read_predictions(
     """
     parts = list(journal.parts())
     if out.exists() and resumable:
-        for offset, record in _images(out, header):
+        try:
+            old = read_header(out)
+        except L2R2Error:
+            raise L2R2Error(f"{out}: already exists and was not written by `l2r2 predict` as JSON; choose another -o.") from None
+        _check_header(out, old, header)
+        for offset, record in read_images(out, "; remove it or choose another -o"):
             yield (out, offset), record
     elif out.exists() and not parts:
         raise L2R2Error(f"{out}: already exists, and cannot be continued without {journal.folder}; choose another -o.")
@@ -56,15 +61,26 @@ def records_at(places: Iterable[tuple[str, Place]]) -> Iterator[dict[str, Any]]:
                 yield {**json.loads(stream.readline().rstrip(b",\n")), "file": name}
 
 
-def _images(out: Path, header: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield offset and record of each image in a `.json` file, between the header line and the closing line."""
-    if not out.is_file():
-        raise L2R2Error(f"{out}: already exists and is not a prediction file; choose another -o.")
-    lines = whole_lines(out)
-    first = parse(next(lines, (0, b""))[1].rstrip() + b"]}")
+def read_header(path: Path) -> dict[str, Any]:
+    """Return the header of a file in our JSON: the model and the settings that made it.
+
+    Raises:
+        L2R2Error: when it is not such a file.
+    """
+    first = parse(next(whole_lines(path), (0, b""))[1].rstrip() + b"]}") if path.is_file() else None
     if not isinstance(first, dict) or "model_sha256" not in first:
-        raise L2R2Error(f"{out}: already exists and was not written by `l2r2 predict`; choose another -o.")
-    _check_header(out, {key: value for key, value in first.items() if key != "images"}, header)
+        raise L2R2Error(f"{path}: is not a JSON file of `l2r2 predict`.")
+    return {key: value for key, value in first.items() if key != "images"}
+
+
+def read_images(path: Path, advice: str = "") -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield offset and record of each image in our JSON, between the header line and the closing line.
+
+    Raises:
+        L2R2Error: when the file is damaged; the message ends with the advice.
+    """
+    lines = whole_lines(path)
+    next(lines, None)
     closed = False
     for number, (offset, line) in enumerate(lines, 2):
         if closed := line == b"]}\n":
@@ -73,10 +89,10 @@ def _images(out: Path, header: Mapping[str, Any]) -> Iterator[tuple[int, dict[st
         if not _is_whole(record):
             if line == b"\n":
                 continue
-            raise L2R2Error(f"{out}: is damaged (line {number}); remove it or choose another -o.")
+            raise L2R2Error(f"{path}: is damaged (line {number}){advice}.")
         yield offset, record
     if not closed:
-        raise L2R2Error(f"{out}: is damaged (its end is missing); remove it or choose another -o.")
+        raise L2R2Error(f"{path}: is damaged (its end is missing){advice}.")
 
 
 def _check_header(place: Path, old: Any, new: Mapping[str, Any]) -> None:
@@ -93,10 +109,8 @@ def _is_whole(record: Any) -> bool:
         return False
     if "failure" in record:
         return isinstance(record["failure"], str)
-    objects = record.get("objects")
-    texts = ("label", "source", "reason")
-    return (
-        isinstance(objects, list)
-        and bool(objects)
-        and all(isinstance(o, dict) and all(isinstance(o.get(key), str) for key in texts) for o in objects)
-    )
+    objects, image = record.get("objects"), record.get("image")
+    if not isinstance(objects, list) or not objects:
+        return False
+    needed = [(image, ("label", "reason")), *((o, ("label", "source", "reason")) for o in objects)]
+    return all(isinstance(part, dict) and all(isinstance(part.get(key), str) for key in keys) for part, keys in needed)

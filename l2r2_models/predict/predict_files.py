@@ -10,6 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from ..errors import L2R2Error
 from ..fusion import Grouping, GroupShare
 from ..journal import Journal, digest_of, state_of
 from ..locks import only_writer
@@ -69,6 +70,7 @@ def predict_to_file(
     progress: Callable[[Iterable[Prediction], int], Iterable[Prediction]] = lambda items, _: items,
     adapt: str = "off",
     format: str | None = None,
+    store_logits: bool = False,
 ) -> Report:
     """Classify images and write the predictions to a file.
 
@@ -86,16 +88,22 @@ def predict_to_file(
         progress: wraps the predictions; takes their iterable and their number.
         adapt: grouping of images taken at the same place, see `Grouping.parse`.
         format: format of the file, see `format_of`; None for the one of its extension.
+        store_logits: keep the branch logits of every object, for `fuse_again`.
 
     Returns:
         A summary of the call.
 
     Raises:
-        L2R2Error: when the grouping is invalid or the model does not support it, or when the file was made with another model
-            or other settings, is being written by another process, or cannot be written.
+        L2R2Error: when the format or the grouping is invalid, the model or the format does not support an option, or when the
+            file was made with another model or other settings, is being written by another process, or cannot be written.
     """
     format = format_of(out, format)
     header, asked = _header(predictor, inputs), _by_place(inputs.paths)
+    if store_logits:
+        if format != "json":
+            raise L2R2Error(f"{out}: --store-logits needs the format json, which `l2r2 fuse --predictions` reads.")
+        header["settings"]["store_logits"] = True
+        predictor = predictor.keeping_logits()
     if (grouping := Grouping.parse(adapt)) is not None:
         header["settings"]["adapt"] = str(grouping)
         adapter, predictor = predictor.adapter(grouping.noun), predictor.keeping_logits()
@@ -220,6 +228,7 @@ def _header(predictor: Predictor, inputs: Inputs) -> dict[str, Any]:
             "topk_prompts": predictor.topk_prompts,
             **({"precision": predictor.network.precision} if predictor.network.precision != "float32" else {}),
             **({"cascade": True} if predictor.network.cascade else {}),  # which leaves out the answers of full
+            **({"image_rule": predictor.image_rule} if predictor.image_rule != "best" else {}),
         },
     }
 

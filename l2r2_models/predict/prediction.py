@@ -12,6 +12,7 @@ from ..errors import L2R2Error
 NO_BOX = "no box was given"
 LOCALIZER_FAILED = "the localizer failed"
 NO_FG = "the model has no fg branch"
+IMAGE_RULES = ("best", "weighted", "full")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,15 @@ class ObjectPrediction:
 
 
 @dataclass(frozen=True)
+class ImageAnswer:
+    """Prediction for an image as a whole, with its softmax probability and one sentence that explains it."""
+
+    label: str
+    score: float
+    reason: str
+
+
+@dataclass(frozen=True)
 class Prediction:
     """Prediction for one image.
 
@@ -65,36 +75,40 @@ class Prediction:
             score and confidence first); exactly one entry if there is no box, and none after a failure.
         failure: why there is no prediction; None if there is one.
         size: `(height, width)` of the upright image in pixels; None after a failure.
+        rule: how the prediction for the image follows from those for its objects, see `image_answer`.
     """
 
     file: str | None
     objects: tuple[ObjectPrediction, ...]
     failure: str | None = None
     size: tuple[int, int] | None = None
+    rule: str = "best"
 
     @property
-    def label(self) -> str:
-        """Label of the first object.
+    def image(self) -> ImageAnswer:
+        """Prediction for the image.
 
         Raises:
             L2R2Error: when the prediction failed, e.g. because the image could not be read.
         """
-        return self._first().label
+        if self.failure is not None:
+            raise L2R2Error(self.failure)
+        return image_answer(self.objects, self.rule)
+
+    @property
+    def label(self) -> str:
+        """Label of the image, by default that of the first object; raises as `image` does."""
+        return self.image.label
 
     @property
     def score(self) -> float:
-        """Softmax probability of the first object's label; raises as `label` does."""
-        return self._first().score
+        """Softmax probability of the label; raises as `image` does."""
+        return self.image.score
 
     @property
     def reason(self) -> str:
-        """Sentence that explains the label of the first object; raises as `label` does."""
-        return self._first().reason
-
-    def _first(self) -> ObjectPrediction:
-        if self.failure is not None:
-            raise L2R2Error(self.failure)
-        return self.objects[0]
+        """Sentence that explains the label; raises as `image` does."""
+        return self.image.reason
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, without empty fields."""
@@ -103,12 +117,34 @@ class Prediction:
         if self.failure is not None:
             return {"file": self.file, "failure": self.failure}
         size = {} if self.size is None else {"width": self.size[1], "height": self.size[0]}
-        return {"file": self.file, **size, "objects": data["objects"]}
+        return {"file": self.file, **size, "image": asdict(self.image), "objects": data["objects"]}
 
 
 def product(answer: ObjectPrediction) -> float:
     """Return the fg confidence times the box score; 0 without an fg prediction."""
     return 0.0 if answer.fg is None else answer.fg.score * (1.0 if answer.box_score is None else answer.box_score)
+
+
+def image_answer(objects: Sequence[ObjectPrediction], rule: str) -> ImageAnswer:
+    """Derive the prediction for an image from those for its objects.
+
+    Args:
+        objects: at least one.
+        rule: `best` for the first object's fused prediction; `full` for that of the full branch; `weighted` for the branch
+            prediction with the highest confidence, weighted by the box score for fg and by 1 for full (RCOR;
+            `docs/method.md`, section 4).
+    """
+    first = objects[0]
+    if rule == "full" and first.full is not None:
+        return ImageAnswer(first.full.label, first.full.score, "classified from the whole image")
+    best = max(objects, key=product)
+    if rule != "weighted" or (best.fg is None and first.full is None):
+        return ImageAnswer(first.label, first.score, first.reason)
+    if first.full is None or (best.fg is not None and product(best) >= first.full.score):
+        assert best.fg is not None
+        why = f"an object ({best.fg.score:.2f}, box {1.0 if best.box_score is None else best.box_score:.2f})"
+        return ImageAnswer(best.fg.label, best.fg.score, f"{why} is the most confident of {len(objects)} and the whole image")
+    return ImageAnswer(first.full.label, first.full.score, "the whole image is more confident than any object")
 
 
 def why_fused(by_branch: dict[str, list[Answer]], over: Sequence[str] | None = None) -> str:

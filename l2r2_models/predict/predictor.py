@@ -28,7 +28,7 @@ from .answers import answers_of
 from .classify import Answered, Network, Precision
 from .finite import checked
 from .items import Item, Job, Pending, Row, images_of, is_large, whole_images
-from .prediction import LOCALIZER_FAILED, NO_BOX, ObjectPrediction, Prediction, product
+from .prediction import IMAGE_RULES, LOCALIZER_FAILED, NO_BOX, ObjectPrediction, Prediction, product
 from .topk import predict_topk
 
 Boxes = Detections | Sequence[Sequence[float]]
@@ -51,10 +51,13 @@ class Predictor:
         precision: precision of the network, `float32`, or the faster and less precise `bfloat16`, if the hardware supports it.
         cascade: run the fg branch first, and the others only where they could change the fused prediction; labels and scores
             stay the same (`docs/method.md`, section 4). `ObjectPrediction.full` is None where it was not needed.
+        image_rule: how the prediction for an image follows from those for its objects: `best`, `weighted` or `full`, see
+            `image_answer`.
 
     Raises:
         L2R2Error: when the model does not take RGB images, a number is out of range, the localizer cannot be created or does
-            not fit the model, the hardware does not support the precision, or the model lacks a branch for the cascade.
+            not fit the model, the hardware does not support the precision, or the model lacks a branch for the cascade or the
+            image rule.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Predictor:
         workers: int | None = None,
         precision: Precision = "float32",
         cascade: bool = False,
+        image_rule: str = "best",
     ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -90,6 +94,7 @@ class Predictor:
         self.network = Network(self.model, self.device, batch_size, precision, cascade)
         self.workers = worker_count(workers)
         self.keep_logits = False
+        self.image_rule = self._checked_rule(image_rule)
         if topk_prompts is None and self.localizer is not None:
             self.localizer.check_prompt()
         if topk_prompts is not None:
@@ -98,6 +103,17 @@ class Predictor:
             if topk_prompts < 1 or self.localizer is None:
                 raise L2R2Error("topk_prompts must be at least 1 and needs a localizer.")
             check_promptable(self.localizer, self.model)
+
+    def _checked_rule(self, rule: str) -> str:
+        if rule not in IMAGE_RULES:
+            raise L2R2Error(f'Unknown image rule "{rule}"; choose from {", ".join(IMAGE_RULES)}.')
+        if rule == "full" and "full" not in self.model.branches:
+            raise L2R2Error('The image rule "full" needs a model with a full branch; use best or weighted.')
+        if rule != "best" and self.network.cascade:
+            raise L2R2Error(
+                f'A cascade leaves out full where it is not needed, so the image rule "{rule}" cannot be used with it.'
+            )
+        return rule
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> Predictor:
@@ -155,22 +171,25 @@ class Predictor:
         return [replace(p, objects=tuple(replace(next(adapted), logits=None) for _ in p.objects)) for p in found]
 
     def keeping_logits(self) -> Predictor:
-        """Return a copy of the predictor that also keeps the logits of the branches."""
+        """Return a copy of the predictor that also keeps the logits of the branches.
+
+        Raises:
+            L2R2Error: when `topk_prompts` or `cascade` is set.
+        """
+        if (option := "topk_prompts" if self.topk_prompts is not None else "cascade" if self.network.cascade else "") != "":
+            raise L2R2Error(f"Predictions with {option} do not have the logits of every branch; predict without {option}.")
         keeping = copy.copy(self)
-        keeping.keep_logits = True
+        keeping.keep_logits, keeping.network = True, copy.copy(self.network)
+        keeping.network.round_logits = True
         return keeping
 
     def adapter(self, noun: str) -> Adapter:
         """Return an `Adapter` that fuses the predictions of a group (named `noun` in messages) jointly.
 
         Raises:
-            L2R2Error: when the fusion has no batch rule, or `topk_prompts` or `cascade` is set.
+            L2R2Error: when the fusion has no batch rule.
         """
-        if self.topk_prompts is not None:
-            raise L2R2Error("Predictions with topk_prompts cannot be adapted; use one or the other.")
-        if self.network.cascade:
-            raise L2R2Error("Predictions with cascade cannot be adapted; use one or the other.")
-        return Adapter(copy.deepcopy(self.model.fusion).cpu().float(), self.labels, self.top, noun)
+        return Adapter(copy.deepcopy(self.model.fusion).cpu().float(), self.labels, self.top, noun, self.image_rule)
 
     @torch.inference_mode()
     def look_at(
@@ -272,7 +291,7 @@ class Predictor:
             found = iter(self._localize(lacking))
         else:
             args = self.model, self.labels, self.localizer, self.topk_prompts, self.box_threshold, self.top
-            found = iter(predict_topk(lacking, *args))
+            found = (replace(p, rule=self.image_rule) if isinstance(p, Prediction) else p for p in predict_topk(lacking, *args))
         return [next(found) if isinstance(item, Item) and self._lacks_boxes(item) else item for item in held]
 
     def _localize(self, items: Sequence[Item]) -> list[Item]:
@@ -320,7 +339,7 @@ class Predictor:
                     return
                 if isinstance(self.model.fusion, ObjectnessMaxConfidence):  # the box that decides the image's label comes first
                     objects = tuple(sorted(objects, key=product, reverse=True))
-                first = checked([Prediction(first.item.name, objects, size=first.item.size)])[0]
+                first = checked([Prediction(first.item.name, objects, size=first.item.size, rule=self.image_rule)])[0]
             waiting.popleft()
             yield first
 
