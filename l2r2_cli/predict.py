@@ -62,6 +62,22 @@ def predict(
             "weighted by box score), or full."
         ),
     ] = "best",
+    classes: Annotated[
+        Optional[str],
+        typer.Option(help="The possible classes: comma-separated names, or a file with one per line.", show_default="all"),
+    ] = None,
+    geofence: Annotated[
+        Optional[Path], typer.Option(help="CSV with the columns class and region: where each class occurs, for --region.")
+    ] = None,
+    region: Annotated[Optional[str], typer.Option(help="Only classes of this region of --geofence are possible.")] = None,
+    taxonomy: Annotated[
+        Optional[Path],
+        typer.Option(help="CSV with the groups of each class, from narrow to broad, for --rollup."),
+    ] = None,
+    rollup: Annotated[
+        Optional[float],
+        typer.Option(help="Probability that a class needs; else the narrowest group of --taxonomy that reaches it is named."),
+    ] = None,
     store_logits: Annotated[
         bool,
         typer.Option("--store-logits", help="Keep the branch logits, so that `l2r2 fuse --predictions` can fuse them again."),
@@ -71,6 +87,7 @@ def predict(
     from l2r2_models.predict.inputs import gather
     from l2r2_models.predict.predict_files import predict_to_file
     from l2r2_models.predict.predictor import Predictor
+    from l2r2_models.predict.rule_files import read_rules
 
     if localizer is not None and boxes is not None:
         raise typer.BadParameter("--localizer finds the boxes and --boxes reads them from a file; use one or the other")
@@ -90,6 +107,8 @@ def predict(
         cascade=cascade,
         image_rule=image_rule,
     )
+    rules = read_rules(predictor.labels, classes=classes, geofence=geofence, region=region, taxonomy=taxonomy, rollup=rollup)
+    predictor = predictor.with_rules(rules)
     if predictor.model.finds_object and (inputs.entries or inputs.masks):
         errors.print("this model finds its object itself; boxes and masks are not used")
     meant_for = predictor.checkpoint.localizer.get("spec")
@@ -103,13 +122,15 @@ def predict(
     if unlocalized := report.localizer_failures:
         why = f"the localizer failed on {len(unlocalized)} of {report.total} images. The first one: {unlocalized[0]}"
         errors.print(why)
-    sources = report.sources
     again = f", {report.kept} of them from before" if report.kept else ""
     because = f" ({len(unlocalized)} because the localizer failed)" if unlocalized else ""
     say(
-        f"{count(report.total, 'image')}{again}: {count(sources.total(), 'prediction')}, "
-        f"{sources['fused']} with an object found, {sources['full']} from the whole image{because}; {len(report.failures)} failed"
+        f"{count(report.total, 'image')}{again}: {count(report.found.total(), 'prediction')}, "
+        f"{report.found[True]} with an object found, {report.found[False]} from the whole image{because}; "
+        f"{len(report.failures)} failed"
     )
+    if rollup is not None:
+        say(f"{report.sources['rollup']} rolled up to a group, {report.sources['abstained']} unknown")
     show_shares(report.shares)
     say(f"wrote {out}")
     if report.failures or (unlocalized and localizer is not None):  # the same command tries these again

@@ -14,6 +14,7 @@ from ..fusion import INPUTS, Fusion, GroupShare, fuse_branches, fused_logits, sh
 from ..fusion.batch import UNFITTED
 from .answers import with_fused
 from .prediction import Answer, ObjectPrediction, Prediction
+from .rules import Rules
 
 
 class Adapter:
@@ -21,7 +22,7 @@ class Adapter:
 
     Args:
         fusion: a fusion with a batch rule.
-        labels: class names.
+        rules: class names, and the rules for naming them.
         top: number of classes listed per object.
         noun: word for a group in messages: `folder`, `batch`, or the name of a metadata column.
         image_rule: how the prediction for an image follows from those for its objects, see `image_answer`.
@@ -30,10 +31,10 @@ class Adapter:
         L2R2Error: when the fusion has no batch rule.
     """
 
-    def __init__(self, fusion: Fusion, labels: Sequence[str], top: int, noun: str, image_rule: str = "best") -> None:
+    def __init__(self, fusion: Fusion, rules: Rules, top: int, noun: str, image_rule: str = "best") -> None:
         if fusion.batch is None:
             raise L2R2Error(UNFITTED)
-        self.fusion, self.labels, self.top, self.noun, self.image_rule = fusion, labels, top, noun, image_rule
+        self.fusion, self.rules, self.top, self.noun, self.image_rule = fusion, rules, top, noun, image_rule
         self.shares: dict[str, GroupShare] = {}
         self._groups: list[str] = []
         self._misled: list[float] = []
@@ -79,7 +80,7 @@ class Adapter:
             if alone
             else self.fusion.batch.mixed(*found[1:], torch.tensor([[misled]]))
         )
-        again = with_fused(answer, fused[0], self.labels, self.top, self.fusion.over)
+        again = with_fused(answer, fused[0], self.rules, self.top, self.fusion.over)
         if alone:
             return again
         return replace(

@@ -70,10 +70,18 @@ def _detections(record: Mapping[str, Any], found: dict[str, int], classes: Ids) 
                 "category": _category(o.get("box_label", OBJECT), found),
                 "conf": float(o.get("box_score", 1.0)),
                 "bbox": [round(value, RATIO) for value in box],
-                "classifications": [[str(classes[one["label"]]), one["score"]] for one in o["top"]],
+                "classifications": [[str(classes[label]), score] for label, score in _classes(o)],
             }
         )
     return {"detections": detections}
+
+
+def _classes(o: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the labels of an object with their scores, best first; a group comes before its classes, and `unknown` is alone."""
+    if o["label"] != o["top"][0]["label"]:
+        yield o["label"], o["score"]
+    for one in () if o["source"] == "abstained" else o["top"]:
+        yield one["label"], one["score"]
 
 
 def _category(name: str, found: dict[str, int]) -> str:
@@ -138,5 +146,5 @@ def boxed(record: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Box]]:
         if "box" in o:
             x0, y0, x1, y1 = o["box"]
             yield o, (max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height)))
-        elif o["source"] == "fused" or o["reason"].startswith((NO_BOX, NO_FG)):
+        elif "fg" in o or o["reason"].startswith((NO_BOX, NO_FG)):
             yield o, (0.0, 0.0, float(width), float(height))

@@ -19,6 +19,7 @@ from .formats import format_of, write_predictions
 from .outputs import read_header, read_images
 from .prediction import ObjectPrediction, product
 from .rendering import About
+from .rules import Rules
 
 
 def fuse_again(
@@ -107,5 +108,6 @@ def _fused(answer: ObjectPrediction, fusion: Fusion, header: Mapping[str, Any]) 
         return answer
     score = torch.tensor([1.0 if answer.box_score is None else answer.box_score])
     fused = fuse_branches(fusion, given, None, score)[0]
-    again = with_fused(answer, fused, header["labels"], header["settings"]["top"], fusion.over)
+    settings = header["settings"]
+    again = with_fused(answer, fused, Rules.of_settings(header["labels"], settings), settings["top"], fusion.over)
     return replace(again, logits=None)

@@ -36,6 +36,7 @@ class Report:
         failures: records of images without a prediction.
         localizer_failures: reasons why the localizer failed, one per image that was classified as a whole for that reason.
         sources: number of objects by `source`.
+        found: number of objects by whether one was found; otherwise the whole image was classified.
         shares: fraction of misleading backgrounds by group, if predictions are adapted.
     """
 
@@ -45,6 +46,7 @@ class Report:
     failures: list[dict[str, Any]] = field(default_factory=list)
     localizer_failures: list[str] = field(default_factory=list)
     sources: Counter[str] = field(default_factory=Counter)
+    found: Counter[bool] = field(default_factory=Counter)
     shares: dict[str, GroupShare] = field(default_factory=dict)
 
     @property
@@ -56,6 +58,7 @@ class Report:
         """Add a record to the summary and return it."""
         objects = image.get("objects", ())
         self.sources.update(o["source"] for o in objects)
+        self.found.update("fg" in o for o in objects)
         if "failure" in image:
             self.failures.append(image)
         elif not _was_localized(image):
@@ -229,6 +232,7 @@ def _header(predictor: Predictor, inputs: Inputs) -> dict[str, Any]:
             **({"precision": predictor.network.precision} if predictor.network.precision != "float32" else {}),
             **({"cascade": True} if predictor.network.cascade else {}),  # which leaves out the answers of full
             **({"image_rule": predictor.image_rule} if predictor.image_rule != "best" else {}),
+            **predictor.rules.settings(),
         },
     }
 

@@ -12,6 +12,7 @@ from ..errors import L2R2Error
 NO_BOX = "no box was given"
 LOCALIZER_FAILED = "the localizer failed"
 NO_FG = "the model has no fg branch"
+Source = Literal["fused", "full", "rollup", "abstained"]
 IMAGE_RULES = ("best", "weighted", "full")
 
 
@@ -28,9 +29,10 @@ class ObjectPrediction:
     """Prediction for one object.
 
     Attributes:
-        label: the fused prediction.
-        score: its softmax probability.
-        source: `fused`, or `full` if no object was found and the whole image was classified.
+        label: the fused prediction; with `Rules.rollup`, a group of classes, or `unknown`, where no class is probable enough.
+        score: its softmax probability, summed for a group; for `unknown`, that of the best class.
+        source: `fused`, or `full` if no object was found and the whole image was classified; `rollup` for a group, and
+            `abstained` for `unknown`.
         reason: one sentence that explains the prediction.
         full: prediction of the full branch; None if the model lacks the branch.
         fg: prediction of the fg branch; None if the model lacks the branch or no object was found.
@@ -44,7 +46,7 @@ class ObjectPrediction:
 
     label: str
     score: float
-    source: Literal["fused", "full"]
+    source: Source
     reason: str
     full: Answer | None
     fg: Answer | None

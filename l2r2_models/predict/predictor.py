@@ -29,6 +29,7 @@ from .classify import Answered, Network, Precision
 from .finite import checked
 from .items import Item, Job, Pending, Row, images_of, is_large, whole_images
 from .prediction import IMAGE_RULES, LOCALIZER_FAILED, NO_BOX, ObjectPrediction, Prediction, product
+from .rules import Rules
 from .topk import predict_topk
 
 Boxes = Detections | Sequence[Sequence[float]]
@@ -93,7 +94,7 @@ class Predictor:
         self.topk_prompts = topk_prompts
         self.network = Network(self.model, self.device, batch_size, precision, cascade)
         self.workers = worker_count(workers)
-        self.keep_logits = False
+        self.keep_logits, self.rules = False, Rules(self.labels)
         self.image_rule = self._checked_rule(image_rule)
         if topk_prompts is None and self.localizer is not None:
             self.localizer.check_prompt()
@@ -110,9 +111,7 @@ class Predictor:
         if rule == "full" and "full" not in self.model.branches:
             raise L2R2Error('The image rule "full" needs a model with a full branch; use best or weighted.')
         if rule != "best" and self.network.cascade:
-            raise L2R2Error(
-                f'A cascade leaves out full where it is not needed, so the image rule "{rule}" cannot be used with it.'
-            )
+            raise L2R2Error(f'The image rule "{rule}" needs full, which a cascade may leave out; use one or the other.')
         return rule
 
     @classmethod
@@ -183,13 +182,25 @@ class Predictor:
         keeping.network.round_logits = True
         return keeping
 
+    def with_rules(self, rules: Rules) -> Predictor:
+        """Return a copy of the predictor that names classes by these rules.
+
+        Raises:
+            L2R2Error: when `topk_prompts` is set.
+        """
+        if rules and self.topk_prompts is not None:
+            raise L2R2Error("topk_prompts has its own way to choose a class, so it cannot be restricted or rolled up.")
+        ruled = copy.copy(self)
+        ruled.rules = rules
+        return ruled
+
     def adapter(self, noun: str) -> Adapter:
         """Return an `Adapter` that fuses the predictions of a group (named `noun` in messages) jointly.
 
         Raises:
             L2R2Error: when the fusion has no batch rule.
         """
-        return Adapter(copy.deepcopy(self.model.fusion).cpu().float(), self.labels, self.top, noun, self.image_rule)
+        return Adapter(copy.deepcopy(self.model.fusion).cpu().float(), self.rules, self.top, noun, self.image_rule)
 
     @torch.inference_mode()
     def look_at(
@@ -376,4 +387,4 @@ class Predictor:
     def answers(self, answered: Answered, jobs: Sequence[Job]) -> Iterator[ObjectPrediction]:
         """Yield the prediction for each box."""
         over, keep = self.model.fusion.over, self.keep_logits
-        return answers_of(answered, jobs, self.labels, self.top, over=over, keep_logits=keep)
+        return answers_of(answered, jobs, self.rules, self.top, over=over, keep_logits=keep)
