@@ -37,6 +37,10 @@ def fuse(
     ] = None,
     inputs: Annotated[Optional[str], typer.Option(help="Branches to fuse, e.g. fg,bg.", show_default="as before, or all")] = None,
     metric: Annotated[str, typer.Option(help="Metric to optimize: accuracy or macro_accuracy.")] = "accuracy",
+    abstain_risk: Annotated[
+        Optional[float],
+        typer.Option(help="Also fit the confidence below which to withhold predictions, for this error rate of the others."),
+    ] = None,
     metadata: Metadata = None,
     boxes: Boxes = None,
     skip_bad: SkipBad = False,
@@ -76,6 +80,7 @@ def fuse(
         metadata=metadata,
         boxes=boxes,
         skip_bad=skip_bad,
+        abstain_risk=abstain_risk,
         save=not dry_run,
         progress=lambda batches, total: track(batches, total, "branch logits"),
     )
@@ -98,6 +103,9 @@ def fuse(
         say(f"  {name:26}{found}{numbers}{'  <- chosen' if name == report.chosen else ''}")
     if report.reason:
         say(report.reason)
+    if (limit := report.abstain) is not None:
+        kept = f"{limit.coverage:.0%} of the {limit.images} images keep their prediction, {limit.reached:.1%} of these are wrong"
+        say(f"abstains below a confidence of {limit.threshold:.3f}: {kept}")
     say(f"{'would change' if dry_run else 'saved into'} {run}: {json.dumps(report.config)}")
 
 

@@ -78,6 +78,10 @@ def predict(
         Optional[float],
         typer.Option(help="Probability that a class needs; else the narrowest group of --taxonomy that reaches it is named."),
     ] = None,
+    abstain: Annotated[
+        Optional[float],
+        typer.Option(help="Withhold predictions of low confidence, for this risk (error rate); see `l2r2 fuse --abstain-risk`."),
+    ] = None,
     store_logits: Annotated[
         bool,
         typer.Option("--store-logits", help="Keep the branch logits, so that `l2r2 fuse --predictions` can fuse them again."),
@@ -87,7 +91,7 @@ def predict(
     from l2r2_models.predict.inputs import gather
     from l2r2_models.predict.predict_files import predict_to_file
     from l2r2_models.predict.predictor import Predictor
-    from l2r2_models.predict.rule_files import read_rules
+    from l2r2_models.predict.rule_files import read_rules, threshold_for
 
     if localizer is not None and boxes is not None:
         raise typer.BadParameter("--localizer finds the boxes and --boxes reads them from a file; use one or the other")
@@ -107,7 +111,15 @@ def predict(
         cascade=cascade,
         image_rule=image_rule,
     )
-    rules = read_rules(predictor.labels, classes=classes, geofence=geofence, region=region, taxonomy=taxonomy, rollup=rollup)
+    rules = read_rules(
+        predictor.labels,
+        classes=classes,
+        geofence=geofence,
+        region=region,
+        taxonomy=taxonomy,
+        rollup=rollup,
+        abstain=None if abstain is None else threshold_for(predictor.checkpoint, abstain),
+    )
     predictor = predictor.with_rules(rules)
     if predictor.model.finds_object and (inputs.entries or inputs.masks):
         errors.print("this model finds its object itself; boxes and masks are not used")
@@ -129,7 +141,7 @@ def predict(
         f"{report.found[True]} with an object found, {report.found[False]} from the whole image{because}; "
         f"{len(report.failures)} failed"
     )
-    if rollup is not None:
+    if rollup is not None or abstain is not None:
         say(f"{report.sources['rollup']} rolled up to a group, {report.sources['abstained']} unknown")
     show_shares(report.shares)
     say(f"wrote {out}")

@@ -56,7 +56,8 @@ def lead_alone(
 ) -> dict[str, Fitted]:
     """Return the leading branch as a candidate, e.g. `fg alone`: a `robust` fusion with threshold 0."""
     fusion = create_fusion({"name": "robust", "threshold": 0.0, "inputs": inputs}, tuple(data.logits), data.classes)
-    return {lead_of(data, inputs) + ALONE: Fitted(fusion, columns_of(fuse(fusion, data), data, group, metric))}
+    fused = fuse(fusion, data)
+    return {lead_of(data, inputs) + ALONE: Fitted(fusion, columns_of(fused, data, group, metric), fused)}
 
 
 def choose(fitted: Mapping[str, Fitted], compared: Mapping[str, Columns], lead: str = "fg") -> Choice:

@@ -11,7 +11,7 @@ from ..fusion import INPUTS
 from .classify import DIGITS, Answered
 from .items import Job
 from .prediction import Answer, ObjectPrediction, Source, why_full, why_fused
-from .rules import Rules
+from .rules import UNKNOWN, Rules
 
 EMPTY_MASK = "the object's mask is empty"
 
@@ -65,14 +65,17 @@ def answers_of(
 
 
 def named(answer: ObjectPrediction, probabilities: Tensor, rules: Rules) -> ObjectPrediction:
-    """Name a group instead of a class that is not probable enough.
+    """Name a group, or nothing, instead of a class that is not probable enough.
 
     Args:
         answer: prediction of a class.
         probabilities: its fused probabilities `[classes]`.
-        rules: `rollup` is the probability that a class needs.
+        rules: `rollup` and `abstain` are the probabilities that a class needs.
     """
     best = answer.top[0]
+    if rules.abstain is not None and best.score < rules.abstain:
+        reason = f"{answer.reason}; withheld, because {best.label} ({best.score:.2f}) is below {rules.abstain:.2f}"
+        return replace(answer, label=UNKNOWN, source="abstained", reason=reason)
     if rules.rollup is None or best.score >= rules.rollup:
         return answer
     group, score = rules.group(probabilities)

@@ -53,6 +53,8 @@ def fuse_again(
     if not settings.get("store_logits") or "adapt" in settings:
         hint = "without --adapt" if "adapt" in settings else "with --store-logits"
         raise L2R2Error(f"{predictions}: cannot be fused again; predict {hint} first.")
+    if "abstain" in settings:
+        raise L2R2Error(f"{predictions}: was made with --abstain, whose threshold belongs to one fusion; predict without it.")
     if out.resolve() == predictions.resolve():
         raise L2R2Error(f"{out}: is the file with the logits; choose another -o.")
     branches = _branches(predictions)

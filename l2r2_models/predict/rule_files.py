@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..errors import L2R2Error
 from ..io import check_readable
 from .rules import Rules
@@ -20,6 +21,7 @@ def read_rules(
     region: str | None = None,
     taxonomy: Path | None = None,
     rollup: float | None = None,
+    abstain: float | None = None,
 ) -> Rules:
     """Make the rules for predictions.
 
@@ -30,6 +32,7 @@ def read_rules(
         region: only classes that occur in this region are possible.
         taxonomy: CSV with one row per class: the class, then its groups from narrow to broad.
         rollup: see `Rules`; needs `taxonomy`.
+        abstain: see `Rules` and `threshold_for`.
 
     Raises:
         L2R2Error: when a file cannot be read, a name is unknown, no class is left, or only one of two options is given that need
@@ -41,6 +44,8 @@ def read_rules(
         raise L2R2Error("--taxonomy FILE and --rollup PROBABILITY need each other; pass both.")
     if rollup is not None and not 0 < rollup <= 1:
         raise L2R2Error(f"--rollup is a probability above 0, up to 1; got {rollup:g}.")
+    if rollup is not None and abstain is not None:
+        raise L2R2Error("--rollup names a group where --abstain withholds the class; use one or the other.")
     kept = None if classes is None else _named_classes(classes, labels)
     if geofence is not None and region is not None:
         here = _of_region(geofence, region, labels)
@@ -48,7 +53,21 @@ def read_rules(
     if kept is not None and not kept:
         raise L2R2Error("No class of the model is left by --classes and --region; predictions need at least one.")
     ancestors = {} if taxonomy is None else _taxonomy(taxonomy, labels)
-    return Rules(tuple(labels), None if kept is None else tuple(c for c in labels if c in kept), ancestors, rollup)
+    return Rules(tuple(labels), None if kept is None else tuple(c for c in labels if c in kept), ancestors, rollup, abstain)
+
+
+def threshold_for(checkpoint: Checkpoint, risk: float) -> float:
+    """Return the confidence threshold that `l2r2 fuse --abstain-risk` stored in a checkpoint.
+
+    Raises:
+        L2R2Error: when it stored none for this risk.
+    """
+    stored = checkpoint.training.get("fusion_fit", {}).get("abstain", {})
+    if stored.get("risk") != risk:
+        has = f"has a threshold for a risk of {stored['risk']:g} only" if stored else "has no threshold to abstain"
+        raise L2R2Error(f"{checkpoint.name}: {has}; run `l2r2 fuse RUN DATA --abstain-risk {risk:g}` on held-out rows first.")
+    threshold: float = stored["threshold"]
+    return threshold
 
 
 def _named_classes(text: str, labels: Sequence[str]) -> set[str]:

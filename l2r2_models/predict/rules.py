@@ -21,6 +21,7 @@ class Rules:
         classes: the classes that are possible; the others get probability 0. None for all.
         ancestors: the groups of each class, from narrow to broad, e.g. genus and family; "" where it has none.
         rollup: a class below this probability is replaced by the narrowest group that reaches it; None for never.
+        abstain: a class below this probability is withheld; None for never.
 
     >>> rules = Rules(("lion", "leopard", "horse"), ancestors={"lion": ("Felidae",), "leopard": ("Felidae",)}, rollup=0.65)
     >>> rules.group(torch.tensor([0.5, 0.4, 0.1]))[0]
@@ -31,10 +32,11 @@ class Rules:
     classes: tuple[str, ...] | None = None
     ancestors: Mapping[str, Sequence[str]] = field(default_factory=dict)
     rollup: float | None = None
+    abstain: float | None = None
 
     def __bool__(self) -> bool:
         """Whether any rule is set."""
-        return self.classes is not None or self.rollup is not None
+        return self != Rules(self.labels)
 
     @property
     def count(self) -> int:
@@ -72,11 +74,11 @@ class Rules:
         found: dict[str, Any] = {} if self.classes is None else {"classes": list(self.classes)}
         if self.rollup is not None:
             found |= {"rollup": self.rollup, "ancestors": {label: list(named) for label, named in self.ancestors.items()}}
-        return found
+        return found if self.abstain is None else {**found, "abstain": self.abstain}
 
     @classmethod
     def of_settings(cls, labels: Sequence[str], settings: Mapping[str, Any]) -> Rules:
         """Rebuild the rules from the settings in the header of a prediction file."""
         classes = settings.get("classes")
         kept = None if classes is None else tuple(classes)
-        return cls(tuple(labels), kept, settings.get("ancestors", {}), settings.get("rollup"))
+        return cls(tuple(labels), kept, settings.get("ancestors", {}), settings.get("rollup"), settings.get("abstain"))

@@ -112,3 +112,11 @@ def test_temperatures_that_do_harm_are_called_so(judged, tmp_path):
     unchanged = replace(said, fitted_on="val", temperatures=dict.fromkeys(said.outputs, 1.0))
     assert "less calibrated" not in page_of(unchanged, tmp_path).words
     assert "With --fit-split" in page_of(said, tmp_path).words
+
+
+def test_the_error_rate_of_the_most_confident_is_on_the_page(judged, tmp_path):
+    truth = judged.data.labels
+    fused, sure = truth.clone(), torch.linspace(0.9, 0.4, 24)
+    fused[[2, 20, 21]] = (truth[[2, 20, 21]] + 1) % 3  # of the 19 most confident, one is wrong
+    page = page_of(saying(judged, full=(truth, 0.6), fg=(truth, 0.6), fused=(fused, sure)), tmp_path)
+    assert "Risk and coverage" in page.words and "The fused prediction (robust) is wrong in 5.3 % of the 80 %" in page.words
