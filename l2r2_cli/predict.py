@@ -13,7 +13,9 @@ from .options import BatchSize, Boxes, Precision, Run, Split, Workers, box_thres
 
 def predict(
     model: Run,
-    images: Annotated[list[Path], typer.Argument(help="Images, folders of images, or data sets.")],
+    images: Annotated[
+        list[Path], typer.Argument(help="Images, folders, data sets, patterns, lists of them (.txt), or - for a list on stdin.")
+    ],
     out: Annotated[
         Path,
         typer.Option("--out", "-o", help="File to write: .json, .jsonl, .csv or .parquet; rerun to resume."),

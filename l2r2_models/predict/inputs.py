@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from ..data.hf_datasets import is_source
 from ..data.table import METADATA, read_table
 from ..errors import L2R2Error
 from ..images import list_images
+from ..io import check_readable
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None
     """Find the images among files and folders, and their boxes.
 
     Args:
-        sources: images, folders of images, or data sets with metadata.csv or .jsonl, whose boxes are used.
+        sources: images, folders of images, or data sets with metadata.csv or .jsonl, whose boxes are used; patterns such as
+            `photos/**/*.jpg`, text files with one of these per line, or `-` to read the lines from standard input.
         boxes: box file to use instead, joined by path.
         split: use only this split of the data sets.
 
@@ -64,6 +68,7 @@ def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None
     masks: dict[str, Path] = {}
     columns: dict[str, dict[str, str]] = {}
     labels: dict[str, str] = {}
+    sources = list(expanded(sources))
     detector, folder = "", next((s for s in sources if s.is_dir() and len(sources) == 1), None)
     for source in sources:
         if is_source(source) or (source.is_dir() and any((source / name).exists() for name in METADATA)):
@@ -89,6 +94,38 @@ def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None
         entries, oracle = table_of_boxes.join(found.values()), bool(table_of_boxes.info.get("oracle"))
         detector = table_of_boxes.detector
     return Inputs(tuple(found.values()), entries, masks, labels, oracle, columns, detector, folder)
+
+
+def expanded(sources: Iterable[Path]) -> Iterator[Path]:
+    """Yield the sources, with patterns, lists and standard input replaced by what they name.
+
+    A pattern that is also the name of a file is that file. Paths in a list are relative to the working directory.
+
+    Raises:
+        L2R2Error: when a pattern matches nothing, or a list is empty or cannot be read.
+    """
+    for source in sources:
+        if str(source) == "-":
+            yield from _lines("standard input", sys.stdin.buffer.read())
+        elif source.suffix.lower() == ".txt" and source.is_file():
+            check_readable(source)
+            yield from _lines(str(source), source.read_bytes())
+        elif glob.has_magic(str(source)) and not is_source(source) and not source.exists():
+            matches = sorted(glob.glob(str(source), recursive=True))
+            if not matches:
+                raise L2R2Error(f"{source}: no file matches this pattern.")
+            yield from map(Path, matches)
+        else:
+            yield source
+
+
+def _lines(name: str, content: bytes) -> list[Path]:
+    """Return the paths in a list, one per line; names need not be UTF-8."""
+    if not (lines := [line.strip() for line in content.splitlines() if line.strip()]):
+        raise L2R2Error(f"{name}: has no lines; write one path per line.")
+    if any(b"\0" in line for line in lines):
+        raise L2R2Error(f"{name}: is not a list of paths; write one path per line.")
+    return [Path(os.fsdecode(line)) for line in lines]
 
 
 def named(path: Path, found: dict[str, Path]) -> Path:
