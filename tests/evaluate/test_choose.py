@@ -18,8 +18,9 @@ def column(right, nll=1.0, rows=100):
     return Column(right / rows, 0.1, nll, (torch.arange(rows) < right).double())
 
 
-def candidate(name, plain, swapped, nll=1.0):
-    return Fitted(create_fusion(name, 2, 3), {"plain": column(plain, nll), "swapped": column(swapped, nll)})
+def candidate(name, plain, swapped, nll=1.0, rows=100):
+    columns = {"plain": column(plain, nll, rows), "swapped": column(swapped, nll, rows)}
+    return Fitted(create_fusion(name, 2, 3), columns, torch.empty(0, 3))
 
 
 COMPARED = {
@@ -56,10 +57,7 @@ def test_less_than_a_point_away_may_be_lost_for_more_at_home(swapped, name):
     compared = {
         n: {c: column(round(1000 * f.accuracy), rows=1000) for c, f in columns.items()} for n, columns in COMPARED.items()
     }
-    rows = {
-        n: Fitted(create_fusion(n, 2, 3), {"plain": column(plain, rows=1000), "swapped": column(away, rows=1000)})
-        for n, plain, away in (("robust", 850, 700), ("agreement", 910, swapped))
-    }
+    rows = {n: candidate(n, plain, away, rows=1000) for n, plain, away in (("robust", 850, 700), ("agreement", 910, swapped))}
     assert choose(rows, compared).name == name
 
 

@@ -14,7 +14,8 @@ from l2r2_models import L2R2Error, Predictor
 from l2r2_models.evaluate.evaluator import evaluate_run, judge_run
 from l2r2_models.evaluate.fit_run import fit_run
 from l2r2_models.fusion import Grouping, fuse_groups
-from l2r2_models.predict.predict_files import gather, predict_to_file
+from l2r2_models.predict.inputs import gather
+from l2r2_models.predict.predict_files import predict_to_file
 
 
 @pytest.fixture(scope="module")
