@@ -80,7 +80,10 @@ def test_a_fusion_must_be_more_accurate_than_fg_beyond_chance(right, name):
     """A lower NLL is not enough: held-out rows are easy, and branches that agree are more confident."""
     alone = {"plain": column(97, 0.5), "swapped": column(97, 0.5)}
     better = candidate("agreement", right, 97, nll=0.1)
-    found = choose({"fg alone": Fitted(create_fusion("robust", 2, 3), alone), "agreement": better}, {"fg": alone, "full": alone})
+    found = choose(
+        {"fg alone": Fitted(create_fusion("robust", 2, 3), alone, torch.empty(0, 3)), "agreement": better},
+        {"fg": alone, "full": alone},
+    )
     assert found.name == name and ("beyond chance" in found.reason) == (name == "fg alone")
 
 

@@ -57,7 +57,7 @@ def test_the_reason_names_the_share_and_the_place(fitted, predictor, tmp_path):
     report = predict_to_file(predictor, gather([fitted[1]], split="test"), tmp_path / "out.json", adapt="folder")
     (share,) = report.shares.values()
     assert all(
-        f"{100 * share.misled:.0f} % of this folder's backgrounds are misleading; the" in i["objects"][0]["reason"]
+        f"{100 * share.misled:.0f} % of this folder's backgrounds are misleading; " in i["objects"][0]["reason"]
         for i in report.images
     )
 
