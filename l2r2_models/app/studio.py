@@ -271,5 +271,6 @@ class Studio:
                 top = torch.tensor(answer.logits[branch]).softmax(0).topk(self.predictor.top)
                 found[branch] = [Answer(self.predictor.labels[i], p) for p, i in zip(top.values.tolist(), top.indices.tolist())]
             elif best is not None:
-                found[branch] = [best]
+                alone = branch == "full" and answer.source == "full"  # then the prediction is that of full
+                found[branch] = list(answer.top) if alone else [best]
         return {**found, "fused": list(answer.top)} if len(self.predictor.model.branches) > 1 else {**found}

@@ -59,6 +59,7 @@ def test_the_box_decides_what_fg_says(studio, seen):
 
 def test_without_a_box_the_whole_image_answers(studio, seen):
     look = studio.look(studio.whole(boxed(studio, seen, "red")))
+    assert look.answers["full"] == look.answers["fused"] and len(look.answers["full"]) == 3
     assert labels(look) == {"full": "green", "fused": "green"} and look.reason.startswith("no box was given")
 
 
