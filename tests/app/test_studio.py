@@ -45,12 +45,18 @@ def labels(look):
     return {name: found[0].label for name, found in look.answers.items()}
 
 
+def alike(answers, others):
+    """The page keeps logits of five decimals."""
+    pairs = zip(answers, others, strict=True)
+    return all(one.label == other.label and one.score == pytest.approx(other.score, abs=1e-4) for one, other in pairs)
+
+
 def test_the_box_decides_what_fg_says(studio, seen):
     red, blue = (studio.look(boxed(studio, seen, name)) for name in ("red", "blue"))
     assert labels(red)["full"] == labels(blue)["full"] == "green"
     assert labels(red)["fg"] == "red" and labels(blue)["fg"] == "blue"
     predicted = Predictor.from_pretrained(studio.predictor.checkpoint.name)(photo(), [BOXES["red"]]).objects[0]
-    assert red.reason == predicted.reason and red.answers["fused"] == list(predicted.top)
+    assert red.reason == predicted.reason and alike(red.answers["fused"], predicted.top)
     for name in ("full", "fg"):
         first, best = red.answers[name][0], getattr(predicted, name)
         assert first.label == best.label and first.score == pytest.approx(best.score, abs=1e-3)
@@ -140,7 +146,7 @@ def test_an_ifam_model_can_do_without_parts(ifam, seen):
     predictor = Predictor.from_pretrained(ifam.predictor.checkpoint.name)
     for look, dropped in ((with_all, ()), (without, (1,))):
         with predictor.model.intervened(dropped):
-            assert look.answers["fused"] == list(predictor(photo()).objects[0].top)
+            assert alike(look.answers["fused"], predictor(photo()).objects[0].top)
     assert not np.array_equal(with_all.parts, without.parts)  # the patches of part 1 are dark
     assert not ifam.ifam.interventions() and ifam.look(ifam.use_parts(used, ["0", "1", "2"])) == with_all
     moved = ifam.look_elsewhere(replace(boxed(ifam, used, "red"), background=torch.zeros(9, 9, 3, dtype=torch.uint8)))
