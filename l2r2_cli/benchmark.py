@@ -42,7 +42,7 @@ def benchmark(
     if not (width.isdecimal() and height.isdecimal() and 0 < int(width) <= 10_000 and 0 < int(height) <= 10_000):
         raise typer.BadParameter(f"--size is WIDTHxHEIGHT in pixels, e.g. 4000x3000, got {size}")
     from l2r2_models.predict.benchmark import run_benchmark, synthetic_photos
-    from l2r2_models.predict.predict_files import gather
+    from l2r2_models.predict.inputs import gather
     from l2r2_models.predict.predictor import Predictor
 
     predictor = Predictor.from_pretrained(

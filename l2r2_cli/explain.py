@@ -42,7 +42,7 @@ def explain(
     """Explain predictions with saliency maps per branch and counterfactuals, as an HTML page."""
     from l2r2_models.errors import L2R2Error
     from l2r2_models.explain.explainer import Explainer
-    from l2r2_models.predict.predict_files import gather
+    from l2r2_models.predict.inputs import gather
     from l2r2_models.report.explain import Page
 
     if localizer is not None and boxes is not None:

@@ -9,12 +9,15 @@ from typing import Annotated, Optional
 import typer
 
 from .common import errors, names, say, track
-from .options import Boxes, Data, Json, Metadata, SkipBad
+from .options import DATA, Boxes, Json, Metadata, SkipBad
 
 
 def fuse(
-    run: Annotated[Path, typer.Argument(help="Run folder; the fitted fusion is saved in it.")],
-    data: Data,
+    run: Annotated[
+        Optional[Path],
+        typer.Argument(help="Run folder; the fitted fusion is saved in it.", show_default="none, with --predictions"),
+    ] = None,
+    data: Annotated[Optional[Path], DATA] = None,
     split: Annotated[str, typer.Option(help="Held-out split to fit on; never the one to evaluate on.")] = "val",
     method: Annotated[Optional[str], typer.Option(help="Fusion to fit.", show_default="best_on_val: by regret")] = None,
     class_wise: Annotated[bool, typer.Option("--class-wise", help="Fit one temperature per class.")] = False,
@@ -34,17 +37,33 @@ def fuse(
     ] = None,
     inputs: Annotated[Optional[str], typer.Option(help="Branches to fuse, e.g. fg,bg.", show_default="as before, or all")] = None,
     metric: Annotated[str, typer.Option(help="Metric to optimize: accuracy or macro_accuracy.")] = "accuracy",
+    abstain_risk: Annotated[
+        Optional[float],
+        typer.Option(help="Also fit the confidence below which to withhold predictions, for this error rate of the others."),
+    ] = None,
     metadata: Metadata = None,
     boxes: Boxes = None,
     skip_bad: SkipBad = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the result without changing the run.")] = False,
     as_json: Json = False,
+    predictions: Annotated[
+        Optional[Path],
+        typer.Option(help="Fuse these predictions of `l2r2 predict --store-logits` again, with --method or the fusion of RUN."),
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="File for the predictions that are fused again.")] = None,
 ) -> None:
     """Fit the fusion of a run on held-out rows, from branch logits that are computed once and stored.
 
     The fusion with the smallest regret is chosen: the largest gap in accuracy to the best of fg, full and their average, over
     unchanged held-out images and the same objects on other backgrounds. A fusion that is worse than fg on either is excluded.
     """
+    if predictions is not None:
+        _fuse_again(predictions, out, run, data, method, names(inputs))
+        return
+    if run is None or data is None:
+        raise typer.BadParameter("fuse takes a run folder and a data set to fit on, or --predictions FILE")
+    if out is not None:
+        raise typer.BadParameter("-o is for --predictions; a fitted fusion is saved in the run")
     from l2r2_models.evaluate.fit_run import fit_run
 
     report = fit_run(
@@ -61,6 +80,7 @@ def fuse(
         metadata=metadata,
         boxes=boxes,
         skip_bad=skip_bad,
+        abstain_risk=abstain_risk,
         save=not dry_run,
         progress=lambda batches, total: track(batches, total, "branch logits"),
     )
@@ -83,4 +103,23 @@ def fuse(
         say(f"  {name:26}{found}{numbers}{'  <- chosen' if name == report.chosen else ''}")
     if report.reason:
         say(report.reason)
+    if (limit := report.abstain) is not None:
+        kept = f"{limit.coverage:.0%} of the {limit.images} images keep their prediction, {limit.reached:.1%} of these are wrong"
+        say(f"abstains below a confidence of {limit.threshold:.3f}: {kept}")
     say(f"{'would change' if dry_run else 'saved into'} {run}: {json.dumps(report.config)}")
+
+
+def _fuse_again(
+    predictions: Path, out: Path | None, run: Path | None, data: Path | None, method: str | None, inputs: tuple[str, ...] | None
+) -> None:
+    if out is None:
+        raise typer.BadParameter("--predictions needs -o, the file to write")
+    if data is not None:
+        raise typer.BadParameter("--predictions is not fitted on data; leave the data set out")
+    if (run is None) == (method is None):
+        raise typer.BadParameter("--predictions needs a fusion: --method for one without fit, or the run that it is fitted in")
+    from l2r2_models.predict.fuse_again import fuse_again
+
+    config = fuse_again(predictions, out, method=method, inputs=inputs, run=None if run is None else str(run))
+    say(f"fused with {json.dumps(config)}")
+    say(f"wrote {out}")

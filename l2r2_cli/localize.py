@@ -45,7 +45,7 @@ def localize(
     from l2r2_models.errors import L2R2Error
     from l2r2_models.localize import DEFAULT, LocalizerSpec, create_localizer
     from l2r2_models.localize.localize_files import localize_to_file
-    from l2r2_models.predict.predict_files import gather
+    from l2r2_models.predict.inputs import gather
 
     spec = LocalizerSpec.parse(localizer or DEFAULT)
     spec = spec.with_option("prompt", *prompt) if prompt else spec

@@ -7,9 +7,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-Data = Annotated[
-    Path, typer.Argument(help="Data set: one folder per class, a folder with metadata.csv or .jsonl, or hf:ORG/NAME.")
-]
+DATA = typer.Argument(help="Data set: one folder per class, a folder with metadata.csv or .jsonl, or hf:ORG/NAME.")
+Data = Annotated[Path, DATA]
 Run = Annotated[str, typer.Argument(help="Run folder, or a Hub id (ORG/NAME).")]
 Boxes = Annotated[
     Optional[Path],

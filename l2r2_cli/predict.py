@@ -13,11 +13,20 @@ from .options import BatchSize, Boxes, Localizer, MaxObjects, Precision, Run, Sp
 
 def predict(
     model: Run,
-    images: Annotated[list[Path], typer.Argument(help="Images, folders of images, or data sets.")],
+    images: Annotated[
+        list[Path], typer.Argument(help="Images, folders, data sets, patterns, lists of them (.txt), or - for a list on stdin.")
+    ],
     out: Annotated[
         Path,
         typer.Option("--out", "-o", help="File to write: .json, .jsonl, .csv or .parquet; rerun to resume."),
     ],
+    format: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Format of the file: json, jsonl, csv, parquet, megadetector (1.6, for Timelapse) or coco.",
+            show_default="by its ending",
+        ),
+    ] = None,
     boxes: Boxes = None,
     localizer: Localizer = None,
     topk_prompts: Annotated[
@@ -45,10 +54,43 @@ def predict(
             "stay the same.",
         ),
     ] = False,
+    image_rule: Annotated[
+        str,
+        typer.Option(
+            help="Prediction for the image: best (of the first object), weighted (the most confident of full and all objects, "
+            "weighted by box score), or full."
+        ),
+    ] = "best",
+    classes: Annotated[
+        Optional[str],
+        typer.Option(help="The possible classes: comma-separated names, or a file with one per line.", show_default="all"),
+    ] = None,
+    geofence: Annotated[
+        Optional[Path], typer.Option(help="CSV with the columns class and region: where each class occurs, for --region.")
+    ] = None,
+    region: Annotated[Optional[str], typer.Option(help="Only classes of this region of --geofence are possible.")] = None,
+    taxonomy: Annotated[
+        Optional[Path],
+        typer.Option(help="CSV with the groups of each class, from narrow to broad, for --rollup."),
+    ] = None,
+    rollup: Annotated[
+        Optional[float],
+        typer.Option(help="Probability that a class needs; else the narrowest group of --taxonomy that reaches it is named."),
+    ] = None,
+    abstain: Annotated[
+        Optional[float],
+        typer.Option(help="Withhold predictions of low confidence, for this risk (error rate); see `l2r2 fuse --abstain-risk`."),
+    ] = None,
+    store_logits: Annotated[
+        bool,
+        typer.Option("--store-logits", help="Keep the branch logits, so that `l2r2 fuse --predictions` can fuse them again."),
+    ] = False,
 ) -> None:
     """Classify images; every object gets a prediction and the reason for it. Unreadable files are listed as failures."""
-    from l2r2_models.predict.predict_files import gather, predict_to_file
+    from l2r2_models.predict.inputs import gather
+    from l2r2_models.predict.predict_files import predict_to_file
     from l2r2_models.predict.predictor import Predictor
+    from l2r2_models.predict.rule_files import read_rules, threshold_for
 
     if localizer is not None and boxes is not None:
         raise typer.BadParameter("--localizer finds the boxes and --boxes reads them from a file; use one or the other")
@@ -66,26 +108,40 @@ def predict(
         workers=workers,
         precision=precision,
         cascade=cascade,
+        image_rule=image_rule,
     )
+    rules = read_rules(
+        predictor.labels,
+        classes=classes,
+        geofence=geofence,
+        region=region,
+        taxonomy=taxonomy,
+        rollup=rollup,
+        abstain=None if abstain is None else threshold_for(predictor.checkpoint, abstain),
+    )
+    predictor = predictor.with_rules(rules)
     if predictor.model.finds_object and (inputs.entries or inputs.masks):
         errors.print("this model finds its object itself; boxes and masks are not used")
     meant_for = predictor.checkpoint.localizer.get("spec")
     if meant_for and not inputs.entries and localizer is None:
         hint = f"no boxes are given, so the whole image is classified; this model is meant for boxes from --localizer {meant_for}"
         errors.print(hint)
-    report = predict_to_file(predictor, inputs, out, lambda items, total: track(items, total, "predicting"), adapt)
+    bar = lambda items, total: track(items, total, "predicting")  # noqa: E731
+    report = predict_to_file(predictor, inputs, out, bar, adapt, format, store_logits)
     for image in report.failures[:10]:
         errors.print(f"failed: {image['failure']}")
     if unlocalized := report.localizer_failures:
         why = f"the localizer failed on {len(unlocalized)} of {report.total} images. The first one: {unlocalized[0]}"
         errors.print(why)
-    sources = report.sources
     again = f", {report.kept} of them from before" if report.kept else ""
     because = f" ({len(unlocalized)} because the localizer failed)" if unlocalized else ""
     say(
-        f"{count(report.total, 'image')}{again}: {count(sources.total(), 'prediction')}, "
-        f"{sources['fused']} with an object found, {sources['full']} from the whole image{because}; {len(report.failures)} failed"
+        f"{count(report.total, 'image')}{again}: {count(report.found.total(), 'prediction')}, "
+        f"{report.found[True]} with an object found, {report.found[False]} from the whole image{because}; "
+        f"{len(report.failures)} failed"
     )
+    if rollup is not None or abstain is not None:
+        say(f"{report.sources['rollup']} rolled up to a group, {report.sources['abstained']} unknown")
     show_shares(report.shares)
     say(f"wrote {out}")
     if report.failures or (unlocalized and localizer is not None):  # the same command tries these again

@@ -15,7 +15,8 @@ from .data.table import read_table
 from .errors import L2R2Error
 from .evaluate.fit_run import fit_run
 from .io import read_json, write_atomic, write_json
-from .predict.predict_files import accuracy_by_branch, gather, predict_to_file
+from .predict.inputs import gather
+from .predict.predict_files import accuracy_by_branch, predict_to_file
 from .predict.predictor import Predictor
 from .report.demo import draw_demo
 from .train.finetune import finetune

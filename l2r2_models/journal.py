@@ -102,6 +102,10 @@ class Journal:
                 self._stream.close()
             self._stream = None
 
+    def modified(self) -> float | None:
+        """Time at which the last record was added, in seconds since 1970; None if there is no journal."""
+        return max((file.stat().st_mtime for file in self._files()), default=None)
+
     def remove(self) -> None:
         """Delete the journal's folder, once the output is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -35,7 +35,7 @@ from l2r2_models.checkpoints.export import export_run
 from l2r2_models.hardware import has_bf16
 from l2r2_models.pipe import in_order
 from l2r2_models.predict.benchmark import synthetic_photos
-from l2r2_models.predict.predict_files import Inputs
+from l2r2_models.predict.inputs import Inputs
 from l2r2_models.predict.predictor import Predictor
 
 RESULTS = Path(__file__).parent.parent / "results"

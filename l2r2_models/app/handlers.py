@@ -46,12 +46,19 @@ class Handlers:
 
         return handler
 
-    def after_upload(self, change: Callable[[Photo | None, str], Photo]) -> Callable[..., list[Any]]:
-        """Make a handler that reads an uploaded file and removes it; it also clears the component."""
+    def after_upload(
+        self, change: Callable[[Photo | None, str], Photo], then: Callable[[Photo], Photo] | None = None
+    ) -> Callable[..., list[Any]]:
+        """Make a handler that reads an uploaded file and removes it; it also clears the component.
+
+        Args:
+            change: gets the photo and the path of the file.
+            then: a second change; if it fails, the first one stays.
+        """
 
         def handler(photo: Any, saliency: bool, path: str | None) -> list[Any]:
             try:
-                return [*self._show(photo, saliency, change, path), None]
+                return [*self._show(photo, saliency, change, path, then=then), None]
             finally:
                 with suppress(OSError):
                     Path(str(path)).unlink()
@@ -70,12 +77,22 @@ class Handlers:
 
         return checked
 
-    def _show(self, photo: Photo | None, saliency: bool, change: Callable[..., Photo], *inputs: Any) -> list[Any]:
+    def _show(
+        self,
+        photo: Photo | None,
+        saliency: bool,
+        change: Callable[..., Photo],
+        *inputs: Any,
+        then: Callable[[Photo], Photo] | None = None,
+    ) -> list[Any]:
         """Show the changed photo; after an error, the sentence and the photo as it was."""
+        sentence = ""
         try:
-            return self._outputs(change(photo, *inputs), saliency, "")
+            photo = change(photo, *inputs)
+            photo = photo if then is None else then(photo)
         except L2R2Error as error:
-            return self._outputs(photo, saliency, str(error))
+            sentence = str(error)
+        return self._outputs(photo, saliency, sentence)
 
     def _outputs(self, photo: Photo | None, saliency: bool, sentence: str) -> list[Any]:
         import gradio as gr

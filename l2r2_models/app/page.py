@@ -136,7 +136,8 @@ def _connect(c: Controls, to: Handlers) -> None:
     shown = [c.photo, c.notice, c.stage, c.tools, c.objects, c.parts, c.box, c.answers, c.maps, c.other, c.elsewhere]
     do: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1, show_progress="minimal", api_visibility="private")
     studio = to.studio
-    c.upload.upload(to.after_upload(studio.open), [*given, c.upload], [*shown, c.upload], **do)
+    found = None if studio.localizer is None else studio.find
+    c.upload.upload(to.after_upload(studio.open, found), [*given, c.upload], [*shown, c.upload], **do)
     c.second.upload(to.after_upload(to.needs_photo(studio.put_on_photo)), [*given, c.second], [*shown, c.second], **do)
     c.stage.select(to.after_event(studio.draw, "box"), given, shown, **do)
     c.picker.select(to.after_event(studio.put_on, "index"), given, shown, **do)

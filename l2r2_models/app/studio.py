@@ -91,7 +91,8 @@ class Studio:
 
     def __init__(self, explainer: Explainer, backgrounds: Path | None = None, max_pixels: int = MAX_PIXELS) -> None:
         self.explainer, self.max_pixels = explainer, max_pixels
-        self.localizer = explainer.predictor.localizer
+        finds_object = explainer.model.finds_object  # without a box
+        self.localizer = None if finds_object else explainer.predictor.localizer
         self.predictor = explainer.predictor.keeping_logits()
         self.predictor.localizer = None  # it runs when it is asked to
         self.fill = self.predictor.model.view_spec.fill
@@ -118,16 +119,14 @@ class Studio:
         return image
 
     def open(self, before: Photo | None, path: str) -> Photo:
-        """Read a photo and find its objects; the background and the parts that were chosen before stay.
+        """Read a photo; the background and the parts that were chosen before stay.
 
         Raises:
             L2R2Error: when the file is not an image, or too large.
         """
         image = self._read(path)
         photo = Photo(image, Path(path).name)
-        if before is not None:
-            photo = replace(photo, background=before.background, dropped=before.dropped)
-        return photo if self.localizer is None else self.find(photo)
+        return photo if before is None else replace(photo, background=before.background, dropped=before.dropped)
 
     def _read(self, path: str) -> Image.Image:
         return load_image(Path(path).read_bytes(), fill=self.fill, max_pixels=self.max_pixels, name=Path(path).name)
@@ -140,7 +139,8 @@ class Studio:
         """
         _, found, prediction = self.explainer.predictor.look_at(photo.image, name=photo.name)
         if found is None:
-            raise L2R2Error(f"{prediction.reason[:1].upper()}{prediction.reason[1:]}; draw a box around the object.")
+            why = prediction.reason.removesuffix("; classified from the whole image")
+            raise L2R2Error(f"{why[:1].upper()}{why[1:]}; draw a box around the object.")
         boxes = tuple(tuple(round(v, 1) for v in box) for box in found.boxes.tolist())
         return replace(photo, boxes=boxes, scores=tuple(found.scores.tolist()), chosen=0)
 
@@ -271,5 +271,6 @@ class Studio:
                 top = torch.tensor(answer.logits[branch]).softmax(0).topk(self.predictor.top)
                 found[branch] = [Answer(self.predictor.labels[i], p) for p, i in zip(top.values.tolist(), top.indices.tolist())]
             elif best is not None:
-                found[branch] = [best]
+                alone = branch == "full" and answer.source == "full"  # then the prediction is that of full
+                found[branch] = list(answer.top) if alone else [best]
         return {**found, "fused": list(answer.top)} if len(self.predictor.model.branches) > 1 else {**found}

@@ -50,6 +50,7 @@ def read_boxes(path: str | Path) -> BoxTable:
     path = Path(path)
     info: dict[str, Any] = {}
     stamps: dict[str, str] = {}
+    detector = None
     if not path.exists():
         raise L2R2Error(f"{path}: no such box file.")
     if path.suffix.lower() in (".csv", ".jsonl"):
@@ -65,10 +66,11 @@ def read_boxes(path: str | Path) -> BoxTable:
         kind = _sniff(data, str(path))
         entries, info = _checked(kind, _READERS[kind], data, path), _info(data)
         stamps = _stamps(data.get("images", ())) if info else {}
+        detector = data["info"].get("detector") if isinstance(data.get("info"), dict) else None
     logger.info("%s: %s format, %d images", path, kind, len(entries))
     if info.get("oracle"):
         logger.warning("%s: the boxes were found with each image's true label as prompt (oracle); for analysis only", path)
-    return BoxTable(entries, str(path), kind, info, stamps)
+    return BoxTable(entries, str(path), kind, info, stamps, str(info.get("localizer") or detector or ""))
 
 
 def _checked(kind: str, read: Callable[[Any], Iterable[tuple[str, BoxEntry]]], data: Any, path: Path) -> dict[str, BoxEntry]:

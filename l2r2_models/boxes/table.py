@@ -104,6 +104,7 @@ class BoxTable:
         info: for files of `l2r2 localize`, how the boxes were made: `localizer` (its spec), `weights` (a digest of its network,
             or None), `oracle` (whether each image's true label was the prompt).
         stamps: by path, a digest of the image file and settings that `l2r2 localize` made the entry from.
+        detector: name of the detector that found the boxes; empty if the file does not give it.
 
     >>> table = BoxTable({"photos/a.jpg": BoxEntry(((0, 0, 4, 4),), (1.0,), ("",))})
     >>> table.find("a.jpg").boxes
@@ -115,6 +116,7 @@ class BoxTable:
     format: str = ""
     info: dict[str, Any] = field(default_factory=dict)
     stamps: dict[str, str] = field(default_factory=dict, repr=False)
+    detector: str = ""
     _by_name: dict[str, list[tuple[tuple[str, ...], str]]] = field(default_factory=dict, repr=False)  # (parts of the path, path)
 
     def __post_init__(self) -> None:

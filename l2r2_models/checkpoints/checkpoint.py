@@ -13,12 +13,12 @@ from typing import Any, cast
 
 import timm
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from timm.models import save_for_hf
 
 from ..boxes.detections import BOX_THRESHOLD
 from ..errors import L2R2Error
-from ..fusion import INPUTS
+from ..fusion import INPUTS, Fusion, create_fusion
 from ..io import MODE, file_sha256, read_json, write_json
 from ..models.l2r2 import L2R2
 from ..runs import changed_weights
@@ -176,6 +176,29 @@ def load_checkpoint(source: str | Path, *, any_fusion: bool = False) -> Checkpoi
         raise L2R2Error(f"{name}: {CONFIG} has {len(labels)} label_names for {model.num_classes} classes; list one per class.")
     ours = config["l2r2"]
     return Checkpoint(model.eval(), labels, ours.get("training", {}), name, digest, ours.get("localizer", {}))
+
+
+def load_fusion(source: str | Path) -> tuple[Fusion, tuple[str, ...]]:
+    """Load only the fusion of a checkpoint and the class names, without building the network.
+
+    Args:
+        source: see `load_checkpoint`.
+
+    Raises:
+        L2R2Error: when the source is not a checkpoint, or is damaged.
+    """
+    name = str(source)
+    folder, config = open_checkpoint(name)
+    check_config(config, name)
+    arguments, labels = config["model_args"], tuple(config.get("label_names") or map(str, range(config["num_classes"])))
+    try:
+        fusion = create_fusion(arguments["fusion"], arguments["branches"], len(labels)).eval()
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            state = {k.removeprefix("fusion."): file.get_tensor(k) for k in file.keys() if k.startswith("fusion.")}  # noqa: SIM118
+        fusion.load_state_dict(state)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise L2R2Error(f"{name}: the fusion cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
+    return fusion, labels
 
 
 def _check_fusion(model: L2R2, weights: Path, name: str) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..fusion import INPUTS, create_fusion
+from ..fusion.agreement import gain_is_certain
 from .fuse import Column, Fitted, columns_of, fit, fuse
 from .logits import BranchLogits
 
 ALONE = " alone"
 NEGLIGIBLE = 0.01  # accuracy that a fusion may lose to fg in exchange for more elsewhere, however sure the loss
-ONE_SIDED = 1.645  # standard errors of a one-sided test at 5 %
 Columns = Mapping[str, Column]
 
 
@@ -81,7 +81,7 @@ def choose(fitted: Mapping[str, Fitted], compared: Mapping[str, Columns], lead: 
     top = min(safe, key=lambda n: (max(regret[n].values()), _nll(fitted[n])))
     equal = [n for n in safe if _lag(fitted[top].columns, fitted[n].columns) <= 1e-9]
     alone = lead + ALONE
-    ahead = [n for n in equal if alone not in safe or _lag(fitted[n].columns, fitted[alone].columns, ONE_SIDED) > 1e-9]
+    ahead = [n for n in equal if alone not in safe or _gains(fitted[n].columns, fitted[alone].columns)]
     name = min(ahead, key=lambda n: (_nll(fitted[n]), fitted[n].fusion.count()), default=alone)
     points = " and ".join(f"{100 * max(r, 0):.1f} on {c} rows" for c, r in regret[name].items())
     who = ", ".join([*list(compared)[:-1]]) + f" and {list(compared)[-1]}"
@@ -100,10 +100,14 @@ def _loses(columns: Columns, lead: Columns) -> bool:
     return any(float(-d.mean()) > max(float(d.std()) / len(d) ** 0.5, NEGLIGIBLE) + 1e-9 for d in gaps)
 
 
-def _lag(top: Columns, other: Columns, errors: float = 1.0) -> float:
-    """Return the largest gap over the columns by which `other` trails `top`, less some standard errors of the difference."""
+def _gains(columns: Columns, lead: Columns) -> bool:
+    return any(gain_is_certain(column.right - lead[c].right) for c, column in columns.items())
+
+
+def _lag(top: Columns, other: Columns) -> float:
+    """Return the largest gap over the columns by which `other` trails `top`, less one standard error of the difference."""
     differences = [top[c].right - other[c].right for c in other]
-    return max(float(d.mean() - errors * d.std() / len(d) ** 0.5) for d in differences)
+    return max(float(d.mean() - d.std() / len(d) ** 0.5) for d in differences)
 
 
 def _nll(candidate: Fitted) -> float:

@@ -20,8 +20,9 @@ from ..locks import only_writer
 from ..runs import LOGITS, RUN, changed_weights, record_of
 from .backgrounds import backgrounds_in, default_backgrounds, logits_to_fit
 from .choose import choose, lead_alone, lead_of, references
-from .fuse import BEST, PLAIN, SWAPPED, Column, fit, is_swapped, observations
+from .fuse import BEST, PLAIN, SWAPPED, Column, Fitted, fit, is_swapped, observations
 from .logits import BranchLogits, Progress
+from .risk import Abstention, fit_abstention
 
 WORSE = 0.03  # increase in ECE from plain to swapped rows above which to warn
 
@@ -42,6 +43,7 @@ class FuseReport:
         with_object: number of rows with an object, which are the ones fitted on.
         warnings: what makes the metrics too optimistic, in sentences.
         left_out: reasons by image that could not be used.
+        abstain: the confidence threshold for a stated risk; None if none was asked for.
     """
 
     chosen: str
@@ -54,10 +56,17 @@ class FuseReport:
     with_object: int
     warnings: tuple[str, ...]
     left_out: dict[str, str]
+    abstain: Abstention | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return asdict(self)
+
+
+ONE_SIDED = {
+    "plain": "fitted on unchanged backgrounds only: the fusion may trust them elsewhere too; leave out --val-backgrounds.",
+    "swapped": "fitted on other backgrounds only: the fusion may ignore the usual ones; leave out --val-backgrounds.",
+}
 
 
 def fit_run(
@@ -75,6 +84,7 @@ def fit_run(
     metadata: Path | None = None,
     boxes: Path | None = None,
     skip_bad: bool = False,
+    abstain_risk: float | None = None,
     save: bool = True,
     progress: Progress = lambda batches, _: batches,
 ) -> FuseReport:
@@ -91,6 +101,7 @@ def fit_run(
             `plain`. The training images of the run provide the backgrounds.
         scenes: folder of images that provide the backgrounds instead, see `backgrounds_in`.
         skip_bad: leave unreadable images out instead of stopping.
+        abstain_risk: also fit the confidence below which predictions are withheld to reach this error rate, see `fit_abstention`.
         save: write the checkpoint.
         progress: wraps the batches while logits are computed.
 
@@ -109,7 +120,8 @@ def fit_run(
     table = rows_of(run, everything, split)
     trained = everything.of_names(record_of(run).get("train_files", []))
     donors = backgrounds_in(scenes) if scenes else trained if len(trained) else table
-    backgrounds = backgrounds or default_backgrounds(table, donors, checkpoint.box_threshold, whole=scenes is not None)
+    possible = default_backgrounds(table, donors, checkpoint.box_threshold, whole=scenes is not None)
+    backgrounds = backgrounds or possible
     logits = logits_to_fit(
         checkpoint, table, donors, backgrounds, Path(run) / LOGITS, whole=scenes is not None, skip_bad=skip_bad, progress=progress
     )
@@ -122,9 +134,11 @@ def fit_run(
     chosen = choice.name if choice else method
     fusion = checkpoint.model.fusion = {**fitted, **alone}[chosen].fusion
     fusion.batch = _batch_rule(fusion, logits, counts)
+    abstain = None if abstain_risk is None else _abstention({**fitted, **alone}[chosen], logits, abstain_risk)
     every = {**compared, **{name: f.columns for name, f in fitted.items()}}
     seen = trained_on(run, table, split)
     warnings = [f"{seen}; the metrics are too optimistic, and so is the fitted fusion."] if seen else []
+    warnings += [ONE_SIDED[backgrounds]] if possible == "both" != backgrounds else []
     report = FuseReport(
         chosen,
         fusion.config(),
@@ -136,6 +150,7 @@ def fit_run(
         int(logits.has_fg.sum()),
         (*warnings, *_less_calibrated(every, chosen, lead_of(logits, inputs))),
         {str(path): why for path, why in logits.bad.items()},
+        abstain,
     )
     if save:
         reached = {**fitted, **alone}[chosen].accuracy
@@ -146,6 +161,7 @@ def fit_run(
             "rows": len(logits),
             "method": method,
             metric: reached,
+            **({} if abstain is None else {"abstain": abstain.to_dict()}),
         }
         used = table.names() if method == BEST or fusion.count() else []
         _save(Path(run), checkpoint, {**checkpoint.training, "fusion_fit": fit_record}, used)
@@ -163,6 +179,13 @@ def _batch_rule(fusion: Fusion, data: BranchLogits, counts: Tensor | None) -> Fu
     rows = data.select(data.has_fg)
     counts = rows.labels.bincount(minlength=rows.classes) if counts is None else counts
     return fit_batch(fusion, rows.logits, rows.labels, observations(rows), is_swapped(rows), counts)
+
+
+def _abstention(fitted: Fitted, data: BranchLogits, risk: float) -> Abstention:
+    """Fit the threshold on unchanged images, with and without an object; if there are none, on those on other backgrounds."""
+    rows = ~is_swapped(data)
+    rows = rows if rows.any() else ~rows
+    return fit_abstention(fitted.logits[rows], data.labels[rows], risk)
 
 
 def _less_calibrated(every: Mapping[str, Mapping[str, Column]], chosen: str, lead: str) -> list[str]:

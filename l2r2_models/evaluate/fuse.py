@@ -49,10 +49,12 @@ class Fitted:
         fusion: the fitted fusion.
         columns: metrics by kind of rows (`plain`, `swapped`), for the kinds present. Each row is fused by a fusion fitted on the
             other folds (five, split by image or group, seed 0), so that memorizing rows does not help.
+        logits: `[N, classes]` fused logits that the metrics were computed on.
     """
 
     fusion: Fusion
     columns: dict[str, Column]
+    logits: Tensor
 
     @property
     def accuracy(self) -> float:
@@ -155,7 +157,7 @@ def _fit_one(config: Mapping[str, Any], task: _Task) -> Fitted:
     fused = fuse(final, data)
     if final.count():
         fused[data.has_fg] = unseen
-    return Fitted(final, columns_of(fused, data, task.group, task.metric))
+    return Fitted(final, columns_of(fused, data, task.group, task.metric), fused)
 
 
 def columns_of(logits: Tensor, data: BranchLogits, group: str | None = None, metric: str = "accuracy") -> dict[str, Column]:

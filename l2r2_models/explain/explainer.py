@@ -26,7 +26,7 @@ from .measures import against_mask, insertion_deletion
 from .saliency import METHODS, Question, branch_input, default_method, on_image, saliency
 
 if TYPE_CHECKING:
-    from ..predict.predict_files import Inputs
+    from ..predict.inputs import Inputs
 
 RUNNER_UP = "runner-up"
 TRIES = 5  # images tried for a background before the swap is skipped

@@ -13,6 +13,7 @@ from .calibration import fit_temperature
 from .scaled import Scaled
 
 GRID = 21  # candidate values of `subtract`
+ONE_SIDED = 1.645  # standard errors of a one-sided test at 5 %
 SHRINK = 1.0  # strength of the prior that pulls the offset and slope of the evidence toward 0 and 1
 
 
@@ -96,11 +97,12 @@ class Agreement(Scaled):
 class TwoWorlds(Agreement):
     """Mix two fusions: one for backgrounds as in training ("home"), one for misleading backgrounds ("away").
 
-    At home `p(y) ~ f(y) c(y) / pi(y)`; away `p(y) ~ f(y) (pi(y) / c(y))^a`, which discounts the misled context. An image is at
-    home with odds `(1 - e) r^s exp(b) : e`, where `r = sum_y away(y) c(y) / pi(y)` measures how well fg and context agree. With
-    `a = b = 0` and `s = 1` this is `agreement`. `fit` sets the temperatures as in `Agreement`, `b` and `s` by logistic
-    regression of home against away on log r, and `a` by the likelihood of rows with misleading backgrounds. Derivation:
-    `docs/method.md`, section 4.
+    At home `p(y) ~ f(y) (c(y) / pi(y))^h`; away `p(y) ~ f(y) (pi(y) / c(y))^a`, which discounts the misled context. An image is
+    at home with odds `(1 - e) r^s exp(b) : e`, where `r = sum_y away(y) c(y) / pi(y)` measures how well fg and context agree.
+    With `a = b = 0` and `h = s = 1` this is `agreement`. `fit` sets the temperatures as in `Agreement`, `b` and `s` by logistic
+    regression of home against away on log r, and `a` by the likelihood of rows with misleading backgrounds. `h` is 1 if that
+    makes rows with usual backgrounds more accurate than fg alone (one-sided test at 5 %), else 0. Derivation: `docs/method.md`,
+    section 4.
 
     Args:
         inputs: number of branches that are fused.
@@ -120,12 +122,14 @@ class TwoWorlds(Agreement):
         self.register_buffer("subtract", torch.tensor(0.0))
         self.scale: Tensor
         self.register_buffer("scale", torch.tensor([0.0, 1.0]))  # b and s
+        self.trust: Tensor
+        self.register_buffer("trust", torch.tensor(1.0))  # h
 
     def mixed(self, fg: Tensor, context: Tensor, misled: Tensor) -> Tensor:
         """Fuse with another e: a scalar, or one value per row `[B, 1]`."""
         f, c = self.experts(fg, context)
         away, e = (f - self.subtract.to(f) * c).log_softmax(-1), misled.to(f)
-        home = (1 - e).log() + self.evidence(fg, context)[:, None] + (f + c).log_softmax(-1)
+        home = (1 - e).log() + self.evidence(fg, context)[:, None] + (f + self.trust.to(f) * c).log_softmax(-1)
         return torch.logaddexp(home, e.log() + away).log_softmax(-1)
 
     @torch.jit.ignore
@@ -141,9 +145,10 @@ class TwoWorlds(Agreement):
 
     @torch.jit.ignore
     def fit(self, fg: Tensor, context: Tensor, labels: Tensor, weights: Tensor | None = None, away: Tensor | None = None) -> None:
-        """Fit the temperatures, `a`, `b` and `s`; without both kinds of rows, only the temperatures."""
+        """Fit the temperatures, `a`, `b`, `s` and `h`; without both kinds of rows, only the temperatures."""
         super().fit(fg, context, labels, weights, away)
         self.subtract.zero_()
+        self.trust.fill_(1)
         self.scale.copy_(torch.tensor([0.0, 1.0]))
         if away is None or bool(away.all()) or not away.any():
             return
@@ -152,11 +157,22 @@ class TwoWorlds(Agreement):
         losses = [w[away] @ _cross_entropy((f - a * c)[away], labels[away]) for a in torch.linspace(0, 1, GRID).tolist()]
         self.subtract.fill_(int(torch.stack(losses).argmin()) / (GRID - 1))
         self.scale.copy_(_logistic(self.evidence(fg, context).double(), ~away, w))
+        right, alone = (((z.argmax(-1) == labels)[~away].double()) for z in (f + c, f))
+        self.trust.fill_(float(gain_is_certain(right - alone)))
 
     @torch.jit.ignore
     def count(self) -> int:
-        """Return the number of temperatures plus three, for `a`, `b` and `s`."""
-        return self.temperatures.numel() + 3
+        """Return the number of temperatures plus four, for `a`, `b`, `s` and `h`."""
+        return self.temperatures.numel() + 4
+
+
+def gain_is_certain(gains: Tensor) -> bool:
+    """Return whether the mean of paired gains in accuracy is above 0 (one-sided test at 5 %).
+
+    >>> gain_is_certain(torch.tensor([1.0] * 5 + [0.0] * 95)), gain_is_certain(torch.tensor([1.0, -1.0] + [0.0] * 98))
+    (True, False)
+    """
+    return bool(gains.mean() > ONE_SIDED * gains.std(correction=0) / len(gains) ** 0.5)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ import torch
 from ..errors import L2R2Error
 from ..fusion import INPUTS, Fusion, GroupShare, fuse_branches, fused_logits, shares_of
 from ..fusion.batch import UNFITTED
-from .prediction import Answer, ObjectPrediction, why_fused
-
-DIGITS = 5  # decimals of a stored logit
+from .answers import with_fused
+from .prediction import Answer, ObjectPrediction, Prediction
+from .rules import Rules
 
 
 class Adapter:
@@ -22,18 +22,19 @@ class Adapter:
 
     Args:
         fusion: a fusion with a batch rule.
-        labels: class names.
+        rules: class names, and the rules for naming them.
         top: number of classes listed per object.
         noun: word for a group in messages: `folder`, `batch`, or the name of a metadata column.
+        image_rule: how the prediction for an image follows from those for its objects, see `image_answer`.
 
     Raises:
         L2R2Error: when the fusion has no batch rule.
     """
 
-    def __init__(self, fusion: Fusion, labels: Sequence[str], top: int, noun: str) -> None:
+    def __init__(self, fusion: Fusion, rules: Rules, top: int, noun: str, image_rule: str = "best") -> None:
         if fusion.batch is None:
             raise L2R2Error(UNFITTED)
-        self.fusion, self.labels, self.top, self.noun = fusion, labels, top, noun
+        self.fusion, self.rules, self.top, self.noun, self.image_rule = fusion, rules, top, noun, image_rule
         self.shares: dict[str, GroupShare] = {}
         self._groups: list[str] = []
         self._misled: list[float] = []
@@ -43,7 +44,7 @@ class Adapter:
         evidence = []
         self._groups = []
         for answer, group in objects:
-            if (given := _logits_of(answer)) is not None and (found := fused_logits(self.fusion, given)) is not None:
+            if (given := logits_of(answer)) is not None and (found := fused_logits(self.fusion, given)) is not None:
                 evidence.append(float(self.fusion.batch.evidence(*found[1:])))
                 self._groups.append(group)
         misled, self.shares = shares_of(torch.tensor(evidence, dtype=torch.float64), self._groups)  # type: ignore[assignment]
@@ -62,7 +63,7 @@ class Adapter:
         """
         learned = zip(self._misled, self._groups)
         for answer in objects:
-            if (given := _logits_of(answer)) is None:
+            if (given := logits_of(answer)) is None:
                 yield answer
                 continue
             misled, group = next(learned)
@@ -79,27 +80,26 @@ class Adapter:
             if alone
             else self.fusion.batch.mixed(*found[1:], torch.tensor([[misled]]))
         )
-        best = fused[0].softmax(-1).topk(self.top)
-        top = tuple(Answer(self.labels[i], round(p, 6)) for p, i in zip(best.values.tolist(), best.indices.tolist()))
-        branches = {b: [one] for b in INPUTS if (one := getattr(answer, b)) is not None}
-        reason = why_fused({**branches, "fused": list(top)}, self.fusion.over)
-        if not alone:
-            reason = f"{100 * share.misled:.0f} % of this {self.noun}'s backgrounds are misleading; {reason}"
-        return replace(answer, label=top[0].label, score=top[0].score, reason=reason, top=top)
+        again = with_fused(answer, fused[0], self.rules, self.top, self.fusion.over)
+        if alone:
+            return again
+        return replace(
+            again, reason=f"{100 * share.misled:.0f} % of this {self.noun}'s backgrounds are misleading; {again.reason}"
+        )
 
 
-def _logits_of(answer: ObjectPrediction) -> dict[str, torch.Tensor] | None:
+def logits_of(answer: ObjectPrediction) -> dict[str, torch.Tensor] | None:
     """Return the logits `[1, classes]` by branch; None if no object was found."""
-    if answer.source != "fused":
+    if answer.fg is None:
         return None
     if answer.logits is None:
-        raise L2R2Error("These predictions have no branch logits, so they cannot be adapted; predict again with --adapt.")
+        raise L2R2Error("These predictions have no branch logits; predict again with --store-logits.")
     return {b: torch.tensor([z]) for b, z in answer.logits.items()}
 
 
 def object_of(record: Mapping[str, Any]) -> ObjectPrediction:
     """Rebuild an object from a record written by `Prediction.to_dict`."""
-    fields = {name: record.get(name) for name in ("label", "score", "source", "reason", "box_score", "logits")}
+    fields = {name: record.get(name) for name in ("label", "score", "source", "reason", "box_score", "box_label", "logits")}
     fields |= {b: Answer(**record[b]) if b in record else None for b in INPUTS}
     box = tuple(record["box"]) if "box" in record else None
     return ObjectPrediction(**fields, box=box, top=tuple(Answer(**answer) for answer in record["top"]))  # type: ignore[arg-type]
@@ -120,13 +120,14 @@ def adapt_records(
         return (o for record in read() for o in record.get("objects", ()))
 
     adapter.learn((object_of(o), groups[record["file"]]) for record in read() for o in record.get("objects", ()))
-    adapted = zip(objects(), adapter.adapt(map(object_of, objects())))
+    adapted = adapter.adapt(map(object_of, objects()))
     for record in read():
         if "objects" in record:
-            record = {**record, "objects": [_changed(*next(adapted)) for _ in record["objects"]]}
+            record = changed(record, [next(adapted) for _ in record["objects"]], adapter.image_rule)
         yield record
 
 
-def _changed(record: dict[str, Any], answer: ObjectPrediction) -> dict[str, Any]:
-    top = [asdict(one) for one in answer.top]
-    return {**record, "label": answer.label, "score": answer.score, "reason": answer.reason, "top": top}
+def changed(record: dict[str, Any], objects: Sequence[ObjectPrediction], image_rule: str) -> dict[str, Any]:
+    """Return the record of an image with its objects, and the prediction for the image that follows from them, replaced."""
+    plain = Prediction(record["file"], tuple(objects), rule=image_rule).to_dict()
+    return {**record, "image": plain["image"], "objects": plain["objects"]}

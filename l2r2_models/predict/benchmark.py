@@ -21,8 +21,8 @@ from torch import Tensor
 from ..boxes import BoxEntry
 from ..errors import L2R2Error
 from ..pipe import in_order
+from .inputs import Inputs
 from .items import Job, Pending
-from .predict_files import Inputs
 from .prediction import Prediction
 from .predictor import Predictor
 

@@ -18,6 +18,7 @@ from .items import Item, Job, Pending, Row, images_of
 
 logger = logging.getLogger(__name__)
 Precision = Literal["fp32", "bf16"]
+DIGITS = 5  # decimals of a stored logit
 WINDOW = 4  # batches of fg that a cascade runs before the remaining images of full, so that their batches are full too
 
 
@@ -46,6 +47,9 @@ class Network:
         precision: precision of the network, `fp32` or `bf16`; views and fusion are always fp32.
         cascade: run fg first, and the other branches only on the rows that they could change.
 
+    Attributes:
+        round_logits: round the logits before they are fused, so that stored ones give the same predictions; False by default.
+
     Raises:
         L2R2Error: when the device does not support the precision, or the branches of the model cannot run separately.
     """
@@ -55,7 +59,7 @@ class Network:
     ) -> None:
         check_precision(precision, device)
         self.model, self.device, self.precision, self.cascade = model, device, precision, cascade
-        self.batch_size = batch_size
+        self.batch_size, self.round_logits = batch_size, False
         # fg that is masked in the network, or finds its object itself, shares its pass with full
         self.separate = not model.takes_mask and not model.finds_object
         if precision != "fp32" and not self.separate:
@@ -94,9 +98,23 @@ class Network:
     @torch.inference_mode()
     def __call__(self, jobs: Sequence[Job]) -> Answered:
         """Classify boxes."""
-        if not self.separate:
-            return self._together(jobs)
-        scores = torch.tensor([1.0 if job.row.score is None else job.row.score for job in jobs], device=self.device)
+        answered = self._apart(jobs) if self.separate else self._together(jobs)
+        if not self.round_logits:
+            return answered
+        output, has_fg = answered.output, answered.output.has_fg
+        rounded = {b: torch.round(z.double(), decimals=DIGITS).float() for b, z in output.branches().items()}
+        logits = {b: torch.where(has_fg[:, None], rounded[b], z) for b, z in output.branches().items()}
+        fused = self.model.fuse(logits, has_fg, self._scores(jobs))
+        given = L2R2Output(logits.get("full"), logits.get("fg"), fused, logits.get("bg"), has_fg)
+        return answered._replace(output=given)
+
+    def _scores(self, jobs: Sequence[Job]) -> Tensor:
+        """Return the box scores `[V]`, 1 where there is none."""
+        return torch.tensor([1.0 if job.row.score is None else job.row.score for job in jobs], device=self.device)
+
+    def _apart(self, jobs: Sequence[Job]) -> Answered:
+        """Run each branch on its own views."""
+        scores = self._scores(jobs)
         views = self._object_views(jobs)
         has_fg = views.has_fg
         # without a full branch to fall back on, the others run on the whole image
@@ -204,7 +222,7 @@ class Network:
             masks=[job.row.mask for job in jobs],
             device=self.device,
         )
-        scores = torch.tensor([1.0 if job.row.score is None else job.row.score for job in jobs], device=self.device)
+        scores = self._scores(jobs)
         known_full = {} if full is None else {"full_logits": full}
         output = self.model.forward_views(**views.inputs(), objectness=scores, **known_full)
         return Answered(output, torch.zeros_like(output.has_fg))

@@ -28,6 +28,7 @@ class Item:
         mask: `[H, W]` bool of the object, for boxes without masks.
         full: logits of the full branch, if finding the box already computed them.
         views: the views, if already cut: full is `[1, 3, S, S]`, the others and `has_fg` have one row per box.
+        size: `(height, width)` of the upright image.
     """
 
     name: str | None
@@ -37,6 +38,7 @@ class Item:
     mask: Tensor | None = None
     full: Tensor | None = None
     views: Views | None = None
+    size: tuple[int, int] | None = None
 
     @property
     def pixels(self) -> int:
@@ -51,12 +53,13 @@ class Item:
 
 
 class Row(NamedTuple):
-    """One box to classify; without a box, `box` is NaN and `why` gives the reason."""
+    """One box to classify, with its label in the box file; without a box, `box` is NaN and `why` gives the reason."""
 
     box: Tensor
     score: float | None
     why: str
     mask: Tensor | None
+    label: str = ""
 
 
 @dataclass

@@ -5,55 +5,24 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from ..boxes import BoxEntry, read_boxes
-from ..data.hf_datasets import is_source
-from ..data.table import METADATA, read_table
 from ..errors import L2R2Error
 from ..fusion import Grouping, GroupShare
-from ..images import list_images
 from ..journal import Journal, digest_of, state_of
 from ..locks import only_writer
 from .adapt import adapt_records
-from .outputs import Place, check_ending, holds_all, read_predictions, records_at, write_predictions
-from .prediction import Prediction
-from .predictor import LOCALIZER_FAILED, Predictor
+from .formats import format_of, holds_all, write_predictions
+from .inputs import Inputs, named
+from .outputs import Place, read_predictions, records_at
+from .prediction import LOCALIZER_FAILED, Prediction
+from .predictor import Predictor
+from .rendering import About
 
-FORMAT_VERSION = "1.0"
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Images to classify, with their boxes and metadata; the mappings are keyed by `str(path)`.
-
-    Attributes:
-        paths: image files.
-        entries: box entries.
-        masks: mask files.
-        labels: true labels.
-        oracle: whether the boxes were found with the true labels as prompts.
-        columns: metadata columns.
-    """
-
-    paths: tuple[Path, ...]
-    entries: dict[str, BoxEntry]
-    masks: dict[str, Path]
-    labels: dict[str, str]
-    oracle: bool = False
-    columns: dict[str, dict[str, str]] = field(default_factory=dict)
-
-    def without_boxes(self) -> Inputs:
-        """Return the inputs without boxes and masks, for a localizer."""
-        return replace(self, entries={}, masks={}, oracle=False)
-
-    def evenly(self, most: int | None) -> Inputs:
-        """Keep at most `most` images, evenly spaced; None keeps all."""
-        count = len(self.paths) if most is None else min(most, len(self.paths))
-        return replace(self, paths=tuple(self.paths[i * len(self.paths) // count] for i in range(count)))
+FORMAT_VERSION = "1.1"
 
 
 @dataclass(frozen=True)
@@ -67,6 +36,7 @@ class Report:
         failures: records of images without a prediction.
         localizer_failures: reasons why the localizer failed, one per image that was classified as a whole for that reason.
         sources: number of objects by `source`.
+        found: number of objects by whether one was found; otherwise the whole image was classified.
         shares: fraction of misleading backgrounds by group, if predictions are adapted.
     """
 
@@ -76,6 +46,7 @@ class Report:
     failures: list[dict[str, Any]] = field(default_factory=list)
     localizer_failures: list[str] = field(default_factory=list)
     sources: Counter[str] = field(default_factory=Counter)
+    found: Counter[bool] = field(default_factory=Counter)
     shares: dict[str, GroupShare] = field(default_factory=dict)
 
     @property
@@ -87,55 +58,12 @@ class Report:
         """Add a record to the summary and return it."""
         objects = image.get("objects", ())
         self.sources.update(o["source"] for o in objects)
+        self.found.update("fg" in o for o in objects)
         if "failure" in image:
             self.failures.append(image)
         elif not _was_localized(image):
             self.localizer_failures.append(objects[0]["reason"])
         return image
-
-
-def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None = None) -> Inputs:
-    """Find the images among files and folders, and their boxes.
-
-    Args:
-        sources: images, folders of images, or data sets with metadata.csv or .jsonl, whose boxes are used.
-        boxes: box file to use instead, joined by path.
-        split: use only this split of the data sets.
-
-    Raises:
-        L2R2Error: when there is no image, the box file lists none of the images, or `split` is given without a data set.
-    """
-    found: dict[str, Path] = {}  # by absolute path
-    entries: dict[str, BoxEntry] = {}
-    masks: dict[str, Path] = {}
-    columns: dict[str, dict[str, str]] = {}
-    labels: dict[str, str] = {}
-    for source in sources:
-        if is_source(source) or (source.is_dir() and any((source / name).exists() for name in METADATA)):
-            table = read_table(source, missing_ok=True)  # a missing image becomes a failed prediction
-            table = table.of_split(split) if split else table
-            boxed = table.entries()
-            for row in table.rows:
-                name = str(_named(row.path, found))
-                entries.update({name: boxed[str(row.path)]} if str(row.path) in boxed else {})
-                masks.update({name: row.mask_file} if row.mask_file is not None else {})
-                labels.update({name: row.label} if row.label else {})
-                columns[name] = dict(row.columns)
-        elif split:
-            raise L2R2Error(f"{source}: --split needs a folder with {' or '.join(METADATA)}.")
-        else:
-            for path in list_images([source]):
-                _named(path, found)
-    oracle = False
-    if boxes is not None:
-        table_of_boxes = read_boxes(boxes)
-        entries, oracle = table_of_boxes.join(found.values()), bool(table_of_boxes.info.get("oracle"))
-    return Inputs(tuple(found.values()), entries, masks, labels, oracle, columns)
-
-
-def _named(path: Path, found: dict[str, Path]) -> Path:
-    """Return the path under which the image is already known, or register this one."""
-    return found.setdefault(os.path.abspath(path), path)
 
 
 def predict_to_file(
@@ -144,6 +72,8 @@ def predict_to_file(
     out: Path,
     progress: Callable[[Iterable[Prediction], int], Iterable[Prediction]] = lambda items, _: items,
     adapt: str = "off",
+    format: str | None = None,
+    store_logits: bool = False,
 ) -> Report:
     """Classify images and write the predictions to a file.
 
@@ -157,19 +87,26 @@ def predict_to_file(
     Args:
         predictor: makes the predictions.
         inputs: images to classify.
-        out: JSON, JSONL, CSV or Parquet file, by its extension.
+        out: file to write.
         progress: wraps the predictions; takes their iterable and their number.
         adapt: grouping of images taken at the same place, see `Grouping.parse`.
+        format: format of the file, see `format_of`; None for the one of its extension.
+        store_logits: keep the branch logits of every object, for `fuse_again`.
 
     Returns:
         A summary of the call.
 
     Raises:
-        L2R2Error: when the grouping is invalid or the model does not support it, or when the file was made with another model
-            or other settings, is being written by another process, or cannot be written.
+        L2R2Error: when the format or the grouping is invalid, the model or the format does not support an option, or when the
+            file was made with another model or other settings, is being written by another process, or cannot be written.
     """
-    check_ending(out)
+    format = format_of(out, format)
     header, asked = header_of(predictor, inputs.oracle), _by_place(inputs.paths)
+    if store_logits:
+        if format != "json":
+            raise L2R2Error(f"{out}: --store-logits needs the format json, which `l2r2 fuse --predictions` reads.")
+        header["settings"]["store_logits"] = True
+        predictor = predictor.keeping_logits()
     if (grouping := Grouping.parse(adapt)) is not None:
         header["settings"]["adapt"] = str(grouping)
         adapter, predictor = predictor.adapter(grouping.noun), predictor.keeping_logits()
@@ -178,7 +115,8 @@ def predict_to_file(
     digests = {key: _digest(predictor, inputs, str(path)) for key, path in asked.items()}
     with only_writer(out):
         journal = Journal(out)
-        places, finished = _known(read_predictions(out, journal, header), digests, retry=predictor.localizer is not None)
+        earlier = read_predictions(out, journal, header, holds_all(format))
+        places, finished = _known(earlier, digests, retry=predictor.localizer is not None)
         todo = [path for key, path in asked.items() if key not in finished]
         if todo:
             journal.start(header)
@@ -194,15 +132,16 @@ def predict_to_file(
             return read() if grouping is None else adapt_records(adapter, read, groups)
 
         def read_back() -> Iterator[dict[str, Any]]:
-            return _first_of(out, journal, header, listed)
+            return _first_of(out, journal, header, listed, holds_all(format))
 
-        read = read_back if holds_all(out) else lambda: finished_images(read_back)
+        read = read_back if holds_all(format) else lambda: finished_images(read_back)
         report = Report(len(listed), len(listed) - len(todo), read)
         others = ((key, place) for key, place in places.items())  # earlier predictions for other images stay, at the end
-        write_predictions(out, header, chain(map(report.count, finished_images(lambda: records_at(listed))), records_at(others)))
+        records = chain(map(report.count, finished_images(lambda: records_at(listed))), records_at(others))
+        write_predictions(out, records, About(format, header, inputs.detector, inputs.folder, journal.modified()))
         if grouping is not None:
             report.shares.update(adapter.shares)
-        if holds_all(out):
+        if holds_all(format):
             journal.remove()
     return report
 
@@ -211,7 +150,7 @@ def _by_place(paths: Iterable[Path]) -> dict[str, Path]:
     """Index paths by absolute path, so that each image occurs once."""
     found: dict[str, Path] = {}
     for path in paths:
-        _named(path, found)
+        named(path, found)
     return found
 
 
@@ -238,12 +177,12 @@ def _known(
 
 
 def _first_of(
-    out: Path, journal: Journal, header: Mapping[str, Any], listed: Sequence[tuple[str, Place]]
+    out: Path, journal: Journal, header: Mapping[str, Any], listed: Sequence[tuple[str, Place]], resumable: bool
 ) -> Iterator[dict[str, Any]]:
     """Yield the requested images from the file, or from the journal if the file alone is not enough."""
-    if not holds_all(out):
+    if not resumable:
         return records_at(listed)
-    return islice((image for _, image in read_predictions(out, journal, header)), len(listed))
+    return islice((image for _, image in read_predictions(out, journal, header, resumable)), len(listed))
 
 
 def _was_localized(image: Mapping[str, Any]) -> bool:
@@ -296,6 +235,8 @@ def header_of(predictor: Predictor, oracle: bool = False) -> dict[str, Any]:
             "topk_prompts": predictor.topk_prompts,
             **({"precision": predictor.network.precision} if predictor.network.precision != "fp32" else {}),
             **({"cascade": True} if predictor.network.cascade else {}),  # which leaves out the answers of full
+            **({"image_rule": predictor.image_rule} if predictor.image_rule != "best" else {}),
+            **predictor.rules.settings(),
         },
     }
 

@@ -23,15 +23,15 @@ from ..localize import Localizer, create_localizer
 from ..localize.model_based import Head, detections_of
 from ..pipe import in_order, worker_count
 from ..views import decode_patches, make_views, takes_patches
-from .adapt import DIGITS, Adapter
+from .adapt import Adapter
+from .answers import answers_of
 from .classify import Answered, Network, Precision
 from .finite import checked
 from .items import Item, Job, Pending, Row, images_of, is_large, whole_images
-from .prediction import Answer, ObjectPrediction, Prediction, product, why_full, why_fused
+from .prediction import LOCALIZER_FAILED, NO_BOX, ObjectPrediction, Prediction, checked_rule, product
+from .rules import Rules
 from .topk import predict_topk
 
-EMPTY_MASK = "the object's mask is empty"
-LOCALIZER_FAILED = "the localizer failed"  # prefix of the reason in that case
 Boxes = Detections | Sequence[Sequence[float]]
 
 
@@ -52,10 +52,13 @@ class Predictor:
         precision: precision of the network, `fp32`, or the faster and less precise `bf16`, if the hardware supports it.
         cascade: run the fg branch first, and the others only where they could change the fused prediction; labels and scores
             stay the same (`docs/method.md`, section 4). `ObjectPrediction.full` is None where it was not needed.
+        image_rule: how the prediction for an image follows from those for its objects: `best`, `weighted` or `full`, see
+            `image_answer`.
 
     Raises:
         L2R2Error: when the model does not take RGB images, a number is out of range, the localizer cannot be created or does
-            not fit the model, the hardware does not support the precision, or the model lacks a branch for the cascade.
+            not fit the model, the hardware does not support the precision, or the model lacks a branch for the cascade or the
+            image rule.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Predictor:
         workers: int | None = None,
         precision: Precision = "fp32",
         cascade: bool = False,
+        image_rule: str = "best",
     ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -90,7 +94,8 @@ class Predictor:
         self.topk_prompts = topk_prompts
         self.network = Network(self.model, self.device, batch_size, precision, cascade)
         self.workers = worker_count(workers)
-        self.keep_logits = False
+        self.keep_logits, self.rules = False, Rules(self.labels)
+        self.image_rule = checked_rule(image_rule, self.model.branches, cascade)
         if topk_prompts is None and self.localizer is not None:
             self.localizer.check_prompt()
         if topk_prompts is not None:
@@ -156,22 +161,37 @@ class Predictor:
         return [replace(p, objects=tuple(replace(next(adapted), logits=None) for _ in p.objects)) for p in found]
 
     def keeping_logits(self) -> Predictor:
-        """Return a copy of the predictor that also keeps the logits of the branches."""
+        """Return a copy of the predictor that also keeps the logits of the branches.
+
+        Raises:
+            L2R2Error: when `topk_prompts` or `cascade` is set.
+        """
+        if (option := "topk_prompts" if self.topk_prompts is not None else "cascade" if self.network.cascade else "") != "":
+            raise L2R2Error(f"Predictions with {option} do not have the logits of every branch; predict without {option}.")
         keeping = copy.copy(self)
-        keeping.keep_logits = True
+        keeping.keep_logits, keeping.network = True, copy.copy(self.network)
+        keeping.network.round_logits = True
         return keeping
+
+    def with_rules(self, rules: Rules) -> Predictor:
+        """Return a copy of the predictor that names classes by these rules.
+
+        Raises:
+            L2R2Error: when `topk_prompts` is set.
+        """
+        if rules and self.topk_prompts is not None:
+            raise L2R2Error("topk_prompts has its own way to choose a class, so it cannot be restricted or rolled up.")
+        ruled = copy.copy(self)
+        ruled.rules = rules
+        return ruled
 
     def adapter(self, noun: str) -> Adapter:
         """Return an `Adapter` that fuses the predictions of a group (named `noun` in messages) jointly.
 
         Raises:
-            L2R2Error: when the fusion has no batch rule, or `topk_prompts` or `cascade` is set.
+            L2R2Error: when the fusion has no batch rule.
         """
-        if self.topk_prompts is not None:
-            raise L2R2Error("Predictions with topk_prompts cannot be adapted; use one or the other.")
-        if self.network.cascade:
-            raise L2R2Error("Predictions with cascade cannot be adapted; use one or the other.")
-        return Adapter(copy.deepcopy(self.model.fusion).cpu().float(), self.labels, self.top, noun)
+        return Adapter(copy.deepcopy(self.model.fusion).cpu().float(), self.rules, self.top, noun, self.image_rule)
 
     @torch.inference_mode()
     def look_at(
@@ -201,7 +221,7 @@ class Predictor:
             boxes = Detections.from_lists(boxes, size)
         if boxes is not None and boxes.image_size != size:
             raise L2R2Error(f"{name or 'image'}: boxes for a {boxes.image_size} image (height, width), but it is {size}.")
-        return Item(name, loaded, boxes)
+        return Item(name, loaded, boxes, size=size)
 
     def predict_files(
         self, paths: Iterable[Path], boxes: Mapping[str, BoxEntry] | None = None, masks: Mapping[str, Path] | None = None
@@ -239,7 +259,7 @@ class Predictor:
         Raises:
             ImageError: when the image cannot be decoded.
         """
-        return self._cut(*self._decoded(image, Item(image.name, None, boxes)))
+        return self._cut(*self._decoded(image, Item(image.name, None, boxes, size=image.size)))
 
     def decode(self, path: Path, entry: BoxEntry | None = None, mask_file: Path | None = None) -> tuple[Item, list[Row]]:
         """Decode what the views show, and list the boxes to classify; before the localizer runs, the whole image and no boxes."""
@@ -248,7 +268,7 @@ class Predictor:
         boxes = None if mask is None else Detections.from_mask(mask)
         if entry is not None:
             boxes = entry.detections(image.size, str(path))
-        return self._decoded(image, Item(str(path), None, boxes, entry.failure if entry else None, mask))
+        return self._decoded(image, Item(str(path), None, boxes, entry.failure if entry else None, mask, size=image.size))
 
     def _decoded(self, image: LazyImage, item: Item) -> tuple[Item, list[Row]]:
         if self._lacks_boxes(item):
@@ -289,7 +309,7 @@ class Predictor:
             found = iter(self._localize(lacking))
         else:
             args = self.model, self.labels, self.localizer, self.topk_prompts, self.box_threshold, self.top
-            found = iter(predict_topk(lacking, *args))
+            found = (replace(p, rule=self.image_rule) if isinstance(p, Prediction) else p for p in predict_topk(lacking, *args))
         return [next(found) if isinstance(item, Item) and self._lacks_boxes(item) else item for item in held]
 
     def _localize(self, items: Sequence[Item]) -> list[Item]:
@@ -337,7 +357,7 @@ class Predictor:
                     return
                 if isinstance(self.model.fusion, ObjectnessMaxConfidence):  # the box that decides the image's label comes first
                     objects = tuple(sorted(objects, key=product, reverse=True))
-                first = checked([Prediction(first.item.name, objects)])[0]
+                first = checked([Prediction(first.item.name, objects, size=first.item.size, rule=self.image_rule)])[0]
             waiting.popleft()
             yield first
 
@@ -351,7 +371,8 @@ class Predictor:
         if usable is None:
             return [Row(torch.full((4,), float("nan")), None, why, item.mask)]
         masks = usable.masks if usable.masks is not None else [item.mask] * len(usable)
-        return [Row(box, score, "", mask) for box, score, mask in zip(usable.boxes, usable.scores.tolist(), masks)]
+        found = zip(usable.boxes, usable.scores.tolist(), masks, usable.labels)
+        return [Row(box, score, "", mask, label) for box, score, mask, label in found]
 
     def _usable(self, item: Item) -> tuple[Detections | None, str]:
         """Return the boxes to classify, or None and the reason why there are none (`docs/method.md`, section 2)."""
@@ -361,7 +382,7 @@ class Predictor:
         if item.localizer_failure is not None:
             return None, f"{LOCALIZER_FAILED} ({item.localizer_failure})"
         if detections is None or not len(detections):
-            return None, "no box was given" if detections is None else "no object was found"
+            return None, NO_BOX if detections is None else "no object was found"
         sure = detections.above(self.box_threshold)
         if not len(sure):
             return None, f"no box reaches the score {self.box_threshold:g} (best {detections.scores.max():.2f})"
@@ -372,26 +393,5 @@ class Predictor:
 
     def answers(self, answered: Answered, jobs: Sequence[Job]) -> Iterator[ObjectPrediction]:
         """Yield the prediction for each box."""
-        output, has_fg, skipped = answered.output, answered.output.has_fg.tolist(), answered.skipped.tolist()
-        given = {**output.branches(), "fused": output.fused}
-        best = {b: z.float().softmax(-1).topk(self.top if b == "fused" else 1) for b, z in given.items()}
-        probabilities = {b: t.values.tolist() for b, t in best.items()}
-        classes = {b: t.indices.tolist() for b, t in best.items()}
-        for i, (box, box_score, why, _) in enumerate(job.row for job in jobs):
-            keep = self.keep_logits and has_fg[i]
-            pairs = {b: zip(classes[b][i], probabilities[b][i]) for b in best if b in ("fg", "fused") or not skipped[i]}
-            answers = {b: [Answer(self.labels[c], round(p, 6)) for c, p in of_branch] for b, of_branch in pairs.items()}
-            found = has_fg[i] and "fg" in answers
-            yield ObjectPrediction(
-                label=answers["fused"][0].label,
-                score=answers["fused"][0].score,
-                source="fused" if found else "full",
-                reason=why_fused(answers, self.model.fusion.over) if found else why_full(answers, why or EMPTY_MASK),
-                full=answers["full"][0] if "full" in answers else None,
-                fg=answers["fg"][0] if found else None,
-                bg=answers["bg"][0] if has_fg[i] and "bg" in answers else None,
-                box=tuple(round(v, 2) for v in box.tolist()) if has_fg[i] and box.isfinite().all() else None,
-                box_score=None if box_score is None else round(box_score, 4),
-                top=tuple(answers["fused"]),
-                logits={b: [round(v, DIGITS) for v in z[i].tolist()] for b, z in output.branches().items()} if keep else None,
-            )
+        over, keep = self.model.fusion.over, self.keep_logits
+        return answers_of(answered, jobs, self.rules, self.top, over=over, keep_logits=keep)

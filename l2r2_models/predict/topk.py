@@ -61,7 +61,7 @@ def predict_topk(
             box_score=round(float(found.box_scores[i, best]), 4) if has_box else None,
             top=listed,
         )
-        predictions += checked([Prediction(item.name, (prediction,))])
+        predictions += checked([Prediction(item.name, (prediction,), size=(images[i].height, images[i].width))])
     return predictions
 
 

@@ -18,7 +18,7 @@ from ..evaluate.evaluator import OWN, Evaluation, Judged
 from ..evaluate.logits import Progress
 from ..evaluate.metrics import bootstrap_interval
 from .comparison import changes, compared
-from .figures import bars_by_group, confusion, reliability_diagram
+from .figures import bars_by_group, confusion, reliability_diagram, risk_coverage_curves
 from .html import Cell, Picture, Section, gallery, percent, table, write_page
 from .parts import parts_section
 
@@ -64,8 +64,14 @@ def write_evaluation(
 
 
 def _sections(judged: Judged, result: Evaluation, progress: Progress) -> list[Section]:
-    sections = [_accuracy(judged, result), *_groups(judged, result), _calibration(judged, result), _classes(judged, result)]
-    sections += [*parts_section(judged, progress), *_disagreements(judged), *_without_box(judged, result), *_left_out(result)]
+    sections = [_accuracy(judged, result), *_groups(judged, result), _calibration(judged, result), _risk(judged)]
+    sections += [
+        _classes(judged, result),
+        *parts_section(judged, progress),
+        *_disagreements(judged),
+        *_without_box(judged, result),
+        *_left_out(result),
+    ]
     return [*sections, _origin(judged, result)]
 
 
@@ -158,6 +164,20 @@ def _calibration(judged: Judged, result: Evaluation) -> Section:
     else:
         text += "\nWith --fit-split SPLIT, the calibration with temperatures fitted there is shown too."
     return Section("Calibration", text, blocks)
+
+
+def _risk(judged: Judged) -> Section:
+    labels, logits = judged.data.labels, judged.outputs[judged.answer]
+    sure, predicted = logits.softmax(-1).max(-1)
+    best = sure.argsort(descending=True, stable=True)[: max(1, round(0.8 * len(labels)))]
+    wrong = float((predicted[best] != labels[best]).double().mean())
+    text = f"{_who(judged.answer).capitalize()} is wrong in {_percent(wrong)} of the 80 % of images with the highest confidence."
+    about = (
+        "The most confident predictions should be wrong less often.\n`l2r2 fuse --abstain-risk 0.05` fits the confidence below "
+        "which predictions are withheld, so that 5 % of the others are wrong. `l2r2 predict --abstain 0.05` uses it."
+    )
+    curves = risk_coverage_curves({name: judged.outputs[name] for name in judged.own}, labels)
+    return Section("Risk and coverage", text, [curves], about)
 
 
 def _classes(judged: Judged, result: Evaluation) -> Section:

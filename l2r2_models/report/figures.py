@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import L2R2Error
 from ..evaluate.metrics import Interval, confusion_matrix, reliability_bins
+from ..evaluate.risk import risk_coverage
 from ..fusion.calibration import expected_calibration_error
 
 if TYPE_CHECKING:
@@ -148,6 +149,31 @@ def reliability_diagram(logits: Mapping[str, Tensor], labels: Tensor) -> Markup:
         figure.align_ylabels()
         figure.tight_layout()
         return _svg(figure, f"reliability of {', '.join(logits)}")
+
+
+def risk_coverage_curves(logits: Mapping[str, Tensor], labels: Tensor) -> Markup:
+    """Draw the error rate among the most confident predictions, by the fraction of images that keep their prediction.
+
+    Args:
+        logits: `[N, classes]` by output.
+        labels: `[N]` class indices.
+
+    Raises:
+        L2R2Error: when matplotlib is missing.
+    """
+    with _figure(5.5, 3.2) as figure:
+        axes = figure.subplots()
+        for i, (name, z) in enumerate(logits.items()):
+            sure, predicted = z.softmax(-1).max(-1)
+            _, counts, errors = risk_coverage(sure, predicted == labels)
+            share, risk = (100 * counts / len(labels)).tolist(), (100 * errors / counts).tolist()
+            axes.plot(share, risk, color=COLORS[i % len(COLORS)], label=_clean(name))
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0)
+        axes.set_xlabel("images that keep their prediction, the most confident first, in %")
+        axes.set_ylabel("of these wrong, in %")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+        return _svg(figure, f"risk and coverage of {', '.join(logits)}")
 
 
 def confusion(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> Markup:

@@ -13,7 +13,7 @@ from l2r2_cli.commands import main
 from l2r2_models import L2R2Error
 from l2r2_models.data.dataset import sample_of
 from l2r2_models.data.table import read_table
-from l2r2_models.predict.predict_files import gather
+from l2r2_models.predict.inputs import gather
 
 datasets = pytest.importorskip("datasets")
 

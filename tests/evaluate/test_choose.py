@@ -18,8 +18,9 @@ def column(right, nll=1.0, rows=100):
     return Column(right / rows, 0.1, nll, (torch.arange(rows) < right).double())
 
 
-def candidate(name, plain, swapped, nll=1.0):
-    return Fitted(create_fusion(name, 2, 3), {"plain": column(plain, nll), "swapped": column(swapped, nll)})
+def candidate(name, plain, swapped, nll=1.0, rows=100):
+    columns = {"plain": column(plain, nll, rows), "swapped": column(swapped, nll, rows)}
+    return Fitted(create_fusion(name, 2, 3), columns, torch.empty(0, 3))
 
 
 COMPARED = {
@@ -56,10 +57,7 @@ def test_less_than_a_point_away_may_be_lost_for_more_at_home(swapped, name):
     compared = {
         n: {c: column(round(1000 * f.accuracy), rows=1000) for c, f in columns.items()} for n, columns in COMPARED.items()
     }
-    rows = {
-        n: Fitted(create_fusion(n, 2, 3), {"plain": column(plain, rows=1000), "swapped": column(away, rows=1000)})
-        for n, plain, away in (("robust", 850, 700), ("agreement", 910, swapped))
-    }
+    rows = {n: candidate(n, plain, away, rows=1000) for n, plain, away in (("robust", 850, 700), ("agreement", 910, swapped))}
     assert choose(rows, compared).name == name
 
 
@@ -82,7 +80,10 @@ def test_a_fusion_must_be_more_accurate_than_fg_beyond_chance(right, name):
     """A lower NLL is not enough: held-out rows are easy, and branches that agree are more confident."""
     alone = {"plain": column(97, 0.5), "swapped": column(97, 0.5)}
     better = candidate("agreement", right, 97, nll=0.1)
-    found = choose({"fg alone": Fitted(create_fusion("robust", 2, 3), alone), "agreement": better}, {"fg": alone, "full": alone})
+    found = choose(
+        {"fg alone": Fitted(create_fusion("robust", 2, 3), alone, torch.empty(0, 3)), "agreement": better},
+        {"fg": alone, "full": alone},
+    )
     assert found.name == name and ("beyond chance" in found.reason) == (name == "fg alone")
 
 
@@ -134,3 +135,10 @@ def test_fuse_prints_both_columns_and_its_reason(tmp_path, dataset):
     assert report.reason in result.output and report.backgrounds == "both"
     assert {"fg", "full", "average"} <= set(report.table) and set(report.table["fg"]) == {"plain", "swapped"}
     assert not fit_run(run, dataset, "val", method="robust", save=False).reason
+    for backgrounds, warned in (
+        ("plain", "on unchanged backgrounds only"),
+        ("swapped", "on other backgrounds only"),
+        ("both", ""),
+    ):
+        found = [w for w in fit_run(run, dataset, "val", backgrounds=backgrounds, save=False).warnings if "backgrounds only" in w]
+        assert len(found) == bool(warned) and all(warned in w for w in found), backgrounds

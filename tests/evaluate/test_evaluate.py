@@ -17,7 +17,8 @@ from l2r2_models.evaluate.fuse import fit
 from l2r2_models.evaluate.logits import BranchLogits, branch_logits
 from l2r2_models.evaluate.metrics import by_group, macro_accuracy, oracle
 from l2r2_models.fusion import FUSIONS
-from l2r2_models.predict.predict_files import accuracy_by_branch, gather, predict_to_file
+from l2r2_models.predict.inputs import gather
+from l2r2_models.predict.predict_files import accuracy_by_branch, predict_to_file
 from l2r2_models.train.finetune import finetune
 from l2r2_models.train.recipe import Recipe
 

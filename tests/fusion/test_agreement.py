@@ -92,6 +92,19 @@ def test_background_evidence_is_removed_only_against_the_class():
     assert fitted("two_worlds", rows=2000).subtract == 0  # independent of the class: there is nothing to subtract
 
 
+def test_context_that_does_not_help_at_home_is_left_out():
+    """As with a weak full branch beside an fg that is always right: the product would only be surer, and sometimes wrong."""
+    fg, context, labels, away = draw(400)
+    sure = 8 * torch.nn.functional.one_hot(labels, CLASSES).to(fg)
+    fusion = create_fusion("two_worlds", 2, CLASSES)
+    fusion.set_prior(torch.ones(CLASSES))
+    fusion.fit(sure, context, labels, None, away)
+    assert fusion.trust == 0 and fitted("two_worlds", rows=2000).trust == 1
+    fusion.subtract.zero_()
+    assert torch.equal(fusion(sure, context).argmax(-1), sure.argmax(-1))
+    assert torch.allclose(fusion.mixed(fg, context, torch.tensor(0.0)), (fg / fusion.temperatures[0]).log_softmax(-1), atol=1e-5)
+
+
 def test_the_evidence_is_calibrated_on_rows_of_both_kinds():
     """The odds that the fitted numbers give for home are those at which rows are at home."""
     fusion = fitted("two_worlds", rows=4000)

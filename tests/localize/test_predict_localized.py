@@ -14,7 +14,8 @@ from l2r2_models.images import load_image
 from l2r2_models.localize import create_localizer
 from l2r2_models.localize.localize_files import localize_to_file
 from l2r2_models.localize.topk import topk_prompts
-from l2r2_models.predict.predict_files import gather, predict_to_file
+from l2r2_models.predict.inputs import gather
+from l2r2_models.predict.predict_files import predict_to_file
 from l2r2_models.views import make_views
 
 

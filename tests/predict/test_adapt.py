@@ -14,7 +14,8 @@ from l2r2_models import L2R2Error, Predictor
 from l2r2_models.evaluate.evaluator import evaluate_run, judge_run
 from l2r2_models.evaluate.fit_run import fit_run
 from l2r2_models.fusion import Grouping, fuse_groups
-from l2r2_models.predict.predict_files import gather, predict_to_file
+from l2r2_models.predict.inputs import gather
+from l2r2_models.predict.predict_files import predict_to_file
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_the_reason_names_the_share_and_the_place(fitted, predictor, tmp_path):
     report = predict_to_file(predictor, gather([fitted[1]], split="test"), tmp_path / "out.json", adapt="folder")
     (share,) = report.shares.values()
     assert all(
-        f"{100 * share.misled:.0f} % of this folder's backgrounds are misleading; the" in i["objects"][0]["reason"]
+        f"{100 * share.misled:.0f} % of this folder's backgrounds are misleading; " in i["objects"][0]["reason"]
         for i in report.images
     )
 

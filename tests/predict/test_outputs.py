@@ -16,7 +16,8 @@ from PIL import Image
 from l2r2_models import L2R2Error, Predictor
 from l2r2_models.checkpoints import checkpoint as hub
 from l2r2_models.images import list_images
-from l2r2_models.predict.predict_files import gather, predict_to_file
+from l2r2_models.predict.inputs import gather
+from l2r2_models.predict.predict_files import predict_to_file
 
 FORMATS = ["json", "jsonl", "csv", "parquet"]
 

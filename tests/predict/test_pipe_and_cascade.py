@@ -14,7 +14,8 @@ from l2r2_models.checkpoints.checkpoint import load_checkpoint
 from l2r2_models.hardware import has_bf16
 from l2r2_models.images import LazyImage
 from l2r2_models.predict import classify, items
-from l2r2_models.predict.predict_files import gather, predict_to_file
+from l2r2_models.predict.inputs import gather
+from l2r2_models.predict.predict_files import predict_to_file
 
 
 @pytest.fixture
@@ -207,8 +208,10 @@ def test_no_context_changes_what_is_decided(fusion):
 def test_a_cascade_needs_its_branches_and_no_groups(run, tmp_path):
     with pytest.raises(L2R2Error, match="needs a full branch"):
         Predictor.from_pretrained(write_run(tmp_path / "plain", branches=("full",)), device="cpu", cascade=True)
+    with pytest.raises(L2R2Error, match="predict without cascade"):
+        Predictor.from_pretrained(run, device="cpu", cascade=True).keeping_logits()
     with pytest.raises(L2R2Error, match="use one or the other"):
-        Predictor.from_pretrained(run, device="cpu", cascade=True).adapter("folder")
+        Predictor.from_pretrained(run, device="cpu", cascade=True, image_rule="full")
 
 
 def test_a_file_made_by_a_cascade_is_not_continued_without(run, photos, tmp_path):

@@ -13,7 +13,8 @@ from l2r2_models.checkpoints.checkpoint import save_checkpoint
 from l2r2_models.data.dataset import ViewDataset
 from l2r2_models.data.table import read_table
 from l2r2_models.images import load_image
-from l2r2_models.predict.predict_files import gather, predict_to_file
+from l2r2_models.predict.inputs import gather
+from l2r2_models.predict.predict_files import predict_to_file
 from l2r2_models.views import ViewSpec, make_views
 
 

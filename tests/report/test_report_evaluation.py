@@ -129,3 +129,11 @@ def test_several_splits_begin_with_a_comparison(judged, tmp_path):
     )
     assert page.words.index("Home and away") < page.words.index("test: Accuracy") < page.words.index("new site: Accuracy")
     assert "accuracy in % on new site" in page.words and page.words.count("How it was made") >= 2
+
+
+def test_the_error_rate_of_the_most_confident_is_on_the_page(judged, tmp_path):
+    truth = judged.data.labels
+    fused, sure = truth.clone(), torch.linspace(0.9, 0.4, 24)
+    fused[[2, 20, 21]] = (truth[[2, 20, 21]] + 1) % 3  # of the 19 most confident, one is wrong
+    page = page_of(saying(judged, full=(truth, 0.6), fg=(truth, 0.6), fused=(fused, sure)), tmp_path)
+    assert "Risk and coverage" in page.words and "The fused prediction (robust) is wrong in 5.3 % of the 80 %" in page.words

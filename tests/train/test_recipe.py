@@ -10,7 +10,11 @@ def test_every_built_in_recipe_is_complete_but_for_the_model():
     assert builtin_recipes() == ("few_images", "finetune", "head_only", "scratch")
     recipes = {name: Recipe.read(name, {"model": "timm:resnet10t"}) for name in builtin_recipes()}
     assert [recipes[name].pretrained for name in builtin_recipes()] == [True, True, True, False]
-    assert recipes["head_only"].trainable == "head" and recipes["scratch"].lr > recipes["finetune"].lr
+    assert (
+        recipes["head_only"].trainable == "head"
+        and recipes["few_images"].frozen_stride == 16
+        and recipes["scratch"].lr > recipes["finetune"].lr
+    )
     with pytest.raises(L2R2Error, match="no model is set; pass --model"):
         Recipe.read("finetune")
 

@@ -1,0 +1,133 @@
+"""The images to predict, with their boxes and metadata, found among files, folders and data sets."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ..boxes import BoxEntry, read_boxes
+from ..data.hf_datasets import is_source
+from ..data.table import METADATA, read_table
+from ..errors import L2R2Error
+from ..images import list_images
+from ..io import check_readable
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Images to classify, with their boxes and metadata; the mappings are keyed by `str(path)`.
+
+    Attributes:
+        paths: image files.
+        entries: box entries.
+        masks: mask files.
+        labels: true labels.
+        oracle: whether the boxes were found with the true labels as prompts.
+        columns: metadata columns.
+        detector: name of the detector that found the boxes; empty if unknown.
+        folder: the folder or data set that all images come from; None if there are several sources.
+    """
+
+    paths: tuple[Path, ...]
+    entries: dict[str, BoxEntry]
+    masks: dict[str, Path]
+    labels: dict[str, str]
+    oracle: bool = False
+    columns: dict[str, dict[str, str]] = field(default_factory=dict)
+    detector: str = ""
+    folder: Path | None = None
+
+    def without_boxes(self) -> Inputs:
+        """Return the inputs without boxes and masks, for a localizer."""
+        return replace(self, entries={}, masks={}, oracle=False, detector="")
+
+    def evenly(self, most: int | None) -> Inputs:
+        """Keep at most `most` images, evenly spaced; None keeps all."""
+        count = len(self.paths) if most is None else min(most, len(self.paths))
+        return replace(self, paths=tuple(self.paths[i * len(self.paths) // count] for i in range(count)))
+
+
+def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None = None) -> Inputs:
+    """Find the images among files and folders, and their boxes.
+
+    Args:
+        sources: images, folders of images, or data sets with metadata.csv or .jsonl, whose boxes are used; patterns such as
+            `photos/**/*.jpg`, text files with one of these per line, or `-` to read the lines from standard input.
+        boxes: box file to use instead, joined by path.
+        split: use only this split of the data sets.
+
+    Raises:
+        L2R2Error: when there is no image, the box file lists none of the images, or `split` is given without a data set.
+    """
+    found: dict[str, Path] = {}  # by absolute path
+    entries: dict[str, BoxEntry] = {}
+    masks: dict[str, Path] = {}
+    columns: dict[str, dict[str, str]] = {}
+    labels: dict[str, str] = {}
+    sources = list(expanded(sources))
+    detector, folder = "", next((s for s in sources if s.is_dir() and len(sources) == 1), None)
+    for source in sources:
+        if is_source(source) or (source.is_dir() and any((source / name).exists() for name in METADATA)):
+            table = read_table(source, missing_ok=True)  # a missing image becomes a failed prediction
+            table = table.of_split(split) if split else table
+            folder = table.root if len(sources) == 1 else None
+            detector = str(table.boxes_from.get("localizer", ""))
+            boxed = table.entries()
+            for row in table.rows:
+                name = str(named(row.path, found))
+                entries.update({name: boxed[str(row.path)]} if str(row.path) in boxed else {})
+                masks.update({name: row.mask_file} if row.mask_file is not None else {})
+                labels.update({name: row.label} if row.label else {})
+                columns[name] = dict(row.columns)
+        elif split:
+            raise L2R2Error(f"{source}: --split needs a folder with {' or '.join(METADATA)}.")
+        else:
+            for path in list_images([source]):
+                named(path, found)
+    oracle = False
+    if boxes is not None:
+        table_of_boxes = read_boxes(boxes)
+        entries, oracle = table_of_boxes.join(found.values()), bool(table_of_boxes.info.get("oracle"))
+        detector = table_of_boxes.detector
+    return Inputs(tuple(found.values()), entries, masks, labels, oracle, columns, detector, folder)
+
+
+def expanded(sources: Iterable[Path]) -> Iterator[Path]:
+    """Yield the sources, with patterns, lists and standard input replaced by what they name.
+
+    A pattern that is also the name of a file is that file. Paths in a list are relative to the working directory.
+
+    Raises:
+        L2R2Error: when a pattern matches nothing, or a list is empty or cannot be read.
+    """
+    for source in sources:
+        if str(source) == "-":
+            yield from _lines("standard input", sys.stdin.buffer.read())
+        elif source.suffix.lower() == ".txt" and source.is_file():
+            check_readable(source)
+            yield from _lines(str(source), source.read_bytes())
+        elif glob.has_magic(str(source)) and not is_source(source) and not source.exists():
+            matches = sorted(glob.glob(str(source), recursive=True))
+            if not matches:
+                raise L2R2Error(f"{source}: no file matches this pattern.")
+            yield from map(Path, matches)
+        else:
+            yield source
+
+
+def _lines(name: str, content: bytes) -> list[Path]:
+    """Return the paths in a list, one per line; names need not be UTF-8."""
+    if not (lines := [line.strip() for line in content.splitlines() if line.strip()]):
+        raise L2R2Error(f"{name}: has no lines; write one path per line.")
+    if any(b"\0" in line for line in lines):
+        raise L2R2Error(f"{name}: is not a list of paths; write one path per line.")
+    return [Path(os.fsdecode(line)) for line in lines]
+
+
+def named(path: Path, found: dict[str, Path]) -> Path:
+    """Return the path under which the image is already known, or register this one."""
+    return found.setdefault(os.path.abspath(path), path)
