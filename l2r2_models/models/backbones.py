@@ -93,11 +93,15 @@ def feature_info(backbone: Any) -> list[dict[str, Any]]:
 def early_stages(backbone: Any, stride: int) -> list[nn.Module]:
     """Return the modules up to the last stage whose output stride is at most `stride`, in the order of their definition.
 
+    The stages with the largest stride of the network are never among them; a ViT, which has one stride, has no early stages.
+
     >>> import timm
     >>> [type(module).__name__ for module in early_stages(timm.create_model("resnet10t"), 4)]
     ['Sequential', 'BatchNorm2d', 'ReLU', 'MaxPool2d', 'Sequential']
     """
-    names = [stage["module"] for stage in feature_info(backbone) if stage["reduction"] <= stride]
+    stages = feature_info(backbone)
+    last = max(stage["reduction"] for stage in stages)
+    names = [stage["module"] for stage in stages if stage["reduction"] <= stride and stage["reduction"] < last]
     return _until(backbone, names[-1]) if names else []
 
 

@@ -13,7 +13,7 @@ from ..boxes import BoxEntry, read_boxes
 from ..data.hf_datasets import is_source
 from ..data.table import METADATA, read_table
 from ..errors import L2R2Error
-from ..images import list_images
+from ..images import is_image_path, list_images
 from ..io import check_readable
 
 
@@ -111,10 +111,12 @@ def expanded(sources: Iterable[Path]) -> Iterator[Path]:
             check_readable(source)
             yield from _lines(str(source), source.read_bytes())
         elif glob.has_magic(str(source)) and not is_source(source) and not source.exists():
-            matches = sorted(glob.glob(str(source), recursive=True))
-            if not matches:
-                raise L2R2Error(f"{source}: no file matches this pattern.")
-            yield from map(Path, matches)
+            recursive = "**" in str(source)  # then the images of a matching folder match too
+            matches = map(Path, sorted(glob.glob(str(source), recursive=True)))
+            found = [path for path in matches if is_image_path(path) or (path.is_dir() and not recursive)]
+            if not found:
+                raise L2R2Error(f"{source}: no image and no folder matches this pattern.")
+            yield from found
         else:
             yield source
 

@@ -16,7 +16,7 @@ from .prediction import ObjectPrediction
 BATCH_PIXELS = 50_000_000  # maximum number of pixels held in memory, about 150 MB
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two images are never the same one, even if they look alike
 class Item:
     """One image with its boxes, before it is classified.
 
@@ -62,7 +62,7 @@ class Row(NamedTuple):
     label: str = ""
 
 
-@dataclass
+@dataclass(eq=False)
 class Pending:
     """An image whose boxes are being classified."""
 

@@ -108,6 +108,8 @@ def predict_to_file(
         header["settings"]["store_logits"] = True
         predictor = predictor.keeping_logits()
     if (grouping := Grouping.parse(adapt)) is not None:
+        if predictor.rules.abstain is not None:
+            raise L2R2Error("The risk of --abstain was fitted without --adapt and does not hold with it; use one or the other.")
         header["settings"]["adapt"] = str(grouping)
         adapter, predictor = predictor.adapter(grouping.noun), predictor.keeping_logits()
         names = [str(path) for path in asked.values()]

@@ -177,10 +177,12 @@ class Predictor:
         """Return a copy of the predictor that names classes by these rules.
 
         Raises:
-            L2R2Error: when `topk_prompts` is set.
+            L2R2Error: when `topk_prompts` or an image rule that does not follow them is set.
         """
         if rules and self.topk_prompts is not None:
             raise L2R2Error("topk_prompts has its own way to choose a class, so it cannot be restricted or rolled up.")
+        if self.image_rule != "best" and (rules.rollup is not None or rules.abstain is not None):
+            raise L2R2Error(f'The image rule "{self.image_rule}" names a class; with a rollup or abstaining, use best.')
         ruled = copy.copy(self)
         ruled.rules = rules
         return ruled

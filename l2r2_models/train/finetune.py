@@ -27,7 +27,7 @@ from ..runs import CHECKPOINTS, RECIPE, RUN, check_place, finished, record_of, s
 from ..views import make_views
 from .computation import CHOSEN, check_device, resolve
 from .init import InitCheckpoint
-from .models import create_model
+from .models import create_model, frozen_parts
 from .optimizers import check_optimizer
 from .recipe import NO_METRIC, Recipe
 
@@ -191,6 +191,7 @@ def _model(recipe: Recipe, classes: Sequence[str], start: InitCheckpoint | None)
     check_device(recipe)
     check_optimizer(recipe.optimizer)
     model = create_model(recipe, len(classes), start)
+    frozen_parts(model, recipe)  # raises if there is nothing to freeze
     return model, [start.give(model, classes)] if start else []
 
 

@@ -137,8 +137,18 @@ def check_separable(model: L2R2, *, frozen: bool) -> None:
 
 
 def frozen_parts(model: L2R2, recipe: Recipe) -> list[nn.Module]:
-    """Return the parts of the backbones that the recipe freezes: all of each, or the stages up to a stride."""
+    """Return the parts of the backbones that the recipe freezes: all of each, or the stages up to a stride.
+
+    Raises:
+        L2R2Error: when there is no such stage.
+    """
     backbones: list[nn.Module] = [model.backbone, *model.branch_backbones.values()]
     if recipe.trainable == "head":
         return backbones
-    return [part for backbone in backbones for part in early_stages(backbone, recipe.frozen_stride)]
+    parts = [part for backbone in backbones for part in early_stages(backbone, recipe.frozen_stride)]
+    if recipe.frozen_stride and not parts:
+        raise L2R2Error(
+            f"frozen_stride {recipe.frozen_stride} freezes nothing: {recipe.model} has no stage of so small a stride before its "
+            "last; use the recipe finetune."
+        )
+    return parts

@@ -78,7 +78,7 @@ class Recipe:
         part_background: weight of the iFAM loss that encourages background at the border.
         trainable: `all`, or `head` to freeze the backbones, including their batch-norm statistics.
         frozen_stride: freeze the stem and the stages of the backbones up to this output stride, e.g. 8, including their
-            batch-norm statistics; 0 freezes none. ViTs have a larger stride from the start.
+            batch-norm statistics; 0 freezes none. Not for ViTs, whose stride is the same throughout.
         epochs: passes over the training rows.
         batch_size: rows per optimizer step, over all processes and accumulation steps.
         grad_accumulation: number of parts into which each batch is split to save memory. The result is the same as with one part,

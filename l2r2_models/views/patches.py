@@ -18,7 +18,7 @@ SCALES = (8, 4, 2)  # at which JPEGs are decoded
 DETAIL = 2  # a reduced part has at least this many pixels per pixel of the view on its longer side
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Patches:
     """The windows of one image that `make_views` cuts, as a substitute for the whole image.
 

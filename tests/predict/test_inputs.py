@@ -28,10 +28,13 @@ def names(*sources):
 def test_patterns(photos):
     assert names(Path("data/images/test_01?.png")) == ["test_010.png", "test_011.png"]
     assert "test_000.png" in names(Path("data/**/test_*.png")) and "test_000.png" not in names(Path("data/images/test_*.png"))
+    (photos / "notes.txt").write_text("not an image")
+    (photos / "empty").mkdir()
+    assert names(Path("data/**")) == names(Path("data/images")) and names(Path("data/im*")) == names(Path("data/images"))
     odd = photos / "a[1].png"
     (photos / "test_001.png").rename(odd)
     assert names(odd) == ["a[1].png"]  # a file of this name, not a pattern
-    with pytest.raises(L2R2Error, match="no file matches this pattern"):
+    with pytest.raises(L2R2Error, match="no image and no folder matches this pattern"):
         gather([Path("data/images/*.tiff")])
 
 

@@ -1,6 +1,7 @@
 """Files through threads, batches filled across images and boxes, and a cascade: the same answers, by less work."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -237,3 +238,17 @@ def test_bfloat16_is_asked_for_and_close(run, photos, monkeypatch):
         Predictor.from_pretrained(run, device="cpu", precision="bf16")
     with pytest.raises(L2R2Error, match="Unknown precision"):
         Predictor.from_pretrained(run, device="cpu", precision="half")
+
+
+@pytest.mark.parametrize("fg_mode", ["crop", "late"])
+def test_images_that_look_alike_are_not_taken_for_one(fg_mode, tmp_path):
+    """Without names, nothing but their identity tells them apart."""
+    checkpoint = load_checkpoint(write_run(tmp_path / "run"))
+    checkpoint.model.view_spec = replace(checkpoint.model.view_spec, fg_mode=fg_mode)
+    predictor = Predictor(checkpoint, device="cpu")
+    image = Image.effect_noise((50, 40), 90).convert("RGB")
+    boxes = [[[1, 1, 20, 20]], [[5, 5, 30, 30]], None]
+    found = predictor([image, image.copy(), image], boxes)
+    for one, given in zip(found, boxes):
+        alone = predictor(image, given).objects[0]
+        assert one.objects[0].box == alone.box and one.objects[0].score == pytest.approx(alone.score, abs=1e-5)

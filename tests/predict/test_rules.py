@@ -136,3 +136,14 @@ def test_unknown_names_and_lone_options_are_sentences(made, tmp_path, l2r2):
     assert "probability above 0" in said("--taxonomy", tmp_path / "t.csv", "--rollup", "65")
     assert "needs the columns class and region" in said("--geofence", tmp_path / "fence.csv", "--region", "Alps")
     assert "cannot be read" in said("--geofence", tmp_path / "none.csv", "--region", "Alps")
+
+
+def test_rules_that_a_prediction_would_not_follow_are_refused(made, tmp_path):
+    run, data = made
+    withhold = Rules(("red", "green", "blue"), abstain=0.5)
+    with pytest.raises(L2R2Error, match='The image rule "weighted" names a class'):
+        Predictor.from_pretrained(run, image_rule="weighted").with_rules(withhold)
+    with pytest.raises(L2R2Error, match="was fitted without --adapt"):
+        predictor = Predictor.from_pretrained(run).with_rules(withhold)
+        predict_to_file(predictor, gather([data]), tmp_path / "out.json", adapt="folder")
+    assert not (tmp_path / "out.json").exists()

@@ -101,6 +101,13 @@ def test_what_is_frozen_keeps_its_weights_and_statistics(backbone, changes, trai
     assert shared or any(name.startswith("branch_backbones") for name in changed) == (trained != {"heads"})
 
 
+def test_a_network_of_one_stride_has_no_early_stages():
+    model = model_of("test_vit")
+    for stride in (4, 16):
+        with pytest.raises(L2R2Error, match=f"frozen_stride {stride} freezes nothing"):
+            frozen_parts(model, Recipe.default("timm:test_vit", True, frozen_stride=stride))
+
+
 def test_channels_last_and_grad_checkpointing_change_nothing_but_rounding():
     views, labels, has_fg = torch.randn(2, 4, 3, 32, 32), torch.arange(4), torch.ones(4, dtype=torch.bool)
     gradients = []
