@@ -47,8 +47,8 @@ def main() -> None:
 def keep_freed_memory() -> None:
     """Keep freed memory for the next tensors.
 
-    By default, glibc returns large blocks to the system at once. The page faults of getting them back take up to a quarter of the
-    time of a convolutional network on a CPU.
+    By default, glibc returns large blocks to the system at once. The page faults of getting them back take
+    a noticeable part of the time of a convolutional network on a CPU.
     """
     if sys.platform == "linux":
         import ctypes

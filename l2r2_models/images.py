@@ -162,7 +162,7 @@ def _decoded(image: Image.Image, name: str, fill: Sequence[int], ours: bool) -> 
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:
+    except Exception:  # malformed EXIF gives no orientation, as in `_decoded`
         return 1
 
 

@@ -87,8 +87,12 @@ def choose(fitted: Mapping[str, Fitted], compared: Mapping[str, Columns], lead: 
     who = ", ".join([*list(compared)[:-1]]) + f" and {list(compared)[-1]}"
     if not ahead:
         how = f"no fusion is more accurate than {lead} alone beyond chance (5 %)"
-    elif len(ahead) == 1:
+    elif len(equal) == 1:
         how = "the smallest maximum regret"
+    elif len(ahead) == 1:
+        how = (
+            f"within one standard error of the smallest regret, and alone in being more accurate than {lead} beyond chance (5 %)"
+        )
     else:
         how = f"within one standard error of the smallest regret, like {len(ahead) - 1} others, and the lowest NLL among them"
     out = f"; {len(fitted) - len(safe)} fusions are worse than {lead} alone and were excluded" if len(safe) < len(fitted) else ""

@@ -63,7 +63,7 @@ class FuseReport:
         return asdict(self)
 
 
-ONE_SIDED = {
+ONE_KIND = {
     "plain": "fitted on unchanged backgrounds only: the fusion may trust them elsewhere too; leave out --val-backgrounds.",
     "swapped": "fitted on other backgrounds only: the fusion may ignore the usual ones; leave out --val-backgrounds.",
 }
@@ -138,7 +138,7 @@ def fit_run(
     every = {**compared, **{name: f.columns for name, f in fitted.items()}}
     seen = trained_on(run, table, split)
     warnings = [f"{seen}; the metrics are too optimistic, and so is the fitted fusion."] if seen else []
-    warnings += [ONE_SIDED[backgrounds]] if possible == "both" != backgrounds else []
+    warnings += [ONE_KIND[backgrounds]] if possible == "both" != backgrounds else []
     report = FuseReport(
         chosen,
         fusion.config(),

@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate, normalize
 
 from ..boxes.detections import Detections
 from ..errors import L2R2Error
-from ..models.backbones import feature_map, last_map_through
+from ..models.backbones import feature_info, feature_map, last_map_through
 from ..models.weights import create_pretrained
 from ..views import ViewSpec
 from .base import Context, Localizer, LocalizerSpec, Option, number, whole
@@ -166,7 +166,7 @@ def patch_features(backbone: Any, views: Tensor) -> Tensor:
             handle.remove()
         if seen:  # some networks (EVA) use the weights of the layer without calling it
             return feature_map(backbone, seen[0].chunk(3, -1)[1], views)
-    info = list(backbone.feature_info.info if hasattr(backbone.feature_info, "info") else backbone.feature_info)
+    info = feature_info(backbone)
     level = max((i for i, f in enumerate(info) if f["reduction"] <= MAX_STRIDE), default=len(info) - 1)
     maps: list[Tensor] = backbone.forward_intermediates(views, indices=[level], output_fmt="NCHW", intermediates_only=True)
     (features,) = maps

@@ -100,7 +100,7 @@ def early_stages(backbone: Any, stride: int) -> list[nn.Module]:
     ['Sequential', 'BatchNorm2d', 'ReLU', 'MaxPool2d', 'Sequential']
     """
     stages = feature_info(backbone)
-    last = max(stage["reduction"] for stage in stages)
+    last = max((stage["reduction"] for stage in stages), default=0)
     names = [stage["module"] for stage in stages if stage["reduction"] <= stride and stage["reduction"] < last]
     return _until(backbone, names[-1]) if names else []
 

@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import L2R2Error
 from ..hardware import has_bf16
+from ..models.backbones import is_convolutional
 from ..models.l2r2 import L2R2, L2R2Output
 from ..views import Views, make_views
 from .items import Item, Job, Pending, Row, images_of
@@ -70,8 +71,7 @@ class Network:
             self.decides = can_decide(model, device)
             if not self.decides:
                 logger.warning('the fusion "%s" always needs all branches, so the cascade saves nothing', model.fusion.name)
-        convolutional = sum(isinstance(module, nn.Conv2d) for module in model.modules()) > len(model.backbone_prefixes())
-        self.memory_format = torch.channels_last if convolutional else torch.contiguous_format
+        self.memory_format = torch.channels_last if is_convolutional(model.backbone) else torch.contiguous_format
 
     @property
     def most(self) -> int:

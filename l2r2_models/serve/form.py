@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from .limits import Limits, Refused
 
 HOW = "send a multipart form with one or more files called image"
 BOXES = "boxes must be a JSON list of [x0, y0, x1, y1], an object with boxes and scores, or null"
+LINGER = 5  # seconds for which the rest of a refused upload is still read
 BOX_BYTES = 2**20  # largest field of boxes
 
 
@@ -46,9 +48,13 @@ async def read_form(request: Request, limits: Limits) -> list[Upload]:
         Refused: when the form is malformed, too large, or takes too long.
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        await _discard(request)
         raise Refused(415, f"The request is not a form; {HOW}.")
     try:
         form = await asyncio.wait_for(_parse(request, limits), limits.seconds)
+    except Refused:
+        await _discard(request)
+        raise
     except asyncio.TimeoutError:
         raise Refused(408, f"The upload took longer than {limits.seconds:g} seconds.") from None
     except ClientDisconnect:
@@ -90,6 +96,17 @@ async def _parse(request: Request, limits: Limits) -> list[tuple[str, Any]]:
     )
     parser.spool_max_size = most + 1  # nothing is written to disk
     return (await parser.parse()).multi_items()
+
+
+async def _discard(request: Request) -> None:
+    """Read the rest of the body for a while; many clients read the answer only once they have sent everything."""
+    with suppress(asyncio.TimeoutError, ClientDisconnect, RuntimeError):  # the last of these if nothing is left
+        await asyncio.wait_for(_read_all(request), LINGER)
+
+
+async def _read_all(request: Request) -> None:
+    async for _ in request.stream():
+        pass
 
 
 def _too_large(limits: Limits) -> Refused:

@@ -145,8 +145,10 @@ def frozen_parts(model: L2R2, recipe: Recipe) -> list[nn.Module]:
     backbones: list[nn.Module] = [model.backbone, *model.branch_backbones.values()]
     if recipe.trainable == "head":
         return backbones
+    if not recipe.frozen_stride:
+        return []
     parts = [part for backbone in backbones for part in early_stages(backbone, recipe.frozen_stride)]
-    if recipe.frozen_stride and not parts:
+    if not parts:
         raise L2R2Error(
             f"frozen_stride {recipe.frozen_stride} freezes nothing: {recipe.model} has no stage of so small a stride before its "
             "last; use the recipe finetune."

@@ -83,12 +83,7 @@ def test_the_limits_of_the_command_line(server):
     _, url = server
     assert ask(url, [("a.png", png())] * 4)[0] == 422
     assert ask(url, [("a.png", png())], [[BOX] * 5])[0] == 422
-    for attempt in range(5):  # the refusal comes before the whole body is sent, which urllib may take for a broken connection
-        try:
-            status, answer = ask(url, [("a.png", b"x" * 2**20)])
-            break
-        except urllib.error.URLError:
-            assert attempt < 4
+    status, answer = ask(url, [("a.png", b"x" * 2**23)])  # more than sockets buffer: who does not read it all loses the answer
     assert status == 413 and "1 MB" in answer["error"]
     status, answer = ask(url, [("large.png", png(size=(101, 100))), ("a.png", png())])
     assert status == 200 and "more than the limit of 10,000" in answer["images"][0]["failure"] and answer["images"][1]["objects"]
