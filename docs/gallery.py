@@ -76,20 +76,21 @@ def swaps(data: Path) -> None:
     sheet(cells, 7, 120).save(PICTURES / "swapped.jpg", quality=88)
 
 
-def normalized_cut(work: Path) -> None:
-    """Boxes of `ncut` on photographs."""
+def boxes_without_detector(work: Path) -> None:
+    """Boxes of `outlier` (upper row) and `ncut` (lower row) on photographs."""
     folder = work / "photographs"
     folder.mkdir(exist_ok=True)
     for name in PHOTOGRAPHS:
         Image.fromarray(getattr(skimage.data, name)()).convert("RGB").save(folder / f"{name}.png")
-    l2r2("localize", folder, "--localizer", NCUT, "-o", work / "ncut.json")
-    table = read_boxes(work / "ncut.json")
     cells = []
-    for path in sorted(folder.glob("*.png")):
-        image, entry = load_image(path), table.find(path)
-        found = entry.detections((image.height, image.width), path.name).boxes.tolist() if entry else []
-        cells.append(("", boxed(image, *found)))
-    sheet(cells, len(cells), 280).save(PICTURES / "ncut.jpg", quality=85)
+    for localizer, file in (("outlier", work / "outlier.json"), (NCUT, work / "ncut.json")):
+        l2r2("localize", folder, "--localizer", localizer, "-o", file)
+        table = read_boxes(file)
+        for path in sorted(folder.glob("*.png")):
+            image, entry = load_image(path), table.find(path)
+            found = entry.detections((image.height, image.width), path.name).boxes.tolist() if entry else []
+            cells.append(("", boxed(image, *found)))
+    sheet(cells, len(PHOTOGRAPHS), 280).save(PICTURES / "found_boxes.jpg", quality=85)
 
 
 def box_report(work: Path) -> None:
@@ -157,6 +158,6 @@ if __name__ == "__main__":
         PICTURES / "predictions.png", optimize=True
     )
     swaps(work / "demo" / "data")
-    normalized_cut(work)
+    boxes_without_detector(work)
     box_report(work)
     figures(work)

@@ -48,7 +48,9 @@ def checkpoint():
     return Checkpoint(model, tuple(map(str, range(1000))), {}, "imagenet", "")
 
 
-@pytest.mark.parametrize(("spec", "least", "mean"), [(f"ncut:timm:{LITE}?size=448", 0.45, 0.6), ("cam", 0.15, 0.38)])
+@pytest.mark.parametrize(
+    ("spec", "least", "mean"), [(f"ncut:timm:{LITE}?size=448", 0.45, 0.6), ("cam", 0.15, 0.38), ("outlier", 0.6, 0.8)]
+)
 def test_localizers_without_training_find_the_object_on_pretrained_features(checkpoint, spec, least, mean):
     localizer, center = create_localizer(spec, checkpoint=checkpoint), create_localizer("center")
     found, control = [], []

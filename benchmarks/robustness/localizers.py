@@ -8,12 +8,15 @@ boxes of the training rows, and evaluated on the test images with the boxes of e
 
     given   the boxes of the data set, as from a perfect detector
     head    the box head, trained on the boxes of the training rows only
+    outlier what differs most from the image's border, on features of EfficientNet-Lite0 as ImageNet left them
     ncut    a normalized cut of the same network's features; cam: the class activation map of its full branch
     center  the middle half of the image; full: the whole image
 
+A second network per seed is trained, and evaluated, with the boxes of `outlier` alone: no box is given at all (`trained_on`).
+
 `robust` has its default threshold; nothing is fitted. `gain` is the share of the gain of fg over full on test_ood that remains:
-(fg - full) / (fg with given boxes - full). The same command continues an interrupted benchmark. Writes
-benchmarks/results/localizers_NAME_START.csv.
+(fg - full) / (fg with given boxes - full), with full and given boxes of the first network. The same command continues an
+interrupted benchmark. Writes benchmarks/results/localizers_NAME_START.csv.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from background_shift import (
@@ -40,7 +45,7 @@ from background_shift import (
 )
 
 from l2r2_models.checkpoints.checkpoint import load_checkpoint
-from l2r2_models.data.table import read_table
+from l2r2_models.data.table import ImageTable, read_table
 from l2r2_models.evaluate.fuse import fuse
 from l2r2_models.evaluate.localization import evaluate_boxes
 from l2r2_models.evaluate.logits import branch_logits
@@ -49,18 +54,31 @@ from l2r2_models.localize import create_localizer
 from l2r2_models.localize.localize_files import localize_to_file
 from l2r2_models.train.finetune import finetune
 
-LOCALIZERS = {"head": "head:{run}", "ncut": "ncut:{run}?size={size}", "cam": "cam:{run}", "center": "center", "full": "full"}
+LOCALIZERS = {
+    "head": "head:{run}",
+    "outlier": "outlier",
+    "ncut": "ncut:{run}?size={size}",
+    "cam": "cam:{run}",
+    "center": "center",
+    "full": "full",
+}
 METRICS = ("corloc", "mean_iou", "full", "fg", "robust", "gain")
+
+
+def boxes_by(name: str, table: ImageTable, splits: Sequence[str], run: Path, size: int) -> Path:
+    """Find boxes in the images of some splits; the boxes of `outlier` do not depend on the run, and are shared by all runs."""
+    file = (run.parent if name == "outlier" else run) / f"boxes_{name}.json"
+    paths = [row.path for split in splits for row in table.of_split(split).rows]
+    localize_to_file(create_localizer(LOCALIZERS[name].format(run=run, size=2 * size)), paths, file, batch_size=32)
+    return file
 
 
 def measure(data: Path, rows: Path, run: Path, name: str, size: int) -> dict:
     """Measure IoU and CorLoc of a localizer's boxes on each test split, and the accuracy of full, fg and robust with them."""
-    checkpoint, given, row = load_checkpoint(run), read_table(data, metadata=rows), {}
-    file = run / f"boxes_{name}.json"
+    checkpoint, table, row = load_checkpoint(run), read_table(data, metadata=rows), {}
     if name != "given":
-        localizer = create_localizer(LOCALIZERS[name].format(run=run, size=2 * size))
-        localize_to_file(localizer, [r.path for split in SPLITS for r in given.of_split(split).rows], file, batch_size=32)
-    table = given if name == "given" else read_table(data, metadata=rows, boxes=file)
+        file = boxes_by(name, table, SPLITS, run, size)
+        table = read_table(data, metadata=rows, boxes=file)
     for split in SPLITS:
         if name != "given":
             judged = evaluate_boxes(file, data, split=split, metadata=rows)
@@ -79,19 +97,19 @@ def add_gains(table: list[dict]) -> None:
     for row in table:
         given = next(r for r in table if r["localizer"] == "given" and r["seed"] == row["seed"])
         possible = given["test_ood_fg"] - given["test_ood_full"]
-        row["test_ood_gain"] = round(100 * (row["test_ood_fg"] - row["test_ood_full"]) / possible, 1) if possible > 0 else ""
+        row["test_ood_gain"] = round(100 * (row["test_ood_fg"] - given["test_ood_full"]) / possible, 1) if possible > 0 else ""
 
 
 def print_means(table: list[dict]) -> None:
     """Print the mean over the seeds."""
-    by_name: dict[str, list[dict]] = defaultdict(list)
+    by_name: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for row in table:
-        by_name[row["localizer"]].append(row)
-    for name, rows in by_name.items():
+        by_name[row["localizer"], row["trained_on"]].append(row)
+    for (name, trained_on), rows in by_name.items():
         for split in SPLITS:
             known = [k for k in METRICS if rows[0].get(f"{split}_{k}") not in ("", None)]
             cells = "  ".join(f"{k} {statistics.mean(row[f'{split}_{k}'] for row in rows):5.1f}" for k in known)
-            print(f"{name:7} {split:9} {cells}   {len(rows)} seeds")
+            print(f"{name:7} (trained on {trained_on:7}) {split:9} {cells}   {len(rows)} seeds")
 
 
 def main() -> None:
@@ -119,11 +137,17 @@ def main() -> None:
     table: list[dict] = []
     for seed in options.seeds:
         data, rows = data_of(options, seed, work)
-        file, run = write_rows(rows, "", work / f"rows_given_s{seed}.csv", SIDE[options.name]), work / f"box_head_s{seed}"
-        recipe = recipe_of(options.start, seed=seed, box_head=True, size=size, epochs=epochs)
+        file = write_rows(rows, "", work / f"rows_given_s{seed}.csv", SIDE[options.name])
+        recipe = recipe_of(options.start, seed=seed, size=size, epochs=epochs)
         print(f"seed {seed}", flush=True)
-        finetune(data, recipe, run, metadata=file, val_split="val")
-        table += [{"localizer": n, "seed": seed, **measure(data, file, run, n, size)} for n in ("given", *LOCALIZERS)]
+        run = work / f"box_head_s{seed}"
+        finetune(data, replace(recipe, box_head=True), run, metadata=file, val_split="val")
+        for name in ("given", *LOCALIZERS):
+            table.append({"localizer": name, "trained_on": "given", "seed": seed, **measure(data, file, run, name, size)})
+        run = work / f"outlier_s{seed}"
+        boxes = boxes_by("outlier", read_table(data, metadata=file), ("train", "val"), run, size)
+        finetune(data, recipe, run, metadata=file, boxes=boxes, val_split="val")
+        table.append({"localizer": "outlier", "trained_on": "outlier", "seed": seed, **measure(data, file, run, "outlier", size)})
         add_gains(table)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_table(table, out, about)

@@ -85,7 +85,7 @@ def _localizer_spec(checkpoint: Checkpoint, metadata: CardMetadata) -> str | Non
     elif spec.name == "head":
         usable = not spec.source and checkpoint.model.box_head is not None
     else:
-        usable = not spec.source and spec.name in ("ncut", "cam")
+        usable = spec.source.startswith("timm:") or (not spec.source and spec.name in ("ncut", "cam"))
     return str(spec) if usable and takes_boxes(checkpoint.model) else None
 
 

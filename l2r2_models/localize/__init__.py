@@ -25,6 +25,7 @@ LOCALIZERS = {
     "boxes": ("controls", "Boxes"),
     "head": ("model_based", "Head"),
     "ncut": ("unsupervised", "NormalizedCut"),
+    "outlier": ("outlier", "Outlier"),
     "cam": ("unsupervised", "ActivationMap"),
     "parts": ("model_based", "Parts"),
     "center": ("controls", "Center"),

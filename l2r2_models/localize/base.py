@@ -5,7 +5,7 @@ A spec is `NAME[:SOURCE][?option=value&...]`, as in a URL:
     owlv2:google/owlv2-base-patch16-ensemble?prompt=mushroom&threshold=0.2
     owlv2:models/owlv2?prompt=animal&prompt=bird          several prompts
     grounding-dino:IDEA-Research/grounding-dino-tiny?prompt=crack&masks=sam:facebook/sam-vit-base
-    boxes:file.json    ncut:runs/fungi    cam:runs/fungi    head:runs/fungi    center    full
+    outlier    boxes:file.json    ncut:runs/fungi    cam:runs/fungi    head:runs/fungi    center    full
 
 Box files, runs and checkpoints store it in canonical form: options with their default value are left out, the others are in a
 fixed order.
@@ -197,7 +197,7 @@ class Localizer(ABC):
             L2R2Error: when the prompt is missing.
         """
         if self.lacks_prompt:
-            how = f'"{self.spec.name}:...?prompt=mushroom"; `l2r2 localize` also takes --prompt mushroom'
+            how = f'"{self.spec.name}:...?prompt=mushroom"; `l2r2 localize` also takes --prompt mushroom; `outlier` needs none'
             raise L2R2Error(f"The localizer {self.spec.name} needs a prompt: {how}.")
 
     @property

@@ -37,7 +37,7 @@ def label_regions(mask: Tensor) -> Tensor:
     try:
         from scipy.ndimage import label
     except ImportError as error:
-        raise L2R2Error('ncut, cam and parts need more packages: pip install "l2r2-models[detect]".') from error
+        raise L2R2Error('outlier, ncut, cam and parts need more packages: pip install "l2r2-models[detect]".') from error
     return torch.from_numpy(label(mask.numpy())[0]).long()
 
 
@@ -87,3 +87,16 @@ def one_box(box: Tensor, score: float, image: Image) -> Detections:
     """Make `Detections` of one box `[4]` in pixels, clipped to the image; empty if it lies outside."""
     found = Detections(box[None].float().cpu(), torch.tensor([score]), (image.height, image.width))
     return found.usable().clipped()
+
+
+def otsu(values: Tensor, bins: int = 256) -> float:
+    """Compute the threshold that minimizes the variance within the two classes it separates (Otsu 1979)."""
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        return low
+    counts = torch.histc(values.float(), bins, low, high).double()
+    centers = torch.linspace(low, high, 2 * bins + 1, dtype=torch.double)[1::2]
+    below, mass = counts.cumsum(0)[:-1], (counts * centers).cumsum(0)[:-1]
+    above, rest = counts.sum() - below, (counts * centers).sum() - mass
+    between = below * above * (mass / below.clamp(min=1) - rest / above.clamp(min=1)) ** 2
+    return float(centers[between.argmax()])

@@ -6,31 +6,24 @@ is 1.
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
-import timm
 import torch
-from PIL.Image import Image, new
+from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from ..boxes.detections import Detections
-from ..errors import L2R2Error
 from ..models.backbones import feature_info, feature_map, last_map_through
-from ..models.weights import create_pretrained
-from ..views import ViewSpec
-from .base import Context, Localizer, LocalizerSpec, Option, number, whole
+from .base import Option, number, whole
+from .features import FeatureLocalizer, finite
 from .model_based import ModelLocalizer
-from .regions import box_of, inside_view, label_regions, largest_region
+from .regions import box_of, inside_view, label_regions, largest_region, otsu
 
 MAX_STRIDE = 16  # of the feature map used for the cut; the last map of a CNN is too coarse for small objects
 
 
-class NormalizedCut(ModelLocalizer):
+class NormalizedCut(FeatureLocalizer):
     """TokenCut: a normalized cut of the similarity graph of patch features.
 
     Patches whose features are similar are connected, and the graph is cut in two. The side with the most extreme patch is the
@@ -45,45 +38,21 @@ class NormalizedCut(ModelLocalizer):
     """
 
     name = "ncut"
-    source = "a run, a Hub id or timm:NAME"
     known_options: ClassVar = {
         "tau": Option(number(-1, 1), 0.2, "a cosine between -1 and 1"),
         "size": Option(whole(32, 2048), None, "a number of pixels from 32 to 2048"),
     }
 
-    def __init__(self, spec: LocalizerSpec, context: Context) -> None:
-        if timm.is_model(spec.source) and not Path(spec.source).exists():
-            spec = replace(spec, source=f"timm:{spec.source}")
-        if spec.source.startswith("timm:"):
-            self._load_from_timm(spec, context)
-        else:
-            super().__init__(spec, context)
-        size = self.options["size"]
-        if size not in (None, self.model.view_spec.size_of("full")):
-            views, _ = self.full_views([new("RGB", (size, size))], size)
-            sized = SimpleNamespace(backbone=_for_views(self.model.backbone, views, str(spec)), view_spec=self.model.view_spec)
-            self.model = sized  # type: ignore[assignment]
-
-    def _load_from_timm(self, spec: LocalizerSpec, context: Context) -> None:
-        Localizer.__init__(self, spec, context)
-        name = spec.source.removeprefix("timm:")
-        try:
-            backbone: Any = create_pretrained(name, num_classes=0)
-        except Exception as error:  # timm, huggingface_hub and torch each raise their own
-            raise L2R2Error(f"{name}: timm cannot load this model ({' '.join(str(error).split())[:200]}).") from error
-        views = ViewSpec.from_pretrained_cfg(backbone.pretrained_cfg)
-        self.model = SimpleNamespace(backbone=backbone.to(context.device).eval(), view_spec=views)  # type: ignore[assignment]
-
-    @property
-    def weights(self) -> str | None:
-        """Digest of the checkpoint; None for a model of timm, whose name says which weights it has."""
-        return None if self.spec.source.startswith("timm:") else super().weights
+    def features_of(self, views: Tensor) -> list[Tensor]:
+        """The map that is cut."""
+        return [patch_features(self.model.backbone, views)]
 
     @torch.inference_mode()
     def find(self, images: list[Image], names: Any, prompts: Any) -> list[Detections]:
         """Cut the patch features of each image; at most one box per image."""
         views, maps = self.full_views(images, self.options["size"])
-        features = _finite(patch_features(self.model.backbone, views))  # [B, C, h, w]
+        (features,) = self.features_of(views)
+        features = finite(features)  # [B, C, h, w]
         found = []
         for image, view, of_image in zip(images, maps, features):
             (top, bottom), (left, right) = inside_view(view, image, of_image.shape[1:])
@@ -110,7 +79,7 @@ class ActivationMap(ModelLocalizer):
         """Threshold the activation map of each image; at most one box per image."""
         views, maps = self.full_views(images)
         size = views.shape[-1]
-        cams = _finite(activation_map(self.model, views))[:, None]
+        cams = finite(activation_map(self.model, views))[:, None]
         cams = interpolate(cams, (size, size), mode="bilinear", align_corners=False)[:, 0]
         found = []
         for image, view, cam in zip(images, maps, cams.cpu()):
@@ -119,30 +88,6 @@ class ActivationMap(ModelLocalizer):
             level = otsu(part) if self.options["level"] == "otsu" else self.options["level"] * float(part.max())
             found.append(box_of(largest_region(part > level, part), (top, left), cam.shape, view, image))
         return found
-
-
-@torch.no_grad()
-def _for_views(backbone: Any, views: Tensor, name: str) -> Any:
-    """The backbone, or a resized copy of it, that takes views like `[1, C, S, S]`.
-
-    Raises:
-        L2R2Error: when the backbone does not take that size.
-    """
-    try:
-        if hasattr(backbone, "set_input_size"):
-            backbone = copy.deepcopy(backbone)  # the original may be in use elsewhere
-            backbone.set_input_size(tuple(views.shape[-2:]))
-        patch_features(backbone, views)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise L2R2Error(f"{name}: this network does not take views of {views.shape[-1]} pixels ({why}).") from error
-    return backbone
-
-
-def _finite(values: Tensor) -> Tensor:
-    if not bool(values.isfinite().all()):
-        raise L2R2Error("the network's features are not finite; its training has diverged.")
-    return values
 
 
 def patch_features(backbone: Any, views: Tensor) -> Tensor:
@@ -220,16 +165,3 @@ def activation_map(model: Any, views: Tensor) -> Tensor:
             score = model.heads[branch](backbone(x)).amax(1).sum()
         (gradient,) = torch.autograd.grad(score, seen)
     return (gradient.mean((2, 3), keepdim=True) * seen[0].detach()).sum(1).clamp(min=0)
-
-
-def otsu(values: Tensor, bins: int = 256) -> float:
-    """Compute the threshold that minimizes the variance within the two classes it separates (Otsu 1979)."""
-    low, high = float(values.min()), float(values.max())
-    if low == high:
-        return low
-    counts = torch.histc(values.float(), bins, low, high).double()
-    centers = torch.linspace(low, high, 2 * bins + 1, dtype=torch.double)[1::2]
-    below, mass = counts.cumsum(0)[:-1], (counts * centers).cumsum(0)[:-1]
-    above, rest = counts.sum() - below, (counts * centers).sum() - mass
-    between = below * above * (mass / below.clamp(min=1) - rest / above.clamp(min=1)) ** 2
-    return float(centers[between.argmax()])

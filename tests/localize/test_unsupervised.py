@@ -13,8 +13,8 @@ from l2r2_models import L2R2Error, Predictor, ViewSpec
 from l2r2_models.checkpoints import checkpoint as hub
 from l2r2_models.images import load_image
 from l2r2_models.localize import create_localizer
-from l2r2_models.localize.regions import largest_region
-from l2r2_models.localize.unsupervised import activation_map, normalized_cut, otsu, patch_features
+from l2r2_models.localize.regions import largest_region, otsu
+from l2r2_models.localize.unsupervised import activation_map, normalized_cut, patch_features
 
 
 def planted(height, width, box, noise, seed=0):
@@ -93,8 +93,9 @@ def test_any_backbone_can_be_cut_and_batches_find_what_single_images_do(tmp_path
     torch.manual_seed(0)
     model = timm.create_model("l2r2", backbone=backbone, num_classes=3)
     hub.save_checkpoint(model, tmp_path / "run", ["a", "b", "c"])
-    for name in ("ncut", "cam"):
-        localizer = create_localizer(f"{name}:{tmp_path / 'run'}", device="cpu")
+    for name in ("ncut", "cam", "outlier"):
+        size = "?size=224" if name == "outlier" else ""
+        localizer = create_localizer(f"{name}:{tmp_path / 'run'}{size}", device="cpu")
         together = localizer(pictures)
         for image, found in zip(pictures, together):
             (alone,) = localizer([image])
@@ -138,12 +139,13 @@ def test_a_name_of_timm_stands_for_its_network_where_no_folder_is_called_so(tmp_
     assert str(create_localizer(f"ncut:{write_run(tmp_path / 'resnet10t').name}", device="cpu").spec) == "ncut:resnet10t"
 
 
-@pytest.mark.parametrize("name", ["ncut", "cam"])
+@pytest.mark.parametrize("name", ["ncut", "cam", "outlier"])
 def test_a_network_that_has_diverged_finds_nothing(tmp_path, pictures, name):
     checkpoint = hub.load_checkpoint(write_run(tmp_path / "run"))
     torch.nn.init.constant_(checkpoint.model.backbone.conv1[0].weight, float("nan"))
+    hub.save_checkpoint(checkpoint.model, tmp_path / "diverged", checkpoint.labels)
     with pytest.raises(L2R2Error, match="are not finite; its training has diverged"):
-        create_localizer(name, device="cpu", checkpoint=checkpoint)(pictures)
+        create_localizer(f"{name}:{tmp_path / 'diverged'}", device="cpu")(pictures)
 
 
 @pytest.mark.parametrize("backbone", ["resnet10t", "vit_tiny_patch16_224"])
@@ -256,6 +258,7 @@ def test_a_predictor_localizes_with_its_own_network(run, dataset):
         ("ncut:timm:resnet1800", "timm cannot load this model"),
         ("cam:x?level=2", "level must be otsu or a number between 0 and 1"),
         ("ncut:x?tau=7", "tau must be a cosine"),
+        ("outlier?size=9", "size must be a number of pixels from 32 to 2048"),
     ],
 )
 def test_unsuitable_localizers_are_refused(spec, message):
