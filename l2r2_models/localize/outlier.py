@@ -118,4 +118,5 @@ def border_distance(features: Tensor) -> Tensor:
     spread = covariance.diagonal().mean().clamp(min=1e-12)
     covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * spread * identity
     offset = patches - mean
-    return (offset * torch.linalg.solve(covariance, offset)).sum(0).clamp(min=0).sqrt().reshape(height, width).float()
+    squared: Tensor = (offset * torch.linalg.solve(covariance, offset)).sum(0)
+    return squared.clamp(min=0).sqrt().reshape(height, width).float()
