@@ -1,12 +1,14 @@
 """Where to mask: before the network, late in it, or its tokens; and iFAM, which needs no masks. ETH-80 objects on scenes.
 
     python benchmarks/robustness/masking.py OBJECTS SCENES [--seeds 0 1 2] [--work runs/masking] [--only vit:tokens ...]
+    python benchmarks/robustness/masking.py OBJECTS SCENES --start pretrained [--only "lite0:masked (early)" ...]
 
 OBJECTS and SCENES are data sets as `l2r2 composite` takes them. The composites have its default correlations (0.97 and 0.87),
-and ground-truth masks and boxes. Each row is a network trained from scratch on one kind of view (branch full or fg) with the
-same `finetune` that users call, and evaluated with the weights of the last epoch; nothing is chosen on any split. The published
-finding (Aniraj et al., ICCVW 2023) is that early masking beats late masking out of distribution. The same command continues an
-interrupted benchmark. Writes benchmarks/results/masking.csv.
+and ground-truth masks and boxes. Each row is a network trained on one kind of view (branch full or fg) with the same `finetune`
+that users call: small networks from scratch (64 pixels, 8 epochs), or EfficientNet-Lite0 from the installed ImageNet weights
+(recipe `few_images`, 128 pixels, 4 epochs). They are evaluated with the weights of the last epoch; nothing is chosen on any
+split. The published finding (Aniraj et al., ICCVW 2023) is that early masking beats late masking out of distribution. The same
+command continues an interrupted benchmark. Writes benchmarks/results/masking_START.csv.
 
 iFAM is trained on the same images without boxes and masks; the patches it keeps are compared with the ground-truth masks, see
 `FoundParts.agreement`. All values are in %.
@@ -18,7 +20,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from background_shift import PRECISIONS, about_run, recipe_of, write_table
+from background_shift import EPOCHS, NETWORKS, PIXELS, PRECISIONS, RESULTS, about_run, recipe_of, write_table
 
 from l2r2_models.checkpoints.checkpoint import load_checkpoint
 from l2r2_models.data.spawrious import composites
@@ -26,13 +28,21 @@ from l2r2_models.data.table import read_table
 from l2r2_models.evaluate.logits import branch_logits
 from l2r2_models.evaluate.parts import AGREEMENT, find_parts
 from l2r2_models.train.finetune import finetune
+from l2r2_models.train.recipe import Recipe
 
 SPLITS = ("test_id", "test_ood")
 SMALL_VIT = {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
 SMALL_CONVNEXT = {"patch_size": 2, "depths": [1, 1, 3, 1], "dims": [32, 64, 128, 256]}  # at 64 pixels its last map is 4 x 4
-BACKBONES: dict[str, dict] = {
-    "convnext": {"model": "l2r2_convnext_tiny", "backbone": SMALL_CONVNEXT},
-    "vit": {"model": "l2r2_vit_tiny_patch16_224", "backbone": SMALL_VIT},
+BACKBONES: dict[str, dict[str, dict]] = {
+    "scratch": {
+        "convnext": {"model": "l2r2_convnext_tiny", "backbone": SMALL_CONVNEXT},
+        "vit": {"model": "l2r2_vit_tiny_patch16_224", "backbone": SMALL_VIT},
+    },
+    "pretrained": {"lite0": {"model": NETWORKS["pretrained"]}},
+}
+SETTINGS: dict[str, dict] = {
+    "scratch": {"batch_size": 32, "size": 64, "epochs": 8},
+    "pretrained": {"size": PIXELS["pretrained"]["composites"], "epochs": EPOCHS["pretrained"]["composites"]},
 }
 KINDS: dict[str, dict] = {
     "full": {"branches": ("full",)},
@@ -44,26 +54,26 @@ KINDS: dict[str, dict] = {
     "tokens": {"branches": ("fg",), "fg_mode": "tokens"},
 }
 IFAM_RECIPE = {"model": "ifam_vit_tiny_patch16_224", "backbone": SMALL_VIT, "num_parts": 4}
-RESULTS = Path(__file__).parent.parent / "results" / "masking.csv"
 
 
-def plan(only: list[str] | None) -> dict[str, dict]:
+def plan(start: str, only: list[str] | None) -> dict[str, dict]:
     """Return the recipe keys of each network by name."""
     networks = {
         f"{backbone}:{kind}": {**of_backbone, **of_kind}
-        for backbone, of_backbone in BACKBONES.items()
+        for backbone, of_backbone in BACKBONES[start].items()
         for kind, of_kind in KINDS.items()
         if backbone == "vit" or kind != "tokens"
     }
-    networks["vit:ifam"] = IFAM_RECIPE
+    if start == "scratch":
+        networks["vit:ifam"] = IFAM_RECIPE
     return {name: keys for name, keys in networks.items() if not only or name in only}
 
 
-def measure(data: Path, work: Path, name: str, keys: dict, seed: int, size: int, epochs: int) -> list[dict]:
+def measure(data: Path, work: Path, name: str, recipe: Recipe, seed: int) -> list[dict]:
     """Train one network with one seed, and evaluate its branches and, for iFAM, the patches it keeps."""
     run = work / f"{name.replace(':', '_').replace(', ', '_').replace(' ', '_')}_s{seed}"
     print(f"{name}, seed {seed}", flush=True)
-    finetune(data, recipe_of("scratch", **{"batch_size": 32, **keys, "size": size, "epochs": epochs, "seed": seed}), run)
+    finetune(data, recipe, run)
     checkpoint = load_checkpoint(run)
     splits = {split: read_table(data).of_split(split) for split in SPLITS}
     found = {split: branch_logits(checkpoint, table, run / "logits") for split, table in splits.items()}
@@ -88,23 +98,27 @@ def main() -> None:
     parser.add_argument("objects", type=Path)
     parser.add_argument("scenes", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--only", nargs="+", choices=list(plan(None)))
+    parser.add_argument("--start", choices=list(BACKBONES), default="scratch")
+    parser.add_argument("--only", nargs="+", choices=[name for start in BACKBONES for name in plan(start, None)])
     parser.add_argument("--work", type=Path, default=Path("runs/masking"))
     arguments = parser.parse_args()
     data = composites(arguments.objects, arguments.scenes, arguments.work / "data")
     rows = len(read_table(data).of_split("train"))
-    about = about_run(pixels=arguments.size, epochs=arguments.epochs, training_rows=rows, precision=PRECISIONS["scratch"])
+    settings, start = SETTINGS[arguments.start], arguments.start
+    about = about_run(
+        start=start, pixels=settings["size"], epochs=settings["epochs"], training_rows=rows, precision=PRECISIONS[start]
+    )
+    out = RESULTS / f"masking_{start}.csv"
     table: list[dict] = []
     for seed in arguments.seeds:
-        for name, keys in plan(arguments.only).items():
-            table += measure(data, arguments.work, name, keys, seed, arguments.size, arguments.epochs)
-            RESULTS.parent.mkdir(parents=True, exist_ok=True)
-            write_table(table, RESULTS, about)
+        for name, keys in plan(start, arguments.only).items():
+            recipe = recipe_of(start, **{**settings, **keys, "seed": seed})
+            table += measure(data, arguments.work, name, recipe, seed)
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            write_table(table, out, about)
             row = table[-1]
             print("   ".join(f"{split} {row[split]:5.1f}" for split in SPLITS), flush=True)
-    print(f"wrote {RESULTS}")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":
