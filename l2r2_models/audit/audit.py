@@ -27,7 +27,7 @@ from .classifier import Audited, load_audited, match_classes
 from .metrics import Estimate, measures
 from .perturbations import Donors, Subject, number_of, plan
 from .samples import Progress, Subjects, find_subjects
-from .verdict import verdict_of
+from .verdict import advice_of, verdict_of
 
 logger = logging.getLogger(__name__)
 BATCH_PIXELS = 50_000_000  # pixels of changed images held in memory
@@ -191,7 +191,7 @@ def run_audit(
         {name: verdict_of(_who(audited, name), found[name], len(subjects), count) for name in audited.answers},
         group,
         {"seed": seed, "backgrounds": backgrounds, "challenge": challenge, "limit": limit},
-        _warnings(audited, subjects, split_name),
+        _warnings(audited, subjects, split_name, found),
     )
     return AuditRun(result, subjects, answers, audited.grain)
 
@@ -206,7 +206,9 @@ def _who(audited: Audited, answer: str) -> str:
     return "this model" if answer == audited.answers[-1] else f"the {answer} branch alone"
 
 
-def _warnings(audited: Audited, subjects: Subjects, split: str) -> tuple[str, ...]:
+def _warnings(
+    audited: Audited, subjects: Subjects, split: str, estimates: Mapping[str, Mapping[str, Estimate]]
+) -> tuple[str, ...]:
     found: tuple[str, ...] = ()
     if audited.folder is not None:
         found = warnings_of(audited.folder, subjects.table, split, "do not carry over to new images")
@@ -214,7 +216,10 @@ def _warnings(audited: Audited, subjects: Subjects, split: str) -> tuple[str, ..
         found += (f"{count} of {len(subjects) + sum(subjects.left_out.values())} images left out: {reason}.",)
     if len(set(subjects.labels)) == 1:
         found += ("all images have the same class, so there are no backgrounds of other classes.",)
-    if all(row.mask_file is None for row in subjects.table.rows):
+    masks = any(row.mask_file is not None for row in subjects.table.rows)
+    if advice := advice_of(estimates.get("fg", {}), audited.spec.fg_mode, masks):
+        found += (advice,)
+    if not masks:
         found += ("there are boxes but no masks, so the background inside a box counts as object and moves with it.",)
     return found
 

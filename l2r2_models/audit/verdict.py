@@ -51,6 +51,25 @@ def verdict_of(who: str, estimates: Mapping[str, Estimate], images: int, classes
     return f"{lost}: {images} images are too few to tell whether that is more than {100 * LEANS:.0f} points."
 
 
+def advice_of(estimates: Mapping[str, Estimate], fg_mode: str, masks: bool) -> str | None:
+    """Return what to do about an fg branch that relies on the background inside its box, or None.
+
+    Args:
+        estimates: estimates of the fg branch by name.
+        fg_mode: what fg sees, see `ViewSpec`.
+        masks: whether the audited objects have masks.
+
+    >>> advice_of({"swap_loss": Estimate(0.2, 0.1, 0.3)}, "crop", masks=True)
+    'the fg branch relies on the background inside its box; the data has masks, so try to train with --fg-mode masked_crop.'
+    """
+    loss = estimates.get("swap_loss")
+    if loss is None or loss.low <= LEANS or fg_mode != "crop" or not masks:
+        return None
+    return (
+        "the fg branch relies on the background inside its box; the data has masks, so try to train with --fg-mode masked_crop."
+    )
+
+
 def _cause(estimates: Mapping[str, Estimate]) -> str:
     gap = estimates.get("bg_gap")
     if gap is None:

@@ -16,7 +16,7 @@ from l2r2_models.audit.perturbations import (
     plan,
     swap,
 )
-from l2r2_models.audit.verdict import verdict_of
+from l2r2_models.audit.verdict import advice_of, verdict_of
 from l2r2_models.evaluate.metrics import bootstrap_interval
 from l2r2_models.views import ViewSpec, make_views
 
@@ -260,3 +260,17 @@ def test_the_backgrounds_of_a_challenge_are_those_of_every_other_image():
     donors = Donors([f"{i}" for i in range(7)], ["a", "b"] * 3 + ["a"], 2, 0, [0, 0, 1, 2, 3, 4, 5])
     assert sorted(donors.others(0)) == [2, 3, 4, 5, 6] and sorted(donors.others(4)) == [0, 2, 3, 5, 6]
     assert donors.others(0) == donors.others(0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "fg_mode", "masks", "advised"),
+    [
+        ((0.2, 0.1, 0.3), "crop", True, True),
+        ((0.2, 0.1, 0.3), "crop", False, False),
+        ((0.2, 0.1, 0.3), "masked_crop", True, False),
+        ((0.1, 0.04, 0.2), "crop", True, False),
+    ],
+)
+def test_masks_are_advised_where_they_exist_and_the_crop_certainly_leans_on_its_background(loss, fg_mode, masks, advised):
+    advice = advice_of(figures(loss), fg_mode, masks)
+    assert (advice is not None) == advised
