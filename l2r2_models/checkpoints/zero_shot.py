@@ -99,6 +99,8 @@ def build_zero_shot(spec: ZeroShotSpec) -> tuple[ZeroShotNetwork, str]:
     fitted = None if spec.fusion_file is None else read_fusion(spec.fusion_file, prompts.labels)
     fusion = spec.fusion if fitted is None else fitted.config()
     model = ZeroShotNetwork(towers.image, prototypes, towers.scale, towers.bias, views, name=spec.source, fusion=fusion)
+    if fitted is None and model.fusion.needs_fit:
+        raise L2R2Error(f'{spec.source}: the fusion "{model.fusion.name}" must be fitted first; use `l2r2 fuse -o`.')
     if fitted is not None:
         model.fusion.load_state_dict(fitted.state_dict())
     state = {name: value.tolist() for name, value in model.fusion.state_dict().items()}

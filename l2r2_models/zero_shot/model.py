@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ..errors import L2R2Error
-from ..fusion import create_fusion
+from ..fusion import INPUTS, create_fusion
 from ..models.l2r2 import L2R2
 from ..models.timm_contract import TimmContract
 from ..views import ViewSpec, check_branches
@@ -87,14 +87,16 @@ class ZeroShotNetwork(L2R2):
         self.requires_grad_(False)
 
     def with_branches(self, branches: Sequence[str]) -> ZeroShotNetwork:
-        """Return a network with the same tower and prototypes, and other branches; the fusion keeps its inputs."""
+        """Return a network with the same tower and prototypes and other branches, and the same fusion if it can be kept."""
         head: Any = self.heads[self.branches[0]]
-        inputs = [b for b in ("fg", "full", "bg") if b in (self.fusion.over or self.branches)]
-        fusion = {**self.fusion.config(), **({"inputs": inputs} if len(inputs) > 1 else {})}
+        inputs = [b for b in INPUTS if b in (self.fusion.over or self.branches)]
+        keeps = len(inputs) > 1 and set(inputs) <= set(branches)
+        fusion = {**self.fusion.config(), "inputs": inputs} if keeps else "max_confidence"
         prototypes, tower, views = head.prototypes, self.backbone, self.view_spec
         name = self.backbone_name
         other = ZeroShotNetwork(tower, prototypes, head.scale, head.bias, views, name=name, branches=branches, fusion=fusion)
-        other.fusion.load_state_dict(self.fusion.state_dict())
+        if keeps:
+            other.fusion.load_state_dict(self.fusion.state_dict())
         return other.eval()
 
     @torch.jit.ignore
