@@ -17,6 +17,7 @@ from ..data.table import ImageTable, read_table
 from ..errors import L2R2Error
 from ..fusion import FUSIONS, INPUTS, Fusion, Grouping, GroupShare, MetadataPrior, create_fusion, with_fallback
 from ..fusion.calibration import fit_temperature
+from ..fusion.prior_file import read_prior
 from ..runs import LOGITS, record_of
 from .fit_run import rows_of
 from .fuse import fit, fuse
@@ -151,7 +152,8 @@ def judge_run(
         split: the split to evaluate. Nothing is fitted on it.
         group: metadata column; adds the accuracy by its values and the worst of them.
         fit_split: held-out split to fit every fusion and the temperature of every output on; never `split` itself.
-        prior: metadata column; adds each own output corrected by a `MetadataPrior` estimated on the run's training rows.
+        prior: metadata column; adds each own output corrected by a `MetadataPrior` estimated on the run's training rows. Or a
+            JSON file of `l2r2 prior fit`, which is used instead.
         others: more runs with the same labels (e.g. other seeds); adds ensembles, the mean probabilities over the runs of each
             branch and of the fusions.
         skip_bad: leave out images that cannot be used instead of stopping.
@@ -179,7 +181,7 @@ def judge_run(
         _check_classes(runs[0], rows, name)
     if group:
         splits[split].column(group)
-    for rows in splits.values() if prior else ():
+    for rows in splits.values() if prior and Path(prior).suffix != ".json" else ():
         rows.column(str(prior))
     correct = _prior(run, table, runs[0].labels, prior) if prior else None
     branches = runs[0].model.branches
@@ -303,7 +305,7 @@ def _outputs(
     if can_fuse(parts[0]):
         outputs.update((name, fuse(fusion, parts[0])) for name, fusion in fusions.items())
     if correct:
-        outputs.update({f"{name} + {prior}": correct(z, parts[0].table) for name, z in own[0].items()})
+        outputs.update({f"{name} + {Path(str(prior)).stem}": correct(z, parts[0].table) for name, z in own[0].items()})
     if len(runs) > 1:
         outputs.update(_ensembles(own, [checkpoint.labels for checkpoint in runs]))
     return outputs
@@ -347,13 +349,17 @@ def _check_classes(checkpoint: Checkpoint, rows: ImageTable, split: str) -> None
         )
 
 
-def _prior(run: Path | str, table: ImageTable, labels: Sequence[str], column: str) -> Correct:
+def _prior(run: Path | str, table: ImageTable, labels: Sequence[str], prior: str) -> Correct:
+    """Read a prior from a file, or count a column of the training rows."""
+    if Path(prior).suffix == ".json":
+        read = read_prior(Path(prior), labels)
+        return lambda logits, judged: read(logits, [dict(row.columns) for row in judged.rows])
     rows = table.of_names(record_of(run).get("train_files", []))
     if not len(rows):
         raise L2R2Error(f"{table.root}: contains none of the images that {run} was trained on, so a prior cannot be estimated.")
-    index = {label: i for i, label in enumerate(labels)}
-    if other := next((row for row in rows.rows if row.label not in index), None):
+    if other := next((row for row in rows.rows if row.label not in labels), None):
         raise L2R2Error(f"{other.path}: its class {other.label} is unknown to {run}; pass the data that the run was trained on.")
-    known = torch.tensor([index[str(row.label)] for row in rows.rows])
-    prior = MetadataPrior(known, rows.column(column), len(labels))
-    return lambda logits, judged: prior(logits, judged.column(column))
+    rows.column(prior)
+    truth, values = [str(row.label) for row in rows.rows], [dict(row.columns) for row in rows.rows]
+    counted = MetadataPrior.of_rows(labels, truth, values, [prior])
+    return lambda logits, judged: counted(logits, [dict(row.columns) for row in judged.rows])
