@@ -118,7 +118,7 @@ def fit_run(
     zero_shot = is_zero_shot(str(run))
     _check_place(run, zero_shot, out, save, abstain_risk)
     checkpoint = load_checkpoint(run, any_fusion=True)
-    if save and not zero_shot and changed_weights(run, checkpoint.digest):
+    if save and not zero_shot and changed_weights(Path(run), checkpoint.digest):
         raise L2R2Error(f"{run}: the weights have changed since training (their SHA-256 differs from run.json); train it again.")
     everything = read_table(data, metadata=metadata, boxes=boxes)
     table = rows_of(run, everything, split)

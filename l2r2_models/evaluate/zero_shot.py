@@ -1,6 +1,6 @@
 """What the evaluation of a zero-shot model adds: every view, the center crop, and debiasing by the background.
 
-Source: L2R2 5.2, Table 5; see `docs/method.md`, section 7.
+Source: L2R2 5.2, Table 5; see `docs/method.md`, section 10.
 """
 
 from __future__ import annotations

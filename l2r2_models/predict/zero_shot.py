@@ -14,7 +14,7 @@ from .predictor import Predictor
 class ZeroShotL2R2(Predictor):
     """A `Predictor` on CLIP, SigLIP, SigLIP2 or any model of open_clip: the same model sees the image and the object.
 
-    Source: L2R2, sections 3 and 5.2; see `docs/method.md`, section 7.
+    Source: L2R2, sections 3 and 5.2; see `docs/method.md`, section 10.
     """
 
     @classmethod

@@ -34,7 +34,7 @@ def prototypes_of(model: VisionLanguageModel, prompts: Prompts) -> Tensor:
     """Return the prototypes `[classes, D]` of length 1, from the cache if they are stored there.
 
     A prototype is the mean of the normalized embeddings of the prompts of a class, normalized again
-    (`docs/method.md`, section 7). At most `BATCH` texts are encoded at once, so that memory does not grow with their number.
+    (`docs/method.md`, section 10). At most `BATCH` texts are encoded at once, so that memory does not grow with their number.
 
     Args:
         model: the model; its text tower is only used if the prototypes are not stored.
