@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def audit(
-    model: Annotated[str, typer.Argument(help="timm:NAME, a folder in timm's layout, a run folder, or a Hub id (ORG/NAME).")],
+    model: Annotated[
+        str,
+        typer.Argument(help="timm:NAME, a folder in timm's layout, a run folder, a Hub id (ORG/NAME), or vlm:MODEL?names=FILE."),
+    ],
     data: Data,
     split: Annotated[Optional[str], typer.Option(help="Split to audit on.", show_default="test, or all")] = None,
     group: Group = None,

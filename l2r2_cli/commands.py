@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate-boxes": ("evaluate_boxes:evaluate_boxes", "Compare a box file with the true boxes."),
     "finetune": ("finetune:finetune", "Train a model on your images."),
     "fuse": ("fuse:fuse", "Fit the fusion of a run on held-out images."),
+    "prior": ("prior:prior", "Fit a prior on metadata such as habitat and month."),
     "evaluate": ("evaluate:evaluate", "Evaluate every branch and every fusion of a run."),
     "audit": ("audit:audit", "Measure how much a classifier relies on backgrounds."),
     "predict": ("predict:predict", "Classify images and give the reasons."),

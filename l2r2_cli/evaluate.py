@@ -31,7 +31,10 @@ def evaluate(
         Optional[str], typer.Option(help="Also fit every fusion and temperature on this held-out split, for comparison.")
     ] = None,
     prior: Annotated[
-        Optional[str], typer.Option(help="Metadata column whose class frequencies in the training split correct the predictions.")
+        Optional[str],
+        typer.Option(
+            help="Correct the predictions by metadata: a file of `l2r2 prior fit`, or a column, counted in the training split."
+        ),
     ] = None,
     others: Annotated[
         Optional[list[str]], typer.Option("--with", help="Another run with the same classes: adds ensembles. Repeatable.")

@@ -14,8 +14,11 @@ from .options import DATA, Boxes, Json, Metadata, SkipBad
 
 def fuse(
     run: Annotated[
-        Optional[Path],
-        typer.Argument(help="Run folder; the fitted fusion is saved in it.", show_default="none, with --predictions"),
+        Optional[str],
+        typer.Argument(
+            help="Run folder, in which the fitted fusion is saved; or vlm:MODEL?names=FILE, with -o.",
+            show_default="none, with --predictions",
+        ),
     ] = None,
     data: Annotated[Optional[Path], DATA] = None,
     split: Annotated[str, typer.Option(help="Held-out split to fit on; never the one to evaluate on.")] = "val",
@@ -50,7 +53,10 @@ def fuse(
         Optional[Path],
         typer.Option(help="Fuse these predictions of `l2r2 predict --store-logits` again, with --method or the fusion of RUN."),
     ] = None,
-    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="File for the predictions that are fused again.")] = None,
+    out: Annotated[
+        Optional[Path],
+        typer.Option("--out", "-o", help="File for the predictions that are fused again, or for the fusion of a vlm: model."),
+    ] = None,
 ) -> None:
     """Fit the fusion of a run on held-out rows, from branch logits that are computed once and stored.
 
@@ -62,8 +68,8 @@ def fuse(
         return
     if run is None or data is None:
         raise typer.BadParameter("fuse takes a run folder and a data set to fit on, or --predictions FILE")
-    if out is not None:
-        raise typer.BadParameter("-o is for --predictions; a fitted fusion is saved in the run")
+    if out is not None and not run.startswith("vlm:"):
+        raise typer.BadParameter("-o is for --predictions and vlm: models; a fitted fusion is saved in the run")
     from l2r2_models.evaluate.fit_run import fit_run
 
     report = fit_run(
@@ -81,6 +87,7 @@ def fuse(
         boxes=boxes,
         skip_bad=skip_bad,
         abstain_risk=abstain_risk,
+        out=out,
         save=not dry_run,
         progress=lambda batches, total: track(batches, total, "branch logits"),
     )
@@ -106,11 +113,11 @@ def fuse(
     if (limit := report.abstain) is not None:
         kept = f"{limit.coverage:.0%} of the {limit.images} images keep their prediction, {limit.reached:.1%} of these are wrong"
         say(f"abstains below a confidence of {limit.threshold:.3f}: {kept}")
-    say(f"{'would change' if dry_run else 'saved into'} {run}: {json.dumps(report.config)}")
+    say(f"{'would change' if dry_run else 'saved into'} {out or run}: {json.dumps(report.config)}")
 
 
 def _fuse_again(
-    predictions: Path, out: Path | None, run: Path | None, data: Path | None, method: str | None, inputs: tuple[str, ...] | None
+    predictions: Path, out: Path | None, run: str | None, data: Path | None, method: str | None, inputs: tuple[str, ...] | None
 ) -> None:
     if out is None:
         raise typer.BadParameter("--predictions needs -o, the file to write")
@@ -120,6 +127,6 @@ def _fuse_again(
         raise typer.BadParameter("--predictions needs a fusion: --method for one without fit, or the run that it is fitted in")
     from l2r2_models.predict.fuse_again import fuse_again
 
-    config = fuse_again(predictions, out, method=method, inputs=inputs, run=None if run is None else str(run))
+    config = fuse_again(predictions, out, method=method, inputs=inputs, run=run)
     say(f"fused with {json.dumps(config)}")
     say(f"wrote {out}")

@@ -9,7 +9,7 @@ import typer
 
 DATA = typer.Argument(help="Data set: one folder per class, a folder with metadata.csv or .jsonl, or hf:ORG/NAME.")
 Data = Annotated[Path, DATA]
-Run = Annotated[str, typer.Argument(help="Run folder, or a Hub id (ORG/NAME).")]
+Run = Annotated[str, typer.Argument(help="Run folder, a Hub id (ORG/NAME), or vlm:MODEL?names=FILE (zero-shot).")]
 Boxes = Annotated[
     Optional[Path],
     typer.Option(

@@ -81,6 +81,13 @@ def predict(
         Optional[float],
         typer.Option(help="Withhold predictions of low confidence, for this risk (error rate); see `l2r2 fuse --abstain-risk`."),
     ] = None,
+    prior: Annotated[
+        Optional[Path], typer.Option(help="JSON file of `l2r2 prior fit`: correct the predictions by the metadata of each image.")
+    ] = None,
+    metadata: Annotated[
+        Optional[Path],
+        typer.Option(help="CSV or JSONL file with file_name and the columns of --prior.", show_default="the data set's"),
+    ] = None,
     store_logits: Annotated[
         bool,
         typer.Option("--store-logits", help="Keep the branch logits, so that `l2r2 fuse --predictions` can fuse them again."),
@@ -90,11 +97,15 @@ def predict(
     from l2r2_models.predict.inputs import gather
     from l2r2_models.predict.predict_files import predict_to_file
     from l2r2_models.predict.predictor import Predictor
-    from l2r2_models.predict.rule_files import read_rules, threshold_for
+    from l2r2_models.predict.rule_files import read_rules, threshold_for, with_prior
 
     if localizer is not None and boxes is not None:
         raise typer.BadParameter("--localizer finds the boxes and --boxes reads them from a file; use one or the other")
+    if metadata is not None and prior is None:
+        raise typer.BadParameter("--metadata has the columns for --prior, which is missing")
     inputs = gather(images, boxes, split)
+    if metadata is not None:
+        inputs = inputs.with_columns(metadata)
     if localizer is not None:
         inputs = inputs.without_boxes()
     predictor = Predictor.from_pretrained(
@@ -119,6 +130,8 @@ def predict(
         rollup=rollup,
         abstain=None if abstain is None else threshold_for(predictor.checkpoint, abstain),
     )
+    if prior is not None:
+        rules = with_prior(rules, prior, inputs)
     predictor = predictor.with_rules(rules)
     if predictor.model.finds_object and (inputs.entries or inputs.masks):
         errors.print("this model finds its object itself; boxes and masks are not used")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .explain.explainer import Explainer
     from .predict.prediction import Prediction
     from .predict.predictor import Predictor
+    from .predict.zero_shot import ZeroShotL2R2
     from .train.finetune import finetune
     from .train.recipe import Recipe
 
@@ -34,6 +35,7 @@ _LAZY = {  # imported on first access
     "Prediction": "predict.prediction",
     "Predictor": "predict.predictor",
     "Recipe": "train.recipe",
+    "ZeroShotL2R2": "predict.zero_shot",
     "evaluate_run": "evaluate.evaluator",
     "finetune": "train.finetune",
     "load_checkpoint": "checkpoints",
@@ -53,6 +55,7 @@ __all__ = [
     "Recipe",
     "ViewSpec",
     "Views",
+    "ZeroShotL2R2",
     "create_fusion",
     "evaluate_run",
     "finetune",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..boxes.detections import BOX_THRESHOLD
 from ..checkpoints.checkpoint import load_checkpoint
 from ..checkpoints.download import local_folder, open_checkpoint
+from ..checkpoints.zero_shot import is_zero_shot
 from ..errors import L2R2Error
 from ..fusion import with_fallback
 from ..io import read_json, read_text
@@ -87,7 +88,7 @@ def load_audited(source: str | Path, labels: Path | None = None) -> Audited:
     pretrained config), without the center crop of timm's evaluation, which would cut off objects, more or less by model.
 
     Args:
-        source: `timm:NAME` (pretrained), a folder in timm's layout, an L2R2 run, or a Hub id.
+        source: `timm:NAME` (pretrained), a folder in timm's layout, an L2R2 run, a Hub id, or `vlm:SOURCE?names=FILE`.
         labels: file with the class names of a plain model in the order of the logits, one per line or as a JSON list.
 
     Raises:
@@ -96,12 +97,13 @@ def load_audited(source: str | Path, labels: Path | None = None) -> Audited:
     name = str(source)
     if name.startswith("timm:"):
         return _plain(name, _create(name, name.removeprefix("timm:")), labels)
-    local = local_folder(name)
-    folder, config = open_checkpoint(name)
-    if "l2r2" not in config:
-        return _plain(name, _create(name, f"local-dir:{folder}"), labels, local)
+    local = None if is_zero_shot(name) else local_folder(name)
+    if not is_zero_shot(name):
+        folder, config = open_checkpoint(name)
+        if "l2r2" not in config:
+            return _plain(name, _create(name, f"local-dir:{folder}"), labels, local)
     if labels is not None:
-        raise L2R2Error(f"{name}: an L2R2 checkpoint has its own class names; do not pass --labels.")
+        raise L2R2Error(f"{name}: this model has its own class names; do not pass --labels.")
     checkpoint = load_checkpoint(source)
     model = checkpoint.model
     names = tuple((label,) for label in checkpoint.labels)

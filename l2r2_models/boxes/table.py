@@ -129,10 +129,15 @@ class BoxTable:
         Raises:
             L2R2Error: when several entries match.
         """
-        key = self._key(str(path))
+        key = self.key_of(str(path))
         return None if key is None else self.entries[key]
 
-    def _key(self, path: str) -> str | None:
+    def key_of(self, path: str) -> str | None:
+        """Return the path of an image as the file writes it; None if it does not list the image.
+
+        Raises:
+            L2R2Error: when several entries match.
+        """
         if path in self.entries:
             return path
         wanted = _parts(path)
@@ -154,7 +159,7 @@ class BoxTable:
         joined: dict[str, BoxEntry] = {}
         used: dict[str, str] = {}
         for path in map(str, paths):
-            if (key := self._key(path)) is None:
+            if (key := self.key_of(path)) is None:
                 continue
             if (other := used.setdefault(key, path)) != path:
                 raise L2R2Error(f"{self.source}: one entry matches both {other} and {path}; use longer paths in it.")

@@ -24,6 +24,7 @@ from ..models.l2r2 import L2R2
 from ..runs import changed_weights
 from .download import check_hash, local_folder, open_checkpoint
 from .format import CONFIG, FORMAT_VERSION, WEIGHTS, check_config
+from .zero_shot import ZeroShotSpec, build_zero_shot, is_zero_shot
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,8 @@ def load_checkpoint(source: str | Path, *, any_fusion: bool = False) -> Checkpoi
     """Load a checkpoint from a run's folder or a Hub repository.
 
     Args:
-        source: a folder, or a Hub id (`org/name` or `hf-hub:org/name[@revision]`).
+        source: a folder, a Hub id (`org/name` or `hf-hub:org/name[@revision]`), or a vision-language model that is not
+            trained further (`vlm:SOURCE?names=FILE`, see `ZeroShotSpec`).
         any_fusion: accept weights whose fusion differs from the config's, in order to fit it again.
 
     Raises:
@@ -156,6 +158,8 @@ def load_checkpoint(source: str | Path, *, any_fusion: bool = False) -> Checkpoi
     ('edible', 'poisonous')
     """
     name = str(source)
+    if is_zero_shot(name):
+        return zero_shot_checkpoint(ZeroShotSpec.parse(name), name)
     folder, config = open_checkpoint(name)
     check_config(config, name)
     digest = file_sha256(folder / WEIGHTS)
@@ -176,6 +180,20 @@ def load_checkpoint(source: str | Path, *, any_fusion: bool = False) -> Checkpoi
         raise L2R2Error(f"{name}: {CONFIG} has {len(labels)} label_names for {model.num_classes} classes; list one per class.")
     ours = config["l2r2"]
     return Checkpoint(model.eval(), labels, ours.get("training", {}), name, digest, ours.get("localizer", {}))
+
+
+def zero_shot_checkpoint(spec: ZeroShotSpec, name: str) -> Checkpoint:
+    """Load a vision-language model that classifies without training.
+
+    Args:
+        spec: the model and its classes.
+        name: its name, for messages and files.
+
+    Raises:
+        L2R2Error: when it cannot be loaded.
+    """
+    model, digest = build_zero_shot(spec)
+    return Checkpoint(model, spec.prompts.labels, {}, name, digest)
 
 
 def load_fusion(source: str | Path) -> tuple[Fusion, tuple[str, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,28 @@ def download(name: str) -> Path:
             config = Path(hf_hub_download(repo, CONFIG, revision=revision or None))
             # pin the commit, in case somebody pushes between the two downloads
             return Path(hf_hub_download(repo, WEIGHTS, revision=config.parent.name)).parent
+    except HFValidationError:
+        raise L2R2Error(f"{name}: no such folder, and not a Hub id of the form org/name.") from None
+    except Exception as error:  # exceptions of huggingface_hub and its HTTP client have no common base
+        raise L2R2Error(f"{name}: {_why_not(error, name, repo, revision)}.") from error
+
+
+def download_files(name: str, patterns: Sequence[str]) -> Path:
+    """Download the files of a Hub repository that match one of the patterns, unless cached.
+
+    Returns:
+        The folder in the Hub's cache.
+
+    Raises:
+        L2R2Error: when the download fails.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    repo, _, revision = name.removeprefix("hf-hub:").partition("@")
+    try:
+        with cache_if_offline():
+            return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(patterns)))
     except HFValidationError:
         raise L2R2Error(f"{name}: no such folder, and not a Hub id of the form org/name.") from None
     except Exception as error:  # exceptions of huggingface_hub and its HTTP client have no common base

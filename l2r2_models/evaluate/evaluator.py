@@ -17,12 +17,15 @@ from ..data.table import ImageTable, read_table
 from ..errors import L2R2Error
 from ..fusion import FUSIONS, INPUTS, Fusion, Grouping, GroupShare, MetadataPrior, create_fusion, with_fallback
 from ..fusion.calibration import fit_temperature
+from ..fusion.prior_file import read_prior
 from ..runs import LOGITS, record_of
-from .fit_run import rows_of, trained_on, warnings_of
+from .fit_run import rows_of
 from .fuse import fit, fuse
 from .logits import BranchLogits, Progress, branch_logits
 from .metrics import confusion_matrix, measure, oracle
+from .notes import classes_seen, fitted_on_seen, intervened, left_out, warnings_on
 from .shift import adapt_run, can_fuse
+from .zero_shot import strength_on_swapped, with_every_branch, zero_shot_outputs
 
 OWN = "fused: "  # prefix of the name of the run's own fusion
 Correct = Callable[[Tensor, ImageTable], Tensor]
@@ -149,7 +152,8 @@ def judge_run(
         split: the split to evaluate. Nothing is fitted on it.
         group: metadata column; adds the accuracy by its values and the worst of them.
         fit_split: held-out split to fit every fusion and the temperature of every output on; never `split` itself.
-        prior: metadata column; adds each own output corrected by a `MetadataPrior` estimated on the run's training rows.
+        prior: metadata column; adds each own output corrected by a `MetadataPrior` estimated on the run's training rows. Or a
+            JSON file of `l2r2 prior fit`, which is used instead.
         others: more runs with the same labels (e.g. other seeds); adds ensembles, the mean probabilities over the runs of each
             branch and of the fusions.
         skip_bad: leave out images that cannot be used instead of stopping.
@@ -162,7 +166,7 @@ def judge_run(
     """
     if fit_split == split:
         raise L2R2Error(f"The split {split} cannot be used both to fit and to evaluate; choose another split to fit on.")
-    runs = [load_checkpoint(source) for source in (run, *others)]
+    runs = [with_every_branch(load_checkpoint(source)) for source in (run, *others)]
     if drop_parts or token_quantile:
         for checkpoint in runs:
             try:
@@ -177,7 +181,7 @@ def judge_run(
         _check_classes(runs[0], rows, name)
     if group:
         splits[split].column(group)
-    for rows in splits.values() if prior else ():
+    for rows in splits.values() if prior and Path(prior).suffix != ".json" else ():
         rows.column(str(prior))
     correct = _prior(run, table, runs[0].labels, prior) if prior else None
     branches = runs[0].model.branches
@@ -195,23 +199,29 @@ def judge_run(
 
     judged, held_out = logits_of_runs(split), logits_of_runs(fit_split) if fit_split else None
     fusions = _fusions(runs[0], judged[0], held_out[0] if held_out else None)
-    outputs = _outputs(runs, judged, fusions, correct, prior)
+    strength = strength_on_swapped(runs[0], held_out[0].table, held_out[0].table, skip_bad, progress) if held_out else None
+
+    def outputs_on(parts: list[BranchLogits]) -> dict[str, Tensor]:
+        baselines = zero_shot_outputs(runs[0], parts[0], strength, workers, progress)
+        return {**_outputs(runs, parts, fusions, correct, prior), **baselines}
+
+    outputs = outputs_on(judged)
     grouping = Grouping.parse(adapt)
     adapted = adapt_run(runs[0], judged[0], grouping, group, split)
     if grouping is not None:
         outputs[f"{OWN}{runs[0].model.fusion.name}, by {grouping}"] = adapted.logits
     temperatures = {}
     if held_out:
-        fitting = _outputs(runs, held_out, fusions, correct, prior)
+        fitting = outputs_on(held_out)
         temperatures = {name: fit_temperature(z, held_out[0].labels) for name, z in fitting.items()}
     rows = judged[0].table
     bad = {**judged[0].bad, **(held_out[0].bad if held_out else {})}
-    warnings = _warnings((run, *others), judged[0], split)
+    warnings = warnings_on((run, *others), judged[0], split)
     if fit_split:
-        warnings += _fitted_on_seen((run, *others), splits[fit_split], fit_split)
+        warnings += fitted_on_seen((run, *others), splits[fit_split], fit_split)
     evaluated = [(part[0], name) for part, name in ((judged, split), (held_out, fit_split)) if part]
-    notes = _intervened(runs[0]) + tuple(note for part, name in evaluated for note in _left_out(part, str(name)))
-    notes += _classes_seen(judged[0], runs[0].labels, split)
+    notes = intervened(runs[0]) + tuple(note for part, name in evaluated for note in left_out(part, str(name)))
+    notes += classes_seen(judged[0], runs[0].labels, split)
     shares = {str(place): share for place, share in adapted.shares.items()}
     return Judged(
         runs[0],
@@ -228,14 +238,6 @@ def judge_run(
         warnings,
         notes,
     )
-
-
-def _intervened(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Describe the interventions on the network."""
-    done = checkpoint.model.interventions()
-    what = [f"without the parts {', '.join(map(str, done['drop_parts']))}"] if "drop_parts" in done else []
-    what += [f"without patches below the quantile {done['token_quantile']:g}"] if "token_quantile" in done else []
-    return (f"These metrics are of the network {' and '.join(what)}.",) if what else ()
 
 
 def evaluation_of(judged: Judged) -> Evaluation:
@@ -303,7 +305,7 @@ def _outputs(
     if can_fuse(parts[0]):
         outputs.update((name, fuse(fusion, parts[0])) for name, fusion in fusions.items())
     if correct:
-        outputs.update({f"{name} + {prior}": correct(z, parts[0].table) for name, z in own[0].items()})
+        outputs.update({f"{name} + {Path(str(prior)).stem}": correct(z, parts[0].table) for name, z in own[0].items()})
     if len(runs) > 1:
         outputs.update(_ensembles(own, [checkpoint.labels for checkpoint in runs]))
     return outputs
@@ -347,53 +349,17 @@ def _check_classes(checkpoint: Checkpoint, rows: ImageTable, split: str) -> None
         )
 
 
-def _warnings(sources: Sequence[Path | str], judged: BranchLogits, split: str) -> tuple[str, ...]:
-    """Warn of rows that a run was trained or fitted on, of missing boxes, and of boxes found with the true labels."""
-    found = list(warnings_of(sources[0], judged.table, split, "do not carry over to new images"))
-    for other in sources[1:]:
-        found += [f"{other}: {w}" for w in warnings_of(other, judged.table, split, "do not carry over to new images")]
-    if judged.table.boxes_from.get("oracle"):
-        found.append("the boxes were found with each image's true label as prompt, which new images lack; for analysis only.")
-    if not judged.has_fg.any() and "fg" in judged.logits:
-        found.append(f"no object was found in any image of {split}; pass --boxes FILE if the boxes are in a file.")
-    return tuple(found)
-
-
-def _fitted_on_seen(sources: Sequence[Path | str], rows: ImageTable, split: str) -> tuple[str, ...]:
-    """Warn of rows to fit on that a run was trained on; with `--val-fraction`, seeds hold out different rows."""
-    found = []
-    for source in sources:
-        if seen := trained_on(source, rows, split):
-            found.append(f"{source}: {seen}; a fusion fitted on them will overrate this run.")
-    return tuple(found)
-
-
-def _left_out(data: BranchLogits, split: str | None) -> tuple[str, ...]:
-    if not data.bad:
-        return ()
-    names = ", ".join(path.name for path in list(data.bad)[:3])
-    return (f"{len(data.bad)} of {len(data) + len(data.bad)} images of {split} cannot be used and are left out, e.g. {names}.",)
-
-
-def _classes_seen(data: BranchLogits, labels: Sequence[str], split: str) -> tuple[str, ...]:
-    occurring = set(data.labels.tolist())
-    absent = [label for i, label in enumerate(labels) if i not in occurring]
-    if len(occurring) == 1:
-        only = labels[occurring.pop()]
-        return (f"All images of {split} show {only}: the accuracy is the recall of this class.",)
-    if not absent:
-        return ()
-    names = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
-    return (f"{len(absent)} of {len(labels)} classes do not occur in {split} ({names}); the macro accuracy leaves them out.",)
-
-
-def _prior(run: Path | str, table: ImageTable, labels: Sequence[str], column: str) -> Correct:
+def _prior(run: Path | str, table: ImageTable, labels: Sequence[str], prior: str) -> Correct:
+    """Read a prior from a file, or count a column of the training rows."""
+    if Path(prior).suffix == ".json":
+        read = read_prior(Path(prior), labels)
+        return lambda logits, judged: read(logits, [dict(row.columns) for row in judged.rows])
     rows = table.of_names(record_of(run).get("train_files", []))
     if not len(rows):
         raise L2R2Error(f"{table.root}: contains none of the images that {run} was trained on, so a prior cannot be estimated.")
-    index = {label: i for i, label in enumerate(labels)}
-    if other := next((row for row in rows.rows if row.label not in index), None):
+    if other := next((row for row in rows.rows if row.label not in labels), None):
         raise L2R2Error(f"{other.path}: its class {other.label} is unknown to {run}; pass the data that the run was trained on.")
-    known = torch.tensor([index[str(row.label)] for row in rows.rows])
-    prior = MetadataPrior(known, rows.column(column), len(labels))
-    return lambda logits, judged: prior(logits, judged.column(column))
+    rows.column(prior)
+    truth, values = [str(row.label) for row in rows.rows], [dict(row.columns) for row in rows.rows]
+    counted = MetadataPrior.of_rows(labels, truth, values, [prior])
+    return lambda logits, judged: counted(logits, [dict(row.columns) for row in judged.rows])

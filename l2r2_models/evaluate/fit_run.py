@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ..checkpoints.format import WEIGHTS
+from ..checkpoints.fusion_file import write_fusion
+from ..checkpoints.zero_shot import is_zero_shot
 from ..data.table import ImageTable, read_table
 from ..errors import L2R2Error
 from ..fusion import FUSIONS, Fusion, fit_batch
@@ -70,7 +72,7 @@ ONE_KIND = {
 
 
 def fit_run(
-    run: Path,
+    run: Path | str,
     data: Path,
     split: str,
     *,
@@ -85,13 +87,14 @@ def fit_run(
     boxes: Path | None = None,
     skip_bad: bool = False,
     abstain_risk: float | None = None,
+    out: Path | None = None,
     save: bool = True,
     progress: Progress = lambda batches, _: batches,
 ) -> FuseReport:
     """Fit the fusions on one split and save the chosen one into the run.
 
     Args:
-        run: run folder; the branch logits are stored in it.
+        run: run folder, in which the branch logits are stored too; or a zero-shot model (`vlm:MODEL?names=FILE`).
         data, metadata, boxes: see `read_table`.
         split: the split to fit on, see `rows_of`.
         method: name of a fusion, or `best_on_val` (default) for the one that `choose` selects.
@@ -102,7 +105,8 @@ def fit_run(
         scenes: folder of images that provide the backgrounds instead, see `backgrounds_in`.
         skip_bad: leave unreadable images out instead of stopping.
         abstain_risk: also fit the confidence below which predictions are withheld to reach this error rate, see `fit_abstention`.
-        save: write the checkpoint.
+        out: file for the fusion of a zero-shot model, which has no run folder; it is used as `vlm:MODEL?fusion=FILE`.
+        save: write the checkpoint, or `out`.
         progress: wraps the batches while logits are computed.
 
     Raises:
@@ -111,10 +115,10 @@ def fit_run(
     method = method or BEST
     if method not in (BEST, *FUSIONS):
         raise L2R2Error(f'Unknown fusion "{method}"; choose from {", ".join([BEST, *sorted(FUSIONS)])}.')
-    if not Path(run).is_dir():
-        raise L2R2Error(f"{run}: no such run folder; a fusion can only be saved into a local run.")
+    zero_shot = is_zero_shot(str(run))
+    _check_place(run, zero_shot, out, save, abstain_risk)
     checkpoint = load_checkpoint(run, any_fusion=True)
-    if save and changed_weights(run, checkpoint.digest):
+    if save and not zero_shot and changed_weights(Path(run), checkpoint.digest):
         raise L2R2Error(f"{run}: the weights have changed since training (their SHA-256 differs from run.json); train it again.")
     everything = read_table(data, metadata=metadata, boxes=boxes)
     table = rows_of(run, everything, split)
@@ -122,8 +126,9 @@ def fit_run(
     donors = backgrounds_in(scenes) if scenes else trained if len(trained) else table
     possible = default_backgrounds(table, donors, checkpoint.box_threshold, whole=scenes is not None)
     backgrounds = backgrounds or possible
+    store = None if zero_shot else Path(run) / LOGITS
     logits = logits_to_fit(
-        checkpoint, table, donors, backgrounds, Path(run) / LOGITS, whole=scenes is not None, skip_bad=skip_bad, progress=progress
+        checkpoint, table, donors, backgrounds, store, whole=scenes is not None, skip_bad=skip_bad, progress=progress
     )
     inputs = checkpoint.model.fusion.over if inputs is None else inputs
     counts = _counts(trained, checkpoint.labels)
@@ -152,7 +157,9 @@ def fit_run(
         {str(path): why for path, why in logits.bad.items()},
         abstain,
     )
-    if save:
+    if save and out is not None:
+        write_fusion(out, fusion, checkpoint.model.branches, checkpoint.labels)
+    elif save:
         reached = {**fitted, **alone}[chosen].accuracy
         fit_record = {
             "split": split,
@@ -166,6 +173,18 @@ def fit_run(
         used = table.names() if method == BEST or fusion.count() else []
         _save(Path(run), checkpoint, {**checkpoint.training, "fusion_fit": fit_record}, used)
     return report
+
+
+def _check_place(run: Path | str, zero_shot: bool, out: Path | None, save: bool, abstain_risk: float | None) -> None:
+    """Check that there is a place for the fusion: the run folder, or a file if the model is zero-shot."""
+    if not zero_shot and not Path(run).is_dir():
+        raise L2R2Error(f"{run}: no such run folder; a fusion can only be saved into a local run.")
+    if zero_shot and save and (out is None or out.suffix != ".safetensors"):
+        raise L2R2Error(f"{run}: pass -o FILE.safetensors for the fusion of a zero-shot model, which has no run folder.")
+    if zero_shot and abstain_risk is not None:
+        raise L2R2Error(f"{run}: a threshold for --abstain-risk can only be saved into a run, and this model has none.")
+    if out is not None and not zero_shot:
+        raise L2R2Error(f"{run}: its fusion is saved in the run; leave out -o.")
 
 
 def _counts(trained: ImageTable, labels: Sequence[str]) -> Tensor | None:

@@ -78,10 +78,11 @@ def branch_input(model: L2R2, branch: str, views: Views) -> BranchInput:
 
 
 def default_method(model: L2R2) -> str:
-    """Return the default method: part maps for iFAM models, integrated gradients if fg drops tokens, else Grad-CAM."""
+    """Return the default method: part maps for iFAM models, else Grad-CAM, or integrated gradients if there is no feature map."""
     if model.finds_object:
         return "parts"
-    return "ig" if "fg" in model.branches and model.view_spec.fg.drops_tokens else "gradcam"
+    drops = "fg" in model.branches and model.view_spec.fg.drops_tokens
+    return "ig" if drops or not hasattr(model.backbone, "forward_head") else "gradcam"
 
 
 def saliency(
@@ -211,6 +212,8 @@ def _gradcam(model: L2R2, branch: str, given: BranchInput, score: Score) -> Tens
         raise L2R2Error(
             f"Grad-CAM needs a feature map, but this fg branch ({model.view_spec.fg_mode}) drops tokens; choose ig or occlusion."
         )
+    if not hasattr(backbone, "forward_head"):
+        raise L2R2Error(f"{model.backbone_name}: Grad-CAM needs a backbone of timm; choose ig or occlusion.")
     with last_map_through(backbone, probe, given.view):
         handle = probe.register_forward_hook(lambda module, inputs, out: maps.append(out))
         with torch.no_grad():

@@ -7,7 +7,7 @@ from .confidence import Average, MaxConfidence, Robust
 from .grouping import Grouping
 from .learned import ConcatMLP, WeightedLogits
 from .objectness import ObjectnessMaxConfidence
-from .prior import MetadataPrior
+from .prior import MetadataPrior, PriorColumn
 from .scaled import MaxScaledConfidence, ScaledAverage, ScaledWeightedAverage
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "MaxScaledConfidence",
     "MetadataPrior",
     "ObjectnessMaxConfidence",
+    "PriorColumn",
     "Robust",
     "ScaledAverage",
     "ScaledWeightedAverage",

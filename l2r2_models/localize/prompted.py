@@ -19,8 +19,8 @@ from torchvision.ops import box_convert
 
 from ..boxes.detections import Detections
 from ..errors import L2R2Error
+from ..pretrained import DTYPES, load_pretrained
 from .base import Context, Localizer, LocalizerSpec, Option, number, one_of, size_of, tidy, whole
-from .pretrained import DTYPES, load_pretrained
 
 PART = "a number between 0 and 1"
 COMMON = {

@@ -11,8 +11,8 @@ from PIL.Image import Image
 
 from ..boxes.detections import Detections
 from ..errors import L2R2Error
+from ..pretrained import load_pretrained
 from .base import Context, Localizer
-from .pretrained import load_pretrained
 
 # kind -> transformers classes and accepted model types (SAM2's published configs are those of its video model)
 KINDS = {

@@ -36,7 +36,9 @@ def answers_of(
         keep_logits: whether to keep the logits of the branches.
     """
     output, has_fg, skipped = answered.output, answered.output.has_fg.tolist(), answered.skipped.tolist()
-    labels, given = rules.labels, {**output.branches(), "fused": output.fused}
+    fused, names = output.fused, [job.pending.item.name for job in jobs]
+    fused = fused if rules.prior is None else rules.prior.corrected(fused, names)
+    labels, given = rules.labels, {**output.branches(), "fused": fused}
     spread = {b: rules.restricted(z.float()).softmax(-1) for b, z in given.items()}
     best = {b: p.topk(min(top, rules.count) if b == "fused" else 1) for b, p in spread.items()}
     probabilities = {b: t.values.tolist() for b, t in best.items()}
@@ -51,7 +53,8 @@ def answers_of(
             label=answers["fused"][0].label,
             score=answers["fused"][0].score,
             source="fused" if found else "full",
-            reason=why_fused(answers, over) if found else why_full(answers, row.why or EMPTY_MASK),
+            reason=(why_fused(answers, over) if found else why_full(answers, row.why or EMPTY_MASK))
+            + _why_prior(rules, names[i]),
             full=answers["full"][0] if "full" in answers else None,
             fg=answers["fg"][0] if found else None,
             bg=answers["bg"][0] if has_fg[i] and "bg" in answers else None,
@@ -62,6 +65,14 @@ def answers_of(
             logits={b: [round(v, DIGITS) for v in z[i].tolist()] for b, z in output.branches().items()} if keep else None,
         )
         yield named(prediction, spread["fused"][i], rules)
+
+
+def _why_prior(rules: Rules, name: str | None) -> str:
+    """Name the metadata that corrected the prediction for an image; empty if there is none."""
+    values = () if rules.prior is None else rules.prior.about(name)
+    columns = () if rules.prior is None else rules.prior.prior.columns
+    known = [f"{column.name} {value}" for column, value in zip(columns, values) if value]
+    return f"; corrected for {', '.join(known)}" if known else ""
 
 
 def named(answer: ObjectPrediction, probabilities: Tensor, rules: Rules) -> ObjectPrediction:

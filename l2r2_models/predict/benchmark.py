@@ -21,6 +21,7 @@ from torch import Tensor
 from ..boxes import BoxEntry
 from ..errors import L2R2Error
 from ..pipe import in_order
+from ..zero_shot.model import ZeroShotNetwork
 from .inputs import Inputs
 from .items import Job, Pending
 from .prediction import Prediction
@@ -82,7 +83,7 @@ def run_benchmark(
         predictor: a predictor without a localizer.
         inputs: image files and their boxes.
         repeats: number of timed rounds, after one round of warm-up.
-        plain: also measure a plain timm network.
+        plain: also measure a plain timm network, unless the model is zero-shot, whose backbone timm does not have.
         progress: wraps the iteration over the rounds.
 
     Raises:
@@ -96,7 +97,8 @@ def run_benchmark(
         module.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
         for module in (predictor.model.backbone, *predictor.model.branch_backbones.values())
     ]
-    network = _plain_network(predictor) if plain else None
+    known = not isinstance(predictor.model, ZeroShotNetwork)
+    network = _plain_network(predictor) if plain and known else None
     rates: dict[str, list[float]] = {"l2r2": [], "plain": []}
     predictions: list[Prediction] = []
     for round in progress(range(repeats + 1), repeats + 1):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..boxes import BoxEntry, read_boxes
+from ..boxes import BoxEntry, BoxTable, read_boxes, read_rows
 from ..data.hf_datasets import is_source
 from ..data.table import METADATA, read_table
 from ..errors import L2R2Error
@@ -44,6 +44,22 @@ class Inputs:
     def without_boxes(self) -> Inputs:
         """Return the inputs without boxes and masks, for a localizer."""
         return replace(self, entries={}, masks={}, oracle=False, detector="")
+
+    def with_columns(self, file: Path) -> Inputs:
+        """Return the inputs with the metadata columns of a .csv or .jsonl file, joined by path.
+
+        Raises:
+            L2R2Error: when the file cannot be read, or lists none of the images.
+        """
+        rows = {str(row["file_name"]): row for row in read_rows(file)}
+        table = BoxTable({name: BoxEntry() for name in rows}, source=str(file))
+        keys = {str(path): table.key_of(str(path)) for path in self.paths}
+        columns = {
+            path: {k: str(v) for k, v in rows[key].items() if v is not None} for path, key in keys.items() if key is not None
+        }
+        if not columns:
+            raise L2R2Error(f"{file}: none of its {len(rows)} rows matches an image; compare the paths in file_name.")
+        return replace(self, columns=columns)
 
     def evenly(self, most: int | None) -> Inputs:
         """Keep at most `most` images, evenly spaced; None keeps all."""

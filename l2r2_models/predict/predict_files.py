@@ -101,6 +101,10 @@ def predict_to_file(
             file was made with another model or other settings, is being written by another process, or cannot be written.
     """
     format = format_of(out, format)
+    if predictor.rules.prior is not None and (store_logits or adapt != "off" or predictor.rules.abstain is not None):
+        raise L2R2Error(
+            "A prior cannot be combined with --adapt, --abstain or --store-logits, which do without it; use one of them."
+        )
     header, asked = header_of(predictor, inputs.oracle), _by_place(inputs.paths)
     if store_logits:
         if format != "json":
@@ -246,4 +250,5 @@ def header_of(predictor: Predictor, oracle: bool = False) -> dict[str, Any]:
 def _digest(predictor: Predictor, inputs: Inputs, name: str) -> str:
     """Hash everything besides the header that the prediction for an image depends on: the file, its boxes and its mask."""
     about = None if predictor.localizer is None else predictor.localizer.about(name)
-    return digest_of(name, inputs.entries.get(name), state_of(inputs.masks.get(name)), about)
+    prior = () if predictor.rules.prior is None else (predictor.rules.prior.about(name),)
+    return digest_of(name, inputs.entries.get(name), state_of(inputs.masks.get(name)), about, *prior)

@@ -180,9 +180,9 @@ class Predictor:
             L2R2Error: when `topk_prompts` or an image rule that does not follow them is set.
         """
         if rules and self.topk_prompts is not None:
-            raise L2R2Error("topk_prompts has its own way to choose a class, so it cannot be restricted or rolled up.")
-        if self.image_rule != "best" and (rules.rollup is not None or rules.abstain is not None):
-            raise L2R2Error(f'The image rule "{self.image_rule}" names a class; with a rollup or abstaining, use best.')
+            raise L2R2Error("topk_prompts has its own way to choose a class, so it cannot be restricted, rolled up or corrected.")
+        if self.image_rule != "best" and (rules.rollup is not None or rules.abstain is not None or rules.prior is not None):
+            raise L2R2Error(f'The image rule "{self.image_rule}" names a class; with a rollup, a prior or abstaining, use best.')
         ruled = copy.copy(self)
         ruled.rules = rules
         return ruled

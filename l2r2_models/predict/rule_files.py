@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import difflib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import L2R2Error
-from ..io import check_readable
-from .rules import Rules
+from ..fusion.prior_file import read_prior
+from ..io import check_readable, file_sha256
+from .inputs import Inputs
+from .rules import ImagePrior, Rules
 
 
 def read_rules(
@@ -135,3 +138,21 @@ def _rows(path: Path, whole: bool = False) -> list[list[str]]:
     if not (found := [row for row in rows if any(cell.strip() for cell in row)]):
         raise L2R2Error(f"{path}: is empty.")
     return found
+
+
+def with_prior(rules: Rules, file: Path, inputs: Inputs) -> Rules:
+    """Return the rules with a metadata prior for the images to predict.
+
+    Args:
+        rules: the other rules.
+        file: a file of `l2r2 prior fit`.
+        inputs: the images, with their metadata.
+
+    Raises:
+        L2R2Error: when the file is not a prior for these classes, or no image has one of its columns.
+    """
+    prior = read_prior(file, rules.labels)
+    if not any(any(prior.values_of(row)) for row in inputs.columns.values()):
+        names = ", ".join(column.name for column in prior.columns)
+        raise L2R2Error(f"{file}: no image has a value of {names}; predict a data set with these columns, or pass --metadata.")
+    return replace(rules, prior=ImagePrior(prior, inputs.columns, file_sha256(file)))

@@ -9,7 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..fusion import MetadataPrior
+
 UNKNOWN = "unknown"  # label of an object for which the rules give no class and no group
+
+
+@dataclass(frozen=True, eq=False)
+class ImagePrior:
+    """A metadata prior, and the metadata of the images to predict.
+
+    Attributes:
+        prior: the prior, for the classes of the model.
+        rows: metadata by `str(path)`; an image without any is not corrected.
+        digest: SHA-256 of the prior's file.
+    """
+
+    prior: MetadataPrior
+    rows: Mapping[str, Mapping[str, str]]
+    digest: str
+
+    def about(self, name: str | None) -> tuple[str, ...]:
+        """Return the values that correct the predictions for an image, by its name."""
+        return self.prior.values_of(self.rows.get(name or "", {}))
+
+    def corrected(self, fused: Tensor, names: Sequence[str | None]) -> Tensor:
+        """Return corrected log-probabilities of fused logits `[B, classes]` of the images with these names."""
+        return self.prior(fused.float(), [self.rows.get(name or "", {}) for name in names])
 
 
 @dataclass(frozen=True)
@@ -22,6 +47,7 @@ class Rules:
         ancestors: the groups of each class, from narrow to broad, e.g. genus and family; "" where it has none.
         rollup: a class below this probability is replaced by the narrowest group that reaches it; None for never.
         abstain: a class below this probability is withheld; None for never.
+        prior: corrects the fused probabilities by the metadata of each image; None for no correction.
 
     >>> rules = Rules(("lion", "leopard", "horse"), ancestors={"lion": ("Felidae",), "leopard": ("Felidae",)}, rollup=0.65)
     >>> rules.group(torch.tensor([0.5, 0.4, 0.1]))[0]
@@ -33,6 +59,7 @@ class Rules:
     ancestors: Mapping[str, Sequence[str]] = field(default_factory=dict)
     rollup: float | None = None
     abstain: float | None = None
+    prior: ImagePrior | None = None
 
     def __bool__(self) -> bool:
         """Whether any rule is set."""
@@ -74,7 +101,8 @@ class Rules:
         found: dict[str, Any] = {} if self.classes is None else {"classes": list(self.classes)}
         if self.rollup is not None:
             found |= {"rollup": self.rollup, "ancestors": {label: list(named) for label, named in self.ancestors.items()}}
-        return found if self.abstain is None else {**found, "abstain": self.abstain}
+        found |= {} if self.abstain is None else {"abstain": self.abstain}
+        return found if self.prior is None else {**found, "prior": self.prior.digest}
 
     @classmethod
     def of_settings(cls, labels: Sequence[str], settings: Mapping[str, Any]) -> Rules:

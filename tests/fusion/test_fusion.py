@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from l2r2_models.errors import L2R2Error
-from l2r2_models.fusion import FUSIONS, MetadataPrior, create_fusion, fuse_branches
+from l2r2_models.fusion import FUSIONS, create_fusion, fuse_branches
 from l2r2_models.fusion.calibration import (
     LIMITS,
     expected_calibration_error,
@@ -208,19 +208,6 @@ def test_fitting_beats_trusting_the_branch_that_is_wrongly_sure(name):
     again.fit(*biased(600))
     assert all(torch.equal(a, b) for a, b in zip(fusion.buffers(), again.buffers()))  # the same on every run
     assert not list(fusion.parameters())  # no training step may move it
-
-
-def test_a_metadata_prior_is_bayes_rule_on_smoothed_counts():
-    labels, values = torch.tensor([0, 0, 1, 1, 1, 2]), ["wet", "wet", "wet", "dry", "dry", "dry"]
-    prior = MetadataPrior(labels, values, 3, smoothing=1.0)
-    given = torch.tensor([3.0, 2.0, 1.0]) / 6  # wet: two 0, one 1, no 2, and one of each
-    overall = torch.tensor([3.0, 4.0, 2.0]) / 9
-    image = torch.tensor([[0.2, 0.5, 0.3]])
-    expected = image * given / overall
-    assert torch.allclose(prior(image.log(), ["wet"]).exp(), expected / expected.sum())
-    assert torch.allclose(prior(image.log(), ["never seen"]).exp(), image)
-    with pytest.raises(L2R2Error, match="one value per training row, got 1 for 2"):
-        MetadataPrior(labels[:2], ["wet"], 3)
 
 
 def test_weights_of_one_are_the_sum():

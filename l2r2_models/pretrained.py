@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..errors import L2R2Error
-from ..io import file_sha256
-from ..offline import cache_if_offline
+from .errors import L2R2Error
+from .io import file_sha256
+from .offline import cache_if_offline
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -28,7 +28,13 @@ class Pretrained:
 
 
 def load_pretrained(
-    source: str, classes: tuple[str, str], model_types: Sequence[str], dtype: str, device: torch.device
+    source: str,
+    classes: tuple[str, str],
+    model_types: Sequence[str],
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+    *,
+    extra: str = "detect",
 ) -> Pretrained:
     """Load a network and its processor.
 
@@ -38,6 +44,7 @@ def load_pretrained(
         model_types: accepted values of `model_type` in its config.
         dtype: one of `DTYPES`.
         device: device of the network.
+        extra: the extra of this package to install if transformers is missing.
 
     Raises:
         L2R2Error: when transformers is missing, or the network cannot be loaded, is of another type, or has no safetensors.
@@ -45,7 +52,7 @@ def load_pretrained(
     try:
         import transformers
     except ImportError as error:
-        raise L2R2Error('Detectors and segmenters need more packages: pip install "l2r2-models[detect]".') from error
+        raise L2R2Error(f'{source}: needs more packages: pip install "l2r2-models[{extra}]".') from error
     try:
         with nullcontext() if Path(source).is_dir() else cache_if_offline():
             config = transformers.AutoConfig.from_pretrained(source)
