@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from .common import columns, say, track
-from .options import BatchSize, Boxes, Device, Json, Precision, Run, Split, Workers
+from .options import BatchSize, Boxes, Cascade, Device, Json, Precision, Run, Split, Workers
 
 if TYPE_CHECKING:
     from l2r2_models.predict.benchmark import Benchmark
@@ -31,9 +31,7 @@ def benchmark(
     batch_size: BatchSize = 32,
     workers: Workers = None,
     precision: Precision = "fp32",
-    cascade: Annotated[
-        bool, typer.Option("--cascade", help="Skip the whole image where it cannot change the prediction, see `l2r2 predict`.")
-    ] = False,
+    cascade: Cascade = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -68,7 +66,8 @@ def _print(found: Benchmark) -> None:
     rows += [(stage, f"{1e3 * seconds:.2f}", f"{100 * shares[stage]:.0f} %") for stage, seconds in found.stages.items()]
     for line in columns(rows, right=(1, 2)):
         say(line)
-    how = f"{found.device}, {found.workers} workers, {found.precision}{', cascade' if found.cascade else ''}"
+    cascade = "" if found.cascade is None else f", cascade {found.cascade:g}"
+    how = f"{found.device}, {found.workers} workers, {found.precision}{cascade}"
     say(f"{found.images} images, {found.objects} objects, {found.rows:.2f} views per image through the backbone; {how}")
     beside = f"; a plain timm network: {found.plain:.1f}, {found.plain / found.rate:.2f} times as many" if found.plain else ""
     say(f"{found.rate:.1f} images/s{beside}; peak memory {found.memory / 2**30:.1f} GiB")

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from .common import count, errors, say, show_shares, track
-from .options import BatchSize, Boxes, Localizer, MaxObjects, Precision, Run, Split, Top, Workers, box_threshold
+from .options import BatchSize, Boxes, Cascade, Localizer, MaxObjects, Precision, Run, Split, Top, Workers, box_threshold
 
 
 def predict(
@@ -46,14 +46,7 @@ def predict(
     batch_size: BatchSize = 32,
     workers: Workers = None,
     precision: Precision = "fp32",
-    cascade: Annotated[
-        bool,
-        typer.Option(
-            "--cascade",
-            help="Classify the object first, and the whole image only where it could change the prediction; labels and scores "
-            "stay the same.",
-        ),
-    ] = False,
+    cascade: Cascade = None,
     image_rule: Annotated[
         str,
         typer.Option(
@@ -142,6 +135,8 @@ def predict(
     )
     if rollup is not None or abstain is not None:
         say(f"{report.sources['rollup']} rolled up to a group, {report.sources['abstained']} unknown")
+    if cascade is not None:
+        say(f"the whole image was not needed for {report.skipped} of {count(report.found[True], 'object')}")
     show_shares(report.shares)
     say(f"wrote {out}")
     if report.failures or (unlocalized and localizer is not None):  # the same command tries these again

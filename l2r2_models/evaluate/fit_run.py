@@ -19,6 +19,7 @@ from ..io import file_sha256, write_json
 from ..locks import only_writer
 from ..runs import LOGITS, RUN, changed_weights, record_of
 from .backgrounds import backgrounds_in, default_backgrounds, logits_to_fit
+from .cascade import CascadeFit, check_request, fit_cascade
 from .choose import choose, lead_alone, lead_of, references
 from .fuse import BEST, PLAIN, SWAPPED, Column, Fitted, fit, is_swapped, observations
 from .logits import BranchLogits, Progress
@@ -44,6 +45,7 @@ class FuseReport:
         warnings: what makes the metrics too optimistic, in sentences.
         left_out: reasons by image that could not be used.
         abstain: the confidence threshold for a stated risk; None if none was asked for.
+        cascade: the confidence from which fg decides alone, for a stated loss of accuracy; None if none was asked for.
     """
 
     chosen: str
@@ -57,6 +59,7 @@ class FuseReport:
     warnings: tuple[str, ...]
     left_out: dict[str, str]
     abstain: Abstention | None = None
+    cascade: CascadeFit | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -85,6 +88,7 @@ def fit_run(
     boxes: Path | None = None,
     skip_bad: bool = False,
     abstain_risk: float | None = None,
+    cascade: float | None = None,
     save: bool = True,
     progress: Progress = lambda batches, _: batches,
 ) -> FuseReport:
@@ -102,6 +106,7 @@ def fit_run(
         scenes: folder of images that provide the backgrounds instead, see `backgrounds_in`.
         skip_bad: leave unreadable images out instead of stopping.
         abstain_risk: also fit the confidence below which predictions are withheld to reach this error rate, see `fit_abstention`.
+        cascade: also fit the confidence from which fg decides alone, losing at most this accuracy, see `fit_cascade`.
         save: write the checkpoint.
         progress: wraps the batches while logits are computed.
 
@@ -114,6 +119,8 @@ def fit_run(
     if not Path(run).is_dir():
         raise L2R2Error(f"{run}: no such run folder; a fusion can only be saved into a local run.")
     checkpoint = load_checkpoint(run, any_fusion=True)
+    if cascade is not None:
+        check_request(checkpoint.model, cascade)
     if save and changed_weights(run, checkpoint.digest):
         raise L2R2Error(f"{run}: the weights have changed since training (their SHA-256 differs from run.json); train it again.")
     everything = read_table(data, metadata=metadata, boxes=boxes)
@@ -135,6 +142,7 @@ def fit_run(
     fusion = checkpoint.model.fusion = {**fitted, **alone}[chosen].fusion
     fusion.batch = _batch_rule(fusion, logits, counts)
     abstain = None if abstain_risk is None else _abstention({**fitted, **alone}[chosen], logits, abstain_risk)
+    decides = None if cascade is None else fit_cascade({**fitted, **alone}[chosen].logits, logits, cascade, metric)
     every = {**compared, **{name: f.columns for name, f in fitted.items()}}
     seen = trained_on(run, table, split)
     warnings = [f"{seen}; the metrics are too optimistic, and so is the fitted fusion."] if seen else []
@@ -151,6 +159,7 @@ def fit_run(
         (*warnings, *_less_calibrated(every, chosen, lead_of(logits, inputs))),
         {str(path): why for path, why in logits.bad.items()},
         abstain,
+        decides,
     )
     if save:
         reached = {**fitted, **alone}[chosen].accuracy
@@ -162,6 +171,7 @@ def fit_run(
             "method": method,
             metric: reached,
             **({} if abstain is None else {"abstain": abstain.to_dict()}),
+            **({} if decides is None else {"cascade": decides.to_dict()}),
         }
         used = table.names() if method == BEST or fusion.count() else []
         _save(Path(run), checkpoint, {**checkpoint.training, "fusion_fit": fit_record}, used)

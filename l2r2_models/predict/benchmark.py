@@ -39,7 +39,7 @@ class Benchmark:
         device: name of the device.
         precision: precision of the network.
         workers: number of decoding threads.
-        cascade: whether the predictor uses a cascade.
+        cascade: loss of the predictor's cascade in percentage points; None without one.
         images: number of images that were classified.
         objects: number of objects that were classified.
         stages: seconds per image of each stage, run one after another in one thread: `decode` (read and decode), `cut` (views),
@@ -54,7 +54,7 @@ class Benchmark:
     device: str
     precision: str
     workers: int
-    cascade: bool
+    cascade: float | None
     images: int
     objects: int
     stages: dict[str, float]
@@ -118,7 +118,7 @@ def run_benchmark(
         _device_name(predictor.device),
         predictor.network.precision,
         predictor.workers,
-        predictor.network.cascade,
+        None if predictor.network.cascade is None else predictor.network.cascade.loss,
         len(predictions),
         sum(len(p.objects) for p in predictions),
         _stages(predictor, inputs),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from .rendering import About
 FORMAT_VERSION = "1.1"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
     """Summary of a call of `predict_to_file`.
 
@@ -37,6 +37,7 @@ class Report:
         localizer_failures: reasons why the localizer failed, one per image that was classified as a whole for that reason.
         sources: number of objects by `source`.
         found: number of objects by whether one was found; otherwise the whole image was classified.
+        skipped: number of objects that a cascade classified without the whole image.
         shares: fraction of misleading backgrounds by group, if predictions are adapted.
     """
 
@@ -47,6 +48,7 @@ class Report:
     localizer_failures: list[str] = field(default_factory=list)
     sources: Counter[str] = field(default_factory=Counter)
     found: Counter[bool] = field(default_factory=Counter)
+    skipped: int = 0
     shares: dict[str, GroupShare] = field(default_factory=dict)
 
     @property
@@ -59,6 +61,7 @@ class Report:
         objects = image.get("objects", ())
         self.sources.update(o["source"] for o in objects)
         self.found.update("fg" in o for o in objects)
+        self.skipped += sum("fg" in o and "full" not in o for o in objects)
         if "failure" in image:
             self.failures.append(image)
         elif not _was_localized(image):
@@ -236,7 +239,7 @@ def header_of(predictor: Predictor, oracle: bool = False) -> dict[str, Any]:
             "top": predictor.top,
             "topk_prompts": predictor.topk_prompts,
             **({"precision": predictor.network.precision} if predictor.network.precision != "fp32" else {}),
-            **({"cascade": True} if predictor.network.cascade else {}),  # which leaves out the answers of full
+            **({} if predictor.network.cascade is None else {"cascade": asdict(predictor.network.cascade)}),
             **({"image_rule": predictor.image_rule} if predictor.image_rule != "best" else {}),
             **predictor.rules.settings(),
         },

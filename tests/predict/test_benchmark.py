@@ -28,9 +28,9 @@ def test_a_localizer_and_files_that_are_no_images_are_refused(run, tmp_path):
 
 
 def test_the_command(run, dataset, l2r2):
-    done = l2r2("benchmark", run, dataset, "--limit", 4, "--repeats", 1, "--cascade", "--no-plain", "--json")
+    done = l2r2("benchmark", run, dataset, "--limit", 4, "--repeats", 1, "--cascade", 0, "--no-plain", "--json")
     found = json.loads(done.stdout)
-    assert done.returncode == 0 and found["images"] == 4 and found["cascade"] and found["plain"] == 0
+    assert done.returncode == 0 and found["images"] == 4 and found["cascade"] == 0 and found["plain"] == 0
     done = l2r2("benchmark", run, "--limit", 2, "--size", "64x48", "--repeats", 1)
     assert done.returncode == 0 and "network" in done.stdout and "a plain timm network" in done.stdout
     assert l2r2("benchmark", run, "--size", "big").returncode == 2
