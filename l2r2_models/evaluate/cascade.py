@@ -77,8 +77,8 @@ def fit_cascade(fused: Tensor, data: BranchLogits, loss: float, metric: str = "a
     keeps = torch.stack([by_threshold <= loss + 1e-9 for by_threshold in lost.values()]).all(0)
     count = int(keeps.long().cumprod(0).sum())
     if not count:
-        rows = f"none of these {len(labels)} rows"
-        raise L2R2Error(f"fg decides {rows} without losing more than {loss:g} points; use a higher --cascade.")
+        none = f"none of these {len(labels)} rows"
+        raise L2R2Error(f"fg decides {none} without losing more than {loss:g} points; use a higher --cascade.")
     # halfway to the next lower confidence, so that rounding does not move a row to the other side
     threshold = float(values[-count] if count == len(values) else (values[-count] + values[-count - 1]) / 2)
     decided = found & (sure >= threshold)
