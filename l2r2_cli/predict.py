@@ -35,10 +35,18 @@ def predict(
     adapt: Annotated[
         str,
         typer.Option(
-            help="Fuse images taken at the same place jointly: group:COLUMN (of the metadata), folder, batch:N, or off. The "
-            "fraction of misleading backgrounds per place is estimated without labels."
+            help="Fuse images taken at the same place jointly: group:COLUMN (of the metadata), folder, sequence:SECONDS (photos "
+            "with no longer gap, by EXIF time), batch:N, or off. The fraction of misleading backgrounds per place is estimated "
+            "without labels."
         ),
     ] = "off",
+    group: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Also give one prediction per group of images: sequence:SECONDS (photos of a folder with no longer gap, by EXIF "
+            "time; sequence:SECONDS:COLUMN within a metadata column), folder, or a metadata column."
+        ),
+    ] = None,
     split: Split = None,
     box_threshold: Annotated[Optional[float], box_threshold("the model's, usually 0.2")] = None,
     max_objects: MaxObjects = 10,
@@ -120,7 +128,7 @@ def predict(
         hint = f"no boxes are given, so the whole image is classified; this model is meant for boxes from --localizer {meant_for}"
         errors.print(hint)
     bar = lambda items, total: track(items, total, "predicting")  # noqa: E731
-    report = predict_to_file(predictor, inputs, out, bar, adapt, format, store_logits)
+    report = predict_to_file(predictor, inputs, out, bar, adapt, format, store_logits, group)
     for image in report.failures[:10]:
         errors.print(f"failed: {image['failure']}")
     if unlocalized := report.localizer_failures:

@@ -16,6 +16,7 @@ from ..journal import Journal, digest_of, state_of
 from ..locks import only_writer
 from .adapt import adapt_records
 from .formats import format_of, holds_all, write_predictions
+from .groups import with_groups
 from .inputs import Inputs, named
 from .outputs import Place, read_predictions, records_at
 from .prediction import LOCALIZER_FAILED, Prediction
@@ -77,6 +78,7 @@ def predict_to_file(
     adapt: str = "off",
     format: str | None = None,
     store_logits: bool = False,
+    group: str | None = None,
 ) -> Report:
     """Classify images and write the predictions to a file.
 
@@ -95,6 +97,7 @@ def predict_to_file(
         adapt: grouping of images taken at the same place, see `Grouping.parse`.
         format: format of the file, see `format_of`; None for the one of its extension.
         store_logits: keep the branch logits of every object, for `fuse_again`.
+        group: also predict for groups of images (see `with_groups`): `folder`, `sequence:SECONDS`, or a metadata column.
 
     Returns:
         A summary of the call.
@@ -115,8 +118,8 @@ def predict_to_file(
             raise L2R2Error("The risk of --abstain was fitted without --adapt and does not hold with it; use one or the other.")
         header["settings"]["adapt"] = str(grouping)
         adapter, predictor = predictor.adapter(grouping.noun), predictor.keeping_logits()
-        names = [str(path) for path in asked.values()]
-        groups = dict(zip(names, grouping.of(names, [inputs.columns.get(name, {}) for name in names])))
+        groups = _groups_of(inputs, asked, grouping)
+    sets = {} if group is None else _named_groups(inputs, asked, header, group)
     digests = {key: _digest(predictor, inputs, str(path)) for key, path in asked.items()}
     with only_writer(out):
         journal = Journal(out)
@@ -134,7 +137,10 @@ def predict_to_file(
         listed = [(str(path), places.pop(key)) for key, path in asked.items()]
 
         def finished_images(read: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-            return read() if grouping is None else adapt_records(adapter, read, groups)
+            def adapted() -> Iterator[dict[str, Any]]:
+                return read() if grouping is None else adapt_records(adapter, read, groups)
+
+            return adapted() if group is None else with_groups(adapted, sets)
 
         def read_back() -> Iterator[dict[str, Any]]:
             return _first_of(out, journal, header, listed, holds_all(format))
@@ -157,6 +163,21 @@ def _by_place(paths: Iterable[Path]) -> dict[str, Path]:
     for path in paths:
         named(path, found)
     return found
+
+
+def _groups_of(inputs: Inputs, asked: Mapping[str, Path], grouping: Grouping) -> dict[str, str]:
+    """Return the group of each image by its name."""
+    names = [str(path) for path in asked.values()]
+    return dict(zip(names, grouping.of(names, [inputs.columns.get(name, {}) for name in names])))
+
+
+def _named_groups(inputs: Inputs, asked: Mapping[str, Path], header: dict[str, Any], group: str) -> dict[str, str]:
+    """Return the group of each image by its name, and note the grouping in the header."""
+    kind = group.partition(":")[0]
+    grouping = Grouping.parse(group if kind in ("folder", "sequence", "batch") else f"group:{group}")
+    assert grouping is not None
+    header["settings"]["group"] = str(grouping)
+    return _groups_of(inputs, asked, grouping)
 
 
 def _known(
