@@ -49,7 +49,8 @@ def evaluate(
         float, typer.Option(help="iFAM models: drop patches below this quantile of their part's training logits.")
     ] = 0.0,
     adapt: Annotated[
-        str, typer.Option(help="Fuse images taken at the same place jointly: group:COLUMN, folder, batch:N or off.")
+        str,
+        typer.Option(help="Fuse images taken at the same place jointly: group:COLUMN, folder, sequence:SECONDS, batch:N or off."),
     ] = "off",
     workers: Workers = None,
     report: Report = None,

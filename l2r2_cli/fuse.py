@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from .common import errors, names, say, track
-from .options import DATA, Boxes, Json, Metadata, SkipBad
+from .options import DATA, Boxes, Cascade, Json, Metadata, SkipBad
 
 
 def fuse(
@@ -44,6 +44,7 @@ def fuse(
         Optional[float],
         typer.Option(help="Also fit the confidence below which to withhold predictions, for this error rate of the others."),
     ] = None,
+    cascade: Cascade = None,
     metadata: Metadata = None,
     boxes: Boxes = None,
     skip_bad: SkipBad = False,
@@ -88,6 +89,7 @@ def fuse(
         skip_bad=skip_bad,
         abstain_risk=abstain_risk,
         out=out,
+        cascade=cascade,
         save=not dry_run,
         progress=lambda batches, total: track(batches, total, "branch logits"),
     )
@@ -113,6 +115,11 @@ def fuse(
     if (limit := report.abstain) is not None:
         kept = f"{limit.coverage:.0%} of the {limit.images} images keep their prediction, {limit.reached:.1%} of these are wrong"
         say(f"abstains below a confidence of {limit.threshold:.3f}: {kept}")
+    if (decides := report.cascade) is not None:
+        say(f"cascade: fg alone decides with a confidence of {decides.threshold:.3f} or more:")
+        for kind, share in decides.skipped.items():
+            lost = decides.lost[kind]
+            say(f"  {share:.0%} of the {kind} rows, {abs(lost):.2f} points {'lost' if lost >= 0 else 'gained'}")
     say(f"{'would change' if dry_run else 'saved into'} {out or run}: {json.dumps(report.config)}")
 
 

@@ -36,6 +36,16 @@ Precision = Annotated[
     str,
     typer.Option("--precision", help="Precision of the network: fp32, or bf16, which is faster and less precise."),
 ]
+Cascade = Annotated[
+    Optional[float],
+    typer.Option(
+        "--cascade",
+        help="Classify the object first, and the whole image only where the object is uncertain; loses at most this accuracy, in "
+        "percentage points. 0: where the whole image could change the prediction; labels and scores stay the same. More than 0: "
+        "fitted by `l2r2 fuse --cascade`.",
+        show_default="off",
+    ),
+]
 Device = Annotated[
     Optional[str], typer.Option("--device", help="Device to compute on: cpu, cuda, ...", show_default="cuda if available")
 ]

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from .common import count, errors, say, show_shares, track
-from .options import BatchSize, Boxes, Localizer, MaxObjects, Precision, Run, Split, Top, Workers, box_threshold
+from .options import BatchSize, Boxes, Cascade, Localizer, MaxObjects, Precision, Run, Split, Top, Workers, box_threshold
 
 
 def predict(
@@ -35,10 +35,18 @@ def predict(
     adapt: Annotated[
         str,
         typer.Option(
-            help="Fuse images taken at the same place jointly: group:COLUMN (of the metadata), folder, batch:N, or off. The "
-            "fraction of misleading backgrounds per place is estimated without labels."
+            help="Fuse images taken at the same place jointly: group:COLUMN (of the metadata), folder, sequence:SECONDS (photos "
+            "with no longer gap, by EXIF time), batch:N, or off. The fraction of misleading backgrounds per place is estimated "
+            "without labels."
         ),
     ] = "off",
+    group: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Also give one prediction per group of images: sequence:SECONDS (photos of a folder with no longer gap, by EXIF "
+            "time; sequence:SECONDS:COLUMN within a metadata column), folder, or a metadata column."
+        ),
+    ] = None,
     split: Split = None,
     box_threshold: Annotated[Optional[float], box_threshold("the model's, usually 0.2")] = None,
     max_objects: MaxObjects = 10,
@@ -46,14 +54,7 @@ def predict(
     batch_size: BatchSize = 32,
     workers: Workers = None,
     precision: Precision = "fp32",
-    cascade: Annotated[
-        bool,
-        typer.Option(
-            "--cascade",
-            help="Classify the object first, and the whole image only where it could change the prediction; labels and scores "
-            "stay the same.",
-        ),
-    ] = False,
+    cascade: Cascade = None,
     image_rule: Annotated[
         str,
         typer.Option(
@@ -140,7 +141,7 @@ def predict(
         hint = f"no boxes are given, so the whole image is classified; this model is meant for boxes from --localizer {meant_for}"
         errors.print(hint)
     bar = lambda items, total: track(items, total, "predicting")  # noqa: E731
-    report = predict_to_file(predictor, inputs, out, bar, adapt, format, store_logits)
+    report = predict_to_file(predictor, inputs, out, bar, adapt, format, store_logits, group)
     for image in report.failures[:10]:
         errors.print(f"failed: {image['failure']}")
     if unlocalized := report.localizer_failures:
@@ -155,6 +156,8 @@ def predict(
     )
     if rollup is not None or abstain is not None:
         say(f"{report.sources['rollup']} rolled up to a group, {report.sources['abstained']} unknown")
+    if cascade is not None:
+        say(f"the whole image was not needed for {report.skipped} of {count(report.found[True], 'object')}")
     show_shares(report.shares)
     say(f"wrote {out}")
     if report.failures or (unlocalized and localizer is not None):  # the same command tries these again

@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,6 +31,7 @@ BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
 # Pillow decodes only the formats of the suffixes above, because some others run programs (EPS starts Ghostscript).
 SCALED = ("JPEG", "MPO")  # formats that can be decoded at 1/2, 1/4 or 1/8 of their size
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that exchange width and height
+EXIF_IFD, TIME_ORIGINAL, SUBSECOND, TIME = 0x8769, 0x9003, 0x9291, 0x0132  # EXIF tags
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 
 
@@ -164,6 +166,20 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # malformed EXIF gives no orientation, as in `_decoded`
         return 1
+
+
+def taken_at(path: str | Path) -> float | None:
+    """Return when a photo was taken by its EXIF data, in seconds since 1970 on the camera's clock; None if it does not say."""
+    try:
+        with _Quiet(), Image.open(path, formats=FORMATS) as image:
+            exif = image.getexif()
+            details = exif.get_ifd(EXIF_IFD)
+            text = str(details.get(TIME_ORIGINAL) or exif.get(TIME) or "").strip("\0 ")
+            part = str(details.get(SUBSECOND) or "").strip("\0 ")
+        moment = datetime.strptime(text, "%Y:%m:%d %H:%M:%S").replace(tzinfo=timezone.utc).timestamp()
+    except Exception:  # unreadable files and malformed EXIF have no time
+        return None
+    return moment + (float(f"0.{part}") if part.isdecimal() else 0.0)
 
 
 def load_mask(path: str | Path, image_size: tuple[int, int]) -> Tensor:

@@ -162,10 +162,10 @@ def main() -> None:
         threshold = middle_confidence(predictor(), inputs)
         rows["plain timm, timm's transform"] = by_hand(inputs, plain[:1], options.workers, device)
         rows[BASE] = by_hand(inputs, plain, options.workers, device)
-        variants: dict[str, dict[str, object]] = {"L2R2": {}, "L2R2, cascade": {"cascade": True}, "L2R2, full of 128 px": small}
+        variants: dict[str, dict[str, object]] = {"L2R2": {}, "L2R2, cascade": {"cascade": 0}, "L2R2, full of 128 px": small}
         if has_bf16(device):
             half = {"precision": "bf16"}
-            variants |= {"L2R2, bfloat16": half, "L2R2, all three": {**half, **small, "cascade": True}}
+            variants |= {"L2R2, bfloat16": half, "L2R2, all three": {**half, **small, "cascade": 0}}
         made = {name: predictor(**more) for name, more in variants.items()}
         rows |= {name: predicting(one, inputs) for name, one in made.items()}
         if options.onnx and device.type == "cpu":

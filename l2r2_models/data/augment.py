@@ -69,6 +69,23 @@ class Augment:
             torch.default_generator.manual_seed(random.Random(str(seed)).getrandbits(63))  # CPU only, which is much faster
             return self._draw(pixels, box, mask)
 
+    def least_sides(self, size: tuple[int, int], box: Tensor, square: bool) -> tuple[float, float]:
+        """Return the smallest sides in pixels that the image and the box can have after augmentation.
+
+        Args:
+            size: `(height, width)` of the image.
+            box: `[4]` xyxy in pixels.
+            square: whether the longer side counts, because views are padded to a square; else the shorter one.
+        """
+        longer = max if square else min
+        width, height = (box[2:] - box[:2]).tolist()
+        whole, part = float(longer(size)), float(longer(width, height))
+        if self.scale < 1:
+            aspect = 1.0 if square else 3 / 4  # of the crop, at least
+            whole = min(math.sqrt(size[0] * size[1] * self.scale * aspect), *size)
+            part *= self.min_visible
+        return whole, part * (1 - 2 * self.box_jitter)
+
     def _draw(self, pixels: Tensor, box: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         from torchvision import tv_tensors
         from torchvision.transforms import v2

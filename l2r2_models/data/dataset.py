@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset
 from ..boxes.detections import Detections
 from ..errors import L2R2Error
 from ..images import LazyImage, image_tensor, load_mask
-from ..views import Patches, ViewSpec, decode_patches, make_views, takes_patches, view_map
+from ..views import Patches, ViewSpec, decode_patches, make_views, scale_of, takes_patches, view_map
 from .augment import Augment
 from .composite import background_of, paste_object
 from .near_duplicates import perceptual_hash
@@ -95,7 +96,13 @@ class Sample:
         return bool(self.box.isfinite().all())
 
 
-def sample_of(row: Row, fill: Sequence[int], box_threshold: float = 0.0, draw: random.Random | None = None) -> Sample:
+def sample_of(
+    row: Row,
+    fill: Sequence[int],
+    box_threshold: float = 0.0,
+    draw: random.Random | None = None,
+    scale_of_image: Callable[[tuple[int, int], Tensor], int] = lambda size, box: 1,
+) -> Sample:
     """Decode a row's image, choose one usable box, and swap the background if the row has another.
 
     Args:
@@ -105,24 +112,29 @@ def sample_of(row: Row, fill: Sequence[int], box_threshold: float = 0.0, draw: r
         fill: color under transparent pixels.
         box_threshold: boxes with a lower score count as not found.
         draw: chooses one of several boxes at random; None uses the best one.
+        scale_of_image: the factor by which to reduce an image of a size `(height, width)` with this box; not applied to images
+            with a mask or another background. The sample has the size of the reduced image.
 
     Raises:
         ImageError: when an image or mask cannot be read.
         L2R2Error: when the boxes were made for another image size.
     """
-    pixels, found, mask = _decode(row, fill, box_threshold)
-    if not len(found):
-        return Sample(pixels, torch.full((4,), float("nan")), mask)
-    pick = draw.randrange(len(found)) if draw else 0
-    box = found.boxes[pick]
-    if mask is None and found.masks is not None:
+    image = LazyImage(row.path, fill=fill)
+    found, mask = _objects(row, image.size, box_threshold)
+    pick = draw.randrange(len(found)) if draw and len(found) else 0
+    box = found.boxes[pick] if len(found) else torch.full((4,), float("nan"))
+    if mask is None and len(found) and found.masks is not None:
         mask = found.masks[pick]
+    scale = scale_of_image(image.size, box) if mask is None and row.background is None else 1
+    pixels = image_tensor(image.load(scale))
+    if not len(found):
+        return Sample(pixels, box, mask)
     if row.background is not None:
         other, objects, other_mask = _decode(row.background, fill, box_threshold)
         if len(objects) or row.background.is_bare:
             empty = background_of(other, objects.boxes, other_mask) if len(objects) else other
             pixels = paste_object(pixels, box, _of_box(mask, found, pick), empty)
-    return Sample(pixels, box, mask, float(found.scores[pick]))
+    return Sample(pixels, box / scale, mask, float(found.scores[pick]))
 
 
 def _decode(row: Row, fill: Sequence[int], box_threshold: float) -> tuple[Tensor, Detections, Tensor | None]:
@@ -261,10 +273,21 @@ class ViewDataset(Dataset[dict[str, Any]]):
         draw = random.Random(f"sample {of_item}")  # independent of the random numbers of `augment`
         if draw.random() < self.background_swap:
             row = replace(row, background=self._donor(row, draw))
-        sample = sample_of(row, self.spec.fill, self.box_threshold, draw if self.augment else None)
+        sample = sample_of(row, self.spec.fill, self.box_threshold, draw if self.augment else None, self._scale)
         if self.augment is None:
             return sample
         return Sample(*self.augment(sample.pixels, sample.box, sample.mask, seed=of_item), sample.score)
+
+    def _scale(self, size: tuple[int, int], box: Tensor) -> int:
+        """Return the factor by which the views after augmentation allow an image to be reduced (`docs/method.md`, Views)."""
+        if self.augment is None or not takes_patches(self.spec, self.branches):
+            return 1
+        whole, part = self.augment.least_sides(size, box, self.spec.square)
+        sides = {"full": whole}
+        if "fg" in self.branches and not box.isnan().any():
+            sides["fg"] = part if self.spec.fg.crops else whole
+        shown = [(math.floor(side), branch) for branch, side in sides.items() if branch in (*self.branches, "full")]
+        return min(scale_of((0, 0, side, side), self.spec, branch) for side, branch in shown)
 
     def _donor(self, row: Row, draw: random.Random) -> Row:
         while (donor := draw.choice(self.donors)).path == row.path:

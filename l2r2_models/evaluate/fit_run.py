@@ -21,6 +21,7 @@ from ..io import file_sha256, write_json
 from ..locks import only_writer
 from ..runs import LOGITS, RUN, changed_weights, record_of
 from .backgrounds import backgrounds_in, default_backgrounds, logits_to_fit
+from .cascade import CascadeFit, check_request, fit_cascade
 from .choose import choose, lead_alone, lead_of, references
 from .fuse import BEST, PLAIN, SWAPPED, Column, Fitted, fit, is_swapped, observations
 from .logits import BranchLogits, Progress
@@ -46,6 +47,7 @@ class FuseReport:
         warnings: what makes the metrics too optimistic, in sentences.
         left_out: reasons by image that could not be used.
         abstain: the confidence threshold for a stated risk; None if none was asked for.
+        cascade: the confidence from which fg decides alone, for a stated loss of accuracy; None if none was asked for.
     """
 
     chosen: str
@@ -59,6 +61,7 @@ class FuseReport:
     warnings: tuple[str, ...]
     left_out: dict[str, str]
     abstain: Abstention | None = None
+    cascade: CascadeFit | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -88,6 +91,7 @@ def fit_run(
     skip_bad: bool = False,
     abstain_risk: float | None = None,
     out: Path | None = None,
+    cascade: float | None = None,
     save: bool = True,
     progress: Progress = lambda batches, _: batches,
 ) -> FuseReport:
@@ -106,6 +110,7 @@ def fit_run(
         skip_bad: leave unreadable images out instead of stopping.
         abstain_risk: also fit the confidence below which predictions are withheld to reach this error rate, see `fit_abstention`.
         out: file for the fusion of a zero-shot model, which has no run folder; it is used as `vlm:MODEL?fusion=FILE`.
+        cascade: also fit the confidence from which fg decides alone, losing at most this accuracy, see `fit_cascade`.
         save: write the checkpoint, or `out`.
         progress: wraps the batches while logits are computed.
 
@@ -116,8 +121,10 @@ def fit_run(
     if method not in (BEST, *FUSIONS):
         raise L2R2Error(f'Unknown fusion "{method}"; choose from {", ".join([BEST, *sorted(FUSIONS)])}.')
     zero_shot = is_zero_shot(str(run))
-    _check_place(run, zero_shot, out, save, abstain_risk)
+    _check_place(run, zero_shot, out, save, abstain_risk=abstain_risk, cascade=cascade)
     checkpoint = load_checkpoint(run, any_fusion=True)
+    if cascade is not None:
+        check_request(checkpoint.model, cascade)
     if save and not zero_shot and changed_weights(Path(run), checkpoint.digest):
         raise L2R2Error(f"{run}: the weights have changed since training (their SHA-256 differs from run.json); train it again.")
     everything = read_table(data, metadata=metadata, boxes=boxes)
@@ -140,6 +147,7 @@ def fit_run(
     fusion = checkpoint.model.fusion = {**fitted, **alone}[chosen].fusion
     fusion.batch = _batch_rule(fusion, logits, counts)
     abstain = None if abstain_risk is None else _abstention({**fitted, **alone}[chosen], logits, abstain_risk)
+    decides = None if cascade is None else fit_cascade({**fitted, **alone}[chosen].logits, logits, cascade, metric)
     every = {**compared, **{name: f.columns for name, f in fitted.items()}}
     seen = trained_on(run, table, split)
     warnings = [f"{seen}; the metrics are too optimistic, and so is the fitted fusion."] if seen else []
@@ -156,6 +164,7 @@ def fit_run(
         (*warnings, *_less_calibrated(every, chosen, lead_of(logits, inputs))),
         {str(path): why for path, why in logits.bad.items()},
         abstain,
+        decides,
     )
     if save and out is not None:
         write_fusion(out, fusion, checkpoint.model.branches, checkpoint.labels)
@@ -169,20 +178,23 @@ def fit_run(
             "method": method,
             metric: reached,
             **({} if abstain is None else {"abstain": abstain.to_dict()}),
+            **({} if decides is None else {"cascade": decides.to_dict()}),
         }
         used = table.names() if method == BEST or fusion.count() else []
         _save(Path(run), checkpoint, {**checkpoint.training, "fusion_fit": fit_record}, used)
     return report
 
 
-def _check_place(run: Path | str, zero_shot: bool, out: Path | None, save: bool, abstain_risk: float | None) -> None:
+def _check_place(run: Path | str, zero_shot: bool, out: Path | None, save: bool, **thresholds: float | None) -> None:
     """Check that there is a place for the fusion: the run folder, or a file if the model is zero-shot."""
     if not zero_shot and not Path(run).is_dir():
         raise L2R2Error(f"{run}: no such run folder; a fusion can only be saved into a local run.")
     if zero_shot and save and (out is None or out.suffix != ".safetensors"):
         raise L2R2Error(f"{run}: pass -o FILE.safetensors for the fusion of a zero-shot model, which has no run folder.")
-    if zero_shot and abstain_risk is not None:
-        raise L2R2Error(f"{run}: a threshold for --abstain-risk can only be saved into a run, and this model has none.")
+    for option, value in thresholds.items():
+        if zero_shot and value is not None:
+            name = option.replace("_", "-")
+            raise L2R2Error(f"{run}: a threshold for --{name} can only be saved into a run, and this model has none.")
     if out is not None and not zero_shot:
         raise L2R2Error(f"{run}: its fusion is saved in the run; leave out -o.")
 

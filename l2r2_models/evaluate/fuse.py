@@ -162,17 +162,21 @@ def _fit_one(config: Mapping[str, Any], task: _Task) -> Fitted:
 
 def columns_of(logits: Tensor, data: BranchLogits, group: str | None = None, metric: str = "accuracy") -> dict[str, Column]:
     """Compute the metrics of logits `[N, classes]` on the plain and the swapped rows of `data`, if present."""
-    swapped, unit = is_swapped(data), _unit_numbers(data, group)
-    found = {}
-    for name, rows in ((PLAIN, ~swapped), (SWAPPED, swapped)):
-        if rows.any():
-            z, labels = logits[rows], data.labels[rows]
-            right = (z.argmax(-1) == labels).double() * row_weights(labels, metric)
-            units = unit[rows].unique(return_inverse=True)[1]
-            by_unit = torch.zeros(int(units.max()) + 1, dtype=right.dtype).index_add(0, units, right) / units.bincount()
-            nll = float(cross_entropy(z.double(), labels))
-            found[name] = Column(float(right.mean()), expected_calibration_error(z, labels), nll, by_unit)
+    unit, found = _unit_numbers(data, group), {}
+    for name, rows in kinds_of(data).items():
+        z, labels = logits[rows], data.labels[rows]
+        right = (z.argmax(-1) == labels).double() * row_weights(labels, metric)
+        units = unit[rows].unique(return_inverse=True)[1]
+        by_unit = torch.zeros(int(units.max()) + 1, dtype=right.dtype).index_add(0, units, right) / units.bincount()
+        nll = float(cross_entropy(z.double(), labels))
+        found[name] = Column(float(right.mean()), expected_calibration_error(z, labels), nll, by_unit)
     return found
+
+
+def kinds_of(data: BranchLogits) -> dict[str, Tensor]:
+    """Return the masks `[N]` bool of the plain and of the swapped rows, for the kinds that are present."""
+    swapped = is_swapped(data)
+    return {name: rows for name, rows in ((PLAIN, ~swapped), (SWAPPED, swapped)) if rows.any()}
 
 
 def is_swapped(data: BranchLogits) -> Tensor:

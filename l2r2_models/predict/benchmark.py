@@ -40,7 +40,7 @@ class Benchmark:
         device: name of the device.
         precision: precision of the network.
         workers: number of decoding threads.
-        cascade: whether the predictor uses a cascade.
+        cascade: loss of the predictor's cascade in percentage points; None without one.
         images: number of images that were classified.
         objects: number of objects that were classified.
         stages: seconds per image of each stage, run one after another in one thread: `decode` (read and decode), `cut` (views),
@@ -55,7 +55,7 @@ class Benchmark:
     device: str
     precision: str
     workers: int
-    cascade: bool
+    cascade: float | None
     images: int
     objects: int
     stages: dict[str, float]
@@ -120,10 +120,10 @@ def run_benchmark(
         _device_name(predictor.device),
         predictor.network.precision,
         predictor.workers,
-        predictor.network.cascade,
+        None if predictor.network.cascade is None else predictor.network.cascade.loss,
         len(predictions),
         sum(len(p.objects) for p in predictions),
-        _stages(predictor, inputs),
+        time_stages(predictor, inputs),
         median(rates["l2r2"]),
         median(rates["plain"]),
         seen,
@@ -132,16 +132,21 @@ def run_benchmark(
 
 
 @torch.inference_mode()
-def _stages(predictor: Predictor, inputs: Inputs) -> dict[str, float]:
-    """Return the seconds per image of each stage."""
+def time_stages(predictor: Predictor, inputs: Inputs) -> dict[str, float]:
+    """Return the seconds per image of each stage, run one after another in one thread; unreadable images are left out.
+
+    Raises:
+        L2R2Error: when no image can be read.
+    """
     spent = dict.fromkeys(STAGES, 0.0)
 
     @contextmanager
     def clock(stage: str) -> Iterator[None]:
         _wait(predictor.device)
         start = time.perf_counter()
-        yield
-        _wait(predictor.device)
+        with torch.profiler.record_function(f"l2r2: {stage}"):
+            yield
+            _wait(predictor.device)
         spent[stage] += time.perf_counter() - start
 
     count, jobs = 0, []
@@ -173,8 +178,10 @@ def _stages(predictor: Predictor, inputs: Inputs) -> dict[str, float]:
             jobs = jobs[predictor.network.most :]
     if jobs:
         classify(jobs)
+    if not count:
+        raise L2R2Error(f"None of the {len(inputs.paths)} images can be read; pass other images.")
     spent["network"] -= spent["fuse"]  # a call of the network also fuses
-    return {stage: seconds / max(count, 1) for stage, seconds in spent.items()}
+    return {stage: seconds / count for stage, seconds in spent.items()}
 
 
 def _plain_network(predictor: Predictor) -> tuple[Any, Callable[[Image.Image], Tensor]]:

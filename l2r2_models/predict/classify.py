@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import L2R2Error
 from ..hardware import has_bf16
 from ..models.backbones import is_convolutional
+from ..models.cascade import Cascade, can_decide, check_cascade, has_own_views
 from ..models.l2r2 import L2R2, L2R2Output
 from ..views import Views, make_views
 from .items import Item, Job, Pending, Row, images_of
@@ -46,7 +47,7 @@ class Network:
         device: device to compute on.
         batch_size: objects per forward pass.
         precision: precision of the network, `fp32` or `bf16`; views and fusion are always fp32.
-        cascade: run fg first, and the other branches only on the rows that they could change.
+        cascade: run fg first, and the other branches only on the rows that it does not decide; None to run all branches.
 
     Attributes:
         round_logits: round the logits before they are fused, so that stored ones give the same predictions; False by default.
@@ -56,27 +57,25 @@ class Network:
     """
 
     def __init__(
-        self, model: L2R2, device: torch.device, batch_size: int, precision: Precision = "fp32", cascade: bool = False
+        self, model: L2R2, device: torch.device, batch_size: int, precision: Precision = "fp32", cascade: Cascade | None = None
     ) -> None:
         check_precision(precision, device)
         self.model, self.device, self.precision, self.cascade = model, device, precision, cascade
         self.batch_size, self.round_logits = batch_size, False
-        # fg that is masked in the network, or finds its object itself, shares its pass with full
-        self.separate = not model.takes_mask and not model.finds_object
+        self.separate = has_own_views(model)  # otherwise fg shares its pass with full
         if precision != "fp32" and not self.separate:
             raise L2R2Error("A model that masks inside the network or finds its object itself needs the precision fp32.")
-        if cascade:
-            if not self.separate or not {"full", "fg"} <= set(model.branches):
-                raise L2R2Error("A cascade needs a full branch, and an fg branch whose view is cut from the image.")
-            self.decides = can_decide(model, device)
-            if not self.decides:
-                logger.warning('the fusion "%s" always needs all branches, so the cascade saves nothing', model.fusion.name)
+        if cascade is not None:
+            check_cascade(model)
+            if cascade.threshold is None and not can_decide(model, device):
+                always = f'the fusion "{model.fusion.name}" always needs all branches'
+                logger.warning("%s, so an exact cascade saves nothing; fit one with `l2r2 fuse --cascade`", always)
         self.memory_format = torch.channels_last if is_convolutional(model.backbone) else torch.contiguous_format
 
     @property
     def most(self) -> int:
         """The number of boxes to collect for a call."""
-        return self.batch_size * (WINDOW if self.cascade else 1)
+        return self.batch_size * (1 if self.cascade is None else WINDOW)
 
     def cut(self, item: Item, rows: Sequence[Row]) -> Item:
         """Return the item with the views of `rows` instead of its pixels.
@@ -89,7 +88,7 @@ class Network:
         index, boxes = torch.zeros(len(rows), dtype=torch.long), torch.stack([row.box for row in rows])
         masks = [row.mask for row in rows]
         views = make_views([item.image], boxes, spec, branches=others, image_index=index, masks=masks)
-        if self.cascade:
+        if self.cascade is not None:
             return replace(item, views=views)
         if "full" in self.model.branches and item.full is None:
             views = views._replace(full=make_views([item.image], None, spec, branches=("full",)).full)
@@ -120,19 +119,20 @@ class Network:
         # without a full branch to fall back on, the others run on the whole image
         seen = has_fg if "full" in self.model.branches else torch.ones_like(has_fg)
         skipped = torch.zeros_like(has_fg)
-        if self.cascade:
+        if self.cascade is not None:
             logits = self._run(jobs, views, ("fg",), seen)
-            skipped = seen & self.decides & self.model.fusion.decided(logits["fg"], scores)
+            skipped = seen & self.cascade.decided(self.model, logits["fg"], scores)
             rest = tuple(b for b in self.model.branches if b != "fg")
             logits.update(self._run(jobs, views, rest, seen & ~skipped, skipped))
         else:
             logits = self._run(jobs, views, self.model.branches, seen)
-        # logits that were not computed do not affect the fusion, whatever their values
-        if self.cascade:
+        if self.cascade is not None:  # logits that were not computed do not affect the fusion, whatever their values
             logits |= {b: torch.where(skipped[:, None], logits["fg"], z) for b, z in logits.items()}
         if "full" in logits:
             logits |= {b: torch.where(seen[:, None], logits[b], logits["full"]) for b in self._others}
         fused = self.model.fuse(logits, has_fg, scores)
+        if self.cascade is not None:
+            fused = self.cascade.fused(fused, logits["fg"], skipped)
         return Answered(L2R2Output(logits.get("full"), logits.get("fg"), fused, logits.get("bg"), has_fg), skipped)
 
     @property
@@ -226,13 +226,6 @@ class Network:
         known_full = {} if full is None else {"full_logits": full}
         output = self.model.forward_views(**views.inputs(), objectness=scores, **known_full)
         return Answered(output, torch.zeros_like(output.has_fg))
-
-
-def can_decide(model: L2R2, device: torch.device) -> bool:
-    """Return whether an fg branch with confidence 1 decides alone."""
-    certain = torch.tensor([[1e4] + [0.0] * (model.num_classes - 1)], device=device)
-    uses_fg = model.fusion.over is None or "fg" in model.fusion.over
-    return uses_fg and bool(model.fusion.decided(certain, torch.ones(1, device=device)).all())
 
 
 def check_precision(precision: str, device: torch.device) -> None:

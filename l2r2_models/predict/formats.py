@@ -15,7 +15,8 @@ from ..io import write_atomic
 from .foreign import write_coco, write_megadetector
 from .rendering import About, line
 
-NUMBERS = ("x0", "y0", "x1", "y1", "box_score", "score", "image_score")
+GROUP = ("group", "group_label", "group_score")
+NUMBERS = ("x0", "y0", "x1", "y1", "box_score", "score", "image_score", "group_score")
 COLUMNS = ("file", *NUMBERS[:5], "box_label", "label", "score", "source", "reason", "image_label", "image_score", "failure")
 ROWS = 10_000  # Parquet rows held in memory at once
 
@@ -76,7 +77,7 @@ def _write_jsonl(path: Path, records: Iterable[dict[str, Any]], about: About) ->
 
 def _write_csv(path: Path, records: Iterable[dict[str, Any]], about: About) -> None:
     with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, _columns(about), lineterminator="\n")
         writer.writeheader()
         for record in records:
             writer.writerows(_rows(record))
@@ -84,7 +85,7 @@ def _write_csv(path: Path, records: Iterable[dict[str, Any]], about: About) -> N
 
 def _write_parquet(path: Path, records: Iterable[dict[str, Any]], about: About) -> None:
     pa, parquet = pyarrow()
-    fields = [(name, pa.float64() if name in NUMBERS else pa.string()) for name in COLUMNS]
+    fields = [(name, pa.float64() if name in NUMBERS else pa.string()) for name in _columns(about)]
     schema = pa.schema(fields, metadata={KEY: json.dumps(about.header).encode()})
     rows = ({**row, "file": _text(row["file"])} for record in records for row in _rows(record))
     with parquet.ParquetWriter(path, schema) as writer:
@@ -103,15 +104,21 @@ FORMATS: dict[str, Callable[[Path, Iterable[dict[str, Any]], About], None]] = {
 ENDINGS = {f".{name}": name for name in ("json", "jsonl", "csv", "parquet")}
 
 
+def _columns(about: About) -> tuple[str, ...]:
+    """Return the columns of a table: those of the group only if images are grouped."""
+    return (*COLUMNS, *GROUP) if "group" in about.header["settings"] else COLUMNS
+
+
 def _rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield one row per object, or one for the failure."""
+    of_group = dict(zip(GROUP, (record["group"].get(key) for key in ("name", "label", "score")))) if "group" in record else {}
     if "failure" in record:
-        yield {"file": record["file"], "failure": _text(record["failure"])}
+        yield {"file": record["file"], **of_group, "failure": _text(record["failure"])}
     for o in record.get("objects", ()):
         box = zip(NUMBERS, o.get("box", ()))
         fields = {key: o[key] for key in ("box_score", "box_label", "label", "score", "source", "reason") if key in o}
         image = {f"image_{key}": record["image"][key] for key in ("label", "score")}
-        yield {"file": record["file"], **dict(box), **fields, **image}
+        yield {"file": record["file"], **dict(box), **fields, **image, **of_group}
 
 
 def _text(text: str) -> str:

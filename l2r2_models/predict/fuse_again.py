@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..locks import only_writer
 from .adapt import changed, logits_of, object_of
 from .answers import with_fused
 from .formats import format_of, write_predictions
+from .groups import with_groups
 from .outputs import read_header, read_images
 from .prediction import ObjectPrediction, product
 from .rendering import About
@@ -61,10 +62,19 @@ def fuse_again(
     fusion = _fusion(header["labels"], branches, method, inputs, run)
     config: dict[str, Any] = fusion.config()
     kept = {key: value for key, value in settings.items() if key != "store_logits"}
+
+    def fused() -> Iterator[dict[str, Any]]:
+        return (_again(record, fusion, header) for _, record in read_images(predictions))
+
     with torch.inference_mode(), only_writer(out):
-        records = (_again(record, fusion, header) for _, record in read_images(predictions))
+        records = with_groups(fused, _groups(predictions)) if "group" in settings else fused()
         write_predictions(out, records, About(format, {**header, "fusion": config, "settings": kept}))
     return config
+
+
+def _groups(predictions: Path) -> dict[str, str]:
+    """Return the group of each image."""
+    return {record["file"]: record["group"]["name"] for _, record in read_images(predictions)}
 
 
 def _branches(predictions: Path) -> tuple[str, ...]:

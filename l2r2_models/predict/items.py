@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..boxes.detections import Detections
 from ..views import Patches, Views
-from .prediction import ObjectPrediction
+from .prediction import ObjectPrediction, Prediction
 
 BATCH_PIXELS = 50_000_000  # maximum number of pixels held in memory, about 150 MB
 
@@ -99,6 +99,11 @@ class Job(NamedTuple):
 def images_of(jobs: Sequence[Job]) -> list[Pending]:
     """Return the images of the boxes, each once, in order."""
     return list({id(job.pending): job.pending for job in jobs}.values())
+
+
+def pixels_of(item: Item | Prediction) -> int:
+    """Return the size of an item in memory, in pixels; 0 for a prediction."""
+    return item.pixels if isinstance(item, Item) else 0
 
 
 def is_large(items: Iterable[Item]) -> bool:

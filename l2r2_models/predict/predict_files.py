@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..journal import Journal, digest_of, state_of
 from ..locks import only_writer
 from .adapt import adapt_records
 from .formats import format_of, holds_all, write_predictions
+from .groups import with_groups
 from .inputs import Inputs, named
 from .outputs import Place, read_predictions, records_at
 from .prediction import LOCALIZER_FAILED, Prediction
@@ -25,7 +26,7 @@ from .rendering import About
 FORMAT_VERSION = "1.1"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
     """Summary of a call of `predict_to_file`.
 
@@ -37,6 +38,7 @@ class Report:
         localizer_failures: reasons why the localizer failed, one per image that was classified as a whole for that reason.
         sources: number of objects by `source`.
         found: number of objects by whether one was found; otherwise the whole image was classified.
+        skipped: number of objects that a cascade classified without the whole image.
         shares: fraction of misleading backgrounds by group, if predictions are adapted.
     """
 
@@ -47,6 +49,7 @@ class Report:
     localizer_failures: list[str] = field(default_factory=list)
     sources: Counter[str] = field(default_factory=Counter)
     found: Counter[bool] = field(default_factory=Counter)
+    skipped: int = 0
     shares: dict[str, GroupShare] = field(default_factory=dict)
 
     @property
@@ -59,6 +62,7 @@ class Report:
         objects = image.get("objects", ())
         self.sources.update(o["source"] for o in objects)
         self.found.update("fg" in o for o in objects)
+        self.skipped += sum("fg" in o and "full" not in o for o in objects)
         if "failure" in image:
             self.failures.append(image)
         elif not _was_localized(image):
@@ -74,6 +78,7 @@ def predict_to_file(
     adapt: str = "off",
     format: str | None = None,
     store_logits: bool = False,
+    group: str | None = None,
 ) -> Report:
     """Classify images and write the predictions to a file.
 
@@ -92,6 +97,7 @@ def predict_to_file(
         adapt: grouping of images taken at the same place, see `Grouping.parse`.
         format: format of the file, see `format_of`; None for the one of its extension.
         store_logits: keep the branch logits of every object, for `fuse_again`.
+        group: also predict for groups of images (see `with_groups`): `folder`, `sequence:SECONDS`, or a metadata column.
 
     Returns:
         A summary of the call.
@@ -116,8 +122,8 @@ def predict_to_file(
             raise L2R2Error("The risk of --abstain was fitted without --adapt and does not hold with it; use one or the other.")
         header["settings"]["adapt"] = str(grouping)
         adapter, predictor = predictor.adapter(grouping.noun), predictor.keeping_logits()
-        names = [str(path) for path in asked.values()]
-        groups = dict(zip(names, grouping.of(names, [inputs.columns.get(name, {}) for name in names])))
+        groups = _groups_of(inputs, asked, grouping)
+    sets = {} if group is None else _named_groups(inputs, asked, header, group)
     digests = {key: _digest(predictor, inputs, str(path)) for key, path in asked.items()}
     with only_writer(out):
         journal = Journal(out)
@@ -135,7 +141,10 @@ def predict_to_file(
         listed = [(str(path), places.pop(key)) for key, path in asked.items()]
 
         def finished_images(read: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-            return read() if grouping is None else adapt_records(adapter, read, groups)
+            def adapted() -> Iterator[dict[str, Any]]:
+                return read() if grouping is None else adapt_records(adapter, read, groups)
+
+            return adapted() if group is None else with_groups(adapted, sets)
 
         def read_back() -> Iterator[dict[str, Any]]:
             return _first_of(out, journal, header, listed, holds_all(format))
@@ -158,6 +167,21 @@ def _by_place(paths: Iterable[Path]) -> dict[str, Path]:
     for path in paths:
         named(path, found)
     return found
+
+
+def _groups_of(inputs: Inputs, asked: Mapping[str, Path], grouping: Grouping) -> dict[str, str]:
+    """Return the group of each image by its name."""
+    names = [str(path) for path in asked.values()]
+    return dict(zip(names, grouping.of(names, [inputs.columns.get(name, {}) for name in names])))
+
+
+def _named_groups(inputs: Inputs, asked: Mapping[str, Path], header: dict[str, Any], group: str) -> dict[str, str]:
+    """Return the group of each image by its name, and note the grouping in the header."""
+    kind = group.partition(":")[0]
+    grouping = Grouping.parse(group if kind in ("folder", "sequence", "batch") else f"group:{group}")
+    assert grouping is not None
+    header["settings"]["group"] = str(grouping)
+    return _groups_of(inputs, asked, grouping)
 
 
 def _known(
@@ -240,7 +264,7 @@ def header_of(predictor: Predictor, oracle: bool = False) -> dict[str, Any]:
             "top": predictor.top,
             "topk_prompts": predictor.topk_prompts,
             **({"precision": predictor.network.precision} if predictor.network.precision != "fp32" else {}),
-            **({"cascade": True} if predictor.network.cascade else {}),  # which leaves out the answers of full
+            **({} if predictor.network.cascade is None else {"cascade": asdict(predictor.network.cascade)}),
             **({"image_rule": predictor.image_rule} if predictor.image_rule != "best" else {}),
             **predictor.rules.settings(),
         },

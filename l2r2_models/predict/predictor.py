@@ -27,8 +27,9 @@ from .adapt import Adapter
 from .answers import answers_of
 from .classify import Answered, Network, Precision
 from .finite import checked
-from .items import Item, Job, Pending, Row, images_of, is_large, whole_images
+from .items import Item, Job, Pending, Row, images_of, is_large, pixels_of, whole_images
 from .prediction import LOCALIZER_FAILED, NO_BOX, ObjectPrediction, Prediction, checked_rule, product
+from .rule_files import cascade_of
 from .rules import Rules
 from .topk import predict_topk
 
@@ -50,8 +51,9 @@ class Predictor:
         topk_prompts: prompt the localizer with this many top classes of the full branch, see `localize.topk`.
         workers: number of threads that decode files in advance; 0 for none, by default one per core.
         precision: precision of the network, `fp32`, or the faster and less precise `bf16`, if the hardware supports it.
-        cascade: run the fg branch first, and the others only where they could change the fused prediction; labels and scores
-            stay the same (`docs/method.md`, section 4). `ObjectPrediction.full` is None where it was not needed.
+        cascade: run the fg branch first, and the others only where it does not decide: with 0, where they could change the fused
+            prediction; with the percentage points of `l2r2 fuse --cascade`, where fg is below the confidence fitted for that
+            loss of accuracy. `ObjectPrediction.full` is None where it was not needed; by default, all branches run.
         image_rule: how the prediction for an image follows from those for its objects: `best`, `weighted` or `full`, see
             `image_answer`.
 
@@ -74,7 +76,7 @@ class Predictor:
         topk_prompts: int | None = None,
         workers: int | None = None,
         precision: Precision = "fp32",
-        cascade: bool = False,
+        cascade: float | None = None,
         image_rule: str = "best",
     ) -> None:
         self.checkpoint = checkpoint
@@ -92,10 +94,10 @@ class Predictor:
             localizer = create_localizer(localizer, device=self.device, checkpoint=checkpoint)
         self.localizer: Localizer | None = localizer
         self.topk_prompts = topk_prompts
-        self.network = Network(self.model, self.device, batch_size, precision, cascade)
+        self.network = Network(self.model, self.device, batch_size, precision, cascade_of(checkpoint, cascade))
         self.workers = worker_count(workers)
         self.keep_logits, self.rules = False, Rules(self.labels)
-        self.image_rule = checked_rule(image_rule, self.model.branches, cascade)
+        self.image_rule = checked_rule(image_rule, self.model.branches, cascade is not None)
         if topk_prompts is None and self.localizer is not None:
             self.localizer.check_prompt()
         if topk_prompts is not None:
@@ -166,7 +168,7 @@ class Predictor:
         Raises:
             L2R2Error: when `topk_prompts` or `cascade` is set.
         """
-        if (option := "topk_prompts" if self.topk_prompts is not None else "cascade" if self.network.cascade else "") != "":
+        if option := "topk_prompts" if self.topk_prompts is not None else "cascade" if self.network.cascade is not None else "":
             raise L2R2Error(f"Predictions with {option} do not have the logits of every branch; predict without {option}.")
         keeping = copy.copy(self)
         keeping.keep_logits, keeping.network = True, copy.copy(self.network)
@@ -177,8 +179,10 @@ class Predictor:
         """Return a copy of the predictor that names classes by these rules.
 
         Raises:
-            L2R2Error: when `topk_prompts` or an image rule that does not follow them is set.
+            L2R2Error: when `topk_prompts`, or an image rule or cascade that does not follow them, is set.
         """
+        if rules.abstain is not None and self.network.cascade is not None and self.network.cascade.loss:
+            raise L2R2Error("The risk of --abstain was fitted on fused predictions; leave out --cascade, or use --cascade 0.")
         if rules and self.topk_prompts is not None:
             raise L2R2Error("topk_prompts has its own way to choose a class, so it cannot be restricted, rolled up or corrected.")
         if self.image_rule != "best" and (rules.rollup is not None or rules.abstain is not None or rules.prior is not None):
@@ -243,10 +247,7 @@ class Predictor:
             except L2R2Error as error:
                 return Prediction(str(path), (), str(error))
 
-        def weigh(loaded: Item | Prediction) -> int:
-            return loaded.pixels if isinstance(loaded, Item) else 0
-
-        return self.predict_items(in_order(load, paths, self.workers, ahead=self.network.most, weigh=weigh))
+        return self.predict_items(in_order(load, paths, self.workers, ahead=self.network.most, weigh=pixels_of))
 
     def _load(self, path: Path, entry: BoxEntry | None, mask_file: Path | None) -> Item:
         return self._cut(*self.decode(path, entry, mask_file))
@@ -395,5 +396,4 @@ class Predictor:
 
     def answers(self, answered: Answered, jobs: Sequence[Job]) -> Iterator[ObjectPrediction]:
         """Yield the prediction for each box."""
-        over, keep = self.model.fusion.over, self.keep_logits
-        return answers_of(answered, jobs, self.rules, self.top, over=over, keep_logits=keep)
+        return answers_of(answered, jobs, self.rules, self.top, over=self.model.fusion.over, keep_logits=self.keep_logits)

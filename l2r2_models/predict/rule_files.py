@@ -12,6 +12,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..errors import L2R2Error
 from ..fusion.prior_file import read_prior
 from ..io import check_readable, file_sha256
+from ..models.cascade import Cascade
 from .inputs import Inputs
 from .rules import ImagePrior, Rules
 
@@ -71,6 +72,27 @@ def threshold_for(checkpoint: Checkpoint, risk: float) -> float:
         raise L2R2Error(f"{checkpoint.name}: {has}; run `l2r2 fuse RUN DATA --abstain-risk {risk:g}` on held-out rows first.")
     threshold: float = stored["threshold"]
     return threshold
+
+
+def cascade_of(checkpoint: Checkpoint, loss: float | None) -> Cascade | None:
+    """Return the cascade for a loss of accuracy in percentage points: 0 for an exact one, None for none.
+
+    Raises:
+        L2R2Error: when the loss is no number, or `l2r2 fuse --cascade` stored no threshold for it.
+    """
+    if loss is None:
+        return None
+    if isinstance(loss, bool) or not isinstance(loss, (int, float)) or not 0 <= loss < 100:
+        raise L2R2Error(f"cascade is the accuracy that may be lost, in percentage points (0 for none), got {loss}.")
+    if loss == 0:
+        return Cascade(0.0)
+    stored = checkpoint.training.get("fusion_fit", {}).get("cascade", {})
+    if stored.get("loss") != loss:
+        has = f"has a cascade for a loss of {stored['loss']:g} points only" if stored else "has no fitted cascade"
+        raise L2R2Error(
+            f"{checkpoint.name}: {has}; run `l2r2 fuse RUN DATA --cascade {loss:g}` on held-out rows first, or use --cascade 0."
+        )
+    return Cascade(float(loss), float(stored["threshold"]))
 
 
 def _named_classes(text: str, labels: Sequence[str]) -> set[str]:

@@ -4,7 +4,7 @@ from .batch import batch_masks, batch_views, cut_batch
 from .branches import BRANCHES, check_branches
 from .cut import Views, make_views, view_map
 from .modes import FG_MODES, FgMode
-from .patches import Patches, decode_patches, takes_patches
+from .patches import Patches, decode_patches, scale_of, takes_patches
 from .spec import ViewSpec
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "cut_batch",
     "decode_patches",
     "make_views",
+    "scale_of",
     "takes_patches",
     "view_map",
 ]

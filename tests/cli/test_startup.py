@@ -96,6 +96,7 @@ def test_every_option_explains_itself_and_means_one_thing_everywhere():
         "--metadata",
         "--skip-bad",
         "--batch-size",
+        "--cascade",
         "--device",
         "--workers",
         "--seed",

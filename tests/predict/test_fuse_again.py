@@ -99,7 +99,7 @@ def test_what_cannot_be_fused_again_is_a_sentence(stored, tmp_path, l2r2):
     assert "Unknown fusion" in sentence(l2r2("fuse", "--predictions", logits, "--method", "averige", "-o", tmp_path / "x.json"))
     assert "needs the format json" in sentence(l2r2("predict", run, data, "--store-logits", "-o", tmp_path / "x.csv"))
     with pytest.raises(L2R2Error, match="without cascade"):
-        cascade = Predictor.from_pretrained(run, device="cpu", cascade=True)
+        cascade = Predictor.from_pretrained(run, device="cpu", cascade=0)
         predict_to_file(cascade, gather([data], split="test"), tmp_path / "x.json", store_logits=True)
     other = write_run(tmp_path / "other_run")
     checkpoint = hub.load_checkpoint(other)

@@ -150,7 +150,7 @@ def test_a_cascade_of_robust_gives_the_same_labels_and_scores_by_fewer_looks(pho
     threshold = sorted(scores)[len(scores) // 3] - 1e-4  # two thirds of the boxes are sure
     checkpoint.model.fusion.threshold.fill_(threshold)
     plain = list(Predictor(checkpoint, device="cpu", batch_size=batch_size).predict_files(paths, boxes))
-    cascade = Predictor(checkpoint, device="cpu", batch_size=batch_size, cascade=True)
+    cascade = Predictor(checkpoint, device="cpu", batch_size=batch_size, cascade=0)
     looked = []
     hook = cascade.model.heads["full"].register_forward_pre_hook(lambda _, args: looked.append(len(args[0])))
     answers = list(cascade.predict_files(paths, boxes))
@@ -173,7 +173,7 @@ def test_a_cascade_of_robust_gives_the_same_labels_and_scores_by_fewer_looks(pho
 def test_a_fusion_that_always_needs_all_branches_says_so_and_stays_right(fusion, photos, tmp_path, caplog):
     paths, boxes = photos
     checkpoint = checkpoint_with(fusion, tmp_path)
-    answers = list(Predictor(checkpoint, device="cpu", cascade=True).predict_files(paths, boxes))
+    answers = list(Predictor(checkpoint, device="cpu", cascade=0).predict_files(paths, boxes))
     same(list(Predictor(checkpoint, device="cpu").predict_files(paths, boxes)), answers)
     assert "saves nothing" in caplog.text
 
@@ -208,17 +208,17 @@ def test_no_context_changes_what_is_decided(fusion):
 
 def test_a_cascade_needs_its_branches_and_no_groups(run, tmp_path):
     with pytest.raises(L2R2Error, match="needs a full branch"):
-        Predictor.from_pretrained(write_run(tmp_path / "plain", branches=("full",)), device="cpu", cascade=True)
+        Predictor.from_pretrained(write_run(tmp_path / "plain", branches=("full",)), device="cpu", cascade=0)
     with pytest.raises(L2R2Error, match="predict without cascade"):
-        Predictor.from_pretrained(run, device="cpu", cascade=True).keeping_logits()
+        Predictor.from_pretrained(run, device="cpu", cascade=0).keeping_logits()
     with pytest.raises(L2R2Error, match="use one or the other"):
-        Predictor.from_pretrained(run, device="cpu", cascade=True, image_rule="full")
+        Predictor.from_pretrained(run, device="cpu", cascade=0, image_rule="full")
 
 
 def test_a_file_made_by_a_cascade_is_not_continued_without(run, photos, tmp_path):
     inputs = gather([photos[0][0]])
-    predict_to_file(Predictor.from_pretrained(run, device="cpu", cascade=True), inputs, tmp_path / "o.json")
-    assert json.loads((tmp_path / "o.json").read_text())["settings"]["cascade"] is True
+    predict_to_file(Predictor.from_pretrained(run, device="cpu", cascade=0), inputs, tmp_path / "o.json")
+    assert json.loads((tmp_path / "o.json").read_text())["settings"]["cascade"] == {"loss": 0.0, "threshold": None}
     with pytest.raises(L2R2Error, match="made with"):
         predict_to_file(Predictor.from_pretrained(run, device="cpu"), inputs, tmp_path / "o.json")
 
