@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..boxes.detections import Detections
 from ..views import Patches, Views
-from .prediction import ObjectPrediction
+from .prediction import ObjectPrediction, Prediction
 
 BATCH_PIXELS = 50_000_000  # maximum number of pixels held in memory, about 150 MB
 
@@ -104,6 +104,11 @@ def images_of(jobs: Sequence[Job]) -> list[Pending]:
 def is_large(items: Iterable[Item]) -> bool:
     """Return whether the items should be processed before another image is decoded."""
     return sum(item.pixels for item in items) > BATCH_PIXELS
+
+
+def weight_of(loaded: Item | Prediction) -> int:
+    """Return the pixels of an item; 0 for a prediction."""
+    return loaded.pixels if isinstance(loaded, Item) else 0
 
 
 def whole_images(items: Sequence[Item]) -> list[Image.Image]:
