@@ -14,7 +14,7 @@ from ..errors import L2R2Error
 from ..fusion import Grouping, GroupShare
 from ..journal import Journal, digest_of, state_of
 from ..locks import only_writer
-from .adapt import adapt_records
+from .adapt import Adapter, adapt_records
 from .formats import format_of, holds_all, write_predictions
 from .inputs import Inputs, named
 from .outputs import Place, read_predictions, records_at
@@ -108,10 +108,8 @@ def predict_to_file(
         header["settings"]["store_logits"] = True
         predictor = predictor.keeping_logits()
     if (grouping := Grouping.parse(adapt)) is not None:
-        if predictor.rules.abstain is not None:
-            raise L2R2Error("The risk of --abstain was fitted without --adapt and does not hold with it; use one or the other.")
         header["settings"]["adapt"] = str(grouping)
-        adapter, predictor = predictor.adapter(grouping.noun), predictor.keeping_logits()
+        adapter, predictor = adapter_of(predictor, grouping), predictor.keeping_logits()
         names = [str(path) for path in asked.values()]
         groups = dict(zip(names, grouping.of(names, [inputs.columns.get(name, {}) for name in names])))
     digests = {key: _digest(predictor, inputs, str(path)) for key, path in asked.items()}
@@ -146,6 +144,17 @@ def predict_to_file(
         if holds_all(format):
             journal.remove()
     return report
+
+
+def adapter_of(predictor: Predictor, grouping: Grouping) -> Adapter:
+    """Return what fuses the predictions of a group jointly.
+
+    Raises:
+        L2R2Error: when the predictor abstains, or its fusion has no batch rule.
+    """
+    if predictor.rules.abstain is not None:
+        raise L2R2Error("The risk of --abstain was fitted without --adapt and does not hold with it; use one or the other.")
+    return predictor.adapter(grouping.noun)
 
 
 def _by_place(paths: Iterable[Path]) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,10 @@ def import_ray() -> Any:
     Raises:
         L2R2Error: when Ray is missing.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read on import
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # these are read on import
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else lines from C++ appear between ours
+    for name in ("ray._private.authentication", "ray.data._internal.progress"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # hints about settings that are made here
     try:
         import ray
         import ray.data
@@ -48,7 +52,9 @@ def connected(address: str | None = None) -> Iterator[Any]:
     try:
         ray.init(address, log_to_driver=False, logging_level="warning", **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise L2R2Error(f"{address}: no Ray cluster answers here; check --address or start one with `ray start --head`.") from error
+        raise L2R2Error(
+            f"{address}: no Ray cluster answers here; check --address or start one with `ray start --head`."
+        ) from error
     try:
         yield ray
     finally:

@@ -19,7 +19,7 @@ from ..locks import only_writer
 from ..predict.formats import parquet_schema
 from ..predict.outputs import check_header
 from .places import Place, url_of
-from .results import Rows, Tally
+from .results import Tally
 
 MANIFEST = "_manifest.json"
 COUNTS = b"l2r2_counts"  # metadata of a partition
@@ -39,7 +39,7 @@ class Output:
     def __init__(self, out: str | Path, header: Mapping[str, Any]) -> None:
         self.place, self.header = Place.of(out), header
         self.name = url_of(out) or str(out)
-        self._files = {file.path.rpartition("/")[2]: file for file, _ in self.place.files() if file.path != self.place.path}
+        self._files = _files_in(self.place)
         if self.place.local and Path(self.place.path).is_file():
             raise L2R2Error(f"{self.name}: is a file; with --engine ray, -o names a folder of partitions.")
         if MANIFEST in self._files:
@@ -56,6 +56,10 @@ class Output:
         """
         with only_writer(Path(self.place.path)) if self.place.local else contextlib.nullcontext():
             yield
+
+    def folder(self, name: str) -> Output:
+        """Return an output of the same header in a folder below."""
+        return Output(str(self.place.child(name)), self.header)
 
     def manifest(self) -> dict[str, Any]:
         """Return the manifest: the header, the partitions in the order of the images, and whether all of them are there."""
@@ -82,16 +86,25 @@ class Output:
         before = self.manifest()["partitions"] if MANIFEST in self._files else []
         self._note(before, complete=False)
 
-    def write(self, key: str, rows: Rows) -> None:
+    def file(self, key: str) -> Place:
+        """Return the file of a partition that is there."""
+        return self._files[_file_of(key)]
+
+    def write(self, key: str, table: Any, tally: Tally) -> None:
         """Write a partition.
+
+        Args:
+            key: its key.
+            table: Arrow table with the column `file`.
+            tally: counts of it.
 
         Raises:
             L2R2Error: when it cannot be written.
         """
-        pa, parquet = pyarrow()
-        metadata = {KEY: json.dumps(self.header).encode(), COUNTS: rows.tally.dumps()}
+        _, parquet = pyarrow()
+        metadata = {KEY: json.dumps(self.header).encode(), COUNTS: tally.dumps()}
         sink = io.BytesIO()
-        parquet.write_table(rows.table.replace_schema_metadata(metadata), sink)
+        parquet.write_table(table.replace_schema_metadata(metadata), sink)
         file = self.place.child(_file_of(key))
         file.write(sink.getvalue())
         self._files[_file_of(key)] = file
@@ -143,7 +156,7 @@ def read_table(out: str | Path) -> Any:
     """
     pa, parquet = pyarrow()
     place = Place.of(out)
-    files = {file.path.rpartition("/")[2]: file for file, _ in place.files()}
+    files = _files_in(place)
     if MANIFEST not in files:
         raise L2R2Error(f"{out}: is no output of `l2r2 predict --engine ray`.")
     manifest = json.loads(files[MANIFEST].read())
@@ -154,6 +167,12 @@ def read_table(out: str | Path) -> Any:
         with files[name].filesystem.open_input_file(files[name].path) as stream:
             tables.append(parquet.read_table(stream).replace_schema_metadata(None))
     return pa.concat_tables(tables)
+
+
+def _files_in(folder: Place) -> dict[str, Place]:
+    """Return the files in a folder by name, without those in folders below."""
+    found = (file for file, _ in folder.files())
+    return {name: file for file in found for parent, _, name in [file.path.rpartition("/")] if parent == folder.path.rstrip("/")}
 
 
 def _file_of(key: str) -> str:

@@ -1,7 +1,7 @@
 """Partitions: the units of work and of output, named by the content that their predictions depend on.
 
-A list of images is cut after the images whose path hashes to a multiple of the partition size, so that an image more or less changes
-one partition and leaves the others (content-defined chunking, as in rsync). A shard is one partition.
+A list of images is cut after the images whose path hashes to a multiple of the partition size, so that an image more or less
+changes one partition and leaves the others (content-defined chunking, as in rsync). A shard is one partition.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def chunks(items: Iterable[T], name: Callable[[T], str], size: int) -> Iterator[
     held: list[T] = []
     for item in items:
         held.append(item)
-        if len(held) >= LONGEST * size or int(_hash(name(item))[:8], 16) % size == 0:
+        if len(held) >= LONGEST * size or int(hashed(name(item))[:8], 16) % size == 0:
             yield held
             held = []
     if held:
@@ -73,7 +73,7 @@ def of_files(inputs: Inputs, about: Callable[[str], Any], size: int) -> Iterator
         entries = {name: inputs.entries[name] for name in names if name in inputs.entries}
         masks = {name: inputs.masks[name] for name in names if name in inputs.masks}
         states = [(name, state_of(name), entries.get(name), state_of(masks.get(name)), about(name)) for name in names]
-        yield Partition(_hash(states), tuple(names), entries, masks)
+        yield Partition(hashed(states), tuple(names), entries, masks)
 
 
 def of_places(
@@ -85,7 +85,7 @@ def of_places(
         names = tuple(str(place) for place, _ in part)
         found = {name: entries[name] for name in names if name in entries}
         states = [(name, state, found.get(name), about(name)) for name, (_, state) in zip(names, part)]
-        yield Partition(_hash(states), names, found, places=tuple(place for place, _ in part))
+        yield Partition(hashed(states), names, found, places=tuple(place for place, _ in part))
 
 
 def of_shard(name: str, place: Place, state: State, boxes: str) -> Partition:
@@ -97,8 +97,9 @@ def of_shard(name: str, place: Place, state: State, boxes: str) -> Partition:
         state: its size and modification time.
         boxes: hash of the box file; empty without one.
     """
-    return Partition(_hash((name, state, boxes)), shard=(name, place))
+    return Partition(hashed((name, state, boxes)), shard=(name, place))
 
 
-def _hash(data: Any) -> str:
+def hashed(data: Any) -> str:
+    """Return a hash of plain values, as a name for files."""
     return hashlib.sha256(repr(data).encode(errors="backslashreplace")).hexdigest()[:20]

@@ -72,20 +72,19 @@ class Rows:
     Attributes:
         table: Arrow table with the columns of a prediction file.
         tally: counts of them.
-        records: JSON of each image with an object whose branch logits were kept.
+        records: name and JSON of each image, if branch logits were kept.
     """
 
     table: Any
     tally: Tally
-    records: tuple[str, ...] = ()
+    records: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def of(cls, records: list[dict[str, Any]]) -> Rows:
-        """Convert the records of images to rows."""
+    def of(cls, records: list[dict[str, Any]], keep: bool = False) -> Rows:
+        """Convert the records of images to rows; with `keep`, keep the records too."""
         pa, _ = pyarrow()
-        kept = any("logits" in o for record in records for o in record.get("objects", ()))
         table = pa.concat_tables([parquet_schema().empty_table(), *parquet_tables(records)])
-        return cls(table, Tally.of(records), tuple(map(json.dumps, records)) if kept else ())
+        return cls(table, Tally.of(records), tuple((record["file"], json.dumps(record)) for record in records if keep))
 
     @classmethod
     def joined(cls, parts: Iterable[Rows]) -> Rows:

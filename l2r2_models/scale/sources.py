@@ -9,9 +9,11 @@ from pathlib import Path
 
 from ..boxes import BoxTable, read_boxes
 from ..errors import L2R2Error
+from ..fusion import Grouping
 from ..io import file_sha256
 from ..predict.inputs import Inputs, gather
 from ..predict.predictor import Predictor
+from .adapt import Groups
 from .partitions import SIZE, Partition, of_files, of_places, of_shard
 from .places import Place, State, url_of
 from .shards import SUFFIXES, columns_of
@@ -40,11 +42,24 @@ class Sources:
         """Whether the boxes were found with the true labels as prompts."""
         return self.inputs.oracle or (self.boxes is not None and bool(self.boxes.info.get("oracle")))
 
-    def partitions(self, predictor: Predictor, size: int = SIZE) -> Iterator[Partition]:
+    def groups(self, grouping: Grouping) -> Groups:
+        """Return the groups of the images.
+
+        Raises:
+            L2R2Error: when the rule is `batch`, or on a metadata column and not every image has metadata.
+        """
+        if grouping.kind == "batch" or (grouping.kind == "group" and (self.places or self.shards)):
+            raise L2R2Error("On the engine ray, predictions are adapted by folder, or group:COLUMN of a data set's metadata.")
+        names = [str(path) for path in self.inputs.paths]
+        columns = [self.inputs.columns.get(name, {}) for name in names]
+        return Groups(grouping, dict(zip(names, grouping.of(names, columns))) if grouping.kind == "group" else {})
+
+    def partitions(self, predictor: Predictor, groups: Groups | None = None, size: int = SIZE) -> Iterator[Partition]:
         """Yield the partitions, in the order of the images."""
 
         def about(name: str) -> object:
-            return None if predictor.localizer is None else predictor.localizer.about(name)
+            located = None if predictor.localizer is None else predictor.localizer.about(name)
+            return located, None if groups is None else groups.of(name)
 
         yield from of_files(self.inputs, about, size)
         yield from of_places(self.places, self.boxes, about, size)
@@ -56,8 +71,8 @@ def find(sources: Sequence[str | Path], boxes: Path | None = None, split: str | 
     """Find the images among files, folders, data sets, URLs and shards.
 
     Args:
-        sources: those of `predict.inputs.gather`; URLs of images or folders, e.g. `s3://bucket/photos`; and WebDataset (`.tar`) or
-            Parquet shards, by path, pattern or URL. A folder at a URL may contain images and shards.
+        sources: those of `predict.inputs.gather`; URLs of images or folders, e.g. `s3://bucket/photos`; and WebDataset (`.tar`)
+            or Parquet shards, by path, pattern or URL. A folder at a URL may contain images and shards.
         boxes: box file, joined by path.
         split: use only this split of the data sets.
         given: use the boxes in the metadata of data sets; False for a localizer.

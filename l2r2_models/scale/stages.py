@@ -1,6 +1,7 @@
 """The stages that Ray Data runs: classes that are created once per worker and called with one partition or slice at a time.
 
-A row between stages is `{key, slice, data}`. The slices of a partition are numbered from 0; the last one is empty and marks its end.
+A row between stages is `{key, slice, data}`. The slices of a partition are numbered from 0; the last one is empty and marks its
+end.
 """
 
 from __future__ import annotations
@@ -120,15 +121,13 @@ class Predict:
         """Yield the rows of each partition."""
         for key, data in zip(batch["key"], batch["data"]):
             images = sources_of(pickle.loads(data), self.plan.boxes)
-            predictor = self.predictor
-            loaded = in_order(
-                lambda image: image.load(predictor.load_file),
-                images,
-                predictor.workers,
-                ahead=predictor.network.most,
-                weigh=weight_of,
-            )
-            yield from _numbered(key, map(_rows_of, _sliced(predictor.predict_items(loaded), SLICE)))
+            ahead = self.predictor.network.most
+            loaded = in_order(self._loaded, images, self.predictor.workers, ahead=ahead, weigh=weight_of)
+            slices = _sliced(self.predictor.predict_items(loaded), SLICE)
+            yield from _numbered(key, (_rows_of(held, self.plan.keep_logits) for held in slices))
+
+    def _loaded(self, image: Source) -> Item | Prediction:
+        return image.load(self.predictor.load_file)
 
 
 class Decode:
@@ -155,22 +154,25 @@ class Classify:
     """Localize and classify slices of decoded images."""
 
     def __init__(self, plan: Plan) -> None:
-        self.predictor = plan.predictor()
+        self.plan, self.predictor = plan, plan.predictor()
 
     def __call__(self, batch: Mapping[str, Any]) -> Row:
         """Return the rows of each slice."""
-        rows = [data and _rows_of(list(self.predictor.predict_items(pickle.loads(data)))) for data in batch["data"]]
+        rows = [data and self._rows(data) for data in batch["data"]]
         return {"key": list(batch["key"]), "slice": list(batch["slice"]), "data": rows}
 
+    def _rows(self, data: bytes) -> bytes:
+        return _rows_of(list(self.predictor.predict_items(pickle.loads(data))), self.plan.keep_logits)
 
-def _rows_of(predictions: list[Prediction]) -> bytes:
-    return pickle.dumps(Rows.of([prediction.to_dict() for prediction in predictions]), pickle.HIGHEST_PROTOCOL)
+
+def _rows_of(predictions: list[Prediction], keep: bool) -> bytes:
+    return pickle.dumps(Rows.of([prediction.to_dict() for prediction in predictions], keep), pickle.HIGHEST_PROTOCOL)
 
 
 def _numbered(key: str, slices: Iterable[bytes]) -> Iterator[Row]:
     """Yield the slices of a partition as rows, and the empty one that marks its end."""
     number = -1
-    for number, data in enumerate(slices):  # noqa: B007
+    for number, data in enumerate(slices):
         yield {"key": [key], "slice": [number], "data": [data]}
     yield {"key": [key], "slice": [number + 1], "data": [b""]}
 
