@@ -105,6 +105,19 @@ def track(items: Iterable[T], total: int, text: str) -> Iterator[T]:
         yield from progress.track(items, total=total, description=text)
 
 
+def on_ray(engine: str, address: str | None) -> bool:
+    """Return whether to work on Ray.
+
+    Raises:
+        typer.BadParameter: when the engine is unknown, or an address is given without the engine ray.
+    """
+    if engine not in ("local", "ray"):
+        raise typer.BadParameter(f'--engine is local or ray, got "{engine}"')
+    if engine == "local" and address is not None:
+        raise typer.BadParameter("--address needs --engine ray")
+    return engine == "ray"
+
+
 def numbers(option: str, value: str | None) -> tuple[int, ...]:
     """Parse comma-separated integers, `"0,3"` to `(0, 3)`.
 

@@ -55,6 +55,12 @@ Localizer = Annotated[
 ]
 MaxObjects = Annotated[int, typer.Option("--max-objects", min=1, help="Boxes to classify per image, best first.")]
 Top = Annotated[int, typer.Option("--top", min=1, help="Classes to list per object.")]
+Engine = Annotated[
+    str, typer.Option("--engine", help="local, or ray: on a Ray cluster, for more images than one machine can take.")
+]
+Address = Annotated[
+    Optional[str], typer.Option("--address", help="Ray cluster to use.", show_default="$RAY_ADDRESS, else this machine")
+]
 Host = Annotated[str, typer.Option("--host", help="Interface to listen on; the default is this machine alone.")]
 Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 for any free one.")]
 MaxPixels = Annotated[int, typer.Option("--max-pixels", min=1, help="Largest width * height of an image.")]

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
-from .common import count, errors, say, show_shares, track
-from .options import BatchSize, Boxes, Cascade, Localizer, MaxObjects, Precision, Run, Split, Top, Workers, box_threshold
+from .common import count, errors, on_ray, say, show_shares, track
+from .options import (
+    Address,
+    BatchSize,
+    Boxes,
+    Cascade,
+    Engine,
+    Localizer,
+    MaxObjects,
+    Precision,
+    Run,
+    Split,
+    Top,
+    Workers,
+    box_threshold,
+)
 
 
 def predict(
@@ -18,7 +32,9 @@ def predict(
     ],
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="File to write: .json, .jsonl, .csv or .parquet; rerun to resume."),
+        typer.Option(
+            "--out", "-o", help="File to write: .json, .jsonl, .csv or .parquet; with --engine ray, a folder. Rerun to resume."
+        ),
     ],
     format: Annotated[
         Optional[str],
@@ -93,47 +109,57 @@ def predict(
         bool,
         typer.Option("--store-logits", help="Keep the branch logits, so that `l2r2 fuse --predictions` can fuse them again."),
     ] = False,
+    engine: Engine = "local",
+    address: Address = None,
 ) -> None:
     """Classify images; every object gets a prediction and the reason for it. Unreadable files are listed as failures."""
     from l2r2_models.predict.inputs import gather
     from l2r2_models.predict.predict_files import predict_to_file
     from l2r2_models.predict.predictor import Predictor
     from l2r2_models.predict.rule_files import read_rules, threshold_for, with_prior
+    from l2r2_models.predict.rules import Rules
 
     if localizer is not None and boxes is not None:
         raise typer.BadParameter("--localizer finds the boxes and --boxes reads them from a file; use one or the other")
     if metadata is not None and prior is None:
         raise typer.BadParameter("--metadata has the columns for --prior, which is missing")
+    options = {
+        "box_threshold": box_threshold,
+        "max_objects": max_objects,
+        "batch_size": batch_size,
+        "top": top,
+        "localizer": localizer,
+        "topk_prompts": topk_prompts,
+        "precision": precision,
+        "cascade": cascade,
+        "image_rule": image_rule,
+    }
+
+    def rules(predictor: Predictor) -> Rules:
+        return read_rules(
+            predictor.labels,
+            classes=classes,
+            geofence=geofence,
+            region=region,
+            taxonomy=taxonomy,
+            rollup=rollup,
+            abstain=None if abstain is None else threshold_for(predictor.checkpoint, abstain),
+        )
+
+    if on_ray(engine, address):
+        if format not in (None, "parquet") or store_logits or adapt.startswith("batch") or group is not None or prior is not None:
+            raise typer.BadParameter("--engine ray writes parquet, without --store-logits, --adapt batch:N, --group and --prior")
+        _predict_on_ray(
+            images, model, out, boxes=boxes, split=split, rules=rules, adapt=adapt, address=address, actors=workers, **options
+        )
+        return
     inputs = gather(images, boxes, split)
     if metadata is not None:
         inputs = inputs.with_columns(metadata)
     if localizer is not None:
         inputs = inputs.without_boxes()
-    predictor = Predictor.from_pretrained(
-        model,
-        box_threshold=box_threshold,
-        max_objects=max_objects,
-        batch_size=batch_size,
-        top=top,
-        localizer=localizer,
-        topk_prompts=topk_prompts,
-        workers=workers,
-        precision=precision,
-        cascade=cascade,
-        image_rule=image_rule,
-    )
-    rules = read_rules(
-        predictor.labels,
-        classes=classes,
-        geofence=geofence,
-        region=region,
-        taxonomy=taxonomy,
-        rollup=rollup,
-        abstain=None if abstain is None else threshold_for(predictor.checkpoint, abstain),
-    )
-    if prior is not None:
-        rules = with_prior(rules, prior, inputs)
-    predictor = predictor.with_rules(rules)
+    predictor = Predictor.from_pretrained(model, workers=workers, **options)
+    predictor = predictor.with_rules(rules(predictor) if prior is None else with_prior(rules(predictor), prior, inputs))
     if predictor.model.finds_object and (inputs.entries or inputs.masks):
         errors.print("this model finds its object itself; boxes and masks are not used")
     meant_for = predictor.checkpoint.localizer.get("spec")
@@ -161,4 +187,24 @@ def predict(
     show_shares(report.shares)
     say(f"wrote {out}")
     if report.failures or (unlocalized and localizer is not None):  # the same command tries these again
+        raise typer.Exit(1)
+
+
+def _predict_on_ray(*arguments: Any, **options: Any) -> None:
+    """Predict with Ray Data, and print the summary."""
+    from l2r2_models.scale import predict as predict_partitions
+
+    bar = lambda items, total: track(items, total, "predicting partitions")  # noqa: E731
+    report = predict_partitions(*arguments, progress=bar, **options)
+    tally = report.tally
+    for why in tally.reasons:
+        errors.print(f"failed: {why}")
+    say(
+        f"{count(tally.images, 'image')} in {count(report.partitions, 'partition')}, {report.kept} of them from before: "
+        f"{count(tally.found + tally.whole, 'prediction')}, {tally.found} with an object found, {tally.whole} from the whole "
+        f"image; {tally.failed} failed"
+    )
+    show_shares(report.shares)
+    say(f"wrote {arguments[2]}")
+    if tally.failed or tally.unlocalized:
         raise typer.Exit(1)

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PRODUCT = ROOT / "l2r2_models"
 HEAVY = {"transformers", "triton", "datasets", "accelerate", "sklearn", "skimage", "matplotlib", "captum", "typer"}
-HEAVY |= {"gradio", "fastapi", "starlette", "uvicorn"}
+HEAVY |= {"gradio", "fastapi", "starlette", "uvicorn", "ray"}
 
 
 def test_importing_the_package_loads_nothing_heavy():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -84,13 +84,25 @@ def _write_csv(path: Path, records: Iterable[dict[str, Any]], about: About) -> N
 
 
 def _write_parquet(path: Path, records: Iterable[dict[str, Any]], about: About) -> None:
-    pa, parquet = pyarrow()
-    fields = [(name, pa.float64() if name in NUMBERS else pa.string()) for name in _columns(about)]
-    schema = pa.schema(fields, metadata={KEY: json.dumps(about.header).encode()})
+    _, parquet = pyarrow()
+    with parquet.ParquetWriter(path, parquet_schema(about.header, _columns(about))) as writer:
+        for table in parquet_tables(records, _columns(about)):
+            writer.write_table(table)
+
+
+def parquet_schema(header: Mapping[str, Any] | None = None, columns: Sequence[str] = COLUMNS) -> Any:
+    """Return the Arrow schema of a prediction file; its metadata hold the header, if one is given."""
+    pa, _ = pyarrow()
+    fields = [(name, pa.float64() if name in NUMBERS else pa.string()) for name in columns]
+    return pa.schema(fields, metadata=None if header is None else {KEY: json.dumps(header).encode()})
+
+
+def parquet_tables(records: Iterable[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> Iterator[Any]:
+    """Yield the rows of records as Arrow tables of up to `ROWS` rows."""
+    pa, _ = pyarrow()
     rows = ({**row, "file": _text(row["file"])} for record in records for row in _rows(record))
-    with parquet.ParquetWriter(path, schema) as writer:
-        while held := list(islice(rows, ROWS)):
-            writer.write_table(pa.Table.from_pylist(held, schema))
+    while held := list(islice(rows, ROWS)):
+        yield pa.Table.from_pylist(held, parquet_schema(columns=columns))
 
 
 FORMATS: dict[str, Callable[[Path, Iterable[dict[str, Any]], About], None]] = {

@@ -39,13 +39,13 @@ def read_predictions(
             old = read_header(out)
         except L2R2Error:
             raise L2R2Error(f"{out}: already exists and was not written by `l2r2 predict` as JSON; choose another -o.") from None
-        _check_header(out, old, header)
+        check_header(out, old, header)
         for offset, record in read_images(out, "; remove it or choose another -o"):
             yield (out, offset), record
     elif out.exists() and not parts:
         raise L2R2Error(f"{out}: already exists, and cannot be continued without {journal.folder}; choose another -o.")
     for part in parts:
-        _check_header(journal.folder, part.header, header)
+        check_header(journal.folder, part.header, header)
         for offset, record in part.records():
             if _is_whole(record):
                 yield (part.file, offset), record
@@ -95,7 +95,12 @@ def read_images(path: Path, advice: str = "") -> Iterator[tuple[int, dict[str, A
         raise L2R2Error(f"{path}: is damaged (its end is missing){advice}.")
 
 
-def _check_header(place: Path, old: Any, new: Mapping[str, Any]) -> None:
+def check_header(place: Path | str, old: Any, new: Mapping[str, Any]) -> None:
+    """Check that predictions were made with the model and the settings of a header.
+
+    Raises:
+        L2R2Error: when they were not, or the old header is no header.
+    """
     if not isinstance(old, dict):
         raise L2R2Error(f"{place}: is damaged; remove it or choose another -o.")
     keys = [key for key in {**new, **old} if key != "model"]  # a run may be moved

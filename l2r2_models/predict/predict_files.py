@@ -14,7 +14,7 @@ from ..errors import L2R2Error
 from ..fusion import Grouping, GroupShare
 from ..journal import Journal, digest_of, state_of
 from ..locks import only_writer
-from .adapt import adapt_records
+from .adapt import Adapter, adapt_records
 from .formats import format_of, holds_all, write_predictions
 from .groups import with_groups
 from .inputs import Inputs, named
@@ -118,10 +118,8 @@ def predict_to_file(
         header["settings"]["store_logits"] = True
         predictor = predictor.keeping_logits()
     if (grouping := Grouping.parse(adapt)) is not None:
-        if predictor.rules.abstain is not None:
-            raise L2R2Error("The risk of --abstain was fitted without --adapt and does not hold with it; use one or the other.")
         header["settings"]["adapt"] = str(grouping)
-        adapter, predictor = predictor.adapter(grouping.noun), predictor.keeping_logits()
+        adapter, predictor = adapter_of(predictor, grouping), predictor.keeping_logits()
         groups = _groups_of(inputs, asked, grouping)
     sets = {} if group is None else _named_groups(inputs, asked, header, group)
     digests = {key: _digest(predictor, inputs, str(path)) for key, path in asked.items()}
@@ -159,6 +157,17 @@ def predict_to_file(
         if holds_all(format):
             journal.remove()
     return report
+
+
+def adapter_of(predictor: Predictor, grouping: Grouping) -> Adapter:
+    """Return what fuses the predictions of a group jointly.
+
+    Raises:
+        L2R2Error: when the predictor abstains, or its fusion has no batch rule.
+    """
+    if predictor.rules.abstain is not None:
+        raise L2R2Error("The risk of --abstain was fitted without --adapt and does not hold with it; use one or the other.")
+    return predictor.adapter(grouping.noun)
 
 
 def _by_place(paths: Iterable[Path]) -> dict[str, Path]:

@@ -242,15 +242,18 @@ class Predictor:
         known, mask_files = boxes or {}, masks or {}
 
         def load(path: Path) -> Item | Prediction:
-            try:
-                return self._load(path, known.get(str(path)), mask_files.get(str(path)))
-            except L2R2Error as error:
-                return Prediction(str(path), (), str(error))
+            return self.load_file(path, known.get(str(path)), mask_files.get(str(path)))
 
         return self.predict_items(in_order(load, paths, self.workers, ahead=self.network.most, weigh=pixels_of))
 
-    def _load(self, path: Path, entry: BoxEntry | None, mask_file: Path | None) -> Item:
-        return self._cut(*self.decode(path, entry, mask_file))
+    def load_file(
+        self, path: str | Path, entry: BoxEntry | None = None, mask_file: Path | None = None, data: bytes | None = None
+    ) -> Item | Prediction:
+        """Decode a file, or its content `data`, for `predict_items`; one that cannot be used is a failed prediction."""
+        try:
+            return self._cut(*self.decode(path, entry, mask_file, data))
+        except L2R2Error as error:
+            return Prediction(str(path), (), str(error))
 
     def load(self, image: LazyImage, boxes: Detections | None = None) -> Item:
         """Decode an image as `predict_files` does, for `predict_items`; several threads can do so at the same time.
@@ -264,9 +267,11 @@ class Predictor:
         """
         return self._cut(*self._decoded(image, Item(image.name, None, boxes, size=image.size)))
 
-    def decode(self, path: Path, entry: BoxEntry | None = None, mask_file: Path | None = None) -> tuple[Item, list[Row]]:
+    def decode(
+        self, path: str | Path, entry: BoxEntry | None = None, mask_file: Path | None = None, data: bytes | None = None
+    ) -> tuple[Item, list[Row]]:
         """Decode what the views show, and list the boxes to classify; before the localizer runs, the whole image and no boxes."""
-        image = LazyImage(path, fill=self.model.view_spec.fill)
+        image = LazyImage(path if data is None else data, fill=self.model.view_spec.fill, name=str(path))
         mask = load_mask(mask_file, image.size) if mask_file else None
         boxes = None if mask is None else Detections.from_mask(mask)
         if entry is not None:

@@ -1,0 +1,116 @@
+"""Rows of predictions on their way from the workers to the output, and what is counted in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..boxes.parquet import pyarrow
+from ..predict.formats import parquet_schema, parquet_tables
+from ..predict.prediction import LOCALIZER_FAILED
+
+UNREADABLE = ": cannot be read ("  # a failure that may pass: the disk, the network, the permissions
+FIRST = 10  # failures whose reasons are kept per partition
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Counts of predictions.
+
+    Attributes:
+        images: number of images.
+        found: number of predictions for an object that was found.
+        whole: number of predictions for the whole image.
+        failed: number of images without a prediction.
+        unlocalized: number of images that were classified as a whole because the localizer failed.
+        retry: number of failures that may pass; a partition with one is predicted again by the same command.
+        reasons: the first failures.
+    """
+
+    images: int = 0
+    found: int = 0
+    whole: int = 0
+    failed: int = 0
+    unlocalized: int = 0
+    retry: int = 0
+    reasons: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, records: Iterable[Mapping[str, Any]]) -> Tally:
+        """Count the records of images."""
+        tally = cls()
+        for record in records:
+            objects, failure = record.get("objects", ()), record.get("failure")
+            why = [o["reason"] for o in objects if o["reason"].startswith(LOCALIZER_FAILED)][:1]
+            found = sum("fg" in o for o in objects)
+            again = bool(why) or (failure is not None and UNREADABLE in failure)
+            reasons = (*([] if failure is None else [failure]), *why)
+            tally += cls(1, found, len(objects) - found, int(failure is not None), len(why), int(again), reasons)
+        return tally
+
+    @classmethod
+    def parse(cls, text: bytes) -> Tally:
+        """Read the counts that `dumps` wrote."""
+        counts = json.loads(text)
+        return cls(**{**counts, "reasons": tuple(counts["reasons"])})
+
+    def dumps(self) -> bytes:
+        """Return the counts as JSON."""
+        return json.dumps(asdict(self)).encode()
+
+    def __add__(self, other: Tally) -> Tally:
+        counts = {name: value + getattr(other, name) for name, value in asdict(self).items() if name != "reasons"}
+        return Tally(**counts, reasons=(self.reasons + other.reasons)[:FIRST])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of some images.
+
+    Attributes:
+        table: Arrow table with the columns of a prediction file.
+        tally: counts of them.
+        records: name and JSON of each image, if branch logits were kept.
+    """
+
+    table: Any
+    tally: Tally
+    records: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, records: list[dict[str, Any]], keep: bool = False) -> Rows:
+        """Convert the records of images to rows; with `keep`, keep the records too."""
+        pa, _ = pyarrow()
+        table = pa.concat_tables([parquet_schema().empty_table(), *parquet_tables(records)])
+        return cls(table, Tally.of(records), tuple((record["file"], json.dumps(record)) for record in records if keep))
+
+    @classmethod
+    def joined(cls, parts: Iterable[Rows]) -> Rows:
+        """Join the rows of several slices."""
+        pa, _ = pyarrow()
+        parts = list(parts)
+        table = pa.concat_tables([parquet_schema().empty_table(), *(part.table for part in parts)])
+        tally = sum((part.tally for part in parts), Tally())
+        return cls(table, tally, tuple(record for part in parts for record in part.records))
+
+
+class Assembly:
+    """Partitions that are arriving, slice by slice and in any order; a slice that arrives twice counts once."""
+
+    def __init__(self) -> None:
+        self._slices: dict[str, dict[int, Rows]] = {}
+        self._ends: dict[str, int] = {}
+
+    def add(self, key: str, number: int, rows: Rows | None) -> Rows | None:
+        """Add a slice, or the end of a partition, and return the rows of its partition if it is complete now."""
+        held = self._slices.setdefault(key, {})
+        if rows is None:
+            self._ends[key] = number
+        else:
+            held[number] = rows
+        if len(held) != self._ends.get(key, -1):
+            return None
+        del self._slices[key], self._ends[key]
+        return Rows.joined(held[i] for i in range(len(held)))
