@@ -154,7 +154,7 @@ def test_predict_prints_the_shift_of_each_group(fitted, tmp_path):
 
 @pytest.mark.parametrize("text", ["group", "group:", "batch", "batch:0", "batch:-1", "batch:x", "site", ""])
 def test_a_grouping_that_is_none_is_a_sentence(text):
-    with pytest.raises(L2R2Error, match="group:COLUMN, folder, batch:N or off"):
+    with pytest.raises(L2R2Error, match="group:COLUMN, folder, sequence:SECONDS, sequence:SECONDS:COLUMN, batch:N or off"):
         Grouping.parse(text)
 
 
