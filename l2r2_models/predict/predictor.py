@@ -20,18 +20,17 @@ from ..errors import L2R2Error
 from ..fusion import ObjectnessMaxConfidence
 from ..images import ImageSource, LazyImage, load_image, load_mask
 from ..localize import Localizer, create_localizer
-from ..localize.model_based import Head, detections_of
 from ..pipe import in_order, worker_count
-from ..views import decode_patches, make_views, takes_patches
+from ..views import decode_patches, takes_patches
 from .adapt import Adapter
 from .answers import answers_of
 from .classify import Answered, Network, Precision
 from .finite import checked
 from .items import Item, Job, Pending, Row, images_of, is_large, pixels_of, whole_images
+from .locate import lacks_boxes, localized, located
 from .prediction import LOCALIZER_FAILED, NO_BOX, ObjectPrediction, Prediction, checked_rule, product
 from .rule_files import cascade_of
 from .rules import Rules
-from .topk import predict_topk
 
 Boxes = Detections | Sequence[Sequence[float]]
 
@@ -212,7 +211,7 @@ class Predictor:
         """
         item = replace(self._given(image, boxes), name=name, mask=mask)
         if self.localizer is not None and item.boxes is None:
-            item = self._localize([item])[0]
+            item = localized(self, [item])[0]
         found = self._usable(item)[0]
         if found is not None and found.masks is None and mask is not None:
             found = replace(found, masks=mask.expand(len(found), -1, -1))
@@ -279,7 +278,7 @@ class Predictor:
         return self._decoded(image, Item(str(path), None, boxes, entry.failure if entry else None, mask, size=image.size))
 
     def _decoded(self, image: LazyImage, item: Item) -> tuple[Item, list[Row]]:
-        if self._lacks_boxes(item):
+        if lacks_boxes(self, item):
             return replace(item, image=image.load()), []
         spec, branches, rows = self.model.view_spec, self.model.branches, self.rows_of(item)
         where = torch.stack([row.box for row in rows])
@@ -290,52 +289,10 @@ class Predictor:
         """On a CPU, cut the views, so that this happens in the thread that decodes."""
         return self.network.cut(item, rows) if self.device.type == "cpu" and rows else item
 
-    def _lacks_boxes(self, item: Item) -> bool:
-        return self.localizer is not None and item.boxes is None and item.localizer_failure is None
-
     @torch.inference_mode()
     def predict_items(self, items: Iterable[Item | Prediction]) -> Iterator[Prediction]:
         """Classify items of `load`, in batches, and yield predictions in their order; failed predictions are passed on."""
-        yield from self._classify(items if self.localizer is None else self._located(items))
-
-    def _located(self, items: Iterable[Item | Prediction]) -> Iterator[Item | Prediction]:
-        """Yield the items; those without boxes are localized, one batch at a time."""
-        held: list[Item | Prediction] = []
-        for item in items:
-            held.append(item)
-            if len(held) >= self.batch_size or is_large(item for item in held if isinstance(item, Item)):
-                yield from self._with_boxes(held)
-                held = []
-        yield from self._with_boxes(held)
-
-    def _with_boxes(self, held: Sequence[Item | Prediction]) -> list[Item | Prediction]:
-        lacking = [item for item in held if isinstance(item, Item) and self._lacks_boxes(item)]
-        if not lacking or self.localizer is None:
-            return list(held)
-        found: Iterator[Item | Prediction]
-        if self.topk_prompts is None:
-            found = iter(self._localize(lacking))
-        else:
-            args = self.model, self.labels, self.localizer, self.topk_prompts, self.box_threshold, self.top
-            found = (replace(p, rule=self.image_rule) if isinstance(p, Prediction) else p for p in predict_topk(lacking, *args))
-        return [next(found) if isinstance(item, Item) and self._lacks_boxes(item) else item for item in held]
-
-    def _localize(self, items: Sequence[Item]) -> list[Item]:
-        """Return the items with their boxes; if the localizer fails on a batch, each image is tried alone."""
-        assert self.localizer is not None
-        images, names = whole_images(items), [item.name or "" for item in items]
-        try:
-            if isinstance(self.localizer, Head) and self.localizer.model is self.model:
-                full = make_views(images, None, self.model.view_spec, branches=("full",), device=self.device).full
-                out = self.model.forward_views(full=full)
-                located = detections_of(out.located, images, self.model.view_spec)
-                return [replace(item, boxes=d, full=z) for item, d, z in zip(items, located, out.full)]
-            found = self.localizer(images, names=names if all(names) else None)
-            return [replace(item, boxes=detections) for item, detections in zip(items, found)]
-        except (L2R2Error, RuntimeError) as error:
-            if len(items) == 1:
-                return [replace(items[0], localizer_failure=" ".join(str(error).split())[:300])]
-        return [found for item in items for found in self._localize([item])]
+        yield from self._classify(items if self.localizer is None else located(self, items))
 
     def _classify(self, items: Iterable[Item | Prediction]) -> Iterator[Prediction]:
         """Yield predictions in the order of the items; batches are filled with the boxes of several images."""
