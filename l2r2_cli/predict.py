@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from .common import count, errors, say, show_shares, track
-from .options import BatchSize, Boxes, Localizer, MaxObjects, Precision, Run, Split, Top, Workers, box_threshold
+from .options import BatchSize, Boxes, Localizer, MaxObjects, Metadata, Precision, Run, Split, Top, Workers, box_threshold
 
 
 def predict(
@@ -84,10 +84,7 @@ def predict(
     prior: Annotated[
         Optional[Path], typer.Option(help="JSON file of `l2r2 prior fit`: correct the predictions by the metadata of each image.")
     ] = None,
-    metadata: Annotated[
-        Optional[Path],
-        typer.Option(help="CSV or JSONL file with file_name and the columns of --prior.", show_default="the data set's"),
-    ] = None,
+    metadata: Metadata = None,
     store_logits: Annotated[
         bool,
         typer.Option("--store-logits", help="Keep the branch logits, so that `l2r2 fuse --predictions` can fuse them again."),
@@ -101,8 +98,8 @@ def predict(
 
     if localizer is not None and boxes is not None:
         raise typer.BadParameter("--localizer finds the boxes and --boxes reads them from a file; use one or the other")
-    if metadata is not None and prior is None:
-        raise typer.BadParameter("--metadata has the columns for --prior, which is missing")
+    if metadata is not None and prior is None and not adapt.startswith("group:"):
+        raise typer.BadParameter("--metadata has the columns for --prior or --adapt group:COLUMN; pass one of these")
     inputs = gather(images, boxes, split)
     if metadata is not None:
         inputs = inputs.with_columns(metadata)
