@@ -16,6 +16,7 @@ from .options import (
     Engine,
     Localizer,
     MaxObjects,
+    Metadata,
     Precision,
     Run,
     Split,
@@ -101,10 +102,7 @@ def predict(
     prior: Annotated[
         Optional[Path], typer.Option(help="JSON file of `l2r2 prior fit`: correct the predictions by the metadata of each image.")
     ] = None,
-    metadata: Annotated[
-        Optional[Path],
-        typer.Option(help="CSV or JSONL file with file_name and the columns of --prior.", show_default="the data set's"),
-    ] = None,
+    metadata: Metadata = None,
     store_logits: Annotated[
         bool,
         typer.Option("--store-logits", help="Keep the branch logits, so that `l2r2 fuse --predictions` can fuse them again."),
@@ -121,8 +119,8 @@ def predict(
 
     if localizer is not None and boxes is not None:
         raise typer.BadParameter("--localizer finds the boxes and --boxes reads them from a file; use one or the other")
-    if metadata is not None and prior is None:
-        raise typer.BadParameter("--metadata has the columns for --prior, which is missing")
+    if metadata is not None and prior is None and not adapt.startswith("group:"):
+        raise typer.BadParameter("--metadata has the columns for --prior or --adapt group:COLUMN; pass one of these")
     options = {
         "box_threshold": box_threshold,
         "max_objects": max_objects,
@@ -147,8 +145,10 @@ def predict(
         )
 
     if on_ray(engine, address):
-        if format not in (None, "parquet") or store_logits or adapt.startswith("batch") or group is not None or prior is not None:
-            raise typer.BadParameter("--engine ray writes parquet, without --store-logits, --adapt batch:N, --group and --prior")
+        if format not in (None, "parquet") or store_logits or adapt.startswith("batch") or group or prior or metadata:
+            raise typer.BadParameter(
+                "--engine ray writes parquet, without --store-logits, --adapt batch:N, --group, --prior and --metadata"
+            )
         _predict_on_ray(
             images, model, out, boxes=boxes, split=split, rules=rules, adapt=adapt, address=address, actors=workers, **options
         )

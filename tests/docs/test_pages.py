@@ -52,8 +52,8 @@ def test_options_in_the_text_exist(page):
 
 
 @pytest.fixture
-def workspace(run, tmp_path, monkeypatch):
-    """A folder with the runs, photos and boxes that the snippets name."""
+def workspace(page, run, tmp_path, monkeypatch):
+    """A folder with the runs, models, photos and boxes that the snippets name."""
     import shutil
 
     from PIL import Image
@@ -64,6 +64,11 @@ def workspace(run, tmp_path, monkeypatch):
     for file in ("photo.jpg", "fungi/chanterelle/001.jpg"):
         Image.effect_noise((500, 420), 60).convert("RGB").save(tmp_path / file)
     (tmp_path / "boxes.json").write_text('{"fungi/chanterelle/001.jpg": [[10, 20, 300, 400]]}')
+    if "models/clip" in page.read_text():
+        from vlm_cases import clip
+
+        clip(tmp_path / "models" / "clip")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
 
 
