@@ -125,6 +125,21 @@ def test_an_interrupted_command_continues_with_a_localizer_and_decoders_of_their
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_a_run_that_changes_after_the_start_is_one_sentence(one_node, dataset, tmp_path):
+    from l2r2_models.predict.rules import Rules
+
+    run = write_run(tmp_path / "run")
+
+    def change(predictor):  # after the run was loaded here, and before the workers load it
+        write_run(run, seed=1)
+        return Rules(predictor.labels)
+
+    with pytest.raises(L2R2Error, match="another checkpoint than at the start of this command"):
+        predict([dataset], run, tmp_path / "out", rules=change)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("adapt", ["folder", "group:site"])
 def test_groups_are_fused_as_on_one_machine(one_node, tmp_path, adapt):
     data, run = write_dataset(tmp_path / "data", splits=("train", "val", "test")), write_run(tmp_path / "run")
