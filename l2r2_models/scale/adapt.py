@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..boxes.parquet import pyarrow
@@ -13,6 +14,7 @@ from ..fusion import Grouping, GroupShare
 from ..predict.adapt import Adapter, adapt_records
 from .output import Output
 from .partitions import hashed
+from .places import Place
 from .results import Rows
 
 FOLDER = "_logits"
@@ -46,25 +48,24 @@ class Groups:
         )
 
 
-class FuseGroup:
-    """Fuse the images of one group jointly."""
+def _read(batch: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the records of each partition, with its number."""
+    pa, parquet = pyarrow()
+    for number, data in zip(batch["part"], batch["place"]):
+        place: Place = pickle.loads(data)
+        with place.filesystem.open_input_file(place.path) as stream:
+            table = parquet.read_table(stream, columns=["group", "row", "record"]).replace_schema_metadata(None)
+        yield table.append_column("part", pa.array([int(number)] * table.num_rows, pa.int64()))
 
-    def __init__(self, adapter: Adapter, order: Mapping[str, int]) -> None:
-        self.adapter, self.order = adapter, order
 
-    def __call__(self, group: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Return the rows of a group, in the order of the images, and its share of misleading backgrounds."""
-        parts = [self.order[str(path).rpartition("/")[2]] for path in group["path"]]
-        order = sorted(range(len(parts)), key=lambda i: (parts[i], group["row"][i]))
-        records = [json.loads(group["record"][i]) for i in order]
-        name = str(group["group"][0])
-        found = list(adapt_records(self.adapter, lambda: records, {record["file"]: name for record in records}))
-        for record in found:
-            for o in record.get("objects", ()):
-                o.pop("logits", None)
-        rows = replace(Rows.of(found), records=())
-        data = pickle.dumps((rows, self.adapter.shares.get(name)), pickle.HIGHEST_PROTOCOL)
-        return {"group": [name], "data": [data]}
+def _fuse(group: Mapping[str, Any], adapter: Adapter) -> dict[str, list[Any]]:
+    """Return the rows of a group, in the order of the images, and its share of misleading backgrounds."""
+    order = sorted(range(len(group["row"])), key=lambda i: (group["part"][i], group["row"][i]))
+    records = [json.loads(group["record"][i]) for i in order]
+    name = str(group["group"][0])
+    found = list(adapt_records(adapter, lambda: records, {record["file"]: name for record in records}))
+    data = pickle.dumps((Rows.of(found), adapter.shares.get(name)), pickle.HIGHEST_PROTOCOL)
+    return {"group": [name], "data": [data]}
 
 
 def fuse_groups(
@@ -74,12 +75,12 @@ def fuse_groups(
 
     A group must fit into the memory of a worker.
     """
-    files = [logits.file(key) for key in keys]
-    order = {file.path.rpartition("/")[2]: number for number, file in enumerate(files)}
-    data = ray.data.read_parquet([file.path for file in files], filesystem=files[0].filesystem, include_paths=True)
+    files = [{"part": number, "place": pickle.dumps(logits.file(key))} for number, key in enumerate(keys)]
+    data = ray.data.from_items(files, override_num_blocks=len(files)).map_batches(_read, batch_size=1, num_cpus=1)
     cores = int(ray.cluster_resources().get("CPU", 1))
-    grouped = data.groupby("group", num_partitions=min(4 * cores, len(files)))
-    for batch in grouped.map_groups(FuseGroup(adapter, order), batch_format="numpy").iter_batches(batch_size=None):
+    groups = data.groupby("group", num_partitions=min(4 * cores, len(files)))
+    fused = groups.map_groups(partial(_fuse, adapter=adapter), batch_format="numpy")
+    for batch in fused.iter_batches(batch_size=None, prefetch_batches=0):
         for group, content in zip(batch["group"], batch["data"]):
             rows, share = pickle.loads(content)
             key = hashed((str(group), list(keys)))

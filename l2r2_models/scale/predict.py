@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,9 +86,10 @@ def predict(
     >>> predict(["s3://traps/2026"], "runs/fungi", "s3://traps/predictions", localizer="head")  # doctest: +SKIP
     """
     if partition_size < 1 or (actors is not None and actors < 1):
-        raise L2R2Error("partition_size and actors must be at least 1.")
+        raise L2R2Error("The number of workers (--workers) and the partition size must be at least 1.")
     boxes = None if boxes is None else Path(boxes)
-    predictor = Predictor.from_pretrained(run, **{**options, "device": "cpu"})
+    options = {"workers": 0, **options}  # threads of each worker, which has one core
+    predictor = _header_predictor(run, options)
     predictor = predictor.with_rules(rules(predictor) if rules is not None else Rules(predictor.labels))
     found = find(sources, boxes, split, given=predictor.localizer is None)
     header = {**header_of(predictor, found.oracle), "partition_size": partition_size}
@@ -119,6 +120,13 @@ def predict(
             output.finish(list(fused))
             report.shares.update({name: share for name, share in fused.values() if share is not None})
     return report
+
+
+def _header_predictor(run: str | Path, options: Mapping[str, Any]) -> Predictor:
+    """Load the predictor that the header describes, on the CPU, which need not have the precision of the workers."""
+    predictor = Predictor.from_pretrained(run, **{**options, "device": "cpu", "precision": "fp32"})
+    predictor.network.precision = options.get("precision", "fp32")
+    return predictor
 
 
 @dataclass(frozen=True)

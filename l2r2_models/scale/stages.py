@@ -11,6 +11,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,11 +112,20 @@ def sources_of(partition: Partition, boxes: BoxTable | None) -> Iterator[Source]
             yield Source(name, str(error))
 
 
-class Predict:
-    """Read, decode, localize and classify the images of a partition in one worker."""
+class _Stage:
+    """A stage; its predictor is loaded by the first call, whose errors Ray passes on, unlike those of a constructor."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.predictor = plan, plan.predictor()
+        self.plan = plan
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """The predictor."""
+        return self.plan.predictor()
+
+
+class Predict(_Stage):
+    """Read, decode, localize and classify the images of a partition in one worker."""
 
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[Row]:
         """Yield the rows of each partition."""
@@ -130,11 +140,13 @@ class Predict:
         return image.load(self.predictor.load_file)
 
 
-class Decode:
+class Decode(_Stage):
     """Read and decode the images of a partition: what their views show, or all of it for a localizer."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.predictor = plan, plan.decoding()
+    @cached_property
+    def predictor(self) -> Predictor:
+        """The predictor, which only decodes."""
+        return self.plan.decoding()
 
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[Row]:
         """Yield slices of decoded images."""
@@ -150,11 +162,8 @@ class Decode:
             return Prediction(name, (), str(error))
 
 
-class Classify:
+class Classify(_Stage):
     """Localize and classify slices of decoded images."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.predictor = plan, plan.predictor()
 
     def __call__(self, batch: Mapping[str, Any]) -> Row:
         """Return the rows of each slice."""

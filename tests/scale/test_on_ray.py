@@ -45,30 +45,41 @@ def two_nodes():
     cluster.shutdown()
 
 
-def test_the_folder_grows_with_its_input_and_holds_the_rows_of_one_process(l2r2, one_node, run, dataset, tmp_path):
-    out, images = tmp_path / "out", sorted((dataset / "images").iterdir())
-    command = ["predict", run, dataset / "images", "--boxes", dataset / "metadata.csv", "-o", out, "--engine", "ray"]
-    (tmp_path / "later").mkdir()
-    late = shutil.move(images[20], tmp_path / "later" / images[20].name)
+@pytest.mark.timeout(600)
+def test_the_folder_holds_the_rows_of_one_process(l2r2, one_node, run, dataset, tmp_path):
+    out = tmp_path / "out"
     (dataset / "images" / "bad.jpg").write_bytes(b"text")
-    assert (result := l2r2(*command)).returncode == 1 and "1 failed" in result.stdout and "bad.jpg" in result.stderr
-    first = set(out.iterdir())
-    shutil.move(late, images[20])
-    (dataset / "images" / "bad.jpg").unlink()
+    sources = ["--boxes", dataset / "metadata.csv", dataset / "images"]
+    command = ["predict", run, *sources, "-o", out, "--engine", "ray"]
     result = l2r2(*command)
-    assert result.returncode == 0 and "36 images" in result.stdout and "Traceback" not in result.stderr
-    assert len({f for f in out.iterdir() if f.suffix == ".parquet"} - first) == 1
-    predict_to_file(
-        Predictor.from_pretrained(run, device="cpu"),
-        gather([dataset / "images"], dataset / "metadata.csv"),
-        tmp_path / "a.parquet",
-    )
-    assert read_table(out).to_pylist() == parquet.read_table(tmp_path / "a.parquet").to_pylist()
-    assert parquet.read_table(out).num_rows == 36  # a folder of Parquet for every other reader
-    ray.shutdown()  # nothing is left to do, and so no engine is needed
+    assert result.returncode == 1 and "37 images" in result.stdout and "1 failed" in result.stdout and "bad.jpg" in result.stderr
+    l2r2("predict", run, *sources, "-o", tmp_path / "one.parquet")
+    assert read_table(out).to_pylist() == parquet.read_table(tmp_path / "one.parquet").to_pylist()
+    assert parquet.read_table(out).num_rows == 37  # a folder of Parquet for every other reader
+    ray.shutdown()  # nothing is left to do, so no engine is needed
     assert "1 partition, 1 of them from before" in l2r2(*command).stdout
     other = write_run(tmp_path / "other", seed=1)
     assert "different model_sha256" in sentence(l2r2("predict", other, *command[2:]))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_growing_input_changes_only_the_partition_that_grows(one_node, run, tmp_path):
+    data = write_dataset(tmp_path / "data", count=60, splits=("train",)) / "images"
+    images = sorted(data.iterdir())
+    late = shutil.move(images[20], tmp_path / images[20].name)
+    first = predict([data], run, tmp_path / "out", partition_size=8, workers=0)
+    shutil.move(late, images[20])
+    (data / images[5].name).write_bytes(images[6].read_bytes())  # another photo of the same name
+    report = predict([data], run, tmp_path / "out", partition_size=8, workers=0)
+    assert first.kept == 0 and report.partitions - report.kept in (2, 3) and report.partitions > 4
+    assert read_table(tmp_path / "out").to_pylist() == one_process(run, [data], tmp_path / "one.parquet")[0]
+    assert parquet.read_table(tmp_path / "out").num_rows == 60  # the earlier partitions of these images are gone
+    (tmp_path / "more").mkdir()
+    shutil.copy(images[0], tmp_path / "more" / "z.png")
+    predict([tmp_path / "more"], run, tmp_path / "out", partition_size=8, workers=0)
+    assert read_table(tmp_path / "out")["file"].to_pylist()[0].endswith("z.png")
+    assert read_table(tmp_path / "out").num_rows == 61  # and those of other images stay
 
 
 @pytest.mark.slow
@@ -110,6 +121,21 @@ def test_an_interrupted_command_continues_with_a_localizer_and_decoders_of_their
     inputs = gather([data]).without_boxes()
     predict_to_file(Predictor.from_pretrained(run, device="cpu", **options), inputs, tmp_path / "one.parquet")
     assert read_table(tmp_path / "out").to_pylist() == parquet.read_table(tmp_path / "one.parquet").to_pylist()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_that_changes_after_the_start_is_one_sentence(one_node, dataset, tmp_path):
+    from l2r2_models.predict.rules import Rules
+
+    run = write_run(tmp_path / "run")
+
+    def change(predictor):  # after the run was loaded here, and before the workers load it
+        write_run(run, seed=1)
+        return Rules(predictor.labels)
+
+    with pytest.raises(L2R2Error, match="another checkpoint than at the start of this command"):
+        predict([dataset], run, tmp_path / "out", rules=change)
 
 
 @pytest.mark.slow
