@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from .common import errors, names, say, track
-from .options import DATA, Boxes, Cascade, Json, Metadata, SkipBad
+from .options import DATA, Boxes, Cascade, Format, Json, Metadata, SkipBad
 
 
 def fuse(
@@ -52,6 +52,7 @@ def fuse(
         typer.Option(help="Fuse these predictions of `l2r2 predict --store-logits` again, with --method or the fusion of RUN."),
     ] = None,
     out: Annotated[Optional[Path], typer.Option("--out", "-o", help="File for the predictions that are fused again.")] = None,
+    format: Format = None,
 ) -> None:
     """Fit the fusion of a run on held-out rows, from branch logits that are computed once and stored.
 
@@ -59,12 +60,12 @@ def fuse(
     unchanged held-out images and the same objects on other backgrounds. A fusion that is worse than fg on either is excluded.
     """
     if predictions is not None:
-        _fuse_again(predictions, out, run, data, method, names(inputs))
+        _fuse_again(predictions, out, run, data, method, names(inputs), format)
         return
     if run is None or data is None:
         raise typer.BadParameter("fuse takes a run folder and a data set to fit on, or --predictions FILE")
-    if out is not None:
-        raise typer.BadParameter("-o is for --predictions; a fitted fusion is saved in the run")
+    if out is not None or format is not None:
+        raise typer.BadParameter("-o and --format are for --predictions; a fitted fusion is saved in the run")
     from l2r2_models.evaluate.fit_run import fit_run
 
     report = fit_run(
@@ -117,7 +118,13 @@ def fuse(
 
 
 def _fuse_again(
-    predictions: Path, out: Path | None, run: Path | None, data: Path | None, method: str | None, inputs: tuple[str, ...] | None
+    predictions: Path,
+    out: Path | None,
+    run: Path | None,
+    data: Path | None,
+    method: str | None,
+    inputs: tuple[str, ...] | None,
+    format: str | None,
 ) -> None:
     if out is None:
         raise typer.BadParameter("--predictions needs -o, the file to write")
@@ -127,6 +134,6 @@ def _fuse_again(
         raise typer.BadParameter("--predictions needs a fusion: --method for one without fit, or the run that it is fitted in")
     from l2r2_models.predict.fuse_again import fuse_again
 
-    config = fuse_again(predictions, out, method=method, inputs=inputs, run=None if run is None else str(run))
+    config = fuse_again(predictions, out, method=method, inputs=inputs, run=None if run is None else str(run), format=format)
     say(f"fused with {json.dumps(config)}")
     say(f"wrote {out}")

@@ -55,6 +55,14 @@ Localizer = Annotated[
 ]
 MaxObjects = Annotated[int, typer.Option("--max-objects", min=1, help="Boxes to classify per image, best first.")]
 Top = Annotated[int, typer.Option("--top", min=1, help="Classes to list per object.")]
+Format = Annotated[
+    Optional[str],
+    typer.Option(
+        "--format",
+        help="Format of the file: json, jsonl, csv, parquet, megadetector (1.6, for Timelapse) or coco.",
+        show_default="by its ending",
+    ),
+]
 Host = Annotated[str, typer.Option("--host", help="Interface to listen on; the default is this machine alone.")]
 Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 for any free one.")]
 MaxPixels = Annotated[int, typer.Option("--max-pixels", min=1, help="Largest width * height of an image.")]

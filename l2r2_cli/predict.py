@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from .common import count, errors, say, show_shares, track
-from .options import BatchSize, Boxes, Cascade, Localizer, MaxObjects, Precision, Run, Split, Top, Workers, box_threshold
+from .options import BatchSize, Boxes, Cascade, Format, Localizer, MaxObjects, Precision, Run, Split, Top, Workers, box_threshold
 
 
 def predict(
@@ -20,13 +20,7 @@ def predict(
         Path,
         typer.Option("--out", "-o", help="File to write: .json, .jsonl, .csv or .parquet; rerun to resume."),
     ],
-    format: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Format of the file: json, jsonl, csv, parquet, megadetector (1.6, for Timelapse) or coco.",
-            show_default="by its ending",
-        ),
-    ] = None,
+    format: Format = None,
     boxes: Boxes = None,
     localizer: Localizer = None,
     topk_prompts: Annotated[
