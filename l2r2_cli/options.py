@@ -70,6 +70,10 @@ Method = Annotated[
     str, typer.Option("--method", help="gradcam, ig, occlusion, rollout (plain ViTs), parts (iFAM models) or auto.")
 ]
 Report = Annotated[Optional[Path], typer.Option("--report", help="Write a report to this HTML file.")]
+Explanations = Annotated[
+    Optional[Path],
+    typer.Option("--explanations", help="Page of `l2r2 explain` to which the images of the report link."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import L2R2Error
 from ..explain.counterfactuals import WORDS
 from ..explain.explainer import Explanation
+from .explanations import anchor_of
 from .html import Cell, Picture, Section, percent, strip, table, write_page
 
 SHOWN = 24  # images on a page
@@ -191,7 +192,7 @@ def card(found: Explanation) -> Markup:
     blocks = [_answers(found)]
     if found.changes:
         blocks.append(_changes(found))
-    return strip(title, pictures(found), blocks, found.file or "")
+    return strip(title, pictures(found), blocks, found.file or "", anchor_of(found.file) if found.file else "")
 
 
 def pictures(found: Explanation) -> list[Picture]:

@@ -124,12 +124,14 @@ def test_an_interrupted_explanation_continues_to_the_same_page(case, tmp_path, m
         seen.append(name)
         return original(self, *arguments, name=name, **options)
 
+    def watched(self, *arguments, name=None, **options):
+        seen.append(name)
+        return original(self, *arguments, name=name, **options)
+
     command = (run, data, "-o", tmp_path / "p.html", "--shown", 2, "--json")
     monkeypatch.setattr(Explainer, "__call__", interrupted)
     assert explain(*command).exit_code != 0 and not (tmp_path / "p.html").exists()
-    monkeypatch.setattr(
-        Explainer, "__call__", lambda self, *a, name=None, **k: seen.append(name) or original(self, *a, name=name, **k)
-    )
+    monkeypatch.setattr(Explainer, "__call__", watched)
     with open(next((tmp_path / "p.html.parts").iterdir()), "a") as part:
         part.write('{"file": "half a li')  # as a kill leaves it
     result = explain(*command)
