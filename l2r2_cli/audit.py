@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .common import cell, errors, say, show, track
-from .options import Boxes, Data, Group, Json, Metadata, Report, Seed, SkipBad, Workers
+from .common import cell, check_explanations, errors, say, show, track
+from .options import Boxes, Data, Explanations, Group, Json, Metadata, Report, Seed, SkipBad, Workers
 
 if TYPE_CHECKING:
     from l2r2_models.audit.audit import Audit
@@ -45,6 +45,7 @@ def audit(
     ] = None,
     workers: Workers = None,
     report: Report = None,
+    explanations: Explanations = None,
     as_json: Json = False,
 ) -> None:
     """Measure how much a classifier relies on backgrounds: swapped backgrounds, erased objects, noise. Needs boxes or masks.
@@ -52,6 +53,7 @@ def audit(
     Every model gets whole images, padded to a square and resized (no center crop); an L2R2 run also gets the object cut out of
     the changed image. About 40 forward passes per image; an interrupted audit continues with the same command.
     """
+    check_explanations(explanations, report)
     from l2r2_models.audit.audit import run_audit
 
     audited = run_audit(
@@ -82,7 +84,7 @@ def audit(
     if report is not None:
         from l2r2_models.report.audit import write_report
 
-        write_report(report, audited)
+        write_report(report, audited, explanations)
         errors.print(f"wrote {report}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
@@ -133,3 +134,19 @@ def numbers(option: str, value: str | None) -> tuple[int, ...]:
 def names(value: str | None) -> tuple[str, ...] | None:
     """Parse comma-separated names, `"full,fg"` to `("full", "fg")`."""
     return None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def check_explanations(page: Path | None, report: Path | None) -> None:
+    """Check, before anything is computed, that a report can link to a page of `l2r2 explain`.
+
+    Raises:
+        typer.BadParameter: when there is no report.
+        L2R2Error: when the page has no explanations.
+    """
+    if page is None:
+        return
+    if report is None:
+        raise typer.BadParameter("--explanations needs --report, the page that links to it")
+    from l2r2_models.report.explanations import Explanations
+
+    Explanations.read(page, report)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .common import cell, errors, numbers, say, show, show_shares, track
-from .options import Boxes, Data, Group, Json, Metadata, Report, Run, SkipBad, Workers
+from .common import cell, check_explanations, errors, numbers, say, show, show_shares, track
+from .options import Boxes, Data, Explanations, Group, Json, Metadata, Report, Run, SkipBad, Workers
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,9 +54,11 @@ def evaluate(
     ] = "off",
     workers: Workers = None,
     report: Report = None,
+    explanations: Explanations = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate every branch and every fusion of a run: accuracy, macro accuracy, calibration, groups, confusion."""
+    check_explanations(explanations, report)
     from l2r2_models.errors import L2R2Error
     from l2r2_models.evaluate.evaluator import evaluation_of, judge_run
     from l2r2_models.runs import store_evaluation
@@ -90,7 +92,7 @@ def evaluate(
     if report:
         from l2r2_models.report.evaluation import write_evaluation
 
-        write_evaluation(report, judged, results, lambda batches, total: track(batches, total, "parts"))
+        write_evaluation(report, judged, results, lambda batches, total: track(batches, total, "parts"), explanations)
     if Path(run).is_dir() and not judged[0].checkpoint.model.interventions():  # stored for the model card
         try:
             for one, result in zip(judged, results):

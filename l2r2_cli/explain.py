@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
-from .common import errors, say, track
+from .common import count, errors, say, track
 from .options import Boxes, Json, Localizer, Method, Run, Seed, Split, box_threshold
 
 
@@ -39,15 +39,17 @@ def explain(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Explain predictions with saliency maps per branch and counterfactuals, as an HTML page."""
+    """Explain predictions with saliency maps per branch and counterfactuals, as an HTML page; rerun to resume."""
     from l2r2_models.errors import L2R2Error
     from l2r2_models.explain.explainer import Explainer
     from l2r2_models.predict.inputs import gather
-    from l2r2_models.report.explain import Page
+    from l2r2_models.report.explain import SORTS
+    from l2r2_models.report.explain_files import explain_to_page
 
     if localizer is not None and boxes is not None:
         raise typer.BadParameter("--localizer finds the boxes and --boxes reads them from a file; use one or the other")
-    page = Page(sort, shown)
+    if sort not in SORTS:
+        raise L2R2Error(f'Unknown order "{sort}"; choose from {", ".join(SORTS)}.')
     inputs = gather(images, boxes, split)
     inputs = (inputs.without_boxes() if localizer is not None else inputs).evenly(limit)
     if sort == "error" and (unknown := [path for path in inputs.paths if str(path) not in inputs.labels]):
@@ -61,18 +63,18 @@ def explain(
         box_threshold=box_threshold,
         localizer=localizer,
     )
-    failures = []
-    for found in track(explainer.explain_files(inputs, seed=seed), len(inputs.paths), "explaining"):
+
+    def show(found: dict[str, Any] | L2R2Error) -> None:
         if isinstance(found, L2R2Error):
-            failures.append(str(found))
             errors.print(f"failed: {found}")
-            continue
-        page.add(found)
-        if as_json:
-            typer.echo(json.dumps(found.to_dict()))
-    notes = [f"{len(failures)} images could not be explained. The first one: {failures[0]}"] if failures else []
-    page.write(out, f"Explanations of {Path(explainer.predictor.checkpoint.name).name}", notes)
-    say(page.lead(), err=as_json)
+        elif as_json:
+            typer.echo(json.dumps(found))
+
+    bar = lambda items, total: track(items, total, "explaining")  # noqa: E731
+    report = explain_to_page(explainer, inputs, out, sort=sort, shown=shown, seed=seed, progress=bar, each=show)
+    if report.kept:
+        say(f"{count(report.kept, 'image')} from before the interruption", err=as_json)
+    say(report.lead, err=as_json)
     say(f"wrote {out}", err=as_json)
-    if failures:
+    if report.failures:
         raise typer.Exit(1)

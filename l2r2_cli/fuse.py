@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from .common import errors, names, say, track
-from .options import DATA, Boxes, Cascade, Json, Metadata, SkipBad
+from .options import DATA, Boxes, Cascade, Format, Json, Metadata, SkipBad
 
 
 def fuse(
@@ -58,6 +58,7 @@ def fuse(
         Optional[Path],
         typer.Option("--out", "-o", help="File for the predictions that are fused again, or for the fusion of a vlm: model."),
     ] = None,
+    format: Format = None,
 ) -> None:
     """Fit the fusion of a run on held-out rows, from branch logits that are computed once and stored.
 
@@ -65,12 +66,14 @@ def fuse(
     unchanged held-out images and the same objects on other backgrounds. A fusion that is worse than fg on either is excluded.
     """
     if predictions is not None:
-        _fuse_again(predictions, out, run, data, method, names(inputs))
+        _fuse_again(predictions, out, run, data, method, names(inputs), format)
         return
     if run is None or data is None:
         raise typer.BadParameter("fuse takes a run folder and a data set to fit on, or --predictions FILE")
     if out is not None and not run.startswith("vlm:"):
         raise typer.BadParameter("-o is for --predictions and vlm: models; a fitted fusion is saved in the run")
+    if format is not None:
+        raise typer.BadParameter("--format is for --predictions; a fitted fusion is saved in the run")
     from l2r2_models.evaluate.fit_run import fit_run
 
     report = fit_run(
@@ -124,7 +127,13 @@ def fuse(
 
 
 def _fuse_again(
-    predictions: Path, out: Path | None, run: str | None, data: Path | None, method: str | None, inputs: tuple[str, ...] | None
+    predictions: Path,
+    out: Path | None,
+    run: str | None,
+    data: Path | None,
+    method: str | None,
+    inputs: tuple[str, ...] | None,
+    format: str | None,
 ) -> None:
     if out is None:
         raise typer.BadParameter("--predictions needs -o, the file to write")
@@ -134,6 +143,6 @@ def _fuse_again(
         raise typer.BadParameter("--predictions needs a fusion: --method for one without fit, or the run that it is fitted in")
     from l2r2_models.predict.fuse_again import fuse_again
 
-    config = fuse_again(predictions, out, method=method, inputs=inputs, run=run)
+    config = fuse_again(predictions, out, method=method, inputs=inputs, run=run, format=format)
     say(f"fused with {json.dumps(config)}")
     say(f"wrote {out}")

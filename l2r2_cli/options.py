@@ -61,6 +61,14 @@ Engine = Annotated[
 Address = Annotated[
     Optional[str], typer.Option("--address", help="Ray cluster to use.", show_default="$RAY_ADDRESS, else this machine")
 ]
+Format = Annotated[
+    Optional[str],
+    typer.Option(
+        "--format",
+        help="Format of the file: json, jsonl, csv, parquet, megadetector (1.6, for Timelapse) or coco.",
+        show_default="by its ending",
+    ),
+]
 Host = Annotated[str, typer.Option("--host", help="Interface to listen on; the default is this machine alone.")]
 Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 for any free one.")]
 MaxPixels = Annotated[int, typer.Option("--max-pixels", min=1, help="Largest width * height of an image.")]
@@ -68,6 +76,10 @@ Method = Annotated[
     str, typer.Option("--method", help="gradcam, ig, occlusion, rollout (plain ViTs), parts (iFAM models) or auto.")
 ]
 Report = Annotated[Optional[Path], typer.Option("--report", help="Write a report to this HTML file.")]
+Explanations = Annotated[
+    Optional[Path],
+    typer.Option("--explanations", help="Page of `l2r2 explain` to which the images of the report link."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

@@ -14,6 +14,7 @@ from .options import (
     Boxes,
     Cascade,
     Engine,
+    Format,
     Localizer,
     MaxObjects,
     Metadata,
@@ -37,13 +38,7 @@ def predict(
             "--out", "-o", help="File to write: .json, .jsonl, .csv or .parquet; with --engine ray, a folder. Rerun to resume."
         ),
     ],
-    format: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Format of the file: json, jsonl, csv, parquet, megadetector (1.6, for Timelapse) or coco.",
-            show_default="by its ending",
-        ),
-    ] = None,
+    format: Format = None,
     boxes: Boxes = None,
     localizer: Localizer = None,
     topk_prompts: Annotated[

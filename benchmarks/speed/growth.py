@@ -1,20 +1,21 @@
-"""How the cost of prediction and training grows: with photo size, boxes per photo, batch and view size; accuracy and memory beside it.
+"""How the cost of prediction and training grows: with photos, boxes, batch and view size; accuracy and memory beside it.
 
-    python benchmarks/speed/growth.py DATA [--run RUN] [--images 16] [--rounds 3] [--limit 120]
+    python benchmarks/speed/growth.py DATA [--tables photos boxes batch step accuracy] [--run RUN] [--images 16] [--rounds 3]
 
-DATA is fod_a_shift. Photos are its photographs, enlarged to the stated sizes and saved as JPEG (quality 90) with their boxes. Figures
-are processor time of one thread, `ms` per image or training step, so that other jobs on the machine matter less than for the clock;
-rows of a table alternate, and medians over the rounds are given. `ratio` is the row's time over that of the table's first row.
-`memory` is the peak above the loaded networks, in MiB, of a process forked for that row.
+DATA is fod_a_shift. Photos are its photographs, enlarged to the stated sizes and saved as JPEG (quality 90) with their boxes.
+Times are processor time of one thread, `ms` per image or training step, so that other jobs on the machine matter less than for
+the clock; the rows of a table alternate, and medians over the rounds are given. `ratio` is the row's time over that of the
+table's first row. `memory` is the peak above the loaded networks, in MiB, of a process forked for that row.
 
 - photos: full and fg views, predicted: a plain timm classifier, two timm networks with Pillow crops (what L2R2 replaces), L2R2.
 - boxes: 1 to 50 per photo; by hand, each box is one more crop for the second network.
 - batch: L2R2 with 1 to 32 objects per pass.
-- step: one training step on 8 photos (forward, backward, AdamW): a plain network; L2R2 with both views at 224, at 128 + 224, and with
-  one branch at a time (`branch_backward=separate`).
-- accuracy (with --run, a fine-tuned run): of test_id and test_ood, at the run's own sizes, with a smaller full view, and by fg alone.
+- step: one training step on 8 photos (forward, backward, AdamW): a plain network; L2R2 with both views at 224, at 128 + 224, and
+  with one branch at a time (`branch_backward=separate`).
+- accuracy (needs --run, a fine-tuned run): on --limit images of test_id and test_ood each, of the fused prediction and of each
+  branch, at the run's own sizes and with a smaller full view.
 
-Appends to benchmarks/results/growth_cpu.csv.
+Appends to benchmarks/results/growth_cpu.csv after each table.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +45,7 @@ from l2r2_models.predict.predict_files import accuracy_by_branch
 from l2r2_models.predict.predictor import Predictor
 
 RESULTS = Path(__file__).parent.parent / "results" / "growth_cpu.csv"
+TABLES = ("photos", "boxes", "batch", "step", "accuracy")
 Calls = dict[str, Callable[[], object]]
 
 
@@ -97,7 +99,8 @@ def steps(backbone: str, batch: int) -> Calls:
         def call() -> None:
             optimizer.zero_grad()
             for part in [{b: v} for b, v in views.items()] if separate else [views]:
-                logits = [model(part["full"])] if not hasattr(model, "forward_branches") else model.forward_branches(**part).values()
+                two = hasattr(model, "forward_branches")
+                logits = model.forward_branches(**part).values() if two else [model(part["full"])]
                 sum(cross_entropy(z, labels) for z in logits).backward()
             optimizer.step()
 
@@ -169,58 +172,77 @@ def accuracies(run: Path, data: Path, limit: int) -> list[dict[str, object]]:
     return found
 
 
+def tables(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Calls, int]]:
+    """The tables that are measured alike: name, calls, and images per call."""
+    model = timm.create_model("l2r2", backbone=options.backbone, num_classes=10, fusion="robust")
+    run = folder / "run"
+    save_checkpoint(model, run, [f"class {i}" for i in range(10)])
+    networks = [timm.create_model(options.backbone, num_classes=10).eval() for _ in range(2)]
+    source = gather([options.data], split="test_id")
+
+    def both(inputs: Inputs) -> Calls:
+        return {"two timm networks, Pillow crops": by_hand(inputs, networks, 32), "L2R2": predicting(run, inputs, 32)}
+
+    if "photos" in options.tables:
+        for width, height in ((500, 400), (1600, 1200), (4000, 3000)):
+            count = max(2, options.images // (1 if width < 1000 else 4))
+            inputs = photos(folder / f"photos{width}", source, count, (width, height))
+            plain = {"plain timm classifier": by_hand(inputs, networks[:1], 32)}
+            yield f"photos {width}x{height}", {**both(inputs), **plain}, count
+    if "boxes" in options.tables:
+        for boxes in (1, 5, 20, 50):
+            yield f"{boxes} boxes", both(photos(folder / f"boxes{boxes}", source, 2, (1000, 800), boxes)), 2
+    if "batch" in options.tables:
+        inputs = photos(folder / "batch", source, 32, (500, 400))
+        yield "batch", {f"L2R2, batch {batch}": predicting(run, inputs, batch) for batch in (1, 4, 16, 32)}, 32
+    if "step" in options.tables:
+        yield "step", steps(options.train_backbone, 8), 1
+
+
+def write(lines: list[dict[str, object]], options: argparse.Namespace) -> None:
+    about = {"backbone": options.backbone, "train_backbone": options.train_backbone, "rounds": options.rounds}
+    about |= {name: version(name) for name in ("torch", "timm", "pillow")} | {"date": str(datetime.date.today())}
+    new = not RESULTS.exists()
+    with open(RESULTS, "a", newline="") as stream:
+        columns = ["table", "row", "ms", "ratio", "memory_mib", "test_id", "test_ood", *about]
+        writer = csv.DictWriter(stream, columns, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows({**line, **about} for line in lines)
+    for line in lines:
+        print(line, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument("--run", type=Path)
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--train-backbone", default="convnext_atto", help="without batch norm, which `separate` refuses")
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--limit", type=int, default=120, help="images per split for the accuracy")
+    parser.add_argument("--limit", type=int, default=90, help="images per split for the accuracy")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    lines: list[dict[str, object]] = []
-
-    def add(table: str, calls: Calls, images: int) -> None:
-        found = measure(calls, options.rounds)
-        first = next(iter(found.values()))[0]
-        for row, (seconds, peak) in found.items():
-            lines.append({"table": table, "row": row, "ms": round(1e3 * seconds / images, 2), "ratio": round(seconds / first, 2)})
-            lines[-1]["memory_mib"] = round(peak, 1)
-            print(lines[-1], flush=True)
-
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        model = timm.create_model("l2r2", backbone=options.backbone, num_classes=10, fusion="robust")
-        save_checkpoint(model, folder / "run", [f"class {i}" for i in range(10)])
-        networks = [timm.create_model(options.backbone, num_classes=10).eval() for _ in range(2)]
-        source = gather([options.data], split="test_id")
-        for width, height in ((500, 400), (1600, 1200), (4000, 3000)):
-            count = max(2, options.images // (1 if width < 1000 else 4))
-            inputs = photos(folder / f"photos{width}", source, count, (width, height))
-            calls = {"two timm networks, Pillow crops": by_hand(inputs, networks, 32), "L2R2": predicting(folder / "run", inputs, 32)}
-            calls["plain timm classifier"] = by_hand(inputs, networks[:1], 32)
-            add(f"photos {width}x{height}", calls, count)
-        for boxes in (1, 5, 20, 50):
-            inputs = photos(folder / f"boxes{boxes}", source, 2, (1000, 800), boxes)
-            calls = {"two timm networks, Pillow crops": by_hand(inputs, networks, 32), "L2R2": predicting(folder / "run", inputs, 32)}
-            add(f"{boxes} boxes", calls, 2)
-        inputs = photos(folder / "batch", source, 32, (500, 400))
-        add("batch", {f"L2R2, batch {batch}": predicting(folder / "run", inputs, batch) for batch in (1, 4, 16, 32)}, 32)
-    add("step", steps(options.train_backbone, 8), 1)
-    if options.run:
-        lines += [{"table": "accuracy", **line} for line in accuracies(options.run, options.data, options.limit)]
-    about = {"backbone": options.backbone, "train_backbone": options.train_backbone, "rounds": options.rounds}
-    about |= {name: version(name) for name in ("torch", "timm", "pillow")} | {"date": str(datetime.date.today())}
-    columns = ["table", "row", "ms", "ratio", "memory_mib", "test_id", "test_ood", *about]
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="") as stream:
-        writer = csv.DictWriter(stream, columns, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows({**line, **about} for line in lines)
+    with TemporaryDirectory() as folder:
+        for table, calls, images in tables(options, Path(folder)):
+            found = measure(calls, options.rounds)
+            first = next(iter(found.values()))[0]
+            lines = [
+                {
+                    "table": table,
+                    "row": row,
+                    "ms": round(1e3 * seconds / images, 2),
+                    "ratio": round(seconds / first, 2),
+                    "memory_mib": round(peak, 1),
+                }
+                for row, (seconds, peak) in found.items()
+            ]
+            write(lines, options)
+    if "accuracy" in options.tables and options.run:
+        write([{"table": "accuracy", **line} for line in accuracies(options.run, options.data, options.limit)], options)
 
 
 if __name__ == "__main__":

@@ -257,14 +257,17 @@ class Explainer:
         of = probability_of(self.audited, answer, small.boxes[0], small.view_mask, question)
         return insertion_deletion(values, small.pixels, self.model.view_spec.fill, of)
 
-    def explain_files(self, inputs: Inputs, *, seed: int = 0) -> Iterator[Explanation | L2R2Error]:
+    def explain_files(
+        self, inputs: Inputs, *, seed: int = 0, paths: Sequence[Path] | None = None
+    ) -> Iterator[Explanation | L2R2Error]:
         """Explain files one by one; for an image that cannot be used, the error is yielded instead.
 
         Args:
             inputs: see `predict.predict_files.gather`.
             seed: random seed of the swapped backgrounds.
+            paths: the images to explain; by default all. Backgrounds come from all images.
         """
-        for path in inputs.paths:
+        for path in inputs.paths if paths is None else paths:
             try:
                 image, boxes, mask = self._load(path, inputs)
                 background = self._background(path, inputs, seed) if self.numbers else None

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..audit.audit import Answers, Audit, AuditRun
 from ..audit.metrics import Estimate
 from ..audit.perturbations import L2_LEVELS, STD_LEVELS, Donors, plan
+from .explanations import Explanations
 from .figures import bars_by_group
 from .html import Cell, Picture, Section, gallery, percent, table, write_page
 
@@ -68,17 +69,19 @@ ABOUT_NOISE = (
 )
 
 
-def write_report(path: Path, run: AuditRun) -> None:
+def write_report(path: Path, run: AuditRun, explanations: Path | None = None) -> None:
     """Write the report of an audit.
 
     Args:
         path: the HTML file.
         run: an audit, with the images that it was computed from.
+        explanations: page of `l2r2 explain` to link to.
 
     Raises:
-        L2R2Error: when the file cannot be written, or matplotlib is missing.
+        L2R2Error: when the file cannot be written, the page cannot be read, or matplotlib is missing.
     """
     audit = run.result
+    linked = None if explanations is None else Explanations.read(explanations, path)
     counts = f"{audit.images} images of {audit.split}, {audit.classes} classes, seed {audit.settings['seed']}."
     others = list(audit.verdicts.values())[:-1]
     text = "\n".join((counts, *others))
@@ -88,7 +91,7 @@ def write_report(path: Path, run: AuditRun) -> None:
     ]
     if audit.groups:
         sections.append(Section(f"Accuracy by {audit.groups}", "", [_groups(audit)]))
-    pictures = examples(run)
+    pictures = examples(run, linked)
     sections.append(Section("Examples", ABOUT_EXAMPLES, [gallery(pictures, len(pictures))]))
     write_page(path, f"Background audit of {audit.model}", audit.verdict, sections, audit.warnings)
 
@@ -147,7 +150,7 @@ def _groups(audit: Audit) -> Markup:
     return bars_by_group(values, spans)
 
 
-def examples(run: AuditRun) -> list[Picture]:
+def examples(run: AuditRun, linked: Explanations | None = None) -> list[Picture]:
     """Return changed images of a few subjects, first those whose prediction becomes wrong on Mixed-Rand."""
     audit, subjects, answers, grain = run
     right, _ = answers.of(answers.names[-1])
@@ -168,7 +171,10 @@ def examples(run: AuditRun) -> list[Picture]:
                 predictions = _predictions(answers, i, names.index(name))
                 box = subject.boxes[0].tolist() if name == "original" else None
                 title = f"{subjects.labels[i]}: {words}"
-                pictures.append(Picture(Image.fromarray(made[name].numpy()), title, box, predictions, subjects.keys[i]))
+                image, link = Image.fromarray(made[name].numpy()), ""
+                if linked is not None and name == "original":
+                    link = linked.link(subjects.table.rows[i].path)
+                pictures.append(Picture(image, title, box, predictions, subjects.keys[i], link))
     return pictures
 
 

@@ -18,6 +18,7 @@ from ..evaluate.evaluator import OWN, Evaluation, Judged
 from ..evaluate.logits import Progress
 from ..evaluate.metrics import bootstrap_interval
 from .comparison import changes, compared
+from .explanations import Explanations
 from .figures import bars_by_group, confusion, reliability_diagram, risk_coverage_curves
 from .html import Cell, Picture, Section, gallery, percent, table, write_page
 from .parts import parts_section
@@ -38,6 +39,7 @@ def write_evaluation(
     judged: Sequence[Judged],
     results: Sequence[Evaluation],
     progress: Progress = lambda batches, _: batches,
+    explanations: Path | None = None,
 ) -> None:
     """Write the report of an evaluation: metrics with 95 % intervals, groups, calibration, classes, parts, disagreements.
 
@@ -48,14 +50,16 @@ def write_evaluation(
         judged: an evaluated run, with its predictions, per split.
         results: the metrics computed from each.
         progress: wraps the batches while the parts of an iFAM model are computed.
+        explanations: page of `l2r2 explain` to link to.
 
     Raises:
-        L2R2Error: when the file cannot be written, or matplotlib is missing.
+        L2R2Error: when the file cannot be written, the page cannot be read, or matplotlib is missing.
     """
+    linked = None if explanations is None else Explanations.read(explanations, path)
     several = len(results) > 1
     sections = compared(judged, results) if several else []
     for one, result in zip(judged, results):
-        own = _sections(one, result, progress)
+        own = _sections(one, result, progress, linked)
         sections += [replace(section, title=f"{result.split}: {section.title}") for section in own] if several else own
     title = f"{Path(judged[0].checkpoint.name).name} on {' and '.join(result.split for result in results)}"
     lead = changes(judged, results) if several else _lead(judged[0], results[0])
@@ -63,13 +67,13 @@ def write_evaluation(
     write_page(path, title, lead, sections, list(dict.fromkeys(notes)))
 
 
-def _sections(judged: Judged, result: Evaluation, progress: Progress) -> list[Section]:
+def _sections(judged: Judged, result: Evaluation, progress: Progress, linked: Explanations | None) -> list[Section]:
     sections = [_accuracy(judged, result), *_groups(judged, result), _calibration(judged, result), _risk(judged)]
     sections += [
         _classes(judged, result),
         *parts_section(judged, progress),
-        *_disagreements(judged),
-        *_without_box(judged, result),
+        *_disagreements(judged, linked),
+        *_without_box(judged, result, linked),
         *_left_out(result),
     ]
     return [*sections, _origin(judged, result)]
@@ -201,7 +205,7 @@ def _classes(judged: Judged, result: Evaluation) -> Section:
     return Section("Classes", text, [table(head, rows, words=[len(head) - 1]), matrix_table])
 
 
-def _disagreements(judged: Judged) -> list[Section]:
+def _disagreements(judged: Judged, linked: Explanations | None) -> list[Section]:
     if len(judged.own) < 2:
         return []
     labels = judged.data.labels
@@ -224,7 +228,7 @@ def _disagreements(judged: Judged) -> list[Section]:
         if number:
             shown = min(len(rows), limit)
             text += f" {number:,} images, {shown} of them shown, at most {ALIKE} with the same true and predicted class."
-            sections.append(Section(title, text, [gallery(_pictures(judged, rows[:shown]))]))
+            sections.append(Section(title, text, [gallery(_pictures(judged, rows[:shown], linked))]))
     return sections or [Section("Disagreements", f"Whenever one of the branches or {who} is correct, all of them are.")]
 
 
@@ -240,7 +244,7 @@ def _worst(rows: Tensor, confidence: Tensor, mistakes: Tensor, labels: Tensor) -
     return found
 
 
-def _without_box(judged: Judged, result: Evaluation) -> list[Section]:
+def _without_box(judged: Judged, result: Evaluation, linked: Explanations | None) -> list[Section]:
     rows = (~judged.data.has_fg).nonzero()[:, 0].tolist()
     if not rows or "fg" not in judged.data.logits:
         return []
@@ -250,10 +254,10 @@ def _without_box(judged: Judged, result: Evaluation) -> list[Section]:
     order = sorted(rows, key=lambda i: -float(judged.outputs[judged.answer][i].softmax(-1).amax()))
     wrong_first = sorted(order, key=lambda i: bool(judged.outputs[judged.answer][i].argmax() == judged.data.labels[i]))
     text += f" {WITHOUT_BOX} of them are shown, the most confident mistakes first." if len(rows) > WITHOUT_BOX else ""
-    return [Section("No object found", text, [gallery(_pictures(judged, wrong_first), WITHOUT_BOX)])]
+    return [Section("No object found", text, [gallery(_pictures(judged, wrong_first, linked), WITHOUT_BOX)])]
 
 
-def _pictures(judged: Judged, rows: Sequence[int]) -> Iterator[Picture]:
+def _pictures(judged: Judged, rows: Sequence[int], linked: Explanations | None) -> Iterator[Picture]:
     """Yield the cards of some rows; those without an object have a single prediction."""
     names = judged.data.table.names()
     for i in rows:
@@ -271,7 +275,8 @@ def _pictures(judged: Judged, rows: Sequence[int]) -> Iterator[Picture]:
             image, box = Image.fromarray(sample.pixels.numpy()), sample.box.tolist() if sample.has_box else None
         except L2R2Error:
             pass  # the file was changed in the meantime; its card shows the error
-        yield Picture(image, judged.labels[truth], box, predictions, note)
+        link = "" if linked is None else linked.link(row.path)
+        yield Picture(image, judged.labels[truth], box, predictions, note, link)
 
 
 def _left_out(result: Evaluation) -> list[Section]:

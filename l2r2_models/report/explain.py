@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import heapq
+import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from markupsafe import Markup
@@ -16,6 +18,7 @@ from torch import Tensor
 from ..errors import L2R2Error
 from ..explain.counterfactuals import WORDS
 from ..explain.explainer import Explanation
+from .explanations import anchor_of
 from .html import Cell, Picture, Section, percent, strip, table, write_page
 
 SHOWN = 24  # images on a page
@@ -78,8 +81,11 @@ class Page:
         self.method = ""
         self._cards: list[tuple[float, int, Markup]] = []  # a heap whose top is the last shown image
 
-    def add(self, found: Explanation) -> None:
+    def add(self, found: Explanation) -> dict[str, Any]:
         """Add an image, and draw it if it is among the first.
+
+        Returns:
+            What `restore` needs to add it again.
 
         Raises:
             L2R2Error: when sorting by error and the image has no label.
@@ -87,13 +93,25 @@ class Page:
         value = 0.0 if self.sort is None else getattr(found, self.sort)
         if value is None and self.sort == "error":
             raise L2R2Error(f"{found.file}: has no label to sort by error; pass a data set with labels, or another --sort.")
-        key = (-1.0 if value is None else float(value), -len(self.numbers))
-        self.method = found.method
-        self.numbers.append(_numbers_of(found))
-        if len(self._cards) < self.most:
-            heapq.heappush(self._cards, (*key, card(found)))
-        elif key > self._cards[0][:2]:
-            heapq.heapreplace(self._cards, (*key, card(found)))
+        number, numbers = -1.0 if value is None else float(value), _numbers_of(found)
+        drawn = card(found) if self._is_shown(number) else None
+        self._add(number, numbers, found.method, drawn)
+        return {"value": number, "numbers": json.dumps(asdict(numbers)), "method": found.method, "card": drawn}
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Add an image from what `add` returned for it."""
+        drawn = None if record["card"] is None else Markup(record["card"])  # our own markup, escaped when it was made
+        self._add(record["value"], Numbers(**json.loads(record["numbers"])), record["method"], drawn)
+
+    def _is_shown(self, value: float) -> bool:
+        return len(self._cards) < self.most or (value, -len(self.numbers)) > self._cards[0][:2]
+
+    def _add(self, value: float, numbers: Numbers, method: str, drawn: Markup | None) -> None:
+        entry, is_shown = (value, -len(self.numbers)), self._is_shown(value)
+        self.method = method
+        self.numbers.append(numbers)
+        if drawn is not None and is_shown:
+            (heapq.heappush if len(self._cards) < self.most else heapq.heapreplace)(self._cards, (*entry, drawn))
 
     def lead(self) -> str:
         """Return a summary in a few sentences."""
@@ -174,7 +192,7 @@ def card(found: Explanation) -> Markup:
     blocks = [_answers(found)]
     if found.changes:
         blocks.append(_changes(found))
-    return strip(title, pictures(found), blocks, found.file or "")
+    return strip(title, pictures(found), blocks, found.file or "", anchor_of(found.file) if found.file else "")
 
 
 def pictures(found: Explanation) -> list[Picture]:

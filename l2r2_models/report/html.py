@@ -54,6 +54,7 @@ class Picture:
         box: xyxy pixels of the image, drawn on it; None for no box.
         answers: output, prediction, and whether it is correct (None if that does not apply).
         note: a last line, e.g. the file name.
+        link: address of the image's explanation; empty for none.
     """
 
     image: Path | Image.Image
@@ -61,6 +62,7 @@ class Picture:
     box: Sequence[float] | None = None
     answers: Sequence[tuple[str, str, bool | None]] = ()
     note: str = ""
+    link: str = ""
 
 
 def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Section], notes: Sequence[str] = ()) -> None:
@@ -142,13 +144,14 @@ def gallery(pictures: Iterable[Picture], limit: int = 24) -> Markup:
     return Markup('<div class="gallery">{}</div>').format(Markup("\n").join(cards))
 
 
-def strip(title: str, pictures: Sequence[Picture], blocks: Sequence[Markup] = (), note: str = "") -> Markup:
-    """One wide card about one image: pictures side by side with their titles under them, then blocks of HTML."""
+def strip(title: str, pictures: Sequence[Picture], blocks: Sequence[Markup] = (), note: str = "", id: str = "") -> Markup:
+    """One wide card about one image, to link to by `id`: pictures side by side with their titles, then blocks of HTML."""
     form = Markup("<figure>{}<figcaption>{}</figcaption></figure>")
     panels = Markup("\n").join(form.format(_thumbnail(picture), picture.title) for picture in pictures)
     below = Markup("<small>{}</small>").format(note) if note else ""
     body = Markup('<div class="blocks">{}</div>').format(Markup("").join(blocks)) if blocks else ""
-    return Markup('<div class="strip"><b>{}</b><div class="panels">{}</div>{}{}</div>').format(title, panels, body, below)
+    start = Markup('<div class="strip" id="{}">').format(id) if id else Markup('<div class="strip">')
+    return start + Markup('<b>{}</b><div class="panels">{}</div>{}{}</div>').format(title, panels, body, below)
 
 
 def _card(picture: Picture) -> Markup:
@@ -159,7 +162,8 @@ def _card(picture: Picture) -> Markup:
         answers.append(Markup('<tr><th scope=row>{}</th><td class="{}">{}{}</td></tr>').format(who, kind, sign, what))
     predictions = Markup("<table>{}</table>").format(Markup("").join(answers)) if answers else ""
     note = Markup("<small>{}</small>").format(picture.note) if picture.note else ""
-    words = Markup('<div class="words"><b>{}</b>{}{}</div>').format(picture.title, predictions, note)
+    link = Markup('<small><a href="{}">saliency maps</a></small>').format(picture.link) if picture.link else ""
+    words = Markup('<div class="words"><b>{}</b>{}{}{}</div>').format(picture.title, predictions, note, link)
     return Markup("<div>{}{}</div>").format(_thumbnail(picture), words)
 
 

@@ -97,6 +97,7 @@ def test_every_option_explains_itself_and_means_one_thing_everywhere():
         "--skip-bad",
         "--batch-size",
         "--cascade",
+        "--format",
         "--device",
         "--workers",
         "--seed",

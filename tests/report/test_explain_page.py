@@ -111,3 +111,47 @@ def test_boxes_come_from_a_localizer_or_a_file(case, tmp_path):
         result = explain(run, image, "-o", tmp_path / "p.html", "--no-numbers", *options)
         assert result.exit_code == 0, result.output
         assert "what fg sees" in (tmp_path / "p.html").read_text()
+
+
+def test_an_interrupted_explanation_continues_to_the_same_page(case, tmp_path, monkeypatch):
+    run, data = case
+    assert explain(run, data, "-o", tmp_path / "whole.html", "--shown", 2).exit_code == 0
+    seen, original = [], Explainer.__call__
+
+    def interrupted(self, *arguments, name=None, **options):
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        seen.append(name)
+        return original(self, *arguments, name=name, **options)
+
+    def watched(self, *arguments, name=None, **options):
+        seen.append(name)
+        return original(self, *arguments, name=name, **options)
+
+    command = (run, data, "-o", tmp_path / "p.html", "--shown", 2, "--json")
+    monkeypatch.setattr(Explainer, "__call__", interrupted)
+    assert explain(*command).exit_code != 0 and not (tmp_path / "p.html").exists()
+    monkeypatch.setattr(Explainer, "__call__", watched)
+    with open(next((tmp_path / "p.html.parts").iterdir()), "a") as part:
+        part.write('{"file": "half a li')  # as a kill leaves it
+    result = explain(*command)
+    assert result.exit_code == 0, result.output
+    assert len(seen) == len(set(seen)) == 6 and len(result.stdout.splitlines()) == 6  # no image twice, all in the output
+    assert (tmp_path / "p.html").read_text() == (tmp_path / "whole.html").read_text()
+    assert not (tmp_path / "p.html.parts").exists()
+
+
+def test_what_was_explained_with_other_settings_is_not_continued(case, tmp_path, monkeypatch):
+    run, data = case
+    original, count = Explainer.__call__, []
+
+    def interrupted(self, *arguments, **options):
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Explainer, "__call__", interrupted)
+    assert explain(run, data, "-o", tmp_path / "p.html", "--no-numbers").exit_code != 0
+    result = explain(run, data, "-o", tmp_path / "p.html", "--no-numbers", "--method", "ig")
+    assert result.exit_code == 0 and "before the interruption" not in result.output and len(count) == 3 + 6

@@ -10,6 +10,7 @@ from html_pages import EVIL, Page
 
 from l2r2_models.evaluate.evaluator import evaluation_of, judge_run
 from l2r2_models.report.evaluation import write_evaluation
+from l2r2_models.report.explanations import anchor_of
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +138,15 @@ def test_the_error_rate_of_the_most_confident_is_on_the_page(judged, tmp_path):
     fused[[2, 20, 21]] = (truth[[2, 20, 21]] + 1) % 3  # of the 19 most confident, one is wrong
     page = page_of(saying(judged, full=(truth, 0.6), fg=(truth, 0.6), fused=(fused, sure)), tmp_path)
     assert "Risk and coverage" in page.words and "The fused prediction (robust) is wrong in 5.3 % of the 80 %" in page.words
+
+
+def test_images_with_an_explanation_link_to_it(judged, tmp_path):
+    labels = judged.data.labels
+    wrong = saying(judged, full=(labels, 0.9), fg=((labels + 1) % 3, 0.9), fused=((labels + 1) % 3, 0.9))
+    explained = [row.path for row in wrong.data.table.rows[:2]]
+    cards = "".join(f'<div class="strip" id="{anchor_of(path)}"></div>' for path in explained)
+    (tmp_path / "why.html").write_text(cards)
+    write_evaluation(tmp_path / "r.html", [wrong], [evaluation_of(wrong)], explanations=tmp_path / "why.html")
+    addresses = Page((tmp_path / "r.html").read_text(encoding="utf-8")).addresses
+    links = {address for address in addresses if not address.startswith(("data:", "#"))}
+    assert links == {f"why.html#{anchor_of(path)}" for path in explained}
