@@ -239,11 +239,9 @@ class Predictor:
             masks: mask files by `str(path)`; without an entry in `boxes`, the tight box around the mask is used.
         """
         known, mask_files = boxes or {}, masks or {}
-
-        def load(path: Path) -> Item | Prediction:
-            return self.load_file(path, known.get(str(path)), mask_files.get(str(path)))
-
-        return self.predict_items(in_order(load, paths, self.workers, ahead=self.network.most, weigh=pixels_of))
+        given = ((path, known.get(str(path)), mask_files.get(str(path))) for path in paths)
+        ahead = self.network.most
+        return self.predict_items(in_order(lambda one: self.load_file(*one), given, self.workers, ahead=ahead, weigh=pixels_of))
 
     def load_file(
         self, path: str | Path, entry: BoxEntry | None = None, mask_file: Path | None = None, data: bytes | None = None

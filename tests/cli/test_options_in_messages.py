@@ -14,6 +14,7 @@ SOURCES = sorted(p for package in ("l2r2_models", "l2r2_cli") for p in (ROOT / p
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9_]*(?:-[a-z0-9_]+)*")
 OTHERS = {
     "--force-download": "hf download",
+    "--head": "ray start",
     "--standalone": "torchrun",
     "--nproc_per_node": "torchrun",
 }
