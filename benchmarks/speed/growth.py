@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import datetime
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -139,14 +139,21 @@ def memory(call: Callable[[], object]) -> float:
     """Peak above the present use of memory, in a forked process."""
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that earlier calls have freed does not count as used
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts at the present use
+        before = peak_kib()
         call()
-        os.write(writer, str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before).encode())
+        os.write(writer, str(peak_kib() - before).encode())
         os._exit(0)
     os.waitpid(child, 0)
     os.close(writer)
     with os.fdopen(reader) as stream:
         return int(stream.read() or -1024) / 1024
+
+
+def peak_kib() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0])
 
 
 def accuracies(run: Path, data: Path, limit: int) -> list[dict[str, object]]:

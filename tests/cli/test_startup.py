@@ -97,7 +97,6 @@ def test_every_option_explains_itself_and_means_one_thing_everywhere():
         "--skip-bad",
         "--batch-size",
         "--cascade",
-        "--format",
         "--device",
         "--workers",
         "--seed",
