@@ -4,25 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
+
+import torch
 
 from ..errors import L2R2Error
+from ..localize import Localizer
 from ..localize.model_based import Head, detections_of
+from ..models.l2r2 import L2R2
 from ..views import make_views
 from .items import Item, is_large, whole_images
 from .prediction import Prediction
 from .topk import predict_topk
 
-if TYPE_CHECKING:
-    from .predictor import Predictor
+
+class Localizing(Protocol):
+    """What this module uses of a `Predictor`."""
+
+    model: L2R2
+    labels: tuple[str, ...]
+    device: torch.device
+    localizer: Localizer | None
+    topk_prompts: int | None
+    box_threshold: float
+    batch_size: int
+    top: int
+    image_rule: str
 
 
-def lacks_boxes(predictor: Predictor, item: Item) -> bool:
+def lacks_boxes(predictor: Localizing, item: Item) -> bool:
     """Return whether the predictor's localizer must find the boxes of an item."""
     return predictor.localizer is not None and item.boxes is None and item.localizer_failure is None
 
 
-def located(predictor: Predictor, items: Iterable[Item | Prediction]) -> Iterator[Item | Prediction]:
+def located(predictor: Localizing, items: Iterable[Item | Prediction]) -> Iterator[Item | Prediction]:
     """Yield the items; those without boxes are localized, one batch at a time."""
     held: list[Item | Prediction] = []
     for item in items:
@@ -33,7 +48,7 @@ def located(predictor: Predictor, items: Iterable[Item | Prediction]) -> Iterato
     yield from _with_boxes(predictor, held)
 
 
-def _with_boxes(predictor: Predictor, held: Sequence[Item | Prediction]) -> list[Item | Prediction]:
+def _with_boxes(predictor: Localizing, held: Sequence[Item | Prediction]) -> list[Item | Prediction]:
     lacking = [item for item in held if isinstance(item, Item) and lacks_boxes(predictor, item)]
     if not lacking or predictor.localizer is None:
         return list(held)
@@ -47,7 +62,7 @@ def _with_boxes(predictor: Predictor, held: Sequence[Item | Prediction]) -> list
     return [next(found) if isinstance(item, Item) and lacks_boxes(predictor, item) else item for item in held]
 
 
-def localized(predictor: Predictor, items: Sequence[Item]) -> list[Item]:
+def localized(predictor: Localizing, items: Sequence[Item]) -> list[Item]:
     """Return the items with their boxes; if the localizer fails on a batch, each image is tried alone."""
     localizer, model, device = predictor.localizer, predictor.model, predictor.device
     assert localizer is not None
