@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 from l2r2_hub_configs import FOLDER, HubConfig, derived_configs
@@ -18,6 +18,9 @@ from .options import Json
 def list_models(
     pattern: Annotated[str, typer.Argument(help="Show only names that match, e.g. '*convnext*'.")] = "*",
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Show every pretrained tag, not only defaults.")] = False,
+    license: Annotated[
+        Optional[list[str]], typer.Option(help="Show only weights under this license, e.g. apache-2.0. Repeatable.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show the models with parameters, input size, default tag, and where its weights come from."""
@@ -25,6 +28,11 @@ def list_models(
     configs = [c for c in configs if fnmatch.fnmatch(c.name, pattern) or fnmatch.fnmatch(c.architecture, pattern)]
     if not configs:
         raise Refusal(f"No model matches {pattern!r}; `l2r2 list` shows all.")
+    if license:
+        wanted, found = {name.lower() for name in license}, sorted({c.license for c in configs if c.license})
+        configs = [c for c in configs if c.license in wanted]
+        if not configs:
+            raise Refusal(f"None of these models has the license {' or '.join(license)}; their licenses are: {', '.join(found)}.")
     places = [("hub", False) if c.trained else whereabouts(c.source, c.hub_id) for c in configs]
     if as_json:
         typer.echo(json.dumps([_as_dict(c, *place) for c, place in zip(configs, places)], indent=1))

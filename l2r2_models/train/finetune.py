@@ -97,7 +97,7 @@ def finetune(
         L2R2Error: when the data or the model is unusable, the training diverges, or `out` contains another run or is being
             written by another process.
 
-    >>> recipe = Recipe.default("l2r2_convnextv2_tiny", pretrained=True, epochs=10)  # doctest: +SKIP
+    >>> recipe = Recipe.default("l2r2_convnext_tiny", pretrained=True, epochs=10)  # doctest: +SKIP
     >>> result = finetune("data/", recipe, "runs/fungi", boxes="boxes.json")  # doctest: +SKIP
     >>> print(result.folder, result.metrics)  # doctest: +SKIP
     """

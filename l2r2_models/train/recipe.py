@@ -114,7 +114,7 @@ class Recipe:
         seed: random seed of weights, order and augmentation.
         workers: processes that load images; the result does not depend on it.
 
-    >>> Recipe("l2r2_convnextv2_tiny", lr=1e-4).epochs
+    >>> Recipe("l2r2_convnext_tiny", lr=1e-4).epochs
     20
     """
 

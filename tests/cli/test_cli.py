@@ -32,6 +32,9 @@ def test_list_shows_models_tags_parameters_and_input_sizes(l2r2):
     rows = json.loads(l2r2("list", "l2r2_vit_tiny*", "--pretrained", "--json").stdout)
     assert {r["model"] for r in rows} == {"l2r2_vit_tiny_patch16_224"} and len(rows) > 1
     assert "No model matches" in sentence(l2r2("list", "nonsense"))
+    free = json.loads(l2r2("list", "*convnext*", "--license", "Apache-2.0", "--license", "mit", "--json").stdout)
+    assert {r["license"] for r in free} == {"apache-2.0"} and not any("convnextv2" in r["model"] for r in free)
+    assert "licenses are: cc-by-nc-4.0" in sentence(l2r2("list", "*convnextv2*", "--license", "mit"))
 
 
 def test_predict_writes_predictions_with_reasons(l2r2, run, dataset, tmp_path):
