@@ -162,7 +162,7 @@ def _card(picture: Picture) -> Markup:
         answers.append(Markup('<tr><th scope=row>{}</th><td class="{}">{}{}</td></tr>').format(who, kind, sign, what))
     predictions = Markup("<table>{}</table>").format(Markup("").join(answers)) if answers else ""
     note = Markup("<small>{}</small>").format(picture.note) if picture.note else ""
-    link = Markup('<small><a href="{}">saliency maps</a></small>').format(picture.link) if picture.link else ""
+    link = Markup(' <small><a href="{}">saliency maps</a></small>').format(picture.link) if picture.link else ""
     words = Markup('<div class="words"><b>{}</b>{}{}{}</div>').format(picture.title, predictions, note, link)
     return Markup("<div>{}{}</div>").format(_thumbnail(picture), words)
 
