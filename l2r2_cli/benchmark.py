@@ -54,6 +54,8 @@ def benchmark(
     With --sizes, measure which view sizes per branch are worth their time.
     """
     if sizes is not None:
+        if profile is not None or cascade is not None or precision != "fp32" or device is not None:
+            raise typer.BadParameter("--sizes compares sizes alone; leave out --profile, --cascade, --precision and --device")
         _compare_sizes(model, images or [], numbers("--sizes", sizes), boxes, split, skip_bad, workers, repeats, as_json)
         return
     width, _, height = size.partition("x")

@@ -114,8 +114,8 @@ def predict(
 
     if localizer is not None and boxes is not None:
         raise typer.BadParameter("--localizer finds the boxes and --boxes reads them from a file; use one or the other")
-    if metadata is not None and prior is None and not adapt.startswith("group:"):
-        raise typer.BadParameter("--metadata has the columns for --prior or --adapt group:COLUMN; pass one of these")
+    if metadata is not None and prior is None and group is None and not adapt.startswith(("group:", "sequence:")):
+        raise typer.BadParameter("--metadata has the columns for --prior, --group or --adapt; pass one of these")
     options = {
         "box_threshold": box_threshold,
         "max_objects": max_objects,
@@ -140,10 +140,8 @@ def predict(
         )
 
     if on_ray(engine, address):
-        if format not in (None, "parquet") or store_logits or adapt.startswith("batch") or group or prior or metadata:
-            raise typer.BadParameter(
-                "--engine ray writes parquet, without --store-logits, --adapt batch:N, --group, --prior and --metadata"
-            )
+        if format not in (None, "parquet") or store_logits or group or prior or metadata:
+            raise typer.BadParameter("--engine ray writes parquet, without --store-logits, --group, --prior and --metadata")
         _predict_on_ray(
             images, model, out, boxes=boxes, split=split, rules=rules, adapt=adapt, address=address, actors=workers, **options
         )

@@ -39,6 +39,7 @@ def answers_of(
     fused, names = output.fused, [job.pending.item.name for job in jobs]
     fused = fused if rules.prior is None else rules.prior.corrected(fused, names)
     labels, given = rules.labels, {**output.branches(), "fused": fused}
+    before = rules.restricted(output.fused.float()).softmax(-1).max(-1)
     spread = {b: rules.restricted(z.float()).softmax(-1) for b, z in given.items()}
     best = {b: p.topk(min(top, rules.count) if b == "fused" else 1) for b, p in spread.items()}
     probabilities = {b: t.values.tolist() for b, t in best.items()}
@@ -53,8 +54,13 @@ def answers_of(
             label=answers["fused"][0].label,
             score=answers["fused"][0].score,
             source="fused" if found else "full",
-            reason=(why_fused(answers, over) if found else why_full(answers, row.why or EMPTY_MASK))
-            + _why_prior(rules, names[i]),
+            reason=_reason(
+                {**answers, "fused": [Answer(labels[int(before.indices[i])], round(float(before.values[i]), 6))]},
+                found,
+                over,
+                row.why,
+            )
+            + _why_prior(rules, names[i], labels[int(before.indices[i])] != answers["fused"][0].label),
             full=answers["full"][0] if "full" in answers else None,
             fg=answers["fg"][0] if found else None,
             bg=answers["bg"][0] if has_fg[i] and "bg" in answers else None,
@@ -67,12 +73,17 @@ def answers_of(
         yield named(prediction, spread["fused"][i], rules)
 
 
-def _why_prior(rules: Rules, name: str | None) -> str:
+def _reason(answers: dict[str, list[Answer]], found: bool, over: Sequence[str] | None, why: str) -> str:
+    """Explain a prediction by the branches, before a prior corrects it."""
+    return why_fused(answers, over) if found else why_full(answers, why or EMPTY_MASK)
+
+
+def _why_prior(rules: Rules, name: str | None, changed: bool) -> str:
     """Name the metadata that corrected the prediction for an image; empty if there is none."""
     values = () if rules.prior is None else rules.prior.about(name)
     columns = () if rules.prior is None else rules.prior.prior.columns
     known = [f"{column.name} {value}" for column, value in zip(columns, values) if value]
-    return f"; corrected for {', '.join(known)}" if known else ""
+    return f"; {'changed' if changed else 'corrected'} by the prior for {', '.join(known)}" if known else ""
 
 
 def named(answer: ObjectPrediction, probabilities: Tensor, rules: Rules) -> ObjectPrediction:

@@ -73,8 +73,8 @@ def fuse_again(
 
 
 def _groups(predictions: Path) -> dict[str, str]:
-    """Return the group of each image."""
-    return {record["file"]: record["group"]["name"] for _, record in read_images(predictions)}
+    """Return the group of each image; one that was stored before an interruption, and not asked for since, is alone."""
+    return {record["file"]: record.get("group", {}).get("name", record["file"]) for _, record in read_images(predictions)}
 
 
 def _branches(predictions: Path) -> tuple[str, ...]:

@@ -49,14 +49,22 @@ class Inputs:
         """Return the inputs with the metadata columns of a .csv or .jsonl file, joined by path.
 
         Raises:
-            L2R2Error: when the file cannot be read, or lists none of the images.
+            L2R2Error: when the file cannot be read, lists none of the images, has different rows for one image, or a row that
+                fits several.
         """
-        rows = {str(row["file_name"]): row for row in read_rows(file)}
+        rows: dict[str, dict[str, str]] = {}
+        for row in read_rows(file):
+            name, values = str(row["file_name"]), {k: str(v) for k, v in row.items() if v is not None}
+            if rows.setdefault(name, values) != values:
+                raise L2R2Error(f"{file}: has two different rows for {name}; keep one.")
         table = BoxTable({name: BoxEntry() for name in rows}, source=str(file))
-        keys = {str(path): table.key_of(str(path)) for path in self.paths}
-        columns = {
-            path: {k: str(v) for k, v in rows[key].items() if v is not None} for path, key in keys.items() if key is not None
-        }
+        columns: dict[str, dict[str, str]] = {}
+        used: dict[str, str] = {}
+        for path in map(str, self.paths):
+            if (key := table.key_of(path)) is not None:
+                if (other := used.setdefault(key, path)) != path:
+                    raise L2R2Error(f"{file}: the row {key} matches both {other} and {path}; use longer paths in it.")
+                columns[path] = rows[key]
         if not columns:
             raise L2R2Error(f"{file}: none of its {len(rows)} rows matches an image; compare the paths in file_name.")
         return replace(self, columns=columns)

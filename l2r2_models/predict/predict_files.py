@@ -111,6 +111,8 @@ def predict_to_file(
         raise L2R2Error(
             "A prior cannot be combined with --adapt, --abstain or --store-logits, which do without it; use one of them."
         )
+    if group is not None and format in ("megadetector", "coco"):
+        raise L2R2Error(f"{out}: the format {format} has no place for --group; write json, jsonl, csv or parquet.")
     header, asked = header_of(predictor, inputs.oracle), _by_place(inputs.paths)
     if store_logits:
         if format != "json":

@@ -96,6 +96,7 @@ def predict(
     groups, adapter = None, None
     if (grouping := Grouping.parse(adapt)) is not None:
         groups, adapter = found.groups(grouping), adapter_of(predictor, grouping)
+        predictor.keeping_logits()  # refuses options that skip a branch, before anything is written
         header["settings"]["adapt"] = str(grouping)
     output = Output(out, header)
     local = os.path.abspath(run) if Path(run).is_dir() else str(run)

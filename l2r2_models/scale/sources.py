@@ -46,9 +46,9 @@ class Sources:
         """Return the groups of the images.
 
         Raises:
-            L2R2Error: when the rule is `batch`, or on a metadata column and not every image has metadata.
+            L2R2Error: when the rule is `batch` or `sequence`, or on a metadata column and not every image has metadata.
         """
-        if grouping.kind == "batch" or (grouping.kind == "group" and (self.places or self.shards)):
+        if grouping.kind in ("batch", "sequence") or (grouping.kind == "group" and (self.places or self.shards)):
             raise L2R2Error("On the engine ray, predictions are adapted by folder, or group:COLUMN of a data set's metadata.")
         names = [str(path) for path in self.inputs.paths]
         columns = [self.inputs.columns.get(name, {}) for name in names]
@@ -81,18 +81,18 @@ def find(sources: Sequence[str | Path], boxes: Path | None = None, split: str | 
         L2R2Error: when there is no image, a place cannot be listed, or the box file lists none of the images.
     """
     local: list[Path] = []
-    places: list[tuple[Place, State]] = []
-    shards: list[tuple[str, Place, State]] = []
+    places: dict[str, tuple[Place, State]] = {}  # by name, so that overlapping sources give each image once
+    shards: dict[str, tuple[str, Place, State]] = {}
     for source in sources:
         if url_of(source) is not None:
             images, packed = _listed(Place.of(source))
-            places += images
-            shards += packed
+            places.update((str(place), (place, state)) for place, state in images)
+            shards.update((name, (name, place, state)) for name, place, state in packed)
         elif str(source).lower().endswith(SUFFIXES):
-            shards += _local_shards(source)
+            shards.update((name, (name, place, state)) for name, place, state in _local_shards(source))
         else:
             local.append(Path(source))
-    for name, place, _ in shards:
+    for name, place, _ in shards.values():
         _check_shard(name, place)
     remote = bool(places or shards)
     inputs = gather(local, None if remote else boxes, split) if local else Inputs((), {}, {}, {})
@@ -100,7 +100,7 @@ def find(sources: Sequence[str | Path], boxes: Path | None = None, split: str | 
         raise L2R2Error(f"{boxes}: cannot be joined to files and URLs or shards at once; predict them one after the other.")
     table = read_boxes(boxes) if remote and boxes is not None else None
     digest = file_sha256(boxes) if table is not None and boxes is not None else ""
-    return Sources(inputs if given else inputs.without_boxes(), tuple(places), tuple(shards), table, digest)
+    return Sources(inputs if given else inputs.without_boxes(), tuple(places.values()), tuple(shards.values()), table, digest)
 
 
 def _listed(root: Place) -> tuple[list[tuple[Place, State]], list[tuple[str, Place, State]]]:

@@ -143,3 +143,19 @@ def test_storing_logits_hardly_changes_the_predictions(stored, tmp_path):
     for image, plain in zip(contents(logits)[2], predicted(run, data, tmp_path / "out.json")[2]):
         for o, other in zip(image["objects"], plain["objects"]):
             assert o["label"] == other["label"] and o["score"] == pytest.approx(other["score"], abs=2e-5)
+
+
+def test_an_image_that_was_stored_before_it_was_grouped_is_alone(stored, tmp_path):
+    run, data, _ = stored
+    file, again = tmp_path / "p.json", tmp_path / "again.json"
+    predict_to_file(
+        Predictor.from_pretrained(run, device="cpu"), gather([data], split="test"), file, store_logits=True, group="folder"
+    )
+    lines = file.read_text().splitlines()
+    record = json.loads(lines[2].rstrip(","))
+    del record["group"]
+    lines[2] = json.dumps(record) + ","
+    file.write_text("\n".join(lines) + "\n")
+    fuse_again(file, again, method="average")
+    groups = [image["group"]["name"] for image in json.loads(again.read_text())["images"]]
+    assert len(set(groups)) == 2 and groups[1] == record["file"]

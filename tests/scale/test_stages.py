@@ -11,6 +11,7 @@ from conftest import write_run
 from pyarrow import parquet
 
 from l2r2_models import L2R2Error, Predictor
+from l2r2_models.fusion import Grouping
 from l2r2_models.predict.inputs import gather
 from l2r2_models.predict.predict_files import predict_to_file
 from l2r2_models.scale.partitions import chunks
@@ -125,7 +126,9 @@ def test_urls_are_listed_read_and_joined_to_boxes(run, dataset, tmp_path):
     (dataset / "images" / "bad.jpg").write_bytes(b"text")
     (dataset / "images" / ".hidden.jpg").write_bytes(b"text")
     found = find([url], boxes)
-    assert len(found.places) == 37
+    assert len(found.places) == len(find([url, f"{url}/train_000.png"], boxes).places) == 37  # overlapping: each image once
+    with pytest.raises(L2R2Error, match="adapted by folder, or group:COLUMN"):
+        found.groups(Grouping.parse("sequence:60"))
     predict = Predict(plan_of(run))
     (part,) = found.partitions(predict.predictor, size=10**9)
     (rows,) = assembled(predict(work_of(part))).values()
