@@ -156,17 +156,21 @@ class BoxTable:
         Raises:
             L2R2Error: when no image has an entry, or two images match the same one (bare file names for several folders).
         """
-        joined: dict[str, BoxEntry] = {}
+        return {path: self.entries[key] for path, key in self.keys_of(paths).items()}
+
+    def keys_of(self, paths: Iterable[str | Path]) -> dict[str, str]:
+        """Paths as the file writes them by image path, for the images that it lists; it raises what `join` does."""
+        keys: dict[str, str] = {}
         used: dict[str, str] = {}
         for path in map(str, paths):
             if (key := self.key_of(path)) is None:
                 continue
             if (other := used.setdefault(key, path)) != path:
                 raise L2R2Error(f"{self.source}: one entry matches both {other} and {path}; use longer paths in it.")
-            joined[path] = self.entries[key]
-        if not joined:
+            keys[path] = key
+        if not keys:
             raise L2R2Error(f"{self.source}: none of its {len(self.entries)} entries matches an image; compare the paths in it.")
-        return joined
+        return keys
 
 
 def _parts(path: str) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +97,12 @@ def download(name: str) -> Path:
         L2R2Error: when the download fails.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
 
     repo, _, revision = name.removeprefix("hf-hub:").partition("@")
-    try:
-        with cache_if_offline():
-            config = Path(hf_hub_download(repo, CONFIG, revision=revision or None))
-            # pin the commit, in case somebody pushes between the two downloads
-            return Path(hf_hub_download(repo, WEIGHTS, revision=config.parent.name)).parent
-    except HFValidationError:
-        raise L2R2Error(f"{name}: no such folder, and not a Hub id of the form org/name.") from None
-    except Exception as error:  # exceptions of huggingface_hub and its HTTP client have no common base
-        raise L2R2Error(f"{name}: {_why_not(error, name, repo, revision)}.") from error
+    with _reasons(name, repo, revision), cache_if_offline():
+        config = Path(hf_hub_download(repo, CONFIG, revision=revision or None))
+        # pin the commit, in case somebody pushes between the two downloads
+        return Path(hf_hub_download(repo, WEIGHTS, revision=config.parent.name)).parent
 
 
 def download_files(name: str, patterns: Sequence[str]) -> Path:
@@ -120,12 +115,19 @@ def download_files(name: str, patterns: Sequence[str]) -> Path:
         L2R2Error: when the download fails.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     repo, _, revision = name.removeprefix("hf-hub:").partition("@")
+    with _reasons(name, repo, revision), cache_if_offline():
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(patterns)))
+
+
+@contextmanager
+def _reasons(name: str, repo: str, revision: str) -> Iterator[None]:
+    """Turn the exceptions of a download into one sentence."""
+    from huggingface_hub.errors import HFValidationError
+
     try:
-        with cache_if_offline():
-            return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(patterns)))
+        yield
     except HFValidationError:
         raise L2R2Error(f"{name}: no such folder, and not a Hub id of the form org/name.") from None
     except Exception as error:  # exceptions of huggingface_hub and its HTTP client have no common base

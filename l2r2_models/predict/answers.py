@@ -14,6 +14,7 @@ from .prediction import Answer, ObjectPrediction, Source, why_full, why_fused
 from .rules import UNKNOWN, Rules
 
 EMPTY_MASK = "the object's mask is empty"
+BEFORE = "before"  # key of the fused prediction that a prior has not corrected
 
 
 def answers_of(
@@ -39,28 +40,25 @@ def answers_of(
     fused, names = output.fused, [job.pending.item.name for job in jobs]
     fused = fused if rules.prior is None else rules.prior.corrected(fused, names)
     labels, given = rules.labels, {**output.branches(), "fused": fused}
-    before = rules.restricted(output.fused.float()).softmax(-1).max(-1)
+    if rules.prior is not None:
+        given[BEFORE] = output.fused
     spread = {b: rules.restricted(z.float()).softmax(-1) for b, z in given.items()}
     best = {b: p.topk(min(top, rules.count) if b == "fused" else 1) for b, p in spread.items()}
     probabilities = {b: t.values.tolist() for b, t in best.items()}
     classes = {b: t.indices.tolist() for b, t in best.items()}
     for i, row in enumerate(job.row for job in jobs):
         keep = keep_logits and has_fg[i]
-        pairs = {b: zip(classes[b][i], probabilities[b][i]) for b in best if b in ("fg", "fused") or not skipped[i]}
+        pairs = {b: zip(classes[b][i], probabilities[b][i]) for b in best if b in ("fg", "fused", BEFORE) or not skipped[i]}
         answers = {b: [Answer(labels[c], round(p, 6)) for c, p in of_branch] for b, of_branch in pairs.items()}
+        before = answers.pop(BEFORE, answers["fused"])
         found = has_fg[i] and "fg" in answers
         has_box = has_fg[i] and bool(row.box.isfinite().all())
         prediction = ObjectPrediction(
             label=answers["fused"][0].label,
             score=answers["fused"][0].score,
             source="fused" if found else "full",
-            reason=_reason(
-                {**answers, "fused": [Answer(labels[int(before.indices[i])], round(float(before.values[i]), 6))]},
-                found,
-                over,
-                row.why,
-            )
-            + _why_prior(rules, names[i], labels[int(before.indices[i])] != answers["fused"][0].label),
+            reason=_reason({**answers, "fused": before}, found, over, row.why)
+            + _why_prior(rules, names[i], before[0].label != answers["fused"][0].label),
             full=answers["full"][0] if "full" in answers else None,
             fg=answers["fg"][0] if found else None,
             bg=answers["bg"][0] if has_fg[i] and "bg" in answers else None,

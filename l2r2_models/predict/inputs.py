@@ -58,15 +58,7 @@ class Inputs:
             if rows.setdefault(name, values) != values:
                 raise L2R2Error(f"{file}: has two different rows for {name}; keep one.")
         table = BoxTable({name: BoxEntry() for name in rows}, source=str(file))
-        columns: dict[str, dict[str, str]] = {}
-        used: dict[str, str] = {}
-        for path in map(str, self.paths):
-            if (key := table.key_of(path)) is not None:
-                if (other := used.setdefault(key, path)) != path:
-                    raise L2R2Error(f"{file}: the row {key} matches both {other} and {path}; use longer paths in it.")
-                columns[path] = rows[key]
-        if not columns:
-            raise L2R2Error(f"{file}: none of its {len(rows)} rows matches an image; compare the paths in file_name.")
+        columns = {path: rows[key] for path, key in table.keys_of(self.paths).items()}
         return replace(self, columns=columns)
 
     def evenly(self, most: int | None) -> Inputs:

@@ -113,7 +113,7 @@ def test_a_row_that_fits_several_images_or_contradicts_another_is_refused(run, t
     table = tmp_path / "m.csv"
     inputs = gather([tmp_path / "a", tmp_path / "b"])
     table.write_text("file_name,site\n1.png,hill\n")
-    with pytest.raises(L2R2Error, match=r"the row 1\.png matches both .*a/1\.png and .*b/1\.png; use longer paths"):
+    with pytest.raises(L2R2Error, match=r"one entry matches both .*a/1\.png and .*b/1\.png; use longer paths"):
         inputs.with_columns(table)
     table.write_text("file_name,site\na/1.png,hill\na/1.png,dale\n")
     with pytest.raises(L2R2Error, match=r"two different rows for a/1\.png"):
