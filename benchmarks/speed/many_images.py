@@ -1,8 +1,9 @@
 """Memory and saving over a large folder, and what is left after kills: `l2r2 predict` on tiny JPEGs with a tiny network.
 
-    python benchmarks/speed/many_images.py [--images 100000] [--kills 0] [--workers 2] [--csv FILE]
+    python benchmarks/speed/many_images.py [--images 100000] [--kills 0] [--workers 2] [--data FOLDER --run RUN] [--csv FILE]
 
-Writes 64 JPEGs of 96x72 pixels and hard links to them, and predicts the folder in a process of its own. With --kills K, that
+Writes 64 JPEGs of 96x72 pixels and hard links to them, and predicts the folder in a process of its own. With --data and --run,
+the links go to the photos of a data set, with its boxes, and the network is that of the run. With --kills K, the
 process is stopped by SIGKILL K times, at evenly spaced numbers of stored predictions, and started again by the same call. Prints,
 and appends to the CSV: the peak memory of the last process after its first 1,000 predictions and at its end; the share of its
 processor time that went into storing predictions and writing the file; the number of predictions stored at each kill, and kept
@@ -29,6 +30,7 @@ import torch
 
 from l2r2_models.boxes import BoxEntry
 from l2r2_models.checkpoints.checkpoint import save_checkpoint
+from l2r2_models.data.table import read_table
 from l2r2_models.predict.benchmark import synthetic_photos
 from l2r2_models.predict.inputs import gather
 from l2r2_models.predict.predict_files import predict_to_file
@@ -39,22 +41,30 @@ EARLY = 1000
 BOXES = "boxes.json"
 
 
-def prepare(folder: Path, images: int) -> None:
-    """Write a run, and a folder of images with a box each."""
-    torch.manual_seed(0)
-    model = timm.create_model("l2r2", backbone="test_resnet", num_classes=12)
-    model.view_spec = ViewSpec.from_pretrained_cfg(model.pretrained_cfg, size=32)
-    save_checkpoint(model, folder / "run", [f"class {i}" for i in range(12)])
+def prepare(folder: Path, images: int, data: Path | None, run: Path | None) -> None:
+    """Write a folder of images with their boxes, and a run if none is given."""
+    if run is None:
+        torch.manual_seed(0)
+        model = timm.create_model("l2r2", backbone="test_resnet", num_classes=12)
+        model.view_spec = ViewSpec.from_pretrained_cfg(model.pretrained_cfg, size=32)
+        save_checkpoint(model, folder / "run", [f"class {i}" for i in range(12)])
+    else:
+        (folder / "run").symlink_to(run.resolve())
     originals, photos = folder / "originals", folder / "photos"
     originals.mkdir()
-    made = synthetic_photos(originals, min(64, images), (96, 72))
+    if data is None:
+        made = synthetic_photos(originals, min(64, images), (96, 72))
+        paths, entries = made.paths, made.entries
+    else:
+        table = read_table(data)
+        paths, entries = tuple(row.path for row in table.rows), table.entries()
     boxes: dict[str, list] = {}
     for i in range(images):
-        original = made.paths[i % len(made.paths)]
+        original = paths[i % len(paths)]
         place = photos / f"{i // 1000:03}" / f"{i:06}.jpg"
         place.parent.mkdir(parents=True, exist_ok=True)
         os.link(original, place)
-        boxes[str(place.relative_to(photos))] = [list(made.entries[str(original)].boxes[0])]
+        boxes[str(place.relative_to(photos))] = [list(entries[str(original)].boxes[0])]
     (folder / BOXES).write_text(json.dumps(boxes))
 
 
@@ -122,6 +132,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--run", type=Path)
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
@@ -131,7 +143,7 @@ def main() -> None:
         return
     with TemporaryDirectory() as name:
         folder, out = Path(name), Path(name) / "predictions.json"
-        prepare(folder, options.images)
+        prepare(folder, options.images, options.data, options.run)
         start = time.perf_counter()
         at = run_with_kills(folder, out, options.images, options.kills, options.workers)
         elapsed = time.perf_counter() - start
@@ -153,6 +165,8 @@ def main() -> None:
         "wall_s": round(elapsed, 1),
         "file_mb": round(size / 1e6, 1),
         "workers": options.workers,
+        "data": options.data.name if options.data else "96x72",
+        "network": options.run.name if options.run else "test_resnet",
         **{name: version(name) for name in ("torch", "timm", "pillow")},
         "date": str(datetime.date.today()),
     }
