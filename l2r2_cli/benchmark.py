@@ -58,6 +58,8 @@ def benchmark(
             raise typer.BadParameter("--sizes compares sizes alone; leave out --profile, --cascade, --precision and --device")
         _compare_sizes(model, images or [], numbers("--sizes", sizes), boxes, split, skip_bad, workers, repeats, as_json)
         return
+    if skip_bad:
+        raise typer.BadParameter("--skip-bad belongs to --sizes; without it, unreadable images are reported")
     width, _, height = size.partition("x")
     if not (width.isdecimal() and height.isdecimal() and 0 < int(width) <= 10_000 and 0 < int(height) <= 10_000):
         raise typer.BadParameter(f"--size is WIDTHxHEIGHT in pixels, e.g. 4000x3000, got {size}")

@@ -40,6 +40,10 @@ def predict(
     ],
     format: Format = None,
     boxes: Boxes = None,
+    frames: Annotated[
+        Optional[Path],
+        typer.Option(help="Folder to write frames of videos to, those with a box in MegaDetector's output for videos (--boxes)."),
+    ] = None,
     localizer: Localizer = None,
     topk_prompts: Annotated[
         Optional[int], typer.Option(min=1, help="Prompt the localizer with this many classes that the whole image suggests.")
@@ -116,6 +120,8 @@ def predict(
         raise typer.BadParameter("--localizer finds the boxes and --boxes reads them from a file; use one or the other")
     if metadata is not None and prior is None and group is None and not adapt.startswith(("group:", "sequence:")):
         raise typer.BadParameter("--metadata has the columns for --prior, --group or --adapt; pass one of these")
+    if frames is not None and (boxes is None or split is not None):
+        raise typer.BadParameter("--frames needs --boxes, MegaDetector's output for the videos, and goes without --split")
     options = {
         "box_threshold": box_threshold,
         "max_objects": max_objects,
@@ -140,12 +146,16 @@ def predict(
         )
 
     if on_ray(engine, address):
-        if format not in (None, "parquet") or store_logits or group or prior or metadata:
-            raise typer.BadParameter("--engine ray writes parquet, without --store-logits, --group, --prior and --metadata")
+        if format not in (None, "parquet") or store_logits or group or prior or metadata or frames:
+            raise typer.BadParameter(
+                "--engine ray writes parquet, without --store-logits, --group, --prior, --metadata and --frames"
+            )
         _predict_on_ray(
             images, model, out, boxes=boxes, split=split, rules=rules, adapt=adapt, address=address, actors=workers, **options
         )
         return
+    if frames is not None and boxes is not None:
+        images = _with_frames(images, boxes, frames)
     inputs = gather(images, boxes, split)
     if metadata is not None:
         inputs = inputs.with_columns(metadata)
@@ -181,6 +191,16 @@ def predict(
     say(f"wrote {out}")
     if report.failures or (unlocalized and localizer is not None):  # the same command tries these again
         raise typer.Exit(1)
+
+
+def _with_frames(sources: list[Path], boxes: Path, folder: Path) -> list[Path]:
+    """Extract the frames of the videos among the sources."""
+    from l2r2_models.boxes import read_boxes
+    from l2r2_models.predict.inputs import expanded
+    from l2r2_models.predict.videos import extract_frames
+
+    bar = lambda items, total: track(items, total, "extracting frames")  # noqa: E731
+    return extract_frames(list(expanded(sources)), read_boxes(boxes), folder, bar)
 
 
 def _predict_on_ray(*arguments: Any, **options: Any) -> None:

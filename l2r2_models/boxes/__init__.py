@@ -2,7 +2,7 @@
 
 from .read import entries_of_rows, read_boxes, read_rows
 from .rle import Rle
-from .table import Box, BoxEntry, BoxTable
+from .table import Box, BoxEntry, BoxTable, Frame
 from .write import FORMATS, write_boxes
 
-__all__ = ["FORMATS", "Box", "BoxEntry", "BoxTable", "Rle", "entries_of_rows", "read_boxes", "read_rows", "write_boxes"]
+__all__ = ["FORMATS", "Box", "BoxEntry", "BoxTable", "Frame", "Rle", "entries_of_rows", "read_boxes", "read_rows", "write_boxes"]

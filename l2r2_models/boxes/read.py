@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import Any, NamedTuple
 
 from ..errors import L2R2Error
 from ..io import check_readable, read_json
+from .entries import checked_entry, size_of
+from .megadetector import read_categories, read_frames, read_megadetector, read_speciesnet
 from .parquet import read_parquet
-from .rle import Rle
-from .table import BoxEntry, BoxTable
+from .table import BoxEntry, BoxTable, Frame
 
 RELATIVE = "all coordinates lie in [0, 1], but this format uses pixels; write pixels or use MegaDetector's format."
 CORNERS = tuple(names.split() for names in ("x0 y0 x1 y1", "xmin ymin xmax ymax", "x1 y1 x2 y2", "left top right bottom"))
@@ -51,6 +51,8 @@ def read_boxes(path: str | Path) -> BoxTable:
     info: dict[str, Any] = {}
     stamps: dict[str, str] = {}
     detector = None
+    categories: dict[str, str] = {}
+    frames: dict[str, Frame] = {}
     if not path.exists():
         raise L2R2Error(f"{path}: no such box file.")
     if path.suffix.lower() in (".csv", ".jsonl"):
@@ -66,11 +68,13 @@ def read_boxes(path: str | Path) -> BoxTable:
         kind = _sniff(data, str(path))
         entries, info = _checked(kind, _READERS[kind], data, path), _info(data)
         stamps = _stamps(data.get("images", ())) if info else {}
+        if kind == "MegaDetector":
+            categories, frames = read_categories(data), _frames(data, path)
         detector = data["info"].get("detector") if isinstance(data.get("info"), dict) else None
     logger.info("%s: %s format, %d images", path, kind, len(entries))
     if info.get("oracle"):
         logger.warning("%s: the boxes were found with each image's true label as prompt (oracle); for analysis only", path)
-    return BoxTable(entries, str(path), kind, info, stamps, str(info.get("localizer") or detector or ""))
+    return BoxTable(entries, str(path), kind, info, stamps, str(info.get("localizer") or detector or ""), categories, frames)
 
 
 def _checked(kind: str, read: Callable[[Any], Iterable[tuple[str, BoxEntry]]], data: Any, path: Path) -> dict[str, BoxEntry]:
@@ -80,6 +84,13 @@ def _checked(kind: str, read: Callable[[Any], Iterable[tuple[str, BoxEntry]]], d
         raise L2R2Error(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise L2R2Error(f"{path}: looks like {kind}, but is malformed ({type(error).__name__}: {error}).") from error
+
+
+def _frames(data: dict[str, Any], path: Path) -> dict[str, Frame]:
+    try:
+        return read_frames(data)
+    except L2R2Error as error:
+        raise L2R2Error(f"{path}: {error}") from None
 
 
 def _info(data: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +152,7 @@ def entries_of_rows(rows: Iterable[Mapping[str, Any]], source: str) -> dict[str,
         old = entries.get(name, BoxEntry())
         try:
             boxes, scores, labels = _row_boxes(row, columns)
-            entries[name] = _entry([*old.boxes, *boxes], [*old.scores, *scores], [*old.labels, *labels], name)
+            entries[name] = checked_entry([*old.boxes, *boxes], [*old.scores, *scores], [*old.labels, *labels], name)
         except L2R2Error as error:
             raise L2R2Error(f"{source}: {error}") from None
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
@@ -186,29 +197,6 @@ def _all_relative(entries: Mapping[str, BoxEntry]) -> bool:
     return bool(boxes) and all(0 <= v <= 1 for box in boxes for v in box)
 
 
-def _read_megadetector(data: dict[str, Any]) -> Iterable[tuple[str, BoxEntry]]:
-    names = data.get("detection_categories", {})
-    for image in data["images"]:
-        yield image["file"], _relative_entry(image, names, image.get("failure"), image["file"])
-
-
-def _read_speciesnet(data: dict[str, Any]) -> Iterable[tuple[str, BoxEntry]]:
-    for image in data["predictions"]:
-        failures = None if image.get("detections") else image.get("failures")  # the classifier may fail on an image with boxes
-        failure = ", ".join(failures) if isinstance(failures, list) else failures
-        yield image["filepath"], _relative_entry(image, {}, failure, image["filepath"])
-
-
-def _relative_entry(image: dict[str, Any], names: dict[str, str], failure: str | None, file: str) -> BoxEntry:
-    found = image.get("detections") or []
-    boxes = [(x, y, x + w, y + h) for x, y, w, h in (d["bbox"] for d in found)]
-    labels = [d.get("label") or names.get(str(d.get("category", "")), "") for d in found]
-    if any(abs(v) > 10 for box in boxes for v in box):  # slightly outside [0, 1] is common, this far is not
-        raise L2R2Error(f"the boxes of {file} are in pixels, but this format uses fractions of the image's width and height.")
-    masks = [d.get("mask") for d in found]
-    return _entry(boxes, [d.get("conf", 1.0) for d in found], labels, file, True, _image_size(image, file), failure, masks)
-
-
 def _read_coco(data: dict[str, Any]) -> Iterable[tuple[str, BoxEntry]]:
     names = {c["id"]: c["name"] for c in data.get("categories", [])}
     by_image: dict[Any, list[dict[str, Any]]] = {}
@@ -222,12 +210,12 @@ def _read_coco(data: dict[str, Any]) -> Iterable[tuple[str, BoxEntry]]:
         labels = [names.get(a.get("category_id"), "") for a in found]
         file, scores = image["file_name"], [a.get("score", 1.0) for a in found]
         masks = [s if isinstance(s := a.get("segmentation"), dict) else None for a in found]
-        yield file, _entry(boxes, scores, labels, file, False, _image_size(image, file), image.get("failure"), masks)
+        yield file, checked_entry(boxes, scores, labels, file, False, size_of(image, file), image.get("failure"), masks)
 
 
 def _read_xyxy(data: dict[str, Any]) -> Iterable[tuple[str, BoxEntry]]:
     for file, boxes in data.items():
-        yield file, _entry(boxes, [1.0] * len(boxes), [""] * len(boxes), file)
+        yield file, checked_entry(boxes, [1.0] * len(boxes), [""] * len(boxes), file)
 
 
 def _read_parquet(records: list[dict[str, Any]]) -> Iterable[tuple[str, BoxEntry]]:
@@ -244,13 +232,13 @@ def entry_of(record: Mapping[str, Any]) -> BoxEntry:
         TypeError: when a field has the wrong type.
         ValueError: when a field cannot be converted.
     """
-    about = (record["normalized"], _image_size(record, record["file"]), record["failure"], record["masks"])
-    return _entry(record["boxes"], record["scores"], record["labels"], record["file"], *about)
+    about = (record["normalized"], size_of(record, record["file"]), record["failure"], record["masks"])
+    return checked_entry(record["boxes"], record["scores"], record["labels"], record["file"], *about)
 
 
 _READERS: dict[str, Callable[[Any], Iterable[tuple[str, BoxEntry]]]] = {
-    "MegaDetector": _read_megadetector,
-    "SpeciesNet": _read_speciesnet,
+    "MegaDetector": read_megadetector,
+    "SpeciesNet": read_speciesnet,
     "COCO": _read_coco,
     "plain xyxy": _read_xyxy,
 }
@@ -341,53 +329,6 @@ def _row_boxes(row: Mapping[str, Any], columns: BoxColumns | None) -> tuple[list
         right, bottom = x + right, y + bottom
     score = next((row[name] for name in row if isinstance(name, str) and name.lower() in SCORES), None)
     return [(x, y, right, bottom)], [1.0 if score in (None, "") else float(score)], [""]
-
-
-def _entry(
-    boxes: Iterable[Any],
-    scores: Iterable[float],
-    labels: Iterable[str],
-    file: str,
-    normalized: bool = False,
-    image_size: tuple[int, int] | None = None,
-    failure: str | None = None,
-    masks: Iterable[Any] = (),
-) -> BoxEntry:
-    boxes, scores, labels, masks = [tuple(box) for box in boxes], list(scores), list(labels), list(masks)
-    for box in boxes:
-        if len(box) != 4 or not all(map(_is_number, box)):
-            raise L2R2Error(f"the box {list(box)} of {file} is not four finite numbers.")
-    if not len(boxes) == len(scores) == len(labels):
-        raise L2R2Error(f"{file} has {len(boxes)} boxes and {len(scores)} scores.")
-    for score in scores:
-        if not _is_number(score) or not 0 <= score <= 1.001:  # rounding may exceed 1 slightly
-            raise L2R2Error(f"the score {score!r} of {file} is not between 0 and 1.")
-    if not all(isinstance(text, str) for text in (*labels, failure or "")):
-        raise L2R2Error(f"a label or the failure of {file} is not text.")
-    numbers = [tuple(map(float, box)) for box in boxes], [float(score) for score in scores]
-    objects: list[Any] = list(zip(*numbers, labels, masks or [None] * len(boxes)))
-    objects = list({repr(one): one for one in objects}.values())  # drop exact duplicates
-    pixels = tuple(box for box, *_ in objects)
-    try:
-        runs = tuple(None if mask is None else Rle.from_coco(mask) for *_, mask in objects)
-    except L2R2Error as error:
-        raise L2R2Error(f"{file}: {error}") from None
-    of_each = tuple(one[1] for one in objects), tuple(one[2] for one in objects)
-    return BoxEntry(pixels, *of_each, normalized, image_size, failure, runs if any(runs) else ())
-
-
-def _image_size(image: Mapping[str, Any], file: str) -> tuple[int, int] | None:
-    """`(height, width)`, or None unless both are given."""
-    height, width = image.get("height"), image.get("width")
-    if height is None or width is None:
-        return None
-    if not all(_is_number(side) and side >= 1 and side == int(side) for side in (height, width)):
-        raise L2R2Error(f"the size of {file}, {width!r}x{height!r}, is not a whole number of pixels.")
-    return int(height), int(width)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _json_line(line: str, path: Path, number: int) -> Any:

@@ -93,6 +93,21 @@ class BoxEntry:
         return masks
 
 
+@dataclass(frozen=True)
+class Frame:
+    """A frame of a video.
+
+    Attributes:
+        video: path of the video, as written in the box file.
+        number: number of the frame, from 0.
+        rate: frames per second of the video.
+    """
+
+    video: str
+    number: int
+    rate: float
+
+
 @dataclass
 class BoxTable:
     """The entries of a box file by image path.
@@ -105,6 +120,8 @@ class BoxTable:
             or None), `oracle` (whether each image's true label was the prompt).
         stamps: by path, a digest of the image file and settings that `l2r2 localize` made the entry from.
         detector: name of the detector that found the boxes; empty if the file does not give it.
+        categories: ids of the box labels, for MegaDetector files.
+        frames: by path, the frames of videos, for MegaDetector files.
 
     >>> table = BoxTable({"photos/a.jpg": BoxEntry(((0, 0, 4, 4),), (1.0,), ("",))})
     >>> table.find("a.jpg").boxes
@@ -117,6 +134,8 @@ class BoxTable:
     info: dict[str, Any] = field(default_factory=dict)
     stamps: dict[str, str] = field(default_factory=dict, repr=False)
     detector: str = ""
+    categories: dict[str, str] = field(default_factory=dict)
+    frames: dict[str, Frame] = field(default_factory=dict, repr=False)
     _by_name: dict[str, list[tuple[tuple[str, ...], str]]] = field(default_factory=dict, repr=False)  # (parts of the path, path)
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..boxes import BoxEntry, BoxTable, read_boxes, read_rows
+from ..boxes import BoxEntry, BoxTable, Frame, read_boxes, read_rows
 from ..data.hf_datasets import is_source
 from ..data.table import METADATA, read_table
 from ..errors import L2R2Error
@@ -30,6 +30,8 @@ class Inputs:
         columns: metadata columns.
         detector: name of the detector that found the boxes; empty if unknown.
         folder: the folder or data set that all images come from; None if there are several sources.
+        categories: ids of the box labels in the MegaDetector file that the boxes come from.
+        frames: the frames of videos that a MegaDetector file lists, among the images.
     """
 
     paths: tuple[Path, ...]
@@ -40,10 +42,28 @@ class Inputs:
     columns: dict[str, dict[str, str]] = field(default_factory=dict)
     detector: str = ""
     folder: Path | None = None
+    categories: dict[str, str] = field(default_factory=dict)
+    frames: dict[str, Frame] = field(default_factory=dict)
+
+    def with_boxes(self, table: BoxTable) -> Inputs:
+        """Return the inputs with the boxes of a file instead, joined by path.
+
+        Raises:
+            L2R2Error: when the file lists none of the images, or a row fits several.
+        """
+        keys = table.keys_of(self.paths)
+        return replace(
+            self,
+            entries={path: table.entries[key] for path, key in keys.items()},
+            oracle=bool(table.info.get("oracle")),
+            detector=table.detector,
+            categories=table.categories,
+            frames={path: table.frames[key] for path, key in keys.items() if key in table.frames},
+        )
 
     def without_boxes(self) -> Inputs:
         """Return the inputs without boxes and masks, for a localizer."""
-        return replace(self, entries={}, masks={}, oracle=False, detector="")
+        return replace(self, entries={}, masks={}, oracle=False, detector="", categories={}, frames={})
 
     def with_columns(self, file: Path) -> Inputs:
         """Return the inputs with the metadata columns of a .csv or .jsonl file, joined by path.
@@ -104,12 +124,8 @@ def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None
         else:
             for path in list_images([source]):
                 named(path, found)
-    oracle = False
-    if boxes is not None:
-        table_of_boxes = read_boxes(boxes)
-        entries, oracle = table_of_boxes.join(found.values()), bool(table_of_boxes.info.get("oracle"))
-        detector = table_of_boxes.detector
-    return Inputs(tuple(found.values()), entries, masks, labels, oracle, columns, detector, folder)
+    inputs = Inputs(tuple(found.values()), entries, masks, labels, False, columns, detector, folder)
+    return inputs if boxes is None else inputs.with_boxes(read_boxes(boxes))
 
 
 def expanded(sources: Iterable[Path]) -> Iterator[Path]:

@@ -153,7 +153,8 @@ def predict_to_file(
         report = Report(len(listed), len(listed) - len(todo), read)
         others = ((key, place) for key, place in places.items())  # earlier predictions for other images stay, at the end
         records = chain(map(report.count, finished_images(lambda: records_at(listed))), records_at(others))
-        write_predictions(out, records, About(format, header, inputs.detector, inputs.folder, journal.modified()))
+        of_boxes = (inputs.categories, inputs.frames)
+        write_predictions(out, records, About(format, header, inputs.detector, inputs.folder, journal.modified(), *of_boxes))
         if grouping is not None:
             report.shares.update(adapter.shares)
         if holds_all(format):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..boxes import Frame
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class About:
         detector: name of the detector that found the boxes; empty if unknown.
         folder: folder of the images, to which other tools' file names are relative; None to keep the names as they are.
         completed: when the last prediction was made, in seconds since 1970; None if unknown.
+        categories: ids of the box labels in the MegaDetector file that the boxes come from.
+        frames: frames of videos by the name of the image.
     """
 
     format: str
@@ -26,6 +30,8 @@ class About:
     detector: str = ""
     folder: Path | None = None
     completed: float | None = None
+    categories: Mapping[str, str] = field(default_factory=dict)
+    frames: Mapping[str, Frame] = field(default_factory=dict)
 
     def name_of(self, record: Mapping[str, Any]) -> str:
         """Return the name of an image for other tools, with forward slashes."""

@@ -1,0 +1,133 @@
+"""MegaDetector's output for videos: frames extracted, classified, and written back as videos."""
+
+import json
+import struct
+
+import pytest
+
+from l2r2_models import L2R2Error, Predictor
+from l2r2_models.boxes import read_boxes
+from l2r2_models.images import load_image
+from l2r2_models.predict.inputs import gather
+from l2r2_models.predict.predict_files import predict_to_file
+from l2r2_models.predict.videos import extract_frames
+
+av = pytest.importorskip("av")
+import numpy as np  # noqa: E402
+
+TURN = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)  # display matrix: clockwise by 90 degrees
+
+
+def write_video(path, frames=6, width=64, height=48):
+    """Frame k has the gray level 30 k; the top left quarter is white."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.bit_rate = 4_000_000
+        for k in range(frames):
+            pixels = np.full((height, width, 3), 30 * k, dtype=np.uint8)
+            pixels[: height // 2, : width // 2] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def detection(number, conf=0.9, category="7"):
+    return {"category": category, "conf": conf, "bbox": [0.25, 0.5, 0.5, 0.5], "frame_number": number}
+
+
+@pytest.fixture
+def videos(tmp_path):
+    for name in ("site/a.mp4", "site/b.mp4"):
+        write_video(tmp_path / "videos" / name)
+    images = [
+        {"file": "site/a.mp4", "frame_rate": 5, "frames_processed": [0, 2, 4], "detections": [detection(4), detection(2)]},
+        {"file": "site/b.mp4", "frame_rate": 5.5, "frames_processed": [1, 3], "detections": []},
+    ]
+    boxes = {"info": {"format_version": "1.6"}, "detection_categories": {"1": "animal", "7": "drone"}, "images": images}
+    (tmp_path / "md.json").write_text(json.dumps(boxes))
+    return tmp_path / "videos"
+
+
+def extracted(videos, tmp_path):
+    return extract_frames([videos], read_boxes(tmp_path / "md.json"), tmp_path / "frames")
+
+
+def test_the_listed_frames_are_extracted_and_no_other(videos, tmp_path):
+    names = [str(path.relative_to(tmp_path / "frames")) for path in extracted(videos, tmp_path)]
+    assert names == ["site/a.mp4/frame000002.jpg", "site/a.mp4/frame000004.jpg", "site/b.mp4/frame000001.jpg"]
+    for name, level in zip(names, (60, 120, 30)):
+        assert load_image(tmp_path / "frames" / name).getpixel((60, 40))[0] == pytest.approx(level, abs=12)
+
+
+def test_frames_that_exist_are_kept(videos, tmp_path):
+    first, *_ = extracted(videos, tmp_path)
+    first.write_bytes(b"mine")
+    (videos / "site" / "b.mp4").write_bytes(b"")  # not opened again
+    extracted(videos, tmp_path)
+    assert first.read_bytes() == b"mine"
+
+
+def test_frames_are_upright(videos, tmp_path):
+    video = videos / "site" / "a.mp4"
+    data = video.read_bytes()
+    start = data.index(b"tkhd") + 4 + 40
+    video.write_bytes(data[:start] + TURN + data[start + 36 :])
+    image = load_image(extracted(videos, tmp_path)[0])
+    assert image.size == (48, 64)
+    assert image.getpixel((40, 5))[0] > 200 > image.getpixel((5, 5))[0]  # the white quarter is at the top right now
+
+
+def test_videos_are_written_back_with_their_frame_numbers(videos, tmp_path, run):
+    inputs = gather(extracted(videos, tmp_path), tmp_path / "md.json")
+    out = tmp_path / "out.json"
+    predict_to_file(Predictor.from_pretrained(run, device="cpu"), inputs, out, format="megadetector")
+    data = json.loads(out.read_text())
+    assert data["detection_categories"] == {"1": "animal", "7": "drone"}
+    a, b = data["images"]
+    assert (a["file"], a["frame_rate"], a["frames_processed"]) == ("site/a.mp4", 5, [2, 4])
+    assert b == {"file": "site/b.mp4", "frame_rate": 5.5, "frames_processed": [1], "detections": []}
+    assert [(d["frame_number"], d["category"], d["bbox"]) for d in a["detections"]] == [
+        (number, "7", [0.25, 0.5, 0.5, 0.5]) for number in (2, 4)
+    ]
+    assert all(d["classifications"] for d in a["detections"])
+    again = read_boxes(out)  # what we write, we read
+    assert set(again.frames) == {f"site/a.mp4/frame00000{n}.jpg" for n in (2, 4)} | {"site/b.mp4/frame000001.jpg"}
+
+
+def test_a_video_fails_only_if_all_its_frames_do(videos, tmp_path, run):
+    frames = extracted(videos, tmp_path)
+    frames[0].write_bytes(b"x")
+    frames[2].write_bytes(b"x")
+    out = tmp_path / "out.json"
+    predict_to_file(
+        Predictor.from_pretrained(run, device="cpu"), gather(frames, tmp_path / "md.json"), out, format="megadetector"
+    )
+    a, b = json.loads(out.read_text())["images"]
+    assert a["frames_processed"] == [4] and [d["frame_number"] for d in a["detections"]] == [4]
+    assert b["detections"] is None and "frame000001.jpg" in b["failure"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda data: data["images"][0]["detections"].append(detection(99)), "a.mp4: has no frame 99"),
+        (lambda data: data["images"][0]["detections"].append(detection(-1)), "frame number -1 of site/a.mp4"),
+        (lambda data: data["images"][0].pop("frame_rate"), "the frame_rate of site/a.mp4"),
+        (lambda data: data.update(images=[{"file": "a.jpg", "detections": []}]), "lists no frames of videos"),
+    ],
+)
+def test_bad_video_files(videos, tmp_path, change, message):
+    data = json.loads((tmp_path / "md.json").read_text())
+    change(data)
+    (tmp_path / "md.json").write_text(json.dumps(data))
+    with pytest.raises(L2R2Error, match=message):
+        extracted(videos, tmp_path)
+
+
+def test_bad_videos(videos, tmp_path):
+    (videos / "site" / "a.mp4").write_bytes(b"not a video")
+    with pytest.raises(L2R2Error, match=r"a\.mp4: cannot be read as a video"):
+        extracted(videos, tmp_path)
+    with pytest.raises(L2R2Error, match="no video"):
+        extract_frames([tmp_path / "md.json"], read_boxes(tmp_path / "md.json"), tmp_path / "frames")
