@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from l2r2_kernels.roi_views.reference import integer_boxes
@@ -87,6 +88,24 @@ class Detections:
         names = ("",) * len(box_tensor) if labels is None else tuple(labels)
         found = cls(box_tensor, score_tensor, image_size, names)
         return found.sorted() if sort else found
+
+    @classmethod
+    def from_supervision(cls, found: Any, image_size: tuple[int, int]) -> Detections:
+        """Convert `supervision.Detections`, with their masks and class names, best first.
+
+        Args:
+            found: detections of one image; without confidences, every score is 1.
+            image_size: `(height, width)` of the image.
+
+        Raises:
+            L2R2Error: when the masks have another size than the image.
+        """
+        scores = None if found.confidence is None else found.confidence.tolist()
+        names = found.data.get("class_name")
+        labels = None if names is None else [str(name) for name in names]
+        boxes = cls.from_lists(found.xyxy.tolist(), image_size, scores, labels, sort=False)
+        masks = None if found.mask is None else torch.as_tensor(found.mask, dtype=torch.bool)
+        return replace(boxes, masks=masks).sorted()
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Detections:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ..errors import L2R2Error
 from ..io import check_readable, read_json
+from .annotations import is_openimages, read_coco_results, read_cvat, read_folder, read_label_studio, read_openimages
 from .entries import checked_entry, size_of
 from .megadetector import read_categories, read_frames, read_megadetector, read_speciesnet
 from .parquet import read_parquet
@@ -40,9 +41,10 @@ logger = logging.getLogger(__name__)
 def read_boxes(path: str | Path) -> BoxTable:
     """Read a box file; its format is detected from its content and logged.
 
-    Supported formats: metadata CSV and JSONL, COCO (`annotations`), MegaDetector (`detection_categories` or `info`), SpeciesNet
-    (`predictions`), plain JSON `{"a.jpg": [[x0, y0, x1, y1], ...]}` in pixels, and the Parquet of `write_boxes`. Masks are read
-    if they are COCO RLE; polygons are ignored.
+    Supported formats: metadata CSV and JSONL, COCO (`annotations`, or a list of results), MegaDetector (`detection_categories` or
+    `info`), SpeciesNet (`predictions`), plain JSON `{"a.jpg": [[x0, y0, x1, y1], ...]}` in pixels, the Parquet of `write_boxes`,
+    Label Studio's JSON, CVAT's XML, OpenImages' CSV, and folders of YOLO, Pascal VOC or LabelMe files. Masks are read if they
+    are COCO RLE; COCO's polygons are ignored.
 
     Raises:
         L2R2Error: when the file is unreadable, of an unknown format, or ambiguous; the message names the file and the entry.
@@ -55,7 +57,13 @@ def read_boxes(path: str | Path) -> BoxTable:
     frames: dict[str, Frame] = {}
     if not path.exists():
         raise L2R2Error(f"{path}: no such box file.")
-    if path.suffix.lower() in (".csv", ".jsonl"):
+    if path.is_dir():
+        kind, entries = read_folder(path)
+    elif path.suffix.lower() == ".xml":
+        kind, entries = "CVAT", read_cvat(path)
+    elif path.suffix.lower() == ".csv" and is_openimages(path):
+        kind, entries = "OpenImages", _checked("OpenImages", read_openimages, path, path)
+    elif path.suffix.lower() in (".csv", ".jsonl"):
         rows = read_rows(path)
         if box_columns(rows, str(path)) is None and not any("objects" in row or "boxes" in row for row in rows):
             raise L2R2Error(f"{path}: has no box columns; {COLUMNS}.")
@@ -66,7 +74,8 @@ def read_boxes(path: str | Path) -> BoxTable:
     else:
         data = read_json(path)
         kind = _sniff(data, str(path))
-        entries, info = _checked(kind, _READERS[kind], data, path), _info(data)
+        entries = _checked(kind, _READERS[kind], data, path)
+        info, data = (_info(data), data) if isinstance(data, dict) else ({}, {})
         stamps = _stamps(data.get("images", ())) if info else {}
         if kind == "MegaDetector":
             categories, frames = read_categories(data), _frames(data, path)
@@ -172,6 +181,11 @@ def _sniff(data: Any, source: str) -> str:
             return "MegaDetector"
         if data and all(isinstance(v, list) for v in data.values()):
             return "plain xyxy"
+    if isinstance(data, list) and data and all(isinstance(one, dict) for one in data):
+        if "image_id" in data[0] and "bbox" in data[0]:
+            return "COCO results"
+        if "data" in data[0] and ("annotations" in data[0] or "predictions" in data[0]):
+            return "Label Studio"
     raise L2R2Error(
         f"{source}: is not in a supported box format; use MegaDetector, SpeciesNet or COCO JSON, metadata CSV or JSONL, "
         'or {"image.jpg": [[x0, y0, x1, y1]]}.'
@@ -241,6 +255,8 @@ _READERS: dict[str, Callable[[Any], Iterable[tuple[str, BoxEntry]]]] = {
     "SpeciesNet": read_speciesnet,
     "COCO": _read_coco,
     "plain xyxy": _read_xyxy,
+    "COCO results": read_coco_results,
+    "Label Studio": read_label_studio,
 }
 
 

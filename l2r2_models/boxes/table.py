@@ -15,6 +15,7 @@ from ..errors import L2R2Error
 from .detections import Detections
 from .rle import Rle
 
+ANY = ".*"  # suffix of an entry whose file does not give the image's
 Box = tuple[float, float, float, float]
 
 
@@ -113,7 +114,7 @@ class BoxTable:
     """The entries of a box file by image path.
 
     Attributes:
-        entries: by path, as written in the file.
+        entries: by path, as written in the file; a name that ends in `.*` is that of an image with any suffix.
         source: the file's name, for messages.
         format: the file's format, for messages.
         info: for files of `l2r2 localize`, how the boxes were made: `localizer` (its spec), `weights` (a digest of its network,
@@ -160,7 +161,8 @@ class BoxTable:
         if path in self.entries:
             return path
         wanted = _parts(path)
-        named = self._by_name.get(wanted[-1], ())
+        named = self._by_name.get(wanted[-1]) or self._by_name.get(f"{PurePosixPath(wanted[-1]).stem}{ANY}", ())
+        wanted = (*wanted[:-1], named[0][0][-1]) if named else wanted
         same = [key for parts, key in named if parts == wanted]
         fits = same if len(same) == 1 else [key for parts, key in named if _ends_alike(parts, wanted)]
         if len(fits) > 1:

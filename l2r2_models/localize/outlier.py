@@ -20,6 +20,7 @@ from .unsupervised import patch_features
 
 STRIDES = (4, 8, 16)  # of the feature maps used, as far as the network has them
 BORDER = 1 / 16  # width of the border, as a share of the shorter side
+ONE_COLOR = 2  # levels per channel by which an image of one color may vary, e.g. by JPEG's rounding
 SHRINKAGE = 0.1  # of the covariance; a border has fewer patches than some maps have channels
 
 
@@ -33,7 +34,7 @@ class Outlier(FeatureLocalizer):
     are this project's.
 
     It finds one object that does not fill the border, best on a uniform ground: conveyor belts, soil, slides, sky. Every score
-    is 1. Without a source, the network is EfficientNet-Lite0 with timm's ImageNet weights.
+    is 1. An image of one color has no object. Without a source, the network is EfficientNet-Lite0 with timm's ImageNet weights.
 
     Options: `size` (side of the view in pixels).
     """
@@ -65,6 +66,9 @@ class Outlier(FeatureLocalizer):
         grid = maps[0].shape[2:]
         found = []
         for i, (image, view) in enumerate(zip(images, views_to_images)):
+            if all(high - low <= ONE_COLOR for low, high in image.getextrema()):  # the features differ where the network pads
+                found.append(Detections.from_lists([], (image.height, image.width)))
+                continue
             windows = [inside_view(view, image, features.shape[2:]) for features in maps]
             score = outlier_score([f[i, :, top:bottom, left:right] for f, ((top, bottom), (left, right)) in zip(maps, windows)])
             (top, _), (left, _) = windows[0]

@@ -69,6 +69,9 @@ def test_the_box_is_in_pixels_of_the_image_and_padding_is_no_object(localizer, s
 def test_an_image_of_one_color_has_no_object(localizer):
     (found,) = localizer([Image.new("RGB", (256, 256), (90, 90, 90))])
     assert len(found) == 0
+    nearly = np.random.default_rng(0).integers(90, 93, (200, 256, 3))
+    (found,) = localizer([Image.fromarray(nearly.astype("uint8"))])
+    assert len(found) == 0
 
 
 def test_without_a_source_it_is_efficientnet_lite0(monkeypatch):

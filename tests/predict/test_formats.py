@@ -9,8 +9,10 @@ from conftest import sentence
 
 from l2r2_models import L2R2Error, Predictor
 from l2r2_models.boxes import read_boxes
+from l2r2_models.predict.foreign import write_coco, write_megadetector
 from l2r2_models.predict.inputs import gather
 from l2r2_models.predict.predict_files import predict_to_file
+from l2r2_models.predict.rendering import About
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def test_megadetector_files_follow_the_rules_and_keep_the_detectors_names(predic
     check_megadetector(data)
     assert data["info"]["detector"] == "md_v5a.0.0.pt" and data["info"]["classifier"] == "run"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", data["info"]["classification_completion_time"])
-    assert data["detection_categories"] == {"1": "animal", "2": "person", "4": "drone", "5": "object"}
+    assert data["detection_categories"] == {"1": "animal", "2": "person", "7": "drone", "8": "object"}
     assert list(data["classification_categories"].values()) == ["blue", "green", "red"]
     by_name = {image["file"]: image for image in data["images"]}
     assert list(by_name) == ["a/1.png", "a/2.png", "a/3.png", "b/1.png", "b/2.png", "b/3.png"]
@@ -158,3 +160,23 @@ def test_an_unknown_format_is_a_sentence(l2r2, run, photos, tmp_path):
     (tmp_path / "out.json").write_text('{"images": []}')
     with pytest.raises(L2R2Error, match="cannot be continued without"):
         predict_to_file(Predictor.from_pretrained(run, device="cpu"), gather([photos]), tmp_path / "out.json", format="coco")
+
+
+@pytest.mark.parametrize("labels, name", [(["fox", "unknown"], "unknown (abstained)"), (["fox", "owl"], "unknown")])
+def test_an_abstained_prediction_is_told_from_a_class_called_unknown(tmp_path, labels, name):
+    def record(file, label, source):
+        top = [{"label": label if source == "fused" else labels[1], "score": 0.5}]
+        made = {"label": label, "score": 0.5, "source": source, "reason": "", "box": [1, 1, 5, 5], "fg": {}, "top": top}
+        return {"file": file, "width": 10, "height": 10, "objects": [made]}
+
+    records = [record("a.jpg", labels[1], "fused"), record("b.jpg", "unknown", "abstained")]
+    header = {"labels": labels, "localizer": None, "model": "run", "settings": {}}
+    write_megadetector(tmp_path / "md.json", records, About("megadetector", header))
+    data = json.loads((tmp_path / "md.json").read_text())
+    check_megadetector(data)
+    names = [data["classification_categories"][image["detections"][0]["classifications"][0][0]] for image in data["images"]]
+    assert names == [labels[1], name]
+    write_coco(tmp_path / "coco.json", records, About("coco", header))
+    data = json.loads((tmp_path / "coco.json").read_text())
+    by_id = {category["id"]: category["name"] for category in data["categories"]}
+    assert [by_id[annotation["category_id"]] for annotation in data["annotations"]] == [labels[1], name]
