@@ -14,7 +14,7 @@ Boxes = Annotated[
     Optional[Path],
     typer.Option(
         "--boxes",
-        help="Box file, e.g. of MegaDetector, COCO, Label Studio or CVAT, CSV or Parquet; or a folder of YOLO, VOC or LabelMe files.",
+        help="Box file (MegaDetector, COCO, Label Studio, CVAT, CSV, Parquet), or a folder of YOLO, VOC or LabelMe files.",
         show_default="the boxes in the metadata",
     ),
 ]
