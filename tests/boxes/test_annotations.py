@@ -143,7 +143,7 @@ def test_damaged_folders(write, name, content, message, tmp_path):
         (cvat, "<annotations><track/></annotations>", "not an export of CVAT for images"),
         (cvat, "<annotations", "not an export of CVAT for images"),
         (openimages, "ImageID,XMin,XMax,YMin,YMax\na,0,x,0,1", "looks like OpenImages, but is malformed"),
-        (label_studio, '[{"data": {}, "annotations": []}]', "Label Studio"),
+        (label_studio, '[{"data": {}, "annotations": []}]', "the data of task None names no image"),
     ],
 )
 def test_damaged_files(write, content, message, tmp_path):

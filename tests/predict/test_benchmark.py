@@ -35,6 +35,8 @@ def test_the_command(run, dataset, l2r2):
     done = l2r2("benchmark", run, "--limit", 2, "--size", "64x48", "--repeats", 1)
     assert done.returncode == 0 and "network" in done.stdout and "a plain timm network" in done.stdout
     assert l2r2("benchmark", run, "--size", "big").returncode == 2
+    refused = l2r2("benchmark", run, "--skip-bad")
+    assert refused.returncode == 2 and "--skip-bad" in refused.stderr
 
 
 def test_a_profile_has_the_stages_and_the_operators(run, tmp_path, l2r2):
