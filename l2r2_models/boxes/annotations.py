@@ -10,10 +10,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 from xml.etree import ElementTree
 
-import yaml
-
 from ..errors import L2R2Error
-from ..io import check_readable, read_json, read_text
+from ..io import check_readable, parse_yaml, read_json, read_text
 from .entries import checked_entry, size_of
 from .table import ANY, BoxEntry
 
@@ -64,7 +62,8 @@ def _yolo_names(folder: Path) -> Sequence[str]:
                 text = read_text(path)
                 if path.suffix != ".yaml":
                     return [line.strip() for line in text.splitlines() if line.strip()]
-                names = (yaml.safe_load(text) or {}).get("names", ())
+                found = parse_yaml(text, str(path))
+                names = found.get("names") or () if isinstance(found, dict) else ()
                 return [str(names[k]) for k in sorted(names)] if isinstance(names, dict) else [str(name) for name in names]
     return ()
 
