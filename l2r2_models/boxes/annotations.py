@@ -188,7 +188,7 @@ def read_cvat(path: Path) -> dict[str, BoxEntry]:
         for image in root.iter("image"):
             name = image.attrib["name"]
             found = [(shape.attrib["label"], _cvat_box(shape)) for shape in image if shape.tag in ("box", "polygon")]
-            size = {side: int(image.attrib[side]) for side in ("width", "height") if side in image.attrib}
+            size: dict[str, Any] = {side: int(image.attrib[side]) for side in ("width", "height") if side in image.attrib}
             labels = [label for label, _ in found]
             entries[name] = checked_entry(
                 [box for _, box in found], [1.0] * len(found), labels, name, image_size=size_of(size, name)

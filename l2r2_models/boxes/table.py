@@ -161,7 +161,7 @@ class BoxTable:
         if path in self.entries:
             return path
         wanted = _parts(path)
-        named = self._by_name.get(wanted[-1]) or self._by_name.get(f"{PurePosixPath(wanted[-1]).stem}{ANY}", ())
+        named = self._by_name.get(wanted[-1]) or self._by_name.get(f"{PurePosixPath(wanted[-1]).stem}{ANY}", [])
         wanted = (*wanted[:-1], named[0][0][-1]) if named else wanted
         same = [key for parts, key in named if parts == wanted]
         fits = same if len(same) == 1 else [key for parts, key in named if _ends_alike(parts, wanted)]
