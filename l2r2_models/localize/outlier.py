@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
@@ -66,7 +67,7 @@ class Outlier(FeatureLocalizer):
         grid = maps[0].shape[2:]
         found = []
         for i, (image, view) in enumerate(zip(images, views_to_images)):
-            if all(high - low <= ONE_COLOR for low, high in image.getextrema()):  # the features differ where the network pads
+            if np.ptp(np.asarray(image), axis=(0, 1)).max() <= ONE_COLOR:  # the features differ where the network pads
                 found.append(Detections.from_lists([], (image.height, image.width)))
                 continue
             windows = [inside_view(view, image, features.shape[2:]) for features in maps]
