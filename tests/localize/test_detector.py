@@ -21,7 +21,7 @@ def theirs(localizer, image, ignored=()):
     processor, model = localizer.network.processor, localizer.network.model
     with torch.inference_mode():
         out = model(**processor(images=image, return_tensors="pt"))
-    out.logits[..., list(ignored)] = float("-inf")
+        out.logits[..., list(ignored)] = float("-inf")
     size = torch.tensor([[image.height, image.width]])
     (found,) = processor.post_process_object_detection(out, threshold=-1.0, target_sizes=size)
     order = found["scores"].argsort(descending=True)
