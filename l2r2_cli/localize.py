@@ -22,7 +22,7 @@ def localize(
     localizer: Annotated[
         Optional[str],
         typer.Option(
-            help="NAME[:SOURCE][?option=value&...]: owlv2, grounding-dino, outlier, ncut, head, boxes, ...",
+            help="NAME[:SOURCE][?option=value&...]: owlv2, grounding-dino, detr, outlier, ncut, head, boxes, ...",
             show_default="owlv2 with its base weights",
         ),
     ] = None,

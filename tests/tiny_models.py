@@ -5,6 +5,9 @@ from transformers import (
     BertConfig,
     BertTokenizer,
     CLIPTokenizer,
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrImageProcessor,
     GroundingDinoConfig,
     GroundingDinoForObjectDetection,
     GroundingDinoImageProcessor,
@@ -15,6 +18,11 @@ from transformers import (
     Owlv2ForObjectDetection,
     Owlv2ImageProcessor,
     Owlv2Processor,
+    ResNetConfig,
+    RTDetrImageProcessor,
+    RTDetrResNetConfig,
+    RTDetrV2Config,
+    RTDetrV2ForObjectDetection,
     Sam2Config,
     Sam2HieraDetConfig,
     Sam2ImageProcessor,
@@ -169,7 +177,59 @@ def sam2(folder, seed=0):
     return folder
 
 
+CLASSES = ["person", "Bird", "dog", "traffic light"]
+
+
+def detr(folder, seed=0):
+    torch.manual_seed(seed)
+    stages = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 16], "depths": [1] * 4, "layer_type": "basic"}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = DetrConfig(
+        backbone_config=ResNetConfig(**stages, out_features=["stage4"]),
+        d_model=16,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_queries=12,
+        id2label=dict(enumerate(CLASSES)),
+        label2id={name: i for i, name in enumerate(CLASSES)},
+        **layers,
+    )
+    model = DetrForObjectDetection(config)
+    spread(model)
+    model.save_pretrained(folder)
+    DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(folder)
+    return folder
+
+
+def rt_detr_v2(folder, seed=0):
+    torch.manual_seed(seed)
+    stages = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 16], "depths": [1] * 4, "layer_type": "basic"}
+    config = RTDetrV2Config(
+        backbone_config=RTDetrResNetConfig(**stages, out_features=["stage2", "stage3", "stage4"]),
+        encoder_hidden_dim=16,
+        encoder_in_channels=[8, 8, 16],
+        encoder_ffn_dim=16,
+        encoder_attention_heads=2,
+        d_model=16,
+        decoder_in_channels=[16, 16, 16],
+        decoder_ffn_dim=16,
+        decoder_layers=2,
+        decoder_attention_heads=2,
+        num_queries=12,
+        num_denoising=0,
+        id2label=dict(enumerate(CLASSES)),
+        label2id={name: i for i, name in enumerate(CLASSES)},
+    )
+    model = RTDetrV2ForObjectDetection(config)
+    spread(model)
+    model.save_pretrained(folder)
+    RTDetrImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder
+
+
 MAKERS = {
+    "detr": detr,
+    "rt_detr_v2": rt_detr_v2,
     "owlv2": owlv2,
     "grounding-dino": grounding_dino,
     "mm-grounding-dino": lambda folder: grounding_dino(folder, "mm-grounding-dino"),

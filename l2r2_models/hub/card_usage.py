@@ -82,6 +82,8 @@ def _localizer_spec(checkpoint: Checkpoint, metadata: CardMetadata) -> str | Non
         spec = spec.with_option("prompt", str(known["prompt"]))
     if spec.name in ("owlv2", "grounding-dino"):
         usable = bool(spec.source) and ("prompt" in spec.options or "objectness" in spec.options.get("score", ()))
+    elif spec.name == "detr":
+        usable = bool(spec.source)
     elif spec.name == "head":
         usable = not spec.source and checkpoint.model.box_head is not None
     else:

@@ -22,6 +22,7 @@ __all__ = ["LOCALIZERS", "Localizer", "LocalizerSpec", "create_localizer"]
 LOCALIZERS = {
     "owlv2": ("prompted", "Owlv2"),
     "grounding-dino": ("prompted", "GroundingDino"),
+    "detr": ("detector", "Detector"),
     "boxes": ("controls", "Boxes"),
     "head": ("model_based", "Head"),
     "ncut": ("unsupervised", "NormalizedCut"),

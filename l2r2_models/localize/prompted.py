@@ -19,17 +19,10 @@ from torchvision.ops import box_convert
 
 from ..boxes.detections import Detections
 from ..errors import L2R2Error
-from ..pretrained import DTYPES, load_pretrained
-from .base import Context, Localizer, LocalizerSpec, Option, number, one_of, size_of, tidy, whole
+from .base import Context, LocalizerSpec, Option, number, one_of
+from .network import LIMITS, PART, NetworkLocalizer
 
-PART = "a number between 0 and 1"
-COMMON = {
-    "prompt": Option(str.strip, (), "words", many=True),
-    "threshold": Option(number(0, 1), 0.1, PART),
-    "nms": Option(number(0, 1), 0.5, PART),
-    "max_boxes": Option(whole(1, 1000), 10, "a whole number from 1 to 1000"),
-    "dtype": Option(one_of(*DTYPES), "float32", "one of " + ", ".join(DTYPES)),
-}
+COMMON = {"prompt": Option(str.strip, (), "words", many=True), **LIMITS}
 
 
 def _is_empty(prompt: str) -> bool:
@@ -37,29 +30,21 @@ def _is_empty(prompt: str) -> bool:
     return not prompt.strip(" .")
 
 
-class Prompted(Localizer):
-    """Base class of the prompted detectors: checks prompts, loads the network, postprocesses raw boxes.
+class Prompted(NetworkLocalizer):
+    """Base class of the prompted detectors, which checks their prompts.
 
-    Options: `prompt` (may be given several times), `threshold` (lowest score), `nms` (highest IoU of two boxes), `max_boxes`
-    (per image), `dtype`.
+    Options: those of `NetworkLocalizer`, and `prompt` (may be given several times).
     """
 
-    source = "a Hub id or the folder of a model"
     known_options: ClassVar = COMMON
     prompted = True
-    model_types: ClassVar[tuple[str, ...]]
+    auto_classes = ("AutoModelForZeroShotObjectDetection", "AutoProcessor")
 
     def __init__(self, spec: LocalizerSpec, context: Context) -> None:
         super().__init__(spec, context)
         if any(map(_is_empty, self.options["prompt"])):
             raise L2R2Error(f'The localizer "{spec}" has an empty prompt; give a word such as prompt=mushroom.')
-        classes = "AutoModelForZeroShotObjectDetection", "AutoProcessor"
-        self.network = load_pretrained(spec.source, classes, self.model_types, self.options["dtype"], context.device)
-
-    @property
-    def weights(self) -> str | None:
-        """Digest of the detector's weights."""
-        return self.network.digest
+        self.load()
 
     @property
     def lacks_prompt(self) -> bool:
@@ -90,11 +75,6 @@ class Prompted(Localizer):
     @abstractmethod
     def search(self, images: list[Image], queries: list[list[tuple[str, ...]]]) -> list[list[Detections]]:
         """Search each image for each of its queries; a query is one or more prompts that are searched for together."""
-
-    def tidy(self, boxes: Tensor, scores: Tensor, image: Image, labels: Sequence[str]) -> Detections:
-        """Apply `localize.base.tidy` with the limits of the options."""
-        limits = {"threshold": self.options["threshold"], "nms_iou": self.options["nms"], "max_boxes": self.options["max_boxes"]}
-        return tidy(boxes, scores, size_of(image), labels, **limits)
 
 
 class Owlv2(Prompted):

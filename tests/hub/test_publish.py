@@ -236,7 +236,8 @@ def test_the_usage_names_a_localizer_that_others_can_have(run):
     checkpoint = hub.load_checkpoint(run)
     line = '# to find the boxes automatically: Predictor.from_pretrained("org/x", localizer="owlv2:google/owlv2?prompt=a bird")'
     assert line in model_card(checkpoint, "org/x", CardMetadata(localizer="owlv2:google/owlv2", prompt="a bird"), ())
-    for spec in ("owlv2:google/owlv2", "owlv2?prompt=bird", "boxes:mine.json", "cam:runs/x", "head", "by hand", "?"):
+    assert 'localizer="detr:org/detr"' in model_card(checkpoint, "org/x", CardMetadata(localizer="detr:org/detr"), ())
+    for spec in ("owlv2:google/owlv2", "owlv2?prompt=bird", "detr", "boxes:mine.json", "cam:runs/x", "head", "by hand", "?"):
         assert "localizer=" not in model_card(checkpoint, "org/x", CardMetadata(localizer=spec), ()), spec
 
 
