@@ -5,9 +5,13 @@ from transformers import (
     BertConfig,
     BertTokenizer,
     CLIPTokenizer,
+    Deimv2Config,
+    Deimv2ForObjectDetection,
     DetrConfig,
     DetrForObjectDetection,
     DetrImageProcessor,
+    DFineConfig,
+    DFineForObjectDetection,
     GroundingDinoConfig,
     GroundingDinoForObjectDetection,
     GroundingDinoImageProcessor,
@@ -201,10 +205,10 @@ def detr(folder, seed=0):
     return folder
 
 
-def rt_detr_v2(folder, seed=0):
+def rt_detr_like(config_class, model_class, folder, seed=0, **more):
     torch.manual_seed(seed)
     stages = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 16], "depths": [1] * 4, "layer_type": "basic"}
-    config = RTDetrV2Config(
+    config = config_class(
         backbone_config=RTDetrResNetConfig(**stages, out_features=["stage2", "stage3", "stage4"]),
         encoder_hidden_dim=16,
         encoder_in_channels=[8, 8, 16],
@@ -219,8 +223,9 @@ def rt_detr_v2(folder, seed=0):
         num_denoising=0,
         id2label=dict(enumerate(CLASSES)),
         label2id={name: i for i, name in enumerate(CLASSES)},
+        **more,
     )
-    model = RTDetrV2ForObjectDetection(config)
+    model = model_class(config)
     spread(model)
     model.save_pretrained(folder)
     RTDetrImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
@@ -229,7 +234,12 @@ def rt_detr_v2(folder, seed=0):
 
 MAKERS = {
     "detr": detr,
-    "rt_detr_v2": rt_detr_v2,
+    "rt_detr_v2": lambda folder: rt_detr_like(RTDetrV2Config, RTDetrV2ForObjectDetection, folder),
+    "rt_detr_v2, other loss": lambda folder: rt_detr_like(
+        RTDetrV2Config, RTDetrV2ForObjectDetection, folder, use_focal_loss=False
+    ),
+    "d_fine": lambda folder: rt_detr_like(DFineConfig, DFineForObjectDetection, folder, eval_idx=-1),
+    "deimv2": lambda folder: rt_detr_like(Deimv2Config, Deimv2ForObjectDetection, folder, eval_idx=-1),
     "owlv2": owlv2,
     "grounding-dino": grounding_dino,
     "mm-grounding-dino": lambda folder: grounding_dino(folder, "mm-grounding-dino"),

@@ -58,6 +58,8 @@ class Detector(NetworkLocalizer):
     def __init__(self, spec: LocalizerSpec, context: Context) -> None:
         super().__init__(spec, context)
         self.load()
+        if not getattr(self.network.model.config, "use_focal_loss", True):
+            raise L2R2Error(f"{self.spec.source}: was trained without focal loss, which is not supported; use another detector.")
         self.names: dict[int, str] = self.network.model.config.id2label
         self.wanted = self._wanted()
 
