@@ -182,20 +182,20 @@ def sam2(folder, seed=0):
 
 
 CLASSES = ["person", "Bird", "dog", "traffic light"]
+LABELS = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
+STAGES = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 16], "depths": [1] * 4, "layer_type": "basic"}
 
 
 def detr(folder, seed=0):
     torch.manual_seed(seed)
-    stages = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 16], "depths": [1] * 4, "layer_type": "basic"}
     layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
     config = DetrConfig(
-        backbone_config=ResNetConfig(**stages, out_features=["stage4"]),
+        backbone_config=ResNetConfig(**STAGES, out_features=["stage4"]),
         d_model=16,
         encoder_ffn_dim=16,
         decoder_ffn_dim=16,
         num_queries=12,
-        id2label=dict(enumerate(CLASSES)),
-        label2id={name: i for i, name in enumerate(CLASSES)},
+        **LABELS,
         **layers,
     )
     model = DetrForObjectDetection(config)
@@ -207,9 +207,8 @@ def detr(folder, seed=0):
 
 def rt_detr_like(config_class, model_class, folder, seed=0, **more):
     torch.manual_seed(seed)
-    stages = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 16], "depths": [1] * 4, "layer_type": "basic"}
     config = config_class(
-        backbone_config=RTDetrResNetConfig(**stages, out_features=["stage2", "stage3", "stage4"]),
+        backbone_config=RTDetrResNetConfig(**STAGES, out_features=["stage2", "stage3", "stage4"]),
         encoder_hidden_dim=16,
         encoder_in_channels=[8, 8, 16],
         encoder_ffn_dim=16,
@@ -221,8 +220,7 @@ def rt_detr_like(config_class, model_class, folder, seed=0, **more):
         decoder_attention_heads=2,
         num_queries=12,
         num_denoising=0,
-        id2label=dict(enumerate(CLASSES)),
-        label2id={name: i for i, name in enumerate(CLASSES)},
+        **LABELS,
         **more,
     )
     model = model_class(config)

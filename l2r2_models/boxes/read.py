@@ -6,7 +6,8 @@ import csv
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +79,8 @@ def read_boxes(path: str | Path) -> BoxTable:
         info, data = (_info(data), data) if isinstance(data, dict) else ({}, {})
         stamps = _stamps(data.get("images", ())) if info else {}
         if kind == "MegaDetector":
-            categories, frames = read_categories(data), _frames(data, path)
+            with _reading(kind, path):
+                categories, frames = read_categories(data), read_frames(data)
         detector = data["info"].get("detector") if isinstance(data.get("info"), dict) else None
     logger.info("%s: %s format, %d images", path, kind, len(entries))
     if info.get("oracle"):
@@ -87,19 +89,19 @@ def read_boxes(path: str | Path) -> BoxTable:
 
 
 def _checked(kind: str, read: Callable[[Any], Iterable[tuple[str, BoxEntry]]], data: Any, path: Path) -> dict[str, BoxEntry]:
-    try:
+    with _reading(kind, path):
         return _table(read(data))
+
+
+@contextmanager
+def _reading(kind: str, path: Path) -> Iterator[None]:
+    """Name the file in errors."""
+    try:
+        yield
     except L2R2Error as error:
         raise L2R2Error(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise L2R2Error(f"{path}: looks like {kind}, but is malformed ({type(error).__name__}: {error}).") from error
-
-
-def _frames(data: dict[str, Any], path: Path) -> dict[str, Frame]:
-    try:
-        return read_frames(data)
-    except L2R2Error as error:
-        raise L2R2Error(f"{path}: {error}") from None
 
 
 def _info(data: dict[str, Any]) -> dict[str, Any]:

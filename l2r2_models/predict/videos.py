@@ -33,7 +33,7 @@ def extract_frames(
         progress: wraps the videos; takes their iterable and their number.
 
     Returns:
-        The sources with images, and the frames of the videos.
+        The sources without those that are or contain only videos, and the frames of the videos.
 
     Raises:
         L2R2Error: when there is no video, the box file lists none of the videos, a video cannot be read or has fewer frames, or
@@ -56,7 +56,8 @@ def extract_frames(
         wanted = {number: folder / _relative(frame_name(key, number)) for number in numbers[key] or [firsts[key]]}
         _extract(Path(video), {number: place for number, place in wanted.items() if not place.exists()})
         found += wanted.values()
-    return [source for source in sources if _inside(source, is_image_path)] + found
+    only_videos = {source for source in sources if _inside(source, is_video_path) and not _inside(source, is_image_path)}
+    return [source for source in sources if source not in only_videos] + found
 
 
 def is_video_path(path: Path) -> bool:

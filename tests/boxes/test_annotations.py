@@ -22,6 +22,12 @@ def yolo(folder):
     return folder / "labels"
 
 
+def yolo_with_images(folder):
+    yolo(folder)
+    (folder / "images" / "train").mkdir(parents=True)
+    return folder
+
+
 def yolo_polygons(folder):
     labels = yolo(folder)
     (labels / "train" / "a.txt").write_text("1 0.1 0.1 0.3 0.1 0.2 0.5\n0 0.5 0.4 1 0.4 1 1 0.5 1")
@@ -88,7 +94,7 @@ def openimages(folder):
     return folder / "boxes.csv"
 
 
-WRITERS = [yolo, yolo_polygons, voc, labelme, label_studio, cvat, openimages]
+WRITERS = [yolo, yolo_with_images, yolo_polygons, voc, labelme, label_studio, cvat, openimages]
 
 
 @pytest.mark.parametrize("write", WRITERS)

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -60,6 +61,18 @@ def test_the_listed_frames_are_extracted_and_no_other(videos, tmp_path):
         assert load_image(tmp_path / "frames" / name).getpixel((60, 40))[0] == pytest.approx(level, abs=12)
 
 
+def test_sources_that_are_no_videos_are_kept(videos, tmp_path):
+    (videos / "mixed").mkdir()
+    (videos / "mixed" / "a.jpg").touch()
+    (videos / "site" / "a.mp4").rename(videos / "mixed" / "a.mp4")
+    others = [videos / "mixed", tmp_path / "misspelled", "hf:org/photos"]
+    sources = [videos / "site", *map(Path, others)]
+    images = json.loads((tmp_path / "md.json").read_text().replace("site/a.mp4", "mixed/a.mp4"))
+    (tmp_path / "md.json").write_text(json.dumps(images))
+    kept = extract_frames(sources, read_boxes(tmp_path / "md.json"), tmp_path / "frames")
+    assert kept[:3] == sources[1:] and all(tmp_path / "frames" in path.parents for path in kept[3:]) and len(kept) == 6
+
+
 def test_frames_that_exist_are_kept(videos, tmp_path):
     first, *_ = extracted(videos, tmp_path)
     first.write_bytes(b"mine")
@@ -114,6 +127,7 @@ def test_a_video_fails_only_if_all_its_frames_do(videos, tmp_path, run):
         (lambda data: data["images"][0]["detections"].append(detection(99)), "a.mp4: has no frame 99"),
         (lambda data: data["images"][0]["detections"].append(detection(-1)), "frame number -1 of site/a.mp4"),
         (lambda data: data["images"][0].pop("frame_rate"), "the frame_rate of site/a.mp4"),
+        (lambda data: data.update(detection_categories=[], images=[]), "looks like MegaDetector, but is malformed"),
         (lambda data: data.update(images=[{"file": "a.jpg", "detections": []}]), "lists no frames of videos"),
     ],
 )
