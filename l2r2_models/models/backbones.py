@@ -70,8 +70,10 @@ def check_view_sizes(backbone: Any, name: str, sizes: Sequence[int]) -> None:
         L2R2Error: when it was built for another size and takes no other.
     """
     embed = getattr(backbone, "patch_embed", None)
-    built = getattr(embed, "img_size", None)
-    if built is not None and getattr(embed, "strict_img_size", False) and set(sizes) != set(built):
+    built = embed.img_size if getattr(embed, "strict_img_size", False) else None
+    if hasattr(backbone, "tokens_spatial_shape"):  # Hiera
+        built = [tokens * stride for tokens, stride in zip(backbone.tokens_spatial_shape, backbone.patch_stride)]
+    if built is not None and set(sizes) != set(built):
         sides = " x ".join(map(str, built))
         if len(set(sizes)) > 1:
             raise L2R2Error(f"{name} takes views of {sides} pixels only; leave sizes out, or use another backbone.")
