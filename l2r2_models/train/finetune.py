@@ -26,6 +26,7 @@ from ..models.masking import kept_patches, patch_grid
 from ..runs import CHECKPOINTS, RECIPE, RUN, check_place, finished, record_of, surroundings
 from ..views import make_views
 from .computation import CHOSEN, check_device, resolve
+from .groups import count_groups
 from .init import InitCheckpoint
 from .models import create_model, frozen_parts
 from .optimizers import check_optimizer
@@ -160,6 +161,8 @@ def _plan(
     about = {"train": rows_digest(train), "images": len(train), "classes": list(train.classes())}
     if table.boxes_from:
         about["boxes_from"] = table.boxes_from
+    if recipe.group:
+        about["groups"] = count_groups(train, recipe.group)
     if recipe.best_metric != NO_METRIC:
         if val is None:
             raise L2R2Error(
