@@ -266,7 +266,9 @@ def _split(table: ImageTable, train: str | None, val: str | None, recipe: Recipe
     def known(names: tuple[str, ...]) -> str | None:
         return next((split for name in names for split in table.splits if split.lower() == name), None)
 
-    train, val = train or known(TRAIN_NAMES) or ("train" if table.splits else None), val or known(VAL_NAMES)
+    train = train or known(TRAIN_NAMES) or ("train" if table.splits else None)
+    if val is None and (usual := known(VAL_NAMES)) != train:  # the last layer may be trained on the validation rows
+        val = usual
     train_table = table.of_split(train) if train else table
     if val and val == train:
         raise L2R2Error(f"{table.root}: the split {val} cannot be used for both training and validation; choose another one.")

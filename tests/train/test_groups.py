@@ -24,7 +24,7 @@ DRO = {"objective": "group_dro", "group": "place", "group_step": 0.5}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Images with a column `place`: one of four images per class is at sea."""
-    root = write_dataset(tmp_path_factory.mktemp("groups") / "data", count=12)
+    root = write_dataset(tmp_path_factory.mktemp("groups") / "data", count=12, splits=("train", "val"))
     rows = list(csv.DictReader((root / "metadata.csv").open()))
     with (root / "metadata.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], "place"])
@@ -88,15 +88,17 @@ def test_the_objective_changes_the_training(data, tmp_path):
 
 
 def test_the_last_layer_is_retrained_on_equally_drawn_groups(data, tmp_path):
-    """DFR: the features stay those of the first run."""
+    """DFR: the features stay those of the first run, and the rows are those of the validation split."""
     finetune(data, recipe(epochs=1), tmp_path / "erm")
     options = dict(init=str(tmp_path / "erm"), trainable="head", balanced=True, group="place", epochs=1, batch_size=4, lr=0.1)
     last = Recipe.read("head_only", {"model": "timm:resnet10t", "size": 32, **options})
-    finetune(data, last, tmp_path / "dfr")
+    finetune(data, last, tmp_path / "dfr", train_split="val")
     one, other = (load_file(tmp_path / run / "model.safetensors") for run in ("erm", "dfr"))
     assert {key.split(".")[0] for key in one if not torch.equal(one[key], other[key])} == {"heads"}
     record = json.loads((tmp_path / "dfr" / "run.json").read_text())
-    assert record["data"]["groups"] == count_groups(read_table(data), "place")
+    held_out = read_table(data).of_split("val")
+    assert record["data"]["groups"] == count_groups(held_out, "place") and record["train_files"] == held_out.names()
+    assert not record["metrics"], "rows that were trained on are no validation rows"
 
 
 def test_groups_are_drawn_equally(data, tmp_path):
