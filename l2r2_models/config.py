@@ -9,7 +9,6 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .errors import L2R2Error
-from .io import parse_yaml
 
 T = TypeVar("T")
 KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
@@ -102,23 +101,3 @@ def _as_tuple(name: str, value: Any, options: tuple[Any, ...]) -> tuple[Any, ...
     if options[-1] is not Ellipsis and len(items) != len(options):
         raise L2R2Error(f"{name} must be {len(options)} {words}, got {value!r}.")
     return tuple(items)
-
-
-def parse_settings(settings: list[str]) -> dict[str, Any]:
-    """Parse `key=value` settings, with values in YAML.
-
-    Raises:
-        L2R2Error: when a setting is not of this form, a key is given twice, or a value is not YAML.
-
-    >>> parse_settings(["lr=0.1", "branches=[full]"])
-    {'lr': 0.1, 'branches': ['full']}
-    """
-    values: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not key or not equals:
-            raise L2R2Error(f'--set takes key=value, got "{setting}".')
-        if key in values:
-            raise L2R2Error(f"--set {key} is given twice; pass it once.")
-        values[key] = parse_yaml(text, f"--set {setting}")
-    return values

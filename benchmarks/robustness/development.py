@@ -15,10 +15,10 @@ from pathlib import Path
 from background_shift import EPOCHS, PIXELS, SIDE, fod_rows, read_rows, recipe_of, write_rows
 
 from l2r2_models.checkpoints.checkpoint import load_checkpoint
-from l2r2_models.config import parse_settings
 from l2r2_models.data.table import read_table
 from l2r2_models.evaluate.logits import branch_logits
 from l2r2_models.evaluate.metrics import accuracy
+from l2r2_models.io import parse_settings
 from l2r2_models.train.finetune import finetune
 
 STEP = 3  # neighboring rows are neighboring video frames

@@ -11,7 +11,7 @@ import typer
 from markdown_pages import PAGES, ROOT, blocks, commands, inline_code, links, name_of
 
 from l2r2_cli.commands import app
-from l2r2_models.config import parse_settings
+from l2r2_models.io import parse_settings
 from l2r2_models.localize import LOCALIZERS, LocalizerSpec
 from l2r2_models.models.hub_configs import load_hub_configs
 from l2r2_models.train.recipe import Recipe

@@ -3,7 +3,7 @@
 import pytest
 
 from l2r2_models import L2R2Error
-from l2r2_models.config import parse_settings
+from l2r2_models.io import parse_settings
 from l2r2_models.train.recipe import Recipe, builtin_recipes
 
 
