@@ -4,14 +4,15 @@
 
 The CSV is timm's results/results-imagenet.csv; only the top-1 accuracies are used. The default
 tag of an architecture is the one with the highest top-1 among those trained on ImageNet-1k labels at up to 256 pixels: the
-384- and 512-pixel weights are a few tenths of a point better at three to five times the cost, and have their own tags. DINOv2 has
-one tag.
+384- and 512-pixel weights are a few tenths of a point better at three to five times the cost, and have their own tags. Without
+a classifier on these labels, timm's own default is taken.
 """
 
 from __future__ import annotations
 
 import csv
 import functools
+import re
 import sys
 from typing import Any
 
@@ -22,6 +23,8 @@ from l2r2_hub_configs import TABLE
 from l2r2_models.models.registry import ARCHITECTURES, timm_cfgs
 
 LABELS = {0: None, 1000: "imagenet-1k", 11821: "imagenet-12k", 21841: "imagenet-22k", 21843: "imagenet-21k"}
+# image towers whose last layer projects into the space of the texts, which timm counts as classes
+PROJECTED = re.compile(r"\.clip_(?!.*_ft_)|^vit_pe_core_")
 
 
 def read_top1(path: str) -> dict[str, float]:
@@ -47,14 +50,15 @@ def rows_of(architecture: str, backbone: str, top1: dict[str, float]) -> list[di
     for source, cfg in timm_cfgs(backbone).items():
         if cfg.hf_hub_id != f"timm/{source}":
             sys.exit(f"{source}: its weights are at {cfg.hf_hub_id}; add a column for that to the table.")
+        classes = 0 if PROJECTED.search(source) else cfg.num_classes
         rows.append(
             {
                 "architecture": architecture,
                 "source": source,
                 "default": "",
-                "labels": LABELS.get(cfg.num_classes, f"{cfg.num_classes} classes"),
+                "labels": LABELS.get(classes, f"{classes} classes"),
                 "input_size": cfg.input_size[-1],
-                "parameters": count_parameters(architecture, cfg.num_classes),
+                "parameters": count_parameters(architecture, classes),
                 "top1": top1.get(source),
                 "license": cfg.license,
             }

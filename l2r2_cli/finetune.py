@@ -133,8 +133,9 @@ def finetune(
         raise Refusal(sentence)
     from l2r2_models.distributed import rank
     from l2r2_models.errors import L2R2Error
+    from l2r2_models.io import parse_settings
     from l2r2_models.train.finetune import finetune as run
-    from l2r2_models.train.recipe import Recipe, parse_settings
+    from l2r2_models.train.recipe import Recipe
 
     flags = dict(
         model=model,

@@ -182,6 +182,26 @@ def parse_yaml(text: str, name: str) -> Any:
         raise L2R2Error(f"{name}: is not valid YAML ({' '.join(str(error).split())[:200]}).") from None
 
 
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """Parse `key=value` settings, with values in YAML.
+
+    Raises:
+        L2R2Error: when a setting is not of this form, a key is given twice, or a value is not YAML.
+
+    >>> parse_settings(["lr=0.1", "branches=[full]"])
+    {'lr': 0.1, 'branches': ['full']}
+    """
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not key or not equals:
+            raise L2R2Error(f'--set takes key=value, got "{setting}".')
+        if key in values:
+            raise L2R2Error(f"--set {key} is given twice; pass it once.")
+        values[key] = parse_yaml(text, f"--set {setting}")
+    return values
+
+
 def file_sha256(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file's content.
 

@@ -18,8 +18,8 @@ from l2r2_models.checkpoints.checkpoint import load_checkpoint
 from l2r2_models.data.table import read_table
 from l2r2_models.evaluate.logits import branch_logits
 from l2r2_models.evaluate.metrics import accuracy
+from l2r2_models.io import parse_settings
 from l2r2_models.train.finetune import finetune
-from l2r2_models.train.recipe import parse_settings
 
 STEP = 3  # neighboring rows are neighboring video frames
 

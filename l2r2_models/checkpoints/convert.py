@@ -64,10 +64,11 @@ def derive(
         raise L2R2Error(f"{error}") from None
     if cfg is None or not cfg.has_weights:
         raise L2R2Error(f"timm has no weights of {name}; choose a tag from timm.list_pretrained().")
-    if not cfg.num_classes:
-        raise L2R2Error(f"The weights of {name} have no classifier; fine-tune them instead.")
     registered = f"l2r2_{stem}" if ARCHITECTURES.get(f"l2r2_{stem}") == stem else None
     architecture: dict[str, Any] = {"model_name": f"{registered}.{cfg.tag}"} if registered and cfg.tag else {}
+    ours = get_pretrained_cfg(architecture["model_name"]) if architecture else cfg
+    if ours is None or not ours.num_classes:
+        raise L2R2Error(f"The weights of {name} have no classifier; fine-tune them instead.")
     try:
         model = cast(
             L2R2,

@@ -214,6 +214,7 @@ class ViewDataset(Dataset[dict[str, Any]]):
         self.targets = [index[str(row.label)] for row in table.rows]
         self.box_threshold, self.locate, self.seed, self.epoch = box_threshold, locate, seed, 0
         self.background_swap, self.objectness = background_swap, objectness
+        self.groups: list[int] | None = None  # items then include `group`
         self.donors = [row for row in table.whole_images() if row.may_have_object(box_threshold)] if background_swap else []
         if background_swap and len(self.donors) < 2:
             raise L2R2Error(f"{table.root}: swapping backgrounds needs at least two images with a box or mask.")
@@ -247,6 +248,8 @@ class ViewDataset(Dataset[dict[str, Any]]):
             size = (pixels.shape[0], pixels.shape[1])
         views = make_views([pixels], box[None], self.spec, branches=self.branches, masks=[mask])
         item = {**{name: value[0] for name, value in views.inputs().items()}, "labels": self.targets[i]}
+        if self.groups is not None:
+            item["group"] = self.groups[i]
         if self.objectness:
             item["objectness"] = score
         if self.locate:

@@ -69,9 +69,14 @@ def check_view_sizes(backbone: Any, name: str, sizes: Sequence[int]) -> None:
     Raises:
         L2R2Error: when it was built for another size and takes no other.
     """
-    embed = getattr(backbone, "patch_embed", None)
-    built = getattr(embed, "img_size", None)
-    if built is not None and getattr(embed, "strict_img_size", False) and set(sizes) != set(built):
+    embed: Any = getattr(backbone, "patch_embed", None)
+    built = embed.img_size if getattr(embed, "strict_img_size", False) else None
+    if hasattr(backbone, "tokens_spatial_shape"):  # Hiera
+        built = [tokens * stride for tokens, stride in zip(backbone.tokens_spatial_shape, backbone.patch_stride)]
+        unit = backbone.patch_stride[0] * backbone.mask_unit_size[0]
+        if wrong := [size for size in sizes if size % unit]:
+            raise L2R2Error(f"{name} takes views whose side is a multiple of {unit} pixels, not {wrong[0]}.")
+    if built is not None and set(sizes) != set(built):
         sides = " x ".join(map(str, built))
         if len(set(sizes)) > 1:
             raise L2R2Error(f"{name} takes views of {sides} pixels only; leave sizes out, or use another backbone.")

@@ -47,6 +47,20 @@ ARCHITECTURES: dict[str, str] = {
         *(f"vit_{size}_patch14_reg4_dinov2" for size in ("small", "base", "large")),
         "swin_tiny_patch4_window7_224",
         "efficientnet_b0",
+        *(f"mobilenetv4_{kind}" for kind in ("conv_small_050", "conv_small", "conv_medium", "conv_large", "conv_aa_large")),
+        *(f"mobilenetv4_hybrid_{size}" for size in ("medium", "large")),
+        *(f"eva02_{size}_patch14_{side}" for size, side in (("tiny", 336), ("small", 336), ("base", 448), ("large", 448))),
+        *(f"eva02_{size}_patch14_224" for size in ("tiny", "small", "base", "large")),
+        *(f"vit_{size}_patch16_dinov3" for size in ("small", "small_plus", "base", "large", "huge_plus")),
+        *(f"vit_base_patch16_siglip_{side}" for side in (224, 256, 384)),
+        *(f"vit_large_patch16_siglip_{side}" for side in (256, 384)),
+        *(f"vit_so400m_patch14_siglip_{side}" for side in (224, 378)),
+        *(f"vit_pe_core_{size}" for size in ("tiny_patch16_384", "small_patch16_384", "base_patch16_224", "large_patch14_336")),
+        *(f"vit_pe_spatial_{size}_patch16_512" for size in ("tiny", "small", "base")),
+        "vit_pe_spatial_large_patch14_448",
+        *(f"vit_{size}_patch14_reg1_tipsv2" for size in ("base", "large", "so400m")),
+        *(f"hiera_{size}_224" for size in ("tiny", "small", "base", "base_plus", "large")),
+        "hiera_small_abswin_256",
     )
 }
 ARCHITECTURES |= {f"l2r2_efficientnet_lite{n}": f"tf_efficientnet_lite{n}" for n in range(3)}
@@ -69,10 +83,15 @@ def timm_cfgs(backbone: str) -> dict[str, PretrainedCfg]:
     return {name: cfg for name, cfg in get_arch_pretrained_cfgs(backbone).items() if cfg.hf_hub_id and "." in name}
 
 
-def derive_cfg(source: PretrainedCfg) -> PretrainedCfg:
+def derive_cfg(source: PretrainedCfg, *, headless: bool = False) -> PretrainedCfg:
     """Derive the pretrained cfg of an L2R2 model that starts from a timm classifier's weights.
 
     Its parameter names are those of the default branches; `_create` extends them to others.
+
+    Args:
+        source: timm's cfg of the weights.
+        headless: whether the heads start at random although the weights have a last layer, e.g. a projection into the space of
+            CLIP's texts.
     """
     return dataclasses.replace(
         source,
@@ -80,6 +99,7 @@ def derive_cfg(source: PretrainedCfg) -> PretrainedCfg:
         tag=None,
         url=None,  # the Hub's copy is safetensors, timm's other URLs may be pickles
         custom_load=False,
+        num_classes=0 if headless else source.num_classes,
         first_conv=_first_convs(source, ("backbone.",)),  # type: ignore[arg-type]  # timm takes one name or several
         classifier=("heads.full", "heads.fg"),  # type: ignore[arg-type]
     )
@@ -97,7 +117,7 @@ def _first_convs(source: PretrainedCfg | None, prefixes: Sequence[str]) -> str |
 def _default_cfgs() -> dict[str, dict[str, Any] | PretrainedCfg]:
     """Cfgs by `architecture.tag` for all hub configs whose source the installed timm has; `*` marks the default tag."""
     cfgs: dict[str, dict[str, Any] | PretrainedCfg] = {}
-    known = {backbone: timm_cfgs(backbone) for backbone in ARCHITECTURES.values()}
+    known = {backbone: timm_cfgs(backbone) for backbone in ARCHITECTURES.values()}  # an older timm lacks some
     for config in load_hub_configs():
         if config.architecture not in ARCHITECTURES:
             raise L2R2Error(f"The hub config of {config.name} names an unknown architecture; add it to ARCHITECTURES.")
@@ -106,7 +126,7 @@ def _default_cfgs() -> dict[str, dict[str, Any] | PretrainedCfg]:
             continue
         source = known[ARCHITECTURES[config.architecture]].get(config.source)
         if source is not None:
-            cfgs[config.name + ("*" if config.default else "")] = derive_cfg(source)
+            cfgs[config.name + ("*" if config.default else "")] = derive_cfg(source, headless=config.labels is None)
     return cfgs
 
 
@@ -242,15 +262,17 @@ def _create(
 
 def _feature_indices(backbone: str) -> tuple[int, ...]:
     """Default levels of `features_only`: all stages of a hierarchical network, the last three blocks of a ViT, as in timm."""
-    if backbone.startswith(("resnet", "efficientnet", "tf_efficientnet")):
+    if backbone.startswith(("resnet", "efficientnet", "tf_efficientnet", "mobilenetv4")):
         return (0, 1, 2, 3, 4)
-    return (-3, -2, -1) if backbone.startswith("vit_") else (0, 1, 2, 3)
+    return (-3, -2, -1) if backbone.startswith(("vit_", "eva02_")) else (0, 1, 2, 3)
 
 
 def _entrypoint(architecture: str, backbone: str) -> Callable[..., L2R2]:
     def create(pretrained: bool = False, **kwargs: Any) -> L2R2:
         if "backbone" in kwargs:
             raise L2R2Error(f"The backbone of {architecture} is {backbone}; use the generic model l2r2 for another one.")
+        if not is_model(backbone):
+            raise L2R2Error(f"timm {timm.__version__} does not have {backbone}; upgrade timm to use {architecture}.")
         return _create(architecture, pretrained, backbone=backbone, **kwargs)
 
     create.__name__ = create.__qualname__ = architecture

@@ -26,6 +26,7 @@ from ..models.masking import kept_patches, patch_grid
 from ..runs import CHECKPOINTS, RECIPE, RUN, check_place, finished, record_of, surroundings
 from ..views import make_views
 from .computation import CHOSEN, check_device, resolve
+from .groups import count_groups
 from .init import InitCheckpoint
 from .models import create_model, frozen_parts
 from .optimizers import check_optimizer
@@ -160,6 +161,8 @@ def _plan(
     about = {"train": rows_digest(train), "images": len(train), "classes": list(train.classes())}
     if table.boxes_from:
         about["boxes_from"] = table.boxes_from
+    if recipe.group:
+        about["groups"] = count_groups(train, recipe.group)
     if recipe.best_metric != NO_METRIC:
         if val is None:
             raise L2R2Error(
@@ -263,7 +266,9 @@ def _split(table: ImageTable, train: str | None, val: str | None, recipe: Recipe
     def known(names: tuple[str, ...]) -> str | None:
         return next((split for name in names for split in table.splits if split.lower() == name), None)
 
-    train, val = train or known(TRAIN_NAMES) or ("train" if table.splits else None), val or known(VAL_NAMES)
+    train = train or known(TRAIN_NAMES) or ("train" if table.splits else None)
+    if val is None and (usual := known(VAL_NAMES)) != train:  # the last layer may be trained on the validation rows
+        val = usual
     train_table = table.of_split(train) if train else table
     if val and val == train:
         raise L2R2Error(f"{table.root}: the split {val} cannot be used for both training and validation; choose another one.")

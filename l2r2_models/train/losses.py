@@ -12,6 +12,7 @@ from ..models.box_head import box_losses
 from ..models.l2r2 import L2R2
 from ..models.parts import PartWeights
 from ..views import BRANCHES
+from .groups import GroupDRO
 from .mixup import ViewMixup
 
 
@@ -27,6 +28,7 @@ class BranchLoss(nn.Module):
         frozen: parts of the model that are not trained, see `frozen_parts`; their batch-norm statistics stay as they are.
         channels_last: memory layout of weights and views.
         part_weights: weights of the losses on the parts of an iFAM model.
+        dro: replaces the mean over the rows by that over weighted groups, in training.
     """
 
     def __init__(
@@ -38,10 +40,11 @@ class BranchLoss(nn.Module):
         frozen: Sequence[nn.Module] = (),
         channels_last: bool = False,
         part_weights: PartWeights | None = None,
+        dro: GroupDRO | None = None,
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last) if channels_last else model
-        self.label_smoothing, self.mix = label_smoothing, mix
+        self.label_smoothing, self.mix, self.dro = label_smoothing, mix, dro
         self.part_weights = part_weights or PartWeights()
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._frozen = tuple(frozen)  # a tuple, so that the state dict does not contain them twice
@@ -65,6 +68,7 @@ class BranchLoss(nn.Module):
         mask: Tensor | None = None,
         box: Tensor | None = None,
         localized: Tensor | None = None,
+        group: Tensor | None = None,
         counts: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the loss and the logits.
@@ -76,6 +80,7 @@ class BranchLoss(nn.Module):
             mask: see `L2R2.forward_views`.
             box: `[B, 4]` target of the model's box head, see `ViewDataset`; its loss is added, see `box_losses`.
             localized: `[B]` bool, False for rows where the localizer failed or was not run; the objectness loss ignores them.
+            group: `[B]` group indices, for `dro`.
             counts: `[2]`, the number of rows and of rows with an object in the whole batch, by which sums are divided if this is
                 a part of a batch; None uses the counts of this batch.
 
@@ -95,8 +100,11 @@ class BranchLoss(nn.Module):
         logits = {branch: z.float() for branch, z in out.branches().items()}  # float32 under autocast too
         losses = []
         for branch, z in logits.items():
-            count = _count(rows[branch], counts, 0 if branch == "full" else 1)
-            losses.append(self._sum(z, targets[branch], rows[branch]) / count)
+            each = nn.functional.cross_entropy(z, targets[branch], reduction="none", label_smoothing=self.label_smoothing)
+            if self.training and self.dro is not None:
+                losses.append(self.dro(branch, each, rows[branch], group))
+            else:
+                losses.append((each * rows[branch]).sum() / _count(rows[branch], counts, 0 if branch == "full" else 1))
         if box is not None and out.located is not None:
             of_box, of_object = box_losses(out.located, box)
             if localized is not None:
@@ -106,10 +114,6 @@ class BranchLoss(nn.Module):
             part_of_batch = 1 if counts is None else len(labels) / counts[0]
             losses += [term * part_of_batch for term in self.model.extra_losses(out, views, self.part_weights).values()]
         return {"loss": torch.stack(losses).sum(), "fused": out.fused.float(), **with_fallback(logits, out.has_fg)}
-
-    def _sum(self, logits: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
-        each = nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
-        return (each * rows).sum()
 
 
 def _count(rows: Tensor, counts: Tensor | None, which: int) -> Tensor:

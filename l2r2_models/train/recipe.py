@@ -28,6 +28,7 @@ AUTO: Final = "auto"
 PRECISIONS = (AUTO, "fp32", "bf16", "fp16")
 STRIDES = (0, 2, 4, 8, 16, 32)
 BACKWARDS = ("joint", "separate")
+OBJECTIVES = ("erm", "group_dro")
 NO_METRIC = "none"
 METRICS = (NO_METRIC, *(f"{name}_{kind}accuracy" for kind in ("", "macro_") for name in ("fused", *BRANCHES)))
 
@@ -85,7 +86,11 @@ class Recipe:
             except for batch norm, which sees one part at a time.
         branch_backward: `joint`, or `separate` to run the forward and backward pass of one branch after the other, which needs
             about half the memory for two branches. The gradients are the same, except that dropout draws other positions.
-        balanced: draw equally many rows of every class in each epoch; the length of an epoch stays the same.
+        balanced: draw equally many rows of every class, or of every group if there is a `group`, in each epoch; the length of an
+            epoch stays the same.
+        group: metadata column (background, site); the groups are the combinations of a class and a value of this column.
+        objective: `erm` minimizes the mean loss, `group_dro` that of the worst groups (arXiv 1911.08731).
+        group_step: step size of the weights that `group_dro` gives to the groups.
         optimizer: a name of `timm.optim.list_optimizers()`; norms, biases and what the backbone excludes get no weight decay.
         lr: peak learning rate, reached after the warm-up, followed by cosine decay to zero.
         weight_decay: weight decay of the optimizer.
@@ -165,6 +170,9 @@ class Recipe:
     grad_accumulation: int = 1
     branch_backward: str = "joint"
     balanced: bool = False
+    group: str | None = None
+    objective: str = "erm"
+    group_step: float = 0.01
     optimizer: str = "adamw"
     lr: float = 2e-4
     weight_decay: float = 0.05
@@ -201,6 +209,7 @@ class Recipe:
         if self.grad_accumulation > self.batch_size:
             raise L2R2Error(f"grad_accumulation {self.grad_accumulation} is larger than batch_size {self.batch_size}; lower it.")
         self._check_best()
+        self._check_groups()
         if self.init is not None and not self.pretrained:
             raise L2R2Error("init loads weights, but pretrained is false; use one or the other.")
         if self.frozen_stride and not self.pretrained:
@@ -231,7 +240,7 @@ class Recipe:
                 raise L2R2Error(f"{name} must be at least 0, got {getattr(self, name)}.")
         if not 0 <= self.val_fraction <= 0.5:
             raise L2R2Error(f"val_fraction must lie between 0 and 0.5, got {self.val_fraction}.")
-        for name in ("lr", "layer_decay"):
+        for name in ("lr", "layer_decay", "group_step"):
             if not 0 < getattr(self, name) < math.inf:
                 raise L2R2Error(f"{name} must be above 0, got {getattr(self, name)}.")
         if not 0 <= self.seed < 2**32:
@@ -241,7 +250,7 @@ class Recipe:
         if lacking := [branch for branch in ViewSpec(sizes=self.sizes or {}).sizes if branch not in self.branches]:
             raise L2R2Error(f"sizes has a size for {lacking[0]}, but this model has {', '.join(self.branches)}; leave it out.")
         known: dict[str, tuple[Any, ...]] = {"trainable": TRAINABLE, "precision": PRECISIONS, "best_metric": METRICS}
-        known |= {"val_from": VAL_FROM, "branch_backward": BACKWARDS, "frozen_stride": STRIDES}
+        known |= {"val_from": VAL_FROM, "branch_backward": BACKWARDS, "frozen_stride": STRIDES, "objective": OBJECTIVES}
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise L2R2Error(f'Unknown {name} "{getattr(self, name)}"; choose from {", ".join(map(str, choices))}.')
@@ -255,6 +264,18 @@ class Recipe:
             raise L2R2Error(f"best_metric {self.best_metric} needs the branch {branch}; this model has {has}.")
         if self.patience and self.best_metric == NO_METRIC:
             raise L2R2Error("patience needs a metric to improve; set best_metric too, e.g. fused_accuracy.")
+
+    def _check_groups(self) -> None:
+        if self.objective == "erm":
+            if self.group and not self.balanced:
+                raise L2R2Error("group has no effect alone; set objective to group_dro, or balanced to true.")
+            return
+        if not self.group:
+            raise L2R2Error("objective group_dro needs groups; set group to a metadata column, e.g. group=background.")
+        if self.grad_accumulation > 1:
+            raise L2R2Error("group_dro weighs the groups of a whole batch; set grad_accumulation to 1.")
+        if self.mixup or self.cutmix:
+            raise L2R2Error("mixup and cutmix mix images of different groups; do not use them with group_dro.")
 
     @classmethod
     def default(cls, model: str, pretrained: bool, **changes: Any) -> Recipe:
@@ -365,26 +386,6 @@ def describe_keys() -> dict[str, tuple[Any, str]]:
     found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", entries, re.MULTILINE)
     meanings = {name: " ".join(text.split()) for name, text in found}
     return {f.name: (None if f.default is MISSING else f.default, meanings[f.name]) for f in fields(Recipe)}
-
-
-def parse_settings(settings: list[str]) -> dict[str, Any]:
-    """Parse `key=value` settings, with values in YAML.
-
-    Raises:
-        L2R2Error: when a setting is not of this form, a key is given twice, or a value is not YAML.
-
-    >>> parse_settings(["lr=0.1", "branches=[full]"])
-    {'lr': 0.1, 'branches': ['full']}
-    """
-    values: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not key or not equals:
-            raise L2R2Error(f'--set takes key=value, got "{setting}".')
-        if key in values:
-            raise L2R2Error(f"--set {key} is given twice; pass it once.")
-        values[key] = parse_yaml(text, f"--set {setting}")
-    return values
 
 
 def _builtin_folder() -> Any:

@@ -32,6 +32,7 @@ from .batches import EpochBatches
 from .best import Best, best_of
 from .computation import compile_backbones
 from .ema import WeightEMA, tensors_of
+from .groups import GroupDRO, groups_of
 from .losses import BranchLoss, by_branch
 from .mixup import ViewMixup
 from .models import frozen_parts
@@ -253,8 +254,9 @@ def _trainer(
     rows = ViewDataset(
         train, classes, augment=recipe.augment(), background_swap=recipe.background_swap, seed=recipe.seed, **common
     )
+    groups = rows.groups = groups_of(train, recipe.group) if recipe.group else None
     batches = EpochBatches(
-        rows.targets,
+        groups or rows.targets,
         recipe.batch_size,
         seed=recipe.seed,
         balanced=recipe.balanced,
@@ -266,6 +268,8 @@ def _trainer(
         raise L2R2Error(
             f"{batches.world} processes are too many for batches of {min(batches.rows, recipe.batch_size)} images; start fewer."
         )
+    if recipe.objective == "group_dro" and batches.world > 1:
+        raise L2R2Error("group_dro weighs the groups of a whole batch, so it needs a single process; start it without torchrun.")
     if recipe.compile:
         compile_backbones(model)
     mix = ViewMixup(len(classes), recipe.mixup, recipe.cutmix, recipe.mix_probability) if recipe.mixup or recipe.cutmix else None
@@ -276,6 +280,7 @@ def _trainer(
         frozen=frozen_parts(model, recipe),
         channels_last=recipe.channels_last is True,
         part_weights=recipe.part_weights(),
+        dro=GroupDRO(model.branches, max(groups) + 1, recipe.group_step) if groups and recipe.objective == "group_dro" else None,
     )
     return BranchTrainer(
         loss,

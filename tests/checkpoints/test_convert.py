@@ -66,6 +66,7 @@ def test_what_cannot_be_derived(there, tmp_path):
         ("resnat18", "Unknown timm backbone"),
         ("resnet18.nonsense", "nonsense"),
         ("vit_small_patch14_reg4_dinov2.lvd142m", "have no classifier"),
+        ("vit_pe_core_tiny_patch16_384.fb", "have no classifier"),  # only a projection into the space of its texts
         ("resnet34.a1_in1k", "resnet34.a1_in1k: cannot be converted"),  # the Hub does not have it
     ):
         with pytest.raises(L2R2Error, match=sentence):

@@ -11,9 +11,10 @@ import typer
 from markdown_pages import PAGES, ROOT, blocks, commands, inline_code, links, name_of
 
 from l2r2_cli.commands import app
+from l2r2_models.io import parse_settings
 from l2r2_models.localize import LOCALIZERS, LocalizerSpec
 from l2r2_models.models.hub_configs import load_hub_configs
-from l2r2_models.train.recipe import Recipe, parse_settings
+from l2r2_models.train.recipe import Recipe
 
 COMMANDS = {name: command.load() for name, command in typer.main.get_command(app).commands.items()}
 OPTIONS = {name: {o for p in c.params for o in (*p.opts, *p.secondary_opts)} | {"--help"} for name, c in COMMANDS.items()}

@@ -1,0 +1,135 @@
+"""GroupDRO and group-balanced draws: closed forms, equality with ERM for one group, and runs on grouped images."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+from conftest import write_dataset
+from safetensors.torch import load_file
+from test_resume import same_weights
+
+from l2r2_models import L2R2Error
+from l2r2_models.data.table import read_table
+from l2r2_models.train.finetune import finetune
+from l2r2_models.train.groups import GroupDRO, count_groups, groups_of
+from l2r2_models.train.losses import BranchLoss
+from l2r2_models.train.models import create_model
+from l2r2_models.train.recipe import Recipe
+
+DRO = {"objective": "group_dro", "group": "place", "group_step": 0.5}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Images with a column `place`: one of four images per class is at sea."""
+    root = write_dataset(tmp_path_factory.mktemp("groups") / "data", count=12, splits=("train", "val"))
+    rows = list(csv.DictReader((root / "metadata.csv").open()))
+    with (root / "metadata.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "place"])
+        writer.writeheader()
+        writer.writerows({**row, "place": "land" if i % 4 else "sea"} for i, row in enumerate(rows))
+    return root
+
+
+def recipe(**changes):
+    return Recipe.default("timm:resnet10t", False, **{"size": 32, "epochs": 2, "batch_size": 6, **changes})
+
+
+def test_the_weights_of_the_groups_follow_exponentiated_gradient_ascent():
+    dro, rows = GroupDRO(["full"], 3, 0.3), torch.tensor([True, True, True, False])
+    groups, expected = torch.tensor([0, 0, 2, 1]), [1 / 3] * 3
+    for losses in (torch.tensor([1.0, 3.0, 5.0, 99.0]), torch.tensor([0.0, 0.5, 0.1, 99.0])):
+        means = [(losses[0] + losses[1]).item() / 2, 0.0, losses[2].item()]  # the row of group 1 does not count
+        raised = [q * math.exp(0.3 * mean) for q, mean in zip(expected, means)]
+        expected = [q / sum(raised) for q in raised]
+        loss = dro("full", losses, rows, groups)
+        assert dro.full.tolist() == pytest.approx(expected, rel=1e-5)
+        assert loss.item() == pytest.approx(sum(q * mean for q, mean in zip(expected, means)), rel=1e-5)
+
+
+def test_the_gradient_is_that_of_the_weighted_means():
+    losses = torch.tensor([1.0, 3.0, 5.0], requires_grad=True)
+    dro = GroupDRO(["fg"], 2, 0.1)
+    dro("fg", losses, torch.ones(3, dtype=torch.bool), torch.tensor([0, 0, 1])).backward()
+    q = dro.fg.tolist()
+    assert losses.grad.tolist() == pytest.approx([q[0] / 2, q[0] / 2, q[1]])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_one_group_is_erm(training):
+    """And evaluation ignores the groups."""
+    torch.manual_seed(0)
+    model = create_model(recipe(), 3)
+    batch = dict(labels=torch.arange(6) % 3, has_fg=torch.arange(6) > 1, full=torch.randn(6, 3, 32, 32))
+    batch["fg"] = torch.randn(6, 3, 32, 32)
+    plain = BranchLoss(model, 0.1).train(training)(**batch)["loss"]
+    dro = BranchLoss(model, 0.1, dro=GroupDRO(model.branches, 1, 0.5)).train(training)
+    assert torch.allclose(dro(**batch, group=torch.zeros(6, dtype=torch.long))["loss"], plain, atol=1e-6)
+    if not training:
+        assert torch.equal(dro(**batch)["loss"], plain)
+
+
+def test_groups_are_the_combinations_of_label_and_value(data):
+    table = read_table(data)
+    groups, counts = groups_of(table, "place"), count_groups(table, "place")
+    assert len(counts) == 2 * len(table.classes()) and sum(counts.values()) == len(table)
+    names = [f"{row.label} / {dict(row.columns)['place']}" for row in table.rows]
+    assert [sorted(counts)[group] for group in groups] == names
+
+
+def test_the_objective_changes_the_training(data, tmp_path):
+    """That a killed run continues with the same weights of the groups is in test_resume.py."""
+    for name, changes in {"dro": DRO, "erm": {}, "small": {**DRO, "group_step": 0.01}}.items():
+        finetune(data, recipe(epochs=1, **changes), tmp_path / name)
+    assert not same_weights(tmp_path / "dro", tmp_path / "erm")
+    assert not same_weights(tmp_path / "dro", tmp_path / "small")
+
+
+def test_the_last_layer_is_retrained_on_equally_drawn_groups(data, tmp_path):
+    """DFR: the features stay those of the first run, and the rows are those of the validation split."""
+    finetune(data, recipe(epochs=1), tmp_path / "erm")
+    options = dict(init=str(tmp_path / "erm"), trainable="head", balanced=True, group="place", epochs=1, batch_size=4, lr=0.1)
+    last = Recipe.read("head_only", {"model": "timm:resnet10t", "size": 32, **options})
+    finetune(data, last, tmp_path / "dfr", train_split="val")
+    one, other = (load_file(tmp_path / run / "model.safetensors") for run in ("erm", "dfr"))
+    assert {key.split(".")[0] for key in one if not torch.equal(one[key], other[key])} == {"heads"}
+    record = json.loads((tmp_path / "dfr" / "run.json").read_text())
+    held_out = read_table(data).of_split("val")
+    assert record["data"]["groups"] == count_groups(held_out, "place") and record["train_files"] == held_out.names()
+    assert not record["metrics"], "rows that were trained on are no validation rows"
+
+
+def test_groups_are_drawn_equally(data, tmp_path):
+    from l2r2_models.train.trainer import _trainer
+
+    table = read_table(data)
+    balanced = recipe(balanced=True, group="place", precision="fp32", channels_last=False)
+    trainer = _trainer(create_model(balanced, len(table.classes())), balanced, table, None, table.classes(), tmp_path)
+    groups = groups_of(table, "place")
+    drawn = [groups[row] for batch in trainer.batches for row in batch]
+    counts = [drawn.count(group) for group in set(groups)]
+    assert len(counts) == max(groups) + 1 and max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"objective": "group_dro"}, "needs groups"),
+        ({"group": "place"}, "group has no effect alone"),
+        ({**DRO, "grad_accumulation": 2}, "set grad_accumulation to 1"),
+        ({**DRO, "mixup": 0.2}, "mix images of different groups"),
+        ({**DRO, "group_step": 0}, "group_step must be above 0"),
+        ({**DRO, "objective": "dro"}, 'Unknown objective "dro"'),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes, sentence):
+    with pytest.raises(L2R2Error, match=sentence):
+        recipe(**changes)
+
+
+def test_a_missing_column_is_reported_before_the_images_are_read(data, tmp_path):
+    with pytest.raises(L2R2Error, match='no column "site"'):
+        finetune(data, recipe(**{**DRO, "group": "site"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
