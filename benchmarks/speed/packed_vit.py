@@ -35,13 +35,13 @@ def ways(model: torch.nn.Module, x: Tensor, mask: Tensor) -> dict[str, Callable[
     on_device = mask.to(x.device)[:, None, None, :]
 
     def dense() -> Tensor:
-        tokens = embed_tokens(model, x)
+        tokens = embed_tokens(model, x).tokens
         for block in model.blocks:  # type: ignore[union-attr]
             tokens = block(tokens, attn_mask=on_device)
         return model.norm(tokens)[:, 0]  # type: ignore[operator]
 
     def packed() -> Tensor:
-        return model.norm(run_packed(model.blocks, embed_tokens(model, x), mask, num_prefix=1)[0].prefix())[:, 0]  # type: ignore
+        return model.norm(run_packed(model.blocks, embed_tokens(model, x).tokens, mask, num_prefix=1)[0].prefix())[:, 0]  # type: ignore
 
     return {"dense": dense, "packed": packed}
 

@@ -51,7 +51,7 @@ ARCHITECTURES: dict[str, str] = {
 }
 ARCHITECTURES |= {f"l2r2_efficientnet_lite{n}": f"tf_efficientnet_lite{n}" for n in range(3)}
 _VITS = [*(f"vit_{s}_patch16_224" for s in ("small", "base")), *(f"vit_{s}_patch14_reg4_dinov2" for s in ("small", "base"))]
-ARCHITECTURES |= {f"{MASKED}{vit}": vit for vit in _VITS}
+ARCHITECTURES |= {f"{MASKED}{vit}": vit for vit in (*_VITS, "eva02_small_patch14_336")}
 ARCHITECTURES |= {f"{PARTS}{vit}": vit for vit in ("vit_tiny_patch16_224", *_VITS[2:])}
 
 
@@ -244,7 +244,7 @@ def _feature_indices(backbone: str) -> tuple[int, ...]:
     """Default levels of `features_only`: all stages of a hierarchical network, the last three blocks of a ViT, as in timm."""
     if backbone.startswith(("resnet", "efficientnet", "tf_efficientnet")):
         return (0, 1, 2, 3, 4)
-    return (-3, -2, -1) if backbone.startswith("vit_") else (0, 1, 2, 3)
+    return (-3, -2, -1) if backbone.startswith(("vit_", "eva02_")) else (0, 1, 2, 3)
 
 
 def _entrypoint(architecture: str, backbone: str) -> Callable[..., L2R2]:
