@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import L2R2Error
 from ..views import ViewSpec
 from .backbones import feature_info
+from .packed_graphs import graphs_of
 
 
 class Tokens(NamedTuple):
@@ -167,21 +168,28 @@ def run_tokens(vit: Any, embedded: Embedded, keep: Tensor, *, packed: bool = Tru
     prefixes = vit.num_prefix_tokens
     weight = None if weights is None else nn.functional.pad(weights, (prefixes, 0), value=1.0)
     mask = torch.cat([keep.new_ones(keep.shape[0], prefixes), keep], 1)
-    options = {"num_prefix": prefixes, "checkpoint": bool(vit.grad_checkpointing), "rope": rope}
     try:
         if packed and weights is None and not _is_traced(tokens):
-            capacity = (
-                None if mask.device.type == "cpu" else "sync"
-            )  # one synchronization, without which packing does not pay off
-            _, out = run_packed(vit.blocks, tokens, mask, capacity=capacity, unpacked=True, **options)
-            assert out is not None
+            out = _run_packed(vit, tokens, mask, rope)
         else:
-            out = run_masked(vit.blocks, tokens, mask, key_weight=weight, **options)
+            checkpoint = bool(vit.grad_checkpointing)
+            out = run_masked(vit.blocks, tokens, mask, num_prefix=prefixes, key_weight=weight, checkpoint=checkpoint, rope=rope)
     except TypeError as error:
         raise L2R2Error(f"{type(vit).__name__} cannot drop tokens: {error}") from error
     out = vit.norm(out)
     patches = out[:, prefixes:]
     return Tokens(out[:, :prefixes], patches if weights is not None else torch.where(keep[:, :, None], patches, 0), keep, weights)
+
+
+def _run_packed(vit: Any, tokens: Tensor, mask: Tensor, rope: Tensor | None) -> Tensor:
+    """The blocks on kept tokens; dropped ones are 0 in the result `[B, P + N, C]`."""
+    if (graphs := graphs_of(vit, tokens)) is not None:
+        return graphs.run(tokens, mask, rope)
+    capacity = None if mask.device.type == "cpu" else "sync"  # one synchronization, without which packing does not pay off
+    options = {"num_prefix": vit.num_prefix_tokens, "checkpoint": bool(vit.grad_checkpointing)}
+    _, out = run_packed(vit.blocks, tokens, mask, capacity=capacity, unpacked=True, rope=rope, **options)
+    assert out is not None
+    return out
 
 
 def _is_traced(tokens: Tensor) -> bool:
