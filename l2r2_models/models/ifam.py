@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
-from timm.models import Eva, checkpoint_seq
+from timm.models import VisionTransformer, checkpoint_seq
 from torch import Tensor, nn
 
 from ..errors import L2R2Error
@@ -244,8 +244,11 @@ class IFAM(L2R2):
             raise L2R2Error(f'An iFAM model finds the object itself: its fg_mode must be "parts", got "{spec.fg_mode}".')
         for branch in self.branches:
             check_tokens_backbone(self.backbone_of(branch), self.backbone_name)
-            if isinstance(self.backbone_of(branch), Eva):
-                raise L2R2Error(f"{self.backbone_name} is an Eva network, which iFAM does not support; use a plain ViT of timm.")
+            if not isinstance(backbone := self.backbone_of(branch), VisionTransformer):
+                kind = type(backbone).__name__
+                raise L2R2Error(
+                    f"{self.backbone_name} has the class {kind}, which iFAM does not support; use a plain ViT of timm."
+                )
 
     def arguments(self) -> dict[str, Any]:
         """See `L2R2.arguments`."""

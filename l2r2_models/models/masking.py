@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from l2r2_kernels import run_masked, run_packed
 from timm.layers import PatchEmbed
-from timm.models import Eva, VisionTransformer
+from timm.models import Eva, NaFlexVit, VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import L2R2Error
@@ -43,7 +43,7 @@ class Embedded(NamedTuple):
 
     Attributes:
         tokens: `[B, P + N, C]`, prefix first, with absolute positions added.
-        rope: the rotary embeddings of the patches in an `Eva` network, as its blocks take them; None without.
+        rope: the rotary embeddings of the patches, as the blocks take them; None without.
     """
 
     tokens: Tensor
@@ -97,17 +97,19 @@ def check_tokens_backbone(backbone: nn.Module, name: str) -> None:
     """Check that a backbone supports token masks.
 
     Raises:
-        L2R2Error: when it is not a plain ViT or Eva network that pools by its class token or the mean.
+        L2R2Error: when it is not a plain ViT, Eva or NaFlexViT that pools by its class token or the mean.
     """
     reason = ""
-    family = next((kind for kind in (VisionTransformer, Eva) if isinstance(backbone, kind)), None)
+    family = next((kind for kind in (VisionTransformer, Eva, NaFlexVit) if isinstance(backbone, kind)), None)
     if family is None:
-        reason = f"its class {type(backbone).__name__} is neither a plain ViT of timm nor an Eva network (EVA-02, DINOv3, PE)"
+        reason = (
+            f"its class {type(backbone).__name__} is none of timm's VisionTransformer, Eva (EVA-02, DINOv3, PE) and NaFlexVit"
+        )
     elif any(getattr(type(backbone), m) is not getattr(family, m) for m in ("forward_features", "forward_head")):
         reason = f"its class {type(backbone).__name__} changes the forward pass of timm's {family.__name__}"
     elif backbone.global_pool not in ("token", "avg"):
         reason = f'its pooling "{backbone.global_pool}" is neither the class token nor the mean'
-    elif not isinstance(backbone.patch_embed, PatchEmbed):
+    elif family is not NaFlexVit and not isinstance(backbone.patch_embed, PatchEmbed):
         reason = f"its {type(backbone.patch_embed).__name__} mixes patches before they can be dropped"
     elif getattr(backbone.patch_drop, "prob", 0):
         reason = "it drops random patches (patch_drop_rate), so a mask would no longer match"
@@ -121,7 +123,8 @@ def patch_grid(vit: Any, height: int, width: int) -> tuple[int, int]:
     Raises:
         L2R2Error: when a side is not a multiple of the patch size.
     """
-    grid: tuple[int, int] = _grid(vit.patch_embed.patch_size, height, width)
+    embed = vit.embeds if isinstance(vit, NaFlexVit) else vit.patch_embed
+    grid: tuple[int, int] = _grid(embed.patch_size, height, width)
     return grid
 
 
@@ -138,6 +141,9 @@ def _grid(patch_size: tuple[int, int], height: int, width: int) -> tuple[int, in
 
 def embed_tokens(vit: Any, x: Tensor) -> Embedded:
     """Embed images `[B, C, H, W]` as tokens for the first block; see `check_tokens_backbone` for `vit`."""
+    if isinstance(vit, NaFlexVit):
+        parts = vit._forward_embeds(x, None, None, None)
+        return Embedded(parts["patches"], parts["rope_embeds"])
     embedded = vit._pos_embed(vit.patch_embed(x))
     tokens, rope = embedded if isinstance(vit, Eva) else (embedded, None)
     return Embedded(vit.norm_pre(tokens), rope)

@@ -1,5 +1,6 @@
 """fg masked inside the network: late features, token masks packed and by keys, masks of every size, the fallback."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -33,6 +34,8 @@ VITS = {
     "DINOv3": ("vit_small_patch16_dinov3", {"init_values": 1.0}),  # any image size, register tokens
     "PE": ("vit_pe_spatial_tiny_patch16_512", {}),
     "rope of each block": ("vit_small_patch16_rope_mixed_224", {}),
+    "NaFlexViT": ("naflexvit", {"global_pool": "avg", "reg_tokens": 4, "fc_norm": True}),
+    "NaFlexViT with rope": ("naflexvit", {"rope_type": "axial", "class_token": True, "global_pool": "token", "pre_norm": True}),
 }
 SIDE = {"registers": 56, "EVA-02": 56, "EVA-02 with its class token": 56}
 
@@ -40,7 +43,10 @@ SIDE = {"registers": 56, "EVA-02": 56, "EVA-02 with its class token": 56}
 def vit(kind, **options):
     torch.manual_seed(0)
     name, own = VITS[kind]
-    backbone = timm.create_model(name, num_classes=0, **{**VIT, **own, **options}).eval()
+    if name == "naflexvit":  # timm registers none that is small
+        backbone = NaFlexVit(NaFlexVitCfg(depth=3, embed_dim=48, num_heads=3, **own), num_classes=0).eval()
+    else:
+        backbone = timm.create_model(name, num_classes=0, **{**VIT, **own, **options}).eval()
     if getattr(backbone, "rope", None) is not None:
         for block in backbone.blocks:  # attention far from uniform, so that positions matter
             for parameter in block.attn.parameters():
@@ -90,8 +96,8 @@ def test_the_threshold_is_a_part_of_the_patch_and_nothing_is_never_kept():
 @pytest.mark.parametrize("kind", VITS)
 def test_packed_and_masked_keys_give_the_tokens_of_timm_with_masked_keys(kind):
     backbone, size = vit(kind), SIDE.get(kind, 64)
-    x, side = torch.randn(3, 3, size, size), size // backbone.patch_embed.patch_size[0]
-    keep = torch.rand(3, side * side) < torch.tensor([0.2, 0.6, 1.0])[:, None]
+    x, grid = torch.randn(3, 3, size, size), patch_grid(backbone, size, size)
+    keep = torch.rand(3, math.prod(grid)) < torch.tensor([0.2, 0.6, 1.0])[:, None]
     keep[0, 0] = True
     with torch.inference_mode():
         embedded, prefixes = embed_tokens(backbone, x), backbone.num_prefix_tokens
@@ -140,7 +146,7 @@ def test_one_patch_is_enough():
 @pytest.mark.parametrize(
     ("backbone", "options", "why"),
     [
-        ("resnet10t", {}, "ResNet is neither a plain ViT of timm nor an Eva network"),
+        ("resnet10t", {}, "ResNet is none of timm's VisionTransformer"),
         ("eva02_tiny_patch14_224", {"img_size": 56, "global_pool": "max"}, "max"),
         ("deit_tiny_distilled_patch16_224", {"img_size": 64}, "VisionTransformerDistilled"),
         ("vit_tiny_patch16_224", {**VIT, "global_pool": "max"}, "max"),
@@ -157,11 +163,11 @@ def test_backbones_that_cannot_drop_tokens_are_refused_by_name(backbone, options
             net.view_spec = replace(net.view_spec, fg_mode="tokens")
 
 
-def test_naflexvit_and_ifam_on_eva_are_refused_by_name():
-    naflex = NaFlexVit(NaFlexVitCfg(embed_dim=48, depth=1, num_heads=3))
-    with pytest.raises(L2R2Error, match=r"naflexvit_base_patch16_gap cannot drop tokens: its class NaFlexVit .*; choose"):
-        check_tokens_backbone(naflex, "naflexvit_base_patch16_gap")
-    with pytest.raises(L2R2Error, match="eva02_tiny_patch14_224 is an Eva network, which iFAM does not support"):
+def test_networks_that_ifam_or_tokens_do_not_support_are_refused_by_name():
+    naflex = NaFlexVit(NaFlexVitCfg(embed_dim=48, depth=1, num_heads=3, global_pool="map"))
+    with pytest.raises(L2R2Error, match=r'naflexvit_base_patch16_map cannot drop tokens: its pooling "map" .*; choose'):
+        check_tokens_backbone(naflex, "naflexvit_base_patch16_map")
+    with pytest.raises(L2R2Error, match="eva02_tiny_patch14_224 has the class Eva, which iFAM does not support; use a plain ViT"):
         IFAM("eva02_tiny_patch14_224", num_classes=2, img_size=56, depth=1)
 
 
