@@ -1,15 +1,20 @@
 """Compare every kernel with its peers on one GPU: `python benchmarks/speed/kernels.py`.
 
+`--dry-run` needs no GPU: it runs the same code on a CPU with tiny inputs, prints the table, and keeps no files. Its times mean
+nothing.
+
 Every result is compared with float64 before it is timed, and a wrong result of our kernels ends the run with exit code 1. The
 copy and matmul rates that the percentages refer to are measured in the same run. The table is printed, and written to
 benchmarks/results/ as CSV, with the GPU, the versions and the date, and as a plot of ratios against goals.
 """
 
+import argparse
 import datetime
 import importlib.util
 import platform
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -21,49 +26,62 @@ from timing import timed
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
-def seconds(call) -> float:
-    """Median time of a call on the GPU."""
-    return statistics.median(timed([call], torch.device("cuda"), 20)) / 1e3
+def seconds(call, device: torch.device) -> float:
+    """Median time of a call."""
+    return statistics.median(timed([call], device, 20)) / 1e3
 
 
-def copy_rate() -> float:
-    """Bytes per second of a device copy, reads plus writes, of a buffer larger than the cache."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+def copy_rate(device: torch.device, size: int) -> float:
+    """Bytes per second of a copy on the device, reads plus writes; on a GPU the buffer must be larger than its cache."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source))
+    return 2 * source.numel() / seconds(lambda: target.copy_(source), device)
 
 
-def matmul_rate() -> float:
-    """FLOP/s of a large bfloat16 matrix product."""
-    n = 8192
-    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * n**3 / seconds(lambda: a @ b)
+def matmul_rate(device: torch.device, n: int) -> float:
+    """FLOP/s of a bfloat16 matrix product of n x n."""
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * n**3 / seconds(lambda: a @ b, device)
 
 
-def versions() -> dict[str, str]:
-    found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": str(torch.version.cuda)}
+def versions(device: torch.device) -> dict[str, str]:
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "dry run on a CPU"
+    found = {"gpu": name, "torch": torch.__version__, "cuda": str(torch.version.cuda)}
     for name in ("triton", "torchvision", "kornia"):
         if importlib.util.find_spec(name):
             found[name] = importlib.import_module(name).__version__
     return {**found, "python": platform.python_version(), "date": datetime.date.today().isoformat()}
 
 
-def main() -> int:
-    if not torch.cuda.is_available():
-        print("No CUDA device: nothing was measured or written.")
-        return 1
+def measure(device: torch.device, tiny: bool) -> tuple[list[dict], dict[str, str], dict[str, float]]:
+    """All rows, the versions, and the rates that the percentages refer to."""
     import masked_attention_bench
     import roi_views_bench
 
-    about = versions()
-    rates = {"copy_bytes_per_s": copy_rate(), "matmul_flops_per_s": matmul_rate()}
+    buffer, n = (1 << 20, 128) if tiny else (1 << 30, 8192)
+    rates = {"copy_bytes_per_s": copy_rate(device, buffer), "matmul_flops_per_s": matmul_rate(device, n)}
     table: list[dict] = []
     for bench in (roi_views_bench, masked_attention_bench):
-        table += bench.rows("cuda", **rates)
-    return report(table, about, rates)
+        table += bench.rows(device.type, **rates, sizes=bench.TINY if tiny else None)
+    return table, versions(device), rates
 
 
-def report(table: list[dict], about: dict[str, str], rates: dict[str, float]) -> int:
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--dry-run", action="store_true", help="tiny inputs on a CPU; no files are kept")
+    if parser.parse_args(arguments).dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            code = report(*measure(torch.device("cpu"), True), Path(folder))
+        if code == 0:
+            print("Dry run: the files were deleted, and the times mean nothing.")
+        return code
+    if not torch.cuda.is_available():
+        print("No CUDA device: nothing was measured or written. Try the script with --dry-run.")
+        return 1
+    return report(*measure(torch.device("cuda"), False), RESULTS)
+
+
+def report(table: list[dict], about: dict[str, str], rates: dict[str, float], folder: Path) -> int:
     """Print and write the table, unless a result of our kernels is wrong."""
     wrong = [f"{row['op']}, {row['case']}" for row in table if row["provider"] == OURS and not row["correct"]]
     if wrong:
@@ -72,8 +90,8 @@ def report(table: list[dict], about: dict[str, str], rates: dict[str, float]) ->
     versions_line = ", ".join(f"{k} {v}" for k, v in about.items())
     rates_line = f"copy {rates['copy_bytes_per_s'] / 1e12:.2f} TB/s, bf16 matmul {rates['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s"
     print(versions_line, rates_line, *map(show, table), sep="\n")
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"kernels_{about['gpu'].lower().replace(' ', '-')}_{about['date']}.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"kernels_{about['gpu'].lower().replace(' ', '-')}_{about['date']}.csv"
     write_csv(path, table, {**about, **rates})
     write_plot(path.with_suffix(".png"), table, f"{versions_line}\n{rates_line}")
     print(f"Wrote {path} and {path.with_suffix('.png').name}")

@@ -35,13 +35,15 @@ def ways(model: torch.nn.Module, x: Tensor, mask: Tensor) -> dict[str, Callable[
     on_device = mask.to(x.device)[:, None, None, :]
 
     def dense() -> Tensor:
-        tokens = embed_tokens(model, x)
+        tokens, rope = embed_tokens(model, x)
+        rotary = {} if rope is None else {"rope": rope}
         for block in model.blocks:  # type: ignore[union-attr]
-            tokens = block(tokens, attn_mask=on_device)
+            tokens = block(tokens, attn_mask=on_device, **rotary)
         return model.norm(tokens)[:, 0]  # type: ignore[operator]
 
     def packed() -> Tensor:
-        return model.norm(run_packed(model.blocks, embed_tokens(model, x), mask, num_prefix=1)[0].prefix())[:, 0]  # type: ignore
+        tokens, rope = embed_tokens(model, x)
+        return model.norm(run_packed(model.blocks, tokens, mask, num_prefix=1, rope=rope)[0].prefix())[:, 0]  # type: ignore
 
     return {"dense": dense, "packed": packed}
 

@@ -36,6 +36,9 @@ class Sizes(NamedTuple):
     copies: int = 2
 
 
+TINY = Sizes(images=3, height=40, width=50, size=24, repeats=2)
+
+
 class Work(NamedTuple):
     """One batch: ragged or same-size images, the boxes of its views, and the image of each."""
 

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
-from timm.models import checkpoint_seq
+from timm.models import VisionTransformer, checkpoint_seq
 from torch import Tensor, nn
 
 from ..errors import L2R2Error
 from ..views import ViewSpec, batch_masks
 from .ifam_script import ScriptedIFAM
 from .l2r2 import L2R2, L2R2Output
-from .masking import check_mask, check_tokens_backbone, embed_tokens, kept_patches, patch_grid, pool_tokens, run_tokens
+from .masking import Embedded, check_mask, check_tokens_backbone, embed_tokens, kept_patches, patch_grid, pool_tokens, run_tokens
 from .parts import PartDiscovery, PartMaps, PartWeights, part_losses
 
 
@@ -124,15 +124,15 @@ class IFAM(L2R2):
         if full is None or fg is not None or bg is not None:
             raise L2R2Error("An iFAM model finds the object itself; pass only the whole image, as full.")
         grid = patch_grid(self.backbone, full.shape[-2], full.shape[-1])
-        tokens, found = self._stage1(full, grid)
+        embedded, found = self._stage1(full, grid)
         found = self._intervened(found)
         z_full = self.parts.classify(found.vectors, self.heads["full"], self.dropped_parts)
         if mask is not None:
             keep = kept_patches(check_mask(mask, full.shape[0]).to(full.device), grid, self.view_spec.coverage)
             found = found._replace(keep=keep.unflatten(1, grid))
         if not self.shared:
-            tokens = embed_tokens(self.backbone_of("fg"), full)
-        z_fg, seen = self._stage2(tokens, found, by_hand=mask is not None)
+            embedded = embed_tokens(self.backbone_of("fg"), full)
+        z_fg, seen = self._stage2(embedded, found, by_hand=mask is not None)
         seen = seen if has_fg is None else seen & has_fg
         fused = self.fuse({"full": z_full, "fg": z_fg}, seen, objectness)
         return L2R2Output(z_full, z_fg, fused, None, seen, found)
@@ -150,14 +150,15 @@ class IFAM(L2R2):
             return found
         return self.parts.without(found, self.dropped_parts, self.token_quantile)
 
-    def _stage1(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, PartMaps]:
+    def _stage1(self, x: Tensor, grid: tuple[int, int]) -> tuple[Embedded, PartMaps]:
         """The tokens before the first block, and the parts."""
         vit = self.backbone
-        tokens = embed_tokens(vit, x)
+        embedded = embed_tokens(vit, x)
+        tokens = embedded.tokens
         features = vit.norm(checkpoint_seq(vit.blocks, tokens) if vit.grad_checkpointing else vit.blocks(tokens))
-        return tokens, self.parts(features[:, vit.num_prefix_tokens :], grid)
+        return embedded, self.parts(features[:, vit.num_prefix_tokens :], grid)
 
-    def _stage2(self, tokens: Tensor, found: PartMaps, *, by_hand: bool) -> tuple[Tensor, Tensor]:
+    def _stage2(self, embedded: Embedded, found: PartMaps, *, by_hand: bool) -> tuple[Tensor, Tensor]:
         """Stage 2's logits, and `[B]` bool whether it saw a patch.
 
         In training each patch is weighted as a key (and in the mean), by 1 if it is kept and 0 if not, with the gradient of the
@@ -168,7 +169,7 @@ class IFAM(L2R2):
         if self.training and not by_hand:
             soft = found.foreground().flatten(1)
             weights = keep + (soft - soft.detach())
-        seen = run_tokens(vit, tokens, keep, weights=weights)
+        seen = run_tokens(vit, embedded, keep, weights=weights)
         return self.heads["fg"](pool_tokens(vit, seen)), keep.any(1)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -243,6 +244,11 @@ class IFAM(L2R2):
             raise L2R2Error(f'An iFAM model finds the object itself: its fg_mode must be "parts", got "{spec.fg_mode}".')
         for branch in self.branches:
             check_tokens_backbone(self.backbone_of(branch), self.backbone_name)
+            if not isinstance(backbone := self.backbone_of(branch), VisionTransformer):
+                kind = type(backbone).__name__
+                raise L2R2Error(
+                    f"{self.backbone_name} has the class {kind}, which iFAM does not support; use a plain ViT of timm."
+                )
 
     def arguments(self) -> dict[str, Any]:
         """See `L2R2.arguments`."""

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from l2r2_kernels import run_masked, run_packed
 from timm.layers import PatchEmbed
-from timm.models import VisionTransformer
+from timm.models import Eva, NaFlexVit, VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import L2R2Error
 from ..views import ViewSpec
 from .backbones import feature_info
+from .packed_graphs import graphs_of
 
 
 class Tokens(NamedTuple):
@@ -35,6 +36,18 @@ class Tokens(NamedTuple):
     patches: Tensor
     keep: Tensor
     weights: Tensor | None = None
+
+
+class Embedded(NamedTuple):
+    """A ViT's tokens as they enter the first block.
+
+    Attributes:
+        tokens: `[B, P + N, C]`, prefix first, with absolute positions added.
+        rope: the rotary embeddings of the patches, as the blocks take them; None without.
+    """
+
+    tokens: Tensor
+    rope: Tensor | None = None
 
 
 # ---- masks on a grid ----
@@ -84,16 +97,19 @@ def check_tokens_backbone(backbone: nn.Module, name: str) -> None:
     """Check that a backbone supports token masks.
 
     Raises:
-        L2R2Error: when it is not a plain ViT that pools by its class token or the mean.
+        L2R2Error: when it is not a plain ViT, Eva or NaFlexViT that pools by its class token or the mean.
     """
     reason = ""
-    if not isinstance(backbone, VisionTransformer):
-        reason = "it is not one of timm's plain ViTs (no RoPE, Eva or hierarchical backbones)"
-    elif any(getattr(type(backbone), m) is not getattr(VisionTransformer, m) for m in ("forward_features", "forward_head")):
-        reason = f"its class {type(backbone).__name__} changes the forward pass of timm's plain ViT"
+    family = next((kind for kind in (VisionTransformer, Eva, NaFlexVit) if isinstance(backbone, kind)), None)
+    if family is None:
+        reason = (
+            f"its class {type(backbone).__name__} is none of timm's VisionTransformer, Eva (EVA-02, DINOv3, PE) and NaFlexVit"
+        )
+    elif any(getattr(type(backbone), m) is not getattr(family, m) for m in ("forward_features", "forward_head")):
+        reason = f"its class {type(backbone).__name__} changes the forward pass of timm's {family.__name__}"
     elif backbone.global_pool not in ("token", "avg"):
         reason = f'its pooling "{backbone.global_pool}" is neither the class token nor the mean'
-    elif not isinstance(backbone.patch_embed, PatchEmbed):
+    elif family is not NaFlexVit and not isinstance(backbone.patch_embed, PatchEmbed):
         reason = f"its {type(backbone.patch_embed).__name__} mixes patches before they can be dropped"
     elif getattr(backbone.patch_drop, "prob", 0):
         reason = "it drops random patches (patch_drop_rate), so a mask would no longer match"
@@ -107,7 +123,8 @@ def patch_grid(vit: Any, height: int, width: int) -> tuple[int, int]:
     Raises:
         L2R2Error: when a side is not a multiple of the patch size.
     """
-    grid: tuple[int, int] = _grid(vit.patch_embed.patch_size, height, width)
+    embed = vit.embeds if isinstance(vit, NaFlexVit) else vit.patch_embed
+    grid: tuple[int, int] = _grid(embed.patch_size, height, width)
     return grid
 
 
@@ -122,18 +139,22 @@ def _grid(patch_size: tuple[int, int], height: int, width: int) -> tuple[int, in
     return height // rows, width // columns
 
 
-def embed_tokens(vit: Any, x: Tensor) -> Tensor:
-    """Embed images `[B, C, H, W]` as tokens `[B, P + N, C]` for the first block, with positions, prefix first."""
-    tokens: Tensor = vit.norm_pre(vit._pos_embed(vit.patch_embed(x)))
-    return tokens
+def embed_tokens(vit: Any, x: Tensor) -> Embedded:
+    """Embed images `[B, C, H, W]` as tokens for the first block; see `check_tokens_backbone` for `vit`."""
+    if isinstance(vit, NaFlexVit):
+        parts = vit._forward_embeds(x, None, None, None)
+        return Embedded(parts["patches"], parts["rope_embeds"])
+    embedded = vit._pos_embed(vit.patch_embed(x))
+    tokens, rope = embedded if isinstance(vit, Eva) else (embedded, None)
+    return Embedded(vit.norm_pre(tokens), rope)
 
 
-def run_tokens(vit: Any, tokens: Tensor, keep: Tensor, *, packed: bool = True, weights: Tensor | None = None) -> Tokens:
+def run_tokens(vit: Any, embedded: Embedded, keep: Tensor, *, packed: bool = True, weights: Tensor | None = None) -> Tokens:
     """Run the blocks and the last norm of a ViT with dropped patches as keys in no block.
 
     Args:
         vit: see `check_tokens_backbone`.
-        tokens: `[B, P + N, C]` from `embed_tokens`.
+        embedded: from `embed_tokens`.
         keep: `[B, N]` bool. Prefix tokens (class, registers) are always kept.
         packed: whether to drop the tokens before block 1, or to compute all and mask dropped ones as keys. Both give the
             same prefix and kept patches; the first is faster. A traced, compiled or exported model always does the second, whose
@@ -149,24 +170,32 @@ def run_tokens(vit: Any, tokens: Tensor, keep: Tensor, *, packed: bool = True, w
     """
     if torch.jit.is_tracing():  # the trace would bake in this mask, and give NaN for others
         raise L2R2Error("A network that drops tokens cannot be traced by torch.jit; use torch.export or `l2r2 export`.")
+    tokens, rope = embedded
     prefixes = vit.num_prefix_tokens
     weight = None if weights is None else nn.functional.pad(weights, (prefixes, 0), value=1.0)
     mask = torch.cat([keep.new_ones(keep.shape[0], prefixes), keep], 1)
-    options = {"num_prefix": prefixes, "checkpoint": bool(vit.grad_checkpointing)}
     try:
         if packed and weights is None and not _is_traced(tokens):
-            capacity = (
-                None if mask.device.type == "cpu" else "sync"
-            )  # one synchronization, without which packing does not pay off
-            _, out = run_packed(vit.blocks, tokens, mask, capacity=capacity, unpacked=True, **options)
-            assert out is not None
+            out = _run_packed(vit, tokens, mask, rope)
         else:
-            out = run_masked(vit.blocks, tokens, mask, key_weight=weight, **options)
+            checkpoint = bool(vit.grad_checkpointing)
+            out = run_masked(vit.blocks, tokens, mask, num_prefix=prefixes, key_weight=weight, checkpoint=checkpoint, rope=rope)
     except TypeError as error:
         raise L2R2Error(f"{type(vit).__name__} cannot drop tokens: {error}") from error
     out = vit.norm(out)
     patches = out[:, prefixes:]
     return Tokens(out[:, :prefixes], patches if weights is not None else torch.where(keep[:, :, None], patches, 0), keep, weights)
+
+
+def _run_packed(vit: Any, tokens: Tensor, mask: Tensor, rope: Tensor | None) -> Tensor:
+    """The blocks on kept tokens; dropped ones are 0 in the result `[B, P + N, C]`."""
+    if (graphs := graphs_of(vit, tokens)) is not None:
+        return graphs.run(tokens, mask, rope)
+    capacity = None if mask.device.type == "cpu" else "sync"  # one synchronization, without which packing does not pay off
+    options = {"num_prefix": vit.num_prefix_tokens, "checkpoint": bool(vit.grad_checkpointing)}
+    _, out = run_packed(vit.blocks, tokens, mask, capacity=capacity, unpacked=True, rope=rope, **options)
+    assert out is not None
+    return out
 
 
 def _is_traced(tokens: Tensor) -> bool:
@@ -184,7 +213,7 @@ def pool_tokens(vit: Any, tokens: Tokens) -> Tensor:
             weights = tokens.weights.to(patches.dtype)
             patches, count = patches * weights[..., None], weights.sum(1, keepdim=True)
         pooled = patches.sum(1)
-        if vit.pool_include_prefix:
+        if getattr(vit, "pool_include_prefix", False):
             pooled, count = pooled + tokens.prefix.sum(1), count + tokens.prefix.shape[1]
         pooled = pooled / count.clamp_min(1)
     features: Tensor = vit.head_drop(vit.fc_norm(pooled))

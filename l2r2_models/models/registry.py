@@ -65,7 +65,7 @@ ARCHITECTURES: dict[str, str] = {
 }
 ARCHITECTURES |= {f"l2r2_efficientnet_lite{n}": f"tf_efficientnet_lite{n}" for n in range(3)}
 _VITS = [*(f"vit_{s}_patch16_224" for s in ("small", "base")), *(f"vit_{s}_patch14_reg4_dinov2" for s in ("small", "base"))]
-ARCHITECTURES |= {f"{MASKED}{vit}": vit for vit in _VITS}
+ARCHITECTURES |= {f"{MASKED}{vit}": vit for vit in (*_VITS, "eva02_small_patch14_336")}
 ARCHITECTURES |= {f"{PARTS}{vit}": vit for vit in ("vit_tiny_patch16_224", *_VITS[2:])}
 
 

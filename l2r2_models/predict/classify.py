@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from ..hardware import has_bf16
 from ..models.backbones import is_convolutional
 from ..models.cascade import Cascade, can_decide, check_cascade, has_own_views
 from ..models.l2r2 import L2R2, L2R2Output
+from ..models.packed_graphs import PackedGraphs
 from ..views import Views, make_views
 from .items import Item, Job, Pending, Row, images_of
 
@@ -48,16 +50,24 @@ class Network:
         batch_size: objects per forward pass.
         precision: precision of the network, `fp32` or `bf16`; views and fusion are always fp32.
         cascade: run fg first, and the other branches only on the rows that it does not decide; None to run all branches.
+        cuda_graphs: replay the ViT of an fg branch that drops tokens as CUDA graphs, see `PackedGraphs`.
 
     Attributes:
         round_logits: round the logits before they are fused, so that stored ones give the same predictions; False by default.
 
     Raises:
-        L2R2Error: when the device does not support the precision, or the branches of the model cannot run separately.
+        L2R2Error: when the device does not support the precision, the branches of the model cannot run separately, or it drops
+            no tokens and `cuda_graphs` is set.
     """
 
     def __init__(
-        self, model: L2R2, device: torch.device, batch_size: int, precision: Precision = "fp32", cascade: Cascade | None = None
+        self,
+        model: L2R2,
+        device: torch.device,
+        batch_size: int,
+        precision: Precision = "fp32",
+        cascade: Cascade | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         check_precision(precision, device)
         self.model, self.device, self.precision, self.cascade = model, device, precision, cascade
@@ -70,6 +80,9 @@ class Network:
             if cascade.threshold is None and not can_decide(model, device):
                 always = f'the fusion "{model.fusion.name}" always needs all branches'
                 logger.warning("%s, so an exact cascade saves nothing; fit one with `l2r2 fuse --cascade`", always)
+        if cuda_graphs and not ("fg" in model.branches and model.view_spec.fg.drops_tokens):
+            raise L2R2Error('cuda_graphs is for models that drop tokens: with an fg branch of fg_mode "tokens", or iFAM.')
+        self.graphs = PackedGraphs(model.backbone_of("fg"), batch_size) if cuda_graphs else None
         self.memory_format = torch.channels_last if is_convolutional(model.backbone) else torch.contiguous_format
 
     @property
@@ -224,7 +237,8 @@ class Network:
         )
         scores = self._scores(jobs)
         known_full = {} if full is None else {"full_logits": full}
-        output = self.model.forward_views(**views.inputs(), objectness=scores, **known_full)
+        with nullcontext() if self.graphs is None else self.graphs.replayed():
+            output = self.model.forward_views(**views.inputs(), objectness=scores, **known_full)
         return Answered(output, torch.zeros_like(output.has_fg))
 
 

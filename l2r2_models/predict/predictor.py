@@ -55,11 +55,13 @@ class Predictor:
             loss of accuracy. `ObjectPrediction.full` is None where it was not needed; by default, all branches run.
         image_rule: how the prediction for an image follows from those for its objects: `best`, `weighted` or `full`, see
             `image_answer`.
+        cuda_graphs: on a GPU, replay the ViT of an fg branch that drops tokens as CUDA graphs, see `PackedGraphs`. Faster where
+            the host is the bottleneck; experimental, not yet run on a GPU. Without one, predictions and speed stay the same.
 
     Raises:
         L2R2Error: when the model does not take RGB images, a number is out of range, the localizer cannot be created or does
-            not fit the model, the hardware does not support the precision, or the model lacks a branch for the cascade or the
-            image rule.
+            not fit the model, the hardware does not support the precision, the model lacks a branch for the cascade or the
+            image rule, or it drops no tokens and `cuda_graphs` is set.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Predictor:
         precision: Precision = "fp32",
         cascade: float | None = None,
         image_rule: str = "best",
+        cuda_graphs: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -93,7 +96,7 @@ class Predictor:
             localizer = create_localizer(localizer, device=self.device, checkpoint=checkpoint)
         self.localizer: Localizer | None = localizer
         self.topk_prompts = topk_prompts
-        self.network = Network(self.model, self.device, batch_size, precision, cascade_of(checkpoint, cascade))
+        self.network = Network(self.model, self.device, batch_size, precision, cascade_of(checkpoint, cascade), cuda_graphs)
         self.workers = worker_count(workers)
         self.keep_logits, self.rules = False, Rules(self.labels)
         self.image_rule = checked_rule(image_rule, self.model.branches, cascade is not None)

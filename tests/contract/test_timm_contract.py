@@ -26,6 +26,7 @@ FAMILIES = {
     "l2r2_swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 2, "embed_dim": 24, "depths": (1, 1, 1, 1)},
     "l2r2_efficientnet_b0": {},
     "l2r2_masked_vit_small_patch16_224": {"img_size": 64, "depth": 3},
+    "l2r2_masked_eva02_small_patch14_336": {"img_size": 56, "depth": 3, "embed_dim": 48, "num_heads": 3},
     "ifam_vit_tiny_patch16_224": {"img_size": 64, "depth": 3},
     "l2r2_mobilenetv4_conv_small_050": {},
     "l2r2_vit_small_patch16_dinov3": {"img_size": 64, **TINY_VIT},

@@ -16,6 +16,7 @@ SMALL = (
     "l2r2_efficientnet_b0",
     "l2r2_swin_tiny_patch4_window7_224",
     "l2r2_masked_vit_small_patch16_224",
+    "l2r2_masked_eva02_small_patch14_336",
     "ifam_vit_tiny_patch16_224",
     "l2r2",
 )

@@ -1,13 +1,24 @@
 """fg masked inside the network: late features, token masks packed and by keys, masks of every size, the fallback."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import timm
 import torch
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 
 from l2r2_models import L2R2Error, make_views
-from l2r2_models.models.masking import coverage, embed_tokens, kept_patches, patch_grid, run_tokens, token_features
+from l2r2_models.models.ifam import IFAM
+from l2r2_models.models.masking import (
+    check_tokens_backbone,
+    coverage,
+    embed_tokens,
+    kept_patches,
+    patch_grid,
+    run_tokens,
+    token_features,
+)
 
 VIT = {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3}
 VITS = {
@@ -18,14 +29,29 @@ VITS = {
     "average": ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}),
     "average beside a class token": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
     "average with the class token": ("vit_tiny_patch16_224", {"global_pool": "avg", "pool_include_prefix": True}),
+    "EVA-02": ("eva02_small_patch14_336", {"img_size": 56}),
+    "EVA-02 with its class token": ("eva02_tiny_patch14_224", {"img_size": 56, "global_pool": "token"}),
+    "DINOv3": ("vit_small_patch16_dinov3", {"init_values": 1.0}),  # any image size, register tokens
+    "PE": ("vit_pe_spatial_tiny_patch16_512", {}),
+    "rope of each block": ("vit_small_patch16_rope_mixed_224", {}),
+    "NaFlexViT": ("naflexvit", {"global_pool": "avg", "reg_tokens": 4, "fc_norm": True}),
+    "NaFlexViT with rope": ("naflexvit", {"rope_type": "axial", "class_token": True, "global_pool": "token", "pre_norm": True}),
 }
-SIDE = {"registers": 56}
+SIDE = {"registers": 56, "EVA-02": 56, "EVA-02 with its class token": 56}
 
 
 def vit(kind, **options):
     torch.manual_seed(0)
     name, own = VITS[kind]
-    return timm.create_model(name, num_classes=0, **{**VIT, **own, **options}).eval()
+    if name == "naflexvit":  # timm registers none that is small
+        backbone = NaFlexVit(NaFlexVitCfg(depth=3, embed_dim=48, num_heads=3, **own), num_classes=0).eval()
+    else:
+        backbone = timm.create_model(name, num_classes=0, **{**VIT, **own, **options}).eval()
+    if getattr(backbone, "rope", None) is not None:
+        for block in backbone.blocks:  # attention far from uniform, so that positions matter
+            for parameter in block.attn.parameters():
+                torch.nn.init.normal_(parameter, std=0.2)
+    return backbone
 
 
 def model(backbone="resnet10t", **options):
@@ -68,17 +94,20 @@ def test_the_threshold_is_a_part_of_the_patch_and_nothing_is_never_kept():
 
 
 @pytest.mark.parametrize("kind", VITS)
-def test_packed_and_masked_keys_give_the_same_tokens(kind):
+def test_packed_and_masked_keys_give_the_tokens_of_timm_with_masked_keys(kind):
     backbone, size = vit(kind), SIDE.get(kind, 64)
-    x, side = torch.randn(3, 3, size, size), size // backbone.patch_embed.patch_size[0]
-    keep = torch.rand(3, side * side) < torch.tensor([0.2, 0.6, 1.0])[:, None]
+    x, grid = torch.randn(3, 3, size, size), patch_grid(backbone, size, size)
+    keep = torch.rand(3, math.prod(grid)) < torch.tensor([0.2, 0.6, 1.0])[:, None]
     keep[0, 0] = True
     with torch.inference_mode():
-        tokens = embed_tokens(backbone, x)
-        packed, keys = (run_tokens(backbone, tokens, keep, packed=p) for p in (True, False))
-        assert torch.allclose(packed.prefix, keys.prefix, atol=1e-5)
-        assert torch.allclose(packed.patches, keys.patches, atol=1e-5)
-        everything = run_tokens(backbone, tokens, torch.ones_like(keep))
+        embedded, prefixes = embed_tokens(backbone, x), backbone.num_prefix_tokens
+        keys = torch.nn.functional.pad(keep, (prefixes, 0), value=True)
+        timm_own = backbone.forward_features(x, attn_mask=keys[:, None, None])
+        for packed in (True, False):
+            got = run_tokens(backbone, embedded, keep, packed=packed)
+            assert torch.allclose(got.prefix, timm_own[:, :prefixes], atol=1e-5)
+            assert torch.allclose(got.patches, torch.where(keep[..., None], timm_own[:, prefixes:], 0), atol=1e-5)
+        everything = run_tokens(backbone, embedded, torch.ones_like(keep))
         assert torch.allclose(torch.cat([everything.prefix, everything.patches], 1), backbone.forward_features(x), atol=1e-5)
 
 
@@ -96,10 +125,11 @@ def test_all_patches_give_the_whole_image_and_dropped_ones_do_not_matter(kind):
         assert not torch.allclose(seen, backbone(x), atol=1e-3)
 
 
-def test_gradients_of_packed_and_masked_keys_agree_in_training():
+@pytest.mark.parametrize("kind", ["plain", "DINOv3"])
+def test_gradients_of_packed_and_masked_keys_agree_in_training(kind):
     grads = []
     for packed in (True, False):
-        backbone = vit("plain").train()
+        backbone = vit(kind).train()
         torch.manual_seed(1)
         features, _ = token_features(backbone, torch.randn(2, 3, 64, 64), box_mask().float().repeat(2, 1, 1), 0.25, packed=packed)
         features.square().sum().backward()
@@ -116,8 +146,8 @@ def test_one_patch_is_enough():
 @pytest.mark.parametrize(
     ("backbone", "options", "why"),
     [
-        ("eva02_tiny_patch14_224", {"img_size": 56}, "RoPE"),
-        ("resnet10t", {}, "not one of timm's plain ViTs"),
+        ("resnet10t", {}, "ResNet is none of timm's VisionTransformer"),
+        ("eva02_tiny_patch14_224", {"img_size": 56, "global_pool": "max"}, "max"),
         ("deit_tiny_distilled_patch16_224", {"img_size": 64}, "VisionTransformerDistilled"),
         ("vit_tiny_patch16_224", {**VIT, "global_pool": "max"}, "max"),
         ("vit_tiny_patch16_224", {**VIT, "patch_drop_rate": 0.5}, "patch_drop_rate"),
@@ -131,6 +161,14 @@ def test_backbones_that_cannot_drop_tokens_are_refused_by_name(backbone, options
     if why != "patch_drop_rate":
         with pytest.raises(L2R2Error, match=backbone):
             net.view_spec = replace(net.view_spec, fg_mode="tokens")
+
+
+def test_networks_that_ifam_or_tokens_do_not_support_are_refused_by_name():
+    naflex = NaFlexVit(NaFlexVitCfg(embed_dim=48, depth=1, num_heads=3, global_pool="map"))
+    with pytest.raises(L2R2Error, match=r'naflexvit_base_patch16_map cannot drop tokens: its pooling "map" .*; choose'):
+        check_tokens_backbone(naflex, "naflexvit_base_patch16_map")
+    with pytest.raises(L2R2Error, match="eva02_tiny_patch14_224 has the class Eva, which iFAM does not support; use a plain ViT"):
+        IFAM("eva02_tiny_patch14_224", num_classes=2, img_size=56, depth=1)
 
 
 def test_blocks_of_another_kind_are_refused():
@@ -215,7 +253,7 @@ def test_late_masking_of_a_vit(pool):
     x, mask, backbone = torch.randn(2, 3, 64, 64), box_mask().repeat(2, 1, 1), net.backbone
     with torch.inference_mode():
         out = net.forward_views(x, mask=mask)
-        tokens = backbone.blocks[:-1](embed_tokens(backbone, x))
+        tokens = backbone.blocks[:-1](embed_tokens(backbone, x).tokens)
         weights = coverage(mask.float(), (4, 4)).flatten(1)[..., None]
         last = backbone.norm(backbone.blocks[-1](torch.cat([tokens[:, :1], tokens[:, 1:] * weights], 1)))
         pooled = {

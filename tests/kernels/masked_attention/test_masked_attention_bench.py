@@ -19,17 +19,18 @@ def bench():
 
 @pytest.fixture(scope="module")
 def table(bench):
-    tiny = {"batch": 5, "heads": 1, "dim": 16, "short": 12, "long": 24, "dtype": torch.float32, "repeats": 2}
-    model = {"model": "vit_tiny_patch16_224", "model_args": (("img_size", 64), ("depth", 1))}
-    return bench.rows("cpu", 1e10, 1e11, bench.Sizes(**tiny, **model))
+    return bench.rows("cpu", 1e10, 1e11, bench.TINY)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_every_goal_has_our_correct_timed_row(table):
     assert all(list(row) == KEYS for row in table)
     ours = [row for row in table if row["provider"] == "l2r2"]
-    assert len(ours) == 19 and all(row["correct"] and row["ms_median"] > 0 and row["must"] for row in ours)
+    assert len(ours) == 29 and all(row["correct"] and row["ms_median"] > 0 and row["must"] for row in ours)
     assert {row["must"] for row in ours} >= {1.0, 1 / 1.15, 1 / 1.3, 1.3, 2.5, 1 / 1.05, 1.7, 2.6, 3.5}
+    graphs = [row for row in ours if row["op"] == "PackedRunner"]
+    assert {row["must"] for row in graphs if "eva02" not in row["case"]} == {2.1, 3.4, 4.8, 4.0}
+    assert {row["must"] for row in graphs if "eva02" in row["case"]} == {2.1, 3.4, 4.8}
     assert len({(row["op"], row["case"]) for row in ours}) == len(ours)
 
 

@@ -15,6 +15,15 @@ def vit(**options):
     return timm.create_model("vit_tiny_patch16_224", img_size=112, depth=2, embed_dim=48, num_heads=3, **options).eval()
 
 
+def eva():
+    torch.manual_seed(0)
+    sizes = {"img_size": 112, "patch_size": 16, "depth": 2, "embed_dim": 48, "num_heads": 3}
+    model = timm.create_model("eva02_tiny_patch14_224", **sizes).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
 def batch(seed=0, images=BATCH, device="cpu"):
     g = torch.Generator().manual_seed(seed)
     mask = torch.rand(images, TOKENS, generator=g) < 0.4
@@ -33,6 +42,15 @@ def test_on_a_cpu_it_is_run_packed():
         assert images > BATCH or packed.tokens.shape[0] == CAPACITY
 
 
+def test_rotary_embeddings_reach_the_blocks():
+    model = eva()
+    run = PackedRunner(model.blocks, BATCH, TOKENS, CAPACITY, num_prefix=1, unpacked=True)
+    x, mask = batch()
+    for rope in (model.rope.get_embed(), model.rope.get_embed().flip(0)):
+        expected = run_packed(model.blocks, x, mask, num_prefix=1, unpacked=True, rope=rope)[1]
+        torch.testing.assert_close(run(x, mask, rope)[1], expected)
+
+
 def test_a_smaller_capacity_than_is_needed_is_named():
     x, mask = batch()
     with pytest.raises(ValueError, match="capacity is 8, but the mask keeps"):
@@ -48,6 +66,9 @@ def test_a_graph_is_good_for_one_shape_dtype_autocast_mode_and_place_of_the_para
     x = x.detach()
     with torch.autocast("cpu", torch.bfloat16):
         assert run.key(x) != key
+    with torch.inference_mode():
+        assert run.key(x) != key
+    assert len({key, run.key(x, torch.zeros(49, 32)), run.key(x, torch.zeros(49, 32, dtype=torch.bfloat16))}) == 3
     model.load_state_dict(vit().state_dict())  # in place
     assert run.key(x) == key
     model.train()
@@ -68,6 +89,18 @@ def test_replays_are_bit_equal_also_with_another_mask(autocast):
             packed, unpacked = run(x, mask)
             assert run._graph is not None
             assert torch.equal(unpacked, expected[1]) and torch.equal(packed.tokens, expected[0].tokens)
+
+
+@pytest.mark.gpu
+def test_replays_take_other_rotary_embeddings():
+    model = eva().cuda()
+    run = PackedRunner(model.blocks, BATCH, TOKENS, CAPACITY, num_prefix=1, unpacked=True)
+    x, mask = batch(device="cuda")
+    with torch.inference_mode():
+        for rope in (model.rope.get_embed(), model.rope.get_embed().flip(0)):
+            expected = run_packed(model.blocks, x, mask, num_prefix=1, capacity=CAPACITY, unpacked=True, rope=rope)[1]
+            assert torch.equal(run(x, mask, rope)[1], expected)
+    assert run._graph is not None
 
 
 @pytest.mark.gpu

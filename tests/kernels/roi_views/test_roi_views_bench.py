@@ -21,7 +21,7 @@ def test_every_row_is_right_and_has_its_goal(monkeypatch):
     monkeypatch.syspath_prepend(str(SPEED))
     import roi_views_bench as bench
 
-    table = bench.rows("cpu", 1e10, 1e12, bench.Sizes(images=3, height=40, width=50, size=24, repeats=2))
+    table = bench.rows("cpu", 1e10, 1e12, bench.TINY)
     assert all(set(row) == KEYS for row in table)
     assert all(row["correct"] for row in table if row["provider"] != "kornia")
     goals = {row["must"] for row in table if row["provider"] == "l2r2"}
@@ -38,17 +38,21 @@ def rows_of(case, goal, **milliseconds):
         yield row | {"must": goal if own else None, "ratio": 2.5 if own else 1.5}
 
 
-def test_the_report_has_a_row_a_goal_with_the_peers_as_columns(monkeypatch, tmp_path, capsys):
-    monkeypatch.syspath_prepend(str(SPEED))
+def load_driver():
     # Under another name: a module called `kernels` would make transformers believe that Hugging Face's own one is there.
     spec = importlib.util.spec_from_file_location("speed_table", SPEED / "kernels.py")
     driver = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(driver)
-    monkeypatch.setattr(driver, "RESULTS", tmp_path)
+    return driver
+
+
+def test_the_report_has_a_row_a_goal_with_the_peers_as_columns(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(SPEED))
+    driver = load_driver()
     table = [*rows_of("roi_views a", 2.0, l2r2=1.0, torchvision=1.5), *rows_of("pack b", 3.0, l2r2=1.0, sdpa=None)]
     about = {"gpu": "Some GPU", "date": "2000-01-01"}
     rates = {"copy_bytes_per_s": 1e12, "matmul_flops_per_s": 1e15}
-    assert driver.report(table, about, rates) == 0
+    assert driver.report(table, about, rates, tmp_path) == 0
     with open(tmp_path / "kernels_some-gpu_2000-01-01.csv", newline="") as file:
         first, second = csv.DictReader(file)
     assert (first["case"], first["ms_median"], first["torchvision ms"], first["sdpa ms"]) == ("roi_views a", "1.0", "1.5", "")
@@ -56,8 +60,21 @@ def test_the_report_has_a_row_a_goal_with_the_peers_as_columns(monkeypatch, tmp_
     assert Image.open(tmp_path / "kernels_some-gpu_2000-01-01.png").size[0] > 1000
     table[0]["correct"] = False
     capsys.readouterr()
-    assert driver.report(table, about, rates) == 1
+    assert driver.report(table, about, rates, tmp_path) == 1
     assert capsys.readouterr().out == "Wrong results, so nothing was timed: roi_views, roi_views a\n"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_the_dry_run_prints_every_row_and_keeps_no_files(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(SPEED))
+    before = sorted((SPEED.parent / "results").glob("*"))
+    assert load_driver().main(["--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "dry run on a CPU" in lines[0] and lines[-1].startswith("Dry run: the files were deleted")
+    ops = {"roi_views", "varlen_attention", "masked_attention", "run_packed", "PackedRunner"}
+    assert ops <= {line.split()[0] for line in lines}
+    assert sorted((SPEED.parent / "results").glob("*")) == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be measured")
