@@ -116,3 +116,9 @@ print(type(transformers.AutoModel.from_pretrained({str(tmp_path)!r})).__name__)
 def test_no_file_outgrows_400_lines():
     for path in [*(ROOT / "l2r2_models").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_no_two_test_files_share_a_name():
+    """Pytest imports a test file by its bare name: of two with one name, it refuses the second."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py")]
+    assert sorted(names) == sorted(set(names))
