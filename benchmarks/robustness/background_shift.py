@@ -200,7 +200,7 @@ def run_one(data: Path, rows: Path, name: str, seed: int, work: Path, options: a
     finetune(data, recipe, run, metadata=rows, val_split="val")
     found = []
     for answer, fitted_on, outputs in outputs_of(run, read_table(data, metadata=rows), GROUP[options.name]):
-        row: dict[str, Any] = {"model": name, "answer": answer, "fitted_on": fitted_on, "seed": seed}
+        row: dict[str, Any] = {"model": name, "answer": answer, "fitted_on": fitted_on, "seed": seed, "epochs": recipe.epochs}
         for split, (logits, judged) in outputs.items():
             predicted = logits.argmax(-1)
             backgrounds = by_group(predicted, judged.labels, judged.table.column("background"))
@@ -221,12 +221,12 @@ def about_run(**settings: Any) -> dict[str, Any]:
 
 
 def write_table(table: list[dict], out: Path, about: dict) -> None:
-    """Write a result file."""
-    names = list(dict.fromkeys(key for row in table for key in row))
+    """Write a result file; what a row says of itself goes before what holds for all."""
+    names = dict.fromkeys(key for row in table for key in row if key not in about)
     with open(out, "w", newline="") as file:
         writer = csv.DictWriter(file, [*names, *about])
         writer.writeheader()
-        writer.writerows({**row, **about} for row in table)
+        writer.writerows({**about, **row} for row in table)
 
 
 def print_means(table: list[dict]) -> None:
