@@ -5,7 +5,9 @@
 DATA is fod_a_shift. Photos are its photographs, enlarged to the stated sizes and saved as JPEG (quality 90) with their boxes.
 Times are processor time of one thread, `ms` per image or training step, so that other jobs on the machine matter less than for
 the clock; the rows of a table alternate, and medians over the rounds are given. `ratio` is the row's time over that of the
-table's first row. `memory` is the peak above the loaded networks, in MiB, of a process forked for that row.
+table's first row. `memory` is the peak of what PyTorch allocates above the loaded networks, in MiB, as
+`torch.cuda.max_memory_allocated` counts it on a GPU; the memory of the process also depends on how the C library reuses what was
+freed.
 
 - photos: full and fg views, predicted: a plain timm classifier, two timm networks with Pillow crops (what L2R2 replaces), L2R2.
 - boxes: 1 to 50 per photo; by hand, each box is one more crop for the second network.
@@ -22,21 +24,21 @@ from __future__ import annotations
 
 import argparse
 import csv
-import ctypes
 import datetime
-import os
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 
 import timm
 import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile
 
 from l2r2_models.boxes import BoxEntry
 from l2r2_models.checkpoints.checkpoint import load_checkpoint, save_checkpoint
@@ -123,8 +125,8 @@ def steps(backbone: str, batch: int) -> Calls:
 
 
 def measure(calls: Calls, rounds: int) -> dict[str, tuple[float, float]]:
-    """Processor seconds, and the peak of memory in MiB, of each call."""
-    peaks = {name: memory(call) for name, call in calls.items()}
+    """Processor seconds and peak memory of each call."""
+    peaks = {name: allocated(call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
@@ -135,25 +137,16 @@ def measure(calls: Calls, rounds: int) -> dict[str, tuple[float, float]]:
     return {name: (statistics.median(spent), peaks[name]) for name, spent in times.items()}
 
 
-def memory(call: Callable[[], object]) -> float:
-    """Peak above the present use of memory, in a forked process."""
-    reader, writer = os.pipe()
-    if (child := os.fork()) == 0:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that earlier calls have freed does not count as used
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts at the present use
-        before = peak_kib()
+def allocated(call: Callable[[], object]) -> float:
+    """Peak of the memory that PyTorch allocates during a call, above the use before it, in MiB."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-        os.write(writer, str(peak_kib() - before).encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    os.close(writer)
-    with os.fdopen(reader) as stream:
-        return int(stream.read() or -1024) / 1024
-
-
-def peak_kib() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0])
+    with NamedTemporaryFile(suffix=".json") as file:
+        profiler.export_chrome_trace(file.name)
+        trace = json.loads(Path(file.name).read_text())["traceEvents"]
+    events = [event["args"] for event in trace if event["name"] == "[memory]"]
+    totals = [event["Total Allocated"] for event in events]  # also counts what earlier profiles saw allocated, but not freed
+    return (max(totals) - (totals[0] - events[0]["Bytes"])) / 2**20
 
 
 def accuracies(run: Path, data: Path, limit: int) -> list[dict[str, object]]:
