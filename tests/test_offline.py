@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub import constants
 
 from l2r2_models import L2R2Error, load_checkpoint
+from l2r2_models.data.table import read_table
 from l2r2_models.offline import cache_if_offline
 
 
@@ -36,6 +37,13 @@ def test_a_checkpoint_of_the_hub_is_one_sentence_and_no_request_is_repeated(onli
         load_checkpoint("hf-hub:somebody/some-model")
     assert len(asked) == 1 and "Retrying" not in capfd.readouterr().err  # only our own look at the name
     assert constants.HF_HUB_OFFLINE is False
+
+
+def test_a_data_set_of_the_hub_is_one_sentence_and_no_request_is_repeated(online, capfd):
+    asked = online(known=False)
+    with pytest.raises(L2R2Error, match="hf:somebody/some-data: cannot be loaded .* the first call needs network access"):
+        read_table("hf:somebody/some-data")
+    assert len(asked) == 1 and "Retrying" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("proxy", [False, True])

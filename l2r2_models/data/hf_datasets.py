@@ -20,6 +20,7 @@ from urllib.parse import parse_qsl
 from ..errors import L2R2Error
 from ..images import FORMATS, IMAGE_SUFFIXES
 from ..io import check_readable, write_bytes, write_text
+from ..offline import cache_if_offline
 
 PREFIX = "hf:"
 SAVED = ("dataset_dict.json", "state.json")  # files that identify a folder of save_to_disk
@@ -97,7 +98,8 @@ def _load(name: str, options: Mapping[str, str]) -> dict[str, Any]:
         if any((Path(name) / file).is_file() for file in SAVED):
             loaded = datasets.load_from_disk(name)
         else:
-            loaded = datasets.load_dataset(name, options.get("config"), revision=options.get("revision"))
+            with cache_if_offline():
+                loaded = datasets.load_dataset(name, options.get("config"), revision=options.get("revision"))
     except Exception as error:  # datasets, the Hub and the file system each raise their own
         what = " ".join(str(error).split())[:200] or type(error).__name__
         hint = "" if Path(name).exists() else "; an id is org/name, and the first call needs network access"
