@@ -41,7 +41,7 @@ def test_a_checkpoint_of_the_hub_is_one_sentence_and_no_request_is_repeated(onli
 
 def test_a_data_set_of_the_hub_is_one_sentence_and_no_request_is_repeated(online, capfd):
     asked = online(known=False)
-    with pytest.raises(L2R2Error, match="hf:somebody/some-data: cannot be loaded .* the first call needs network access"):
+    with pytest.raises(L2R2Error, match=r"hf:somebody/some-data: cannot be loaded .* the first call needs network access"):
         read_table("hf:somebody/some-data")
     assert len(asked) == 1 and "Retrying" not in capfd.readouterr().err
 
