@@ -14,7 +14,10 @@ from .options import Json, Run
 
 def export(
     run: Run,
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write: *.onnx, *.xml (OpenVINO), *.mlpackage (Core ML) or *.pt2 (torch.export).")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="File: *.onnx, *.xml (OpenVINO), *.mlpackage (Core ML) or *.pt2 (torch.export)."),
+    ],
     takes: Annotated[
         str,
         typer.Option("--input", help="views, or image: one image and its boxes, cut inside the graph."),
@@ -30,5 +33,8 @@ def export(
         typer.echo(json.dumps({**vars(result), "file": str(result.file)}))
         return
     say(f"in: {', '.join(result.inputs)}; out: {', '.join(result.outputs)}")
-    size = result.file.stat().st_size / 1e6
-    say(f"wrote {result.file} ({size:.1f} MB); its logits differ from PyTorch's by at most {result.difference:.1e}")
+    size = sum(path.stat().st_size for path in result.files) / 1e6
+    compared = "its logits were not compared with PyTorch's, because Core ML runs only on macOS"
+    if result.difference is not None:
+        compared = f"its logits differ from PyTorch's by at most {result.difference:.1e}"
+    say(f"wrote {result.file} ({size:.1f} MB); {compared}")

@@ -44,6 +44,14 @@ class Exported:
     outputs: tuple[str, ...]
     difference: float | None
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that were written."""
+        if self.file.is_dir():
+            return tuple(path for path in sorted(self.file.rglob("*")) if path.is_file())
+        weights = self.file.with_suffix(".bin")
+        return (self.file, weights) if self.file.suffix == ".xml" else (self.file,)
+
 
 class ViewsIn(nn.Module):
     """A model whose inputs are views that the caller has cut.
@@ -169,7 +177,8 @@ def export_run(run: str | Path, out: str | Path, *, takes: str = "views", fp16: 
     """
     out = Path(out)
     if (form := FORMATS.get(out.suffix)) is None:
-        raise L2R2Error(f"{out}: name the file {', '.join(f'*{suffix} ({f.name})' for suffix, f in FORMATS.items())}.")
+        *others, last = (f"*{suffix} ({f.name})" for suffix, f in FORMATS.items())
+        raise L2R2Error(f"{out}: name the file {', '.join(others)} or {last}.")
     if takes not in INPUTS:
         raise L2R2Error(f'Unknown input "{takes}" of an export; choose from {", ".join(INPUTS)}.')
     form.check_packages(out)
