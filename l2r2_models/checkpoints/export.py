@@ -226,11 +226,14 @@ def _files_of(out: Path) -> Iterator[Path]:
 
 def _check_kind(checkpoint: Checkpoint, takes: str, form: Format) -> None:
     spec = checkpoint.model.view_spec
-    if not form.any_batch and (takes == "image" or spec.fg.in_network):
+    if spec.fg.finds_object and not form.finds_object:
         raise L2R2Error(
-            f"{checkpoint.name}: {form.name} takes only views of a fixed size; "
-            + ("export it with --input views." if takes == "image" else "export it to ONNX.")
+            f"{checkpoint.name}: finds the object inside the network, which {form.name} does not support; export to ONNX."
         )
+    if spec.fg.in_network and not form.any_batch:
+        raise L2R2Error(f"{checkpoint.name}: takes the object's mask, which {form.name} does not support; export to ONNX.")
+    if takes == "image" and not form.any_batch:
+        raise L2R2Error(f"{checkpoint.name}: {form.name} takes only views of a fixed size; export it with --input views.")
     if takes == "image" and "fg" in checkpoint.model.branches and spec.fg.in_network:
         what = "finds the object itself" if spec.fg.finds_object else "takes the object's mask"
         raise L2R2Error(f"{checkpoint.name}: {what} inside the network; export it with --input views.")

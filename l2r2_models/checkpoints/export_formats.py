@@ -33,6 +33,7 @@ class Format:
         extra: the extra with its packages, if it needs any.
         packages: import names of these packages.
         any_batch: whether a file takes any number of images; otherwise, one.
+        finds_object: whether models that find the object inside the network can be written.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Format:
     extra: str | None = None
     packages: tuple[str, ...] = ()
     any_batch: bool = True
+    finds_object: bool = True
 
     def check_packages(self, out: Path) -> None:
         """Raise an error if a package that writing `out` needs is missing."""
@@ -137,7 +139,8 @@ def _write_coreml(module: Any, inputs: tuple[Tensor, ...], file: Path, metadata:
 
 FORMATS = {
     ".onnx": Format("ONNX", _write_onnx, "export", ("onnx", "onnxscript", "onnxruntime")),
-    ".xml": Format("OpenVINO", _write_openvino, "openvino", ("openvino", "onnx", "onnxscript")),
-    ".mlpackage": Format("Core ML", _write_coreml, "coreml", ("coremltools",), any_batch=False),
+    # OpenVINO 2026.4 crashes when it reads an iFAM network
+    ".xml": Format("OpenVINO", _write_openvino, "openvino", ("openvino", "onnx", "onnxscript"), finds_object=False),
+    ".mlpackage": Format("Core ML", _write_coreml, "coreml", ("coremltools",), any_batch=False, finds_object=False),
     ".pt2": Format("torch.export", _write_torch),
 }

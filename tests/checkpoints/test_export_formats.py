@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import COLORS, write_run
+from conftest import COLORS
+from test_export import masked_run
 
 from l2r2_models import L2R2Error, ViewSpec
 from l2r2_models.checkpoints import checkpoint as hub
@@ -84,14 +85,20 @@ def test_core_ml_in_half_precision_is_half_the_size(tmp_path, run):
     assert sum(path.stat().st_size for path in result.files) < 0.6 * (run / "model.safetensors").stat().st_size
 
 
-def test_core_ml_has_no_masks(tmp_path):
+@pytest.mark.parametrize(
+    ("ending", "kind", "sentence"),
+    [
+        ("mlpackage", "tokens", "takes the object's mask, which Core ML does not support; export to ONNX"),
+        ("mlpackage", "ifam", "finds the object inside the network, which Core ML does not support; export to ONNX"),
+        ("xml", "ifam", "finds the object inside the network, which OpenVINO does not support; export to ONNX"),
+    ],
+)
+def test_masks_inside_the_network_are_refused_where_they_cannot_be_written(tmp_path, ending, kind, sentence):
+    pytest.importorskip("openvino")
     pytest.importorskip("coremltools")
-    run = write_run(tmp_path / "run")
-    checkpoint = hub.load_checkpoint(run)
-    checkpoint.model.view_spec = ViewSpec(size=32, fg_mode="late")
-    hub.save_checkpoint(checkpoint.model, run, checkpoint.labels)
-    with pytest.raises(L2R2Error, match="Core ML takes only views of a fixed size; export it to ONNX"):
-        export.export_run(run, tmp_path / "model.mlpackage")
+    with pytest.raises(L2R2Error, match=sentence):
+        export.export_run(masked_run(tmp_path / "run", kind), tmp_path / f"model.{ending}")
+    assert names_in(tmp_path) == ["run"]
 
 
 @pytest.mark.parametrize(("ending", "extra"), [("xml", "openvino"), ("mlpackage", "coreml"), ("onnx", "export")])
