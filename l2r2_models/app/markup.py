@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
+from io import BytesIO
 from itertools import groupby
 
+import torch
 from markupsafe import Markup
 from PIL import Image
+from torch import Tensor
 
 from ..audit.audit import AuditRun
 from ..report.audit import ABOUT_EXAMPLES, ABOUT_METRICS, bars, examples
@@ -15,10 +19,13 @@ from .studio import Look, Photo, Studio
 
 SHOWN = 960  # longer side of the photo on the page
 THUMB = 160
+TINT = (255, 0, 170)  # of a mask
 HINT = "Drag on the photo to draw a box around the object."
 FINDS_OBJECT = (
     "The model finds the object itself. A box only says what moves to another background; drag on the photo to draw one."
 )
+PAINT = "Drag on the photo to draw a box around the object, or choose a brush to correct its mask, which is shown in color."
+MOVED_MASK = "What the mask covers is moved, with a soft edge around it."
 MOVED = "The whole box is moved, with a soft edge around it."
 ABOUT_AUDIT = (
     "Every image is changed some 40 times: the object on other backgrounds, the object or the background erased, and noise. If "
@@ -34,8 +41,20 @@ def _url(image: Image.Image, side: int) -> str:
     return jpeg_url(small)
 
 
-def _boxed(image: Image.Image, boxes: Sequence[Sequence[float]], chosen: int, title: str) -> Markup:
-    """Return a picture with its boxes, placed in percent, so that they stay where they are at any width."""
+def _mask(mask: Tensor) -> Markup:
+    """Return a mask `[H, W]` as a transparent picture that covers another."""
+    level = Image.fromarray(mask.to(torch.uint8).mul(255).numpy())
+    level.thumbnail((SHOWN, SHOWN), Image.Resampling.BOX)
+    picture = Image.new("RGB", level.size, TINT)
+    picture.putalpha(level)
+    buffer = BytesIO()
+    picture.save(buffer, "PNG")
+    url = f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
+    return Markup('<img class="mask" draggable="false" alt="the mask of the object" src="{}">').format(url)
+
+
+def _boxed(image: Image.Image, boxes: Sequence[Sequence[float]], chosen: int, title: str, mask: Tensor | None = None) -> Markup:
+    """Return a picture with its mask and its boxes, placed in percent, so that they stay where they are at any width."""
     marks = []
     for i, (x0, y0, x1, y1) in enumerate(boxes):
         place = [100 * v / side for v, side in zip((x0, y0, x1 - x0, y1 - y0), image.size * 2)]
@@ -43,7 +62,8 @@ def _boxed(image: Image.Image, boxes: Sequence[Sequence[float]], chosen: int, ti
         form = Markup('<div class="box {}" style="left:{:.3f}%;top:{:.3f}%;width:{:.3f}%;height:{:.3f}%"></div>')
         marks.append(form.format(kind, *place))
     picture = Markup('<img draggable="false" alt="{}" src="{}">').format(title, _url(image, SHOWN))
-    return Markup('<div class="picture">{}{}</div>').format(picture, Markup("").join(marks))
+    over = Markup("") if mask is None else _mask(mask)
+    return Markup('<div class="picture">{}{}{}</div>').format(picture, over, Markup("").join(marks))
 
 
 def heading(name: str, labels: Sequence[str]) -> str:
@@ -53,12 +73,14 @@ def heading(name: str, labels: Sequence[str]) -> str:
     return form.format(name, len(labels), some)
 
 
-def stage(photo: Photo | None, finds_object: bool = False) -> str:
-    """Return the photo on which a box is drawn, or what to do first."""
+def stage(photo: Photo | None, finds_object: bool = False, masks: bool = False) -> str:
+    """Return the photo on which a box is drawn, or a mask painted, or what to do first."""
     if photo is None:
         return Markup('<p class="hint">{}</p>').format("Choose a photo, or drop one above.")
-    drawn = _boxed(photo.image, photo.boxes, photo.chosen, photo.name)
-    return Markup('<div class="stage">{}</div><p class="hint">{}</p>').format(drawn, FINDS_OBJECT if finds_object else HINT)
+    boxes = [photo.box if i == photo.chosen and photo.box else box for i, box in enumerate(photo.boxes)]
+    drawn = _boxed(photo.image, boxes, photo.chosen, photo.name, photo.mask if masks else None)
+    hint = FINDS_OBJECT if finds_object else PAINT if masks else HINT
+    return Markup('<div class="stage">{}</div><p class="hint">{}</p>').format(drawn, hint)
 
 
 def answers(look: Look | None, title: str = "Prediction") -> str:
@@ -84,7 +106,7 @@ def maps(look: Look) -> str:
     return Markup("").join(strip(title, shown) for title, shown in found if shown)
 
 
-def elsewhere(look: Look | None, before: Look, box: Sequence[float] | None) -> str:
+def elsewhere(look: Look | None, before: Look, box: Sequence[float] | None, masked: bool = False) -> str:
     """Return the object on the other background, and how the predictions change."""
     if look is None or box is None:
         return ""
@@ -95,7 +117,9 @@ def elsewhere(look: Look | None, before: Look, box: Sequence[float] | None) -> s
         old, new = before.answers[name][0].label, found[0].label
         changes.append(f"{NAMES[name]}: {f'still {new}' if new == old else f'{new} instead of {old}'}")
     form = Markup('<div class="moved"><div>{}<p class="hint">{}</p></div><div><p class="changes">{}</p>{}</div></div>{}')
-    return form.format(picture, MOVED, ". ".join(changes) + ".", answers(look, "On the other background"), maps(look))
+    return form.format(
+        picture, MOVED_MASK if masked else MOVED, ". ".join(changes) + ".", answers(look, "On the other background"), maps(look)
+    )
 
 
 def audit(run: AuditRun) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..audit.perturbations import Subject, swap
@@ -27,6 +27,7 @@ from ..report.parts import draw_parts
 
 MOST_BACKGROUNDS = 24  # images of the folder that are offered
 BACKGROUND_SIDE = 1600  # pixels; a background is no larger than that
+MOST_POINTS = 10_000  # of a stroke; a pointer sends some 100 per second
 BAD_BOX = "A box is four numbers, x0, y0, x1, y1, in pixels of the photo."
 
 
@@ -39,7 +40,9 @@ class Photo:
         name: its file name.
         boxes: the objects, best first; empty for the whole image.
         scores: scores of the boxes.
+        masks: masks `[H, W]` bool of the boxes, or None for those without one.
         chosen: index of the box that is looked at.
+        painted: mask `[H, W]` bool that the visitor made of the chosen object, or None.
         background: uint8 `[h, w, 3]` to move the object to, or None.
         dropped: indices of the parts that an iFAM model must do without.
     """
@@ -48,14 +51,32 @@ class Photo:
     name: str
     boxes: tuple[tuple[float, ...], ...] = ()
     scores: tuple[float, ...] = ()
+    masks: tuple[Tensor | None, ...] = ()
     chosen: int = 0
+    painted: Tensor | None = None
     background: Tensor | None = None
     dropped: tuple[int, ...] = ()
 
     @property
     def box(self) -> tuple[float, ...] | None:
-        """The chosen box xyxy in pixels, or None."""
-        return self.boxes[self.chosen] if self.boxes else None
+        """The chosen box xyxy in pixels, grown to contain what was painted, or None."""
+        box = self.boxes[self.chosen] if self.boxes else None
+        if box is None or self.painted is None:
+            return box
+        x0, y0, x1, y1 = Detections.from_mask(self.painted).boxes[0].tolist()
+        return min(box[0], x0), min(box[1], y0), max(box[2], x1), max(box[3], y1)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The mask of the chosen object, or None."""
+        if self.painted is not None:
+            return self.painted
+        return self.masks[self.chosen] if self.boxes else None
+
+    def of(self, boxes: Sequence[Sequence[float]], scores: Sequence[float], masks: Sequence[Tensor | None]) -> Photo:
+        """Return the photo with other objects."""
+        rounded = tuple(tuple(round(v, 1) for v in box) for box in boxes)
+        return replace(self, boxes=rounded, scores=tuple(scores), masks=tuple(masks), chosen=0, painted=None)
 
 
 @dataclass(frozen=True)
@@ -85,6 +106,9 @@ class Studio:
         backgrounds: folder of background images, or None.
         max_pixels: maximum width * height of a photo.
 
+    Attributes:
+        masks: whether the model uses masks of the objects.
+
     Raises:
         L2R2Error: when the folder has no image that can be read.
     """
@@ -97,6 +121,8 @@ class Studio:
         self.predictor.localizer = None  # it runs when it is asked to
         self.fill = self.predictor.model.view_spec.fill
         network = self.predictor.model
+        mode = network.view_spec.fg
+        self.masks = mode.erases or mode.takes_mask or ("bg" in network.branches and network.view_spec.bg == "shape")
         self.ifam = network if isinstance(network, IFAM) else None
         self.parts = 0 if self.ifam is None else self.ifam.parts.num_parts
         self.backgrounds = [] if backgrounds is None else self._read_backgrounds(backgrounds)
@@ -141,8 +167,8 @@ class Studio:
         if found is None:
             why = prediction.reason.removesuffix("; classified from the whole image")
             raise L2R2Error(f"{why[:1].upper()}{why[1:]}; draw a box around the object.")
-        boxes = tuple(tuple(round(v, 1) for v in box) for box in found.boxes.tolist())
-        return replace(photo, boxes=boxes, scores=tuple(found.scores.tolist()), chosen=0)
+        masks = [None] * len(found) if found.masks is None else list(found.masks)
+        return photo.of(found.boxes.tolist(), found.scores.tolist(), masks)
 
     def draw(self, photo: Photo, box: Sequence[float]) -> Photo:
         """Use this box xyxy, relative to the width and height of the photo.
@@ -162,7 +188,7 @@ class Studio:
         found = Detections.from_lists([ordered], (height, width)).clipped().usable()
         if not len(found):
             raise L2R2Error(f"The box covers no pixel of the photo, which has {width} x {height}; draw it on the object.")
-        return replace(photo, boxes=(tuple(round(v, 1) for v in found.boxes[0].tolist()),), scores=(1.0,), chosen=0)
+        return photo.of(found.boxes.tolist(), [1.0], [None])
 
     def write(self, photo: Photo, text: str) -> Photo:
         """Use a box xyxy in pixels that was typed; an empty text is the whole image.
@@ -180,11 +206,48 @@ class Studio:
 
     def whole(self, photo: Photo) -> Photo:
         """Look at the whole image."""
-        return replace(photo, boxes=(), scores=(), chosen=0)
+        return photo.of([], [], [])
 
     def choose(self, photo: Photo, index: int) -> Photo:
         """Look at another of the objects."""
-        return replace(photo, chosen=min(max(index, 0), max(len(photo.boxes) - 1, 0)))
+        return replace(photo, chosen=min(max(index, 0), max(len(photo.boxes) - 1, 0)), painted=None)
+
+    def paint(self, photo: Photo, stroke: Mapping[str, Any]) -> Photo:
+        """Add a stroke to the mask of the object, or erase it from there; the box becomes that of the mask.
+
+        Args:
+            photo: the photo. Without a mask, that of its box is painted on; without a box, an empty one.
+            stroke: `points`, each x, y relative to the width and height; `radius` relative to the width; and `erase`.
+
+        Raises:
+            L2R2Error: when it is not a stroke, or nothing is left of the mask.
+        """
+        width, height = photo.image.size
+        try:
+            radius = min(max(float(stroke["radius"]), 0.001), 1.0) * width
+            points = [(min(max(x, 0), 1) * width, min(max(y, 0), 1) * height) for x, y in stroke["points"][:MOST_POINTS]]
+            level = 0 if stroke["erase"] else 1
+        except (KeyError, TypeError, ValueError):
+            raise L2R2Error("A stroke is a list of points with a radius.") from None
+        canvas = Image.new("L", (width, height))
+        if photo.mask is not None:
+            canvas = Image.fromarray(photo.mask.to(torch.uint8).numpy())
+        draw = ImageDraw.Draw(canvas)
+        if photo.mask is None and photo.box is not None:
+            x0, y0, x1, y1 = photo.box
+            draw.rectangle((round(x0), round(y0), round(x1) - 1, round(y1) - 1), fill=1)
+        draw.line(points, fill=level, width=max(1, round(2 * radius)))
+        for x, y in points:
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=level)
+        mask = image_tensor(canvas) > 0
+        found = Detections.from_mask(mask)
+        if not len(found):
+            raise L2R2Error("Nothing would be left of the mask; paint on the object, or reset the mask.")
+        return replace(photo if photo.boxes else photo.of(found.boxes.tolist(), [1.0], [None]), painted=mask)
+
+    def unpaint(self, photo: Photo) -> Photo:
+        """Undo all painting on the chosen object."""
+        return replace(photo, painted=None)
 
     def use_parts(self, photo: Photo, used: Any) -> Photo:
         """Let an iFAM model use these parts and no others; `used` are their indices as text.
@@ -233,7 +296,7 @@ class Studio:
         Raises:
             L2R2Error: when the network's output is not finite, or it does not support the saliency method.
         """
-        return self._look(photo, photo.image, photo.box, saliency)
+        return self._look(photo, photo.image, photo.box, photo.mask, saliency)
 
     def look_elsewhere(self, photo: Photo, saliency: bool = False) -> Look | None:
         """Predict the object on the background that was chosen; None without one.
@@ -245,13 +308,15 @@ class Studio:
             return None
         if photo.box is None:
             raise L2R2Error("To see the object on another background, draw a box around it first.")
-        subject = shrunk(Subject(photo.name, image_tensor(photo.image), torch.tensor([photo.box]), None, None))
+        subject = shrunk(Subject(photo.name, image_tensor(photo.image), torch.tensor([photo.box]), photo.mask, photo.mask))
         image = Image.fromarray(swap(subject, photo.background).numpy())
-        return self._look(photo, image, subject.boxes[0].tolist(), saliency)
+        return self._look(photo, image, subject.boxes[0].tolist(), subject.mask, saliency)
 
-    def _look(self, photo: Photo, image: Image.Image, box: Sequence[float] | None, saliency: bool) -> Look:
+    def _look(self, photo: Photo, image: Image.Image, box: Sequence[float] | None, mask: Tensor | None, saliency: bool) -> Look:
         size = (image.height, image.width)
         given = None if box is None else Detections.from_lists([box], size, [photo.scores[photo.chosen]])
+        if given is not None and mask is not None:
+            given = replace(given, masks=mask[None])
         with self._without(photo.dropped):
             _, _, prediction = self.predictor.look_at(image, given)
             if prediction.failure is not None:

@@ -7,14 +7,15 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 from app_cases import BOXES, photo, write_backgrounds
-from audit_cases import GROUNDS, write_data
+from audit_cases import GROUNDS, OBJECTS, write_data
 from conftest import sentence
-from explain_cases import write_spots
+from explain_cases import spots, write_spots
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -22,6 +23,7 @@ from l2r2_models import Explainer
 from l2r2_models.app.page import create_app
 from l2r2_models.app.studio import Studio
 from l2r2_models.audit.audit import run_audit
+from l2r2_models.checkpoints.checkpoint import save_checkpoint
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LAPTOP, PHONE = dict(width=1200, height=900), dict(width=400, height=800)
@@ -40,15 +42,18 @@ def case(tmp_path_factory):
     for i in range(20):  # more than fit on a phone
         Image.new("RGB", (40, 30)).save(folder / "grounds" / f"z{i}.png")
     write_spots(folder / "run")
+    masker = spots()
+    masker.view_spec = replace(masker.view_spec, fg_mode="masked_crop")
+    save_checkpoint(masker, folder / "masker", list(OBJECTS))
     write_data(folder / "data")
     return folder
 
 
 @contextmanager
-def running(case, *options):
+def running(case, *options, run="run"):
     """`l2r2 app` as a process: the process and the address of its page."""
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "app", str(case / "run"), "--port", "0", *options],
+        [sys.executable, "-c", PROGRAM, "app", str(case / run), "--port", "0", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -153,6 +158,37 @@ def test_a_visit(case):
         _, error = process.communicate(timeout=60)
         assert process.returncode == 130 and error == "\nstopped\n"
         assert not list((case / "temporary").glob("l2r2-app-*"))
+
+
+def test_a_mask_is_corrected(case):
+    """A box around both objects; the blue one is erased from the mask, then the painting is undone."""
+    with browser() as page, running(case, "--backgrounds", str(case / "grounds"), run="masker") as (_, url):
+        page.goto(url)
+        page.locator("#photo input[type=file]").set_input_files(case / "photo.png")
+        wait_for(page, "#answers", "full", "green")
+        drag(page, (50, 30, 210, 120))
+        wait_for(page, "#answers", "fg", "blue")  # half of the red one is in the box
+        assert not page.locator("#stage .mask").count()
+        page.get_by_label("Erase from it", exact=True).check()
+        page.locator("#width input[type=number]").fill("30")
+        page.locator("#width input[type=number]").press("Tab")
+        drag(page, (165, 55, 185, 125))
+        wait_for(page, "#answers", "fg", "red")
+        page.wait_for_selector("#stage .mask")
+        for size in (LAPTOP, PHONE):
+            page.set_viewport_size(size)
+            assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        page.set_viewport_size(LAPTOP)
+        page.locator("#picker button").first.click()
+        wait_for(page, "#elsewhere", "fg", "red")
+        assert "What the mask covers is moved" in page.inner_text("#elsewhere")
+        page.locator("#reset").click()
+        wait_for(page, "#answers", "fg", "blue")
+        page.wait_for_selector("#stage .mask", state="detached")
+        page.get_by_label("Paint the mask", exact=True).check()
+        drag(page, (30, 60, 70, 61))
+        page.wait_for_selector("#stage .mask")
+        assert not page.problems
 
 
 def test_an_audit(case):
