@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -14,10 +14,7 @@ from .options import Json, Run
 
 def export(
     run: Run,
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write, e.g. model.onnx.")],
-    format: Annotated[
-        Optional[str], typer.Option(help="onnx or torch-export.", show_default="from the suffix, .onnx or .pt2")
-    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write: *.onnx, *.xml (OpenVINO), *.mlpackage (Core ML) or *.pt2 (torch.export).")],
     takes: Annotated[
         str,
         typer.Option("--input", help="views, or image: one image and its boxes, cut inside the graph."),
@@ -26,13 +23,9 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a run for other runtimes and compare the file's outputs with PyTorch's."""
-    from l2r2_models.checkpoints.export import FORMATS, export_run
-    from l2r2_models.errors import L2R2Error
+    from l2r2_models.checkpoints.export import export_run
 
-    named = {suffix: name for name, suffix in FORMATS.items()}
-    if format is None and out.suffix not in named:
-        raise L2R2Error(f"{out}: name the file {' or '.join('*' + s for s in named)}, or pass --format.")
-    result = export_run(run, out, format=format or named[out.suffix], takes=takes, fp16=fp16)
+    result = export_run(run, out, takes=takes, fp16=fp16)
     if as_json:
         typer.echo(json.dumps({**vars(result), "file": str(result.file)}))
         return

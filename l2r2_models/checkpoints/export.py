@@ -1,28 +1,28 @@
-"""Export of a run as one file for other runtimes, as ONNX or torch.export, with views or the image itself as input."""
+"""Export of a run for other runtimes, with views or the image itself as input."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from ..errors import L2R2Error
-from ..io import write_atomic
+from ..io import check_readable
 from ..models.l2r2 import L2R2
 from ..views import make_views
 from ..views.traceable import cut_in_graph
 from .checkpoint import Checkpoint, load_checkpoint
+from .export_formats import FORMATS, Format
 
-FORMATS = {"onnx": ".onnx", "torch-export": ".pt2"}
 INPUTS = ("views", "image")
 TOLERANCE = {False: 1e-4, True: 5e-2}  # by fp16: maximum difference of a logit, relative to the largest in the batch if above 1
 
@@ -32,16 +32,17 @@ class Exported:
     """An exported model.
 
     Attributes:
-        file: the file.
+        file: the file; for Core ML a folder, for OpenVINO with the weights next to it, in a file that ends in .bin.
         inputs: names of the inputs, in order.
         outputs: names of the outputs, in order.
-        difference: maximum difference between its logits and PyTorch's, on images and boxes of several sizes.
+        difference: maximum difference between its logits and PyTorch's, on images and boxes of several sizes; None if the file
+            cannot be run here (Core ML runs only on macOS).
     """
 
     file: Path
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    difference: float
+    difference: float | None
 
 
 class ViewsIn(nn.Module):
@@ -67,6 +68,10 @@ class ViewsIn(nn.Module):
         views = dict(zip(self.model.branches, given))
         has_fg = given[-1] if len(self.model.branches) > 1 else None
         return self.fuse({branch: self.branch(branch, view) for branch, view in views.items()}, has_fg)
+
+    def dynamic_shapes(self) -> tuple[Any, ...]:
+        """Return the dimensions of each input that vary, as `torch.export` takes them."""
+        return ({0: Dim("batch", min=1)},) * len(self.inputs)
 
     def branch(self, branch: str, view: Tensor) -> Tensor:
         """Compute the float32 logits of one branch, separately, because branches may have different numbers of views."""
@@ -99,6 +104,10 @@ class ImageIn(ViewsIn):
         if "full" in logits:  # computed once per image, however many boxes it has
             logits["full"] = logits["full"].expand(boxes.shape[0], -1)
         return (*self.fuse(logits, has_fg), has_fg)
+
+    def dynamic_shapes(self) -> tuple[Any, ...]:
+        """See `ViewsIn.dynamic_shapes`."""
+        return ({0: Dim("height", min=1), 1: Dim("width", min=1)}, {0: Dim("boxes", min=1)})
 
 
 class MaskIn(ViewsIn):
@@ -136,16 +145,15 @@ class PartsIn(MaskIn):
         return (*self.fuse({branch: z.float() for branch, z in out.branches().items()}, out.has_fg), out.has_fg)
 
 
-def export_run(run: str | Path, out: str | Path, *, format: str = "onnx", takes: str = "views", fp16: bool = False) -> Exported:
+def export_run(run: str | Path, out: str | Path, *, takes: str = "views", fp16: bool = False) -> Exported:
     """Export a checkpoint, and compare the outputs of the written file with PyTorch's.
 
-    The file includes the label names and the ViewSpec: ONNX in its metadata (`labels` and `view_spec`, as JSON), torch.export in
-    the extra file `l2r2.json`.
+    The file includes the label names and the ViewSpec as JSON: `labels` and `view_spec` in the metadata of ONNX and Core ML
+    (user-defined metadata) and in OpenVINO's `rt_info` under `framework`; torch.export has them in the extra file `l2r2.json`.
 
     Args:
         run: a run's folder or a Hub id.
-        out: the file to write.
-        format: `onnx` or `torch-export`.
+        out: the file to write. Its ending is its format: .onnx, .xml (OpenVINO), .mlpackage (Core ML) or .pt2 (torch.export).
         takes: the input, `views` or `image` (one image and its boxes, cut inside the graph).
         fp16: whether the network runs in half precision; inputs and logits stay float32.
 
@@ -153,19 +161,23 @@ def export_run(run: str | Path, out: str | Path, *, format: str = "onnx", takes:
         The exported file and its maximum difference from PyTorch.
 
     Raises:
-        L2R2Error: when the format or input is unknown, the model does not support it, packages are missing, or the outputs differ
+        L2R2Error: when the ending or input is unknown, the model does not support it, packages are missing, or the outputs differ
             from PyTorch's by more than 1e-4 (fp16: 5e-2); then nothing is written.
 
     >>> export_run("runs/fungi", "fungi.onnx").inputs  # doctest: +SKIP
     ('full_view', 'fg_view', 'has_fg')
     """
-    for what, value, choices in (("format", format, tuple(FORMATS)), ("input", takes, INPUTS)):
-        if value not in choices:
-            raise L2R2Error(f'Unknown {what} "{value}" of an export; choose from {", ".join(choices)}.')
+    out = Path(out)
+    if (form := FORMATS.get(out.suffix)) is None:
+        raise L2R2Error(f"{out}: name the file {', '.join(f'*{suffix} ({f.name})' for suffix, f in FORMATS.items())}.")
+    if takes not in INPUTS:
+        raise L2R2Error(f'Unknown input "{takes}" of an export; choose from {", ".join(INPUTS)}.')
+    form.check_packages(out)
     checkpoint = load_checkpoint(run)
-    _check_kind(checkpoint, takes)
+    _check_kind(checkpoint, takes, form)
     kind = _kind_of(checkpoint.model, takes)
-    trials = [_trial(checkpoint.model, takes, count) for count in (2, 3)]  # torch.export would specialize a size of 1
+    # torch.export would specialize a size of 1
+    trials = [_trial(checkpoint.model, takes, count) for count in ((2, 3) if form.any_batch else (1,))]
     with torch.inference_mode():
         exact = kind(checkpoint.model)
         wanted = [exact(*inputs) for inputs in trials]
@@ -174,22 +186,42 @@ def export_run(run: str | Path, out: str | Path, *, format: str = "onnx", takes:
             if name != "fusion":  # its parameters are fitted in float32
                 part.half()
     module = kind(checkpoint.model, fp16).eval()
-    differences: list[float] = []
-
-    def write(temporary: Path) -> None:
-        answer = _write_onnx if format == "onnx" else _write_torch
-        run_file = answer(module, trials[0], temporary, _metadata(checkpoint, takes))
-        with torch.inference_mode():
-            differences.extend(_difference(run_file(inputs), values) for inputs, values in zip(trials, wanted))
-        if not max(differences) <= TOLERANCE[fp16]:
-            raise L2R2Error(f"{out}: not written, because the exported model differs from PyTorch by {max(differences):.2g}.")
-
-    write_atomic(out, write)
-    return Exported(Path(out), module.inputs, module.outputs, max(differences))
+    with _files_of(out) as folder:
+        run_file = form.write(module, trials[0], folder / out.name, _metadata(checkpoint, takes))
+        difference = None
+        if run_file is not None:
+            with torch.inference_mode():
+                difference = max(_difference(run_file(inputs), values) for inputs, values in zip(trials, wanted))
+            if not difference <= TOLERANCE[fp16]:
+                raise L2R2Error(f"{out}: not written, because the exported model differs from PyTorch by {difference:.2g}.")
+    return Exported(out, module.inputs, module.outputs, difference)
 
 
-def _check_kind(checkpoint: Checkpoint, takes: str) -> None:
+@contextlib.contextmanager
+def _files_of(out: Path) -> Iterator[Path]:
+    """Provide an empty folder next to `out`, and at the end move what was written into place, the file itself last."""
+    check_readable(out, most=None)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as temporary:
+            yield Path(temporary)
+            [main] = (path for path in Path(temporary).iterdir() if path.suffix != ".bin")
+            for weights in Path(temporary).glob("*.bin"):
+                os.replace(weights, out.with_suffix(".bin"))
+            if main.is_dir() and out.is_dir():  # a folder cannot be replaced in one step
+                os.replace(out, Path(temporary) / "old")
+            os.replace(main, out)
+    except OSError as error:
+        raise L2R2Error(f"{out}: cannot be written ({error.strerror or error}).") from error
+
+
+def _check_kind(checkpoint: Checkpoint, takes: str, form: Format) -> None:
     spec = checkpoint.model.view_spec
+    if not form.any_batch and (takes == "image" or spec.fg.in_network):
+        raise L2R2Error(
+            f"{checkpoint.name}: {form.name} takes only views of a fixed size; "
+            + ("export it with --input views." if takes == "image" else "export it to ONNX.")
+        )
     if takes == "image" and "fg" in checkpoint.model.branches and spec.fg.in_network:
         what = "finds the object itself" if spec.fg.finds_object else "takes the object's mask"
         raise L2R2Error(f"{checkpoint.name}: {what} inside the network; export it with --input views.")
@@ -246,61 +278,3 @@ def _difference(got: Sequence[Any], wanted: Sequence[Tensor]) -> float:
         return float((a - b).abs().max() / max(1.0, float(b.abs().max()))) if a.shape == b.shape else float("inf")
 
     return max(of(a, b) for a, b in zip(got, wanted))
-
-
-def _dynamic_shapes(module: ViewsIn) -> tuple[Any, ...]:
-    from torch.export import Dim
-
-    if isinstance(module, ImageIn):
-        return ({0: Dim("height", min=1), 1: Dim("width", min=1)}, {0: Dim("boxes", min=1)})
-    batch = Dim("batch", min=1)
-    return ({0: batch},) * len(module.inputs)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporters' progress output and deprecation warnings."""
-    level = logging.getLogger("torch.onnx").level
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.getLogger("torch.onnx").setLevel(level)
-
-
-def _export_program(module: ViewsIn, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    with torch.no_grad():
-        return torch.export.export(module, inputs, dynamic_shapes=(_dynamic_shapes(module),))
-
-
-def _write_torch(
-    module: ViewsIn, inputs: tuple[Tensor, ...], file: Path, metadata: dict[str, str]
-) -> Callable[[tuple[Tensor, ...]], Any]:
-    with _quiet():
-        # saved through memory, because torch infers the format from the file's name
-        content = io.BytesIO()
-        torch.export.save(_export_program(module, inputs), content, extra_files={"l2r2.json": json.dumps(metadata)})
-        file.write_bytes(content.getvalue())
-        loaded = torch.export.load(io.BytesIO(content.getvalue())).module()
-    return lambda values: loaded(*values)
-
-
-def _write_onnx(
-    module: ViewsIn, inputs: tuple[Tensor, ...], file: Path, metadata: dict[str, str]
-) -> Callable[[tuple[Tensor, ...]], Any]:
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  (the exporter needs it)
-    except ImportError as error:
-        raise L2R2Error('Exporting to ONNX needs more packages: pip install "l2r2-models[export]".') from error
-    with _quiet():
-        program = torch.onnx.export(
-            _export_program(module, inputs), dynamo=True, input_names=list(module.inputs), output_names=list(module.outputs)
-        )
-        assert program is not None
-        program.model.metadata_props.update(metadata)
-        program.save(str(file), external_data=False)
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return lambda values: session.run(None, {name: value.numpy() for name, value in zip(module.inputs, values)})
