@@ -30,7 +30,7 @@ COMMANDS = {
     "serve": ("serve:serve", "Answer HTTP requests with predictions."),
     "publish": ("publish:publish", "Publish a run on the Hugging Face Hub."),
     "publish-kernels": ("publish_kernels:publish_kernels", "Publish the kernels on the Hugging Face Hub."),
-    "export": ("export:export", "Export a run to ONNX or torch.export."),
+    "export": ("export:export", "Export a run to ONNX, OpenVINO, Core ML or torch.export."),
     "derive": ("derive:derive", "Make a run from a timm classifier, without training."),
     "convert": ("derive:convert", "Join separately trained networks, or split a run."),
     "composite": ("composite:composite", "Make a data set with misleading backgrounds."),

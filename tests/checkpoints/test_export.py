@@ -103,7 +103,7 @@ def test_onnx_of_an_image_and_its_boxes_predicts_as_predict(run, of_image):
 
 @pytest.mark.parametrize("takes", ["views", "image"])
 def test_torch_export_comes_back_with_its_metadata(tmp_path, run, takes):
-    result = export.export_run(run, tmp_path / "model.pt2", format="torch-export", takes=takes)
+    result = export.export_run(run, tmp_path / "model.pt2", takes=takes)
     assert result.difference <= 1e-4
     extra = {"l2r2.json": ""}
     program = torch.export.load(str(result.file), extra_files=extra)
@@ -132,7 +132,7 @@ def test_a_file_with_other_outputs_is_not_written(tmp_path, run, monkeypatch):
     monkeypatch.setitem(export.TOLERANCE, False, -1.0)
     (tmp_path / "model.pt2").write_text("old")
     with pytest.raises(L2R2Error, match=r"not written, because .* differs from PyTorch by"):
-        export.export_run(run, tmp_path / "model.pt2", format="torch-export")
+        export.export_run(run, tmp_path / "model.pt2")
     assert (tmp_path / "model.pt2").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -142,20 +142,20 @@ def test_a_network_for_the_whole_image_can_be_exported_whatever_its_fg_would_be(
     checkpoint = hub.load_checkpoint(run)
     checkpoint.model.view_spec = ViewSpec(size=32, fg_mode="late")
     hub.save_checkpoint(checkpoint.model, run, checkpoint.labels)
-    assert export.export_run(run, tmp_path / "model.pt2", format="torch-export").difference <= 1e-4
+    assert export.export_run(run, tmp_path / "model.pt2").difference <= 1e-4
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path, run):
-    with pytest.raises(L2R2Error, match='Unknown format "tflite"'):
-        export.export_run(run, tmp_path / "x", format="tflite")
+    with pytest.raises(L2R2Error, match=r"x\.tflite: name the file \*\.onnx \(ONNX\), \*\.xml \(OpenVINO\), "):
+        export.export_run(run, tmp_path / "x.tflite")
     with pytest.raises(L2R2Error, match='Unknown input "pixels"'):
-        export.export_run(run, tmp_path / "x", takes="pixels")
+        export.export_run(run, tmp_path / "x.onnx", takes="pixels")
     checkpoint = hub.load_checkpoint(run)
     checkpoint.model.view_spec = ViewSpec(size=32, mode="pil")
     hub.save_checkpoint(checkpoint.model, tmp_path / "pil", checkpoint.labels)
     with pytest.raises(L2R2Error, match='view mode "pil" cannot be exported'):
-        export.export_run(tmp_path / "pil", tmp_path / "x", takes="image")
-    assert not (tmp_path / "x").exists()
+        export.export_run(tmp_path / "pil", tmp_path / "x.onnx", takes="image")
+    assert [path.name for path in tmp_path.iterdir()] == ["pil"]
 
 
 def test_the_command(tmp_path, run, monkeypatch, capsys):
@@ -169,7 +169,7 @@ def test_the_command(tmp_path, run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["l2r2", "export", str(run), "-o", str(tmp_path / "model.bin")])
     with pytest.raises(SystemExit):
         main()
-    assert "name the file *.onnx or *.pt2" in capsys.readouterr().err
+    assert "model.bin: name the file *.onnx (ONNX)" in capsys.readouterr().err
 
 
 def example(*arguments):
@@ -215,17 +215,17 @@ def masked_run(folder, kind):
     return folder
 
 
-@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 @pytest.mark.parametrize("kind", ["tokens", pytest.param("tokens alone", marks=pytest.mark.slow), "ifam"])
-def test_models_that_drop_tokens_predict_the_same_at_any_batch_size_and_mask(tmp_path, kind, format):
+def test_models_that_drop_tokens_predict_the_same_at_any_batch_size_and_mask(tmp_path, kind, suffix):
     run = masked_run(tmp_path / "run", kind)
-    result = export.export_run(run, tmp_path / "model", format=format)
+    result = export.export_run(run, tmp_path / f"model{suffix}")
     assert result.difference <= 1e-4 and result.inputs == (("full_view",) if kind == "ifam" else ("full_view", "mask"))
     model = hub.load_checkpoint(run).model
     view, mask = torch.randn(5, 3, 32, 32), (torch.rand(5, 32, 32) > 0.7).float()
     mask[0] = 0
     given = (view,) if kind == "ifam" else (view, mask)
-    if format == "onnx":
+    if suffix == ".onnx":
         session, _ = session_of(result.file)
         got = session.run(None, {name: value.numpy() for name, value in zip(result.inputs, given)})
     else:

@@ -125,5 +125,5 @@ def test_explanations_cover_both_views(run, photo, method):
 
 @pytest.mark.parametrize("takes", ["views", "image"])
 def test_an_export_has_the_sizes(run, tmp_path, takes):
-    exported = export_run(run, tmp_path / "model.pt2", format="torch-export", takes=takes)
+    exported = export_run(run, tmp_path / "model.pt2", takes=takes)
     assert exported.difference < 1e-4
