@@ -30,6 +30,7 @@ class Controls(NamedTuple):
     tools: Any
     find: Any
     whole: Any
+    reset: Any
     objects: Any
     parts: Any
     box: Any
@@ -113,6 +114,9 @@ def _controls(studio: Studio) -> Controls:
                 with gr.Row():
                     find = gr.Button("Find the object", visible=studio.localizer is not None, elem_id="find", **button)
                     whole = gr.Button("Whole image", elem_id="whole", **button)
+                with gr.Row(visible=studio.uses_mask):
+                    _brush()
+                    reset = gr.Button("Reset the mask", elem_id="reset", **button)
                 objects = gr.Radio([], label="Object", type="index", visible=False, elem_id="objects")
                 used = gr.CheckboxGroup(parts, value=parts, label="Parts to use", visible=bool(parts), elem_id="parts")
                 box = gr.Textbox(label="Box in pixels: x0, y0, x1, y1", max_lines=1, elem_id="box")
@@ -126,8 +130,17 @@ def _controls(studio: Studio) -> Controls:
         picker = gr.HTML(markup.picker(studio), js_on_load=_asset("pick.js"), visible=bool(studio.backgrounds), elem_id="picker")
         second = gr.File(label="Background photo", elem_id="second", **file)
         elsewhere = gr.HTML(elem_id="elsewhere")
-    tool = (tools, find, whole, objects, used, box, saliency)
+    tool = (tools, find, whole, reset, objects, used, box, saliency)
     return Controls(photo, upload, notice, stage, *tool, answers, maps, other, picker, second, back, elsewhere)
+
+
+def _brush() -> None:
+    """Make the choice between box and brush; only draw.js reads it."""
+    import gradio as gr
+
+    first, *_ = markup.TOOLS
+    gr.Radio(markup.TOOLS, value=first, label="Drag on the photo to", interactive=True, min_width=240, elem_id="tool")
+    gr.Slider(1, 30, 8, step=1, label="Brush in % of the width", interactive=True, min_width=160, elem_id="brush")
 
 
 def _connect(c: Controls, to: Handlers) -> None:
@@ -139,8 +152,10 @@ def _connect(c: Controls, to: Handlers) -> None:
     found = None if studio.localizer is None else studio.find
     c.upload.upload(to.after_upload(studio.open, found), [*given, c.upload], [*shown, c.upload], **do)
     c.second.upload(to.after_upload(to.needs_photo(studio.put_on_photo)), [*given, c.second], [*shown, c.second], **do)
-    c.stage.select(to.after_event(studio.draw, "box"), given, shown, **do)
-    c.picker.select(to.after_event(studio.put_on, "index"), given, shown, **do)
+    marked = to.after_event(box=studio.draw, stroke=studio.paint)
+    c.stage.select(marked, given, shown, trigger_mode="multiple", **do)  # strokes follow each other quickly
+    c.picker.select(to.after_event(index=studio.put_on), given, shown, **do)
+    c.reset.click(to.after(studio.reset_mask), given, shown, **do)
     c.box.submit(to.after(studio.write), [*given, c.box], shown, **do)
     c.objects.input(to.after(studio.choose), [*given, c.objects], shown, **do)
     c.parts.input(to.after(studio.use_parts), [*given, c.parts], shown, **do)

@@ -24,6 +24,7 @@ from ..predict.prediction import Answer, ObjectPrediction
 from ..report.explain import pictures
 from ..report.html import Picture
 from ..report.parts import draw_parts
+from .mask import Stroke, box_of, painted, rectangle, uses_mask
 
 MOST_BACKGROUNDS = 24  # images of the folder that are offered
 BACKGROUND_SIDE = 1600  # pixels; a background is no larger than that
@@ -40,6 +41,8 @@ class Photo:
         boxes: the objects, best first; empty for the whole image.
         scores: scores of the boxes.
         chosen: index of the box that is looked at.
+        masks: the localizer's mask `[H, W]` bool of each object, if it finds masks.
+        edited: mask `[H, W]` bool that replaces the one of the chosen object, after painting or erasing.
         background: uint8 `[h, w, 3]` to move the object to, or None.
         dropped: indices of the parts that an iFAM model must do without.
     """
@@ -49,13 +52,34 @@ class Photo:
     boxes: tuple[tuple[float, ...], ...] = ()
     scores: tuple[float, ...] = ()
     chosen: int = 0
+    masks: tuple[Tensor, ...] = ()
+    edited: Tensor | None = None
     background: Tensor | None = None
     dropped: tuple[int, ...] = ()
 
     @property
     def box(self) -> tuple[float, ...] | None:
-        """The chosen box xyxy in pixels, or None."""
-        return self.boxes[self.chosen] if self.boxes else None
+        """The chosen box xyxy in pixels, grown to contain what was painted, or None."""
+        box = self.boxes[self.chosen] if self.boxes else None
+        around = None if self.edited is None else box_of(self.edited)
+        if box is None or around is None:
+            return box or around
+        return (min(box[0], around[0]), min(box[1], around[1]), max(box[2], around[2]), max(box[3], around[3]))
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The mask `[H, W]` bool of the object, or None if its box is all that is known."""
+        return self.edited if self.edited is not None else self.masks[self.chosen] if self.masks else None
+
+    @property
+    def kept(self) -> Tensor:
+        """The pixels `[H, W]` bool of the object: its mask, or else its box."""
+        return rectangle(self.box, self.image.height, self.image.width) if self.mask is None else self.mask
+
+    def with_boxes(self, boxes: Sequence[Sequence[float]], scores: Sequence[float] = (), masks: Sequence[Tensor] = ()) -> Photo:
+        """Return the photo with other objects, the first of which is chosen."""
+        rounded = tuple(tuple(round(v, 1) for v in box) for box in boxes)
+        return replace(self, boxes=rounded, scores=tuple(scores), masks=tuple(masks), chosen=0, edited=None)
 
 
 @dataclass(frozen=True)
@@ -97,6 +121,7 @@ class Studio:
         self.predictor.localizer = None  # it runs when it is asked to
         self.fill = self.predictor.model.view_spec.fill
         network = self.predictor.model
+        self.uses_mask = uses_mask(network)
         self.ifam = network if isinstance(network, IFAM) else None
         self.parts = 0 if self.ifam is None else self.ifam.parts.num_parts
         self.backgrounds = [] if backgrounds is None else self._read_backgrounds(backgrounds)
@@ -141,8 +166,7 @@ class Studio:
         if found is None:
             why = prediction.reason.removesuffix("; classified from the whole image")
             raise L2R2Error(f"{why[:1].upper()}{why[1:]}; draw a box around the object.")
-        boxes = tuple(tuple(round(v, 1) for v in box) for box in found.boxes.tolist())
-        return replace(photo, boxes=boxes, scores=tuple(found.scores.tolist()), chosen=0)
+        return photo.with_boxes(found.boxes.tolist(), found.scores.tolist(), () if found.masks is None else list(found.masks))
 
     def draw(self, photo: Photo, box: Sequence[float]) -> Photo:
         """Use this box xyxy, relative to the width and height of the photo.
@@ -162,7 +186,7 @@ class Studio:
         found = Detections.from_lists([ordered], (height, width)).clipped().usable()
         if not len(found):
             raise L2R2Error(f"The box covers no pixel of the photo, which has {width} x {height}; draw it on the object.")
-        return replace(photo, boxes=(tuple(round(v, 1) for v in found.boxes[0].tolist()),), scores=(1.0,), chosen=0)
+        return photo.with_boxes(found.boxes.tolist(), [1.0])
 
     def write(self, photo: Photo, text: str) -> Photo:
         """Use a box xyxy in pixels that was typed; an empty text is the whole image.
@@ -180,11 +204,32 @@ class Studio:
 
     def whole(self, photo: Photo) -> Photo:
         """Look at the whole image."""
-        return replace(photo, boxes=(), scores=(), chosen=0)
+        return photo.with_boxes([])
 
     def choose(self, photo: Photo, index: int) -> Photo:
         """Look at another of the objects."""
-        return replace(photo, chosen=min(max(index, 0), max(len(photo.boxes) - 1, 0)))
+        return replace(photo, chosen=min(max(index, 0), max(len(photo.boxes) - 1, 0)), edited=None)
+
+    def paint(self, photo: Photo, sent: Any) -> Photo:
+        """Add a stroke to the mask of the object, or erase along it; without a box, what is painted is the object.
+
+        Args:
+            photo: the photo.
+            sent: the stroke as a browser sends it, see `Stroke`.
+
+        Raises:
+            L2R2Error: when it is not a stroke, the model does not use masks, or there is nothing to erase.
+        """
+        if not self.uses_mask:
+            raise L2R2Error("This model does not use masks; draw a box around the object.")
+        stroke = Stroke.read(sent)
+        if stroke.erase and not photo.kept.any():
+            raise L2R2Error("There is nothing to erase; draw a box around the object, or paint it.")
+        return replace(photo, edited=painted(photo.kept, stroke))
+
+    def reset_mask(self, photo: Photo) -> Photo:
+        """Forget what was painted and erased; the mask is the localizer's again, or the box."""
+        return replace(photo, edited=None)
 
     def use_parts(self, photo: Photo, used: Any) -> Photo:
         """Let an iFAM model use these parts and no others; `used` are their indices as text.
@@ -233,25 +278,30 @@ class Studio:
         Raises:
             L2R2Error: when the network's output is not finite, or it does not support the saliency method.
         """
-        return self._look(photo, photo.image, photo.box, saliency)
+        return self._look(photo, photo.image, photo.box, photo.mask, saliency)
 
     def look_elsewhere(self, photo: Photo, saliency: bool = False) -> Look | None:
         """Predict the object on the background that was chosen; None without one.
 
         Raises:
-            L2R2Error: when there is no box, and as `look` does.
+            L2R2Error: when there is no object, and as `look` does.
         """
         if photo.background is None:
             return None
-        if photo.box is None:
-            raise L2R2Error("To see the object on another background, draw a box around it first.")
-        subject = shrunk(Subject(photo.name, image_tensor(photo.image), torch.tensor([photo.box]), None, None))
+        if photo.box is None or not photo.kept.any():
+            what = "draw a box around it" if photo.box is None else "paint it"
+            raise L2R2Error(f"To see the object on another background, {what} first.")
+        box, mask = torch.tensor([photo.box]), photo.mask
+        subject = shrunk(Subject(photo.name, image_tensor(photo.image), box, mask, mask))
         image = Image.fromarray(swap(subject, photo.background).numpy())
-        return self._look(photo, image, subject.boxes[0].tolist(), saliency)
+        return self._look(photo, image, subject.boxes[0].tolist(), subject.view_mask, saliency)
 
-    def _look(self, photo: Photo, image: Image.Image, box: Sequence[float] | None, saliency: bool) -> Look:
+    def _look(self, photo: Photo, image: Image.Image, box: Sequence[float] | None, mask: Tensor | None, saliency: bool) -> Look:
         size = (image.height, image.width)
-        given = None if box is None else Detections.from_lists([box], size, [photo.scores[photo.chosen]])
+        score = photo.scores[photo.chosen] if photo.scores else 1.0
+        given = None if box is None else Detections.from_lists([box], size, [score])
+        if given is not None and mask is not None:
+            given = replace(given, masks=mask[None])
         with self._without(photo.dropped):
             _, _, prediction = self.predictor.look_at(image, given)
             if prediction.failure is not None:

@@ -45,10 +45,10 @@ def case(tmp_path_factory):
 
 
 @contextmanager
-def running(case, *options):
+def running(case, *options, run="run"):
     """`l2r2 app` as a process: the process and the address of its page."""
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "app", str(case / "run"), "--port", "0", *options],
+        [sys.executable, "-c", PROGRAM, "app", str(case / run), "--port", "0", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -153,6 +153,42 @@ def test_a_visit(case):
         _, error = process.communicate(timeout=60)
         assert process.returncode == 130 and error == "\nstopped\n"
         assert not list((case / "temporary").glob("l2r2-app-*"))
+
+
+def paint(page, box, tool):
+    """Drag the brush through the middle of a box in pixels of the photo."""
+    page.locator("#tool").get_by_label(tool).check()
+    drag(page, (box[0], (box[1] + box[3]) / 2, box[2], (box[1] + box[3]) / 2))
+
+
+def test_the_mask_is_edited(case):
+    write_spots(case / "masked", fg_mode="masked_crop", margin=0.0)
+    with browser() as page, running(case, run="masked") as (_, url):
+        page.goto(url)
+        page.locator("#photo input[type=file]").set_input_files(case / "photo.png")
+        page.wait_for_selector("#stage .picture")
+        page.locator("#brush input[type=number]").fill("30")
+        paint(page, BOXES["blue"], "erase")
+        page.wait_for_selector("#notice >> text=There is nothing to erase")
+        paint(page, BOXES["blue"], "paint the object")  # without a box
+        wait_for(page, "#answers", "fg", "blue")
+        assert page.locator("#stage img.mask").count() == 1 and not page.locator("#stage svg.stroke").count()
+
+        page.locator("#tool").get_by_label("draw a box").check()
+        drag(page, BOXES["red"])
+        wait_for(page, "#answers", "fg", "red")
+        paint(page, BOXES["blue"], "paint the object")
+        paint(page, BOXES["red"], "erase")  # while the page may still compute
+        wait_for(page, "#answers", "fg", "blue")
+        page.locator("#reset").click()
+        wait_for(page, "#answers", "fg", "red")
+        for size in (LAPTOP, PHONE):
+            page.set_viewport_size(size)
+            assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        paint(page, BOXES["blue"], "paint the object")  # the page may have been laid out anew
+        paint(page, BOXES["red"], "erase")
+        wait_for(page, "#answers", "fg", "blue")
+        assert not page.problems and "Traceback" not in page.content()
 
 
 def test_an_audit(case):

@@ -218,7 +218,7 @@ def test_text_of_strangers_is_escaped(studio, seen):
         markup.stage(drawn),
         markup.answers(replace(look, reason=EVIL), EVIL),
         markup.maps(look),
-        markup.elsewhere(moved, look, drawn.box),
+        markup.elsewhere(moved, look, drawn),
         markup.notice(EVIL),
         markup.picker(studio),
         markup.stage(None),
