@@ -139,8 +139,8 @@ def _brush() -> None:
     import gradio as gr
 
     first, *_ = markup.TOOLS
-    gr.Radio(markup.TOOLS, value=first, label="Drag on the photo to", interactive=True, min_width=240, elem_id="tool")
-    gr.Slider(1, 30, 8, step=1, label="Brush in % of the width", interactive=True, min_width=160, elem_id="brush")
+    gr.Radio(markup.TOOLS, value=first, label="Drag on the photo to", interactive=True, min_width=300, elem_id="tool")
+    gr.Slider(1, 30, 8, step=1, label="Brush in % of the width", interactive=True, min_width=300, elem_id="brush")
 
 
 def _connect(c: Controls, to: Handlers) -> None:

@@ -61,9 +61,11 @@ class Photo:
     def box(self) -> tuple[float, ...] | None:
         """The chosen box xyxy in pixels, grown to contain what was painted, or None."""
         box = self.boxes[self.chosen] if self.boxes else None
-        around = None if self.edited is None else box_of(self.edited)
+        if self.edited is None or not (self.edited & ~rectangle(box, self.image.height, self.image.width)).any():
+            return box
+        around = box_of(self.edited)
         if box is None or around is None:
-            return box or around
+            return around
         return (min(box[0], around[0]), min(box[1], around[1]), max(box[2], around[2]), max(box[3], around[3]))
 
     @property

@@ -92,6 +92,8 @@ def test_painting_outside_of_the_box_grows_it(studio, seen):
     red = studio.write(seen, "20, 30, 80, 90")
     grown = studio.paint(red, along("blue", False, brush=0.1))
     assert grown.box == pytest.approx((20, 30, 212, 102), abs=1) and studio.reset_mask(grown).box == BOXES["red"]
+    inside = studio.write(seen, "20.4, 30.6, 80.2, 90")
+    assert studio.paint(inside, along("red", True, brush=0.1)).box == inside.box  # not rounded to whole pixels
     assert "left:8.333%;top:18.750%;width:80" in markup.stage(grown, uses_mask=True)
 
 

@@ -170,14 +170,14 @@ def test_the_mask_is_edited(case):
         page.locator("#brush input[type=number]").fill("30")
         paint(page, BOXES["blue"], "erase")
         page.wait_for_selector("#notice >> text=There is nothing to erase")
-        paint(page, BOXES["blue"], "paint the object")  # without a box
+        paint(page, BOXES["blue"], "paint")  # without a box
         wait_for(page, "#answers", "fg", "blue")
         assert page.locator("#stage img.mask").count() == 1 and not page.locator("#stage svg.stroke").count()
 
         page.locator("#tool").get_by_label("draw a box").check()
         drag(page, BOXES["red"])
         wait_for(page, "#answers", "fg", "red")
-        paint(page, BOXES["blue"], "paint the object")
+        paint(page, BOXES["blue"], "paint")
         paint(page, BOXES["red"], "erase")  # while the page may still compute
         wait_for(page, "#answers", "fg", "blue")
         page.locator("#reset").click()
@@ -185,7 +185,7 @@ def test_the_mask_is_edited(case):
         for size in (LAPTOP, PHONE):
             page.set_viewport_size(size)
             assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-        paint(page, BOXES["blue"], "paint the object")  # the page may have been laid out anew
+        paint(page, BOXES["blue"], "paint")  # the page may have been laid out anew
         paint(page, BOXES["red"], "erase")
         wait_for(page, "#answers", "fg", "blue")
         assert not page.problems and "Traceback" not in page.content()
