@@ -33,6 +33,7 @@ class Controls(NamedTuple):
     reset: Any
     objects: Any
     parts: Any
+    metadata: list[Any]
     box: Any
     saliency: Any
     answers: Any
@@ -119,6 +120,11 @@ def _controls(studio: Studio) -> Controls:
                     reset = gr.Button("Reset the mask", elem_id="reset", **button)
                 objects = gr.Radio([], label="Object", type="index", visible=False, elem_id="objects")
                 used = gr.CheckboxGroup(parts, value=parts, label="Parts to use", visible=bool(parts), elem_id="parts")
+                with gr.Row(visible=bool(studio.columns)):
+                    metadata = [
+                        gr.Dropdown([("not known", ""), *values], value="", label=name, min_width=140, elem_classes="metadata")
+                        for name, values in studio.columns.items()
+                    ]
                 box = gr.Textbox(label="Box in pixels: x0, y0, x1, y1", max_lines=1, elem_id="box")
                 saliency = gr.Checkbox(label="Show where each prediction comes from", elem_id="saliency")
         with gr.Column(scale=6, min_width=300):
@@ -130,7 +136,7 @@ def _controls(studio: Studio) -> Controls:
         picker = gr.HTML(markup.picker(studio), js_on_load=_asset("pick.js"), visible=bool(studio.backgrounds), elem_id="picker")
         second = gr.File(label="Background photo", elem_id="second", **file)
         elsewhere = gr.HTML(elem_id="elsewhere")
-    tool = (tools, find, whole, reset, objects, used, box, saliency)
+    tool = (tools, find, whole, reset, objects, used, metadata, box, saliency)
     return Controls(photo, upload, notice, stage, *tool, answers, maps, other, picker, second, back, elsewhere)
 
 
@@ -159,6 +165,8 @@ def _connect(c: Controls, to: Handlers) -> None:
     c.box.submit(to.after(studio.write), [*given, c.box], shown, **do)
     c.objects.input(to.after(studio.choose), [*given, c.objects], shown, **do)
     c.parts.input(to.after(studio.use_parts), [*given, c.parts], shown, **do)
+    for column in c.metadata:
+        column.input(to.after(studio.describe), [*given, *c.metadata], shown, **do)
     c.find.click(to.after(studio.find), given, shown, **do)
     c.whole.click(to.after(studio.whole), given, shown, **do)
     c.back.click(to.after(studio.put_back), given, shown, **do)

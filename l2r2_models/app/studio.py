@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ from ..boxes.detections import Detections
 from ..errors import L2R2Error
 from ..evaluate.parts import parts_of
 from ..explain.explainer import Explainer
+from ..fusion import MetadataPrior
 from ..images import MAX_PIXELS, image_tensor, list_images, load_image
 from ..models.ifam import IFAM
 from ..predict.prediction import Answer, ObjectPrediction
+from ..predict.predictor import Predictor
+from ..predict.rules import ImagePrior
 from ..report.explain import pictures
 from ..report.html import Picture
 from ..report.parts import draw_parts
@@ -45,6 +48,7 @@ class Photo:
         edited: mask `[H, W]` bool that replaces the one of the chosen object, after painting or erasing.
         background: uint8 `[h, w, 3]` to move the object to, or None.
         dropped: indices of the parts that an iFAM model must do without.
+        metadata: values of the columns of the prior, as far as they are known.
     """
 
     image: Image.Image
@@ -56,6 +60,7 @@ class Photo:
     edited: Tensor | None = None
     background: Tensor | None = None
     dropped: tuple[int, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def box(self) -> tuple[float, ...] | None:
@@ -110,13 +115,20 @@ class Studio:
         explainer: the model, with its localizer.
         backgrounds: folder of background images, or None.
         max_pixels: maximum width * height of a photo.
+        prior: corrects predictions by the metadata of the photo, or None.
 
     Raises:
         L2R2Error: when the folder has no image that can be read.
     """
 
-    def __init__(self, explainer: Explainer, backgrounds: Path | None = None, max_pixels: int = MAX_PIXELS) -> None:
-        self.explainer, self.max_pixels = explainer, max_pixels
+    def __init__(
+        self,
+        explainer: Explainer,
+        backgrounds: Path | None = None,
+        max_pixels: int = MAX_PIXELS,
+        prior: MetadataPrior | None = None,
+    ) -> None:
+        self.explainer, self.max_pixels, self.prior = explainer, max_pixels, prior
         finds_object = explainer.model.finds_object  # without a box
         self.localizer = None if finds_object else explainer.predictor.localizer
         self.predictor = explainer.predictor.keeping_logits()
@@ -153,7 +165,11 @@ class Studio:
         """
         image = self._read(path)
         photo = Photo(image, Path(path).name)
-        return photo if before is None else replace(photo, background=before.background, dropped=before.dropped)
+        return (
+            photo
+            if before is None
+            else replace(photo, background=before.background, dropped=before.dropped, metadata=before.metadata)
+        )
 
     def _read(self, path: str) -> Image.Image:
         return load_image(Path(path).read_bytes(), fill=self.fill, max_pixels=self.max_pixels, name=Path(path).name)
@@ -244,6 +260,32 @@ class Studio:
             raise L2R2Error(f"Keep at least one of the {self.parts} parts.")
         return replace(photo, dropped=tuple(k for k, name in enumerate(names) if name not in used))
 
+    @property
+    def columns(self) -> dict[str, list[str]]:
+        """The metadata columns of the prior, with the values that it was fitted with."""
+        if self.prior is None:
+            return {}
+        seen = zip(*self.prior.cells)
+        return {c.name: sorted(set(values) - {""}, key=_in_order) for c, values in zip(self.prior.columns, seen)}
+
+    def describe(self, photo: Photo, *values: Any) -> Photo:
+        """Use this metadata, one value for each of `columns`; "" for one that is not known.
+
+        Raises:
+            L2R2Error: when a value is none of a column.
+        """
+        columns = self.columns
+        if len(values) != len(columns) or not all(v in ("", *known) for v, known in zip(values, columns.values())):
+            raise L2R2Error("There is no such value; choose one of each list.")
+        return replace(photo, metadata={name: v for name, v in zip(columns, values) if v})
+
+    def _for(self, photo: Photo) -> Predictor:
+        """The predictor, which corrects predictions by the metadata of the photo."""
+        if self.prior is None or not photo.metadata:
+            return self.predictor
+        prior = ImagePrior(self.prior, {photo.name: photo.metadata}, "")
+        return self.predictor.with_rules(replace(self.predictor.rules, prior=prior))
+
     @contextmanager
     def _without(self, parts: tuple[int, ...]) -> Iterator[None]:
         if self.ifam is None:
@@ -305,17 +347,17 @@ class Studio:
         if given is not None and mask is not None:
             given = replace(given, masks=mask[None])
         with self._without(photo.dropped):
-            _, _, prediction = self.predictor.look_at(image, given)
+            _, _, prediction = self._for(photo).look_at(image, given, name=photo.name)
             if prediction.failure is not None:
                 raise L2R2Error(prediction.failure)
             nothing = Detections.from_lists([], size)  # None would ask the localizer
             maps = pictures(self.explainer(image, nothing if given is None else given))[1:] if saliency else []
             parts = None if self.ifam is None else draw_parts(parts_of(self.ifam, image_tensor(image)), 0)
         answer = prediction.objects[0]
-        return Look(image, self._answers(answer), answer.reason, maps, parts)
+        return Look(image, self._answers(answer, bool(photo.metadata)), answer.reason, maps, parts)
 
-    def _answers(self, answer: ObjectPrediction) -> dict[str, list[Answer]]:
-        """Return the most probable classes of each branch, and of their fusion."""
+    def _answers(self, answer: ObjectPrediction, corrected: bool) -> dict[str, list[Answer]]:
+        """Return the most probable classes of each branch, and of their fusion or, `corrected` by a prior, their correction."""
         found: dict[str, list[Answer]] = {}
         for branch in self.predictor.model.branches:
             best = getattr(answer, branch)
@@ -323,6 +365,13 @@ class Studio:
                 top = torch.tensor(answer.logits[branch]).softmax(0).topk(self.predictor.top)
                 found[branch] = [Answer(self.predictor.labels[i], p) for p, i in zip(top.values.tolist(), top.indices.tolist())]
             elif best is not None:
-                alone = branch == "full" and answer.source == "full"  # then the prediction is that of full
-                found[branch] = list(answer.top) if alone else [best]
-        return {**found, "fused": list(answer.top)} if len(self.predictor.model.branches) > 1 else {**found}
+                found[branch] = list(answer.top) if best == answer.top[0] else [best]  # without a box, full is the prediction
+        return {**found, "fused": list(answer.top)} if corrected or len(self.predictor.model.branches) > 1 else found
+
+
+def _in_order(value: str) -> tuple[float, str]:
+    """Sort key of metadata: numbers first, by size."""
+    try:
+        return float(value), value
+    except ValueError:
+        return float("inf"), value

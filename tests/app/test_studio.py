@@ -1,5 +1,6 @@
 """What the page shows, without a browser: boxes, predictions by branch, saliency, other backgrounds, text of strangers."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import timm
 import torch
 from app_cases import BOXES, photo, write_backgrounds
-from audit_cases import GROUNDS
+from audit_cases import GROUNDS, OBJECTS
 from explain_cases import write_spots
 from html_pages import EVIL, Page
 from PIL import Image
@@ -17,6 +18,9 @@ from l2r2_models.app import markup
 from l2r2_models.app.handlers import Handlers
 from l2r2_models.app.studio import Photo, Studio
 from l2r2_models.checkpoints.checkpoint import save_checkpoint
+from l2r2_models.fusion import MetadataPrior
+
+COLORS_OF_SPOTS = tuple(OBJECTS)  # the classes
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +132,28 @@ def test_saliency_of_every_output(studio, seen):
     assert [t.split(":")[0] for t in titles] == ["full", "what fg sees", "fg", "fg's map on the image", "fused"]
     assert [p.title.split(":")[0] for p in studio.look(seen, saliency=True).maps] == ["full", "fused"]
     assert studio.look(seen).maps == []
+
+
+def test_a_prior_corrects_the_fused_prediction_by_the_metadata(folder, seen):
+    rows = [{"site": site, "month": month} for site, month in [("a", "2"), ("a", "10"), ("b", "2")]] * 40
+    prior = MetadataPrior.of_rows(COLORS_OF_SPOTS, ["red", "red", "blue"] * 40, rows, ["site", "month:12"])
+    studio = Studio(Explainer.from_pretrained(folder / "run", numbers=False), prior=prior)
+    assert studio.columns == {"site": ["a", "b"], "month": ["2", "10"]}
+    drawn = boxed(studio, seen, "red")
+    plain, known = studio.look(drawn), studio.look(studio.describe(drawn, "b", ""))
+    assert known.answers["full"] == plain.answers["full"] and known.answers["fg"] == plain.answers["fg"]
+    wanted = prior(torch.tensor([[math.log(a.score) for a in by_label(plain)]]), [{"site": "b"}])[0].exp()
+    assert [a.score for a in by_label(known)] == pytest.approx(wanted.tolist(), abs=1e-3)
+    assert studio.look(studio.describe(studio.describe(drawn, "b", ""), "", "")) == plain
+    nowhere = studio.look(studio.whole(studio.describe(drawn, "b", "2")))
+    assert labels(nowhere)["full"] == "green" and nowhere.answers["fused"] != nowhere.answers["full"]
+    for values in (("c", ""), ("a",), (None, "2"), (["a"], "2")):
+        with pytest.raises(L2R2Error, match="no such value"):
+            studio.describe(drawn, *values)
+
+
+def by_label(look):
+    return sorted(look.answers["fused"], key=lambda one: COLORS_OF_SPOTS.index(one.label))
 
 
 @pytest.fixture(scope="module")
