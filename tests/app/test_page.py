@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from app_cases import BOXES, photo, write_backgrounds
-from audit_cases import GROUNDS, write_data
+from audit_cases import GROUNDS, OBJECTS, write_data
 from conftest import sentence
 from explain_cases import write_spots
 from fastapi.testclient import TestClient
@@ -22,6 +22,8 @@ from l2r2_models import Explainer
 from l2r2_models.app.page import create_app
 from l2r2_models.app.studio import Studio
 from l2r2_models.audit.audit import run_audit
+from l2r2_models.fusion import MetadataPrior
+from l2r2_models.fusion.prior_file import write_prior
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LAPTOP, PHONE = dict(width=1200, height=900), dict(width=400, height=800)
@@ -163,7 +165,9 @@ def paint(page, box, tool):
 
 def test_the_mask_is_edited(case):
     write_spots(case / "masked", fg_mode="masked_crop", margin=0.0)
-    with browser() as page, running(case, run="masked") as (_, url):
+    prior = MetadataPrior.of_rows(tuple(OBJECTS), ["red", "blue", "blue"] * 50, [{"site": s} for s in "abc"] * 50, ["site"])
+    write_prior(case / "prior.json", prior, {})
+    with browser() as page, running(case, "--prior", str(case / "prior.json"), run="masked") as (_, url):
         page.goto(url)
         page.locator("#photo input[type=file]").set_input_files(case / "photo.png")
         page.wait_for_selector("#stage .picture")
@@ -182,6 +186,9 @@ def test_the_mask_is_edited(case):
         wait_for(page, "#answers", "fg", "blue")
         page.locator("#reset").click()
         wait_for(page, "#answers", "fg", "red")
+        page.locator(".metadata input").click()
+        page.get_by_role("option", name="b", exact=True).click()
+        page.wait_for_selector("#answers .reason >> text=site")
         for size in (LAPTOP, PHONE):
             page.set_viewport_size(size)
             assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
