@@ -16,7 +16,9 @@ def export(
     run: Run,
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="File: *.onnx, *.xml (OpenVINO), *.mlpackage (Core ML) or *.pt2 (torch.export)."),
+        typer.Option(
+            "--out", "-o", help="File to write: *.onnx, *.xml (OpenVINO), *.mlpackage (Core ML) or *.pt2 (torch.export)."
+        ),
     ],
     takes: Annotated[
         str,
@@ -33,8 +35,11 @@ def export(
         typer.echo(json.dumps({**vars(result), "file": str(result.file)}))
         return
     say(f"in: {', '.join(result.inputs)}; out: {', '.join(result.outputs)}")
-    size = sum(path.stat().st_size for path in result.files) / 1e6
-    compared = "its logits were not compared with PyTorch's, because Core ML runs only on macOS"
+    files = [file for file in result.file.rglob("*") if file.is_file()] if result.file.is_dir() else [result.file]
+    if result.file.suffix == ".xml":
+        files.append(result.file.with_suffix(".bin"))
+    size = sum(file.stat().st_size for file in files) / 1e6
+    compared = "not compared with PyTorch, because Core ML runs only on macOS"
     if result.difference is not None:
         compared = f"its logits differ from PyTorch's by at most {result.difference:.1e}"
     say(f"wrote {result.file} ({size:.1f} MB); {compared}")

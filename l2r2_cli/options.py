@@ -75,6 +75,10 @@ MaxPixels = Annotated[int, typer.Option("--max-pixels", min=1, help="Largest wid
 Method = Annotated[
     str, typer.Option("--method", help="gradcam, ig, occlusion, rollout (plain ViTs), parts (iFAM models) or auto.")
 ]
+Prior = Annotated[
+    Optional[Path],
+    typer.Option("--prior", help="JSON file of `l2r2 prior fit`: correct the predictions by the metadata of each image."),
+]
 Report = Annotated[Optional[Path], typer.Option("--report", help="Write a report to this HTML file.")]
 Explanations = Annotated[
     Optional[Path],

@@ -19,6 +19,7 @@ from .options import (
     MaxObjects,
     Metadata,
     Precision,
+    Prior,
     Run,
     Split,
     Top,
@@ -98,9 +99,7 @@ def predict(
         Optional[float],
         typer.Option(help="Withhold predictions of low confidence, for this risk (error rate); see `l2r2 fuse --abstain-risk`."),
     ] = None,
-    prior: Annotated[
-        Optional[Path], typer.Option(help="JSON file of `l2r2 prior fit`: correct the predictions by the metadata of each image.")
-    ] = None,
+    prior: Prior = None,
     metadata: Metadata = None,
     store_logits: Annotated[
         bool,

@@ -1,5 +1,6 @@
 """A network of color detectors whose evidence is known: full uses the ground, fg the object."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import timm
@@ -65,6 +66,8 @@ def spots(fusion: str = "average", **options):
     return model
 
 
-def write_spots(folder: Path, fusion: str = "average") -> Path:
-    save_checkpoint(spots(fusion), folder, list(OBJECTS))
+def write_spots(folder: Path, fusion: str = "average", **views) -> Path:
+    model = spots(fusion)
+    model.view_spec = replace(model.view_spec, **views)
+    save_checkpoint(model, folder, list(OBJECTS))
     return folder

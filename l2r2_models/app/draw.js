@@ -1,4 +1,4 @@
-// Drag on the photo, with a mouse, a pen or a finger: draw a box, or a stroke if a brush is chosen. A tap draws no box.
+// Draw a box by dragging on the photo, with a mouse, a pen or a finger; a tap draws nothing. With the brush, paint or erase instead.
 let start = null, mark = null, stroke = null;
 
 const place = (event, picture) => {
@@ -12,54 +12,67 @@ const corners = (event) => {
   return [Math.min(start[0], end[0]), Math.min(start[1], end[1]), Math.max(start[0], end[0]), Math.max(start[1], end[1])];
 };
 
-const add = (event) => {
-  const point = place(event, mark.parentElement);
-  const pen = mark.getContext('2d');
-  const last = stroke.points.at(-1) ?? point;
+const tool = () => (document.querySelector('#tool input:checked')?.value ?? 'draw')[0];
+const brush = () => Number(document.querySelector('#brush input[type=number]')?.value ?? 8) / 100;
+
+const beginStroke = (picture) => {
+  element.querySelectorAll('svg.stroke.done').forEach((old) => old.remove());
+  const area = picture.getBoundingClientRect();
+  const svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg');
+  svg.setAttribute('viewBox', `0 0 ${area.width} ${area.height}`);
+  svg.classList.add('stroke', tool() === 'e' ? 'erase' : 'paint');
+  svg.append(document.createElementNS('http://www.w3.org/2000/svg', 'polyline'));
+  svg.firstChild.setAttribute('stroke-width', brush() * area.width);
+  picture.append(svg);
+  stroke = {svg, area, points: []};
+};
+
+const extendStroke = (event) => {
+  const point = place(event, stroke.svg.parentElement), last = stroke.points.at(-1);
+  const far = last && Math.hypot((point[0] - last[0]) * stroke.area.width, (point[1] - last[1]) * stroke.area.height);
+  if (last && (far < 2 || stroke.points.length >= 10000)) return;
   stroke.points.push(point);
-  Object.assign(pen, {lineCap: 'round', lineWidth: 2 * stroke.radius * mark.width, strokeStyle: stroke.erase ? '#ffffff99' : '#ff00aa99'});
-  pen.beginPath();
-  pen.moveTo(last[0] * mark.width, last[1] * mark.height);
-  pen.lineTo(point[0] * mark.width, point[1] * mark.height);
-  pen.stroke();
+  const drawn = stroke.points.length > 1 ? stroke.points : [point, point];
+  stroke.svg.firstChild.setAttribute('points', drawn.map(([x, y]) => `${x * stroke.area.width},${y * stroke.area.height}`).join(' '));
 };
 
 element.addEventListener('pointerdown', (event) => {
   const picture = event.target.closest('.stage .picture');
   if (!picture || event.button !== 0) return;
   event.preventDefault();
-  element.querySelectorAll('.stroke').forEach((old) => old.remove());
-  const tool = document.querySelector('#brush input:checked')?.value ?? 'box';
-  if (tool === 'box') {
-    start = place(event, picture);
-    mark = document.createElement('div');
-    mark.className = 'box drawing';
-    picture.append(mark);
-  } else {
-    const size = Number(document.querySelector('#width input[type=range]').value);
-    stroke = {points: [], radius: size / 200, erase: tool === 'erase'};
-    mark = Object.assign(document.createElement('canvas'), {className: 'stroke', width: picture.clientWidth, height: picture.clientHeight});
-    picture.append(mark);
-    add(event);
-  }
   element.setPointerCapture(event.pointerId);
+  if (tool() !== 'd') {
+    beginStroke(picture);
+    extendStroke(event);
+    return;
+  }
+  start = place(event, picture);
+  mark = document.createElement('div');
+  mark.className = 'box drawing';
+  picture.append(mark);
 });
 
 element.addEventListener('pointermove', (event) => {
+  if (stroke) extendStroke(event);
   if (!mark) return;
-  if (stroke) return add(event);
   const [x0, y0, x1, y1] = corners(event);
   Object.assign(mark.style, {left: `${100 * x0}%`, top: `${100 * y0}%`, width: `${100 * (x1 - x0)}%`, height: `${100 * (y1 - y0)}%`});
 });
 
 const finish = (event) => {
+  if (stroke) {  // it stays until the page shows the new mask, or until the next one
+    const {svg, points} = stroke;
+    const erase = svg.classList.contains('erase');
+    svg.classList.add('done');
+    stroke = null;
+    if (event.type === 'pointerup') trigger('select', {stroke: {points, brush: brush(), erase}});
+    else svg.remove();
+  }
   if (!mark) return;
-  const drawn = stroke, box = drawn ? null : corners(event);
-  if (!drawn || event.type !== 'pointerup') mark.remove();  // a stroke stays until the mask with it is shown
-  mark = stroke = null;
-  if (event.type !== 'pointerup') return;
-  if (drawn) trigger('select', {stroke: drawn});
-  else if (box[2] - box[0] > 0.01 && box[3] - box[1] > 0.01) trigger('select', {box});
+  const box = corners(event);
+  mark.remove();
+  mark = null;
+  if (event.type === 'pointerup' && box[2] - box[0] > 0.01 && box[3] - box[1] > 0.01) trigger('select', {box});
 };
 element.addEventListener('pointerup', finish);
 element.addEventListener('pointercancel', finish);

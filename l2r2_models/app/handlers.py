@@ -38,13 +38,12 @@ class Handlers:
         return handler
 
     def after_event(self, **changes: Callable[[Photo, Any], Photo]) -> Callable[..., list[Any]]:
-        """Make a handler that changes the photo by what a browser sends; `changes` are by the name of the value that is sent."""
+        """Make a handler that changes the photo by a value of the event, which a browser sends; its name says by which change."""
         import gradio as gr
 
         def handler(photo: Any, saliency: bool, event: gr.EventData) -> list[Any]:
-            values = {name: getattr(event, name, None) for name in changes}
-            name = next((name for name, value in values.items() if value is not None), next(iter(changes)))
-            return self._show(photo, saliency, self.needs_photo(changes[name]), values[name])
+            key = next((key for key in changes if hasattr(event, key)), next(iter(changes)))
+            return self._show(photo, saliency, self.needs_photo(changes[key]), getattr(event, key, None))
 
         return handler
 
@@ -108,14 +107,14 @@ class Handlers:
         try:
             look = self.studio.look(photo, saliency)
             answers, maps = markup.answers(look), markup.maps(look)
-            elsewhere = markup.elsewhere(self.studio.look_elsewhere(photo, saliency), look, photo.box, photo.mask is not None)
+            elsewhere = markup.elsewhere(self.studio.look_elsewhere(photo, saliency), look, photo)
         except L2R2Error as error:
             sentence = sentence or str(error)
         numbers = [str(i + 1) for i in range(len(photo.boxes))]
         objects = gr.update(choices=numbers, value=numbers[photo.chosen] if numbers else None, visible=len(numbers) > 1)
         parts = [str(k) for k in range(self.studio.parts) if k not in photo.dropped]
         box, shown = ", ".join(f"{v:g}" for v in photo.box or ()), gr.update(visible=True)
-        stage = markup.stage(photo, finds_object, self.studio.masks)
+        stage = markup.stage(photo, finds_object, self.studio.uses_mask)
         return [photo, markup.notice(sentence), stage, shown, objects, parts, box, answers, maps, shown, elsewhere]
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
+import base64
+import io
 from collections.abc import Sequence
-from io import BytesIO
 from itertools import groupby
 
-import torch
 from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
@@ -19,14 +18,15 @@ from .studio import Look, Photo, Studio
 
 SHOWN = 960  # longer side of the photo on the page
 THUMB = 160
-TINT = (255, 0, 170)  # of a mask
 HINT = "Drag on the photo to draw a box around the object."
+TOOLS = ["draw a box", "paint", "erase"]  # draw.js tells them apart by their first letter
+MASK_HINT = "fg sees the green pixels. Draw a box around the object, then erase the background in it, or paint what is missing."
+TINT = (0, 200, 120, 110)  # RGBA of the mask
 FINDS_OBJECT = (
     "The model finds the object itself. A box only says what moves to another background; drag on the photo to draw one."
 )
-PAINT = "Drag on the photo to draw a box around the object, or choose a brush to correct its mask, which is shown in color."
-MOVED_MASK = "What the mask covers is moved, with a soft edge around it."
 MOVED = "The whole box is moved, with a soft edge around it."
+MASK_MOVED = "The pixels of the mask are moved, with a soft edge."
 ABOUT_AUDIT = (
     "Every image is changed some 40 times: the object on other backgrounds, the object or the background erased, and noise. If "
     "predictions change with the background, the model relies on it. Without a GPU this takes minutes."
@@ -41,29 +41,27 @@ def _url(image: Image.Image, side: int) -> str:
     return jpeg_url(small)
 
 
-def _mask(mask: Tensor) -> Markup:
-    """Return a mask `[H, W]` as a transparent picture that covers another."""
-    level = Image.fromarray(mask.to(torch.uint8).mul(255).numpy())
-    level.thumbnail((SHOWN, SHOWN), Image.Resampling.BOX)
-    picture = Image.new("RGB", level.size, TINT)
-    picture.putalpha(level)
-    buffer = BytesIO()
-    picture.save(buffer, "PNG")
-    url = f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
-    return Markup('<img class="mask" draggable="false" alt="the mask of the object" src="{}">').format(url)
+def _mask_url(mask: Tensor, side: int) -> str:
+    """Return a mask as a data URL of a transparent image."""
+    tint = Image.new("RGBA", (mask.shape[1], mask.shape[0]))
+    tint.paste(TINT, mask=Image.fromarray(mask.numpy()))
+    tint.thumbnail((side, side))
+    buffer = io.BytesIO()
+    tint.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _boxed(image: Image.Image, boxes: Sequence[Sequence[float]], chosen: int, title: str, mask: Tensor | None = None) -> Markup:
-    """Return a picture with its mask and its boxes, placed in percent, so that they stay where they are at any width."""
-    marks = []
+    """Return a picture with its boxes, placed in percent, so that they stay where they are at any width, and a mask."""
+    form = Markup('<img class="mask" draggable="false" alt="" src="{}">')
+    marks = [] if mask is None else [form.format(_mask_url(mask, SHOWN))]
     for i, (x0, y0, x1, y1) in enumerate(boxes):
         place = [100 * v / side for v, side in zip((x0, y0, x1 - x0, y1 - y0), image.size * 2)]
         kind = "chosen" if i == chosen else "other"
         form = Markup('<div class="box {}" style="left:{:.3f}%;top:{:.3f}%;width:{:.3f}%;height:{:.3f}%"></div>')
         marks.append(form.format(kind, *place))
     picture = Markup('<img draggable="false" alt="{}" src="{}">').format(title, _url(image, SHOWN))
-    over = Markup("") if mask is None else _mask(mask)
-    return Markup('<div class="picture">{}{}{}</div>').format(picture, over, Markup("").join(marks))
+    return Markup('<div class="picture">{}{}</div>').format(picture, Markup("").join(marks))
 
 
 def heading(name: str, labels: Sequence[str]) -> str:
@@ -73,13 +71,16 @@ def heading(name: str, labels: Sequence[str]) -> str:
     return form.format(name, len(labels), some)
 
 
-def stage(photo: Photo | None, finds_object: bool = False, masks: bool = False) -> str:
-    """Return the photo on which a box is drawn, or a mask painted, or what to do first."""
+def stage(photo: Photo | None, finds_object: bool = False, uses_mask: bool = False) -> str:
+    """Return the photo on which a box is drawn, or what to do first."""
     if photo is None:
         return Markup('<p class="hint">{}</p>').format("Choose a photo, or drop one above.")
-    boxes = [photo.box if i == photo.chosen and photo.box else box for i, box in enumerate(photo.boxes)]
-    drawn = _boxed(photo.image, boxes, photo.chosen, photo.name, photo.mask if masks else None)
-    hint = FINDS_OBJECT if finds_object else PAINT if masks else HINT
+    boxes, mask = list(photo.boxes), None
+    if photo.box is not None:
+        boxes[photo.chosen : photo.chosen + 1] = [photo.box]  # it grows with what is painted
+        mask = photo.kept if uses_mask else None
+    drawn = _boxed(photo.image, boxes, photo.chosen, photo.name, mask)
+    hint = FINDS_OBJECT if finds_object else MASK_HINT if uses_mask else HINT
     return Markup('<div class="stage">{}</div><p class="hint">{}</p>').format(drawn, hint)
 
 
@@ -106,19 +107,23 @@ def maps(look: Look) -> str:
     return Markup("").join(strip(title, shown) for title, shown in found if shown)
 
 
-def elsewhere(look: Look | None, before: Look, box: Sequence[float] | None, masked: bool = False) -> str:
+def elsewhere(look: Look | None, before: Look, photo: Photo) -> str:
     """Return the object on the other background, and how the predictions change."""
-    if look is None or box is None:
+    if look is None or photo.box is None:
         return ""
     scale = look.image.width / before.image.width
-    picture = _boxed(look.image, [[v * scale for v in box]], 0, "the object on the other background")
+    picture = _boxed(look.image, [[v * scale for v in photo.box]], 0, "the object on the other background")
     changes = []
     for name, found in look.answers.items():
         old, new = before.answers[name][0].label, found[0].label
         changes.append(f"{NAMES[name]}: {f'still {new}' if new == old else f'{new} instead of {old}'}")
     form = Markup('<div class="moved"><div>{}<p class="hint">{}</p></div><div><p class="changes">{}</p>{}</div></div>{}')
     return form.format(
-        picture, MOVED_MASK if masked else MOVED, ". ".join(changes) + ".", answers(look, "On the other background"), maps(look)
+        picture,
+        MOVED if photo.mask is None else MASK_MOVED,
+        ". ".join(changes) + ".",
+        answers(look, "On the other background"),
+        maps(look),
     )
 
 

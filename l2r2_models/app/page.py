@@ -33,6 +33,7 @@ class Controls(NamedTuple):
     reset: Any
     objects: Any
     parts: Any
+    metadata: list[Any]
     box: Any
     saliency: Any
     answers: Any
@@ -114,14 +115,16 @@ def _controls(studio: Studio) -> Controls:
                 with gr.Row():
                     find = gr.Button("Find the object", visible=studio.localizer is not None, elem_id="find", **button)
                     whole = gr.Button("Whole image", elem_id="whole", **button)
-                with gr.Column(visible=studio.masks, min_width=160):
-                    brush = [("Draw a box", "box"), ("Paint the mask", "paint"), ("Erase from it", "erase")]
-                    pen: dict[str, Any] = dict(interactive=True, min_width=160)  # draw.js reads both
-                    gr.Radio(brush, value="box", label="Dragging on the photo", elem_id="brush", **pen)
-                    gr.Slider(1, 30, value=6, step=1, label="Brush, % of the width", elem_id="width", **pen)
-                    reset = gr.Button("Undo the painting", elem_id="reset", **button)
+                with gr.Row(visible=studio.uses_mask):
+                    _brush()
+                    reset = gr.Button("Reset the mask", elem_id="reset", **button)
                 objects = gr.Radio([], label="Object", type="index", visible=False, elem_id="objects")
                 used = gr.CheckboxGroup(parts, value=parts, label="Parts to use", visible=bool(parts), elem_id="parts")
+                with gr.Row(visible=bool(studio.columns)):
+                    metadata = [
+                        gr.Dropdown([("not known", ""), *values], value="", label=name, min_width=140, elem_classes="metadata")
+                        for name, values in studio.columns.items()
+                    ]
                 box = gr.Textbox(label="Box in pixels: x0, y0, x1, y1", max_lines=1, elem_id="box")
                 saliency = gr.Checkbox(label="Show where each prediction comes from", elem_id="saliency")
         with gr.Column(scale=6, min_width=300):
@@ -133,8 +136,17 @@ def _controls(studio: Studio) -> Controls:
         picker = gr.HTML(markup.picker(studio), js_on_load=_asset("pick.js"), visible=bool(studio.backgrounds), elem_id="picker")
         second = gr.File(label="Background photo", elem_id="second", **file)
         elsewhere = gr.HTML(elem_id="elsewhere")
-    tool = (tools, find, whole, reset, objects, used, box, saliency)
+    tool = (tools, find, whole, reset, objects, used, metadata, box, saliency)
     return Controls(photo, upload, notice, stage, *tool, answers, maps, other, picker, second, back, elsewhere)
+
+
+def _brush() -> None:
+    """Make the choice between box and brush; only draw.js reads it."""
+    import gradio as gr
+
+    first, *_ = markup.TOOLS
+    gr.Radio(markup.TOOLS, value=first, label="Drag on the photo to", interactive=True, min_width=300, elem_id="tool")
+    gr.Slider(1, 30, 8, step=1, label="Brush in % of the width", interactive=True, min_width=300, elem_id="brush")
 
 
 def _connect(c: Controls, to: Handlers) -> None:
@@ -146,13 +158,16 @@ def _connect(c: Controls, to: Handlers) -> None:
     found = None if studio.localizer is None else studio.find
     c.upload.upload(to.after_upload(studio.open, found), [*given, c.upload], [*shown, c.upload], **do)
     c.second.upload(to.after_upload(to.needs_photo(studio.put_on_photo)), [*given, c.second], [*shown, c.second], **do)
-    c.stage.select(to.after_event(box=studio.draw, stroke=studio.paint), given, shown, **do)
+    marked = to.after_event(box=studio.draw, stroke=studio.paint)
+    c.stage.select(marked, given, shown, trigger_mode="multiple", **do)  # strokes follow each other quickly
     c.picker.select(to.after_event(index=studio.put_on), given, shown, **do)
+    c.reset.click(to.after(studio.reset_mask), given, shown, **do)
     c.box.submit(to.after(studio.write), [*given, c.box], shown, **do)
     c.objects.input(to.after(studio.choose), [*given, c.objects], shown, **do)
     c.parts.input(to.after(studio.use_parts), [*given, c.parts], shown, **do)
+    for column in c.metadata:
+        column.input(to.after(studio.describe), [*given, *c.metadata], shown, **do)
     c.find.click(to.after(studio.find), given, shown, **do)
-    c.reset.click(to.after(studio.unpaint), given, shown, **do)
     c.whole.click(to.after(studio.whole), given, shown, **do)
     c.back.click(to.after(studio.put_back), given, shown, **do)
     c.saliency.input(to.after(lambda photo: photo), given, shown, **do)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from ..audit.perturbations import Subject, swap
@@ -18,16 +18,19 @@ from ..boxes.detections import Detections
 from ..errors import L2R2Error
 from ..evaluate.parts import parts_of
 from ..explain.explainer import Explainer
+from ..fusion import MetadataPrior
 from ..images import MAX_PIXELS, image_tensor, list_images, load_image
 from ..models.ifam import IFAM
 from ..predict.prediction import Answer, ObjectPrediction
+from ..predict.predictor import Predictor
+from ..predict.rules import ImagePrior
 from ..report.explain import pictures
 from ..report.html import Picture
 from ..report.parts import draw_parts
+from .mask import Stroke, box_of, painted, rectangle, uses_mask
 
 MOST_BACKGROUNDS = 24  # images of the folder that are offered
 BACKGROUND_SIDE = 1600  # pixels; a background is no larger than that
-MOST_POINTS = 10_000  # of a stroke; a pointer sends some 100 per second
 BAD_BOX = "A box is four numbers, x0, y0, x1, y1, in pixels of the photo."
 
 
@@ -40,43 +43,50 @@ class Photo:
         name: its file name.
         boxes: the objects, best first; empty for the whole image.
         scores: scores of the boxes.
-        masks: masks `[H, W]` bool of the boxes, or None for those without one.
         chosen: index of the box that is looked at.
-        painted: mask `[H, W]` bool that the visitor made of the chosen object, or None.
+        masks: the localizer's mask `[H, W]` bool of each object, if it finds masks.
+        edited: mask `[H, W]` bool that replaces the one of the chosen object, after painting or erasing.
         background: uint8 `[h, w, 3]` to move the object to, or None.
         dropped: indices of the parts that an iFAM model must do without.
+        metadata: values of the columns of the prior, as far as they are known.
     """
 
     image: Image.Image
     name: str
     boxes: tuple[tuple[float, ...], ...] = ()
     scores: tuple[float, ...] = ()
-    masks: tuple[Tensor | None, ...] = ()
     chosen: int = 0
-    painted: Tensor | None = None
+    masks: tuple[Tensor, ...] = ()
+    edited: Tensor | None = None
     background: Tensor | None = None
     dropped: tuple[int, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def box(self) -> tuple[float, ...] | None:
         """The chosen box xyxy in pixels, grown to contain what was painted, or None."""
         box = self.boxes[self.chosen] if self.boxes else None
-        if box is None or self.painted is None:
+        if self.edited is None or not (self.edited & ~rectangle(box, self.image.height, self.image.width)).any():
             return box
-        x0, y0, x1, y1 = Detections.from_mask(self.painted).boxes[0].tolist()
-        return min(box[0], x0), min(box[1], y0), max(box[2], x1), max(box[3], y1)
+        around = box_of(self.edited)
+        if box is None or around is None:
+            return around
+        return (min(box[0], around[0]), min(box[1], around[1]), max(box[2], around[2]), max(box[3], around[3]))
 
     @property
     def mask(self) -> Tensor | None:
-        """The mask of the chosen object, or None."""
-        if self.painted is not None:
-            return self.painted
-        return self.masks[self.chosen] if self.boxes else None
+        """The mask `[H, W]` bool of the object, or None if its box is all that is known."""
+        return self.edited if self.edited is not None else self.masks[self.chosen] if self.masks else None
 
-    def of(self, boxes: Sequence[Sequence[float]], scores: Sequence[float], masks: Sequence[Tensor | None]) -> Photo:
-        """Return the photo with other objects."""
+    @property
+    def kept(self) -> Tensor:
+        """The pixels `[H, W]` bool of the object: its mask, or else its box."""
+        return rectangle(self.box, self.image.height, self.image.width) if self.mask is None else self.mask
+
+    def with_boxes(self, boxes: Sequence[Sequence[float]], scores: Sequence[float] = (), masks: Sequence[Tensor] = ()) -> Photo:
+        """Return the photo with other objects, the first of which is chosen."""
         rounded = tuple(tuple(round(v, 1) for v in box) for box in boxes)
-        return replace(self, boxes=rounded, scores=tuple(scores), masks=tuple(masks), chosen=0, painted=None)
+        return replace(self, boxes=rounded, scores=tuple(scores), masks=tuple(masks), chosen=0, edited=None)
 
 
 @dataclass(frozen=True)
@@ -105,24 +115,27 @@ class Studio:
         explainer: the model, with its localizer.
         backgrounds: folder of background images, or None.
         max_pixels: maximum width * height of a photo.
-
-    Attributes:
-        masks: whether the model uses masks of the objects.
+        prior: corrects predictions by the metadata of the photo, or None.
 
     Raises:
         L2R2Error: when the folder has no image that can be read.
     """
 
-    def __init__(self, explainer: Explainer, backgrounds: Path | None = None, max_pixels: int = MAX_PIXELS) -> None:
-        self.explainer, self.max_pixels = explainer, max_pixels
+    def __init__(
+        self,
+        explainer: Explainer,
+        backgrounds: Path | None = None,
+        max_pixels: int = MAX_PIXELS,
+        prior: MetadataPrior | None = None,
+    ) -> None:
+        self.explainer, self.max_pixels, self.prior = explainer, max_pixels, prior
         finds_object = explainer.model.finds_object  # without a box
         self.localizer = None if finds_object else explainer.predictor.localizer
         self.predictor = explainer.predictor.keeping_logits()
         self.predictor.localizer = None  # it runs when it is asked to
         self.fill = self.predictor.model.view_spec.fill
         network = self.predictor.model
-        mode = network.view_spec.fg
-        self.masks = mode.erases or mode.takes_mask or ("bg" in network.branches and network.view_spec.bg == "shape")
+        self.uses_mask = uses_mask(network)
         self.ifam = network if isinstance(network, IFAM) else None
         self.parts = 0 if self.ifam is None else self.ifam.parts.num_parts
         self.backgrounds = [] if backgrounds is None else self._read_backgrounds(backgrounds)
@@ -152,7 +165,11 @@ class Studio:
         """
         image = self._read(path)
         photo = Photo(image, Path(path).name)
-        return photo if before is None else replace(photo, background=before.background, dropped=before.dropped)
+        return (
+            photo
+            if before is None
+            else replace(photo, background=before.background, dropped=before.dropped, metadata=before.metadata)
+        )
 
     def _read(self, path: str) -> Image.Image:
         return load_image(Path(path).read_bytes(), fill=self.fill, max_pixels=self.max_pixels, name=Path(path).name)
@@ -167,8 +184,7 @@ class Studio:
         if found is None:
             why = prediction.reason.removesuffix("; classified from the whole image")
             raise L2R2Error(f"{why[:1].upper()}{why[1:]}; draw a box around the object.")
-        masks = [None] * len(found) if found.masks is None else list(found.masks)
-        return photo.of(found.boxes.tolist(), found.scores.tolist(), masks)
+        return photo.with_boxes(found.boxes.tolist(), found.scores.tolist(), () if found.masks is None else list(found.masks))
 
     def draw(self, photo: Photo, box: Sequence[float]) -> Photo:
         """Use this box xyxy, relative to the width and height of the photo.
@@ -188,7 +204,7 @@ class Studio:
         found = Detections.from_lists([ordered], (height, width)).clipped().usable()
         if not len(found):
             raise L2R2Error(f"The box covers no pixel of the photo, which has {width} x {height}; draw it on the object.")
-        return photo.of(found.boxes.tolist(), [1.0], [None])
+        return photo.with_boxes(found.boxes.tolist(), [1.0])
 
     def write(self, photo: Photo, text: str) -> Photo:
         """Use a box xyxy in pixels that was typed; an empty text is the whole image.
@@ -206,48 +222,32 @@ class Studio:
 
     def whole(self, photo: Photo) -> Photo:
         """Look at the whole image."""
-        return photo.of([], [], [])
+        return photo.with_boxes([])
 
     def choose(self, photo: Photo, index: int) -> Photo:
         """Look at another of the objects."""
-        return replace(photo, chosen=min(max(index, 0), max(len(photo.boxes) - 1, 0)), painted=None)
+        return replace(photo, chosen=min(max(index, 0), max(len(photo.boxes) - 1, 0)), edited=None)
 
-    def paint(self, photo: Photo, stroke: Mapping[str, Any]) -> Photo:
-        """Add a stroke to the mask of the object, or erase it from there; the box becomes that of the mask.
+    def paint(self, photo: Photo, sent: Any) -> Photo:
+        """Add a stroke to the mask of the object, or erase along it; without a box, what is painted is the object.
 
         Args:
-            photo: the photo. Without a mask, that of its box is painted on; without a box, an empty one.
-            stroke: `points`, each x, y relative to the width and height; `radius` relative to the width; and `erase`.
+            photo: the photo.
+            sent: the stroke as a browser sends it, see `Stroke`.
 
         Raises:
-            L2R2Error: when it is not a stroke, or nothing is left of the mask.
+            L2R2Error: when it is not a stroke, the model does not use masks, or there is nothing to erase.
         """
-        width, height = photo.image.size
-        try:
-            radius = min(max(float(stroke["radius"]), 0.001), 1.0) * width
-            points = [(min(max(x, 0), 1) * width, min(max(y, 0), 1) * height) for x, y in stroke["points"][:MOST_POINTS]]
-            level = 0 if stroke["erase"] else 1
-        except (KeyError, TypeError, ValueError):
-            raise L2R2Error("A stroke is a list of points with a radius.") from None
-        canvas = Image.new("L", (width, height))
-        if photo.mask is not None:
-            canvas = Image.fromarray(photo.mask.to(torch.uint8).numpy())
-        draw = ImageDraw.Draw(canvas)
-        if photo.mask is None and photo.box is not None:
-            x0, y0, x1, y1 = photo.box
-            draw.rectangle((round(x0), round(y0), round(x1) - 1, round(y1) - 1), fill=1)
-        draw.line(points, fill=level, width=max(1, round(2 * radius)))
-        for x, y in points:
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=level)
-        mask = image_tensor(canvas) > 0
-        found = Detections.from_mask(mask)
-        if not len(found):
-            raise L2R2Error("Nothing would be left of the mask; paint on the object, or reset the mask.")
-        return replace(photo if photo.boxes else photo.of(found.boxes.tolist(), [1.0], [None]), painted=mask)
+        if not self.uses_mask:
+            raise L2R2Error("This model does not use masks; draw a box around the object.")
+        stroke = Stroke.read(sent)
+        if stroke.erase and not photo.kept.any():
+            raise L2R2Error("There is nothing to erase; draw a box around the object, or paint it.")
+        return replace(photo, edited=painted(photo.kept, stroke))
 
-    def unpaint(self, photo: Photo) -> Photo:
-        """Undo all painting on the chosen object."""
-        return replace(photo, painted=None)
+    def reset_mask(self, photo: Photo) -> Photo:
+        """Forget what was painted and erased; the mask is the localizer's again, or the box."""
+        return replace(photo, edited=None)
 
     def use_parts(self, photo: Photo, used: Any) -> Photo:
         """Let an iFAM model use these parts and no others; `used` are their indices as text.
@@ -259,6 +259,32 @@ class Studio:
         if not isinstance(used, list) or not used or not set(used) <= set(names):
             raise L2R2Error(f"Keep at least one of the {self.parts} parts.")
         return replace(photo, dropped=tuple(k for k, name in enumerate(names) if name not in used))
+
+    @property
+    def columns(self) -> dict[str, list[str]]:
+        """The metadata columns of the prior, with the values that it was fitted with."""
+        if self.prior is None:
+            return {}
+        seen = zip(*self.prior.cells)
+        return {c.name: sorted(set(values) - {""}, key=_in_order) for c, values in zip(self.prior.columns, seen)}
+
+    def describe(self, photo: Photo, *values: Any) -> Photo:
+        """Use this metadata, one value for each of `columns`; "" for one that is not known.
+
+        Raises:
+            L2R2Error: when a value is none of a column.
+        """
+        columns = self.columns
+        if len(values) != len(columns) or not all(v in ("", *known) for v, known in zip(values, columns.values())):
+            raise L2R2Error("There is no such value; choose one of each list.")
+        return replace(photo, metadata={name: v for name, v in zip(columns, values) if v})
+
+    def _for(self, photo: Photo) -> Predictor:
+        """The predictor, which corrects predictions by the metadata of the photo."""
+        if self.prior is None or not photo.metadata:
+            return self.predictor
+        prior = ImagePrior(self.prior, {photo.name: photo.metadata}, "")
+        return self.predictor.with_rules(replace(self.predictor.rules, prior=prior))
 
     @contextmanager
     def _without(self, parts: tuple[int, ...]) -> Iterator[None]:
@@ -302,33 +328,36 @@ class Studio:
         """Predict the object on the background that was chosen; None without one.
 
         Raises:
-            L2R2Error: when there is no box, and as `look` does.
+            L2R2Error: when there is no object, and as `look` does.
         """
         if photo.background is None:
             return None
-        if photo.box is None:
-            raise L2R2Error("To see the object on another background, draw a box around it first.")
-        subject = shrunk(Subject(photo.name, image_tensor(photo.image), torch.tensor([photo.box]), photo.mask, photo.mask))
+        if photo.box is None or not photo.kept.any():
+            what = "draw a box around it" if photo.box is None else "paint it"
+            raise L2R2Error(f"To see the object on another background, {what} first.")
+        box, mask = torch.tensor([photo.box]), photo.mask
+        subject = shrunk(Subject(photo.name, image_tensor(photo.image), box, mask, mask))
         image = Image.fromarray(swap(subject, photo.background).numpy())
-        return self._look(photo, image, subject.boxes[0].tolist(), subject.mask, saliency)
+        return self._look(photo, image, subject.boxes[0].tolist(), subject.view_mask, saliency)
 
     def _look(self, photo: Photo, image: Image.Image, box: Sequence[float] | None, mask: Tensor | None, saliency: bool) -> Look:
         size = (image.height, image.width)
-        given = None if box is None else Detections.from_lists([box], size, [photo.scores[photo.chosen]])
+        score = photo.scores[photo.chosen] if photo.scores else 1.0
+        given = None if box is None else Detections.from_lists([box], size, [score])
         if given is not None and mask is not None:
             given = replace(given, masks=mask[None])
         with self._without(photo.dropped):
-            _, _, prediction = self.predictor.look_at(image, given)
+            _, _, prediction = self._for(photo).look_at(image, given, name=photo.name)
             if prediction.failure is not None:
                 raise L2R2Error(prediction.failure)
             nothing = Detections.from_lists([], size)  # None would ask the localizer
             maps = pictures(self.explainer(image, nothing if given is None else given))[1:] if saliency else []
             parts = None if self.ifam is None else draw_parts(parts_of(self.ifam, image_tensor(image)), 0)
         answer = prediction.objects[0]
-        return Look(image, self._answers(answer), answer.reason, maps, parts)
+        return Look(image, self._answers(answer, bool(photo.metadata)), answer.reason, maps, parts)
 
-    def _answers(self, answer: ObjectPrediction) -> dict[str, list[Answer]]:
-        """Return the most probable classes of each branch, and of their fusion."""
+    def _answers(self, answer: ObjectPrediction, corrected: bool) -> dict[str, list[Answer]]:
+        """Return the most probable classes of each branch, and of their fusion or, `corrected` by a prior, their correction."""
         found: dict[str, list[Answer]] = {}
         for branch in self.predictor.model.branches:
             best = getattr(answer, branch)
@@ -336,6 +365,13 @@ class Studio:
                 top = torch.tensor(answer.logits[branch]).softmax(0).topk(self.predictor.top)
                 found[branch] = [Answer(self.predictor.labels[i], p) for p, i in zip(top.values.tolist(), top.indices.tolist())]
             elif best is not None:
-                alone = branch == "full" and answer.source == "full"  # then the prediction is that of full
-                found[branch] = list(answer.top) if alone else [best]
-        return {**found, "fused": list(answer.top)} if len(self.predictor.model.branches) > 1 else {**found}
+                found[branch] = list(answer.top) if best == answer.top[0] else [best]  # without a box, full is the prediction
+        return {**found, "fused": list(answer.top)} if corrected or len(self.predictor.model.branches) > 1 else found
+
+
+def _in_order(value: str) -> tuple[float, str]:
+    """Sort key of metadata: numbers first, by size."""
+    try:
+        return float(value), value
+    except ValueError:
+        return float("inf"), value

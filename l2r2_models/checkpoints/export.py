@@ -22,6 +22,7 @@ from ..views import make_views
 from ..views.traceable import cut_in_graph
 from .checkpoint import Checkpoint, load_checkpoint
 from .export_formats import FORMATS, Format
+from .format import WEIGHTS
 
 INPUTS = ("views", "image")
 TOLERANCE = {False: 1e-4, True: 5e-2}  # by fp16: maximum difference of a logit, relative to the largest in the batch if above 1
@@ -43,14 +44,6 @@ class Exported:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     difference: float | None
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """All files that were written."""
-        if self.file.is_dir():
-            return tuple(path for path in sorted(self.file.rglob("*")) if path.is_file())
-        weights = self.file.with_suffix(".bin")
-        return (self.file, weights) if self.file.suffix == ".xml" else (self.file,)
 
 
 class ViewsIn(nn.Module):
@@ -169,24 +162,24 @@ def export_run(run: str | Path, out: str | Path, *, takes: str = "views", fp16: 
         The exported file and its maximum difference from PyTorch.
 
     Raises:
-        L2R2Error: when the ending or input is unknown, the model does not support it, packages are missing, or the outputs differ
-            from PyTorch's by more than 1e-4 (fp16: 5e-2); then nothing is written.
+        L2R2Error: when the ending or input is unknown, the model or the format does not support it, packages are missing, or the
+            outputs differ from PyTorch's by more than 1e-4 (fp16: 5e-2); then nothing is written.
 
     >>> export_run("runs/fungi", "fungi.onnx").inputs  # doctest: +SKIP
     ('full_view', 'fg_view', 'has_fg')
     """
     out = Path(out)
     if (form := FORMATS.get(out.suffix)) is None:
-        *others, last = (f"*{suffix} ({f.name})" for suffix, f in FORMATS.items())
-        raise L2R2Error(f"{out}: name the file {', '.join(others)} or {last}.")
+        raise L2R2Error(f"{out}: name the file {', '.join(f'*{suffix} ({f.name})' for suffix, f in FORMATS.items())}.")
     if takes not in INPUTS:
         raise L2R2Error(f'Unknown input "{takes}" of an export; choose from {", ".join(INPUTS)}.')
     form.check_packages(out)
+    _check_place(out)
     checkpoint = load_checkpoint(run)
     _check_kind(checkpoint, takes, form)
     kind = _kind_of(checkpoint.model, takes)
     # torch.export would specialize a size of 1
-    trials = [_trial(checkpoint.model, takes, count) for count in ((2, 3) if form.any_batch else (1,))]
+    trials = [_trial(checkpoint.model, takes, count) for count in ((2, 3) if form.dynamic else (1,))]
     with torch.inference_mode():
         exact = kind(checkpoint.model)
         wanted = [exact(*inputs) for inputs in trials]
@@ -196,7 +189,11 @@ def export_run(run: str | Path, out: str | Path, *, takes: str = "views", fp16: 
                 part.half()
     module = kind(checkpoint.model, fp16).eval()
     with _files_of(out) as folder:
-        run_file = form.write(module, trials[0], folder / out.name, _metadata(checkpoint, takes))
+        try:
+            run_file = form.write(module, trials[0], folder / out.name, _metadata(checkpoint, takes))
+        except (RuntimeError, TypeError, ValueError) as error:  # a converter without one of the network's operations
+            why = str(error).strip().partition("\n")[0]
+            raise L2R2Error(f"{out}: not written, because {form.name} does not support this network ({why}).") from error
         difference = None
         if run_file is not None:
             with torch.inference_mode():
@@ -206,41 +203,48 @@ def export_run(run: str | Path, out: str | Path, *, takes: str = "views", fp16: 
     return Exported(out, module.inputs, module.outputs, difference)
 
 
+def _check_place(out: Path) -> None:
+    """Refuse to replace a device or another program's .bin file, or to write one into a run, which refuses pickles."""
+    check_readable(out, most=None)
+    weights = out.with_suffix(".bin")
+    if out.suffix == ".xml" and weights.exists() and not out.exists():
+        raise L2R2Error(f"{weights}: exists without {out.name}; move it, or choose another name for the exported model.")
+    if out.suffix == ".xml" and (out.parent / WEIGHTS).exists():
+        raise L2R2Error(f"{out}: OpenVINO's weights, {weights.name}, cannot be in the folder of a run; write to another folder.")
+
+
 @contextlib.contextmanager
 def _files_of(out: Path) -> Iterator[Path]:
-    """Provide an empty folder next to `out`, and at the end move what was written into place, the file itself last."""
-    check_readable(out, most=None)
+    """Provide an empty folder next to `out`; if the block succeeds, move what is in it into place."""
+    weights = out.with_suffix(".bin")  # of OpenVINO
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as temporary:
-            yield Path(temporary)
-            [main] = (path for path in Path(temporary).iterdir() if path.suffix != ".bin")
-            for weights in Path(temporary).glob("*.bin"):
-                os.replace(weights, out.with_suffix(".bin"))
-            if main.is_dir() and out.is_dir():  # a folder cannot be replaced in one step
-                os.replace(out, Path(temporary) / "old")
-            os.replace(main, out)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name[:40]}.") as folder:
+            yield Path(folder)
+            if out.is_dir() or (out.suffix == ".xml" and out.exists()):  # a folder, or two files, cannot be replaced in one step
+                os.replace(out, Path(folder, "old"))
+            if out.suffix == ".xml":
+                os.replace(Path(folder, weights.name), weights)
+            os.replace(Path(folder, out.name), out)
     except OSError as error:
         raise L2R2Error(f"{out}: cannot be written ({error.strerror or error}).") from error
 
 
 def _check_kind(checkpoint: Checkpoint, takes: str, form: Format) -> None:
+    if takes == "views":
+        return
     spec = checkpoint.model.view_spec
-    if spec.fg.finds_object and not form.finds_object:
-        raise L2R2Error(
-            f"{checkpoint.name}: finds the object inside the network, which {form.name} does not support; export to ONNX."
-        )
-    if spec.fg.in_network and not form.any_batch:
-        raise L2R2Error(f"{checkpoint.name}: takes the object's mask, which {form.name} does not support; export to ONNX.")
-    if takes == "image" and not form.any_batch:
-        raise L2R2Error(f"{checkpoint.name}: {form.name} takes only views of a fixed size; export it with --input views.")
-    if takes == "image" and "fg" in checkpoint.model.branches and spec.fg.in_network:
-        what = "finds the object itself" if spec.fg.finds_object else "takes the object's mask"
-        raise L2R2Error(f"{checkpoint.name}: {what} inside the network; export it with --input views.")
-    if takes == "image" and spec.mode == "pil":
-        raise L2R2Error(f'{checkpoint.name}: its view mode "pil" cannot be exported; export it with --input views.')
-    if takes == "image" and checkpoint.model.in_chans != 3:
-        raise L2R2Error(f"{checkpoint.name}: takes {checkpoint.model.in_chans} channels; export it with --input views.")
+    if not form.dynamic:
+        why = f"{form.name} has no inputs of varying size"
+    elif "fg" in checkpoint.model.branches and spec.fg.in_network:
+        why = f"{'finds the object itself' if spec.fg.finds_object else 'masks the background'} inside the network"
+    elif spec.mode == "pil":
+        why = 'its view mode "pil" cannot be exported'
+    elif checkpoint.model.in_chans != 3:
+        why = f"takes {checkpoint.model.in_chans} channels"
+    else:
+        return
+    raise L2R2Error(f"{checkpoint.name}: {why}; export it with --input views.")
 
 
 def _kind_of(model: L2R2, takes: str) -> type[ViewsIn]:

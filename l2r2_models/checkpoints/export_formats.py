@@ -32,16 +32,14 @@ class Format:
             where this machine cannot.
         extra: the extra with its packages, if it needs any.
         packages: import names of these packages.
-        any_batch: whether a file takes any number of images; otherwise, one.
-        finds_object: whether models that find the object inside the network can be written.
+        dynamic: whether the sizes of inputs may vary; otherwise, a file takes the views of one image.
     """
 
     name: str
     write: Callable[[Any, tuple[Tensor, ...], Path, dict[str, str]], Run | None]
     extra: str | None = None
     packages: tuple[str, ...] = ()
-    any_batch: bool = True
-    finds_object: bool = True
+    dynamic: bool = True
 
     def check_packages(self, out: Path) -> None:
         """Raise an error if a package that writing `out` needs is missing."""
@@ -65,9 +63,9 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _program(module: Any, inputs: tuple[Tensor, ...], any_batch: bool = True) -> torch.export.ExportedProgram:
+def _program(module: Any, inputs: tuple[Tensor, ...], dynamic: bool = True) -> torch.export.ExportedProgram:
     with torch.no_grad():
-        return torch.export.export(module, inputs, dynamic_shapes=(module.dynamic_shapes(),) if any_batch else None)
+        return torch.export.export(module, inputs, dynamic_shapes=(module.dynamic_shapes(),) if dynamic else None)
 
 
 def _write_torch(module: Any, inputs: tuple[Tensor, ...], file: Path, metadata: dict[str, str]) -> Run:
@@ -101,9 +99,10 @@ def _write_openvino(module: Any, inputs: tuple[Tensor, ...], file: Path, metadat
 
     through = file.with_suffix(".onnx")
     _save_onnx(module, inputs, through, metadata)
-    openvino.save_model(openvino.convert_model(str(through)), str(file), compress_to_fp16=False)
+    core = openvino.Core()
+    openvino.save_model(core.read_model(str(through)), str(file), compress_to_fp16=False)  # convert_model would send telemetry
     through.unlink()
-    model = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})  # bf16 by default on new CPUs
+    model = core.compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})  # bf16 by default on new CPUs
 
     def run(values: tuple[Tensor, ...]) -> Sequence[Any]:
         answers = model([value.numpy() for value in values])
@@ -117,7 +116,7 @@ def _write_coreml(module: Any, inputs: tuple[Tensor, ...], file: Path, metadata:
     with _quiet():
         import coremltools
 
-        program = _program(module, inputs, any_batch=False).run_decompositions({})
+        program = _program(module, inputs, dynamic=False).run_decompositions({})
         model = coremltools.convert(
             program,
             inputs=[coremltools.TensorType(name=name, shape=tuple(value.shape)) for name, value in zip(module.inputs, inputs)],
@@ -139,8 +138,7 @@ def _write_coreml(module: Any, inputs: tuple[Tensor, ...], file: Path, metadata:
 
 FORMATS = {
     ".onnx": Format("ONNX", _write_onnx, "export", ("onnx", "onnxscript", "onnxruntime")),
-    # OpenVINO 2026.4 crashes when it reads an iFAM network
-    ".xml": Format("OpenVINO", _write_openvino, "openvino", ("openvino", "onnx", "onnxscript"), finds_object=False),
-    ".mlpackage": Format("Core ML", _write_coreml, "coreml", ("coremltools",), any_batch=False, finds_object=False),
+    ".xml": Format("OpenVINO", _write_openvino, "openvino", ("openvino", "onnx", "onnxscript")),
+    ".mlpackage": Format("Core ML", _write_coreml, "coreml", ("coremltools",), dynamic=False),
     ".pt2": Format("torch.export", _write_torch),
 }

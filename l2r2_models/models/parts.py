@@ -171,7 +171,8 @@ def assign_parts(patches: Tensor, prototypes: Tensor, noise: bool) -> tuple[Tens
 def mean_over_parts(logits: Tensor, dropped: list[int], dropout: float) -> Tensor:
     """Average logits `[B, K, classes]` over the parts that are neither `dropped` nor dropped at random: `[B, classes]`."""
     weights = torch.ones_like(logits[:, :, 0], dtype=torch.float32)  # one per row, so that export keeps the batch dynamic
-    weights[:, dropped] = 0.0
+    if dropped:  # OpenVINO cannot read a scatter of nothing
+        weights[:, dropped] = 0.0
     if dropout > 0:
         draws = weights * (torch.rand_like(weights) >= dropout)
         weights = torch.where(draws.sum(1, keepdim=True) > 0, draws, weights)  # never drop all parts

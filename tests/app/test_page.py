@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -15,7 +14,7 @@ import pytest
 from app_cases import BOXES, photo, write_backgrounds
 from audit_cases import GROUNDS, OBJECTS, write_data
 from conftest import sentence
-from explain_cases import spots, write_spots
+from explain_cases import write_spots
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -23,7 +22,8 @@ from l2r2_models import Explainer
 from l2r2_models.app.page import create_app
 from l2r2_models.app.studio import Studio
 from l2r2_models.audit.audit import run_audit
-from l2r2_models.checkpoints.checkpoint import save_checkpoint
+from l2r2_models.fusion import MetadataPrior
+from l2r2_models.fusion.prior_file import write_prior
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LAPTOP, PHONE = dict(width=1200, height=900), dict(width=400, height=800)
@@ -42,9 +42,6 @@ def case(tmp_path_factory):
     for i in range(20):  # more than fit on a phone
         Image.new("RGB", (40, 30)).save(folder / "grounds" / f"z{i}.png")
     write_spots(folder / "run")
-    masker = spots()
-    masker.view_spec = replace(masker.view_spec, fg_mode="masked_crop")
-    save_checkpoint(masker, folder / "masker", list(OBJECTS))
     write_data(folder / "data")
     return folder
 
@@ -160,35 +157,45 @@ def test_a_visit(case):
         assert not list((case / "temporary").glob("l2r2-app-*"))
 
 
-def test_a_mask_is_corrected(case):
-    """A box around both objects; the blue one is erased from the mask, then the painting is undone."""
-    with browser() as page, running(case, "--backgrounds", str(case / "grounds"), run="masker") as (_, url):
+def paint(page, box, tool):
+    """Drag the brush through the middle of a box in pixels of the photo."""
+    page.locator("#tool").get_by_label(tool).check()
+    drag(page, (box[0], (box[1] + box[3]) / 2, box[2], (box[1] + box[3]) / 2))
+
+
+def test_the_mask_is_edited(case):
+    write_spots(case / "masked", fg_mode="masked_crop", margin=0.0)
+    prior = MetadataPrior.of_rows(tuple(OBJECTS), ["red", "blue", "blue"] * 50, [{"site": s} for s in "abc"] * 50, ["site"])
+    write_prior(case / "prior.json", prior, {})
+    with browser() as page, running(case, "--prior", str(case / "prior.json"), run="masked") as (_, url):
         page.goto(url)
         page.locator("#photo input[type=file]").set_input_files(case / "photo.png")
-        wait_for(page, "#answers", "full", "green")
-        drag(page, (50, 30, 210, 120))
-        wait_for(page, "#answers", "fg", "blue")  # half of the red one is in the box
-        assert not page.locator("#stage .mask").count()
-        page.get_by_label("Erase from it", exact=True).check()
-        page.locator("#width input[type=number]").fill("30")
-        page.locator("#width input[type=number]").press("Tab")
-        drag(page, (165, 55, 185, 125))
+        page.wait_for_selector("#stage .picture")
+        page.locator("#brush input[type=number]").fill("30")
+        paint(page, BOXES["blue"], "erase")
+        page.wait_for_selector("#notice >> text=There is nothing to erase")
+        paint(page, BOXES["blue"], "paint")  # without a box
+        wait_for(page, "#answers", "fg", "blue")
+        assert page.locator("#stage img.mask").count() == 1 and not page.locator("#stage svg.stroke").count()
+
+        page.locator("#tool").get_by_label("draw a box").check()
+        drag(page, BOXES["red"])
         wait_for(page, "#answers", "fg", "red")
-        page.wait_for_selector("#stage .mask")
+        paint(page, BOXES["blue"], "paint")
+        paint(page, BOXES["red"], "erase")  # while the page may still compute
+        wait_for(page, "#answers", "fg", "blue")
+        page.locator("#reset").click()
+        wait_for(page, "#answers", "fg", "red")
+        page.locator(".metadata input").click()
+        page.get_by_role("option", name="b", exact=True).click()
+        page.wait_for_selector("#answers .reason >> text=site")
         for size in (LAPTOP, PHONE):
             page.set_viewport_size(size)
             assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-        page.set_viewport_size(LAPTOP)
-        page.locator("#picker button").first.click()
-        wait_for(page, "#elsewhere", "fg", "red")
-        assert "What the mask covers is moved" in page.inner_text("#elsewhere")
-        page.locator("#reset").click()
+        paint(page, BOXES["blue"], "paint")  # the page may have been laid out anew
+        paint(page, BOXES["red"], "erase")
         wait_for(page, "#answers", "fg", "blue")
-        page.wait_for_selector("#stage .mask", state="detached")
-        page.get_by_label("Paint the mask", exact=True).check()
-        drag(page, (30, 60, 70, 61))
-        page.wait_for_selector("#stage .mask")
-        assert not page.problems
+        assert not page.problems and "Traceback" not in page.content()
 
 
 def test_an_audit(case):

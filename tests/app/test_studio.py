@@ -1,5 +1,6 @@
 """What the page shows, without a browser: boxes, predictions by branch, saliency, other backgrounds, text of strangers."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import timm
 import torch
 from app_cases import BOXES, photo, write_backgrounds
 from audit_cases import GROUNDS, OBJECTS
-from explain_cases import spots, write_spots
+from explain_cases import write_spots
 from html_pages import EVIL, Page
 from PIL import Image
 
@@ -16,8 +17,10 @@ from l2r2_models import Explainer, L2R2Error, Predictor
 from l2r2_models.app import markup
 from l2r2_models.app.handlers import Handlers
 from l2r2_models.app.studio import Photo, Studio
-from l2r2_models.boxes.detections import Detections
 from l2r2_models.checkpoints.checkpoint import save_checkpoint
+from l2r2_models.fusion import MetadataPrior
+
+COLORS_OF_SPOTS = tuple(OBJECTS)  # the classes
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +134,28 @@ def test_saliency_of_every_output(studio, seen):
     assert studio.look(seen).maps == []
 
 
+def test_a_prior_corrects_the_fused_prediction_by_the_metadata(folder, seen):
+    rows = [{"site": site, "month": month} for site, month in [("a", "2"), ("a", "10"), ("b", "2")]] * 40
+    prior = MetadataPrior.of_rows(COLORS_OF_SPOTS, ["red", "red", "blue"] * 40, rows, ["site", "month:12"])
+    studio = Studio(Explainer.from_pretrained(folder / "run", numbers=False), prior=prior)
+    assert studio.columns == {"site": ["a", "b"], "month": ["2", "10"]}
+    drawn = boxed(studio, seen, "red")
+    plain, known = studio.look(drawn), studio.look(studio.describe(drawn, "b", ""))
+    assert known.answers["full"] == plain.answers["full"] and known.answers["fg"] == plain.answers["fg"]
+    wanted = prior(torch.tensor([[math.log(a.score) for a in by_label(plain)]]), [{"site": "b"}])[0].exp()
+    assert [a.score for a in by_label(known)] == pytest.approx(wanted.tolist(), abs=1e-3)
+    assert studio.look(studio.describe(studio.describe(drawn, "b", ""), "", "")) == plain
+    nowhere = studio.look(studio.whole(studio.describe(drawn, "b", "2")))
+    assert labels(nowhere)["full"] == "green" and nowhere.answers["fused"] != nowhere.answers["full"]
+    for values in (("c", ""), ("a",), (None, "2"), (["a"], "2")):
+        with pytest.raises(L2R2Error, match="no such value"):
+            studio.describe(drawn, *values)
+
+
+def by_label(look):
+    return sorted(look.answers["fused"], key=lambda one: COLORS_OF_SPOTS.index(one.label))
+
+
 @pytest.fixture(scope="module")
 def ifam(folder):
     torch.manual_seed(0)
@@ -178,7 +203,7 @@ def test_the_localizer_finds_the_objects_when_asked(folder, tmp_path):
     assert opened.box == (90, 60, 150, 100) and opened.name == "a.png"
     assert studio.find(studio.whole(opened)).box == opened.box
     assert labels(studio.look(studio.whole(opened)))["fused"] == "green"  # the localizer is not asked again
-    several = opened.of(BOXES.values(), (0.9, 0.3), (None, None))
+    several = replace(opened, boxes=tuple(BOXES.values()), scores=(0.9, 0.3))
     assert labels(studio.look(several))["fg"] == "red" and labels(studio.look(studio.choose(several, 1)))["fg"] == "blue"
     assert studio.choose(several, 7).chosen == 1
 
@@ -219,7 +244,7 @@ def test_text_of_strangers_is_escaped(studio, seen):
         markup.stage(drawn),
         markup.answers(replace(look, reason=EVIL), EVIL),
         markup.maps(look),
-        markup.elsewhere(moved, look, drawn.box),
+        markup.elsewhere(moved, look, drawn),
         markup.notice(EVIL),
         markup.picker(studio),
         markup.stage(None),
@@ -232,63 +257,3 @@ def test_text_of_strangers_is_escaped(studio, seen):
 def test_the_box_stays_on_the_object_at_any_width(studio, seen):
     html = markup.stage(boxed(studio, seen, "red"))
     assert "left:8.333%;top:18.750%;width:25.000%;height:37.500%" in html
-
-
-@pytest.fixture(scope="module")
-def masker(folder):
-    """fg sees what the mask covers, on gray."""
-    model = spots()
-    model.view_spec = replace(model.view_spec, fg_mode="masked_crop")
-    save_checkpoint(model, folder / "masker", list(OBJECTS))
-    return Studio(Explainer.from_pretrained(folder / "masker", numbers=False))
-
-
-def stroke(*points, radius=0.02, erase=False):
-    return {"points": [(x / 240, y / 160) for x, y in points], "radius": radius, "erase": erase}
-
-
-def test_what_is_painted_is_what_fg_sees(masker, seen):
-    """A box around both objects; erasing one of them leaves the other."""
-    both = masker.write(seen, "20, 30, 200, 120")
-    assert both.mask is None and masker.masks
-    for name, other in (("red", "blue"), ("blue", "red")):
-        x0, y0, x1, y1 = BOXES[other]
-        erased = masker.paint(both, stroke((x0, y0), (x0, y1), ((x0 + x1) / 2, y1), (x1, y0), (x1, y1), radius=0.14, erase=True))
-        assert labels(masker.look(erased))["fg"] == name
-        kept = torch.zeros(160, 240, dtype=torch.bool)
-        kept[int(BOXES[name][1]) : int(BOXES[name][3]), int(BOXES[name][0]) : int(BOXES[name][2])] = True
-        assert erased.mask[kept].all() and not erased.mask[int(y0) : int(y1), int(x0) : int(x1)].any()
-        prediction = Predictor.from_pretrained(masker.predictor.checkpoint.name)(
-            photo(), Detections(torch.tensor([erased.box]), torch.ones(1), (160, 240), masks=erased.mask[None])
-        )
-        assert alike(masker.look(erased).answers["fused"], prediction.objects[0].top)
-        assert masker.unpaint(erased).mask is None and masker.unpaint(erased).box == both.box
-
-
-def test_painting_grows_the_box_and_needs_none(masker, seen):
-    x0, y0, x1, _ = BOXES["red"]
-    alone = masker.paint(seen, stroke((x0 + 5, y0 + 30), (x1 - 5, y0 + 30)))
-    assert alone.box[0] >= x0 and alone.box[2] <= x1 and labels(masker.look(alone))["fg"] == "red"
-    wider = masker.paint(boxed(masker, seen, "red"), stroke((170, 90)))
-    assert wider.box[:2] == (x0, y0) and wider.box[2] > 170
-    assert masker.unpaint(wider).box == BOXES["red"]
-    assert masker.draw(wider, (0, 0, 0.5, 0.5)).painted is None  # a new box is a new object
-
-
-def test_nothing_left_of_a_mask_and_no_stroke_are_sentences(masker, seen):
-    with pytest.raises(L2R2Error, match="Nothing would be left of the mask"):
-        masker.paint(boxed(masker, seen, "red"), stroke((50, 60), radius=1.0, erase=True))
-    for wrong in ({}, {"points": [(1, 2, 3)], "radius": 0.1, "erase": False}, {"points": 3, "radius": "a", "erase": 0}):
-        with pytest.raises(L2R2Error, match="A stroke is a list of points with a radius"):
-            masker.paint(seen, wrong)
-
-
-def test_the_masks_that_a_localizer_finds_are_used(masker, seen, monkeypatch):
-    """As `predict` uses them; before, the page forgot them."""
-    half = torch.zeros(1, 160, 240, dtype=torch.bool)
-    half[:, 60:120, 140:200] = True
-    found = Detections(torch.tensor([[20.0, 30.0, 200.0, 120.0]]), torch.ones(1), (160, 240), masks=half)
-    monkeypatch.setattr(masker.explainer.predictor, "look_at", lambda image, name: (image, found, None))
-    at = masker.find(seen)
-    assert torch.equal(at.mask, half[0]) and labels(masker.look(at))["fg"] == "blue"
-    assert 'class="mask"' in markup.stage(at, masks=True) and 'class="mask"' not in markup.stage(at)

@@ -146,16 +146,16 @@ def test_a_network_for_the_whole_image_can_be_exported_whatever_its_fg_would_be(
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path, run):
-    with pytest.raises(L2R2Error, match=r"x\.tflite: name the file \*\.onnx \(ONNX\), \*\.xml \(OpenVINO\), \*\.mlpackage"):
+    with pytest.raises(L2R2Error, match=r"x\.tflite: name the file \*\.onnx \(ONNX\), \*\.xml \(OpenVINO\), "):
         export.export_run(run, tmp_path / "x.tflite")
     with pytest.raises(L2R2Error, match='Unknown input "pixels"'):
-        export.export_run(run, tmp_path / "x.pt2", takes="pixels")
+        export.export_run(run, tmp_path / "x.onnx", takes="pixels")
     checkpoint = hub.load_checkpoint(run)
     checkpoint.model.view_spec = ViewSpec(size=32, mode="pil")
     hub.save_checkpoint(checkpoint.model, tmp_path / "pil", checkpoint.labels)
     with pytest.raises(L2R2Error, match='view mode "pil" cannot be exported'):
-        export.export_run(tmp_path / "pil", tmp_path / "x.pt2", takes="image")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["pil"]
+        export.export_run(tmp_path / "pil", tmp_path / "x.onnx", takes="image")
+    assert [path.name for path in tmp_path.iterdir()] == ["pil"]
 
 
 def test_the_command(tmp_path, run, monkeypatch, capsys):
@@ -169,7 +169,7 @@ def test_the_command(tmp_path, run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["l2r2", "export", str(run), "-o", str(tmp_path / "model.bin")])
     with pytest.raises(SystemExit):
         main()
-    assert "name the file *.onnx (ONNX)" in capsys.readouterr().err
+    assert "model.bin: name the file *.onnx (ONNX)" in capsys.readouterr().err
 
 
 def example(*arguments):
@@ -215,17 +215,17 @@ def masked_run(folder, kind):
     return folder
 
 
-@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 @pytest.mark.parametrize("kind", ["tokens", pytest.param("tokens alone", marks=pytest.mark.slow), "ifam"])
-def test_models_that_drop_tokens_predict_the_same_at_any_batch_size_and_mask(tmp_path, kind, ending):
+def test_models_that_drop_tokens_predict_the_same_at_any_batch_size_and_mask(tmp_path, kind, suffix):
     run = masked_run(tmp_path / "run", kind)
-    result = export.export_run(run, tmp_path / f"model.{ending}")
+    result = export.export_run(run, tmp_path / f"model{suffix}")
     assert result.difference <= 1e-4 and result.inputs == (("full_view",) if kind == "ifam" else ("full_view", "mask"))
     model = hub.load_checkpoint(run).model
     view, mask = torch.randn(5, 3, 32, 32), (torch.rand(5, 32, 32) > 0.7).float()
     mask[0] = 0
     given = (view,) if kind == "ifam" else (view, mask)
-    if ending == "onnx":
+    if suffix == ".onnx":
         session, _ = session_of(result.file)
         got = session.run(None, {name: value.numpy() for name, value in zip(result.inputs, given)})
     else:
