@@ -13,7 +13,8 @@ from ..errors import L2R2Error
 from ..hardware import has_bf16
 from ..models.backbones import is_convolutional
 from ..models.l2r2 import L2R2
-from .recipe import AUTO, Recipe
+from .recipe import Recipe
+from .recipe_checks import AUTO
 
 CHOSEN = ("precision", "channels_last")  # recipe keys that may be left to the hardware
 

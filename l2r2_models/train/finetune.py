@@ -30,7 +30,8 @@ from .groups import count_groups
 from .init import InitCheckpoint
 from .models import create_model, frozen_parts
 from .optimizers import check_optimizer
-from .recipe import NO_METRIC, Recipe
+from .recipe import Recipe
+from .recipe_checks import NO_METRIC
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "validation", "valid", "dev")

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import yaml
 
 from .. import config
 from ..boxes.detections import BOX_THRESHOLD
 from ..data.augment import Augment
-from ..data.splits import VAL_FROM
 from ..errors import L2R2Error
-from ..fusion import FUSIONS
 from ..io import parse_yaml, read_text
 from ..models.parts import PartWeights
-from ..views import BRANCHES, ViewSpec
-
-TRAINABLE = ("all", "head")
-AUTO: Final = "auto"
-PRECISIONS = (AUTO, "fp32", "bf16", "fp16")
-STRIDES = (0, 2, 4, 8, 16, 32)
-BACKWARDS = ("joint", "separate")
-OBJECTIVES = ("erm", "group_dro")
-NO_METRIC = "none"
-METRICS = (NO_METRIC, *(f"{name}_{kind}accuracy" for kind in ("", "macro_") for name in ("fused", *BRANCHES)))
+from .recipe_checks import AUTO, NO_METRIC, check_combinations, check_values
 
 
 @dataclass(frozen=True)
@@ -99,6 +87,11 @@ class Recipe:
         warmup: fraction of all steps in which the learning rate rises linearly.
         clip_grad: maximum norm of the gradients; 0 is off.
         label_smoothing: label smoothing of the cross-entropy.
+        distill: weight of the divergence of the full branch's prediction from that of fg, which is its teacher and gets no
+            gradient from it; for rows with an object. 0 is off.
+        consistency: weight of the divergence between the predictions for an object on its own and on another training image's
+            background, for full, and for fg if it is a `crop`. Costs one more pass, forward and backward, and one more view of
+            each of these branches per row. 0 is off.
         scale: minimum area of the random crop relative to the image; 1 is off.
         flip: probability of a horizontal flip.
         color: strength of brightness, contrast and saturation jitter; 0 is off.
@@ -181,6 +174,8 @@ class Recipe:
     warmup: float = 0.1
     clip_grad: float = 1.0
     label_smoothing: float = 0.1
+    distill: float = 0.0
+    consistency: float = 0.0
     # augmentation
     scale: float = 0.5
     flip: float = 0.5
@@ -203,79 +198,10 @@ class Recipe:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        self._check_ranges()
-        if (self.val_group or self.val_from != "random") and not self.val_fraction:
-            raise L2R2Error(f"val_{'group' if self.val_group else 'from'} has no effect without val_fraction; set both.")
-        if self.grad_accumulation > self.batch_size:
-            raise L2R2Error(f"grad_accumulation {self.grad_accumulation} is larger than batch_size {self.batch_size}; lower it.")
-        self._check_best()
-        self._check_groups()
-        if self.init is not None and not self.pretrained:
-            raise L2R2Error("init loads weights, but pretrained is false; use one or the other.")
-        if self.frozen_stride and not self.pretrained:
-            raise L2R2Error("frozen_stride keeps pretrained weights, but pretrained is false; leave one of them out.")
-        if self.box_head and (self.mixup or self.cutmix):
-            raise L2R2Error("mixup and cutmix cannot mix the boxes that a box head is trained on; use one or the other.")
+        check_values(self)
+        check_combinations(self)
         self.augment()
         self.part_weights()
-        if self.fusion in FUSIONS and FUSIONS[self.fusion].needs_fit:
-            raise L2R2Error(f'Fusion "{self.fusion}" must be fitted: train with another fusion, then run `l2r2 fuse`.')
-        if self.threshold is not None and self.fusion != "robust":
-            raise L2R2Error(f'threshold is for the fusion "robust", not for "{self.fusion}".')
-
-    def _check_ranges(self) -> None:
-        for name, most in {"epochs": 100_000, "batch_size": 1_000_000, "grad_accumulation": 1_000_000}.items():
-            if not 1 <= getattr(self, name) <= most:
-                raise L2R2Error(f"{name} must lie between 1 and {most:,}, got {getattr(self, name)}.")
-        if self.workers > 256:
-            raise L2R2Error(f"workers must lie between 0 and 256, got {self.workers}.")
-        for name in ("box_threshold", "warmup", "label_smoothing", "mix_probability", "layer_decay", "background_swap"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise L2R2Error(f"{name} must lie between 0 and 1, got {getattr(self, name)}.")
-        for name in ("drop", "drop_path", "ema", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise L2R2Error(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
-        for name in ("weight_decay", "clip_grad", "mixup", "cutmix", "workers", "patience"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise L2R2Error(f"{name} must be at least 0, got {getattr(self, name)}.")
-        if not 0 <= self.val_fraction <= 0.5:
-            raise L2R2Error(f"val_fraction must lie between 0 and 0.5, got {self.val_fraction}.")
-        for name in ("lr", "layer_decay", "group_step"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise L2R2Error(f"{name} must be above 0, got {getattr(self, name)}.")
-        if not 0 <= self.seed < 2**32:
-            raise L2R2Error(f"seed must lie between 0 and 4294967295, got {self.seed}.")
-        if self.size is not None and not 1 <= self.size <= 4096:
-            raise L2R2Error(f"size must lie between 1 and 4096 pixels, got {self.size}.")
-        if lacking := [branch for branch in ViewSpec(sizes=self.sizes or {}).sizes if branch not in self.branches]:
-            raise L2R2Error(f"sizes has a size for {lacking[0]}, but this model has {', '.join(self.branches)}; leave it out.")
-        known: dict[str, tuple[Any, ...]] = {"trainable": TRAINABLE, "precision": PRECISIONS, "best_metric": METRICS}
-        known |= {"val_from": VAL_FROM, "branch_backward": BACKWARDS, "frozen_stride": STRIDES, "objective": OBJECTIVES}
-        for name, choices in known.items():
-            if getattr(self, name) not in choices:
-                raise L2R2Error(f'Unknown {name} "{getattr(self, name)}"; choose from {", ".join(map(str, choices))}.')
-        if self.channels_last not in (AUTO, True, False):
-            raise L2R2Error(f"channels_last must be auto, true or false, got {self.channels_last!r}.")
-
-    def _check_best(self) -> None:
-        branch = self.best_metric.removesuffix("_accuracy").removesuffix("_macro")
-        if branch in BRANCHES and branch not in self.branches:
-            has = ", ".join(self.branches)
-            raise L2R2Error(f"best_metric {self.best_metric} needs the branch {branch}; this model has {has}.")
-        if self.patience and self.best_metric == NO_METRIC:
-            raise L2R2Error("patience needs a metric to improve; set best_metric too, e.g. fused_accuracy.")
-
-    def _check_groups(self) -> None:
-        if self.objective == "erm":
-            if self.group and not self.balanced:
-                raise L2R2Error("group has no effect alone; set objective to group_dro, or balanced to true.")
-            return
-        if not self.group:
-            raise L2R2Error("objective group_dro needs groups; set group to a metadata column, e.g. group=background.")
-        if self.grad_accumulation > 1:
-            raise L2R2Error("group_dro weighs the groups of a whole batch; set grad_accumulation to 1.")
-        if self.mixup or self.cutmix:
-            raise L2R2Error("mixup and cutmix mix images of different groups; do not use them with group_dro.")
 
     @classmethod
     def default(cls, model: str, pretrained: bool, **changes: Any) -> Recipe:
