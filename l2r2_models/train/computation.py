@@ -13,8 +13,7 @@ from ..errors import L2R2Error
 from ..hardware import has_bf16
 from ..models.backbones import is_convolutional
 from ..models.l2r2 import L2R2
-from .recipe import Recipe
-from .recipe_checks import AUTO
+from .recipe import AUTO, Recipe
 
 CHOSEN = ("precision", "channels_last")  # recipe keys that may be left to the hardware
 

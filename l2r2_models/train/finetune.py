@@ -30,8 +30,7 @@ from .groups import count_groups
 from .init import InitCheckpoint
 from .models import create_model, frozen_parts
 from .optimizers import check_optimizer
-from .recipe import Recipe
-from .recipe_checks import NO_METRIC
+from .recipe import NO_METRIC, Recipe
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "validation", "valid", "dev")

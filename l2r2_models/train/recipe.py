@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import yaml
 
 from .. import config
 from ..boxes.detections import BOX_THRESHOLD
 from ..data.augment import Augment
+from ..data.splits import VAL_FROM
 from ..errors import L2R2Error
-from ..io import parse_yaml, read_text
+from ..fusion import FUSIONS
 from ..models.parts import PartWeights
-from .recipe_checks import AUTO, NO_METRIC, check_combinations, check_values
+from ..views import BRANCHES, ViewSpec
+from .recipe_keys import read_keys
+
+TRAINABLE = ("all", "head")
+AUTO: Final = "auto"
+PRECISIONS = (AUTO, "fp32", "bf16", "fp16")
+STRIDES = (0, 2, 4, 8, 16, 32)
+BACKWARDS = ("joint", "separate")
+OBJECTIVES = ("erm", "group_dro")
+NO_METRIC = "none"
+METRICS = (NO_METRIC, *(f"{name}_{kind}accuracy" for kind in ("", "macro_") for name in ("fused", *BRANCHES)))
 
 
 @dataclass(frozen=True)
@@ -198,10 +209,89 @@ class Recipe:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        check_values(self)
-        check_combinations(self)
+        self._check_ranges()
+        if (self.val_group or self.val_from != "random") and not self.val_fraction:
+            raise L2R2Error(f"val_{'group' if self.val_group else 'from'} has no effect without val_fraction; set both.")
+        if self.grad_accumulation > self.batch_size:
+            raise L2R2Error(f"grad_accumulation {self.grad_accumulation} is larger than batch_size {self.batch_size}; lower it.")
+        self._check_best()
+        self._check_groups()
+        self._check_divergences()
+        if self.init is not None and not self.pretrained:
+            raise L2R2Error("init loads weights, but pretrained is false; use one or the other.")
+        if self.frozen_stride and not self.pretrained:
+            raise L2R2Error("frozen_stride keeps pretrained weights, but pretrained is false; leave one of them out.")
+        if self.box_head and (self.mixup or self.cutmix):
+            raise L2R2Error("mixup and cutmix cannot mix the boxes that a box head is trained on; use one or the other.")
         self.augment()
         self.part_weights()
+        if self.fusion in FUSIONS and FUSIONS[self.fusion].needs_fit:
+            raise L2R2Error(f'Fusion "{self.fusion}" must be fitted: train with another fusion, then run `l2r2 fuse`.')
+        if self.threshold is not None and self.fusion != "robust":
+            raise L2R2Error(f'threshold is for the fusion "robust", not for "{self.fusion}".')
+
+    def _check_ranges(self) -> None:
+        for name, most in {"epochs": 100_000, "batch_size": 1_000_000, "grad_accumulation": 1_000_000}.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise L2R2Error(f"{name} must lie between 1 and {most:,}, got {getattr(self, name)}.")
+        if self.workers > 256:
+            raise L2R2Error(f"workers must lie between 0 and 256, got {self.workers}.")
+        for name in ("box_threshold", "warmup", "label_smoothing", "mix_probability", "layer_decay", "background_swap"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise L2R2Error(f"{name} must lie between 0 and 1, got {getattr(self, name)}.")
+        for name in ("drop", "drop_path", "ema", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise L2R2Error(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
+        for name in ("weight_decay", "clip_grad", "mixup", "cutmix", "workers", "patience", "distill", "consistency"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise L2R2Error(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if not 0 <= self.val_fraction <= 0.5:
+            raise L2R2Error(f"val_fraction must lie between 0 and 0.5, got {self.val_fraction}.")
+        for name in ("lr", "layer_decay", "group_step"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise L2R2Error(f"{name} must be above 0, got {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**32:
+            raise L2R2Error(f"seed must lie between 0 and 4294967295, got {self.seed}.")
+        if self.size is not None and not 1 <= self.size <= 4096:
+            raise L2R2Error(f"size must lie between 1 and 4096 pixels, got {self.size}.")
+        if lacking := [branch for branch in ViewSpec(sizes=self.sizes or {}).sizes if branch not in self.branches]:
+            raise L2R2Error(f"sizes has a size for {lacking[0]}, but this model has {', '.join(self.branches)}; leave it out.")
+        known: dict[str, tuple[Any, ...]] = {"trainable": TRAINABLE, "precision": PRECISIONS, "best_metric": METRICS}
+        known |= {"val_from": VAL_FROM, "branch_backward": BACKWARDS, "frozen_stride": STRIDES, "objective": OBJECTIVES}
+        for name, choices in known.items():
+            if getattr(self, name) not in choices:
+                raise L2R2Error(f'Unknown {name} "{getattr(self, name)}"; choose from {", ".join(map(str, choices))}.')
+        if self.channels_last not in (AUTO, True, False):
+            raise L2R2Error(f"channels_last must be auto, true or false, got {self.channels_last!r}.")
+
+    def _check_best(self) -> None:
+        branch = self.best_metric.removesuffix("_accuracy").removesuffix("_macro")
+        if branch in BRANCHES and branch not in self.branches:
+            has = ", ".join(self.branches)
+            raise L2R2Error(f"best_metric {self.best_metric} needs the branch {branch}; this model has {has}.")
+        if self.patience and self.best_metric == NO_METRIC:
+            raise L2R2Error("patience needs a metric to improve; set best_metric too, e.g. fused_accuracy.")
+
+    def _check_groups(self) -> None:
+        if self.objective == "erm":
+            if self.group and not self.balanced:
+                raise L2R2Error("group has no effect alone; set objective to group_dro, or balanced to true.")
+            return
+        if not self.group:
+            raise L2R2Error("objective group_dro needs groups; set group to a metadata column, e.g. group=background.")
+        if self.grad_accumulation > 1:
+            raise L2R2Error("group_dro weighs the groups of a whole batch; set grad_accumulation to 1.")
+        if self.mixup or self.cutmix:
+            raise L2R2Error("mixup and cutmix mix images of different groups; do not use them with group_dro.")
+
+    def _check_divergences(self) -> None:
+        if self.distill and not {"full", "fg"} <= set(self.branches):
+            raise L2R2Error(f"distill needs the branches full and fg; this model has {', '.join(self.branches)}, so set it to 0.")
+        if self.distill and self.branch_backward == "separate":
+            raise L2R2Error("distill compares two branches; set branch_backward to joint.")
+        for name in ("distill", "consistency"):
+            if getattr(self, name) and (self.mixup or self.cutmix):
+                raise L2R2Error(f"mixup and cutmix mix other images into each view that {name} compares; use one or the other.")
 
     @classmethod
     def default(cls, model: str, pretrained: bool, **changes: Any) -> Recipe:
@@ -269,39 +359,6 @@ class Recipe:
         return {"name": self.fusion, **{key: value for key, value in given.items() if value is not None}}
 
 
-def builtin_recipes() -> tuple[str, ...]:
-    """List the recipes that come with the package.
-
-    >>> builtin_recipes()
-    ('few_images', 'finetune', 'head_only', 'scratch')
-    """
-    return tuple(sorted(f.name.removesuffix(".yaml") for f in _builtin_folder().iterdir() if f.name.endswith(".yaml")))
-
-
-def read_keys(source: str | Path) -> dict[str, Any]:
-    """Read the keys that a recipe sets.
-
-    Args:
-        source: see `Recipe.read`.
-
-    Raises:
-        L2R2Error: when there is no such recipe or file, or it does not contain a mapping.
-    """
-    name, file = str(source), Path(source)
-    if name in builtin_recipes():
-        text = (_builtin_folder() / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
-        try:
-            text = read_text(file)
-        except L2R2Error as error:
-            why = str(error).removeprefix(f"{name}: ").rstrip(".")
-            raise L2R2Error(f"{name}: {why}; pass a YAML file or one of {', '.join(builtin_recipes())}.") from None
-    values = parse_yaml(text, name)
-    if not isinstance(values, dict):
-        raise L2R2Error(f"{name}: not a recipe; it must be a YAML mapping of keys to values.")
-    return values
-
-
 def describe_keys() -> dict[str, tuple[Any, str]]:
     """Return the default (None for `model`, which has none) and the description of each recipe key, from the docs of `Recipe`.
 
@@ -312,7 +369,3 @@ def describe_keys() -> dict[str, tuple[Any, str]]:
     found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", entries, re.MULTILINE)
     meanings = {name: " ".join(text.split()) for name, text in found}
     return {f.name: (None if f.default is MISSING else f.default, meanings[f.name]) for f in fields(Recipe)}
-
-
-def _builtin_folder() -> Any:
-    return resources.files(__package__) / "recipe_files"

@@ -38,8 +38,7 @@ from .mixup import ViewMixup
 from .models import branches_with_background, frozen_parts
 from .optimizers import create_optimizer
 from .progress import EpochLines
-from .recipe import Recipe
-from .recipe_checks import NO_METRIC
+from .recipe import NO_METRIC, Recipe
 
 AVERAGE, BEST = "average.safetensors", "best.safetensors"
 

@@ -151,8 +151,8 @@ def test_a_second_background_needs_two_images_with_an_object(dataset):
         ({"consistency": float("inf")}, "consistency must be at least 0"),
         ({"distill": 1, "branches": ("full",)}, "distill needs the branches full and fg; this model has full"),
         ({"distill": 1, "branch_backward": "separate"}, "set branch_backward to joint"),
-        ({"distill": 1, "mixup": 0.2}, "so distill has no views to compare"),
-        ({"consistency": 1, "cutmix": 0.2}, "so consistency has no views to compare"),
+        ({"distill": 1, "mixup": 0.2}, "into each view that distill compares"),
+        ({"consistency": 1, "cutmix": 0.2}, "into each view that consistency compares"),
         ({"consistency": 1, "branches": ("fg", "bg"), "fg_mode": "masked_crop"}, "full or an fg that is a crop"),
     ],
 )
