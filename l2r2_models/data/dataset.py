@@ -83,12 +83,14 @@ class Sample:
         box: `[4]` xyxy in pixels; NaN if there is no object.
         mask: `[H, W]` bool, or None.
         score: the localizer's score of the box; 1 without a localizer.
+        swapped: whether the object was pasted onto another background.
     """
 
     pixels: Tensor
     box: Tensor
     mask: Tensor | None
     score: float = 1.0
+    swapped: bool = False
 
     @property
     def has_box(self) -> bool:
@@ -129,12 +131,13 @@ def sample_of(
     pixels = image_tensor(image.load(scale))
     if not len(found):
         return Sample(pixels, box, mask)
+    swapped = False
     if row.background is not None:
         other, objects, other_mask = _decode(row.background, fill, box_threshold)
         if len(objects) or row.background.is_bare:
             empty = background_of(other, objects.boxes, other_mask) if len(objects) else other
-            pixels = paste_object(pixels, box, _of_box(mask, found, pick), empty)
-    return Sample(pixels, box / scale, mask, float(found.scores[pick]))
+            pixels, swapped = paste_object(pixels, box, _of_box(mask, found, pick), empty), True
+    return Sample(pixels, box / scale, mask, float(found.scores[pick]), swapped)
 
 
 def _decode(row: Row, fill: Sequence[int], box_threshold: float) -> tuple[Tensor, Detections, Tensor | None]:
@@ -180,6 +183,9 @@ class ViewDataset(Dataset[dict[str, Any]]):
         augment: the augmentation, for training only.
         background_swap: probability that an item's object is pasted onto the object-free background of another random image of
             the table (of any class), before `augment`. Rows without an object are unchanged.
+        swapped_views: branches whose view is cut a second time, as `swapped_BRANCH`: with the object on the background of another
+            random image, and otherwise the same augmentation. Items then include `swapped`, which is False if the object could
+            not be pasted, and both views are cut from the whole decoded image.
         box_threshold: see `sample_of`.
         objectness: whether items include `objectness`, the box's score.
         locate: whether items include `box` `[4]`, the object in the full view, xyxy relative to its sides (NaN if there is none),
@@ -200,6 +206,7 @@ class ViewDataset(Dataset[dict[str, Any]]):
         *,
         augment: Augment | None = None,
         background_swap: float = 0.0,
+        swapped_views: Sequence[str] = (),
         box_threshold: float = 0.0,
         objectness: bool = False,
         locate: bool = False,
@@ -213,16 +220,17 @@ class ViewDataset(Dataset[dict[str, Any]]):
         self.rows, self.spec, self.branches, self.augment = table.rows, spec, tuple(branches), augment
         self.targets = [index[str(row.label)] for row in table.rows]
         self.box_threshold, self.locate, self.seed, self.epoch = box_threshold, locate, seed, 0
-        self.background_swap, self.objectness = background_swap, objectness
+        self.background_swap, self.objectness, self.swapped_views = background_swap, objectness, tuple(swapped_views)
         self.groups: list[int] | None = None  # items then include `group`
-        self.donors = [row for row in table.whole_images() if row.may_have_object(box_threshold)] if background_swap else []
-        if background_swap and len(self.donors) < 2:
+        swaps = bool(background_swap or swapped_views)
+        self.donors = [row for row in table.whole_images() if row.may_have_object(box_threshold)] if swaps else []
+        if swaps and len(self.donors) < 2:
             raise L2R2Error(f"{table.root}: swapping backgrounds needs at least two images with a box or mask.")
 
     def without_augmentation(self) -> ViewDataset:
         """Return a copy without augmentation and background swaps, for metrics on the training rows."""
         plain = copy.copy(self)
-        plain.augment, plain.background_swap = None, 0.0
+        plain.augment, plain.background_swap, plain.swapped_views = None, 0.0, ()
         return plain
 
     def set_epoch(self, epoch: int) -> None:
@@ -236,6 +244,7 @@ class ViewDataset(Dataset[dict[str, Any]]):
         if (
             self.augment is None
             and not self.background_swap
+            and not self.swapped_views
             and self.rows[i].background is None
             and takes_patches(self.spec, self.branches)
         ):
@@ -248,6 +257,8 @@ class ViewDataset(Dataset[dict[str, Any]]):
             size = (pixels.shape[0], pixels.shape[1])
         views = make_views([pixels], box[None], self.spec, branches=self.branches, masks=[mask])
         item = {**{name: value[0] for name, value in views.inputs().items()}, "labels": self.targets[i]}
+        if self.swapped_views:
+            item |= self._swapped(i)
         if self.groups is not None:
             item["group"] = self.groups[i]
         if self.objectness:
@@ -271,19 +282,29 @@ class ViewDataset(Dataset[dict[str, Any]]):
         (window,), (found,) = Detections(box[None], torch.ones(1), size).windows()
         return view.boxes_to_view(window.float()) / self.spec.size_of("full") if found else torch.full((4,), float("nan"))
 
-    def _sample(self, i: int) -> Sample:
+    def _swapped(self, i: int) -> dict[str, Any]:
+        sample = self._sample(i, again=True)
+        views = make_views(
+            [sample.pixels], sample.box[None], self.spec, branches=self.swapped_views, masks=[sample.mask]
+        ).inputs()
+        return {"swapped": sample.swapped, **{f"swapped_{branch}": views[branch][0] for branch in self.swapped_views}}
+
+    def _sample(self, i: int, again: bool = False) -> Sample:
+        """Return an augmented sample; `again` puts the same one on another background."""
         row, of_item = self.rows[i], (self.seed, self.epoch, i)
         draw = random.Random(f"sample {of_item}")  # independent of the random numbers of `augment`
         if draw.random() < self.background_swap:
             row = replace(row, background=self._donor(row, draw))
+        if again:
+            row = replace(row, background=self._donor(row, random.Random(f"swapped {of_item}")))
         sample = sample_of(row, self.spec.fill, self.box_threshold, draw if self.augment else None, self._scale)
         if self.augment is None:
             return sample
-        return Sample(*self.augment(sample.pixels, sample.box, sample.mask, seed=of_item), sample.score)
+        return Sample(*self.augment(sample.pixels, sample.box, sample.mask, seed=of_item), sample.score, sample.swapped)
 
     def _scale(self, size: tuple[int, int], box: Tensor) -> int:
         """Return the factor by which the views after augmentation allow an image to be reduced (`docs/method.md`, Views)."""
-        if self.augment is None or not takes_patches(self.spec, self.branches):
+        if self.augment is None or self.swapped_views or not takes_patches(self.spec, self.branches):
             return 1
         whole, part = self.augment.least_sides(size, box, self.spec.square)
         sides = {"full": whole}

@@ -12,6 +12,7 @@ from ..models.box_head import box_losses
 from ..models.l2r2 import L2R2
 from ..models.parts import PartWeights
 from ..views import BRANCHES
+from .divergences import jensen_shannon, kl_divergence
 from .groups import GroupDRO
 from .mixup import ViewMixup
 
@@ -29,6 +30,9 @@ class BranchLoss(nn.Module):
         channels_last: memory layout of weights and views.
         part_weights: weights of the losses on the parts of an iFAM model.
         dro: replaces the mean over the rows by that over weighted groups, in training.
+        distill: weight of the KL divergence of full's prediction from fg's, in training; fg gets no gradient from it.
+        consistency: weight of the Jensen-Shannon divergence between the predictions for a view and for the same object on another
+            background, in training.
     """
 
     def __init__(
@@ -41,10 +45,13 @@ class BranchLoss(nn.Module):
         channels_last: bool = False,
         part_weights: PartWeights | None = None,
         dro: GroupDRO | None = None,
+        distill: float = 0.0,
+        consistency: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last) if channels_last else model
         self.label_smoothing, self.mix, self.dro = label_smoothing, mix, dro
+        self.distill, self.consistency = distill, consistency
         self.part_weights = part_weights or PartWeights()
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._frozen = tuple(frozen)  # a tuple, so that the state dict does not contain them twice
@@ -70,6 +77,9 @@ class BranchLoss(nn.Module):
         localized: Tensor | None = None,
         group: Tensor | None = None,
         counts: Tensor | None = None,
+        swapped: Tensor | None = None,
+        swapped_full: Tensor | None = None,
+        swapped_fg: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the loss and the logits.
 
@@ -83,13 +93,14 @@ class BranchLoss(nn.Module):
             group: `[B]` group indices, for `dro`.
             counts: `[2]`, the number of rows and of rows with an object in the whole batch, by which sums are divided if this is
                 a part of a batch; None uses the counts of this batch.
+            swapped: `[B]` bool, the rows whose views on another background count for `consistency`.
+            swapped_full, swapped_fg: `[B, C, S, S]` views of the objects on other backgrounds.
 
         Returns:
             `loss`, and logits `[B, classes]`: `fused`, and one entry per branch. Rows without an object have the logits of the
             full branch in every branch, as in a `Prediction`.
         """
-        given = {"full": full, "fg": fg, "bg": bg}
-        views = {b: v.contiguous(memory_format=self.memory_format) for b, v in given.items() if v is not None}
+        views = self._given(full=full, fg=fg, bg=bg)
         rows = {branch: torch.ones_like(has_fg) if branch == "full" else has_fg for branch in BRANCHES}
         targets = dict.fromkeys(BRANCHES, labels)
         if self.training and self.mix is not None:
@@ -105,6 +116,14 @@ class BranchLoss(nn.Module):
                 losses.append(self.dro(branch, each, rows[branch], group))
             else:
                 losses.append((each * rows[branch]).sum() / _count(rows[branch], counts, 0 if branch == "full" else 1))
+        if self.training and self.distill and {"full", "fg"} <= logits.keys():
+            each = kl_divergence(logits["fg"], logits["full"])
+            losses.append(self.distill * (each * rows["fg"]).sum() / _count(rows["fg"], counts, 1))
+        if self.training and self.consistency and swapped is not None:
+            again = self._given(full=swapped_full, fg=swapped_fg)
+            for branch, z in self.model.forward_branches(**again).items() if again else ():
+                each = jensen_shannon(logits[branch], z.float())
+                losses.append(self.consistency * (each * (swapped & has_fg)).sum() / _count(has_fg, counts, 1))
         if box is not None and out.located is not None:
             of_box, of_object = box_losses(out.located, box)
             if localized is not None:
@@ -114,6 +133,9 @@ class BranchLoss(nn.Module):
             part_of_batch = 1 if counts is None else len(labels) / counts[0]
             losses += [term * part_of_batch for term in self.model.extra_losses(out, views, self.part_weights).values()]
         return {"loss": torch.stack(losses).sum(), "fused": out.fused.float(), **with_fallback(logits, out.has_fg)}
+
+    def _given(self, **views: Tensor | None) -> dict[str, Tensor]:
+        return {b: view.contiguous(memory_format=self.memory_format) for b, view in views.items() if view is not None}
 
 
 def _count(rows: Tensor, counts: Tensor | None, which: int) -> Tensor:
@@ -128,9 +150,11 @@ def by_branch(inputs: Mapping[str, Tensor], branches: Sequence[str]) -> list[dic
         inputs: the arguments by name.
         branches: the branches of the model, in order.
     """
-    common = {name: value for name, value in inputs.items() if name not in (*BRANCHES, "mask")}
+    own = {*BRANCHES, "mask", *(f"swapped_{branch}" for branch in BRANCHES)}
+    common = {name: value for name, value in inputs.items() if name not in own}
     parts = []
     for branch in branches:
         view = inputs[branch if branch in inputs else "full"]  # an fg that is masked in the network sees the full view
-        parts.append({**common, branch: view, **({"mask": inputs["mask"]} if branch == "fg" and "mask" in inputs else {})})
+        others = [f"swapped_{branch}", *(["mask"] if branch == "fg" else [])]
+        parts.append({**common, branch: view, **{name: inputs[name] for name in others if name in inputs}})
     return parts

@@ -82,6 +82,8 @@ def create_model(recipe: Recipe, num_classes: int, start: InitCheckpoint | None 
         raise L2R2Error(f'mixup and cutmix cannot mix the masks that fg_mode "{fg.name}" needs; do not set them.')
     if fg.drops_tokens and (recipe.backbone or {}).get("attn_drop_rate"):
         raise L2R2Error(f'attn_drop_rate does not work with fg_mode "{fg.name}", which drops tokens; use one or the other.')
+    if recipe.consistency and not branches_with_background(model):
+        raise L2R2Error("consistency needs a branch that sees object and background, full or an fg that is a crop; set it to 0.")
     if recipe.branch_backward == "separate":
         check_separable(model, frozen=recipe.trainable == "head")
     _try_out(model, recipe)
@@ -109,6 +111,12 @@ def _try_out(model: L2R2, recipe: Recipe) -> None:
         raise L2R2Error(f"{recipe.model} does not take views of {spec.size_words(model.branches)} ({what}).") from error
     finally:
         model.train()
+
+
+def branches_with_background(model: L2R2) -> tuple[str, ...]:
+    """Return the branches that classify an object together with its background: full, and an fg whose view is a plain crop."""
+    fg = model.view_spec.fg
+    return tuple(b for b in model.branches if b == "full" or (b == "fg" and fg.crops and not fg.erases))
 
 
 def check_separable(model: L2R2, *, frozen: bool) -> None:

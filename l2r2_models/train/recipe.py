@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -19,9 +18,9 @@ from ..data.augment import Augment
 from ..data.splits import VAL_FROM
 from ..errors import L2R2Error
 from ..fusion import FUSIONS
-from ..io import parse_yaml, read_text
 from ..models.parts import PartWeights
 from ..views import BRANCHES, ViewSpec
+from .recipe_keys import read_keys
 
 TRAINABLE = ("all", "head")
 AUTO: Final = "auto"
@@ -99,6 +98,11 @@ class Recipe:
         warmup: fraction of all steps in which the learning rate rises linearly.
         clip_grad: maximum norm of the gradients; 0 is off.
         label_smoothing: label smoothing of the cross-entropy.
+        distill: weight of the divergence of the full branch's prediction from that of fg, which is its teacher and gets no
+            gradient from it; for rows with an object. 0 is off.
+        consistency: weight of the divergence between the predictions for an object on its own and on another training image's
+            background, for full, and for fg if it is a `crop`. Costs one more pass, forward and backward, and one more view of
+            each of these branches per row. 0 is off.
         scale: minimum area of the random crop relative to the image; 1 is off.
         flip: probability of a horizontal flip.
         color: strength of brightness, contrast and saturation jitter; 0 is off.
@@ -181,6 +185,8 @@ class Recipe:
     warmup: float = 0.1
     clip_grad: float = 1.0
     label_smoothing: float = 0.1
+    distill: float = 0.0
+    consistency: float = 0.0
     # augmentation
     scale: float = 0.5
     flip: float = 0.5
@@ -210,6 +216,7 @@ class Recipe:
             raise L2R2Error(f"grad_accumulation {self.grad_accumulation} is larger than batch_size {self.batch_size}; lower it.")
         self._check_best()
         self._check_groups()
+        self._check_divergences()
         if self.init is not None and not self.pretrained:
             raise L2R2Error("init loads weights, but pretrained is false; use one or the other.")
         if self.frozen_stride and not self.pretrained:
@@ -235,7 +242,7 @@ class Recipe:
         for name in ("drop", "drop_path", "ema", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise L2R2Error(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
-        for name in ("weight_decay", "clip_grad", "mixup", "cutmix", "workers", "patience"):
+        for name in ("weight_decay", "clip_grad", "mixup", "cutmix", "workers", "patience", "distill", "consistency"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise L2R2Error(f"{name} must be at least 0, got {getattr(self, name)}.")
         if not 0 <= self.val_fraction <= 0.5:
@@ -276,6 +283,15 @@ class Recipe:
             raise L2R2Error("group_dro weighs the groups of a whole batch; set grad_accumulation to 1.")
         if self.mixup or self.cutmix:
             raise L2R2Error("mixup and cutmix mix images of different groups; do not use them with group_dro.")
+
+    def _check_divergences(self) -> None:
+        if self.distill and not {"full", "fg"} <= set(self.branches):
+            raise L2R2Error(f"distill needs the branches full and fg; this model has {', '.join(self.branches)}, so set it to 0.")
+        if self.distill and self.branch_backward == "separate":
+            raise L2R2Error("distill compares two branches; set branch_backward to joint.")
+        for name in ("distill", "consistency"):
+            if getattr(self, name) and (self.mixup or self.cutmix):
+                raise L2R2Error(f"mixup and cutmix mix other images into each view that {name} compares; use one or the other.")
 
     @classmethod
     def default(cls, model: str, pretrained: bool, **changes: Any) -> Recipe:
@@ -343,39 +359,6 @@ class Recipe:
         return {"name": self.fusion, **{key: value for key, value in given.items() if value is not None}}
 
 
-def builtin_recipes() -> tuple[str, ...]:
-    """List the recipes that come with the package.
-
-    >>> builtin_recipes()
-    ('few_images', 'finetune', 'head_only', 'scratch')
-    """
-    return tuple(sorted(f.name.removesuffix(".yaml") for f in _builtin_folder().iterdir() if f.name.endswith(".yaml")))
-
-
-def read_keys(source: str | Path) -> dict[str, Any]:
-    """Read the keys that a recipe sets.
-
-    Args:
-        source: see `Recipe.read`.
-
-    Raises:
-        L2R2Error: when there is no such recipe or file, or it does not contain a mapping.
-    """
-    name, file = str(source), Path(source)
-    if name in builtin_recipes():
-        text = (_builtin_folder() / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
-        try:
-            text = read_text(file)
-        except L2R2Error as error:
-            why = str(error).removeprefix(f"{name}: ").rstrip(".")
-            raise L2R2Error(f"{name}: {why}; pass a YAML file or one of {', '.join(builtin_recipes())}.") from None
-    values = parse_yaml(text, name)
-    if not isinstance(values, dict):
-        raise L2R2Error(f"{name}: not a recipe; it must be a YAML mapping of keys to values.")
-    return values
-
-
 def describe_keys() -> dict[str, tuple[Any, str]]:
     """Return the default (None for `model`, which has none) and the description of each recipe key, from the docs of `Recipe`.
 
@@ -386,7 +369,3 @@ def describe_keys() -> dict[str, tuple[Any, str]]:
     found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", entries, re.MULTILINE)
     meanings = {name: " ".join(text.split()) for name, text in found}
     return {f.name: (None if f.default is MISSING else f.default, meanings[f.name]) for f in fields(Recipe)}
-
-
-def _builtin_folder() -> Any:
-    return resources.files(__package__) / "recipe_files"

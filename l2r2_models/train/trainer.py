@@ -35,7 +35,7 @@ from .ema import WeightEMA, tensors_of
 from .groups import GroupDRO, groups_of
 from .losses import BranchLoss, by_branch
 from .mixup import ViewMixup
-from .models import frozen_parts
+from .models import branches_with_background, frozen_parts
 from .optimizers import create_optimizer
 from .progress import EpochLines
 from .recipe import NO_METRIC, Recipe
@@ -252,7 +252,13 @@ def _trainer(
         spec=model.view_spec, branches=model.branches, box_threshold=recipe.box_threshold, locate=recipe.box_head
     )
     rows = ViewDataset(
-        train, classes, augment=recipe.augment(), background_swap=recipe.background_swap, seed=recipe.seed, **common
+        train,
+        classes,
+        augment=recipe.augment(),
+        background_swap=recipe.background_swap,
+        swapped_views=branches_with_background(model) if recipe.consistency else (),
+        seed=recipe.seed,
+        **common,
     )
     groups = rows.groups = groups_of(train, recipe.group) if recipe.group else None
     batches = EpochBatches(
@@ -281,6 +287,8 @@ def _trainer(
         channels_last=recipe.channels_last is True,
         part_weights=recipe.part_weights(),
         dro=GroupDRO(model.branches, max(groups) + 1, recipe.group_step) if groups and recipe.objective == "group_dro" else None,
+        distill=recipe.distill,
+        consistency=recipe.consistency,
     )
     return BranchTrainer(
         loss,

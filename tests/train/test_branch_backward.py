@@ -16,6 +16,7 @@ from l2r2_models.train.recipe import Recipe
 VIT = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
 CASES = {
     "mixing": ("timm:test_vit", {"mixup": 0.8, "cutmix": 1.0, "grad_accumulation": 2, "branches": ("full", "fg", "bg")}),
+    "two backgrounds": ("timm:test_vit", {"consistency": 4.0, "grad_accumulation": 2, "background_swap": 0.5}),
     "tokens": ("timm:vit_tiny_patch16_224", {"backbone": VIT, "fg_mode": "tokens"}),
     "box head": ("timm:test_convnext", {"box_head": True, "precision": "bf16"}),
     "own networks": ("timm:resnet10t", {"shared": False}),

@@ -4,7 +4,8 @@ import pytest
 
 from l2r2_models import L2R2Error
 from l2r2_models.io import parse_settings
-from l2r2_models.train.recipe import Recipe, builtin_recipes
+from l2r2_models.train.recipe import Recipe
+from l2r2_models.train.recipe_keys import builtin_recipes
 
 
 def test_every_built_in_recipe_is_complete_but_for_the_model():
