@@ -47,7 +47,7 @@ def test_options_in_the_text_exist(page):
     for code in inline_code(page):
         if code.startswith("python "):  # options of other programs
             continue
-        named = re.findall(r"(?<![\w-])--[a-z][a-z-]*", code)
+        named = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", code)
         command = re.match(r"l2r2 ([a-z-]+)", code)
         assert set(named) <= (OPTIONS[command[1]] if command else everywhere), code
 
