@@ -35,11 +35,7 @@ def export(
         typer.echo(json.dumps({**vars(result), "file": str(result.file)}))
         return
     say(f"in: {', '.join(result.inputs)}; out: {', '.join(result.outputs)}")
-    files = [file for file in result.file.rglob("*") if file.is_file()] if result.file.is_dir() else [result.file]
-    if result.file.suffix == ".xml":
-        files.append(result.file.with_suffix(".bin"))
-    size = sum(file.stat().st_size for file in files) / 1e6
     compared = "not compared with PyTorch, because Core ML runs only on macOS"
     if result.difference is not None:
         compared = f"its logits differ from PyTorch's by at most {result.difference:.1e}"
-    say(f"wrote {result.file} ({size:.1f} MB); {compared}")
+    say(f"wrote {result.file} ({result.size / 1e6:.1f} MB); {compared}")

@@ -12,7 +12,7 @@ const corners = (event) => {
   return [Math.min(start[0], end[0]), Math.min(start[1], end[1]), Math.max(start[0], end[0]), Math.max(start[1], end[1])];
 };
 
-const tool = () => (document.querySelector('#tool input:checked')?.value ?? 'draw')[0];
+const tool = () => document.querySelector('#tool input:checked')?.value ?? 'box';
 const brush = () => Number(document.querySelector('#brush input[type=number]')?.value ?? 8) / 100;
 
 const beginStroke = (picture) => {
@@ -20,7 +20,7 @@ const beginStroke = (picture) => {
   const area = picture.getBoundingClientRect();
   const svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg');
   svg.setAttribute('viewBox', `0 0 ${area.width} ${area.height}`);
-  svg.classList.add('stroke', tool() === 'e' ? 'erase' : 'paint');
+  svg.classList.add('stroke', tool());
   svg.append(document.createElementNS('http://www.w3.org/2000/svg', 'polyline'));
   svg.firstChild.setAttribute('stroke-width', brush() * area.width);
   picture.append(svg);
@@ -41,7 +41,7 @@ element.addEventListener('pointerdown', (event) => {
   if (!picture || event.button !== 0) return;
   event.preventDefault();
   element.setPointerCapture(event.pointerId);
-  if (tool() !== 'd') {
+  if (tool() !== 'box') {
     beginStroke(picture);
     extendStroke(event);
     return;

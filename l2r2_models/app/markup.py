@@ -19,7 +19,7 @@ from .studio import Look, Photo, Studio
 SHOWN = 960  # longer side of the photo on the page
 THUMB = 160
 HINT = "Drag on the photo to draw a box around the object."
-TOOLS = ["draw a box", "paint", "erase"]  # draw.js tells them apart by their first letter
+TOOLS = [("draw a box", "box"), ("paint", "paint"), ("erase", "erase")]  # label, and value in draw.js
 MASK_HINT = "fg sees the green pixels. Draw a box around the object, then erase the background in it, or paint what is missing."
 TINT = (0, 200, 120, 110)  # RGBA of the mask
 FINDS_OBJECT = (

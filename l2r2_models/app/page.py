@@ -144,8 +144,7 @@ def _brush() -> None:
     """Make the choice between box and brush; only draw.js reads it."""
     import gradio as gr
 
-    first, *_ = markup.TOOLS
-    gr.Radio(markup.TOOLS, value=first, label="Drag on the photo to", interactive=True, min_width=300, elem_id="tool")
+    gr.Radio(markup.TOOLS, value="box", label="Drag on the photo to", interactive=True, min_width=300, elem_id="tool")
     gr.Slider(1, 30, 8, step=1, label="Brush in % of the width", interactive=True, min_width=300, elem_id="brush")
 
 

@@ -45,6 +45,12 @@ class Exported:
     outputs: tuple[str, ...]
     difference: float | None
 
+    @property
+    def size(self) -> int:
+        """Bytes of all files that were written."""
+        files = [*self.file.rglob("*"), self.file, *([_weights_of(self.file)] if self.file.suffix == ".xml" else [])]
+        return sum(file.stat().st_size for file in files if file.is_file())
+
 
 class ViewsIn(nn.Module):
     """A model whose inputs are views that the caller has cut.
@@ -170,7 +176,8 @@ def export_run(run: str | Path, out: str | Path, *, takes: str = "views", fp16: 
     """
     out = Path(out)
     if (form := FORMATS.get(out.suffix)) is None:
-        raise L2R2Error(f"{out}: name the file {', '.join(f'*{suffix} ({f.name})' for suffix, f in FORMATS.items())}.")
+        *others, last = (f"*{suffix} ({f.name})" for suffix, f in FORMATS.items())
+        raise L2R2Error(f"{out}: name the file {', '.join(others)} or {last}.")
     if takes not in INPUTS:
         raise L2R2Error(f'Unknown input "{takes}" of an export; choose from {", ".join(INPUTS)}.')
     form.check_packages(out)
@@ -203,10 +210,15 @@ def export_run(run: str | Path, out: str | Path, *, takes: str = "views", fp16: 
     return Exported(out, module.inputs, module.outputs, difference)
 
 
+def _weights_of(out: Path) -> Path:
+    """The second file of OpenVINO, which finds it by its name."""
+    return out.with_suffix(".bin")
+
+
 def _check_place(out: Path) -> None:
     """Refuse to replace a device or another program's .bin file, or to write one into a run, which refuses pickles."""
     check_readable(out, most=None)
-    weights = out.with_suffix(".bin")
+    weights = _weights_of(out)
     if out.suffix == ".xml" and weights.exists() and not out.exists():
         raise L2R2Error(f"{weights}: exists without {out.name}; move it, or choose another name for the exported model.")
     if out.suffix == ".xml" and (out.parent / WEIGHTS).exists():
@@ -216,7 +228,7 @@ def _check_place(out: Path) -> None:
 @contextlib.contextmanager
 def _files_of(out: Path) -> Iterator[Path]:
     """Provide an empty folder next to `out`; if the block succeeds, move what is in it into place."""
-    weights = out.with_suffix(".bin")  # of OpenVINO
+    weights = _weights_of(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name[:40]}.") as folder:
