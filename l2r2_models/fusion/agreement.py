@@ -10,11 +10,11 @@ from torch import Tensor
 from ..errors import L2R2Error
 from .base import register_fusion
 from .calibration import fit_temperature
+from .meter import ShiftMeter, logistic
 from .scaled import Scaled
 
 GRID = 21  # candidate values of `subtract`
 ONE_SIDED = 1.645  # standard errors of a one-sided test at 5 %
-SHRINK = 1.0  # strength of the prior that pulls the offset and slope of the evidence toward 0 and 1
 
 
 @register_fusion
@@ -124,6 +124,7 @@ class TwoWorlds(Agreement):
         self.register_buffer("scale", torch.tensor([0.0, 1.0]))  # b and s
         self.trust: Tensor
         self.register_buffer("trust", torch.tensor(1.0))  # h
+        self.meter = ShiftMeter()
 
     def mixed(self, fg: Tensor, context: Tensor, misled: Tensor) -> Tensor:
         """Fuse with another e: a scalar, or one value per row `[B, 1]`."""
@@ -156,7 +157,8 @@ class TwoWorlds(Agreement):
         f, c = (z.double() for z in self.experts(fg, context))
         losses = [w[away] @ _cross_entropy((f - a * c)[away], labels[away]) for a in torch.linspace(0, 1, GRID).tolist()]
         self.subtract.fill_(int(torch.stack(losses).argmin()) / (GRID - 1))
-        self.scale.copy_(_logistic(self.evidence(fg, context).double(), ~away, w))
+        self.scale.copy_(logistic(self.evidence(fg, context).double(), ~away, w))
+        self.meter.fit(fg, context, away, w)
         right, alone = (((z.argmax(-1) == labels)[~away].double()) for z in (f + c, f))
         self.trust.fill_(float(gain_is_certain(right - alone)))
 
@@ -177,20 +179,3 @@ def gain_is_certain(gains: Tensor) -> bool:
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return -logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
-
-
-def _logistic(r: Tensor, home: Tensor, weights: Tensor) -> Tensor:
-    """Fit b and s of `P(home) = sigmoid(b + s r)` by Newton's method, with s >= 0.
-
-    Home and away rows have the same total weight, and the prior is normal around b = 0 and s = 1.
-    """
-    x, y = torch.stack([torch.ones_like(r), r], 1), home.to(r)
-    w = weights.sum() / 2 * torch.where(home, weights / weights[home].sum(), weights / weights[~home].sum())
-    start = torch.tensor([0.0, 1.0], dtype=r.dtype)
-    fitted = start.clone()
-    for _ in range(50):
-        p = (x @ fitted).sigmoid()
-        slope = x.T @ (w * (p - y)) + (fitted - start) / SHRINK
-        curve = (x.T * (w * p * (1 - p))) @ x + torch.eye(2, dtype=r.dtype) / SHRINK
-        fitted = fitted - torch.linalg.solve(curve, slope)
-    return torch.stack([fitted[0], fitted[1].clamp(min=0)])

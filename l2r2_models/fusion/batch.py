@@ -14,9 +14,8 @@ from torch import Tensor
 from ..errors import L2R2Error
 from .agreement import TwoWorlds
 from .base import INPUTS, Fusion, fuse_branches, fused_logits
+from .meter import ShiftMeter, grid
 
-PRIOR = 1.5  # both parameters of the beta prior of e; its mean, 0.5, is the e of the fixed rule
-STEPS = 1000  # grid points of e in [0, 1]
 ROWS = 1024  # processed at once
 UNFITTED = "The fusion of this model has no batch rule; fit it with `l2r2 fuse` on held-out rows with boxes first."
 LEVEL = 0.95  # of the credible interval
@@ -28,7 +27,7 @@ class GroupShare:
 
     Attributes:
         objects: number of objects that were compared with their backgrounds.
-        misled: posterior mean of the fraction, in [0, 1].
+        misled: most probable value of the fraction, in [0, 1].
         low: lower end of its 95 % credible interval.
         high: upper end of the interval.
 
@@ -43,6 +42,9 @@ class GroupShare:
 
     def __str__(self) -> str:
         return f"{100 * self.misled:.0f} % of backgrounds mislead ({100 * self.low:.0f}-{100 * self.high:.0f})"
+
+
+UNKNOWN = GroupShare(objects=0, misled=0.5, low=0.0, high=1.0)  # of a group without objects
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,9 @@ def fuse_groups(
 ) -> Adapted:
     """Fuse as `fuse_branches` does, given which images were taken at the same place.
 
-    Each object is fused by the batch rule of `fusion`, a `two_worlds` fusion. Its e is the posterior mean given the evidence of
-    the *other* objects in its group, which is the exact Bayes rule for this mixture. An object alone in its group is fused as
-    without groups. The result does not depend on the order of rows or groups.
+    Each object is fused by the batch rule of `fusion`, a `two_worlds` fusion. Its e is the posterior mean given the *other*
+    objects in its group, see `ShiftMeter`. An object alone in its group is fused as without groups. The result does not depend
+    on the order of rows or groups.
 
     Args:
         fusion: a fusion with a batch rule, i.e. fitted with rows on other backgrounds too.
@@ -86,19 +88,19 @@ def fuse_groups(
     assert found is not None  # a fusion with a batch rule has two branches
     _, fg, context = found
     rows = has_fg.nonzero()[:, 0]
-    misled, shares = shares_of(rule.evidence(fg[rows], context[:, rows]), [groups[i] for i in rows.tolist()])
+    misled, shares = shares_of(rule.meter, rule.meter.clues(fg[rows], context[:, rows]), [groups[i] for i in rows.tolist()])
     together = misled.isfinite()
     rows, misled = rows[together], misled[together].to(fused)
     fused[rows] = rule.mixed(fg[rows], context[:, rows], misled[:, None]).to(fused)
-    empty = {group: _share(_posterior(misled[:0].double()), 0) for group in groups if group not in shares}
-    return Adapted(fused, {**shares, **empty})
+    return Adapted(fused, {**dict.fromkeys(groups, UNKNOWN), **shares})
 
 
-def shares_of(evidence: Tensor, groups: Sequence[Hashable]) -> tuple[Tensor, dict[Hashable, GroupShare]]:
+def shares_of(meter: ShiftMeter, clues: Tensor, groups: Sequence[Hashable]) -> tuple[Tensor, dict[Hashable, GroupShare]]:
     """Estimate the fraction e of misleading backgrounds per object and per group.
 
     Args:
-        evidence: `[n]`, see `TwoWorlds.evidence`.
+        meter: the meter of a batch rule.
+        clues: `[n]` float64, see `ShiftMeter.clues`.
         groups: one value per object.
 
     Returns:
@@ -108,14 +110,12 @@ def shares_of(evidence: Tensor, groups: Sequence[Hashable]) -> tuple[Tensor, dic
     members: dict[Hashable, list[int]] = {group: [] for group in groups}
     for i, group in enumerate(groups):
         members[group].append(i)
-    evidence = evidence.double()
-    misled, shares = torch.full_like(evidence, float("nan")), {}
+    misled, shares = torch.full_like(clues, float("nan")), {}
     for group, indices in members.items():
-        own = evidence[indices]
-        posterior = _posterior(own)
-        shares[group] = _share(posterior, len(indices))
+        own = clues[indices]
+        shares[group] = _share(meter, own)
         if len(indices) > 1:
-            misled[indices] = _without_itself(posterior, own)
+            misled[indices] = _without_itself(meter, own)
     return misled, shares
 
 
@@ -145,35 +145,19 @@ def fit_batch(
     return rule
 
 
-def _grid(like: Tensor) -> Tensor:
-    return (torch.arange(STEPS, dtype=torch.float64, device=like.device) + 0.5) / STEPS
+def _mean(clues: Tensor) -> Tensor:
+    """Return the mean `[1]` of clues, which is the same in any order to the last bit."""
+    return clues.sort().values.mean()[None]
 
 
-def _likelihood(evidence: Tensor) -> Tensor:
-    """Return `log((1 - e) r + e)` `[n, STEPS]` on the grid of e, where r is the exponential of the evidence `[n]`."""
-    e = _grid(evidence)
-    return torch.logaddexp((1 - e).log()[None] + evidence[:, None], e.log()[None])
+def _without_itself(meter: ShiftMeter, clues: Tensor) -> Tensor:
+    """Return the posterior means `[n]` of e given the other objects of a group."""
+    others = (len(clues) * _mean(clues) - clues) / (len(clues) - 1)
+    return torch.cat([meter.posterior(part, len(clues) - 1) @ grid(clues) for part in others.split(ROWS)])
 
 
-def _posterior(evidence: Tensor) -> Tensor:
-    """Return the posterior `[STEPS]` of e given the evidence `[n]` of a group."""
-    e = _grid(evidence)
-    total = (PRIOR - 1) * (e.log() + (1 - e).log())
-    for part in evidence.sort().values.split(ROWS):  # sorted, so that the sum is the same in any order
-        total = total + _likelihood(part).sum(0)
-    return total.softmax(0)
-
-
-def _without_itself(posterior: Tensor, evidence: Tensor) -> Tensor:
-    """Return the leave-one-out posterior means `[n]` of e."""
-    e, found = _grid(evidence), []
-    for part in evidence.split(ROWS):
-        others = (posterior.log()[None] - _likelihood(part)).softmax(1)
-        found.append(others @ e)
-    return torch.cat(found)
-
-
-def _share(posterior: Tensor, objects: int) -> GroupShare:
-    e, reached = _grid(posterior), posterior.cumsum(0)
-    low, high = (float(e[int((reached < p).sum().clamp(max=STEPS - 1))]) for p in ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    return GroupShare(objects, float(posterior @ e), low, high)
+def _share(meter: ShiftMeter, clues: Tensor) -> GroupShare:
+    posterior, e = meter.posterior(_mean(clues), len(clues))[0], grid(clues)
+    likely, order = posterior.sort(descending=True)
+    inside = e[order[: int((likely.cumsum(0) < LEVEL).sum()) + 1]]  # the shortest interval, which may touch 0 or 1
+    return GroupShare(len(clues), float(e[posterior.argmax()]), float(inside.min()), float(inside.max()))
