@@ -12,7 +12,7 @@ from ..models.box_head import box_losses
 from ..models.l2r2 import L2R2
 from ..models.parts import PartWeights
 from ..views import BRANCHES
-from .divergences import jensen_shannon, kl_divergence
+from .consistency import jensen_shannon
 from .groups import GroupDRO
 from .mixup import ViewMixup
 
@@ -30,7 +30,6 @@ class BranchLoss(nn.Module):
         channels_last: memory layout of weights and views.
         part_weights: weights of the losses on the parts of an iFAM model.
         dro: replaces the mean over the rows by that over weighted groups, in training.
-        distill: weight of the KL divergence of full's prediction from fg's, in training; fg gets no gradient from it.
         consistency: weight of the Jensen-Shannon divergence between the predictions for a view and for the same object on another
             background, in training.
     """
@@ -45,13 +44,12 @@ class BranchLoss(nn.Module):
         channels_last: bool = False,
         part_weights: PartWeights | None = None,
         dro: GroupDRO | None = None,
-        distill: float = 0.0,
         consistency: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last) if channels_last else model
         self.label_smoothing, self.mix, self.dro = label_smoothing, mix, dro
-        self.distill, self.consistency = distill, consistency
+        self.consistency = consistency
         self.part_weights = part_weights or PartWeights()
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._frozen = tuple(frozen)  # a tuple, so that the state dict does not contain them twice
@@ -116,9 +114,6 @@ class BranchLoss(nn.Module):
                 losses.append(self.dro(branch, each, rows[branch], group))
             else:
                 losses.append((each * rows[branch]).sum() / _count(rows[branch], counts, 0 if branch == "full" else 1))
-        if self.training and self.distill and {"full", "fg"} <= logits.keys():
-            each = kl_divergence(logits["fg"], logits["full"])
-            losses.append(self.distill * (each * rows["fg"]).sum() / _count(rows["fg"], counts, 1))
         if self.training and self.consistency and swapped is not None:
             again = self._given(full=swapped_full, fg=swapped_fg)
             for branch, z in self.model.forward_branches(**again).items() if again else ():

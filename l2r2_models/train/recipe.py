@@ -98,8 +98,6 @@ class Recipe:
         warmup: fraction of all steps in which the learning rate rises linearly.
         clip_grad: maximum norm of the gradients; 0 is off.
         label_smoothing: label smoothing of the cross-entropy.
-        distill: weight of the divergence of the full branch's prediction from that of fg, which is its teacher and gets no
-            gradient from it; for rows with an object. 0 is off.
         consistency: weight of the divergence between the predictions for an object on its own and on another training image's
             background, for full, and for fg if it is a `crop`. Costs one more pass, forward and backward, and one more view of
             each of these branches per row. 0 is off.
@@ -185,7 +183,6 @@ class Recipe:
     warmup: float = 0.1
     clip_grad: float = 1.0
     label_smoothing: float = 0.1
-    distill: float = 0.0
     consistency: float = 0.0
     # augmentation
     scale: float = 0.5
@@ -216,7 +213,8 @@ class Recipe:
             raise L2R2Error(f"grad_accumulation {self.grad_accumulation} is larger than batch_size {self.batch_size}; lower it.")
         self._check_best()
         self._check_groups()
-        self._check_divergences()
+        if self.consistency and (self.mixup or self.cutmix):
+            raise L2R2Error("mixup and cutmix mix other images into each view that consistency compares; use one or the other.")
         if self.init is not None and not self.pretrained:
             raise L2R2Error("init loads weights, but pretrained is false; use one or the other.")
         if self.frozen_stride and not self.pretrained:
@@ -242,7 +240,7 @@ class Recipe:
         for name in ("drop", "drop_path", "ema", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise L2R2Error(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
-        for name in ("weight_decay", "clip_grad", "mixup", "cutmix", "workers", "patience", "distill", "consistency"):
+        for name in ("weight_decay", "clip_grad", "mixup", "cutmix", "workers", "patience", "consistency"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise L2R2Error(f"{name} must be at least 0, got {getattr(self, name)}.")
         if not 0 <= self.val_fraction <= 0.5:
@@ -283,15 +281,6 @@ class Recipe:
             raise L2R2Error("group_dro weighs the groups of a whole batch; set grad_accumulation to 1.")
         if self.mixup or self.cutmix:
             raise L2R2Error("mixup and cutmix mix images of different groups; do not use them with group_dro.")
-
-    def _check_divergences(self) -> None:
-        if self.distill and not {"full", "fg"} <= set(self.branches):
-            raise L2R2Error(f"distill needs the branches full and fg; this model has {', '.join(self.branches)}, so set it to 0.")
-        if self.distill and self.branch_backward == "separate":
-            raise L2R2Error("distill compares two branches; set branch_backward to joint.")
-        for name in ("distill", "consistency"):
-            if getattr(self, name) and (self.mixup or self.cutmix):
-                raise L2R2Error(f"mixup and cutmix mix other images into each view that {name} compares; use one or the other.")
 
     @classmethod
     def default(cls, model: str, pretrained: bool, **changes: Any) -> Recipe:

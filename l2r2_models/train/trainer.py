@@ -287,7 +287,6 @@ def _trainer(
         channels_last=recipe.channels_last is True,
         part_weights=recipe.part_weights(),
         dro=GroupDRO(model.branches, max(groups) + 1, recipe.group_step) if groups and recipe.objective == "group_dro" else None,
-        distill=recipe.distill,
         consistency=recipe.consistency,
     )
     return BranchTrainer(

@@ -18,7 +18,7 @@ CASES = [
     {"ema": 0.9, "balanced": True, "objective": "group_dro", "group": "split", "group_step": 0.5},
     {"mixup": 0.8, "cutmix": 1.0, "mix_probability": 0.7, "drop": 0.2, "drop_path": 0.2},
     {"precision": "bf16", "grad_accumulation": 2, "channels_last": True},
-    {"distill": 1.0, "consistency": 4.0, "background_swap": 0.5},
+    {"consistency": 4.0, "background_swap": 0.5},
     {"optimizer": "lookahead_lamb", "layer_decay": 0.8, "best_metric": "full_accuracy"},
 ]
 

@@ -1,4 +1,4 @@
-"""Divergences between the predictions for two views of the same rows."""
+"""How far the predictions for two views of the same rows differ."""
 
 from __future__ import annotations
 
@@ -6,25 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-
-
-def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """Compute KL(teacher || student) per row, without a gradient for the teacher.
-
-    Source: Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), at a temperature of 1; see
-    `docs/method.md`, section 3.
-
-    Args:
-        teacher, student: logits `[B, classes]`.
-
-    Returns:
-        `[B]`, in nats.
-
-    >>> float(kl_divergence(torch.tensor([[100.0, 0.0]]), torch.zeros(1, 2)))
-    0.6931471824645996
-    """
-    p, q = teacher.detach().log_softmax(-1), student.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
 
 
 def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Distillation of fg into full, and consistency on two backgrounds: closed forms, gradients, and the rows that count."""
+"""Consistency on two backgrounds: closed forms, gradients, and the rows that count."""
 
 import math
 from dataclasses import replace
@@ -11,7 +11,7 @@ from l2r2_models.boxes import BoxEntry
 from l2r2_models.data.augment import Augment
 from l2r2_models.data.dataset import ViewDataset
 from l2r2_models.data.table import read_table
-from l2r2_models.train.divergences import jensen_shannon, kl_divergence
+from l2r2_models.train.consistency import jensen_shannon
 from l2r2_models.train.losses import BranchLoss
 from l2r2_models.train.models import create_model
 from l2r2_models.train.recipe import Recipe
@@ -25,7 +25,6 @@ def test_two_rows_by_hand():
     p, q = [(0.5, 0.5), (0.9, 0.1)], [(0.8, 0.2), (0.9, 0.1)]
     first, second = (torch.tensor(rows).log() + 3 for rows in (p, q))  # a constant changes no softmax
     kl = lambda a, b: sum(x * math.log(x / y) for x, y in zip(a, b))  # noqa: E731
-    assert kl_divergence(first, second).tolist() == pytest.approx([kl(p[0], q[0]), 0.0], abs=1e-6)
     mean = (0.65, 0.35)
     expected = [(kl(p[0], mean) + kl(q[0], mean)) / 2, 0.0]
     assert jensen_shannon(first, second).tolist() == pytest.approx(expected, abs=1e-6)
@@ -35,7 +34,7 @@ def test_two_rows_by_hand():
 def test_certain_predictions_have_finite_divergences_and_gradients():
     first, second = torch.tensor([[1e4, 0.0, 0.0]], requires_grad=True), torch.tensor([[0.0, 1e4, 0.0]], requires_grad=True)
     assert jensen_shannon(first, second).item() == pytest.approx(math.log(2))
-    (jensen_shannon(first, second) + kl_divergence(first, second)).sum().backward()
+    jensen_shannon(first, second).sum().backward()
     assert first.grad.isfinite().all() and second.grad.isfinite().all()
 
 
@@ -57,14 +56,6 @@ def loss_of(model, batch, counts=None, **weights):
     return BranchLoss(model, **weights).train()(**batch, counts=counts)["loss"]
 
 
-def test_distillation_adds_the_mean_divergence_over_the_rows_with_an_object(model, batch):
-    out = model.forward_views(full=batch["full"], fg=batch["fg"])
-    expected = kl_divergence(out.fg, out.full)[batch["has_fg"]].mean()
-    assert expected > 1e-3
-    added = loss_of(model, batch, distill=0.5) - loss_of(model, batch)
-    assert added.item() == pytest.approx(0.5 * expected.item(), rel=1e-3)
-
-
 def test_consistency_adds_the_divergence_of_both_branches_over_the_rows_that_were_pasted(model, batch):
     one = model.forward_views(full=batch["full"], fg=batch["fg"])
     other = model.forward_views(full=batch["swapped_full"], fg=batch["swapped_fg"])
@@ -79,26 +70,13 @@ def test_consistency_adds_the_divergence_of_both_branches_over_the_rows_that_wer
     assert (loss_of(model, only_full, consistency=1.0) - loss_of(model, batch)).item() == pytest.approx(expected.item(), rel=1e-3)
 
 
-def test_neither_counts_in_evaluation(model, batch):
-    plain, both = (BranchLoss(model, **weights).eval() for weights in ({}, {"distill": 1.0, "consistency": 1.0}))
+def test_it_does_not_count_in_evaluation(model, batch):
+    plain, both = (BranchLoss(model, **weights).eval() for weights in ({}, {"consistency": 1.0}))
     assert torch.equal(plain(**batch)["loss"], both(**batch)["loss"])
 
 
-def test_fg_is_a_teacher_that_learns_nothing_from_full(batch):
-    model = create_model(recipe(shared=False), 3)
-    gradients = []
-    for weights in ({}, {"distill": 3.0}):
-        model.zero_grad()
-        loss_of(model, batch, **weights).backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    plain, distilled = gradients
-    of_fg = {name for name in plain if name.startswith(("heads.fg", "branch_backbones.fg"))}
-    assert len(of_fg) > 2 and all(torch.equal(plain[name], distilled[name]) for name in of_fg)
-    assert all(not torch.allclose(plain[name], distilled[name]) for name in ("heads.full.weight", "backbone.norm.weight"))
-
-
 def test_parts_of_a_batch_add_up_to_the_whole(model, batch):
-    weights = {"distill": 1.0, "consistency": 2.0}
+    weights = {"consistency": 2.0}
     parts = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 3), slice(3, 7))]
     counts = torch.tensor([7.0, 4.0])
     added = sum(loss_of(model, part, counts, **weights) for part in parts)
@@ -147,11 +125,7 @@ def test_a_second_background_needs_two_images_with_an_object(dataset):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"distill": -1}, "distill must be at least 0"),
         ({"consistency": float("inf")}, "consistency must be at least 0"),
-        ({"distill": 1, "branches": ("full",)}, "distill needs the branches full and fg; this model has full"),
-        ({"distill": 1, "branch_backward": "separate"}, "set branch_backward to joint"),
-        ({"distill": 1, "mixup": 0.2}, "into each view that distill compares"),
         ({"consistency": 1, "cutmix": 0.2}, "into each view that consistency compares"),
         ({"consistency": 1, "branches": ("fg", "bg"), "fg_mode": "masked_crop"}, "full or an fg that is a crop"),
     ],
