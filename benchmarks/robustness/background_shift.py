@@ -91,6 +91,7 @@ MODELS = {
     "masked_crop": Model({"fg_mode": "masked_crop"}),
     "plain, swapped": Model({**PLAIN, "background_swap": 0.5}),
     "shared, swapped": Model({"background_swap": 0.5}),
+    "shared, consistent": Model({"consistency": 4.0}),
     "ceiling": Model({"epochs": 5}, all_conditions=True),  # 2,772 rows instead of 650
 }
 
