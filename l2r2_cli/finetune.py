@@ -41,7 +41,7 @@ def finetune(
     model: Annotated[
         Optional[str],
         typer.Option(
-            help="Model of `l2r2 list`, with or without a tag, or timm:NAME.",
+            help="Model of `l2r2 list`, with or without a tag; timm:NAME; or vlm:MODEL?names=FILE to start from class names.",
             show_default="the recipe's",
             autocompletion=_complete_model,
         ),

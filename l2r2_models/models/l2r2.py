@@ -77,6 +77,7 @@ class L2R2(TimmContract):
         views: how views are cut, a `ViewSpec` or its dict; by default derived from the pretrained cfg.
         fg_mode: what the fg branch sees, see `ViewSpec`; replaces that of `views`.
         box_head: whether a trained head finds the object's box in the full view, see `BoxHead`.
+        prototype_dim: dimension of the embedding that the heads compare with class prototypes, see `CosineHead`; 0: linear heads.
         drop_rate: dropout before the heads.
         device, dtype: of all parameters and buffers.
         **backbone_kwargs: arguments of the timm backbone (`drop_path_rate`, `img_size`, `global_pool`, ...).
@@ -106,6 +107,7 @@ class L2R2(TimmContract):
         views: ViewSpec | Mapping[str, Any] | None = None,
         fg_mode: str | None = None,
         box_head: bool = False,
+        prototype_dim: int = 0,
         drop_rate: float = 0.0,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -120,7 +122,7 @@ class L2R2(TimmContract):
         self.backbone_name = backbone
         self.backbone_kwargs = {**backbone_kwargs, **({"drop_rate": drop_rate} if drop_rate else {})}
         self.shared = shared
-        self.num_classes, self.in_chans = num_classes, in_chans
+        self.num_classes, self.in_chans, self.prototype_dim = num_classes, in_chans, prototype_dim
         spec = ViewSpec.from_dict(views) if isinstance(views, Mapping) else views
         self._view_spec = ViewSpec.from_dict({**spec.to_dict(), "fg_mode": fg_mode}) if spec is not None and fg_mode else spec
         self._fg_mode = fg_mode or "crop"
@@ -357,7 +359,8 @@ class L2R2(TimmContract):
         """The keyword arguments, besides the classes, that rebuild this model; stored in a checkpoint's config."""
         views = self.view_spec.to_dict()
         ours = {"branches": list(self.branches), "shared": self.shared, "fusion": self.fusion.config(), "views": views}
-        return {**self.backbone_kwargs, **ours, **({} if self.box_head is None else {"box_head": True})}
+        more = {"box_head": self.box_head is not None, "prototype_dim": self.prototype_dim}
+        return {**self.backbone_kwargs, **ours, **{name: value for name, value in more.items() if value}}
 
     def intervene(self, drop_parts: Iterable[int] = (), token_quantile: float = 0.0) -> None:
         """See `IFAM.intervene`; other models raise an `L2R2Error`."""

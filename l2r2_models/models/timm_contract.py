@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import L2R2Error
 from ..fusion import create_fusion
+from .cosine_head import CosineHead
 
 try:  # newer timm records the input size that a model was built with, and refuses to save a model with another
     from timm.models._input import update_model_input_size
@@ -32,6 +33,7 @@ class TimmContract(nn.Module):
         box_head: Any
         branches: tuple[str, ...]
         head_hidden_size: int
+        prototype_dim: int
         backbone_kwargs: dict[str, Any]
         _view_spec: Any
 
@@ -135,6 +137,8 @@ class TimmContract(nn.Module):
     def _new_head(self, branch: str) -> nn.Module:
         if not self.num_classes:
             return nn.Identity()
+        if self.prototype_dim:
+            return CosineHead(self.head_hidden_size, self.prototype_dim, self.num_classes)
         head = nn.Linear(self.head_hidden_size, self.num_classes)
         trunc_normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)

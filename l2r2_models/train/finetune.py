@@ -14,6 +14,7 @@ from typing import Any
 from .. import distributed as processes
 from ..checkpoints.checkpoint import save_checkpoint
 from ..checkpoints.format import CONFIG
+from ..checkpoints.zero_shot import PREFIX, is_zero_shot
 from ..data.dataset import Check, Sample, check_images
 from ..data.near_duplicates import HELD_OUT, find_leaks
 from ..data.splits import hold_out
@@ -30,10 +31,12 @@ from .groups import count_groups
 from .init import InitCheckpoint
 from .models import create_model, frozen_parts
 from .optimizers import check_optimizer
+from .prototypes import PrototypeStart
 from .recipe import NO_METRIC, Recipe
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "validation", "valid", "dev")
+Start = InitCheckpoint | PrototypeStart | None
 Progress = Callable[[Iterable[None], int], Iterable[None]]
 
 
@@ -189,7 +192,7 @@ def _finished(out: Path, data: Path, settings: dict[str, Any], overwrite: bool) 
     return None if overwrite else finished(out)
 
 
-def _model(recipe: Recipe, classes: Sequence[str], start: InitCheckpoint | None) -> tuple[L2R2, list[str]]:
+def _model(recipe: Recipe, classes: Sequence[str], start: Start) -> tuple[L2R2, list[str]]:
     """Create the model, and a note on its initialization."""
     check_device(recipe)
     check_optimizer(recipe.optimizer)
@@ -204,18 +207,22 @@ def _resolved(recipe: Recipe, model: L2R2, record: Mapping[str, Any]) -> dict[st
     return {key: getattr(resolved, key) for key in CHOSEN}
 
 
-def _start(recipe: Recipe, out: Path, settings: dict[str, Any]) -> InitCheckpoint | None:
-    """Open the checkpoint to start from, which becomes part of the run's settings."""
-    if recipe.init is None:
+def _start(recipe: Recipe, out: Path, settings: dict[str, Any]) -> Start:
+    """Open the checkpoint or the vision-language model to start from, which becomes part of the run's settings."""
+    start: Start = None
+    if recipe.init is not None:
+        start = InitCheckpoint.read(recipe.init)
+    elif is_zero_shot(recipe.model):
+        start = PrototypeStart.read(recipe.model)
+    if start is None:
         return None
-    start = InitCheckpoint.read(recipe.init)
     if start.folder.resolve().is_relative_to(out.resolve()):
         raise L2R2Error(f"{out}: contains the checkpoint to start from; choose another -o.")
     settings["init"] = start.about()
     return start
 
 
-def _seen_before(start: InitCheckpoint | None, val: ImageTable | None, classes: Sequence[str]) -> list[str]:
+def _seen_before(start: Start, val: ImageTable | None, classes: Sequence[str]) -> list[str]:
     seen = set(val.names()) & set(start.files(classes)) if start and val else set()
     if not (start and val and seen):
         return []
@@ -238,8 +245,10 @@ def _localizer(recipe: Recipe, boxes_from: dict[str, Any]) -> dict[str, Any]:
 def _finish(
     out: Path, recipe: Recipe, model: L2R2, classes: Sequence[str], settings: dict[str, Any], record: dict[str, Any]
 ) -> None:
-    if recipe.init is not None:  # the config may be published, so no paths of this machine
-        settings = {**settings, "recipe": {**settings["recipe"], "init": settings["init"]["name"]}}
+    if "init" in settings:  # the config may be published, so no paths of this machine
+        name = settings["init"]["name"]
+        public = {"model": f"{PREFIX}{name}"} if is_zero_shot(recipe.model) else {"init": name}
+        settings = {**settings, "recipe": {**settings["recipe"], **public}}
     try:
         localizer = _localizer(recipe, settings["data"].get("boxes_from", {}))
         digest = save_checkpoint(model, out, classes, settings, localizer=localizer)

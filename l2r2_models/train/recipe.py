@@ -37,7 +37,8 @@ class Recipe:
     """All settings of one training run.
 
     Attributes:
-        model: registered architecture, with or without a tag; or any timm backbone as `timm:NAME`.
+        model: registered architecture, with or without a tag; any timm backbone as `timm:NAME`; or `vlm:MODEL?names=FILE` to
+            start from the image tower of a vision-language model and the prototypes of its class names.
         pretrained: start from pretrained weights instead of random ones: those of `init`, or of the tag (downloaded by timm).
         init: start from a checkpoint: a run folder, a Hub repository, or a timm classifier saved in timm's layout. Its backbone
             must be the model's; its heads are used if the classes are the same. Keep it in place until the run is finished.
@@ -51,6 +52,8 @@ class Recipe:
         drop_path: rate of stochastic depth in the backbone (arXiv 1603.09382), if timm supports it.
         box_head: also train a head that predicts the object's box, on the boxes of the rows. Rows where no box was found are
             negatives; rows without a result (the localizer failed, or the box file does not list the image) are ignored.
+        prototype_dim: dimension of an embedding that the heads compare with one prototype per class by cosine similarity; 0
+            trains linear heads. A `vlm:` model sets its own.
         grad_checkpointing: recompute activations in the backward pass instead of storing them, to save memory.
         fg_mode: what the fg branch sees: crop, masked_crop, masked, late or tokens; null keeps the model's default.
         bg: what is removed from the bg view: `shape` (the object's pixels) or `box` (its box); null keeps the model's default.
@@ -139,6 +142,7 @@ class Recipe:
     drop: float = 0.0
     drop_path: float = 0.0
     box_head: bool = False
+    prototype_dim: int = 0
     grad_checkpointing: bool = False
     # views and rows
     fg_mode: str | None = None
@@ -219,6 +223,9 @@ class Recipe:
         self._check_divergences()
         if self.init is not None and not self.pretrained:
             raise L2R2Error("init loads weights, but pretrained is false; use one or the other.")
+        own = {"init": self.init is not None, "pretrained=false": not self.pretrained, "prototype_dim": self.prototype_dim != 0}
+        if self.model.startswith("vlm:") and any(own.values()):
+            raise L2R2Error(f"A vlm: model brings its own weights; leave {next(key for key in own if own[key])} out.")
         if self.frozen_stride and not self.pretrained:
             raise L2R2Error("frozen_stride keeps pretrained weights, but pretrained is false; leave one of them out.")
         if self.box_head and (self.mixup or self.cutmix):
@@ -234,6 +241,8 @@ class Recipe:
         for name, most in {"epochs": 100_000, "batch_size": 1_000_000, "grad_accumulation": 1_000_000}.items():
             if not 1 <= getattr(self, name) <= most:
                 raise L2R2Error(f"{name} must lie between 1 and {most:,}, got {getattr(self, name)}.")
+        if not 0 <= self.prototype_dim <= 65536:
+            raise L2R2Error(f"prototype_dim must lie between 0 and 65536, got {self.prototype_dim}.")
         if self.workers > 256:
             raise L2R2Error(f"workers must lie between 0 and 256, got {self.workers}.")
         for name in ("box_threshold", "warmup", "label_smoothing", "mix_probability", "layer_decay", "background_swap"):
