@@ -74,8 +74,8 @@ class Masked(Localizer):
 
     @property
     def info(self) -> dict[str, Any]:
-        """As for the inner localizer, with this spec and these weights."""
-        return {**self.inner.info, **super().info}
+        """As for the inner localizer, with this spec and these weights, and without the license of the boxes' weights alone."""
+        return {**{k: v for k, v in self.inner.info.items() if k != "license"}, **super().info}
 
     def find(self, images: list[Image], names: Sequence[str] | None, prompts: Sequence[str] | None) -> list[Detections]:
         """Find boxes with the inner localizer, then their masks."""

@@ -31,6 +31,7 @@ class TimmContract(nn.Module):
         heads: Any
         fusion: Any
         box_head: Any
+        mask_head: Any
         branches: tuple[str, ...]
         head_hidden_size: int
         prototype_dim: int
@@ -63,7 +64,7 @@ class TimmContract(nn.Module):
         """Remove the backbone's later layers, and with `prune_head` the heads; see timm."""
         if prune_head:
             self.heads = nn.ModuleDict({b: nn.Identity() for b in self.branches})
-            self.branch_backbones, self.box_head = nn.ModuleDict(), None
+            self.branch_backbones, self.box_head, self.mask_head = nn.ModuleDict(), None, None
         return self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
 
     @torch.jit.ignore

@@ -164,6 +164,11 @@ def _plan(
     about = {"train": rows_digest(train), "images": len(train), "classes": list(train.classes())}
     if table.boxes_from:
         about["boxes_from"] = table.boxes_from
+    if recipe.mask_head and not any(row.has_mask for row in train.rows):
+        raise L2R2Error(
+            f"{train.root}: mask_head needs masks, and no training image has one; add mask files to the metadata, or pass "
+            "--boxes with the masks of `l2r2 localize --localizer ...?masks=sam:MODEL`."
+        )
     if recipe.group:
         about["groups"] = count_groups(train, recipe.group)
     if recipe.best_metric != NO_METRIC:
@@ -237,9 +242,10 @@ def _begin(out: Path, recipe: Recipe, settings: dict[str, Any], overwrite: bool)
 
 
 def _localizer(recipe: Recipe, boxes_from: dict[str, Any]) -> dict[str, Any]:
-    """Return the localizer that the model is trained for: its own box head, or the one that made the box file."""
-    spec = "head" if recipe.box_head else boxes_from.get("localizer")
-    return {} if spec is None else {"spec": spec, **({"oracle": True} if boxes_from.get("oracle") else {})}
+    """Return the localizer that the model is trained for: its own mask head or box head, or the one that made the box file."""
+    spec = "mask-head" if recipe.mask_head else "head" if recipe.box_head else boxes_from.get("localizer")
+    more = {key: boxes_from[key] for key in ("license", "oracle") if boxes_from.get(key) and spec == boxes_from.get("localizer")}
+    return {} if spec is None else {"spec": spec, **more}
 
 
 def _finish(

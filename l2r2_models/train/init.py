@@ -94,7 +94,7 @@ class InitCheckpoint:
         arguments, architecture = dict(self.config.get("model_args", {})), self.config["architecture"]
         keys: dict[str, Any] = {}
         if self.is_ours:
-            ours = ("branches", "shared", "box_head", "prototype_dim", "num_parts")
+            ours = ("branches", "shared", "box_head", "mask_head", "prototype_dim", "num_parts")
             keys = {key: arguments.pop(key) for key in ours if key in arguments}
             views = arguments.pop("views")
             keys.update({key: views[key] for key in OF_RECIPE if key in views and (key, views[key]) != ("fg_mode", "parts")})
@@ -191,7 +191,7 @@ class InitCheckpoint:
         heads = self._heads(state, model, own) if self.labels == tuple(classes) else {}
         for head in heads.values():
             taken.update(head)
-        for module in ("parts.", "box_head."):
+        for module in ("parts.", "box_head.", "mask_head."):
             found = {k: v for k, v in state.items() if k.startswith(module)}
             if {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items() if k.startswith(module)}:
                 taken.update(found)

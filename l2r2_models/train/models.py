@@ -51,14 +51,15 @@ def create_model(recipe: Recipe, num_classes: int, start: InitCheckpoint | Proto
     options: dict[str, Any] = dict(
         num_classes=num_classes, branches=list(recipe.branches), shared=recipe.shared, fusion=recipe.fusion_config(), **backbone
     )
-    if own := sorted({*options, "num_parts", "box_head", "prototype_dim"} & set(recipe.backbone or {})):
+    if own := sorted({*options, "num_parts", "box_head", "mask_head", "prototype_dim"} & set(recipe.backbone or {})):
         raise L2R2Error(f"backbone: {own[0]} is not an argument of the timm backbone; set it as a recipe key.")
     options.update(recipe.backbone or {})
     options.update({key: rate for key, rate in (("drop_rate", recipe.drop), ("drop_path_rate", recipe.drop_path)) if rate})
-    if recipe.box_head:
-        if model_class(architecture).finds_object:
-            raise L2R2Error(f"{recipe.model} finds its object itself; do not set box_head.")
-        options["box_head"] = True
+    for head in ("box_head", "mask_head"):
+        if getattr(recipe, head):
+            if model_class(architecture).finds_object:
+                raise L2R2Error(f"{recipe.model} finds its object itself; do not set {head}.")
+            options[head] = True
     if recipe.prototype_dim:
         options["prototype_dim"] = recipe.prototype_dim
     if recipe.num_parts is not None:

@@ -52,6 +52,8 @@ class Recipe:
         drop_path: rate of stochastic depth in the backbone (arXiv 1603.09382), if timm supports it.
         box_head: also train a head that predicts the object's box, on the boxes of the rows. Rows where no box was found are
             negatives; rows without a result (the localizer failed, or the box file does not list the image) are ignored.
+        mask_head: also train a head that predicts the object's mask, on the rows with a mask; rows where no object was found are
+            negatives, and rows with a box but no mask are ignored.
         prototype_dim: dimension of an embedding that the heads compare with one prototype per class by cosine similarity; 0
             trains linear heads. A `vlm:` model sets its own.
         grad_checkpointing: recompute activations in the backward pass instead of storing them, to save memory.
@@ -142,6 +144,7 @@ class Recipe:
     drop: float = 0.0
     drop_path: float = 0.0
     box_head: bool = False
+    mask_head: bool = False
     prototype_dim: int = 0
     grad_checkpointing: bool = False
     # views and rows
@@ -228,8 +231,11 @@ class Recipe:
             raise L2R2Error(f"A vlm: model brings its own weights; leave {next(key for key in own if own[key])} out.")
         if self.frozen_stride and not self.pretrained:
             raise L2R2Error("frozen_stride keeps pretrained weights, but pretrained is false; leave one of them out.")
-        if self.box_head and (self.mixup or self.cutmix):
-            raise L2R2Error("mixup and cutmix cannot mix the boxes that a box head is trained on; use one or the other.")
+        for head, targets in (("box", "boxes"), ("mask", "masks")):
+            if getattr(self, f"{head}_head") and (self.mixup or self.cutmix):
+                raise L2R2Error(
+                    f"mixup and cutmix cannot mix the {targets} that a {head} head is trained on; use one or the other."
+                )
         self.augment()
         self.part_weights()
         if self.fusion in FUSIONS and FUSIONS[self.fusion].needs_fit:

@@ -249,7 +249,11 @@ def _trainer(
     model: L2R2, recipe: Recipe, train: ImageTable, val: ImageTable | None, classes: tuple[str, ...], out: Path
 ) -> BranchTrainer:
     common: dict[str, Any] = dict(
-        spec=model.view_spec, branches=model.branches, box_threshold=recipe.box_threshold, locate=recipe.box_head
+        spec=model.view_spec,
+        branches=model.branches,
+        box_threshold=recipe.box_threshold,
+        locate=recipe.box_head,
+        segment=recipe.mask_head,
     )
     rows = ViewDataset(
         train,
