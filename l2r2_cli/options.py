@@ -53,7 +53,7 @@ Localizer = Annotated[
     Optional[str],
     typer.Option(
         "--localizer",
-        help="What finds the boxes: camera-trap, prompt, none, or another of `l2r2 localize`; head and mask-head are the model's own.",
+        help="What finds the boxes: camera-trap, prompt, none, or another of `l2r2 localize`; head, mask-head: the model's own.",
     ),
 ]
 MaxObjects = Annotated[int, typer.Option("--max-objects", min=1, help="Boxes to classify per image, best first.")]
