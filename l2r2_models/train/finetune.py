@@ -33,6 +33,7 @@ from .models import create_model, frozen_parts
 from .optimizers import check_optimizer
 from .prototypes import PrototypeStart
 from .recipe import NO_METRIC, Recipe
+from .upweight import FirstStage
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "validation", "valid", "dev")
@@ -110,6 +111,7 @@ def finetune(
     table = processes.together(lambda: read_table(data, metadata=metadata, boxes=boxes))
     train, val, settings = processes.together(lambda: _plan(table, recipe, train_split, val_split))
     start = processes.together(lambda: _start(recipe, out, settings))
+    first = processes.together(lambda: _first_stage(recipe, train, settings))
     with ExitStack() as held:
         if (done := processes.on_first(lambda: _claim(out, Path(data), settings, overwrite, held))) is not None:
             earlier = tuple(done.get("notes", []))
@@ -124,7 +126,14 @@ def finetune(
         train, val = _without(train, check.bad), _without(val, check.bad) if val else None
         leaks = processes.on_first(lambda: find_leaks(train, _other_rows(table, train, val), check.hashes, progress))
         processes.on_first(lambda: _begin(out, recipe, settings, overwrite))
-        trained = trainer.train(model, replace(recipe, **settings["resolved"]), train, val, classes, out, tensorboard=tensorboard)
+        drawn = train
+        if first is not None:
+            wrong = processes.on_first(lambda: first.errors(train, recipe.batch_size, recipe.workers, progress))
+            drawn = first.upweighted(train, wrong)
+            notes.append(
+                f"{sum(wrong)} of {len(train)} training images are drawn {first.factor} times: {recipe.jtt} is wrong there"
+            )
+        trained = trainer.train(model, replace(recipe, **settings["resolved"]), drawn, val, classes, out, tensorboard=tensorboard)
         if not all(value.isfinite().all() for value in model.state_dict().values()):
             raise L2R2Error(f"{out}: the training has diverged; train again with --overwrite and a lower --lr.")
         with_box = sum(row.path in check.with_box for row in train.rows)
@@ -160,6 +169,8 @@ def _plan(
     table: ImageTable, recipe: Recipe, train_split: str | None, val_split: str | None
 ) -> tuple[ImageTable, ImageTable | None, dict[str, Any]]:
     """Return the training and validation rows, and the settings that identify the run."""
+    if recipe.objective == "group_dro" and processes.world() > 1:
+        raise L2R2Error("group_dro weighs the groups of a whole batch, so it needs a single process; start it without torchrun.")
     train, val = _split(table, train_split, val_split, recipe)
     about = {"train": rows_digest(train), "images": len(train), "classes": list(train.classes())}
     if table.boxes_from:
@@ -227,6 +238,15 @@ def _start(recipe: Recipe, out: Path, settings: dict[str, Any]) -> Start:
     return start
 
 
+def _first_stage(recipe: Recipe, train: ImageTable, settings: dict[str, Any]) -> FirstStage | None:
+    """Load the run whose errors are drawn more often, which becomes part of the run's settings."""
+    if recipe.jtt is None:
+        return None
+    first = FirstStage.read(recipe.jtt, recipe.jtt_factor, train.classes())
+    settings["jtt"] = first.about()
+    return first
+
+
 def _seen_before(start: Start, val: ImageTable | None, classes: Sequence[str]) -> list[str]:
     seen = set(val.names()) & set(start.files(classes)) if start and val else set()
     if not (start and val and seen):
@@ -255,6 +275,8 @@ def _finish(
         name = settings["init"]["name"]
         public = {"model": f"{PREFIX}{name}"} if is_zero_shot(recipe.model) else {"init": name}
         settings = {**settings, "recipe": {**settings["recipe"], **public}}
+    if "jtt" in settings:
+        settings = {**settings, "recipe": {**settings["recipe"], "jtt": settings["jtt"]["name"]}}
     try:
         localizer = _localizer(recipe, settings["data"].get("boxes_from", {}))
         digest = save_checkpoint(model, out, classes, settings, localizer=localizer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -72,10 +74,12 @@ class PrototypeStart:
         return {"input_size": size, "mean": views.mean, "std": views.std, "interpolation": views.interpolation}
 
     def about(self) -> dict[str, Any]:
-        """Return what a run records about its initialization: name, digest and source of the weights, and the prompts."""
+        """Return what a run records about its initialization: name, digest and source of the weights, and its prompts."""
         source = Source(**self._source())
-        about = {"digest": self.towers.digest, "source": asdict(source), "templates": list(self.spec.prompts.templates)}
-        return {"name": source.name, **about}
+        prompts = self.spec.prompts
+        of_prompts = hashlib.sha256(json.dumps([prompts.labels, prompts.names, prompts.templates]).encode()).hexdigest()
+        about = {"digest": self.towers.digest, "prompts": of_prompts, "templates": list(prompts.templates)}
+        return {"name": source.name, **about, "source": asdict(source)}
 
     def _source(self) -> dict[str, Any]:
         if (folder := local_folder(self.spec.source)) is not None:

@@ -95,6 +95,9 @@ class Recipe:
         group: metadata column (background, site); the groups are the combinations of a class and a value of this column.
         objective: `erm` minimizes the mean loss, `group_dro` that of the worst groups (arXiv 1911.08731).
         group_step: step size of the weights that `group_dro` gives to the groups.
+        jtt: run whose misclassified training rows are drawn `jtt_factor` times per epoch: the second stage of JTT
+            (arXiv 2107.09044).
+        jtt_factor: see `jtt`; choose it on validation rows.
         optimizer: a name of `timm.optim.list_optimizers()`; norms, biases and what the backbone excludes get no weight decay.
         lr: peak learning rate, reached after the warm-up, followed by cosine decay to zero.
         weight_decay: weight decay of the optimizer.
@@ -183,6 +186,8 @@ class Recipe:
     balanced: bool = False
     group: str | None = None
     objective: str = "erm"
+    jtt: str | None = None
+    jtt_factor: int = 20
     group_step: float = 0.01
     optimizer: str = "adamw"
     lr: float = 2e-4
@@ -288,6 +293,10 @@ class Recipe:
             raise L2R2Error("patience needs a metric to improve; set best_metric too, e.g. fused_accuracy.")
 
     def _check_groups(self) -> None:
+        if self.jtt is not None and (self.balanced or self.objective != "erm"):
+            raise L2R2Error("jtt draws the rows by itself; leave balanced and group_dro out.")
+        if not 2 <= self.jtt_factor <= 10_000:
+            raise L2R2Error(f"jtt_factor must lie between 2 and 10,000, got {self.jtt_factor}.")
         if self.objective == "erm":
             if self.group and not self.balanced:
                 raise L2R2Error("group has no effect alone; set objective to group_dro, or balanced to true.")

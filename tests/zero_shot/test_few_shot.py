@@ -107,6 +107,11 @@ def test_the_same_command_does_nothing_for_a_finished_run_and_another_model_is_r
     assert again.was_finished
     with pytest.raises(L2R2Error, match="--overwrite"):
         train(source(clip, data, "&template=the {}"), data, run, **{**SMALL, "epochs": 8, "lr": 3e-3})
+    model = source(clip, data)
+    names = clip.parent / "names0.json"
+    names.write_text(names.read_text().replace("a red one", "a ruby one"))
+    with pytest.raises(L2R2Error, match="a run with a different init"):
+        train(model, data, run, **{**SMALL, "epochs": 8, "lr": 3e-3})
 
 
 def test_a_run_starts_from_it_with_its_heads(run, data, tmp_path):
