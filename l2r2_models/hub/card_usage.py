@@ -90,7 +90,7 @@ def _localizer_spec(checkpoint: Checkpoint, metadata: CardMetadata) -> str | Non
         model = checkpoint.model
         usable = not spec.source and (model.box_head if spec.name == "head" else model.mask_head) is not None
     else:
-        usable = spec.source.startswith("timm:") or (not spec.source and spec.name in ("ncut", "cam"))
+        usable = spec.source.startswith("timm:") or (not spec.source and spec.name in ("ncut", "attn", "cam"))
     return str(spec) if usable and takes_boxes(checkpoint.model) else None
 
 

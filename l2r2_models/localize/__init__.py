@@ -28,6 +28,7 @@ LOCALIZERS = {
     "head": ("model_based", "Head"),
     "mask-head": ("model_based", "SegmentationHead"),
     "ncut": ("unsupervised", "NormalizedCut"),
+    "attn": ("unsupervised", "Attention"),
     "outlier": ("outlier", "Outlier"),
     "cam": ("unsupervised", "ActivationMap"),
     "parts": ("model_based", "Parts"),
@@ -47,7 +48,7 @@ def create_localizer(
             `owlv2:google/owlv2-base-patch16-ensemble?prompt=mushroom`, or that of a preset, e.g. `camera-trap`. The option
             `masks=sam:...` or `masks=sam2:...` adds masks to the boxes of any localizer.
         device: defaults to CUDA if available, one GPU per process under torchrun.
-        checkpoint: the model that `head`, `mask-head`, `ncut`, `cam` and `parts` use if the spec has no source.
+        checkpoint: the model that `head`, `mask-head`, `ncut`, `attn`, `cam` and `parts` use if the spec has no source.
 
     Returns:
         The localizer; call it with a list of images.

@@ -6,7 +6,8 @@ A spec is `NAME[:SOURCE][?option=value&...]`, as in a URL:
     owlv2:models/owlv2?prompt=animal&prompt=bird          several prompts
     grounding-dino:IDEA-Research/grounding-dino-tiny?prompt=crack&masks=sam:facebook/sam-vit-base
     detr:PekingU/rtdetr_v2_r18vd?classes=bird,dog         a detector with fixed classes
-    outlier    boxes:file.json    ncut:runs/fungi    cam:runs/fungi    head:runs/fungi    mask-head:runs/fungi    center    full
+    attn:timm:vit_small_patch16_224.dino                  the network's own attention; likewise ncut and cam
+    outlier    boxes:file.json    head:runs/fungi    mask-head:runs/fungi    center    full
 
 Box files, runs and checkpoints store it in canonical form: options with their default value are left out, the others are in a
 fixed order.

@@ -38,7 +38,7 @@ def label_regions(mask: Tensor) -> Tensor:
         from scipy.ndimage import label
     except ImportError as error:
         raise L2R2Error(
-            'outlier, ncut, cam, parts and mask-head need more packages: pip install "l2r2-models[detect]".'
+            'outlier, ncut, attn, cam, parts and mask-head need more packages: pip install "l2r2-models[detect]".'
         ) from error
     return torch.from_numpy(label(mask.numpy())[0]).long()
 
