@@ -13,6 +13,11 @@ from transformers import (
     DetrImageProcessor,
     DFineConfig,
     DFineForObjectDetection,
+    EdgeTamConfig,
+    EdgeTamMaskDecoderConfig,
+    EdgeTamModel,
+    EdgeTamPromptEncoderConfig,
+    EdgeTamVisionConfig,
     GroundingDinoConfig,
     GroundingDinoForObjectDetection,
     GroundingDinoImageProcessor,
@@ -51,6 +56,7 @@ from transformers import (
     SamPromptEncoderConfig,
     SamVisionConfig,
     SwinConfig,
+    TimmWrapperConfig,
 )
 
 WORDS = ["mushroom", "animal", "bird", "red", "square", "a", "photo", "of", ".", "insect", "reptile"]
@@ -184,9 +190,33 @@ def sam2(folder, seed=0):
     small = {"hidden_size": 16, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
     config = Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=Sam2MaskDecoderConfig(**small))
     Sam2Model(config).save_pretrained(folder)
+    return _sam2_processor(folder)
+
+
+def _sam2_processor(folder):
     images = Sam2ImageProcessor(size={"height": 64, "width": 64}, mask_size={"height": 16, "width": 16})
     Sam2Processor(images, target_size=64).save_pretrained(folder)
     return folder
+
+
+def edgetam(folder, seed=0):
+    torch.manual_seed(seed)
+    backbone = TimmWrapperConfig(
+        architecture="test_convnext", model_args={"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]}
+    )
+    vision = EdgeTamVisionConfig(
+        backbone_config=backbone,
+        backbone_channel_list=[64, 48, 32, 24],
+        fpn_hidden_size=16,
+        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
+    )
+    prompts = EdgeTamPromptEncoderConfig(hidden_size=16, image_size=64, patch_size=16, mask_input_channels=4)
+    small = {"hidden_size": 16, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
+    decoder = EdgeTamMaskDecoderConfig(**small)
+    EdgeTamModel(EdgeTamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)).save_pretrained(
+        folder
+    )
+    return _sam2_processor(folder)
 
 
 CLASSES = ["person", "Bird", "dog", "traffic light"]
@@ -286,4 +316,5 @@ MAKERS = {
     "mm-grounding-dino": lambda folder: grounding_dino(folder, "mm-grounding-dino"),
     "sam": sam,
     "sam2": sam2,
+    "edgetam": edgetam,
 }

@@ -46,7 +46,7 @@ def create_localizer(
     Args:
         spec: a `LocalizerSpec` or its text (see `localize.base`), e.g.
             `owlv2:google/owlv2-base-patch16-ensemble?prompt=mushroom`, or that of a preset, e.g. `camera-trap`. The option
-            `masks=sam:...` or `masks=sam2:...` adds masks to the boxes of any localizer.
+            `masks=sam:...` (or `sam2`, `edgetam`) adds masks to the boxes of any localizer.
         device: defaults to CUDA if available, one GPU per process under torchrun.
         checkpoint: the model that `head`, `mask-head`, `ncut`, `attn`, `cam` and `parts` use if the spec has no source.
 
