@@ -113,14 +113,14 @@ def unknown_model(name: str) -> str | None:
     """Return the error message for an unknown model name; None for a known one, whatever its tag.
 
     Args:
-        name: model name, with or without a tag, or `timm:NAME`.
+        name: model name, with or without a tag, `timm:NAME`, or `vlm:MODEL?names=FILE`.
 
     >>> print(unknown_model("l2r2_resnet8"))
     Unknown model "l2r2_resnet8"; close names: l2r2_resnet18, l2r2_resnet50. `l2r2 list` shows all; timm:NAME takes any backbone.
     """
     architecture = name.partition(".")[0]
     known = {GENERIC, *(config.architecture for config in derived_configs())}
-    if name.startswith("timm:") or architecture in known:
+    if name.startswith(("timm:", "vlm:")) or architecture in known:
         return None
     close = get_close_matches(architecture, sorted(known), 3)
     hint = f"; close names: {', '.join(close)}. `l2r2 list` shows all" if close else "; `l2r2 list` shows the models"

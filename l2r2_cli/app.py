@@ -45,8 +45,9 @@ def app(
 
     opened, url = listen(host, port)
     checkpoint = load_checkpoint(run)
-    if localizer is None and checkpoint.model.box_head is not None:
-        localizer = "head"
+    if localizer is None:
+        own = {"mask-head": checkpoint.model.mask_head, "head": checkpoint.model.box_head}
+        localizer = next((name for name, head in own.items() if head is not None), None)
     explainer = Explainer(
         checkpoint, method=method, numbers=False, box_threshold=box_threshold, localizer=localizer, device=device
     )

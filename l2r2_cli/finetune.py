@@ -41,7 +41,7 @@ def finetune(
     model: Annotated[
         Optional[str],
         typer.Option(
-            help="Model of `l2r2 list`, with or without a tag, or timm:NAME.",
+            help="Model of `l2r2 list`, with or without a tag; timm:NAME; or vlm:MODEL?names=FILE to start from class names.",
             show_default="the recipe's",
             autocompletion=_complete_model,
         ),
@@ -106,6 +106,10 @@ def finetune(
     box_head: Annotated[
         Optional[bool], typer.Option("--box-head", help="Also train a head that finds the box, to predict without a detector.")
     ] = None,
+    mask_head: Annotated[
+        Optional[bool],
+        typer.Option("--mask-head", help="Also train a head that finds the mask, to predict without a segmenter. Needs masks."),
+    ] = None,
     background_swap: Annotated[
         Optional[float],
         typer.Option(help="Probability of pasting a training object onto another image's background.", show_default="0"),
@@ -156,6 +160,7 @@ def finetune(
         val_from=val_from,
         background_swap=background_swap,
         box_head=box_head,
+        mask_head=mask_head,
     )
     changes = {key: value for key, value in flags.items() if value is not None}
     more = parse_settings(settings or [])

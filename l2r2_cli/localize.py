@@ -9,8 +9,20 @@ from typing import Annotated, Optional
 
 import typer
 
-from .common import count, errors, say, track
+from .common import columns, count, errors, say, track
 from .options import BatchSize, Device, Json, Split, Workers
+
+
+def _show_presets(show: bool) -> None:
+    if not show:
+        return
+    from l2r2_models.localize import PRESETS, LocalizerSpec
+
+    head = ("preset", "for", "model", "threshold", "license")
+    rows = [(name, p.use, LocalizerSpec.parse(p.spec).source, p.threshold, p.license) for name, p in PRESETS.items()]
+    for line in columns([head, *rows]):
+        say(line)
+    raise typer.Exit
 
 
 def localize(
@@ -22,10 +34,17 @@ def localize(
     localizer: Annotated[
         Optional[str],
         typer.Option(
-            help="NAME[:SOURCE][?option=value&...]: owlv2, grounding-dino, detr, outlier, ncut, head, boxes, ...",
-            show_default="owlv2 with its base weights",
+            help="camera-trap or prompt (see --presets); or NAME[:SOURCE][?option=value&...]: owlv2, grounding-dino, detr, "
+            "outlier, ncut, attn, head, mask-head, boxes, ...",
+            show_default="prompt",
         ),
     ] = None,
+    presets: Annotated[
+        bool,
+        typer.Option(
+            "--presets", callback=_show_presets, is_eager=True, help="Show model, threshold and license of each preset."
+        ),
+    ] = False,
     prompt: Annotated[Optional[list[str]], typer.Option(help="What to look for. Repeatable.")] = None,
     oracle_prompts: Annotated[
         bool,
@@ -53,8 +72,9 @@ def localize(
     if oracle_prompts and (lacking := [path for path in inputs.paths if str(path) not in inputs.labels]):
         raise L2R2Error(f"--oracle-prompts needs a label for every image in the metadata; {lacking[0]} has none.")
     first = os.environ.get("RANK", "0") == "0"
+    finder = create_localizer(spec, device=device)
     report = localize_to_file(
-        create_localizer(spec, device=device),
+        finder,
         inputs.paths,
         out,
         format=format,
@@ -70,7 +90,8 @@ def localize(
     total, failed = len(report.entries), len(report.failures)
     if as_json:
         counts = {"images": total, "with_box": report.with_box, "failed": failed, "from_before": report.kept}
-        typer.echo(json.dumps({"boxes": str(out), **counts}))
+        about = {"license": None, **finder.info}  # null: the license is not known here
+        typer.echo(json.dumps({"boxes": str(out), **counts, **{key: about[key] for key in ("localizer", "license")}}))
     else:
         before = f", {report.kept} of them from before" if report.kept else ""
         without = total - report.with_box - failed

@@ -51,7 +51,10 @@ Device = Annotated[
 ]
 Localizer = Annotated[
     Optional[str],
-    typer.Option("--localizer", help="Localizer that finds the boxes, see `l2r2 localize`; `head`: the model's own."),
+    typer.Option(
+        "--localizer",
+        help="What finds the boxes: camera-trap, prompt, none, or another of `l2r2 localize`; head, mask-head: the model's own.",
+    ),
 ]
 MaxObjects = Annotated[int, typer.Option("--max-objects", min=1, help="Boxes to classify per image, best first.")]
 Top = Annotated[int, typer.Option("--top", min=1, help="Classes to list per object.")]

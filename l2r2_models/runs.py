@@ -36,7 +36,7 @@ def check_place(out: Path, data: Path, settings: dict[str, Any], overwrite: bool
     Args:
         out: the run's folder.
         data: the data set's folder, which must not lie inside `out`.
-        settings: what the run is made from: `recipe`, `data` and `init`.
+        settings: what the run is made from: `recipe`, `data`, `init` and `jtt`.
         overwrite: accept a run that was made with other settings.
 
     Raises:
@@ -54,7 +54,7 @@ def check_place(out: Path, data: Path, settings: dict[str, Any], overwrite: bool
         raise L2R2Error(f"{out / RUN}: is damaged; start the run again with --overwrite.")
     changed = [k for k, v in settings["recipe"].items() if recipe.get(k) != v and k not in FREE]
     changed += ["data set"] if any(old_data.get(k) != v for k, v in settings["data"].items()) else []
-    changed += ["init"] if old.get("init") != settings.get("init") and "init" not in changed else []
+    changed += [k for k in ("init", "jtt") if old.get(k) != settings.get(k) and k not in changed]
     if changed:
         raise L2R2Error(f"{out}: contains a run with a different {', '.join(changed)}; choose another -o, or use --overwrite.")
 

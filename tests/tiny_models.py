@@ -5,6 +5,7 @@ from transformers import (
     BertConfig,
     BertTokenizer,
     CLIPTokenizer,
+    DeformableDetrImageProcessor,
     Deimv2Config,
     Deimv2ForObjectDetection,
     DetrConfig,
@@ -12,10 +13,18 @@ from transformers import (
     DetrImageProcessor,
     DFineConfig,
     DFineForObjectDetection,
+    EdgeTamConfig,
+    EdgeTamMaskDecoderConfig,
+    EdgeTamModel,
+    EdgeTamPromptEncoderConfig,
+    EdgeTamVisionConfig,
     GroundingDinoConfig,
     GroundingDinoForObjectDetection,
     GroundingDinoImageProcessor,
     GroundingDinoProcessor,
+    LwDetrConfig,
+    LwDetrForObjectDetection,
+    LwDetrViTConfig,
     MMGroundingDinoConfig,
     MMGroundingDinoForObjectDetection,
     Owlv2Config,
@@ -23,6 +32,10 @@ from transformers import (
     Owlv2ImageProcessor,
     Owlv2Processor,
     ResNetConfig,
+    RfDetrConfig,
+    RfDetrDinov2Config,
+    RfDetrForObjectDetection,
+    RfDetrImageProcessor,
     RTDetrImageProcessor,
     RTDetrResNetConfig,
     RTDetrV2Config,
@@ -43,6 +56,7 @@ from transformers import (
     SamPromptEncoderConfig,
     SamVisionConfig,
     SwinConfig,
+    TimmWrapperConfig,
 )
 
 WORDS = ["mushroom", "animal", "bird", "red", "square", "a", "photo", "of", ".", "insect", "reptile"]
@@ -176,9 +190,33 @@ def sam2(folder, seed=0):
     small = {"hidden_size": 16, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
     config = Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=Sam2MaskDecoderConfig(**small))
     Sam2Model(config).save_pretrained(folder)
+    return _sam2_processor(folder)
+
+
+def _sam2_processor(folder):
     images = Sam2ImageProcessor(size={"height": 64, "width": 64}, mask_size={"height": 16, "width": 16})
     Sam2Processor(images, target_size=64).save_pretrained(folder)
     return folder
+
+
+def edgetam(folder, seed=0):
+    torch.manual_seed(seed)
+    backbone = TimmWrapperConfig(
+        architecture="test_convnext", model_args={"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]}
+    )
+    vision = EdgeTamVisionConfig(
+        backbone_config=backbone,
+        backbone_channel_list=[64, 48, 32, 24],
+        fpn_hidden_size=16,
+        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
+    )
+    prompts = EdgeTamPromptEncoderConfig(hidden_size=16, image_size=64, patch_size=16, mask_input_channels=4)
+    small = {"hidden_size": 16, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
+    decoder = EdgeTamMaskDecoderConfig(**small)
+    EdgeTamModel(EdgeTamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)).save_pretrained(
+        folder
+    )
+    return _sam2_processor(folder)
 
 
 CLASSES = ["person", "Bird", "dog", "traffic light"]
@@ -230,6 +268,39 @@ def rt_detr_like(config_class, model_class, folder, seed=0, **more):
     return folder
 
 
+VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
+GROUPED = {
+    "d_model": 32,
+    "decoder_layers": 2,
+    "decoder_ffn_dim": 16,
+    "decoder_self_attention_heads": 2,
+    "decoder_cross_attention_heads": 2,
+    "num_queries": 12,
+    "group_detr": 2,
+    "c2f_num_blocks": 1,
+}
+
+
+def lw_detr(folder, seed=0):
+    torch.manual_seed(seed)
+    backbone = LwDetrViTConfig(**VIT, pretrain_image_size=64, num_windows=4, out_indices=[1, 2], window_block_indices=[0])
+    model = LwDetrForObjectDetection(LwDetrConfig(backbone_config=backbone, projector_scale_factors=[1.0], **GROUPED, **LABELS))
+    spread(model)
+    model.save_pretrained(folder)
+    DeformableDetrImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder
+
+
+def rf_detr(folder, seed=0):
+    torch.manual_seed(seed)
+    backbone = RfDetrDinov2Config(**VIT, num_windows=2, out_indices=[1, 2])
+    model = RfDetrForObjectDetection(RfDetrConfig(backbone_config=backbone, intermediate_size=16, **GROUPED, **LABELS))
+    spread(model)
+    model.save_pretrained(folder)
+    RfDetrImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder
+
+
 MAKERS = {
     "detr": detr,
     "rt_detr_v2": lambda folder: rt_detr_like(RTDetrV2Config, RTDetrV2ForObjectDetection, folder),
@@ -238,9 +309,12 @@ MAKERS = {
     ),
     "d_fine": lambda folder: rt_detr_like(DFineConfig, DFineForObjectDetection, folder, eval_idx=-1),
     "deimv2": lambda folder: rt_detr_like(Deimv2Config, Deimv2ForObjectDetection, folder, eval_idx=-1),
+    "lw_detr": lw_detr,
+    "rf_detr": rf_detr,
     "owlv2": owlv2,
     "grounding-dino": grounding_dino,
     "mm-grounding-dino": lambda folder: grounding_dino(folder, "mm-grounding-dino"),
     "sam": sam,
     "sam2": sam2,
+    "edgetam": edgetam,
 }

@@ -83,13 +83,18 @@ def _siglip_logits(model):
         model.logit_bias.fill_(-1.5)
 
 
-def open_clip(folder, seed=0, bias=False):
+VIT = {"image_size": 64, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+TRUNK = {"image_size": 64, "timm_model_name": "test_convnext", "timm_pool": "", "timm_proj": "linear"}
+RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}  # open_clip's own
+
+
+def open_clip(folder, seed=0, bias=False, vision=VIT):
     from open_clip import CLIP
 
     torch.manual_seed(seed)
     towers = {
         "embed_dim": 24,
-        "vision_cfg": {"image_size": 64, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "vision_cfg": vision,
         "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
     }
     if bias:
@@ -109,4 +114,5 @@ MAKERS = {
     "siglip2": siglip2,
     "open_clip": open_clip,
     "open_clip_bias": lambda folder: open_clip(folder, bias=True),
+    "open_clip_timm": lambda folder: open_clip(folder, vision=TRUNK),
 }

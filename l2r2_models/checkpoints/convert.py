@@ -178,7 +178,9 @@ def join(parts: dict[str, str | Path], out: str | Path, *, fusion: str = "robust
     for branch, part in read.items():
         model.backbone_of(branch).load_state_dict(part.body)
         order = [part.labels.index(label) for label in first.labels]
-        model.heads[branch].load_state_dict({key: value[order] for key, value in part.head.items()})
+        # the other tensors of a head with prototypes have no rows of classes
+        ordered = {key: value[order] if key in ("weight", "bias") else value for key, value in part.head.items()}
+        model.heads[branch].load_state_dict(ordered)
     save_checkpoint(model, out, first.labels, {"joined_from": {b: Path(str(s)).name for b, s in parts.items()}})
     return model.eval()
 
@@ -213,6 +215,7 @@ def split(run: str | Path, out: str | Path) -> dict[str, Path]:
                 in_chans=model.in_chans,
                 branches=[branch],
                 views=model.view_spec.to_dict(),
+                prototype_dim=model.prototype_dim,
                 **model.backbone_kwargs,
             ),
         )
@@ -254,9 +257,8 @@ def _read_part(source: str) -> _Part:
     if len(model.branches) != 1:
         raise L2R2Error(f"{source}: has the branches {', '.join(model.branches)}; use a network with one branch.")
     body, head = model.backbone.state_dict(), next(iter(model.heads.values())).state_dict()
-    return _Part(
-        source, model.backbone_name, dict(model.backbone_kwargs), body, head, checkpoint.labels, model.view_spec, model.in_chans
-    )
+    arguments = {**model.backbone_kwargs, **({"prototype_dim": model.prototype_dim} if model.prototype_dim else {})}
+    return _Part(source, model.backbone_name, arguments, body, head, checkpoint.labels, model.view_spec, model.in_chans)
 
 
 def _read_timm(folder: Path, config: dict[str, Any]) -> _Part:

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ..boxes.detections import Detections
 from ..errors import L2R2Error
 from ..images import LazyImage, image_tensor, load_mask
-from ..views import Patches, ViewSpec, decode_patches, make_views, scale_of, takes_patches, view_map
+from ..views import Patches, ViewSpec, decode_patches, make_views, mask_in_full_view, scale_of, takes_patches, view_map
 from .augment import Augment
 from .composite import background_of, paste_object
 from .near_duplicates import perceptual_hash
@@ -190,6 +190,8 @@ class ViewDataset(Dataset[dict[str, Any]]):
         objectness: whether items include `objectness`, the box's score.
         locate: whether items include `box` `[4]`, the object in the full view, xyxy relative to its sides (NaN if there is none),
             and `localized`, which is False if the localizer failed or the box file does not list the image.
+        segment: whether items include `object_mask` `[S, S]`, how much of each pixel of the full view the object covers (nothing
+            if there is no object), and `has_mask`, which is False for an object without a mask, or if `localized` would be False.
         seed: random seed.
 
     Raises:
@@ -210,6 +212,7 @@ class ViewDataset(Dataset[dict[str, Any]]):
         box_threshold: float = 0.0,
         objectness: bool = False,
         locate: bool = False,
+        segment: bool = False,
         seed: int = 0,
     ) -> None:
         index = {label: i for i, label in enumerate(classes)}
@@ -220,6 +223,7 @@ class ViewDataset(Dataset[dict[str, Any]]):
         self.rows, self.spec, self.branches, self.augment = table.rows, spec, tuple(branches), augment
         self.targets = [index[str(row.label)] for row in table.rows]
         self.box_threshold, self.locate, self.seed, self.epoch = box_threshold, locate, seed, 0
+        self.segment = segment
         self.background_swap, self.objectness, self.swapped_views = background_swap, objectness, tuple(swapped_views)
         self.groups: list[int] | None = None  # items then include `group`
         swaps = bool(background_swap or swapped_views)
@@ -265,6 +269,10 @@ class ViewDataset(Dataset[dict[str, Any]]):
             item["objectness"] = score
         if self.locate:
             item |= {"box": self._in_full_view(box, size), "localized": _was_localized(self.rows[i])}
+        if self.segment:
+            known = mask is not None or (not box.isfinite().all() and _was_localized(self.rows[i]))
+            target = torch.zeros(size, dtype=torch.bool) if mask is None else mask
+            item |= {"object_mask": mask_in_full_view(target, self.spec), "has_mask": known}
         return item
 
     def _patches(self, row: Row) -> tuple[Patches, Tensor, Tensor | None, float]:

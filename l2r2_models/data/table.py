@@ -43,6 +43,11 @@ class Row:
     columns: tuple[tuple[str, str], ...] = ()
     background: Row | None = None
 
+    @property
+    def has_mask(self) -> bool:
+        """Whether the row has a mask file, or a box with a mask."""
+        return self.mask_file is not None or (self.entry is not None and any(mask is not None for mask in self.entry.masks))
+
     def may_have_object(self, box_threshold: float) -> bool:
         """Return whether the row has a mask, or a box with at least this score; boxes outside the image are not excluded."""
         return self.mask_file is not None if self.entry is None else any(s >= box_threshold for s in self.entry.scores)

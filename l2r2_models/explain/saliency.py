@@ -7,8 +7,7 @@ Fergus, ECCV 2014), attention rollout (Abnar and Zuidema, ACL 2020), part maps (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ..boxes.detections import ViewMap
 from ..errors import L2R2Error
-from ..models.backbones import last_map_through
+from ..models.backbones import attention_layers, attention_of, last_map_through
 from ..models.masking import coverage, patch_grid
 from ..views import Views
 
@@ -230,14 +229,14 @@ def _gradcam(model: L2R2, branch: str, given: BranchInput, score: Score) -> Tens
 def _rollout(model: L2R2, branch: str, given: BranchInput) -> Tensor:
     """Compute attention rollout: the flow from each patch to the pooled token; attention and skip weigh the same."""
     backbone: Any = model.backbone_of(branch)
-    layers = [getattr(block, "attn", None) for block in getattr(backbone, "blocks", ())]
-    if not layers or not all(hasattr(a, "fused_attn") and hasattr(a, "attn_drop") for a in layers):
+    layers = attention_layers(backbone)
+    if not layers:
         raise L2R2Error(f"{model.backbone_name}: attention rollout needs a plain ViT; choose gradcam, ig or occlusion.")
     if model.finds_object or (branch == "fg" and model.view_spec.fg.drops_tokens):
         raise L2R2Error(
             f"Attention rollout needs all tokens, and fg ({model.view_spec.fg_mode}) drops some; choose ig or occlusion."
         )
-    with torch.no_grad(), _attention_of(layers) as seen:
+    with torch.no_grad(), attention_of(layers) as seen:
         given.logits(given.view)
     reached = torch.eye(seen[0].shape[-1], device=given.view.device)
     for attention in seen:  # [1, heads, N, N], the first block first
@@ -247,22 +246,6 @@ def _rollout(model: L2R2, branch: str, given: BranchInput) -> Tensor:
     row = reached[0] if backbone.global_pool == "token" else reached[prefix:].mean(0)
     grid: Tensor = row[prefix:].unflatten(0, patch_grid(backbone, *given.view.shape[-2:]))
     return grid
-
-
-@contextmanager
-def _attention_of(layers: Sequence[Any]) -> Iterator[list[Tensor]]:
-    """Collect the attention `[B, heads, N, N]` of every layer in order; fused attention is disabled meanwhile."""
-    seen: list[Tensor] = []
-    before = [layer.fused_attn for layer in layers]
-    handles = [layer.attn_drop.register_forward_hook(lambda module, inputs, out: seen.append(out)) for layer in layers]
-    try:
-        for layer in layers:
-            layer.fused_attn = False
-        yield seen
-    finally:
-        for layer, fused, handle in zip(layers, before, handles):
-            layer.fused_attn = fused
-            handle.remove()
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@ from ..models.l2r2 import L2R2
 from .markdown import code, literal, plain
 from .metadata import CardMetadata
 
+OWN_HEADS = {"head": "box head", "mask-head": "mask head"}  # localizers that are part of the model
+
 
 def takes_boxes(model: L2R2) -> bool:
     """Whether boxes affect the views of the model."""
@@ -45,8 +47,8 @@ model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
 def _predictor_usage(model: L2R2, repo: str, localizer: str | None) -> str:
     """The snippet for `Predictor`, with a given box or the model's own box head."""
     options = boxes = comment = other = ""
-    if localizer == "head":
-        options, comment = ', localizer="head"', "  # the box head of the model finds the object"
+    if localizer in OWN_HEADS:
+        options, comment = f', localizer="{localizer}"', f"  # the {OWN_HEADS[localizer]} of the model finds the object"
     elif takes_boxes(model):
         without = "it uses the whole image" if "full" in model.branches else "the whole image counts as the object"
         boxes, comment = ", boxes=[[130, 42, 410, 380]]", f"  # xyxy pixels of the object; without boxes, {without}"
@@ -84,10 +86,11 @@ def _localizer_spec(checkpoint: Checkpoint, metadata: CardMetadata) -> str | Non
         usable = bool(spec.source) and ("prompt" in spec.options or "objectness" in spec.options.get("score", ()))
     elif spec.name == "detr":
         usable = bool(spec.source)
-    elif spec.name == "head":
-        usable = not spec.source and checkpoint.model.box_head is not None
+    elif spec.name in OWN_HEADS:
+        model = checkpoint.model
+        usable = not spec.source and (model.box_head if spec.name == "head" else model.mask_head) is not None
     else:
-        usable = spec.source.startswith("timm:") or (not spec.source and spec.name in ("ncut", "cam"))
+        usable = spec.source.startswith("timm:") or (not spec.source and spec.name in ("ncut", "attn", "cam"))
     return str(spec) if usable and takes_boxes(checkpoint.model) else None
 
 
@@ -95,8 +98,10 @@ def localizer_part(checkpoint: Checkpoint, metadata: CardMetadata) -> str:
     """Write the section on the localizer; empty for a model that takes no boxes."""
     if not takes_boxes(checkpoint.model):
         return ""
-    if _localizer_spec(checkpoint, metadata) == "head":
-        return "## Localizer\n\nMeant for boxes from its own box head, which is part of the model.\n"
+    own = _localizer_spec(checkpoint, metadata)
+    if own in OWN_HEADS:
+        what = "boxes" if own == "head" else "masks"
+        return f"## Localizer\n\nMeant for {what} from its own {OWN_HEADS[own]}, which is part of the model.\n"
     known = localizer_metadata(checkpoint, metadata)
     if not known.get("spec"):
         return "## Localizer\n\nThe model takes boxes, but comes without a localizer; use any that finds the objects.\n"

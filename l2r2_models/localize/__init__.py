@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from ..errors import L2R2Error
 from .base import Context, Localizer, LocalizerSpec
+from .presets import NONE, PRESETS, expand, license_of
 
 if TYPE_CHECKING:
     import torch
 
     from ..checkpoints.checkpoint import Checkpoint
 
-__all__ = ["LOCALIZERS", "Localizer", "LocalizerSpec", "create_localizer"]
+__all__ = ["LOCALIZERS", "NONE", "PRESETS", "Localizer", "LocalizerSpec", "create_localizer"]
 
 # name -> module and class; imported on use, because most need a heavy library
 LOCALIZERS = {
@@ -25,14 +26,16 @@ LOCALIZERS = {
     "detr": ("detector", "Detector"),
     "boxes": ("controls", "Boxes"),
     "head": ("model_based", "Head"),
+    "mask-head": ("model_based", "SegmentationHead"),
     "ncut": ("unsupervised", "NormalizedCut"),
+    "attn": ("unsupervised", "Attention"),
     "outlier": ("outlier", "Outlier"),
     "cam": ("unsupervised", "ActivationMap"),
     "parts": ("model_based", "Parts"),
     "center": ("controls", "Center"),
     "full": ("controls", "Full"),
 }
-DEFAULT = "owlv2:google/owlv2-base-patch16-ensemble"
+DEFAULT = "prompt"
 
 
 def create_localizer(
@@ -42,10 +45,10 @@ def create_localizer(
 
     Args:
         spec: a `LocalizerSpec` or its text (see `localize.base`), e.g.
-            `owlv2:google/owlv2-base-patch16-ensemble?prompt=mushroom`. The option `masks=sam:...` or `masks=sam2:...` adds
-            masks to the boxes of any localizer.
+            `owlv2:google/owlv2-base-patch16-ensemble?prompt=mushroom`, or that of a preset, e.g. `camera-trap`. The option
+            `masks=sam:...` (or `sam2`, `edgetam`) adds masks to the boxes of any localizer.
         device: defaults to CUDA if available, one GPU per process under torchrun.
-        checkpoint: the model that `head`, `ncut`, `cam` and `parts` use if the spec has no source.
+        checkpoint: the model that `head`, `mask-head`, `ncut`, `attn`, `cam` and `parts` use if the spec has no source.
 
     Returns:
         The localizer; call it with a list of images.
@@ -59,10 +62,12 @@ def create_localizer(
     """
     import torch
 
-    spec = LocalizerSpec.parse(spec) if isinstance(spec, str) else spec
+    spec = expand(LocalizerSpec.parse(spec) if isinstance(spec, str) else spec)
+    if spec.name == NONE:
+        raise L2R2Error(f"The localizer {NONE} finds no boxes; name another one, or leave the boxes out of the next command.")
     if spec.name not in LOCALIZERS:
         near = f' If that is a file, write "boxes:{spec}".' if Path(str(spec)).exists() else ""
-        raise L2R2Error(f'Unknown localizer "{spec.name}"; choose from {", ".join(LOCALIZERS)}.{near}')
+        raise L2R2Error(f'Unknown localizer "{spec.name}"; choose from {", ".join((*PRESETS, *LOCALIZERS))}.{near}')
     if device is None:
         number = int(os.environ.get("LOCAL_RANK", 0)) % max(1, torch.cuda.device_count())
         device = f"cuda:{number}" if torch.cuda.is_available() else "cpu"
@@ -77,6 +82,7 @@ def create_localizer(
     module, name = LOCALIZERS[spec.name]
     bare = replace(spec, options={k: v for k, v in spec.options.items() if k != "masks"})
     localizer: Localizer = getattr(import_module(f".{module}", __name__), name)(bare, context)
+    localizer.license = license_of(spec)
     if masks:
         from .segment import Masked
 

@@ -6,7 +6,8 @@ A spec is `NAME[:SOURCE][?option=value&...]`, as in a URL:
     owlv2:models/owlv2?prompt=animal&prompt=bird          several prompts
     grounding-dino:IDEA-Research/grounding-dino-tiny?prompt=crack&masks=sam:facebook/sam-vit-base
     detr:PekingU/rtdetr_v2_r18vd?classes=bird,dog         a detector with fixed classes
-    outlier    boxes:file.json    ncut:runs/fungi    cam:runs/fungi    head:runs/fungi    center    full
+    attn:timm:vit_small_patch16_224.dino                  the network's own attention; likewise ncut and cam
+    outlier    boxes:file.json    head:runs/fungi    mask-head:runs/fungi    center    full
 
 Box files, runs and checkpoints store it in canonical form: options with their default value are left out, the others are in a
 fixed order.
@@ -155,6 +156,7 @@ class Localizer(ABC):
     source: ClassVar[str] = ""  # what kind of source it takes, for messages; "" if none
     known_options: ClassVar[dict[str, Option]] = {}
     prompted: ClassVar[bool] = False
+    license: str | None = None  # of the weights; set by `create_localizer` where it is known
 
     def __init__(self, spec: LocalizerSpec, context: Context) -> None:
         self.context = context
@@ -213,7 +215,8 @@ class Localizer(ABC):
     @property
     def info(self) -> dict[str, Any]:
         """What a box file records about how its boxes were made."""
-        return {"localizer": str(self.spec), "weights": self.weights}
+        license = {"license": self.license} if self.license else {}
+        return {"localizer": str(self.spec), "weights": self.weights, **license}
 
     def _read(self, spec: LocalizerSpec) -> dict[str, Any]:
         if unknown := sorted(set(spec.options) - set(self.known_options)):

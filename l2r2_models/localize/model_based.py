@@ -1,22 +1,24 @@
-"""Localizers that use a checkpoint's own network: its box head, or the parts of an iFAM model."""
+"""Localizers that use a checkpoint's own network: its box head or mask head, or the parts of an iFAM model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ..boxes.detections import Detections, ViewMap
 from ..checkpoints.checkpoint import Checkpoint, load_checkpoint
 from ..errors import L2R2Error
 from ..models.box_head import FoundBoxes
+from ..models.l2r2 import L2R2Output
 from ..views import ViewSpec, make_views, view_map
-from .base import Context, Localizer, LocalizerSpec, size_of
-from .regions import box_of, largest_region, one_box
+from .base import Context, Localizer, LocalizerSpec, Option, number, size_of
+from .regions import box_of, inside_view, largest_region, one_box
 
 
 class ModelLocalizer(Localizer):
@@ -67,6 +69,57 @@ class Head(ModelLocalizer):
         """Predict one box per image."""
         views, _ = self.full_views(images)
         return detections_of(self.model.locate(views), images, self.model.view_spec)
+
+    def of_output(self, out: L2R2Output, images: Sequence[Image]) -> list[Detections]:
+        """Return what `find` does, from a pass over the full views that was made anyway."""
+        assert out.located is not None
+        return detections_of(out.located, images, self.model.view_spec)
+
+
+class SegmentationHead(ModelLocalizer):
+    """The mask head of a checkpoint: one mask per image, and the box of its largest region.
+
+    The score is the mean probability inside that region. An image without a pixel above the level has no box.
+
+    Options: `level` (the probability from which a pixel belongs to the object).
+    """
+
+    name = "mask-head"
+    source = "a run trained with `l2r2 finetune --mask-head`"
+    known_options: ClassVar = {"level": Option(number(0, 1), 0.5, "a number between 0 and 1")}
+
+    def __init__(self, spec: LocalizerSpec, context: Context) -> None:
+        super().__init__(spec, context)
+        if self.model.mask_head is None:
+            raise L2R2Error(f"{self.checkpoint.name}: has no mask head; train one with `l2r2 finetune --mask-head`.")
+
+    @torch.inference_mode()
+    def find(self, images: list[Image], names: Any, prompts: Any) -> list[Detections]:
+        """Predict the mask of each image; one box with its mask, or none."""
+        views, _ = self.full_views(images)
+        return self._detections(self.model.segment(views), images)
+
+    def of_output(self, out: L2R2Output, images: Sequence[Image]) -> list[Detections]:
+        """Return what `find` does, from a pass over the full views that was made anyway."""
+        assert out.masks is not None
+        return self._detections(out.masks, images)
+
+    def _detections(self, logits: Tensor, images: Sequence[Image]) -> list[Detections]:
+        if not bool(logits.isfinite().all()):
+            raise L2R2Error("the masks of the mask head are not finite; its training has diverged.")
+        spec, size = self.model.view_spec, self.model.view_spec.size_of("full")
+        maps = interpolate(logits.float().sigmoid()[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0].cpu()
+        return [self._one(map, view_map("full", spec, size_of(image)), image) for map, image in zip(maps, images)]
+
+    def _one(self, probability: Tensor, view: ViewMap, image: Image) -> Detections:
+        (top, bottom), (left, right) = inside_view(view, image, probability.shape)
+        part = probability[top:bottom, left:right]
+        region = largest_region(part > self.options["level"], part)
+        box = box_of(region, (top, left), probability.shape, view, image)
+        if not len(box):
+            return box
+        mask = view.map_to_image(probability, size_of(image)) > self.options["level"]
+        return replace(box, scores=part[region].mean()[None], masks=mask[None])
 
 
 def detections_of(found: FoundBoxes, images: Sequence[Image], spec: ViewSpec) -> list[Detections]:

@@ -37,7 +37,9 @@ def label_regions(mask: Tensor) -> Tensor:
     try:
         from scipy.ndimage import label
     except ImportError as error:
-        raise L2R2Error('outlier, ncut, cam and parts need more packages: pip install "l2r2-models[detect]".') from error
+        raise L2R2Error(
+            'outlier, ncut, attn, cam, parts and mask-head need more packages: pip install "l2r2-models[detect]".'
+        ) from error
     return torch.from_numpy(label(mask.numpy())[0]).long()
 
 

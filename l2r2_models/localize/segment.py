@@ -1,4 +1,4 @@
-"""Masks for the boxes of any localizer: SAM and SAM2 prompted with each box, through transformers."""
+"""Masks for the boxes of any localizer: SAM, SAM2 or EdgeTAM prompted with each box, through transformers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from ..errors import L2R2Error
 from ..pretrained import load_pretrained
 from .base import Context, Localizer
 
-# kind -> transformers classes and accepted model types (SAM2's published configs are those of its video model)
+# kind -> transformers classes and accepted model types (the published configs of SAM2 and EdgeTAM are of their video models)
 KINDS = {
     "sam": (("SamModel", "SamProcessor"), ("sam",)),
     "sam2": (("Sam2Model", "Sam2Processor"), ("sam2", "sam2_video")),
+    "edgetam": (("EdgeTamModel", "Sam2Processor"), ("edgetam", "edgetam_video")),
 }
 
 
@@ -27,7 +28,7 @@ class Segmenter:
     def __init__(self, text: str, device: torch.device) -> None:
         kind, _, source = text.partition(":")
         if kind not in KINDS or not source:
-            raise L2R2Error(f'Masks come from sam:SOURCE or sam2:SOURCE (a Hub id or folder), got "{text}".')
+            raise L2R2Error(f'Masks come from sam:SOURCE, sam2:SOURCE or edgetam:SOURCE (a Hub id or folder), got "{text}".')
         self.device = device
         self.network = load_pretrained(source, *KINDS[kind], "float32", device)
 
@@ -50,7 +51,7 @@ class Segmenter:
 
 
 class Masked(Localizer):
-    """Any localizer with the option `masks=sam:SOURCE` or `masks=sam2:SOURCE`."""
+    """Any localizer with the option `masks=sam:SOURCE`, `masks=sam2:SOURCE` or `masks=edgetam:SOURCE`."""
 
     def __init__(self, inner: Localizer, masks: str, context: Context) -> None:
         self.inner, self.segmenter = inner, Segmenter(masks, context.device)
@@ -74,8 +75,8 @@ class Masked(Localizer):
 
     @property
     def info(self) -> dict[str, Any]:
-        """As for the inner localizer, with this spec and these weights."""
-        return {**self.inner.info, **super().info}
+        """As for the inner localizer, with this spec and these weights, and without the license of the boxes' weights alone."""
+        return {**{k: v for k, v in self.inner.info.items() if k != "license"}, **super().info}
 
     def find(self, images: list[Image], names: Sequence[str] | None, prompts: Sequence[str] | None) -> list[Detections]:
         """Find boxes with the inner localizer, then their masks."""

@@ -1,7 +1,7 @@
 """Boxes without a detector, from a classifier's own network (`docs/method.md`, section 6).
 
-A normalized cut of its patch features, or the class activation map of its full branch. Neither gives a confidence: every score
-is 1.
+A normalized cut of its patch features, the attention of its class token, or the class activation map of its full branch. None
+gives a confidence: every score is 1.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from ..boxes.detections import Detections
-from ..models.backbones import feature_info, feature_map, last_map_through
-from .base import Option, number, whole
+from ..errors import L2R2Error
+from ..models.backbones import attention_layers, attention_of, feature_info, feature_map, last_map_through
+from .base import Context, LocalizerSpec, Option, number, whole
 from .features import FeatureLocalizer, finite
 from .model_based import ModelLocalizer
 from .regions import box_of, inside_view, label_regions, largest_region, otsu
 
+LEVEL = Option(lambda text: text if text == "otsu" else number(0, 1)(text), "otsu", "otsu or a number between 0 and 1")
 MAX_STRIDE = 16  # of the feature map used for the cut; the last map of a CNN is too coarse for small objects
 
 
@@ -61,6 +63,51 @@ class NormalizedCut(FeatureLocalizer):
         return found
 
 
+class Attention(FeatureLocalizer):
+    """The attention of the class token to the patches in a ViT's last layer, averaged over the heads.
+
+    In a self-supervised ViT, it rests on the objects (Caron et al., "Emerging Properties in Self-Supervised Vision Transformers",
+    ICCV 2021). Of the regions in which it exceeds a level, the one with the largest sum gives the box. The paper's figures keep
+    60 % of the sum instead, which would cut off parts of an object that has even attention.
+
+    The source is a run, a Hub id, or `timm:NAME.TAG`, e.g. `timm:vit_small_patch16_224.dino`.
+
+    Options: `level` (see `ActivationMap`), `size` (see `NormalizedCut`).
+    """
+
+    name = "attn"
+    known_options: ClassVar = {
+        "level": LEVEL,
+        "size": NormalizedCut.known_options["size"],
+    }
+
+    def __init__(self, spec: LocalizerSpec, context: Context) -> None:
+        super().__init__(spec, context)
+        self._check()
+
+    def _check(self) -> None:
+        if not attention_layers(self.model.backbone) or getattr(self.model.backbone, "cls_token", None) is None:
+            raise L2R2Error(f"{self.spec}: attn needs a plain ViT with a class token, e.g. timm:vit_small_patch16_224.dino.")
+
+    def features_of(self, views: Tensor) -> list[Tensor]:
+        """The attention map `[B, 1, h, w]`."""
+        self._check()
+        return [class_attention(self.model.backbone, views)[:, None]]
+
+    @torch.inference_mode()
+    def find(self, images: list[Image], names: Any, prompts: Any) -> list[Detections]:
+        """Threshold the attention of each image; at most one box per image."""
+        views, maps = self.full_views(images, self.options["size"])
+        (attention,) = self.features_of(views)
+        found = []
+        for image, view, of_image in zip(images, maps, finite(attention)[:, 0].cpu()):
+            (top, bottom), (left, right) = inside_view(view, image, of_image.shape)
+            part = of_image[top:bottom, left:right]
+            region = largest_region(part > level_of(part, self.options["level"]), part)
+            found.append(box_of(region, (top, left), of_image.shape, view, image))
+        return found
+
+
 class ActivationMap(ModelLocalizer):
     """Grad-CAM of the most probable class of the full branch (Selvaraju et al., ICCV 2017).
 
@@ -71,9 +118,7 @@ class ActivationMap(ModelLocalizer):
     """
 
     name = "cam"
-    known_options: ClassVar = {
-        "level": Option(lambda text: text if text == "otsu" else number(0, 1)(text), "otsu", "otsu or a number between 0 and 1")
-    }
+    known_options: ClassVar = {"level": LEVEL}
 
     def find(self, images: list[Image], names: Any, prompts: Any) -> list[Detections]:
         """Threshold the activation map of each image; at most one box per image."""
@@ -85,9 +130,26 @@ class ActivationMap(ModelLocalizer):
         for image, view, cam in zip(images, maps, cams.cpu()):
             (top, bottom), (left, right) = inside_view(view, image, cam.shape)
             part = cam[top:bottom, left:right]
-            level = otsu(part) if self.options["level"] == "otsu" else self.options["level"] * float(part.max())
-            found.append(box_of(largest_region(part > level, part), (top, left), cam.shape, view, image))
+            region = largest_region(part > level_of(part, self.options["level"]), part)
+            found.append(box_of(region, (top, left), cam.shape, view, image))
         return found
+
+
+def class_attention(backbone: Any, views: Tensor) -> Tensor:
+    """Compute the attention `[B, h, w]` of the class token to the patches in the last layer, averaged over the heads.
+
+    Args:
+        backbone: a plain timm ViT with a class token.
+        views: `[B, C, S, S]`.
+    """
+    with attention_of(attention_layers(backbone)[-1:]) as seen:
+        backbone.forward_features(views)
+    return feature_map(backbone, seen[0].float().mean(1)[:, 0, :, None], views)[:, 0]
+
+
+def level_of(values: Tensor, level: str | float) -> float:
+    """Return the level that the option `level` means for a map: Otsu's, or a share of its maximum."""
+    return otsu(values) if isinstance(level, str) else level * float(values.max())
 
 
 def patch_features(backbone: Any, views: Tensor) -> Tensor:

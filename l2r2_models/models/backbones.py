@@ -166,3 +166,25 @@ def last_map_through(backbone: Any, probe: nn.Module, view: Tensor) -> Iterator[
         yield
     finally:
         del backbone.forward_head
+
+
+def attention_layers(backbone: Any) -> list[Any]:
+    """Return the attention layers of a plain ViT whose weights `attention_of` can collect, in order; none for other networks."""
+    layers = [getattr(block, "attn", None) for block in getattr(backbone, "blocks", ())]
+    return layers if all(hasattr(a, "fused_attn") and hasattr(a, "attn_drop") for a in layers) else []
+
+
+@contextmanager
+def attention_of(layers: Sequence[Any]) -> Iterator[list[Tensor]]:
+    """Collect the attention `[B, heads, N, N]` of every layer in order; fused attention is disabled meanwhile."""
+    seen: list[Tensor] = []
+    before = [layer.fused_attn for layer in layers]
+    handles = [layer.attn_drop.register_forward_hook(lambda module, inputs, out: seen.append(out)) for layer in layers]
+    try:
+        for layer in layers:
+            layer.fused_attn = False
+        yield seen
+    finally:
+        for layer, fused, handle in zip(layers, before, handles):
+            layer.fused_attn = fused
+            handle.remove()

@@ -110,36 +110,38 @@ def box_losses(found: FoundBoxes, boxes: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(has_box, of_box, 0.0), OBJECTNESS * of_object
 
 
-def _finer_stage(backbone: Any) -> int | None:
-    """Index of the last stage whose map is twice as fine as the final one, or None (plain ViTs).
+def _finer_stages(backbone: Any, count: int) -> list[int]:
+    """Indices of the last stages whose maps are 2, 4, ... times as fine as the final one; none for plain ViTs.
 
     For a 96-pixel view, a ResNet's final map has nine positions, too few to locate an object's edges.
     """
     stages = feature_info(backbone)
-    finer = [i for i, stage in enumerate(stages) if 2 * stage["reduction"] == stages[-1]["reduction"]]
-    return finer[-1] if finer and hasattr(backbone, "forward_intermediates") else None
+    last = {stage["reduction"]: i for i, stage in enumerate(stages)}
+    found = [last.get(stages[-1]["reduction"] // 2**n) for n in range(1, count + 1)]
+    return [i for i in found if i is not None] if hasattr(backbone, "forward_intermediates") else []
 
 
-def map_channels(backbone: Any) -> list[int]:
+def map_channels(backbone: Any, finer: int = 1) -> list[int]:
     """Channels of the maps that `features_and_maps` returns."""
-    stage = _finer_stage(backbone)
-    return [int(backbone.num_features), *([] if stage is None else [int(feature_info(backbone)[stage]["num_chs"])])]
+    stages = feature_info(backbone)
+    return [int(backbone.num_features), *(int(stages[i]["num_chs"]) for i in _finer_stages(backbone, finer))]
 
 
-def features_and_maps(backbone: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Run a timm backbone's `forward_features` once, and return the maps for a box head too.
+def features_and_maps(backbone: Any, x: Tensor, finer: int = 1) -> tuple[Tensor, list[Tensor]]:
+    """Run a timm backbone's `forward_features` once, and return the maps for a box head or mask head too.
 
     Args:
         backbone: the timm model.
         x: views `[B, C, H, W]`.
+        finer: maximum number of finer maps besides the last one.
 
     Returns:
         The features, and the maps `[B, C, h, w]`, coarse to fine.
     """
-    stage = _finer_stage(backbone)
-    if stage is None:
+    stages = _finer_stages(backbone, finer)
+    if not stages:
         features = backbone.forward_features(x)
         return features, [feature_map(backbone, features, x)]
     last = len(feature_info(backbone)) - 1  # requested too, since some backbones (hiera) stop at the last requested stage
-    features, (finer, _) = backbone.forward_intermediates(x, indices=[stage, last])
-    return features, [feature_map(backbone, features, x), finer]
+    features, maps = backbone.forward_intermediates(x, indices=[*stages[::-1], last])
+    return features, [feature_map(backbone, features, x), *maps[-2::-1]]

@@ -64,6 +64,8 @@ class IFAM(L2R2):
     ) -> None:
         if tuple(branches) != ("full", "fg"):
             raise L2R2Error(f"The branches of an iFAM model are full (stage 1) and fg (stage 2), not {branches}.")
+        if options.get("prototype_dim"):
+            raise L2R2Error("The heads of an iFAM model classify parts, so they are linear; leave prototype_dim out.")
         config = with_threshold({"name": fusion} if isinstance(fusion, str) else fusion)
         if options.get("views") is None:
             options.setdefault("fg_mode", "parts")

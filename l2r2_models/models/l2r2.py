@@ -17,6 +17,7 @@ from ..fusion import Fusion, create_fusion, fuse_branches
 from ..views import ViewSpec, batch_views, check_branches
 from .backbones import check_backbone_arguments, check_view_sizes, feature_info, unknown_backbone
 from .box_head import BoxHead, FoundBoxes, features_and_maps, map_channels
+from .mask_head import FINER, Found, MaskHead, check_heads
 from .masking import check_late_backbone, check_mask, check_tokens_backbone, late_features, token_features
 from .parts import PartMaps, PartWeights
 from .timm_contract import TimmContract
@@ -31,6 +32,7 @@ class L2R2Output(NamedTuple):
         has_fg: `[B]` bool, the rows in which fg saw an object: those given, minus those whose mask keeps nothing.
         parts: the parts that an `IFAM` found.
         located: the boxes that a box head found in the full view.
+        masks: `[B, h, w]`, the logits of a mask head over the full view.
     """
 
     full: Tensor | None
@@ -40,6 +42,7 @@ class L2R2Output(NamedTuple):
     has_fg: Tensor
     parts: PartMaps | None = None
     located: FoundBoxes | None = None
+    masks: Tensor | None = None
 
     def branches(self) -> dict[str, Tensor]:
         """The logits of the computed branches, by name."""
@@ -77,6 +80,8 @@ class L2R2(TimmContract):
         views: how views are cut, a `ViewSpec` or its dict; by default derived from the pretrained cfg.
         fg_mode: what the fg branch sees, see `ViewSpec`; replaces that of `views`.
         box_head: whether a trained head finds the object's box in the full view, see `BoxHead`.
+        mask_head: whether a trained head finds the object's mask in the full view, see `MaskHead`.
+        prototype_dim: dimension of the embedding that the heads compare with class prototypes, see `CosineHead`; 0: linear heads.
         drop_rate: dropout before the heads.
         device, dtype: of all parameters and buffers.
         **backbone_kwargs: arguments of the timm backbone (`drop_path_rate`, `img_size`, `global_pool`, ...).
@@ -92,7 +97,11 @@ class L2R2(TimmContract):
 
     __jit_unused_properties__ = ("view_spec", "takes_mask")
     finds_object = False  # whether the network finds its object itself, without boxes or masks
-    fresh: tuple[str, ...] = ("fusion.", "box_head.")  # parameters that no timm checkpoint has, which stay as initialized
+    fresh: tuple[str, ...] = (
+        "fusion.",
+        "box_head.",
+        "mask_head.",
+    )  # parameters that no timm checkpoint has, which stay as initialized
 
     def __init__(
         self,
@@ -106,6 +115,8 @@ class L2R2(TimmContract):
         views: ViewSpec | Mapping[str, Any] | None = None,
         fg_mode: str | None = None,
         box_head: bool = False,
+        mask_head: bool = False,
+        prototype_dim: int = 0,
         drop_rate: float = 0.0,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -120,7 +131,7 @@ class L2R2(TimmContract):
         self.backbone_name = backbone
         self.backbone_kwargs = {**backbone_kwargs, **({"drop_rate": drop_rate} if drop_rate else {})}
         self.shared = shared
-        self.num_classes, self.in_chans = num_classes, in_chans
+        self.num_classes, self.in_chans, self.prototype_dim = num_classes, in_chans, prototype_dim
         spec = ViewSpec.from_dict(views) if isinstance(views, Mapping) else views
         self._view_spec = ViewSpec.from_dict({**spec.to_dict(), "fg_mode": fg_mode}) if spec is not None and fg_mode else spec
         self._fg_mode = fg_mode or "crop"
@@ -139,6 +150,7 @@ class L2R2(TimmContract):
         self.heads = nn.ModuleDict({b: self._new_head(b) for b in self.branches})
         self.fusion: Fusion = create_fusion(fusion, self.branches, num_classes)
         self.box_head = BoxHead(map_channels(self.backbone)) if box_head else None
+        self.mask_head = MaskHead(map_channels(self.backbone, FINER)) if mask_head else None
         if hasattr(self.backbone, "set_input_size"):  # timm tests for the attribute
             self.set_input_size = self._set_input_size
         self._check_views(self.view_spec)
@@ -210,6 +222,18 @@ class L2R2(TimmContract):
         return found
 
     @torch.jit.ignore
+    def segment(self, full: Tensor) -> Tensor:
+        """Mask logits `[B, h, w]` of the object in full views `[B, C, S, S]`, from the mask head.
+
+        Raises:
+            L2R2Error: when the model has no mask head.
+        """
+        if self.mask_head is None:
+            raise L2R2Error("This model has no mask head; train one with `l2r2 finetune --mask-head`, or pass masks.")
+        masks: Tensor = self.mask_head(features_and_maps(self.backbone_of("full"), full, FINER)[1])
+        return masks
+
+    @torch.jit.ignore
     def forward_views(
         self,
         full: Tensor | None = None,
@@ -240,9 +264,9 @@ class L2R2(TimmContract):
         """
         views = {"full": full, "fg": fg, "bg": bg}
         known = {} if full_logits is None else {"full": full_logits}
-        logits, seen, located = dict(known), None, None
+        logits, seen, found = dict(known), None, Found()
         if not known or any(view is not None for view in views.values()):
-            others, seen, located = self._branch_logits(views, mask)
+            others, seen, found = self._branch_logits(views, mask)
             logits.update(others)
         first = next(iter(logits.values()))
         if has_fg is None:
@@ -250,27 +274,27 @@ class L2R2(TimmContract):
         if seen is not None:
             has_fg = has_fg & seen
         fused = self.fuse(logits, has_fg, objectness)
-        return L2R2Output(logits.get("full"), logits.get("fg"), fused, logits.get("bg"), has_fg, None, located)
+        return L2R2Output(logits.get("full"), logits.get("fg"), fused, logits.get("bg"), has_fg, None, *found)
 
     @torch.jit.ignore
     def forward_branches(self, mask: Tensor | None = None, **views: Tensor | None) -> dict[str, Tensor]:
         """Logits `[B, classes]` by branch, for views `[B, C, S, S]` given by branch name; see `forward_views`."""
         return self._branch_logits(views, mask)[0]
 
-    def _branch_logits(self, views: Mapping[str, Tensor | None], mask: Tensor | None) -> tuple[dict[str, Tensor], Any, Any]:
-        """Logits by branch, `[B]` bool whether the mask kept anything (or None), and the box head's boxes (or None)."""
+    def _branch_logits(self, views: Mapping[str, Tensor | None], mask: Tensor | None) -> tuple[dict[str, Tensor], Any, Found]:
+        """Logits by branch, `[B]` bool whether the mask kept anything (or None), and what box head and mask head found."""
         given = {b: v for b, v in views.items() if v is not None}
         if unknown := set(given) - set(self.branches):
             raise L2R2Error(f"This model has the branches {', '.join(self.branches)}, not {', '.join(sorted(unknown))}.")
         if not given:
             raise L2R2Error(f"Pass at least one view of {', '.join(self.branches)}.")
         features, seen = ({}, None) if mask is None else self._masked_features(given, mask)
-        pooled, located = self._features({b: v for b, v in given.items() if b not in features})
+        pooled, found = self._features({b: v for b, v in given.items() if b not in features})
         features.update(pooled)
-        return {b: self.heads[b](features[b]) for b in self.branches if b in features}, seen, located
+        return {b: self.heads[b](features[b]) for b in self.branches if b in features}, seen, found
 
-    def _features(self, views: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], FoundBoxes | None]:
-        """Pooled features by branch, and the box head's boxes; views of one size share a `[nB, C, S, S]` pass of a backbone."""
+    def _features(self, views: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Found]:
+        """Pooled features by branch, and what the heads found; views of one size share a `[nB, C, S, S]` pass of a backbone."""
         groups: list[list[str]] = []
         for branch, view in views.items():
             for names in groups:
@@ -280,18 +304,18 @@ class L2R2(TimmContract):
             else:
                 groups.append([branch])
         pooled: dict[str, Tensor] = {}
-        located = None
+        found = Found()
         for names in groups:
             backbone: Any = self.backbone_of(names[0])
             x, sizes = torch.cat([views[b] for b in names]), [views[b].shape[0] for b in names]
-            if self.box_head is None or "full" not in names:
+            if "full" not in names or (self.box_head is None and self.mask_head is None):
                 features = backbone(x)
             else:
-                features, maps = features_and_maps(backbone, x)
-                features = backbone.forward_head(features)
-                located = self.box_head([m.split(sizes)[names.index("full")] for m in maps])
+                features, maps = features_and_maps(backbone, x, FINER if self.mask_head is not None else 1)
+                features, maps = backbone.forward_head(features), [m.split(sizes)[names.index("full")] for m in maps]
+                found = Found.by(self.box_head, self.mask_head, maps)
             pooled.update(zip(names, features.split(sizes)))
-        return pooled, located
+        return pooled, found
 
     def _masked_features(self, given: Mapping[str, Tensor], mask: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         """The fg features of the object in the whole image; late masking gives those of `full` in the same pass."""
@@ -342,10 +366,7 @@ class L2R2(TimmContract):
     def _check_views(self, spec: ViewSpec) -> None:
         """Check that the backbone takes views of this size and supports the spec's fg mode."""
         check_view_sizes(self.backbone, self.backbone_name, [spec.size_of(branch) for branch in self.branches])
-        if self.box_head is not None and ("full" not in self.branches or spec.fg.in_network):
-            raise L2R2Error(
-                f'A box head needs a full branch and an fg that is cropped, not fg_mode "{spec.fg_mode}" with {self.branches}.'
-            )
+        check_heads(self.box_head, self.mask_head, self.branches, spec)
         if spec.fg.finds_object:
             raise L2R2Error('fg_mode "parts" is only for iFAM models, which find the parts of an object; choose another mode.')
         if "fg" in self.branches and spec.fg.drops_tokens:
@@ -357,7 +378,9 @@ class L2R2(TimmContract):
         """The keyword arguments, besides the classes, that rebuild this model; stored in a checkpoint's config."""
         views = self.view_spec.to_dict()
         ours = {"branches": list(self.branches), "shared": self.shared, "fusion": self.fusion.config(), "views": views}
-        return {**self.backbone_kwargs, **ours, **({} if self.box_head is None else {"box_head": True})}
+        heads = {"box_head": self.box_head is not None, "mask_head": self.mask_head is not None}
+        more = {**heads, "prototype_dim": self.prototype_dim}
+        return {**self.backbone_kwargs, **ours, **{name: value for name, value in more.items() if value}}
 
     def intervene(self, drop_parts: Iterable[int] = (), token_quantile: float = 0.0) -> None:
         """See `IFAM.intervene`; other models raise an `L2R2Error`."""

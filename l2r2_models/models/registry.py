@@ -173,7 +173,8 @@ def load_filter(state_dict: dict[str, Tensor], model: L2R2) -> dict[str, Tensor]
 
     source = backbone_weights(state_dict, model)
     classifier = classifier_name(model)
-    out = {k: v for k, v in own.items() if k.startswith(model.fresh)}
+    fresh = (*model.fresh, "heads.") if model.prototype_dim else model.fresh
+    out = {k: v for k, v in own.items() if k.startswith(fresh)}
     for prefix in model.backbone_prefixes():
         body = {k.removeprefix(prefix): v for k, v in own.items() if k.startswith(prefix) and ".head.norm." in k}
         body.update((k, v) for k, v in source.items() if k not in (f"{classifier}.weight", f"{classifier}.bias"))
@@ -182,7 +183,7 @@ def load_filter(state_dict: dict[str, Tensor], model: L2R2) -> dict[str, Tensor]
         for name in ("weight", "bias"):
             if (value := source.get(f"{classifier}.{name}")) is not None:
                 heads = [f"heads.{branch}." for branch in model.branches]
-                out.update((head + name, value.clone()) for head in heads if not head.startswith(model.fresh))
+                out.update((head + name, value.clone()) for head in heads if not head.startswith(fresh))
     return out
 
 

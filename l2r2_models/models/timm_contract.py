@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import L2R2Error
 from ..fusion import create_fusion
+from .cosine_head import CosineHead
 
 try:  # newer timm records the input size that a model was built with, and refuses to save a model with another
     from timm.models._input import update_model_input_size
@@ -30,8 +31,10 @@ class TimmContract(nn.Module):
         heads: Any
         fusion: Any
         box_head: Any
+        mask_head: Any
         branches: tuple[str, ...]
         head_hidden_size: int
+        prototype_dim: int
         backbone_kwargs: dict[str, Any]
         _view_spec: Any
 
@@ -61,7 +64,7 @@ class TimmContract(nn.Module):
         """Remove the backbone's later layers, and with `prune_head` the heads; see timm."""
         if prune_head:
             self.heads = nn.ModuleDict({b: nn.Identity() for b in self.branches})
-            self.branch_backbones, self.box_head = nn.ModuleDict(), None
+            self.branch_backbones, self.box_head, self.mask_head = nn.ModuleDict(), None, None
         return self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
 
     @torch.jit.ignore
@@ -135,6 +138,8 @@ class TimmContract(nn.Module):
     def _new_head(self, branch: str) -> nn.Module:
         if not self.num_classes:
             return nn.Identity()
+        if self.prototype_dim:
+            return CosineHead(self.head_hidden_size, self.prototype_dim, self.num_classes)
         head = nn.Linear(self.head_hidden_size, self.num_classes)
         trunc_normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import L2R2Error
 from ..localize import Localizer
-from ..localize.model_based import Head, detections_of
+from ..localize.model_based import Head, SegmentationHead
 from ..models.l2r2 import L2R2
 from ..views import make_views
 from .items import Item, is_large, whole_images
@@ -68,10 +68,10 @@ def localized(predictor: Localizing, items: Sequence[Item]) -> list[Item]:
     assert localizer is not None
     images, names = whole_images(items), [item.name or "" for item in items]
     try:
-        if isinstance(localizer, Head) and localizer.model is model:
+        if isinstance(localizer, (Head, SegmentationHead)) and localizer.model is model:
             full = make_views(images, None, model.view_spec, branches=("full",), device=device).full
             out = model.forward_views(full=full)
-            boxes = detections_of(out.located, images, model.view_spec)
+            boxes = localizer.of_output(out, images)
             return [replace(item, boxes=d, full=z) for item, d, z in zip(items, boxes, out.full)]
         found = localizer(images, names=names if all(names) else None)
         return [replace(item, boxes=detections) for item, detections in zip(items, found)]

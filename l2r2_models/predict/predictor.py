@@ -19,7 +19,7 @@ from ..checkpoints.checkpoint import Checkpoint, load_checkpoint
 from ..errors import L2R2Error
 from ..fusion import ObjectnessMaxConfidence
 from ..images import ImageSource, LazyImage, load_image, load_mask
-from ..localize import Localizer, create_localizer
+from ..localize import NONE, Localizer, create_localizer
 from ..pipe import in_order, worker_count
 from ..views import decode_patches, takes_patches
 from .adapt import Adapter
@@ -92,7 +92,9 @@ class Predictor:
                 raise L2R2Error(f"{what} must be at least 1, got {value}.")
         self.box_threshold = checkpoint.box_threshold if box_threshold is None else box_threshold
         self.max_objects, self.batch_size, self.top = max_objects, batch_size, min(top, len(self.labels))
-        if isinstance(localizer, str):
+        if localizer == NONE:
+            localizer = None
+        elif isinstance(localizer, str):
             localizer = create_localizer(localizer, device=self.device, checkpoint=checkpoint)
         self.localizer: Localizer | None = localizer
         self.topk_prompts = topk_prompts

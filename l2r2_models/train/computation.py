@@ -70,8 +70,11 @@ def check_compiler(model: L2R2) -> None:
     Raises:
         L2R2Error: when nothing can be compiled here, or the branches do not run the backbone's own forward pass.
     """
-    if model.box_head is not None or model.takes_mask or model.finds_object:
-        raise L2R2Error("compile has no effect with a box head, or an fg that is masked inside the network; leave it out.")
+    heads = model.box_head is not None or model.mask_head is not None
+    if heads or model.takes_mask or model.finds_object:
+        raise L2R2Error(
+            "compile has no effect with a box head or mask head, or an fg that is masked inside the network; leave it out."
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.compile(torch.neg)(torch.ones(2, device=device))

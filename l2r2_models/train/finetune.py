@@ -14,6 +14,7 @@ from typing import Any
 from .. import distributed as processes
 from ..checkpoints.checkpoint import save_checkpoint
 from ..checkpoints.format import CONFIG
+from ..checkpoints.zero_shot import PREFIX, is_zero_shot
 from ..data.dataset import Check, Sample, check_images
 from ..data.near_duplicates import HELD_OUT, find_leaks
 from ..data.splits import hold_out
@@ -30,10 +31,13 @@ from .groups import count_groups
 from .init import InitCheckpoint
 from .models import create_model, frozen_parts
 from .optimizers import check_optimizer
+from .prototypes import PrototypeStart
 from .recipe import NO_METRIC, Recipe
+from .upweight import FirstStage
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "validation", "valid", "dev")
+Start = InitCheckpoint | PrototypeStart | None
 Progress = Callable[[Iterable[None], int], Iterable[None]]
 
 
@@ -107,6 +111,7 @@ def finetune(
     table = processes.together(lambda: read_table(data, metadata=metadata, boxes=boxes))
     train, val, settings = processes.together(lambda: _plan(table, recipe, train_split, val_split))
     start = processes.together(lambda: _start(recipe, out, settings))
+    first = processes.together(lambda: _first_stage(recipe, train, settings))
     with ExitStack() as held:
         if (done := processes.on_first(lambda: _claim(out, Path(data), settings, overwrite, held))) is not None:
             earlier = tuple(done.get("notes", []))
@@ -121,7 +126,14 @@ def finetune(
         train, val = _without(train, check.bad), _without(val, check.bad) if val else None
         leaks = processes.on_first(lambda: find_leaks(train, _other_rows(table, train, val), check.hashes, progress))
         processes.on_first(lambda: _begin(out, recipe, settings, overwrite))
-        trained = trainer.train(model, replace(recipe, **settings["resolved"]), train, val, classes, out, tensorboard=tensorboard)
+        drawn = train
+        if first is not None:
+            wrong = processes.on_first(lambda: first.errors(train, recipe.batch_size, recipe.workers, progress))
+            drawn = first.upweighted(train, wrong)
+            notes.append(
+                f"{sum(wrong)} of {len(train)} training images are drawn {first.factor} times: {recipe.jtt} is wrong there"
+            )
+        trained = trainer.train(model, replace(recipe, **settings["resolved"]), drawn, val, classes, out, tensorboard=tensorboard)
         if not all(value.isfinite().all() for value in model.state_dict().values()):
             raise L2R2Error(f"{out}: the training has diverged; train again with --overwrite and a lower --lr.")
         with_box = sum(row.path in check.with_box for row in train.rows)
@@ -157,10 +169,17 @@ def _plan(
     table: ImageTable, recipe: Recipe, train_split: str | None, val_split: str | None
 ) -> tuple[ImageTable, ImageTable | None, dict[str, Any]]:
     """Return the training and validation rows, and the settings that identify the run."""
+    if recipe.objective == "group_dro" and processes.world() > 1:
+        raise L2R2Error("group_dro weighs the groups of a whole batch, so it needs a single process; start it without torchrun.")
     train, val = _split(table, train_split, val_split, recipe)
     about = {"train": rows_digest(train), "images": len(train), "classes": list(train.classes())}
     if table.boxes_from:
         about["boxes_from"] = table.boxes_from
+    if recipe.mask_head and not any(row.has_mask for row in train.rows):
+        raise L2R2Error(
+            f"{train.root}: mask_head needs masks, and no training image has one; add mask files to the metadata, or pass "
+            "--boxes with the masks of `l2r2 localize --localizer ...?masks=sam:MODEL`."
+        )
     if recipe.group:
         about["groups"] = count_groups(train, recipe.group)
     if recipe.best_metric != NO_METRIC:
@@ -189,7 +208,7 @@ def _finished(out: Path, data: Path, settings: dict[str, Any], overwrite: bool) 
     return None if overwrite else finished(out)
 
 
-def _model(recipe: Recipe, classes: Sequence[str], start: InitCheckpoint | None) -> tuple[L2R2, list[str]]:
+def _model(recipe: Recipe, classes: Sequence[str], start: Start) -> tuple[L2R2, list[str]]:
     """Create the model, and a note on its initialization."""
     check_device(recipe)
     check_optimizer(recipe.optimizer)
@@ -204,18 +223,31 @@ def _resolved(recipe: Recipe, model: L2R2, record: Mapping[str, Any]) -> dict[st
     return {key: getattr(resolved, key) for key in CHOSEN}
 
 
-def _start(recipe: Recipe, out: Path, settings: dict[str, Any]) -> InitCheckpoint | None:
-    """Open the checkpoint to start from, which becomes part of the run's settings."""
-    if recipe.init is None:
+def _start(recipe: Recipe, out: Path, settings: dict[str, Any]) -> Start:
+    """Open the checkpoint or the vision-language model to start from, which becomes part of the run's settings."""
+    start: Start = None
+    if recipe.init is not None:
+        start = InitCheckpoint.read(recipe.init)
+    elif is_zero_shot(recipe.model):
+        start = PrototypeStart.read(recipe.model)
+    if start is None:
         return None
-    start = InitCheckpoint.read(recipe.init)
     if start.folder.resolve().is_relative_to(out.resolve()):
         raise L2R2Error(f"{out}: contains the checkpoint to start from; choose another -o.")
     settings["init"] = start.about()
     return start
 
 
-def _seen_before(start: InitCheckpoint | None, val: ImageTable | None, classes: Sequence[str]) -> list[str]:
+def _first_stage(recipe: Recipe, train: ImageTable, settings: dict[str, Any]) -> FirstStage | None:
+    """Load the run whose errors are drawn more often, which becomes part of the run's settings."""
+    if recipe.jtt is None:
+        return None
+    first = FirstStage.read(recipe.jtt, recipe.jtt_factor, train.classes())
+    settings["jtt"] = first.about()
+    return first
+
+
+def _seen_before(start: Start, val: ImageTable | None, classes: Sequence[str]) -> list[str]:
     seen = set(val.names()) & set(start.files(classes)) if start and val else set()
     if not (start and val and seen):
         return []
@@ -230,16 +262,21 @@ def _begin(out: Path, recipe: Recipe, settings: dict[str, Any], overwrite: bool)
 
 
 def _localizer(recipe: Recipe, boxes_from: dict[str, Any]) -> dict[str, Any]:
-    """Return the localizer that the model is trained for: its own box head, or the one that made the box file."""
-    spec = "head" if recipe.box_head else boxes_from.get("localizer")
-    return {} if spec is None else {"spec": spec, **({"oracle": True} if boxes_from.get("oracle") else {})}
+    """Return the localizer that the model is trained for: its own mask head or box head, or the one that made the box file."""
+    spec = "mask-head" if recipe.mask_head else "head" if recipe.box_head else boxes_from.get("localizer")
+    more = {key: boxes_from[key] for key in ("license", "oracle") if boxes_from.get(key) and spec == boxes_from.get("localizer")}
+    return {} if spec is None else {"spec": spec, **more}
 
 
 def _finish(
     out: Path, recipe: Recipe, model: L2R2, classes: Sequence[str], settings: dict[str, Any], record: dict[str, Any]
 ) -> None:
-    if recipe.init is not None:  # the config may be published, so no paths of this machine
-        settings = {**settings, "recipe": {**settings["recipe"], "init": settings["init"]["name"]}}
+    if "init" in settings:  # the config may be published, so no paths of this machine
+        name = settings["init"]["name"]
+        public = {"model": f"{PREFIX}{name}"} if is_zero_shot(recipe.model) else {"init": name}
+        settings = {**settings, "recipe": {**settings["recipe"], **public}}
+    if "jtt" in settings:
+        settings = {**settings, "recipe": {**settings["recipe"], "jtt": settings["jtt"]["name"]}}
     try:
         localizer = _localizer(recipe, settings["data"].get("boxes_from", {}))
         digest = save_checkpoint(model, out, classes, settings, localizer=localizer)

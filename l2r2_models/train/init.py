@@ -94,7 +94,8 @@ class InitCheckpoint:
         arguments, architecture = dict(self.config.get("model_args", {})), self.config["architecture"]
         keys: dict[str, Any] = {}
         if self.is_ours:
-            keys = {key: arguments.pop(key) for key in ("branches", "shared", "box_head", "num_parts") if key in arguments}
+            ours = ("branches", "shared", "box_head", "mask_head", "prototype_dim", "num_parts")
+            keys = {key: arguments.pop(key) for key in ours if key in arguments}
             views = arguments.pop("views")
             keys.update({key: views[key] for key in OF_RECIPE if key in views and (key, views[key]) != ("fg_mode", "parts")})
             keys.update({key: v for key, v in self._training().get("recipe", {}).items() if key == "box_threshold"})
@@ -190,7 +191,7 @@ class InitCheckpoint:
         heads = self._heads(state, model, own) if self.labels == tuple(classes) else {}
         for head in heads.values():
             taken.update(head)
-        for module in ("parts.", "box_head."):
+        for module in ("parts.", "box_head.", "mask_head."):
             found = {k: v for k, v in state.items() if k.startswith(module)}
             if {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items() if k.startswith(module)}:
                 taken.update(found)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..fusion import with_fallback
 from ..models.box_head import box_losses
 from ..models.l2r2 import L2R2
+from ..models.mask_head import mask_losses
 from ..models.parts import PartWeights
 from ..views import BRANCHES
 from .consistency import jensen_shannon
@@ -73,6 +74,8 @@ class BranchLoss(nn.Module):
         mask: Tensor | None = None,
         box: Tensor | None = None,
         localized: Tensor | None = None,
+        object_mask: Tensor | None = None,
+        has_mask: Tensor | None = None,
         group: Tensor | None = None,
         counts: Tensor | None = None,
         swapped: Tensor | None = None,
@@ -88,6 +91,8 @@ class BranchLoss(nn.Module):
             mask: see `L2R2.forward_views`.
             box: `[B, 4]` target of the model's box head, see `ViewDataset`; its loss is added, see `box_losses`.
             localized: `[B]` bool, False for rows where the localizer failed or was not run; the objectness loss ignores them.
+            object_mask: `[B, S, S]` target of the model's mask head, see `ViewDataset`; its loss is added, see `mask_losses`.
+            has_mask: `[B]` bool, False for rows whose mask is not known; the mask loss ignores them.
             group: `[B]` group indices, for `dro`.
             counts: `[2]`, the number of rows and of rows with an object in the whole batch, by which sums are divided if this is
                 a part of a batch; None uses the counts of this batch.
@@ -124,6 +129,9 @@ class BranchLoss(nn.Module):
             if localized is not None:
                 of_object = of_object * localized
             losses += [of_box.sum() / _count(has_fg, counts, 1), of_object.sum() / _count(torch.ones_like(has_fg), counts, 0)]
+        if object_mask is not None and has_mask is not None and out.masks is not None:
+            each = mask_losses(out.masks, object_mask)
+            losses.append((each * has_mask).sum() / _count(torch.ones_like(has_fg), counts, 0))
         if self.training:
             part_of_batch = 1 if counts is None else len(labels) / counts[0]
             losses += [term * part_of_batch for term in self.model.extra_losses(out, views, self.part_weights).values()]

@@ -15,16 +15,17 @@ from ..models.l2r2 import L2R2
 from ..models.registry import model_class
 from ..views import ViewSpec
 from .init import InitCheckpoint
+from .prototypes import PrototypeStart
 from .recipe import Recipe
 
 
-def create_model(recipe: Recipe, num_classes: int, start: InitCheckpoint | None = None) -> L2R2:
+def create_model(recipe: Recipe, num_classes: int, start: InitCheckpoint | PrototypeStart | None = None) -> L2R2:
     """Create the recipe's model and set how its views are cut.
 
     Args:
         recipe: see `Recipe`.
         num_classes: number of classes.
-        start: checkpoint to start from; its weights are not loaded here, see `InitCheckpoint.give`.
+        start: checkpoint or vision-language model to start from; its weights are not loaded here, see `InitCheckpoint.give`.
 
     Returns:
         The model, with the weights of its tag if the recipe is pretrained and `start` is None.
@@ -33,8 +34,11 @@ def create_model(recipe: Recipe, num_classes: int, start: InitCheckpoint | None 
         L2R2Error: when the name is unknown, settings contradict each other, the weights cannot be loaded, or the backbone does
             not take the size.
     """
-    name, backbone = recipe.model, {}
-    if name.startswith("timm:"):
+    name: str = recipe.model
+    backbone: dict[str, Any] = {}
+    if isinstance(start, PrototypeStart):
+        name, backbone = "l2r2", start.arguments()
+    elif name.startswith("timm:"):
         name, backbone = "l2r2", {"backbone": name.removeprefix("timm:")}
     architecture = name.split(".")[0]
     if sentence := unknown_model(recipe.model):
@@ -47,14 +51,17 @@ def create_model(recipe: Recipe, num_classes: int, start: InitCheckpoint | None 
     options: dict[str, Any] = dict(
         num_classes=num_classes, branches=list(recipe.branches), shared=recipe.shared, fusion=recipe.fusion_config(), **backbone
     )
-    if own := sorted({*options, "num_parts", "box_head"} & set(recipe.backbone or {})):
+    if own := sorted({*options, "num_parts", "box_head", "mask_head", "prototype_dim"} & set(recipe.backbone or {})):
         raise L2R2Error(f"backbone: {own[0]} is not an argument of the timm backbone; set it as a recipe key.")
     options.update(recipe.backbone or {})
     options.update({key: rate for key, rate in (("drop_rate", recipe.drop), ("drop_path_rate", recipe.drop_path)) if rate})
-    if recipe.box_head:
-        if model_class(architecture).finds_object:
-            raise L2R2Error(f"{recipe.model} finds its object itself; do not set box_head.")
-        options["box_head"] = True
+    for head in ("box_head", "mask_head"):
+        if getattr(recipe, head):
+            if model_class(architecture).finds_object:
+                raise L2R2Error(f"{recipe.model} finds its object itself; do not set {head}.")
+            options[head] = True
+    if recipe.prototype_dim:
+        options["prototype_dim"] = recipe.prototype_dim
     if recipe.num_parts is not None:
         if not model_class(architecture).finds_object:
             raise L2R2Error(f"num_parts is for iFAM models, not for {recipe.model}; do not set it.")

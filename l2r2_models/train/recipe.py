@@ -37,7 +37,8 @@ class Recipe:
     """All settings of one training run.
 
     Attributes:
-        model: registered architecture, with or without a tag; or any timm backbone as `timm:NAME`.
+        model: registered architecture, with or without a tag; any timm backbone as `timm:NAME`; or `vlm:MODEL?names=FILE` to
+            start from the image tower of a vision-language model and the prototypes of its class names.
         pretrained: start from pretrained weights instead of random ones: those of `init`, or of the tag (downloaded by timm).
         init: start from a checkpoint: a run folder, a Hub repository, or a timm classifier saved in timm's layout. Its backbone
             must be the model's; its heads are used if the classes are the same. Keep it in place until the run is finished.
@@ -51,6 +52,10 @@ class Recipe:
         drop_path: rate of stochastic depth in the backbone (arXiv 1603.09382), if timm supports it.
         box_head: also train a head that predicts the object's box, on the boxes of the rows. Rows where no box was found are
             negatives; rows without a result (the localizer failed, or the box file does not list the image) are ignored.
+        mask_head: also train a head that predicts the object's mask, on the rows with a mask; rows where no object was found are
+            negatives, and rows with a box but no mask are ignored.
+        prototype_dim: dimension of an embedding that the heads compare with one prototype per class by cosine similarity; 0
+            trains linear heads. A `vlm:` model sets its own.
         grad_checkpointing: recompute activations in the backward pass instead of storing them, to save memory.
         fg_mode: what the fg branch sees: crop, masked_crop, masked, late or tokens; null keeps the model's default.
         bg: what is removed from the bg view: `shape` (the object's pixels) or `box` (its box); null keeps the model's default.
@@ -90,6 +95,9 @@ class Recipe:
         group: metadata column (background, site); the groups are the combinations of a class and a value of this column.
         objective: `erm` minimizes the mean loss, `group_dro` that of the worst groups (arXiv 1911.08731).
         group_step: step size of the weights that `group_dro` gives to the groups.
+        jtt: run whose misclassified training rows are drawn `jtt_factor` times per epoch: the second stage of JTT
+            (arXiv 2107.09044).
+        jtt_factor: see `jtt`; choose it on validation rows.
         optimizer: a name of `timm.optim.list_optimizers()`; norms, biases and what the backbone excludes get no weight decay.
         lr: peak learning rate, reached after the warm-up, followed by cosine decay to zero.
         weight_decay: weight decay of the optimizer.
@@ -137,6 +145,8 @@ class Recipe:
     drop: float = 0.0
     drop_path: float = 0.0
     box_head: bool = False
+    mask_head: bool = False
+    prototype_dim: int = 0
     grad_checkpointing: bool = False
     # views and rows
     fg_mode: str | None = None
@@ -174,6 +184,8 @@ class Recipe:
     balanced: bool = False
     group: str | None = None
     objective: str = "erm"
+    jtt: str | None = None
+    jtt_factor: int = 20
     group_step: float = 0.01
     optimizer: str = "adamw"
     lr: float = 2e-4
@@ -217,10 +229,16 @@ class Recipe:
             raise L2R2Error("mixup and cutmix mix other images into each view that consistency compares; use one or the other.")
         if self.init is not None and not self.pretrained:
             raise L2R2Error("init loads weights, but pretrained is false; use one or the other.")
+        own = {"init": self.init is not None, "pretrained=false": not self.pretrained, "prototype_dim": self.prototype_dim != 0}
+        if self.model.startswith("vlm:") and any(own.values()):
+            raise L2R2Error(f"A vlm: model brings its own weights; leave {next(key for key in own if own[key])} out.")
         if self.frozen_stride and not self.pretrained:
             raise L2R2Error("frozen_stride keeps pretrained weights, but pretrained is false; leave one of them out.")
-        if self.box_head and (self.mixup or self.cutmix):
-            raise L2R2Error("mixup and cutmix cannot mix the boxes that a box head is trained on; use one or the other.")
+        for head, targets in (("box", "boxes"), ("mask", "masks")):
+            if getattr(self, f"{head}_head") and (self.mixup or self.cutmix):
+                raise L2R2Error(
+                    f"mixup and cutmix cannot mix the {targets} that a {head} head is trained on; use one or the other."
+                )
         self.augment()
         self.part_weights()
         if self.fusion in FUSIONS and FUSIONS[self.fusion].needs_fit:
@@ -232,6 +250,8 @@ class Recipe:
         for name, most in {"epochs": 100_000, "batch_size": 1_000_000, "grad_accumulation": 1_000_000}.items():
             if not 1 <= getattr(self, name) <= most:
                 raise L2R2Error(f"{name} must lie between 1 and {most:,}, got {getattr(self, name)}.")
+        if not 0 <= self.prototype_dim <= 65536:
+            raise L2R2Error(f"prototype_dim must lie between 0 and 65536, got {self.prototype_dim}.")
         if self.workers > 256:
             raise L2R2Error(f"workers must lie between 0 and 256, got {self.workers}.")
         for name in ("box_threshold", "warmup", "label_smoothing", "mix_probability", "layer_decay", "background_swap"):
@@ -271,6 +291,10 @@ class Recipe:
             raise L2R2Error("patience needs a metric to improve; set best_metric too, e.g. fused_accuracy.")
 
     def _check_groups(self) -> None:
+        if self.jtt is not None and (self.balanced or self.objective != "erm"):
+            raise L2R2Error("jtt draws the rows by itself; leave balanced and group_dro out.")
+        if not 2 <= self.jtt_factor <= 10_000:
+            raise L2R2Error(f"jtt_factor must lie between 2 and 10,000, got {self.jtt_factor}.")
         if self.objective == "erm":
             if self.group and not self.balanced:
                 raise L2R2Error("group has no effect alone; set objective to group_dro, or balanced to true.")

@@ -249,7 +249,11 @@ def _trainer(
     model: L2R2, recipe: Recipe, train: ImageTable, val: ImageTable | None, classes: tuple[str, ...], out: Path
 ) -> BranchTrainer:
     common: dict[str, Any] = dict(
-        spec=model.view_spec, branches=model.branches, box_threshold=recipe.box_threshold, locate=recipe.box_head
+        spec=model.view_spec,
+        branches=model.branches,
+        box_threshold=recipe.box_threshold,
+        locate=recipe.box_head,
+        segment=recipe.mask_head,
     )
     rows = ViewDataset(
         train,
@@ -274,8 +278,6 @@ def _trainer(
         raise L2R2Error(
             f"{batches.world} processes are too many for batches of {min(batches.rows, recipe.batch_size)} images; start fewer."
         )
-    if recipe.objective == "group_dro" and batches.world > 1:
-        raise L2R2Error("group_dro weighs the groups of a whole batch, so it needs a single process; start it without torchrun.")
     if recipe.compile:
         compile_backbones(model)
     mix = ViewMixup(len(classes), recipe.mixup, recipe.cutmix, recipe.mix_probability) if recipe.mixup or recipe.cutmix else None

@@ -2,7 +2,7 @@
 
 from .batch import batch_masks, batch_views, cut_batch
 from .branches import BRANCHES, check_branches
-from .cut import Views, make_views, view_map
+from .cut import Views, make_views, mask_in_full_view, view_map
 from .modes import FG_MODES, FgMode
 from .patches import Patches, decode_patches, scale_of, takes_patches
 from .spec import ViewSpec
@@ -20,6 +20,7 @@ __all__ = [
     "cut_batch",
     "decode_patches",
     "make_views",
+    "mask_in_full_view",
     "scale_of",
     "takes_patches",
     "view_map",

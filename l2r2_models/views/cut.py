@@ -148,6 +148,17 @@ def view_map(branch: str, spec: ViewSpec, image_size: tuple[int, int], box: Tens
     return ViewMap(window, (size, size), spec.square)
 
 
+def mask_in_full_view(mask: Tensor, spec: ViewSpec) -> Tensor:
+    """Cut an object mask `[H, W]` bool as the full view is cut: `[S, S]` in [0, 1], 0 in the padding.
+
+    >>> mask_in_full_view(torch.tensor([[True, False]]), ViewSpec(size=2, square=False))
+    tensor([[1., 0.],
+            [1., 0.]])
+    """
+    whole = torch.tensor([[0.0, 0.0, mask.shape[1], mask.shape[0]]], device=mask.device)
+    return _cut_masks([mask], whole, spec)[0]
+
+
 class _Part(NamedTuple):
     """What to cut for one branch: `[V, 4]` boxes, `[V]` image indices, V masks (True where a pixel is kept) or None."""
 

@@ -78,9 +78,9 @@ class ZeroShotNetwork(L2R2):
         self.backbone_name, self.backbone_kwargs, self.shared = name, {}, True
         self.num_classes, self.in_chans = len(prototypes), 3
         self.num_features = self.head_hidden_size = prototypes.shape[1]
-        self.feature_info = []
+        self.feature_info, self.prototype_dim = [], prototypes.shape[1]
         self._view_spec, self._fg_mode = views, views.fg_mode
-        self.backbone, self.branch_backbones, self.box_head = tower, nn.ModuleDict(), None
+        self.backbone, self.branch_backbones, self.box_head, self.mask_head = tower, nn.ModuleDict(), None, None
         # a copy per branch, because safetensors refuses tensors that share memory
         self.heads = nn.ModuleDict({b: PrototypeHead(prototypes.clone(), scale, bias) for b in self.branches})
         self.fusion = create_fusion(fusion, self.branches, self.num_classes)

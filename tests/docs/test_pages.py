@@ -12,7 +12,7 @@ from markdown_pages import PAGES, ROOT, blocks, commands, inline_code, links, na
 
 from l2r2_cli.commands import app
 from l2r2_models.io import parse_settings
-from l2r2_models.localize import LOCALIZERS, LocalizerSpec
+from l2r2_models.localize import LOCALIZERS, PRESETS, LocalizerSpec
 from l2r2_models.models.hub_configs import load_hub_configs
 from l2r2_models.train.recipe import Recipe
 
@@ -39,7 +39,7 @@ def test_commands_parse(page):
         keys = parse_settings(given.get("settings") or [])
         assert set(keys) <= {f.name for f in fields(Recipe)}, arguments
         if spec := given.get("localizer"):
-            assert LocalizerSpec.parse(spec).name in LOCALIZERS
+            assert LocalizerSpec.parse(spec).name in (*PRESETS, *LOCALIZERS)
 
 
 def test_options_in_the_text_exist(page):

@@ -37,7 +37,7 @@ def test_specs_are_canonical():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("middle", 'Unknown localizer "middle"; choose from owlv2'),
+        ("middle", 'Unknown localizer "middle"; choose from camera-trap, prompt, owlv2'),
         ("", "does not name a localizer"),
         ("center?share", "write option=value pairs joined by &"),
         ("boxes:a?b.json", "write a ? in a name as %3F"),

@@ -8,7 +8,7 @@ from l2r2_models.errors import L2R2Error
 from l2r2_models.localize import create_localizer
 from l2r2_models.localize.detector import SIGMOID, SOFTMAX
 
-KINDS = ["detr", "rt_detr_v2", "d_fine", "deimv2"]
+KINDS = ["detr", "rt_detr_v2", "d_fine", "deimv2", "lw_detr", "rf_detr"]
 EVERYTHING = "threshold=0&nms=1&max_boxes=1000"
 
 
@@ -50,10 +50,11 @@ def test_boxes_are_what_transformers_itself_finds(tiny, pictures, kind):
         check(ours, *theirs(localizer, image))
 
 
-def test_named_classes_are_the_only_ones_that_count(tiny, pictures):
-    best = create(tiny, "rt_detr_v2")(pictures[:1])[0].labels[0]
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "detr"])  # its softmax is in the next test
+def test_named_classes_are_the_only_ones_that_count(tiny, pictures, kind):
+    best = create(tiny, kind)(pictures[:1])[0].labels[0]
     others = [name for name in CLASSES if name != best][:2]  # also where another class of the same box scores higher
-    localizer = create(tiny, "rt_detr_v2", f"classes={', '.join(others).upper()}&{EVERYTHING}")
+    localizer = create(tiny, kind, f"classes={', '.join(others).upper()}&{EVERYTHING}")
     (ours,) = localizer(pictures[:1])
     check(ours, *theirs(localizer, pictures[0], [i for i, name in enumerate(CLASSES) if name not in others]))
     assert set(ours.labels) <= set(others)

@@ -1,4 +1,4 @@
-"""Masks of SAM and SAM2 for the boxes of any localizer."""
+"""Masks of SAM, SAM2 and EdgeTAM for the boxes of any localizer."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from l2r2_models.localize.localize_files import localize_to_file
 from l2r2_models.localize.segment import Segmenter
 
 
-@pytest.mark.parametrize("kind", ["sam", "sam2"])
+@pytest.mark.parametrize("kind", ["sam", "sam2", "edgetam"])
 def test_a_mask_is_the_networks_output_for_the_box(tiny, pictures, kind):
     localizer = create_localizer(f"center?share=0.8&masks={kind}:{tiny(kind)}", device="cpu")
     assert str(localizer.spec) == f"center?share=0.8&masks={kind}:{tiny(kind)}"
@@ -21,9 +21,9 @@ def test_a_mask_is_the_networks_output_for_the_box(tiny, pictures, kind):
         inputs = network.processor(images=image, input_boxes=[detections.boxes.tolist()], return_tensors="pt")
         with torch.inference_mode():
             out = network.model(**inputs, multimask_output=False)
-        low = out.pred_masks[0, 0].float()  # [1, h, w] over the padded (sam) or stretched (sam2) input
+        low = out.pred_masks[0, 0].float()  # [1, h, w] over the padded (sam) or stretched input
         assert detections.masks.shape == (1, image.height, image.width) and detections.masks.dtype == torch.bool
-        if kind == "sam2":
+        if kind != "sam":
             up = torch.nn.functional.interpolate(low[None], (image.height, image.width), mode="bilinear", align_corners=False)[0]
             assert torch.equal(detections.masks, up > 0)
     (alone,) = localizer(pictures[1:2])
@@ -62,7 +62,7 @@ def test_masks_go_through_a_box_file_into_the_views(tiny, dataset, tmp_path):
 @pytest.mark.parametrize(
     ("masks", "message"),
     [
-        ("sam3:x", "Masks come from sam:SOURCE or sam2:SOURCE"),
+        ("sam3:x", "Masks come from sam:SOURCE, sam2:SOURCE or edgetam:SOURCE"),
         ("sam", "Masks come from sam:SOURCE"),
         ("sam:nobody/nothing", "hf download nobody/nothing"),
         ("a&masks=b", "2 values for masks"),

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import write_dataset
+from conftest import write_dataset, write_run
 from safetensors.torch import load_file
 from test_resume import same_weights
 
@@ -17,6 +17,7 @@ from l2r2_models.train.groups import GroupDRO, count_groups, groups_of
 from l2r2_models.train.losses import BranchLoss
 from l2r2_models.train.models import create_model
 from l2r2_models.train.recipe import Recipe
+from l2r2_models.train.upweight import FirstStage
 
 DRO = {"objective": "group_dro", "group": "place", "group_step": 0.5}
 
@@ -122,11 +123,52 @@ def test_groups_are_drawn_equally(data, tmp_path):
         ({**DRO, "mixup": 0.2}, "mix images of different groups"),
         ({**DRO, "group_step": 0}, "group_step must be above 0"),
         ({**DRO, "objective": "dro"}, 'Unknown objective "dro"'),
+        ({**DRO, "jtt": "runs/first"}, "jtt draws the rows by itself"),
+        ({"jtt": "runs/first", "balanced": True}, "jtt draws the rows by itself"),
+        ({"jtt": "runs/first", "jtt_factor": 1}, "jtt_factor must lie between 2 and 10,000"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes, sentence):
     with pytest.raises(L2R2Error, match=sentence):
         recipe(**changes)
+
+
+def test_jtt_draws_what_the_first_run_misclassifies_more_often(data, tmp_path):
+    from l2r2_models import load_checkpoint
+    from l2r2_models.evaluate.evaluator import judge_run
+
+    finetune(data, recipe(epochs=1), tmp_path / "first")
+    judged = judge_run(tmp_path / "first", data, "train", workers=0)
+    wrong = judged.outputs[judged.answer].argmax(-1).ne(judged.data.labels).tolist()
+    assert 0 < sum(wrong) < len(wrong), "some are wrong and some are not"
+    table = read_table(data).of_split("train")
+    first = FirstStage.read(str(tmp_path / "first"), 5, table.classes())
+    assert first.errors(table, 5, 0, lambda steps, total: steps) == wrong
+    names = first.upweighted(table, wrong).names()
+    assert [names.count(name) for name in table.names()] == [5 if error else 1 for error in wrong]
+
+    result = finetune(data, recipe(epochs=1, jtt=str(tmp_path / "first"), jtt_factor=5), tmp_path / "jtt")
+    assert result.notes[0].startswith(f"{sum(wrong)} of 12 training images are drawn 5 times") and result.images == 12
+    record = json.loads((tmp_path / "jtt" / "run.json").read_text())
+    assert record["jtt"]["digest"] == first.checkpoint.digest and record["train_files"] == table.names()
+    assert load_checkpoint(tmp_path / "jtt").training["recipe"]["jtt"] == "first", "no path of this machine"
+    finetune(data, recipe(epochs=1), tmp_path / "erm")
+    assert not same_weights(tmp_path / "jtt", tmp_path / "erm")
+    assert finetune(data, recipe(epochs=1, jtt=str(tmp_path / "first"), jtt_factor=5), tmp_path / "jtt").was_finished
+    finetune(data, recipe(epochs=2), tmp_path / "first", overwrite=True)
+    with pytest.raises(L2R2Error, match="--overwrite"):  # its errors are others now
+        finetune(data, recipe(epochs=1, jtt=str(tmp_path / "first"), jtt_factor=5), tmp_path / "jtt")
+
+
+def test_jtt_needs_a_run_on_these_classes(data, tmp_path):
+    other = write_run(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "label_names": ["a", "b", "c"]}))
+    with pytest.raises(L2R2Error, match="was trained on other classes"):
+        finetune(data, recipe(jtt=str(other)), tmp_path / "run")
+    with pytest.raises(L2R2Error, match="no such folder"):
+        finetune(data, recipe(jtt=str(tmp_path / "nothing")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_column_is_reported_before_the_images_are_read(data, tmp_path):

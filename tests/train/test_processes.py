@@ -45,6 +45,18 @@ def test_two_processes_give_the_result_of_one(dataset, tmp_path):
 
 
 @pytest.mark.timeout(600)
+def test_group_dro_is_refused_under_several_processes(dataset, tmp_path):
+    """Each process would weigh the groups of its share of a batch only."""
+    options = ["--model", "timm:resnet10t", "--no-pretrained", "--size", 32, "--set=objective=group_dro", "--set=group=split"]
+    two = start(*TWO, *COMMAND, dataset, *options, "-o", tmp_path / "run")
+    assert (
+        two.returncode != 0
+        and two.stderr.count("group_dro weighs the groups of a whole batch, so it needs a single process") == 1
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.timeout(600)
 @pytest.mark.slow
 def test_an_error_is_one_sentence_however_many_processes_meet_it(dataset, tmp_path):
     (dataset / "images" / "train_003.png").write_bytes(b"broken")
