@@ -9,19 +9,25 @@ import typer
 
 from .common import count, errors, on_ray, say, show_shares, track
 from .options import (
+    Abstain,
     Address,
     BatchSize,
     Boxes,
     Cascade,
+    Classes,
     Engine,
     Format,
+    Geofence,
     Localizer,
     MaxObjects,
     Metadata,
     Precision,
     Prior,
+    Region,
+    Rollup,
     Run,
     Split,
+    Taxonomy,
     Top,
     Workers,
     box_threshold,
@@ -79,26 +85,12 @@ def predict(
             "weighted by box score), or full."
         ),
     ] = "best",
-    classes: Annotated[
-        Optional[str],
-        typer.Option(help="The possible classes: comma-separated names, or a file with one per line.", show_default="all"),
-    ] = None,
-    geofence: Annotated[
-        Optional[Path], typer.Option(help="CSV with the columns class and region: where each class occurs, for --region.")
-    ] = None,
-    region: Annotated[Optional[str], typer.Option(help="Only classes of this region of --geofence are possible.")] = None,
-    taxonomy: Annotated[
-        Optional[Path],
-        typer.Option(help="CSV with the groups of each class, from narrow to broad, for --rollup."),
-    ] = None,
-    rollup: Annotated[
-        Optional[float],
-        typer.Option(help="Probability that a class needs; else the narrowest group of --taxonomy that reaches it is named."),
-    ] = None,
-    abstain: Annotated[
-        Optional[float],
-        typer.Option(help="Withhold predictions of low confidence, for this risk (error rate); see `l2r2 fuse --abstain-risk`."),
-    ] = None,
+    classes: Classes = None,
+    geofence: Geofence = None,
+    region: Region = None,
+    taxonomy: Taxonomy = None,
+    rollup: Rollup = None,
+    abstain: Abstain = None,
     prior: Prior = None,
     metadata: Metadata = None,
     store_logits: Annotated[
@@ -112,7 +104,7 @@ def predict(
     from l2r2_models.predict.inputs import gather
     from l2r2_models.predict.predict_files import predict_to_file
     from l2r2_models.predict.predictor import Predictor
-    from l2r2_models.predict.rule_files import read_rules, threshold_for, with_prior
+    from l2r2_models.predict.rule_files import rules_for, with_prior
     from l2r2_models.predict.rules import Rules
 
     if localizer is not None and boxes is not None:
@@ -134,15 +126,8 @@ def predict(
     }
 
     def rules(predictor: Predictor) -> Rules:
-        return read_rules(
-            predictor.labels,
-            classes=classes,
-            geofence=geofence,
-            region=region,
-            taxonomy=taxonomy,
-            rollup=rollup,
-            abstain=None if abstain is None else threshold_for(predictor.checkpoint, abstain),
-        )
+        names = dict(classes=classes, geofence=geofence, region=region, taxonomy=taxonomy, rollup=rollup)
+        return rules_for(predictor.checkpoint, abstain=abstain, **names)
 
     if on_ray(engine, address):
         if format not in (None, "parquet") or store_logits or group or prior or metadata or frames:

@@ -97,7 +97,7 @@ def answers(look: Look | None, title: str = "Prediction") -> str:
         form = Markup('<div class="answer {}" data-label="{}"><b>{}</b><ul>{}</ul></div>')
         cards.append(form.format(name, found[0].label, f"{NAMES[name]} ({name})" if name != "fused" else NAMES[name], bars))
     form = Markup('<h3>{}</h3><div class="answers">{}</div><p class="reason">{}</p>')
-    return form.format(title, Markup("").join(cards), f"Why: {look.reason}.")
+    return form.format(f"{title}: {look.named}" if look.named else title, Markup("").join(cards), f"Why: {look.reason}.")
 
 
 def maps(look: Look) -> str:

@@ -165,7 +165,7 @@ def _connect(c: Controls, to: Handlers) -> None:
     c.objects.input(to.after(studio.choose), [*given, c.objects], shown, **do)
     c.parts.input(to.after(studio.use_parts), [*given, c.parts], shown, **do)
     for column in c.metadata:
-        column.input(to.after(studio.describe), [*given, *c.metadata], shown, **do)
+        column.change(to.after(studio.describe), [*given, *c.metadata], shown, **do)
     c.find.click(to.after(studio.find), given, shown, **do)
     c.whole.click(to.after(studio.whole), given, shown, **do)
     c.back.click(to.after(studio.put_back), given, shown, **do)

@@ -51,7 +51,7 @@ class Leak:
         if self.split != HELD_OUT:
             advice = "put all images of one take, site or object into the same split"
         elif group is not None:
-            advice = f"images that look alike have different values of {group}, so hold out by a column of takes, sites or objects"
+            advice = f"images that look alike have different values of {group}; hold out by a column of takes, sites or objects"
         elif take == "end":
             advice = "hold whole groups out (--val-group), because takes reach into the end of a class"
         else:

@@ -107,10 +107,8 @@ def predict_to_file(
             file was made with another model or other settings, is being written by another process, or cannot be written.
     """
     format = format_of(out, format)
-    if predictor.rules.prior is not None and (store_logits or adapt != "off" or predictor.rules.abstain is not None):
-        raise L2R2Error(
-            "A prior cannot be combined with --adapt, --abstain or --store-logits, which do without it; use one of them."
-        )
+    if predictor.rules.prior is not None and (store_logits or adapt != "off"):
+        raise L2R2Error("A prior cannot be combined with --adapt or --store-logits, which do without it; use one of them.")
     if group is not None and format in ("megadetector", "coco"):
         raise L2R2Error(f"{out}: the format {format} has no place for --group; write json, jsonl, csv or parquet.")
     header, asked = header_of(predictor, inputs.oracle), _by_place(inputs.paths)

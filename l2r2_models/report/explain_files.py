@@ -93,11 +93,13 @@ def explain_to_page(
 def _header(explainer: Explainer, inputs: Inputs, settings: list[Any]) -> dict[str, Any]:
     """Return everything that the page depends on."""
     predictor = explainer.predictor
+    rules = predictor.rules
     images = [
         (name, state_of(name), inputs.entries.get(name), state_of(inputs.masks.get(name)), inputs.labels.get(name))
+        + (() if rules.prior is None else (rules.prior.about(name),))
         for name in map(str, inputs.paths)
     ]
     question = [explainer.method, list(explainer.target), explainer.against, explainer.runner_up, explainer.numbers]
     localizer = None if predictor.localizer is None else predictor.localizer.info
-    about = [predictor.model.view_spec.to_dict(), predictor.box_threshold, localizer]
+    about = [predictor.model.view_spec.to_dict(), predictor.box_threshold, localizer, rules.settings()]
     return {"model_sha256": predictor.checkpoint.digest, "settings": digest_of("", images, question, about, settings)}

@@ -167,7 +167,11 @@ def test_the_mask_is_edited(case):
     write_spots(case / "masked", fg_mode="masked_crop", margin=0.0)
     prior = MetadataPrior.of_rows(tuple(OBJECTS), ["red", "blue", "blue"] * 50, [{"site": s} for s in "abc"] * 50, ["site"])
     write_prior(case / "prior.json", prior, {})
-    with browser() as page, running(case, "--prior", str(case / "prior.json"), run="masked") as (_, url):
+    (case / "fence.csv").write_text("class,region\ngreen,Tatra\nred,Alps\n")
+    (case / "groups.csv").write_text("class,group\nred,warm\nblue,cold\ngreen,cold\n")
+    rules = ["--classes", "red,blue,green", "--geofence", case / "fence.csv", "--region", "Alps"]
+    rules += ["--taxonomy", case / "groups.csv", "--rollup", "0.01", "--prior", case / "prior.json"]
+    with browser() as page, running(case, *map(str, rules), run="masked") as (_, url):
         page.goto(url)
         page.locator("#photo input[type=file]").set_input_files(case / "photo.png")
         page.wait_for_selector("#stage .picture")
@@ -187,8 +191,17 @@ def test_the_mask_is_edited(case):
         page.locator("#reset").click()
         wait_for(page, "#answers", "fg", "red")
         page.locator(".metadata input").click()
+        computed = []
+        page.on("request", lambda request: computed.append(request.url) if request.url.endswith("/queue/join?") else None)
         page.get_by_role("option", name="b", exact=True).click()
-        page.wait_for_selector("#answers .reason >> text=site")
+        page.wait_for_selector("#answers .reason >> text=site b")
+        page.locator("#answers").click()  # the list loses the focus
+        page.locator(".metadata input").fill("a")  # by the keyboard
+        page.locator(".metadata input").press("Enter")
+        page.wait_for_selector("#answers .reason >> text=site a")
+        page.locator("#answers").click()
+        page.wait_for_timeout(500)
+        assert len(computed) == 2 and "green" not in page.inner_text("#answers")
         for size in (LAPTOP, PHONE):
             page.set_viewport_size(size)
             assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
