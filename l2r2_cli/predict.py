@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -32,6 +32,9 @@ from .options import (
     Workers,
     box_threshold,
 )
+
+if TYPE_CHECKING:
+    from l2r2_models.boxes import BoxTable
 
 
 def predict(
@@ -101,6 +104,7 @@ def predict(
     address: Address = None,
 ) -> None:
     """Classify images; every object gets a prediction and the reason for it. Unreadable files are listed as failures."""
+    from l2r2_models.boxes import read_boxes
     from l2r2_models.predict.inputs import gather
     from l2r2_models.predict.predict_files import predict_to_file
     from l2r2_models.predict.predictor import Predictor
@@ -139,8 +143,10 @@ def predict(
         )
         return
     if frames is not None and boxes is not None:
-        images = _with_frames(images, boxes, frames)
-    inputs = gather(images, boxes, split)
+        table = read_boxes(boxes)
+        inputs = gather(_with_frames(images, table, frames), table)
+    else:
+        inputs = gather(images, boxes, split)
     if metadata is not None:
         inputs = inputs.with_columns(metadata)
     if localizer is not None:
@@ -177,14 +183,13 @@ def predict(
         raise typer.Exit(1)
 
 
-def _with_frames(sources: list[Path], boxes: Path, folder: Path) -> list[Path]:
+def _with_frames(sources: list[Path], table: BoxTable, folder: Path) -> list[Path]:
     """Extract the frames of the videos among the sources."""
-    from l2r2_models.boxes import read_boxes
     from l2r2_models.predict.inputs import expanded
-    from l2r2_models.predict.videos import extract_frames
+    from l2r2_models.predict.videos import extract_frames, is_video_path
 
     bar = lambda items, total: track(items, total, "extracting frames")  # noqa: E731
-    return extract_frames(list(expanded(sources)), read_boxes(boxes), folder, bar)
+    return extract_frames(list(expanded(sources, is_video_path)), table, folder, bar)
 
 
 def _predict_on_ray(*arguments: Any, **options: Any) -> None:

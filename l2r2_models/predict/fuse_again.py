@@ -50,7 +50,7 @@ def fuse_again(
             branches of the file, or `out` is the same file or cannot be written.
     """
     format, header = format_of(out, format), read_header(predictions)
-    settings = header["settings"]
+    settings, inputs_of = header["settings"], header.pop("inputs", {})
     if not settings.get("store_logits") or "adapt" in settings:
         hint = "without --adapt" if "adapt" in settings else "with --store-logits"
         raise L2R2Error(f"{predictions}: cannot be fused again; predict {hint} first.")
@@ -68,7 +68,7 @@ def fuse_again(
 
     with torch.inference_mode(), only_writer(out):
         records = with_groups(fused, _groups(predictions)) if "group" in settings else fused()
-        write_predictions(out, records, About(format, {**header, "fusion": config, "settings": kept}))
+        write_predictions(out, records, About.of_inputs(format, {**header, "fusion": config, "settings": kept}, inputs_of))
     return config
 
 
