@@ -166,7 +166,7 @@ def main() -> None:
         "file_mb": round(size / 1e6, 1),
         "workers": options.workers,
         "data": options.data.name if options.data else "96x72",
-        "network": options.run.name if options.run else "test_resnet",
+        "network": json.loads((options.run / "config.json").read_text())["architecture"] if options.run else "test_resnet",
         **{name: version(name) for name in ("torch", "timm", "pillow")},
         "date": str(datetime.date.today()),
     }

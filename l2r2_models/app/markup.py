@@ -137,10 +137,10 @@ def audit(run: AuditRun) -> str:
     of_image = [list(cards) for _, cards in groupby(examples(run), key=lambda card: card.note)]
     galleries = Markup("").join(gallery(cards, len(cards)) for cards in of_image)
     form = Markup(
-        '<div class="audit"><p class="verdict">{}</p>{}{}<h3>Accuracy when the image is changed</h3>{}'
-        '<details><summary>What is this?</summary>{}</details><h3>Examples</h3><p class="hint">{}</p>{}</div>'
+        '<div class="audit"><p class="verdict">{}</p>{}{}<h3>The same photograph, changed</h3><p class="hint">{}</p>{}'
+        "<h3>Accuracy when the image is changed</h3>{}<details><summary>What is this?</summary>{}</details></div>"
     )
-    return form.format(result.verdict, others, notes, bars(result), about, ABOUT_EXAMPLES, galleries)
+    return form.format(result.verdict, others, notes, ABOUT_EXAMPLES, galleries, bars(result), about)
 
 
 def picker(studio: Studio) -> str:
