@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..audit.audit import AuditRun
+from ..predict.rules import Rules
 from ..report.audit import ABOUT_EXAMPLES, ABOUT_METRICS, bars, examples
 from ..report.html import Picture, gallery, jpeg_url, strip
 from .studio import Look, Photo, Studio
@@ -64,11 +65,12 @@ def _boxed(image: Image.Image, boxes: Sequence[Sequence[float]], chosen: int, ti
     return Markup('<div class="picture">{}{}</div>').format(picture, Markup("").join(marks))
 
 
-def heading(name: str, labels: Sequence[str]) -> str:
-    """Return the title of the page."""
+def heading(name: str, rules: Rules) -> str:
+    """Return the title of the page, with the possible classes."""
+    labels = rules.labels if rules.classes is None else rules.classes
     some = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
-    form = Markup('<h1>L2R2: {}</h1><p class="soft">{} classes: {}. Photos stay on this machine.</p>')
-    return form.format(name, len(labels), some)
+    count = f"{len(labels)} classes" if rules.classes is None else f"{len(labels)} of {len(rules.labels)} classes are possible"
+    return Markup('<h1>L2R2: {}</h1><p class="soft">{}: {}. Photos stay on this machine.</p>').format(name, count, some)
 
 
 def stage(photo: Photo | None, finds_object: bool = False, uses_mask: bool = False) -> str:

@@ -87,7 +87,7 @@ def _page(studio: Studio, folder: Path, audited: Folder | None) -> Blocks:
     name = Path(studio.predictor.checkpoint.name).name
     page: Blocks = gr.Blocks(title=f"L2R2: {name}", analytics_enabled=False, delete_cache=(HOUR, HOUR))
     with page:
-        gr.HTML(markup.heading(name, studio.predictor.labels))
+        gr.HTML(markup.heading(name, studio.predictor.rules))
         if audited is None:
             _connect(_controls(studio), Handlers(studio))
         else:
@@ -96,6 +96,7 @@ def _page(studio: Studio, folder: Path, audited: Folder | None) -> Blocks:
             with gr.Tab("Audit of a folder"):
                 _audit(audited, folder)
     page.queue(max_size=WAITING, api_open=False)
+    page.has_launched = True  # else Gradio lets a request name any file of this machine as an upload
     return page
 
 

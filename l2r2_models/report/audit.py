@@ -183,4 +183,4 @@ def examples(run: AuditRun, linked: Explanations | None = None) -> list[Picture]
 def _predictions(answers: Answers, row: int, place: int, classes: Sequence[str]) -> list[tuple[str, str, bool | None]]:
     values: Tensor = answers.values[row, :, place]
     of_each = zip(answers.names, values.tolist())
-    return [(name, f"{classes[int(best)]}, p = {p:.2f}", bool(right)) for name, (right, p, best) in of_each]
+    return [(name, f"{classes[int(best)]}, p\u00a0=\u00a0{p:.2f}", bool(right)) for name, (right, p, best) in of_each]

@@ -175,6 +175,7 @@ def test_the_mask_is_edited(case):
         page.goto(url)
         page.locator("#photo input[type=file]").set_input_files(case / "photo.png")
         page.wait_for_selector("#stage .picture")
+        assert "2 of 3 classes are possible: red, blue" in page.inner_text("body")
         page.locator("#brush input[type=number]").fill("30")
         paint(page, BOXES["blue"], "erase")
         page.wait_for_selector("#notice >> text=There is nothing to erase")
@@ -241,6 +242,26 @@ def test_what_the_page_loads_and_offers(case, tmp_path):
         too_large = client.post("/gradio_api/upload", files={"files": ("a.png", b"x" * (2**20 + 1))})
         assert too_large.status_code == 413
         assert client.get(f"/gradio_api/file={case / 'run' / 'config.json'}").status_code in (403, 404)
+
+
+def test_a_request_cannot_name_a_file_that_was_not_uploaded(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(case)
+    (tmp_path / "uploads").mkdir()
+    studio = Studio(Explainer.from_pretrained(case / "run", numbers=False))
+    with TestClient(create_app(studio, tmp_path / "uploads")) as client:
+
+        def shown(path):
+            file = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+            visit = {"fn_index": 0, "data": [None, False, file], "session_hash": "visit"}
+            assert client.post("/gradio_api/queue/join", json=visit).status_code == 200
+            return "data:image" in client.get("/gradio_api/queue/data?session_hash=visit").text
+
+        with open("photo.png", "rb") as image:
+            (uploaded,) = client.post("/gradio_api/upload", files={"files": ("a.png", image)}).json()
+        around = Path(uploaded).parent / os.path.relpath("photo.png", Path(uploaded).parent)
+        for path in ("photo.png", case / "photo.png", around):
+            assert not shown(path)
+        assert shown(uploaded) and (case / "photo.png").exists()
 
 
 def test_a_missing_package_is_one_sentence(case, monkeypatch, l2r2):
