@@ -266,7 +266,7 @@ def test_text_of_strangers_is_escaped(studio, seen):
     look, moved = studio.look(drawn, saliency=True), studio.look_elsewhere(drawn)
     look.answers["fused"] = [replace(look.answers["fused"][0], label=EVIL)]
     html = [
-        markup.heading(EVIL, [EVIL]),
+        markup.heading(EVIL, Rules((EVIL,))),
         markup.stage(drawn),
         markup.answers(replace(look, reason=EVIL), EVIL),
         markup.maps(look),
