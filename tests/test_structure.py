@@ -33,7 +33,8 @@ FLOORS = (
     ("predict", "train", "evaluate"),
     ("audit",),
     ("explain", "scale"),
-    ("report", "hub"),
+    ("report",),
+    ("hub",),
     ("serve",),
     ("demo", "app", "timm_script"),
 )
