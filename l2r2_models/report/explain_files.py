@@ -84,7 +84,8 @@ def explain_to_page(
                     each(found)
         finally:
             journal.close()
-        notes = [f"{len(failures)} images could not be explained. The first one: {failures[0]}"] if failures else []
+        count = f"{len(failures)} image{'s' * (len(failures) != 1)} could not be explained"
+        notes = [f"{count}. The first one: {failures[0]}"] if failures else []
         page.write(out, f"Explanations of {Path(explainer.predictor.checkpoint.name).name}", notes)
         journal.remove()
     return Explained(page.lead(), len(known), tuple(failures))
