@@ -9,7 +9,23 @@ from typing import Annotated, Optional
 import typer
 
 from .common import say
-from .options import Boxes, Device, Host, Localizer, MaxPixels, Method, Port, Prior, Run, box_threshold
+from .options import (
+    Boxes,
+    Classes,
+    Device,
+    Geofence,
+    Host,
+    Localizer,
+    MaxPixels,
+    Method,
+    Port,
+    Prior,
+    Region,
+    Rollup,
+    Run,
+    Taxonomy,
+    box_threshold,
+)
 from .serve import until_stopped, warn_if_public
 
 
@@ -25,6 +41,11 @@ def app(
     localizer: Localizer = None,
     box_threshold: Annotated[Optional[float], box_threshold("the model's, usually 0.2")] = None,
     method: Method = "auto",
+    classes: Classes = None,
+    geofence: Geofence = None,
+    region: Region = None,
+    taxonomy: Taxonomy = None,
+    rollup: Rollup = None,
     prior: Prior = None,
     max_mb: Annotated[int, typer.Option(min=1, help="Megabytes per photo.")] = 20,
     max_pixels: MaxPixels = 50_000_000,
@@ -42,6 +63,7 @@ def app(
     from l2r2_models.checkpoints import load_checkpoint
     from l2r2_models.explain.explainer import Explainer
     from l2r2_models.fusion.prior_file import read_prior
+    from l2r2_models.predict.rule_files import rules_for
 
     opened, url = listen(host, port)
     checkpoint = load_checkpoint(run)
@@ -51,8 +73,9 @@ def app(
     explainer = Explainer(
         checkpoint, method=method, numbers=False, box_threshold=box_threshold, localizer=localizer, device=device
     )
+    rules = rules_for(checkpoint, classes=classes, geofence=geofence, region=region, taxonomy=taxonomy, rollup=rollup)
     corrected = None if prior is None else read_prior(prior, checkpoint.labels)
-    studio = Studio(explainer, backgrounds, max_pixels, corrected)
+    studio = Studio(explainer.with_rules(rules), backgrounds, max_pixels, corrected)
     audited = None if audit is None else Folder(run, audit, boxes)
     with TemporaryDirectory(prefix="l2r2-app-") as folder:
         page = create_app(studio, Path(folder), max_mb, audited)

@@ -55,6 +55,8 @@ def audit(
     """
     check_explanations(explanations, report)
     from l2r2_models.audit.audit import run_audit
+    from l2r2_models.errors import L2R2Error
+    from l2r2_models.runs import WEIGHTS, store_audit
 
     audited = run_audit(
         model,
@@ -77,6 +79,11 @@ def audit(
     result = audited.result
     for warning in result.warnings:
         errors.print(f"warning: {warning}")
+    if (Path(model) / WEIGHTS).is_file():  # stored for the model card
+        try:
+            store_audit(model, data, result.to_dict())
+        except L2R2Error as error:
+            errors.print(f"warning: {error} This audit will be missing from the model card of this run.")
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
     else:

@@ -9,7 +9,21 @@ from typing import Annotated, Any, Optional
 import typer
 
 from .common import count, errors, say, track
-from .options import Boxes, Json, Localizer, Method, Run, Seed, Split, box_threshold
+from .options import (
+    Boxes,
+    Classes,
+    Geofence,
+    Json,
+    Localizer,
+    Metadata,
+    Method,
+    Prior,
+    Region,
+    Run,
+    Seed,
+    Split,
+    box_threshold,
+)
 
 
 def explain(
@@ -36,6 +50,11 @@ def explain(
         bool, typer.Option(help="Compute insertion, deletion and counterfactuals, about 60 forward passes per image.")
     ] = True,
     box_threshold: Annotated[Optional[float], box_threshold("the model's")] = None,
+    classes: Classes = None,
+    geofence: Geofence = None,
+    region: Region = None,
+    prior: Prior = None,
+    metadata: Metadata = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -43,14 +62,18 @@ def explain(
     from l2r2_models.errors import L2R2Error
     from l2r2_models.explain.explainer import Explainer
     from l2r2_models.predict.inputs import gather
+    from l2r2_models.predict.rule_files import rules_for, with_prior
     from l2r2_models.report.explain import SORTS
     from l2r2_models.report.explain_files import explain_to_page
 
     if localizer is not None and boxes is not None:
         raise typer.BadParameter("--localizer finds the boxes and --boxes reads them from a file; use one or the other")
+    if metadata is not None and prior is None:
+        raise typer.BadParameter("--metadata has the columns for --prior; pass both")
     if sort not in SORTS:
         raise L2R2Error(f'Unknown order "{sort}"; choose from {", ".join(SORTS)}.')
     inputs = gather(images, boxes, split)
+    inputs = inputs if metadata is None else inputs.with_columns(metadata)
     inputs = (inputs.without_boxes() if localizer is not None else inputs).evenly(limit)
     if sort == "error" and (unknown := [path for path in inputs.paths if str(path) not in inputs.labels]):
         raise L2R2Error(f"{unknown[0]}: has no label, which --sort error needs; pass a data set with labels.")
@@ -63,6 +86,8 @@ def explain(
         box_threshold=box_threshold,
         localizer=localizer,
     )
+    rules = rules_for(explainer.predictor.checkpoint, classes=classes, geofence=geofence, region=region)
+    explainer = explainer.with_rules(rules if prior is None else with_prior(rules, prior, inputs))
 
     def show(found: dict[str, Any] | L2R2Error) -> None:
         if isinstance(found, L2R2Error):

@@ -82,6 +82,34 @@ Prior = Annotated[
     Optional[Path],
     typer.Option("--prior", help="JSON file of `l2r2 prior fit`: correct the predictions by the metadata of each image."),
 ]
+Classes = Annotated[
+    Optional[str],
+    typer.Option(
+        "--classes", help="The possible classes: comma-separated names, or a file with one per line.", show_default="all"
+    ),
+]
+Geofence = Annotated[
+    Optional[Path],
+    typer.Option("--geofence", help="CSV with the columns class and region: where each class occurs, for --region."),
+]
+Region = Annotated[Optional[str], typer.Option("--region", help="Only classes of this region of --geofence are possible.")]
+Taxonomy = Annotated[
+    Optional[Path],
+    typer.Option("--taxonomy", help="CSV with the groups of each class, from narrow to broad, for --rollup."),
+]
+Rollup = Annotated[
+    Optional[float],
+    typer.Option(
+        "--rollup", help="Probability that a class needs; else the narrowest group of --taxonomy that reaches it is named."
+    ),
+]
+Abstain = Annotated[
+    Optional[float],
+    typer.Option(
+        "--abstain",
+        help="Withhold predictions of low confidence, for this risk (error rate); see `l2r2 fuse --abstain-risk`.",
+    ),
+]
 Report = Annotated[Optional[Path], typer.Option("--report", help="Write a report to this HTML file.")]
 Explanations = Annotated[
     Optional[Path],

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from .common import count, errors, on_ray, say, show_shares, track
 from .options import (
+    Abstain,
     Address,
     BatchSize,
     Boxes,
     Cascade,
+    Classes,
     Engine,
     Format,
+    Geofence,
     Localizer,
     MaxObjects,
     Metadata,
     Precision,
     Prior,
+    Region,
+    Rollup,
     Run,
     Split,
+    Taxonomy,
     Top,
     Workers,
     box_threshold,
 )
+
+if TYPE_CHECKING:
+    from l2r2_models.boxes import BoxTable
 
 
 def predict(
@@ -79,26 +88,12 @@ def predict(
             "weighted by box score), or full."
         ),
     ] = "best",
-    classes: Annotated[
-        Optional[str],
-        typer.Option(help="The possible classes: comma-separated names, or a file with one per line.", show_default="all"),
-    ] = None,
-    geofence: Annotated[
-        Optional[Path], typer.Option(help="CSV with the columns class and region: where each class occurs, for --region.")
-    ] = None,
-    region: Annotated[Optional[str], typer.Option(help="Only classes of this region of --geofence are possible.")] = None,
-    taxonomy: Annotated[
-        Optional[Path],
-        typer.Option(help="CSV with the groups of each class, from narrow to broad, for --rollup."),
-    ] = None,
-    rollup: Annotated[
-        Optional[float],
-        typer.Option(help="Probability that a class needs; else the narrowest group of --taxonomy that reaches it is named."),
-    ] = None,
-    abstain: Annotated[
-        Optional[float],
-        typer.Option(help="Withhold predictions of low confidence, for this risk (error rate); see `l2r2 fuse --abstain-risk`."),
-    ] = None,
+    classes: Classes = None,
+    geofence: Geofence = None,
+    region: Region = None,
+    taxonomy: Taxonomy = None,
+    rollup: Rollup = None,
+    abstain: Abstain = None,
     prior: Prior = None,
     metadata: Metadata = None,
     store_logits: Annotated[
@@ -109,10 +104,11 @@ def predict(
     address: Address = None,
 ) -> None:
     """Classify images; every object gets a prediction and the reason for it. Unreadable files are listed as failures."""
+    from l2r2_models.boxes import read_boxes
     from l2r2_models.predict.inputs import gather
     from l2r2_models.predict.predict_files import predict_to_file
     from l2r2_models.predict.predictor import Predictor
-    from l2r2_models.predict.rule_files import read_rules, threshold_for, with_prior
+    from l2r2_models.predict.rule_files import rules_for, with_prior
     from l2r2_models.predict.rules import Rules
 
     if localizer is not None and boxes is not None:
@@ -134,15 +130,8 @@ def predict(
     }
 
     def rules(predictor: Predictor) -> Rules:
-        return read_rules(
-            predictor.labels,
-            classes=classes,
-            geofence=geofence,
-            region=region,
-            taxonomy=taxonomy,
-            rollup=rollup,
-            abstain=None if abstain is None else threshold_for(predictor.checkpoint, abstain),
-        )
+        names = dict(classes=classes, geofence=geofence, region=region, taxonomy=taxonomy, rollup=rollup)
+        return rules_for(predictor.checkpoint, abstain=abstain, **names)
 
     if on_ray(engine, address):
         if format not in (None, "parquet") or store_logits or group or prior or metadata or frames:
@@ -154,8 +143,10 @@ def predict(
         )
         return
     if frames is not None and boxes is not None:
-        images = _with_frames(images, boxes, frames)
-    inputs = gather(images, boxes, split)
+        table = read_boxes(boxes)
+        inputs = gather(_with_frames(images, table, frames), table)
+    else:
+        inputs = gather(images, boxes, split)
     if metadata is not None:
         inputs = inputs.with_columns(metadata)
     if localizer is not None:
@@ -192,14 +183,13 @@ def predict(
         raise typer.Exit(1)
 
 
-def _with_frames(sources: list[Path], boxes: Path, folder: Path) -> list[Path]:
+def _with_frames(sources: list[Path], table: BoxTable, folder: Path) -> list[Path]:
     """Extract the frames of the videos among the sources."""
-    from l2r2_models.boxes import read_boxes
     from l2r2_models.predict.inputs import expanded
-    from l2r2_models.predict.videos import extract_frames
+    from l2r2_models.predict.videos import extract_frames, is_video_path
 
     bar = lambda items, total: track(items, total, "extracting frames")  # noqa: E731
-    return extract_frames(list(expanded(sources)), read_boxes(boxes), folder, bar)
+    return extract_frames(list(expanded(sources, is_video_path)), table, folder, bar)
 
 
 def _predict_on_ray(*arguments: Any, **options: Any) -> None:

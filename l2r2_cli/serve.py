@@ -11,7 +11,24 @@ import typer
 
 from . import Interrupted
 from .common import errors, say
-from .options import BatchSize, Device, Host, Localizer, MaxObjects, MaxPixels, Port, Run, Top, box_threshold
+from .options import (
+    Abstain,
+    BatchSize,
+    Classes,
+    Device,
+    Geofence,
+    Host,
+    Localizer,
+    MaxObjects,
+    MaxPixels,
+    Port,
+    Region,
+    Rollup,
+    Run,
+    Taxonomy,
+    Top,
+    box_threshold,
+)
 
 
 def serve(
@@ -22,6 +39,12 @@ def serve(
     box_threshold: Annotated[Optional[float], box_threshold("the model's, usually 0.2")] = None,
     max_objects: MaxObjects = 10,
     top: Top = 3,
+    classes: Classes = None,
+    geofence: Geofence = None,
+    region: Region = None,
+    taxonomy: Taxonomy = None,
+    rollup: Rollup = None,
+    abstain: Abstain = None,
     batch_size: BatchSize = 32,
     wait: Annotated[
         float, typer.Option("--wait", min=0, max=10_000, help="Milliseconds that a batch waits for more images.")
@@ -39,6 +62,7 @@ def serve(
 
     check_installed("serve", "fastapi", "uvicorn", "python_multipart")
     from l2r2_models.predict.predictor import Predictor
+    from l2r2_models.predict.rule_files import rules_for
     from l2r2_models.serve.api import create_app
     from l2r2_models.serve.limits import Limits
 
@@ -53,6 +77,8 @@ def serve(
         device=device,
         localizer=localizer,
     )
+    names = dict(classes=classes, geofence=geofence, region=region, taxonomy=taxonomy, rollup=rollup)
+    predictor = predictor.with_rules(rules_for(predictor.checkpoint, abstain=abstain, **names))
     warn_if_public(opened)
     say(f"serving {run} on {url} (Ctrl-C to stop)")
     with until_stopped():

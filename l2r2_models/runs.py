@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 
 from . import distributed as processes
 from .errors import L2R2Error
-from .io import check_readable, is_temporary, read_json, write_json
+from .io import check_readable, file_sha256, is_temporary, read_json, write_json
 from .versions import version_of
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # a run is a checkpoint in timm's layout
 RUN, RECIPE, CHECKPOINTS, LOGS = "run.json", "recipe.yaml", "checkpoints", "logs"
-LOGITS, EVALUATIONS = "logits", "evaluations"
+LOGITS, EVALUATIONS, AUDITS = "logits", "evaluations", "audit"
 FREE = ("workers",)  # recipe keys that do not affect the result, so a run may be resumed with other values
 KINDS = {  # fields of the record that other modules read
     **dict.fromkeys(("train_files", "init_files", "val_files", "fit_files", "notes"), "names"),
@@ -148,11 +148,36 @@ def store_evaluation(run: str | Path, data: str | Path, digest: str, evaluation:
     Raises:
         L2R2Error: when the file cannot be written.
     """
+    return _store(Path(run) / EVALUATIONS, data, digest, evaluation)
+
+
+def store_audit(run: str | Path, data: str | Path, audit: dict[str, Any]) -> Path:
+    """Store an audit, `Audit.to_dict()`, in the run's folder; arguments and errors as for `store_evaluation`."""
+    return _store(Path(run) / AUDITS, data, file_sha256(Path(run) / WEIGHTS), audit)
+
+
+def _store(folder: Path, data: str | Path, digest: str, result: dict[str, Any]) -> Path:
     name = Path(data).resolve().name
-    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in f"{name}.{evaluation['split']}")
-    file = Path(run) / EVALUATIONS / f"{safe}.json"
-    write_json(file, {"data": name, "weights": digest, **evaluation})
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in f"{name}.{result['split']}")
+    file = folder / f"{safe}.json"
+    write_json(file, {"data": name, "weights": digest, **result})
     return file
+
+
+def read_audits(run: str | Path, digest: str) -> tuple[dict[str, Any], ...]:
+    """Read the audits stored in a run; those of other weights are skipped.
+
+    Raises:
+        L2R2Error: when a file is not an audit.
+    """
+    found = []
+    for file in sorted((Path(run) / AUDITS).glob("*.json")):
+        audit = read_json(file)
+        of_outputs = audit.get("answers") if isinstance(audit, dict) else None
+        if not isinstance(of_outputs, dict) or not all(isinstance(o, dict) and "accuracy" in o for o in of_outputs.values()):
+            raise L2R2Error(f"{file}: is not an audit; remove it.")
+        found += [audit] if audit.get("weights") == digest else []
+    return tuple(found)
 
 
 def read_evaluations(run: str | Path, more: Iterable[str | Path] = (), digest: str | None = None) -> tuple[dict[str, Any], ...]:

@@ -2,13 +2,12 @@
 
     python benchmarks/speed/many_images.py [--images 100000] [--kills 0] [--workers 2] [--data FOLDER --run RUN] [--csv FILE]
 
-Writes 64 JPEGs of 96x72 pixels and hard links to them, and predicts the folder in a process of its own. With --data and --run,
-the links go to the photos of a data set, with its boxes, and the network is that of the run (set TMPDIR to the file system of
-the photos). With --kills K, the process is stopped by SIGKILL K times, at evenly spaced numbers of stored predictions, and
-started again by the same call. Prints, and appends to the CSV: the peak memory of the last process after its first 1,000
-predictions and at its end; the share of its processor time that went into storing predictions and writing the file; the number
-of predictions stored at each kill, and kept after the last. Fails if an image is missing or appears twice, or if a stored
-prediction was lost.
+Writes 64 JPEGs of 96x72 pixels and copies of them in folders of 1,000, and predicts them in a process of its own. With --data
+and --run, they are copies of the photos of a data set, with its boxes, and the network is that of the run. With --kills K, the
+process is stopped by SIGKILL K times, at evenly spaced numbers of stored predictions, and started again by the same call.
+Prints, and appends to the CSV: the peak memory of the last process after its first 1,000 predictions and at its end; the share
+of its processor time that went into storing predictions and writing the file; the number of predictions stored at each kill,
+and kept after the last. Fails if an image is missing or appears twice, or if a stored prediction was lost.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ import argparse
 import csv
 import datetime
 import json
-import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -64,7 +63,7 @@ def prepare(folder: Path, images: int, data: Path | None, run: Path | None) -> N
         original = paths[i % len(paths)]
         place = photos / f"{i // 1000:03}" / f"{i:06}.jpg"
         place.parent.mkdir(parents=True, exist_ok=True)
-        os.link(original, place)
+        shutil.copyfile(original, place)
         boxes[str(place.relative_to(photos))] = [list(entries[str(original)].boxes[0])]
     (folder / BOXES).write_text(json.dumps(boxes))
 
@@ -167,7 +166,7 @@ def main() -> None:
         "file_mb": round(size / 1e6, 1),
         "workers": options.workers,
         "data": options.data.name if options.data else "96x72",
-        "network": options.run.name if options.run else "test_resnet",
+        "network": json.loads((options.run / "config.json").read_text())["architecture"] if options.run else "test_resnet",
         **{name: version(name) for name in ("torch", "timm", "pillow")},
         "date": str(datetime.date.today()),
     }

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..audit.audit import AuditRun
+from ..predict.rules import Rules
 from ..report.audit import ABOUT_EXAMPLES, ABOUT_METRICS, bars, examples
 from ..report.html import Picture, gallery, jpeg_url, strip
 from .studio import Look, Photo, Studio
@@ -64,11 +65,12 @@ def _boxed(image: Image.Image, boxes: Sequence[Sequence[float]], chosen: int, ti
     return Markup('<div class="picture">{}{}</div>').format(picture, Markup("").join(marks))
 
 
-def heading(name: str, labels: Sequence[str]) -> str:
-    """Return the title of the page."""
+def heading(name: str, rules: Rules) -> str:
+    """Return the title of the page, with the possible classes."""
+    labels = rules.labels if rules.classes is None else rules.classes
     some = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
-    form = Markup('<h1>L2R2: {}</h1><p class="soft">{} classes: {}. Photos stay on this machine.</p>')
-    return form.format(name, len(labels), some)
+    count = f"{len(labels)} classes" if rules.classes is None else f"{len(labels)} of {len(rules.labels)} classes are possible"
+    return Markup('<h1>L2R2: {}</h1><p class="soft">{}: {}. Photos stay on this machine.</p>').format(name, count, some)
 
 
 def stage(photo: Photo | None, finds_object: bool = False, uses_mask: bool = False) -> str:
@@ -97,7 +99,7 @@ def answers(look: Look | None, title: str = "Prediction") -> str:
         form = Markup('<div class="answer {}" data-label="{}"><b>{}</b><ul>{}</ul></div>')
         cards.append(form.format(name, found[0].label, f"{NAMES[name]} ({name})" if name != "fused" else NAMES[name], bars))
     form = Markup('<h3>{}</h3><div class="answers">{}</div><p class="reason">{}</p>')
-    return form.format(title, Markup("").join(cards), f"Why: {look.reason}.")
+    return form.format(f"{title}: {look.named}" if look.named else title, Markup("").join(cards), f"Why: {look.reason}.")
 
 
 def maps(look: Look) -> str:
@@ -137,10 +139,10 @@ def audit(run: AuditRun) -> str:
     of_image = [list(cards) for _, cards in groupby(examples(run), key=lambda card: card.note)]
     galleries = Markup("").join(gallery(cards, len(cards)) for cards in of_image)
     form = Markup(
-        '<div class="audit"><p class="verdict">{}</p>{}{}<h3>Accuracy when the image is changed</h3>{}'
-        '<details><summary>What is this?</summary>{}</details><h3>Examples</h3><p class="hint">{}</p>{}</div>'
+        '<div class="audit"><p class="verdict">{}</p>{}{}<h3>The same photograph, changed</h3><p class="hint">{}</p>{}'
+        "<h3>Accuracy when the image is changed</h3>{}<details><summary>What is this?</summary>{}</details></div>"
     )
-    return form.format(result.verdict, others, notes, bars(result), about, ABOUT_EXAMPLES, galleries)
+    return form.format(result.verdict, others, notes, ABOUT_EXAMPLES, galleries, bars(result), about)
 
 
 def picker(studio: Studio) -> str:

@@ -87,7 +87,7 @@ def _page(studio: Studio, folder: Path, audited: Folder | None) -> Blocks:
     name = Path(studio.predictor.checkpoint.name).name
     page: Blocks = gr.Blocks(title=f"L2R2: {name}", analytics_enabled=False, delete_cache=(HOUR, HOUR))
     with page:
-        gr.HTML(markup.heading(name, studio.predictor.labels))
+        gr.HTML(markup.heading(name, studio.predictor.rules))
         if audited is None:
             _connect(_controls(studio), Handlers(studio))
         else:
@@ -96,6 +96,7 @@ def _page(studio: Studio, folder: Path, audited: Folder | None) -> Blocks:
             with gr.Tab("Audit of a folder"):
                 _audit(audited, folder)
     page.queue(max_size=WAITING, api_open=False)
+    page.has_launched = True  # else Gradio lets a request name any file of this machine as an upload
     return page
 
 
@@ -165,7 +166,7 @@ def _connect(c: Controls, to: Handlers) -> None:
     c.objects.input(to.after(studio.choose), [*given, c.objects], shown, **do)
     c.parts.input(to.after(studio.use_parts), [*given, c.parts], shown, **do)
     for column in c.metadata:
-        column.input(to.after(studio.describe), [*given, *c.metadata], shown, **do)
+        column.change(to.after(studio.describe), [*given, *c.metadata], shown, **do)
     c.find.click(to.after(studio.find), given, shown, **do)
     c.whole.click(to.after(studio.whole), given, shown, **do)
     c.back.click(to.after(studio.put_back), given, shown, **do)

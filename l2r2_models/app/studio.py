@@ -99,6 +99,7 @@ class Look:
         reason: why this is the prediction.
         maps: pictures of the saliency, empty if they were not asked for.
         parts: the parts that an iFAM model finds and uses; None for other models.
+        named: the prediction, if it is a group of classes or `unknown`; else empty.
     """
 
     image: Image.Image
@@ -106,13 +107,14 @@ class Look:
     reason: str
     maps: list[Picture]
     parts: Image.Image | None = None
+    named: str = ""
 
 
 class Studio:
     """Look at photos with one model.
 
     Args:
-        explainer: the model, with its localizer.
+        explainer: the model, with its localizer and its rules.
         backgrounds: folder of background images, or None.
         max_pixels: maximum width * height of a photo.
         prior: corrects predictions by the metadata of the photo, or None.
@@ -279,12 +281,12 @@ class Studio:
             raise L2R2Error("There is no such value; choose one of each list.")
         return replace(photo, metadata={name: v for name, v in zip(columns, values) if v})
 
-    def _for(self, photo: Photo) -> Predictor:
-        """The predictor, which corrects predictions by the metadata of the photo."""
+    def _for(self, photo: Photo) -> tuple[Predictor, Explainer]:
+        """Return the predictor and the explainer, which correct predictions by the metadata of the photo."""
         if self.prior is None or not photo.metadata:
-            return self.predictor
-        prior = ImagePrior(self.prior, {photo.name: photo.metadata}, "")
-        return self.predictor.with_rules(replace(self.predictor.rules, prior=prior))
+            return self.predictor, self.explainer
+        rules = replace(self.predictor.rules, prior=ImagePrior(self.prior, {photo.name: photo.metadata}, ""))
+        return self.predictor.with_rules(rules), self.explainer.with_rules(rules)
 
     @contextmanager
     def _without(self, parts: tuple[int, ...]) -> Iterator[None]:
@@ -346,15 +348,17 @@ class Studio:
         given = None if box is None else Detections.from_lists([box], size, [score])
         if given is not None and mask is not None:
             given = replace(given, masks=mask[None])
+        predictor, explainer = self._for(photo)
         with self._without(photo.dropped):
-            _, _, prediction = self._for(photo).look_at(image, given, name=photo.name)
+            _, _, prediction = predictor.look_at(image, given, name=photo.name)
             if prediction.failure is not None:
                 raise L2R2Error(prediction.failure)
             nothing = Detections.from_lists([], size)  # None would ask the localizer
-            maps = pictures(self.explainer(image, nothing if given is None else given))[1:] if saliency else []
+            maps = pictures(explainer(image, nothing if given is None else given, name=photo.name))[1:] if saliency else []
             parts = None if self.ifam is None else draw_parts(parts_of(self.ifam, image_tensor(image)), 0)
         answer = prediction.objects[0]
-        return Look(image, self._answers(answer, bool(photo.metadata)), answer.reason, maps, parts)
+        named = "" if answer.label == answer.top[0].label else answer.label
+        return Look(image, self._answers(answer, bool(photo.metadata)), answer.reason, maps, parts, named)
 
     def _answers(self, answer: ObjectPrediction, corrected: bool) -> dict[str, list[Answer]]:
         """Return the most probable classes of each branch, and of their fusion or, `corrected` by a prior, their correction."""
@@ -362,7 +366,8 @@ class Studio:
         for branch in self.predictor.model.branches:
             best = getattr(answer, branch)
             if answer.logits is not None:
-                top = torch.tensor(answer.logits[branch]).softmax(0).topk(self.predictor.top)
+                spread = self.predictor.rules.restricted(torch.tensor(answer.logits[branch])).softmax(0)
+                top = spread.topk(len(answer.top))
                 found[branch] = [Answer(self.predictor.labels[i], p) for p, i in zip(top.values.tolist(), top.indices.tolist())]
             elif best is not None:
                 found[branch] = list(answer.top) if best == answer.top[0] else [best]  # without a box, full is the prediction

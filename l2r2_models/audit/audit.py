@@ -75,8 +75,8 @@ class Answers:
     """The model's predictions for every changed image.
 
     Attributes:
-        values: `[N, outputs, interventions, 2]` float32: correct (1 or 0), and probability of the true class; NaN if the
-            intervention cannot be applied to the image.
+        values: `[N, outputs, interventions, 3]` float32: correct (1 or 0), probability of the true class, and index of the most
+            probable class of the model; NaN if the intervention cannot be applied to the image.
         names: names of the outputs.
         interventions: names of the interventions, see `perturbations.plan`.
     """
@@ -101,12 +101,13 @@ class Answers:
 
 
 class AuditRun(NamedTuple):
-    """An audit with the images, predictions and view size it was computed from, for `report.audit`."""
+    """An audit with the images, predictions and view size it was computed from, and the model's classes, for `report.audit`."""
 
     result: Audit
     subjects: Subjects
     answers: Answers
     size: int
+    classes: tuple[str, ...]
 
 
 def audit(model: str | Path, data: str | Path, **options: Any) -> Audit:
@@ -193,7 +194,8 @@ def run_audit(
         {"seed": seed, "backgrounds": backgrounds, "challenge": challenge, "limit": limit},
         _warnings(audited, subjects, split_name, found),
     )
-    return AuditRun(result, subjects, answers, audited.grain)
+    readable = tuple(names[min(1, len(names) - 1)] for names in audited.names)  # not the WordNet ids of ImageNet
+    return AuditRun(result, subjects, answers, audited.grain, readable)
 
 
 def _rows(audited: Audited, table: ImageTable, split: str | None) -> ImageTable:
@@ -243,7 +245,7 @@ def _run_model(
 ) -> Answers:
     """Run the model on all changed images that are not in the store yet."""
     names, made = model.answers, tuple(plan(donors.backgrounds, challenge))
-    values = store.read((len(subjects), len(names), len(made), 2))
+    values = store.read((len(subjects), len(names), len(made), 3))
     todo = [i for i in range(len(subjects)) if not values[i].isfinite().any()]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.network.to(device)
@@ -268,7 +270,7 @@ def _run_model(
                 for a, name in enumerate(names):
                     row[a, places] = _scores(logits[name], own)
             if challenge:
-                row[:, -1] = _challenged(model, subjects.challenges(i, subject, donors), subject, own, size, device)
+                row[:, -1, :2] = _challenged(model, subjects.challenges(i, subject, donors), subject, own, size, device)
             if not row[:, 0].isfinite().all():
                 raise L2R2Error(f"{model.name}: the logits are not finite; its training has diverged.")
             values[i] = row
@@ -287,7 +289,7 @@ def _challenged(
     worst, images = torch.ones(len(model.answers), 2), iter(changed)
     while (part := list(islice(images, size))) and worst[:, 0].any():
         logits = _logits(model, _views(model, part, subject, device))
-        worst = torch.minimum(worst, torch.stack([_scores(logits[name], own).amin(0) for name in model.answers]))
+        worst = torch.minimum(worst, torch.stack([_scores(logits[name], own)[:, :2].amin(0) for name in model.answers]))
     return worst
 
 
@@ -314,9 +316,10 @@ def _logits(model: Audited, views: Views) -> dict[str, Tensor]:
 
 
 def _scores(logits: Tensor, own: list[int]) -> Tensor:
-    """Return `[B, 2]`: whether the most probable class is among the classes `own`, and the sum of their probabilities."""
-    right = torch.isin(logits.argmax(-1), torch.tensor(own))
-    values = torch.stack([right.float(), logits.double().softmax(-1)[:, own].sum(-1).float()], 1)
+    """Return `[B, 3]`: whether the most probable class is among `own`, the sum of their probabilities, and that class."""
+    best = logits.argmax(-1)
+    right = torch.isin(best, torch.tensor(own))
+    values = torch.stack([right.float(), logits.double().softmax(-1)[:, own].sum(-1).float(), best.float()], 1)
     return values.where(logits.isfinite().all(1, keepdim=True), torch.nan)
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Audited:
         branches: the views that it takes.
         box_threshold: boxes with a lower score count as not found.
         folder: folder of a local checkpoint, else None.
+        rules: changes the logits by output, e.g. to the classes that are possible; None for no change.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Audited:
     branches: tuple[str, ...] = ("full",)
     box_threshold: float = BOX_THRESHOLD
     folder: Path | None = None
+    rules: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
     @property
     def grain(self) -> int:
@@ -70,7 +72,8 @@ class Audited:
             return {"full": self.network(views.full)}
         out = self.network.forward_views(**views.inputs())
         logits = with_fallback(out.branches(), out.has_fg)
-        return {name: {**logits, "fused": out.fused}[name] for name in self.answers}
+        found = {name: {**logits, "fused": out.fused}[name] for name in self.answers}
+        return found if self.rules is None else self.rules(found)
 
     def digest(self) -> str:
         """Return a SHA-256 over everything that affects its outputs."""

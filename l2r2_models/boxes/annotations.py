@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, unquote, urlparse
 from xml.etree import ElementTree
 
 from ..errors import L2R2Error
+from ..images import IMAGE_SUFFIXES
 from ..io import check_readable, parse_yaml, read_json, read_text
 from .entries import checked_entry, size_of
 from .table import ANY, BoxEntry
@@ -109,6 +110,8 @@ def _read_voc(path: Path, inside: Path, names: Sequence[str]) -> tuple[str, BoxE
 
 def _read_labelme(path: Path, inside: Path, names: Sequence[str]) -> tuple[str, BoxEntry]:
     data = read_json(path)
+    if not isinstance(data, dict) or not {"imagePath", "shapes"} <= set(data):
+        raise L2R2Error("is not a LabelMe file, and other JSON is not read by folder; pass a box file by itself.")
     name = (inside.parent / PurePosixPath(data["imagePath"].replace("\\", "/")).name).as_posix()
     boxes = []
     for shape in data["shapes"]:
@@ -168,7 +171,7 @@ def read_coco_results(results: list[dict[str, Any]]) -> Entries:
                 f"image_id {image!r} is not the name of an image; put the results under `annotations` of the COCO file that "
                 "lists the images."
             )
-        name = image if PurePosixPath(image).suffix else f"{image}{ANY}"
+        name = image if PurePosixPath(image).suffix.lower() in IMAGE_SUFFIXES else f"{image}{ANY}"
         boxes = [(x, y, x + w, y + h) for x, y, w, h in (one["bbox"] for one in found)]
         yield name, checked_entry(boxes, [one["score"] for one in found], [""] * len(found), name)
 

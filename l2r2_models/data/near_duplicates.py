@@ -42,11 +42,20 @@ class Leak:
     alike: int
     example: tuple[str, str]
 
-    def sentence(self) -> str:
-        """Warning as a sentence."""
-        advice = "hold whole groups out (--val-group), or the end of each class (--val-from end)"
+    def sentence(self, group: str | None = None, take: str = "random") -> str:
+        """Return the warning as a sentence, with advice.
+
+        Args:
+            group, take: how the held-out rows were chosen, see `hold_out`; the advice is another way.
+        """
         if self.split != HELD_OUT:
             advice = "put all images of one take, site or object into the same split"
+        elif group is not None:
+            advice = f"images that look alike have different values of {group}; hold out by a column of takes, sites or objects"
+        elif take == "end":
+            advice = "hold whole groups out (--val-group), because takes reach into the end of a class"
+        else:
+            advice = "hold whole groups out (--val-group), or the end of each class (--val-from end)"
         return (
             f"{self.alike} of {self.images} {self.split} images look like training images of their class (e.g. {self.example[0]} "
             f"~ {self.example[1]}); metrics on {self.split} may be too optimistic: {advice}."

@@ -24,9 +24,11 @@ from .fuse import fit, fuse
 from .logits import BranchLogits, Progress, branch_logits
 from .metrics import confusion_matrix, measure, oracle
 from .notes import classes_seen, fitted_on_seen, intervened, left_out, warnings_on
+from .risk import risks_at
 from .shift import adapt_run, can_fuse
 from .zero_shot import strength_on_swapped, with_every_branch, zero_shot_outputs
 
+SHARES = tuple(i / 20 for i in range(1, 21))  # of the images, in `Evaluation.risk`
 OWN = "fused: "  # prefix of the name of the run's own fusion
 Correct = Callable[[Tensor, ImageTable], Tensor]
 
@@ -95,6 +97,7 @@ class Evaluation:
         oracle: accuracy of always picking a correct branch if there is one.
         labels: class names, in the order of `confusion`.
         confusion: confusion matrices (rows: ground truth, columns: prediction) of the run's own outputs.
+        risk: error rates of the run's own outputs among the most confident 5, 10, ..., 100 % of the images.
         group, groups: metadata column that rows are grouped by, and the number of images per value.
         left_out: reasons by image that could not be used.
         fitted_on, temperatures, shares, warnings, notes: see `Judged`.
@@ -109,6 +112,7 @@ class Evaluation:
     temperatures: dict[str, float]
     labels: tuple[str, ...]
     confusion: dict[str, list[list[int]]]
+    risk: dict[str, list[float]]
     group: str | None
     groups: dict[str, int]
     shares: dict[str, dict[str, float]]
@@ -261,6 +265,7 @@ def evaluation_of(judged: Judged) -> Evaluation:
         temperatures=judged.temperatures,
         labels=judged.labels,
         confusion=matrix,
+        risk={n: risks_at(judged.outputs[n], data.labels, SHARES) for n in judged.own},
         group=judged.group,
         groups=dict(sorted(Counter(judged.groups or ()).items())),
         shares={group: asdict(share) for group, share in judged.shares.items()},

@@ -5,6 +5,7 @@ Source: Geifman and El-Yaniv, "Selective Classification for Deep Neural Networks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,6 +55,26 @@ def risk_coverage(confidence: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Te
     place = torch.searchsorted(values, confidence)
     wrong = torch.zeros_like(counts).index_add(0, place, (~right).long())
     return values.flip(0), counts.flip(0).cumsum(0), wrong.flip(0).cumsum(0)
+
+
+def risks_at(logits: Tensor, labels: Tensor, shares: Sequence[float]) -> list[float]:
+    """Return the error rate of the most confident predictions, for each share of them; equally confident ones stay together.
+
+    Args:
+        logits: `[N, classes]`.
+        labels: `[N]` class indices.
+        shares: fractions of the predictions, above 0 and up to 1.
+
+    >>> logits = torch.tensor([[4.0, 0.0], [3.0, 0.0], [0.0, 2.0], [1.0, 0.0]])
+    >>> risks_at(logits, torch.tensor([0, 1, 1, 1]), (0.25, 0.5, 1.0))
+    [0.0, 0.5, 0.5]
+    """
+    sure, predicted = logits.softmax(-1).max(-1)
+    _, counts, errors = risk_coverage(sure, predicted == labels)
+    wanted = torch.tensor([share * len(labels) for share in shares], dtype=torch.float64)
+    places = torch.searchsorted(counts.double(), wanted - 1e-9).clamp(max=len(counts) - 1)
+    found: list[float] = (errors.double() / counts)[places].tolist()
+    return found
 
 
 def fit_abstention(logits: Tensor, labels: Tensor, risk: float) -> Abstention:

@@ -64,7 +64,7 @@ def probabilities(
     device = next(model.network.parameters()).device
     views = make_views(images, boxes, model.spec, branches=model.branches, masks=masks, device=device)
     logits = {name: z.float().cpu() for name, z in model(views).items()}
-    return {name: question.probability(z) for name, z in logits.items()}, logits[model.answers[-1]].argmax(1)
+    return {name: question.probability(z) for name, z in logits.items()}, list(logits.values())[-1].argmax(1)
 
 
 def probability_of(

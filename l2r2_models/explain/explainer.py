@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,11 @@ from ..images import ImageSource, image_tensor, load_image, load_mask
 from ..localize import Localizer
 from ..predict.prediction import ObjectPrediction, Prediction
 from ..predict.predictor import Boxes, Predictor
+from ..predict.rules import Rules
 from ..views import Views, make_views, view_map
 from .counterfactuals import Counterfactual, counterfactuals, probability_of
 from .measures import against_mask, insertion_deletion
+from .objects import given_boxes, inside_of, on_small, subject_of
 from .saliency import METHODS, Question, branch_input, default_method, on_image, saliency
 
 if TYPE_CHECKING:
@@ -163,6 +166,19 @@ class Explainer:
         """Load an explainer from a run folder or Hub id (`org/name`, `hf-hub:org/name@revision`); options as for `Explainer`."""
         return cls(load_checkpoint(source), **options)
 
+    def with_rules(self, rules: Rules) -> Explainer:
+        """Return a copy of the explainer for the predictions that these rules give; a group is explained as its classes.
+
+        Raises:
+            L2R2Error: when a class to explain or to contrast with is not possible by the rules.
+        """
+        wanted = [self.labels[i] for i in (*self.target, *(() if self.against is None else (self.against,)))]
+        if excluded := next((label for label in wanted if label not in (rules.classes or self.labels)), None):
+            raise L2R2Error(f'The class "{excluded}" is not among the possible ones; choose another class, or allow it.')
+        ruled = copy.copy(self)
+        ruled.predictor = self.predictor.with_rules(rules)
+        return ruled
+
     def __call__(
         self,
         image: ImageSource,
@@ -194,8 +210,8 @@ class Explainer:
         pixels = image_tensor(picture)
         if found is None and self.model.finds_object and (boxes is not None or mask is not None):
             # the network does not use them, but its maps are compared with them
-            found = _given(boxes, mask, (pixels.shape[0], pixels.shape[1]))
-        subject = _subject_of(name or "image", pixels, found, predicted)
+            found = given_boxes(boxes, mask, (pixels.shape[0], pixels.shape[1]))
+        subject = subject_of(name or "image", pixels, found, predicted)
         return self._explain(name, predicted, truth, pixels, subject, background)
 
     def _explain(
@@ -216,11 +232,12 @@ class Explainer:
             out = model.forward_views(**views.inputs(), objectness=score)
         has_fg = bool(out.has_fg)
         logits = {b: z for b, z in out.branches().items() if has_fg or b == "full"} or out.branches()
-        logits = {**logits, **({"fused": out.fused} if len(model.branches) > 1 else {})}
-        questions = {answer: self._question(z[0], out.fused[0]) for answer, z in logits.items()}
+        logits = self._ruled({**logits, **({"fused": out.fused} if len(model.branches) > 1 else {})}, name)
+        audited = replace(self.audited, rules=lambda found: self._ruled(found, name))
+        questions = {answer: self._question(answer, logits, predicted) for answer in logits}
         size = (pixels.shape[0], pixels.shape[1])
         where = {b: view_map(b, spec, size, box if has_fg else None) for b in model.branches}
-        small = _on_small(subject, name or "image", pixels)
+        small = on_small(subject, name or "image", pixels)
         maps: dict[str, Tensor] = {}
         own: dict[str, Tensor] = {}
         for answer, question in questions.items():
@@ -228,14 +245,15 @@ class Explainer:
             own |= {answer: found[answer]} if answer in found else {}
             drawn = on_image(found, where, size)
             maps[answer] = _resized(drawn, small.pixels.shape)
-        inside = None if subject is None else _inside(small)
+        inside = None if subject is None else inside_of(small)
         measures = {a: {} if inside is None else against_mask(m, inside) for a, m in maps.items()}
         changes: list[Counterfactual] = []
         if self.numbers:
-            for answer in (a for a in maps if a in self.audited.answers):
-                measures[answer] |= self._faithfulness(small, answer, questions[answer], maps[answer])
+            for answer in (a for a in maps if a in (*audited.answers, "fused")):
+                of = probability_of(audited, answer, small.boxes[0], small.view_mask, questions[answer])
+                measures[answer] |= insertion_deletion(maps[answer], small.pixels, spec.fill, of)
             if subject is not None and not small.inside.all():
-                changes = counterfactuals(self.audited, small, list(questions.values())[-1], spec.fill, background)
+                changes = counterfactuals(audited, small, list(questions.values())[-1], spec.fill, background)
         return Explanation(
             name,
             predicted,
@@ -253,9 +271,11 @@ class Explainer:
             _distance(logits),
         )
 
-    def _faithfulness(self, small: Subject, answer: str, question: Question, values: Tensor) -> dict[str, float]:
-        of = probability_of(self.audited, answer, small.boxes[0], small.view_mask, question)
-        return insertion_deletion(values, small.pixels, self.model.view_spec.fill, of)
+    def _ruled(self, logits: dict[str, Tensor], name: str | None) -> dict[str, Tensor]:
+        """Apply the rules to logits `[B, classes]` of one image by output; what a prior corrects is always called `fused`."""
+        rules, last = self.predictor.rules, list(logits.values())[-1]
+        given = logits if rules.prior is None else {**logits, "fused": last}
+        return rules.applied(given, [name] * len(last))
 
     def explain_files(
         self, inputs: Inputs, *, seed: int = 0, paths: Sequence[Path] | None = None
@@ -302,13 +322,17 @@ class Explainer:
                 return None if donor.inside.all() else donor.background
         return None
 
-    def _question(self, logits: Tensor, fused: Tensor) -> Question:
-        contrast = self.runner_up or self.against is not None
-        target = self.target or (int((fused if contrast else logits).argmax()),)
+    def _question(self, answer: str, logits: Mapping[str, Tensor], predicted: ObjectPrediction) -> Question:
+        last = list(logits)[-1]  # the model's own output
+        of = last if self.runner_up or self.against is not None else answer
+        target = self.target or (int(logits[of][0].argmax()),)
+        if not self.target and of == last and predicted.source == "rollup":
+            ancestors = self.predictor.rules.ancestors
+            target = tuple(i for i, label in enumerate(self.labels) if predicted.label in ancestors.get(label, ()))
         if self.runner_up:
-            rest = fused.clone()
+            rest = logits[last][0].clone()
             rest[list(target)] = -torch.inf
-            return Question(target, (int(rest.argmax()),) if len(target) < len(self.labels) else ())
+            return Question(target, (int(rest.argmax()),) if rest.isfinite().any() else ())
         return Question(target, () if self.against is None or self.against in target else (self.against,))
 
     def _words(self, question: Question) -> str:
@@ -331,45 +355,6 @@ class Explainer:
                 f'The model has no class "{label}"; it has {", ".join(self.labels[:8])}{", ..." * (len(self.labels) > 8)}.'
             )
         return self.labels.index(label)
-
-
-def _given(boxes: Boxes | None, mask: Tensor | None, size: tuple[int, int]) -> Detections | None:
-    """Return the usable boxes, best first, of an image whose network does not use boxes."""
-    if boxes is None:
-        found = Detections.from_mask(mask) if mask is not None else Detections.from_lists([], size)
-    else:
-        found = boxes if isinstance(boxes, Detections) else Detections.from_lists(boxes, size)
-    usable = found.usable().sorted()
-    if usable.masks is None and mask is not None:
-        usable = replace(usable, masks=mask.expand(len(usable), -1, -1))
-    return usable if len(usable) else None
-
-
-def _subject_of(key: str, pixels: Tensor, found: Detections | None, predicted: ObjectPrediction) -> Subject | None:
-    """Return the image as a `Subject` with the predicted object first; None without an object."""
-    if found is None or (found.masks is not None and not found.masks.any()):
-        return None
-    first = 0
-    if predicted.box is not None:
-        first = int((found.boxes - torch.tensor(predicted.box)).abs().sum(1).argmin())
-    order = torch.tensor([first, *(i for i in range(len(found)) if i != first)])
-    found = found.select(order)
-    masks = found.masks
-    if masks is not None and not masks[0].any():
-        return None
-    return Subject(key, pixels, found.boxes.clone(), None if masks is None else masks.any(0), None if masks is None else masks[0])
-
-
-def _on_small(subject: Subject | None, key: str, pixels: Tensor) -> Subject:
-    """Return the subject with at most 2 megapixels; without an object, its box is NaN."""
-    return shrunk(subject or Subject(key, pixels, torch.full((1, 4), torch.nan), None, None))
-
-
-def _inside(subject: Subject) -> Tensor:
-    """Return a mask `[H, W]` bool of the explained object, or of its box."""
-    if subject.view_mask is not None:
-        return subject.view_mask
-    return replace(subject, boxes=subject.boxes[:1], mask=None).in_boxes
 
 
 def _resized(values: Tensor, shape: torch.Size) -> Tensor:

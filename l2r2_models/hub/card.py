@@ -13,6 +13,7 @@ from ..checkpoints.provenance import Source, source_of_training
 from ..errors import L2R2Error
 from ..evaluate.fuse import BEST
 from ..models.hub_configs import LOCALIZER
+from .card_pictures import audit_part, is_own, pictures_part
 from .card_usage import localizer_metadata, localizer_part, takes_boxes, usage
 from .markdown import code, plain
 from .metadata import CardMetadata
@@ -33,14 +34,21 @@ COLUMNS = {
 }
 
 
-def model_card(checkpoint: Checkpoint, repo: str, metadata: CardMetadata, evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """Write the README of a Hub repository: metadata with the model index, and the text.
+def model_card(
+    checkpoint: Checkpoint,
+    repo: str,
+    metadata: CardMetadata,
+    evaluations: Sequence[Mapping[str, Any]],
+    audits: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Write the README of a Hub repository: metadata with the model index, and the text, which shows `pictures_of`.
 
     Args:
         checkpoint: the published checkpoint.
         repo: `org/name`.
         metadata: author-supplied metadata.
         evaluations: see `read_evaluations`.
+        audits: see `read_audits`.
 
     Returns:
         Markdown with YAML front matter.
@@ -64,10 +72,11 @@ def model_card(checkpoint: Checkpoint, repo: str, metadata: CardMetadata, evalua
         localizer_part(checkpoint, metadata),
         _training(checkpoint, metadata),
         _metrics(evaluations, metadata),
+        audit_part(audits),
         _limits(checkpoint, metadata),
         CITATION,
     ]
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(parts)
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(filter(None, parts))
 
 
 def hub_config(
@@ -124,7 +133,7 @@ def _eval_results(evaluation: Mapping[str, Any], metadata: CardMetadata) -> list
     from huggingface_hub import EvalResult
 
     name = metadata.data or evaluation.get("data") or "unnamed"
-    rows = {row: values for row, values in evaluation["rows"].items() if _is_own(row)}
+    rows = {row: values for row, values in evaluation["rows"].items() if is_own(row)}
     return [
         EvalResult(
             task_type="image-classification",
@@ -139,11 +148,6 @@ def _eval_results(evaluation: Mapping[str, Any], metadata: CardMetadata) -> list
         for metric in ("accuracy", "macro_accuracy")
         if values.get(metric) is not None
     ]
-
-
-def _is_own(row: str) -> bool:
-    """Whether a row of an evaluation is one of the model's own outputs, and not a fusion for comparison."""
-    return row in BRANCH_WORDS or row.startswith("fused: ")
 
 
 def _head(checkpoint: Checkpoint, repo: str) -> str:
@@ -239,7 +243,8 @@ def _fit_sentence(fit: Mapping[str, Any], parameters: int) -> str:
 def _metrics(evaluations: Sequence[Mapping[str, Any]], metadata: CardMetadata) -> str:
     if not evaluations:
         return "## Evaluation\n\nNot evaluated.\n"
-    return "## Evaluation\n\n" + "\n".join(_metrics_of(e, metadata) for e in evaluations)
+    pictures = pictures_part(evaluations)
+    return "## Evaluation\n\n" + "\n".join([*filter(None, [pictures]), *(_metrics_of(e, metadata) for e in evaluations)])
 
 
 def _metrics_of(evaluation: Mapping[str, Any], metadata: CardMetadata) -> str:
@@ -254,7 +259,7 @@ def _metrics_of(evaluation: Mapping[str, Any], metadata: CardMetadata) -> str:
     for name, row in rows.items():
         cells = ["" if row.get(c) is None else f"{100 * row[c]:.1f}{_interval(row, c)}" for c in shown]
         lines.append(f"| {plain(name)} | " + " | ".join(cells) + " |")
-    lines += _by_group({name: row for name, row in rows.items() if _is_own(name)})
+    lines += _by_group({name: row for name, row in rows.items() if is_own(name)})
     lines += [f"\nNote: {plain(warning)}" for warning in evaluation.get("warnings", ())]
     return "\n".join(lines) + "\n"
 

@@ -21,8 +21,9 @@ from ..checkpoints.format import CONFIG, WEIGHTS
 from ..checkpoints.provenance import Source, source_of_training
 from ..errors import L2R2Error
 from ..io import file_sha256, read_json, write_json, write_text
-from ..runs import RUN, changed_weights, read_evaluations, record_of
+from ..runs import RUN, changed_weights, read_audits, read_evaluations, record_of
 from .card import hub_config, model_card
+from .card_pictures import pictures_of
 from .card_usage import localizer_metadata
 from .metadata import CardMetadata
 
@@ -84,7 +85,7 @@ def prepare(
     Args:
         run: a run folder.
         repo: Hub id, `org/name`.
-        folder: an empty folder; gets the weights (hard-linked if possible), config and card.
+        folder: an empty folder; gets the weights (hard-linked if possible), config, card and its pictures.
         metadata: author-supplied metadata.
         metrics: evaluation files besides those in the run, see `read_evaluations`.
         without_metrics: allow a card without an evaluation.
@@ -102,7 +103,11 @@ def prepare(
     evaluations = _without_paths(read_evaluations(run, metrics, checkpoint.digest)) or _validation(run, checkpoint)
     _link(run / WEIGHTS, folder / WEIGHTS)
     write_json(folder / CONFIG, _clean_config(read_json(run / CONFIG), checkpoint, metadata))
-    write_text(folder / CARD, model_card(checkpoint, repo, metadata, evaluations))
+    audits = _without_paths(read_audits(run, checkpoint.digest))
+    write_text(folder / CARD, model_card(checkpoint, repo, metadata, evaluations, audits))
+    pictures = pictures_of(evaluations)
+    for name, data in pictures.items():
+        (folder / name).write_bytes(data)
     problems = [
         *_license_problems(metadata, source_of_training(checkpoint.training)),
         *_record_problems(run, checkpoint),
@@ -111,7 +116,7 @@ def prepare(
     ]
     if not evaluations and not without_metrics:
         problems.append("There are no metrics: run `l2r2 evaluate`, or pass --metrics FILE or --without-metrics.")
-    files = {name: file_sha256(folder / name) for name in (CONFIG, CARD, WEIGHTS)}
+    files = {name: file_sha256(folder / name) for name in (CONFIG, CARD, WEIGHTS, *pictures)}
     config = hub_config(checkpoint, repo, tag, metadata, evaluations, _command(run)) if tag else None
     return Package(repo, folder, files, tuple(problems), config)
 

@@ -37,12 +37,10 @@ def answers_of(
         keep_logits: whether to keep the logits of the branches.
     """
     output, has_fg, skipped = answered.output, answered.output.has_fg.tolist(), answered.skipped.tolist()
-    fused, names = output.fused, [job.pending.item.name for job in jobs]
-    fused = fused if rules.prior is None else rules.prior.corrected(fused, names)
-    labels, given = rules.labels, {**output.branches(), "fused": fused}
-    if rules.prior is not None:
-        given[BEFORE] = output.fused
-    spread = {b: rules.restricted(z.float()).softmax(-1) for b, z in given.items()}
+    labels, names = rules.labels, [job.pending.item.name for job in jobs]
+    before = {} if rules.prior is None else {BEFORE: output.fused}
+    applied = rules.applied({**output.branches(), "fused": output.fused, **before}, names)
+    spread = {b: z.softmax(-1) for b, z in applied.items()}
     best = {b: p.topk(min(top, rules.count) if b == "fused" else 1) for b, p in spread.items()}
     probabilities = {b: t.values.tolist() for b, t in best.items()}
     classes = {b: t.indices.tolist() for b, t in best.items()}
@@ -50,15 +48,15 @@ def answers_of(
         keep = keep_logits and has_fg[i]
         pairs = {b: zip(classes[b][i], probabilities[b][i]) for b in best if b in ("fg", "fused", BEFORE) or not skipped[i]}
         answers = {b: [Answer(labels[c], round(p, 6)) for c, p in of_branch] for b, of_branch in pairs.items()}
-        before = answers.pop(BEFORE, answers["fused"])
+        first = answers.pop(BEFORE, answers["fused"])
         found = has_fg[i] and "fg" in answers
         has_box = has_fg[i] and bool(row.box.isfinite().all())
         prediction = ObjectPrediction(
             label=answers["fused"][0].label,
             score=answers["fused"][0].score,
             source="fused" if found else "full",
-            reason=_reason({**answers, "fused": before}, found, over, row.why)
-            + _why_prior(rules, names[i], before[0].label != answers["fused"][0].label),
+            reason=_reason({**answers, "fused": first}, found, over, row.why)
+            + _why_prior(rules, names[i], first[0].label != answers["fused"][0].label),
             full=answers["full"][0] if "full" in answers else None,
             fg=answers["fg"][0] if found else None,
             bg=answers["bg"][0] if has_fg[i] and "bg" in answers else None,

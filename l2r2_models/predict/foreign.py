@@ -38,8 +38,8 @@ def write_megadetector(path: Path, records: Iterable[dict[str, Any]], about: Abo
         before = "\n"
         for record in records:
             detections = _detections(record, found, used, classes)
-            if (frame := about.frames.get(record["file"])) is not None:
-                _add_frame(videos, frame, detections)
+            if "frame" in record:
+                _add_frame(videos, Frame(**record["frame"]), detections)
                 continue
             file.write(before + line({"file": about.name_of(record), **detections}))
             before = ",\n"

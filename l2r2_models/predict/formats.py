@@ -62,7 +62,8 @@ def write_predictions(out: Path, records: Iterable[dict[str, Any]], about: About
 def _write_json(path: Path, records: Iterable[dict[str, Any]], about: About) -> None:
     """Write one image per line, so that each can be read alone."""
     with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:  # file names that are not UTF-8
-        file.write(line({**about.header, "images": []})[:-2] + "\n")
+        inputs = {"inputs": about.inputs} if about.inputs else {}
+        file.write(line({**about.header, **inputs, "images": []})[:-2] + "\n")
         before = ""
         for record in records:
             file.write(before + line(record))

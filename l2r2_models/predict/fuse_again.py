@@ -49,8 +49,20 @@ def fuse_again(
         L2R2Error: when the file has no branch logits, the fusion is unknown, needs a fit, or does not fit the classes and
             branches of the file, or `out` is the same file or cannot be written.
     """
-    format, header = format_of(out, format), read_header(predictions)
-    settings = header["settings"]
+    try:
+        return _fuse_again(predictions, out, format_of(out, format), method, inputs, run)
+    except L2R2Error:  # a ValueError too
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:120]
+        raise L2R2Error(f"{predictions}: is not as `l2r2 predict` writes it ({type(error).__name__}: {why}).") from error
+
+
+def _fuse_again(
+    predictions: Path, out: Path, format: str, method: str | None, inputs: Sequence[str] | None, run: str | None
+) -> dict[str, Any]:
+    header = read_header(predictions)
+    settings, inputs_of = header["settings"], header.pop("inputs", {})
     if not settings.get("store_logits") or "adapt" in settings:
         hint = "without --adapt" if "adapt" in settings else "with --store-logits"
         raise L2R2Error(f"{predictions}: cannot be fused again; predict {hint} first.")
@@ -68,7 +80,7 @@ def fuse_again(
 
     with torch.inference_mode(), only_writer(out):
         records = with_groups(fused, _groups(predictions)) if "group" in settings else fused()
-        write_predictions(out, records, About(format, {**header, "fusion": config, "settings": kept}))
+        write_predictions(out, records, About.of_inputs(format, {**header, "fusion": config, "settings": kept}, inputs_of))
     return config
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from ..data.table import METADATA, read_table
 from ..errors import L2R2Error
 from ..images import is_image_path, list_images
 from ..io import check_readable
+from .videos import is_video_path
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,13 @@ class Inputs:
         return replace(self, paths=tuple(self.paths[i * len(self.paths) // count] for i in range(count)))
 
 
-def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None = None) -> Inputs:
+def gather(sources: Sequence[Path], boxes: Path | BoxTable | None = None, split: str | None = None) -> Inputs:
     """Find the images among files and folders, and their boxes.
 
     Args:
         sources: images, folders of images, or data sets with metadata.csv or .jsonl, whose boxes are used; patterns such as
             `photos/**/*.jpg`, text files with one of these per line, or `-` to read the lines from standard input.
-        boxes: box file to use instead, joined by path.
+        boxes: box file to use instead, or its content, joined by path.
         split: use only this split of the data sets.
 
     Raises:
@@ -125,13 +126,19 @@ def gather(sources: Sequence[Path], boxes: Path | None = None, split: str | None
             for path in list_images([source]):
                 named(path, found)
     inputs = Inputs(tuple(found.values()), entries, masks, labels, False, columns, detector, folder)
-    return inputs if boxes is None else inputs.with_boxes(read_boxes(boxes))
+    if boxes is None:
+        return inputs
+    return inputs.with_boxes(boxes if isinstance(boxes, BoxTable) else read_boxes(boxes))
 
 
-def expanded(sources: Iterable[Path]) -> Iterator[Path]:
+def expanded(sources: Iterable[Path], also: Callable[[Path], bool] = lambda path: False) -> Iterator[Path]:
     """Yield the sources, with patterns, lists and standard input replaced by what they name.
 
     A pattern that is also the name of a file is that file. Paths in a list are relative to the working directory.
+
+    Args:
+        sources: files, folders, patterns, lists, or `-`.
+        also: the files besides images that a pattern matches.
 
     Raises:
         L2R2Error: when a pattern matches nothing, or a list is empty or cannot be read.
@@ -144,10 +151,11 @@ def expanded(sources: Iterable[Path]) -> Iterator[Path]:
             yield from _lines(str(source), source.read_bytes())
         elif glob.has_magic(str(source)) and not is_source(source) and not source.exists():
             recursive = "**" in str(source)  # then the images of a matching folder match too
-            matches = map(Path, sorted(glob.glob(str(source), recursive=True)))
-            found = [path for path in matches if is_image_path(path) or (path.is_dir() and not recursive)]
+            matches = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))]
+            found = [path for path in matches if is_image_path(path) or also(path) or (path.is_dir() and not recursive)]
             if not found:
-                raise L2R2Error(f"{source}: no image and no folder matches this pattern.")
+                hint = "; for videos, pass --frames FOLDER" if any(map(is_video_path, matches)) else ""
+                raise L2R2Error(f"{source}: no image and no folder matches this pattern{hint}.")
             yield from found
         else:
             yield source

@@ -103,7 +103,7 @@ def check_header(place: Path | str, old: Any, new: Mapping[str, Any]) -> None:
     """
     if not isinstance(old, dict):
         raise L2R2Error(f"{place}: is damaged; remove it or choose another -o.")
-    keys = [key for key in {**new, **old} if key != "model"]  # a run may be moved
+    keys = [key for key in {**new, **old} if key not in ("model", "inputs")]  # a run may be moved, and images added
     if changed := [key for key in keys if old.get(key) != new.get(key)]:
         raise L2R2Error(f"{place}: was made with a different {', '.join(changed)}; remove it or choose another -o.")
 

@@ -107,10 +107,8 @@ def predict_to_file(
             file was made with another model or other settings, is being written by another process, or cannot be written.
     """
     format = format_of(out, format)
-    if predictor.rules.prior is not None and (store_logits or adapt != "off" or predictor.rules.abstain is not None):
-        raise L2R2Error(
-            "A prior cannot be combined with --adapt, --abstain or --store-logits, which do without it; use one of them."
-        )
+    if predictor.rules.prior is not None and (store_logits or adapt != "off"):
+        raise L2R2Error("A prior cannot be combined with --adapt or --store-logits, which do without it; use one of them.")
     if group is not None and format in ("megadetector", "coco"):
         raise L2R2Error(f"{out}: the format {format} has no place for --group; write json, jsonl, csv or parquet.")
     header, asked = header_of(predictor, inputs.oracle), _by_place(inputs.paths)
@@ -135,7 +133,8 @@ def predict_to_file(
         try:
             for prediction in progress(predictor.predict_files(todo, inputs.entries, inputs.masks), len(todo)):
                 key = os.path.abspath(str(prediction.file))
-                places[key] = journal.add({**prediction.to_dict(), "digest": digests[key]})
+                of_video = _frame(inputs, str(asked[key]))
+                places[key] = journal.add({**prediction.to_dict(), **of_video, "digest": digests[key]})
         finally:
             journal.close()
         listed = [(str(path), places.pop(key)) for key, path in asked.items()]
@@ -153,8 +152,8 @@ def predict_to_file(
         report = Report(len(listed), len(listed) - len(todo), read)
         others = ((key, place) for key, place in places.items())  # earlier predictions for other images stay, at the end
         records = chain(map(report.count, finished_images(lambda: records_at(listed))), records_at(others))
-        of_boxes = (inputs.categories, inputs.frames)
-        write_predictions(out, records, About(format, header, inputs.detector, inputs.folder, journal.modified(), *of_boxes))
+        about = About(format, header, inputs.detector, inputs.folder, journal.modified(), inputs.categories)
+        write_predictions(out, records, about)
         if grouping is not None:
             report.shares.update(adapter.shares)
         if holds_all(format):
@@ -287,4 +286,12 @@ def _digest(predictor: Predictor, inputs: Inputs, name: str) -> str:
     """Hash everything besides the header that the prediction for an image depends on: the file, its boxes and its mask."""
     about = None if predictor.localizer is None else predictor.localizer.about(name)
     prior = () if predictor.rules.prior is None else (predictor.rules.prior.about(name),)
-    return digest_of(name, inputs.entries.get(name), state_of(inputs.masks.get(name)), about, *prior)
+    return digest_of(
+        name, inputs.entries.get(name), state_of(inputs.masks.get(name)), about, *prior, *_frame(inputs, name).values()
+    )
+
+
+def _frame(inputs: Inputs, name: str) -> dict[str, Any]:
+    """Return the field of a record that says of which video an image is a frame; empty for other images."""
+    frame = inputs.frames.get(name)
+    return {} if frame is None else {"frame": asdict(frame)}

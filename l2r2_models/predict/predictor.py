@@ -183,12 +183,15 @@ class Predictor:
         """Return a copy of the predictor that names classes by these rules.
 
         Raises:
-            L2R2Error: when `topk_prompts`, or an image rule or cascade that does not follow them, is set.
+            L2R2Error: when `topk_prompts`, or an image rule or cascade that does not follow them, is set, or when they have both
+                a prior and a threshold to abstain.
         """
         if rules.abstain is not None and self.network.cascade is not None and self.network.cascade.loss:
             raise L2R2Error("The risk of --abstain was fitted on fused predictions; leave out --cascade, or use --cascade 0.")
         if rules and self.topk_prompts is not None:
             raise L2R2Error("topk_prompts has its own way to choose a class, so it cannot be restricted, rolled up or corrected.")
+        if rules.prior is not None and rules.abstain is not None:
+            raise L2R2Error("The risk of --abstain was fitted without --prior and does not hold with it; use one or the other.")
         if self.image_rule != "best" and (rules.rollup is not None or rules.abstain is not None or rules.prior is not None):
             raise L2R2Error(f'The image rule "{self.image_rule}" names a class; with a rollup, a prior or abstaining, use best.')
         ruled = copy.copy(self)

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..boxes import Frame
-
 
 @dataclass(frozen=True)
 class About:
@@ -22,7 +20,6 @@ class About:
         folder: folder of the images, to which other tools' file names are relative; None to keep the names as they are.
         completed: when the last prediction was made, in seconds since 1970; None if unknown.
         categories: ids of the box labels in the MegaDetector file that the boxes come from.
-        frames: frames of videos by the name of the image.
     """
 
     format: str
@@ -31,7 +28,20 @@ class About:
     folder: Path | None = None
     completed: float | None = None
     categories: Mapping[str, str] = field(default_factory=dict)
-    frames: Mapping[str, Frame] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What our JSON keeps of the images and boxes, so that it can be written in the formats of other tools later."""
+        folder = None if self.folder is None else str(self.folder)
+        found = {"folder": folder, "detector": self.detector, "detection_categories": dict(self.categories)}
+        return {key: value for key, value in found.items() if value}
+
+    @classmethod
+    def of_inputs(cls, format: str, header: Mapping[str, Any], inputs: Mapping[str, Any]) -> About:
+        """Rebuild it from the field `inputs` of our JSON."""
+        folder = inputs.get("folder")
+        place = None if folder is None else Path(folder)
+        return cls(format, header, inputs.get("detector", ""), place, categories=inputs.get("detection_categories", {}))
 
     def name_of(self, record: Mapping[str, Any]) -> str:
         """Return the name of an image for other tools, with forward slashes."""

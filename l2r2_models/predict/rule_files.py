@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import L2R2Error
@@ -58,6 +59,21 @@ def read_rules(
         raise L2R2Error("No class of the model is left by --classes and --region; predictions need at least one.")
     ancestors = {} if taxonomy is None else _taxonomy(taxonomy, labels)
     return Rules(tuple(labels), None if kept is None else tuple(c for c in labels if c in kept), ancestors, rollup, abstain)
+
+
+def rules_for(checkpoint: Checkpoint, *, abstain: float | None = None, **options: Any) -> Rules:
+    """Make the rules for predictions of a checkpoint.
+
+    Args:
+        checkpoint: gives the class names.
+        abstain: error rate of the predictions that are not withheld, see `threshold_for`.
+        options: see `read_rules`.
+
+    Raises:
+        L2R2Error: as `read_rules` and `threshold_for` do.
+    """
+    threshold = None if abstain is None else threshold_for(checkpoint, abstain)
+    return read_rules(checkpoint.labels, abstain=threshold, **options)
 
 
 def threshold_for(checkpoint: Checkpoint, risk: float) -> float:

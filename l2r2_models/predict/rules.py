@@ -77,6 +77,16 @@ class Rules:
         excluded = torch.tensor([label not in self.classes for label in self.labels], device=logits.device)
         return logits.masked_fill(excluded, float("-inf"))
 
+    def applied(self, logits: Mapping[str, Tensor], names: Sequence[str | None]) -> dict[str, Tensor]:
+        """Return logits `[B, classes]` by output as the rules change them: `fused` is corrected by the prior, all are restricted.
+
+        Args:
+            logits: logits `[B, classes]` by output.
+            names: names of the B images, for the prior.
+        """
+        corrected = {} if self.prior is None or "fused" not in logits else {"fused": self.prior.corrected(logits["fused"], names)}
+        return {name: self.restricted(z.float()) for name, z in {**logits, **corrected}.items()}
+
     def group(self, probabilities: Tensor) -> tuple[str, float]:
         """Return the narrowest group whose summed probability reaches `rollup`, and the sum; `unknown` and 0 if none does.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
@@ -37,16 +37,18 @@ MEASURES = {
 BARS = ("accuracy", "mixed_same", "mixed_rand", "mixed_next", "fg_only", "bg_only_mask", "bg_only_box", "tiled")
 SHOWN = {
     "original": "unchanged",
-    "mixed_same": "Mixed-Same",
-    "mixed_rand_0": "Mixed-Rand",
-    "fg_only": "fg only",
-    "bg_only_box": "bg only (box)",
-    "tiled": "tiled",
-    "noise_fg_90": "noise on the object (90)",
-    "noise_bg_90": "noise on the background (90)",
+    "mixed_same": "on another background of its class",
+    "mixed_rand_0": "on a background of another class",
+    "mixed_rand_1": "on a second one",
+    "fg_only": "background erased",
+    "bg_only_mask": "object's mask erased",
+    "bg_only_box": "object's box erased",
 }
 EXAMPLES = 3  # number of images whose changed versions are shown
-ABOUT_EXAMPLES = "Images that become wrong on another background come first; p is the probability of the true class."
+ABOUT_EXAMPLES = (
+    "What each output predicts for the same photograph, and p, the probability of its true class. Images that become wrong on "
+    "another background come first."
+)
 ABOUT_METRICS = (
     "Mixed-Same, Mixed-Rand and Mixed-Next: the object on the object-free background of another image of its own class, of a "
     "random class, or of the next class. BG-Gap: Mixed-Same minus Mixed-Rand, the part of the loss that is due to the class of "
@@ -85,14 +87,14 @@ def write_report(path: Path, run: AuditRun, explanations: Path | None = None) ->
     counts = f"{audit.images} images of {audit.split}, {audit.classes} classes, seed {audit.settings['seed']}."
     others = list(audit.verdicts.values())[:-1]
     text = "\n".join((counts, *others))
+    of_image = [list(cards) for _, cards in groupby(examples(run, linked), key=lambda card: card.note)]
     sections = [
+        Section("The same photograph, changed", ABOUT_EXAMPLES, [gallery(cards, len(cards), row=True) for cards in of_image]),
         Section("Accuracy when the image is changed", text, [bars(audit), _measures(audit)], ABOUT_METRICS),
         Section("Noise", "Accuracy with noise on the object and on the background, by level.", _noise(audit), ABOUT_NOISE),
     ]
     if audit.groups:
         sections.append(Section(f"Accuracy by {audit.groups}", "", [_groups(audit)]))
-    pictures = examples(run, linked)
-    sections.append(Section("Examples", ABOUT_EXAMPLES, [gallery(pictures, len(pictures))]))
     write_page(path, f"Background audit of {audit.model}", audit.verdict, sections, audit.warnings)
 
 
@@ -152,7 +154,7 @@ def _groups(audit: Audit) -> Markup:
 
 def examples(run: AuditRun, linked: Explanations | None = None) -> list[Picture]:
     """Return changed images of a few subjects, first those whose prediction becomes wrong on Mixed-Rand."""
-    audit, subjects, answers, grain = run
+    audit, subjects, answers, grain, classes = run
     right, _ = answers.of(answers.names[-1])
     fooled = right["original"] - right.get("mixed_rand_0", right["original"]).nan_to_num(nan=0.0)
     order = torch.argsort(fooled, descending=True, stable=True).tolist()
@@ -168,7 +170,7 @@ def examples(run: AuditRun, linked: Explanations | None = None) -> list[Picture]
         made = {names[place]: pixels for place, pixels in islice(changed, len(names)) if names[place] in SHOWN}
         for name, words in SHOWN.items():
             if name in made:
-                predictions = _predictions(answers, i, names.index(name))
+                predictions = _predictions(answers, i, names.index(name), classes)
                 box = subject.boxes[0].tolist() if name == "original" else None
                 title = f"{subjects.labels[i]}: {words}"
                 image, link = Image.fromarray(made[name].numpy()), ""
@@ -178,6 +180,7 @@ def examples(run: AuditRun, linked: Explanations | None = None) -> list[Picture]
     return pictures
 
 
-def _predictions(answers: Answers, row: int, place: int) -> list[tuple[str, str, bool | None]]:
+def _predictions(answers: Answers, row: int, place: int, classes: Sequence[str]) -> list[tuple[str, str, bool | None]]:
     values: Tensor = answers.values[row, :, place]
-    return [(name, f"p = {p:.2f}", bool(right)) for name, (right, p) in zip(answers.names, values.tolist())]
+    of_each = zip(answers.names, values.tolist())
+    return [(name, f"{classes[int(best)]}, p\u00a0=\u00a0{p:.2f}", bool(right)) for name, (right, p, best) in of_each]

@@ -84,7 +84,8 @@ def explain_to_page(
                     each(found)
         finally:
             journal.close()
-        notes = [f"{len(failures)} images could not be explained. The first one: {failures[0]}"] if failures else []
+        count = f"{len(failures)} image{'s' * (len(failures) != 1)} could not be explained"
+        notes = [f"{count}. The first one: {failures[0]}"] if failures else []
         page.write(out, f"Explanations of {Path(explainer.predictor.checkpoint.name).name}", notes)
         journal.remove()
     return Explained(page.lead(), len(known), tuple(failures))
@@ -93,11 +94,13 @@ def explain_to_page(
 def _header(explainer: Explainer, inputs: Inputs, settings: list[Any]) -> dict[str, Any]:
     """Return everything that the page depends on."""
     predictor = explainer.predictor
+    rules = predictor.rules
     images = [
         (name, state_of(name), inputs.entries.get(name), state_of(inputs.masks.get(name)), inputs.labels.get(name))
+        + (() if rules.prior is None else (rules.prior.about(name),))
         for name in map(str, inputs.paths)
     ]
     question = [explainer.method, list(explainer.target), explainer.against, explainer.runner_up, explainer.numbers]
     localizer = None if predictor.localizer is None else predictor.localizer.info
-    about = [predictor.model.view_spec.to_dict(), predictor.box_threshold, localizer]
+    about = [predictor.model.view_spec.to_dict(), predictor.box_threshold, localizer, rules.settings()]
     return {"model_sha256": predictor.checkpoint.digest, "settings": digest_of("", images, question, about, settings)}

@@ -18,6 +18,7 @@ from ..evaluate.risk import risk_coverage
 from ..fusion.calibration import expected_calibration_error
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK = "#0a0b0d"  # placeholder for the text color of the page
@@ -97,25 +98,34 @@ def home_and_away(
     """
     with _figure(5.2, 4.6) as figure:
         axes = figure.subplots()
-        low = max(0, min(min(pair) for pair in values.values()) * 100 - 8)
-        axes.plot((low, 100), (low, 100), color=INK, linewidth=1, linestyle=(0, (4, 3)))
-        for i, (name, spans) in enumerate(intervals.items()):
-            x, y = (100 * value for value in values[name])
-            color = COLORS[i % len(COLORS)]
-            ends = [[[abs(100 * end - value)] for end in span] for span, value in zip(spans, (x, y))]
-            axes.errorbar(x, y, xerr=ends[0], yerr=ends[1], fmt="none", ecolor=color, elinewidth=1.2, capsize=2)
-            axes.plot(x, y, MARKERS[i % len(MARKERS)], color=color, markersize=8, label=_clean(name))
-        others = [pair for name, pair in values.items() if name not in intervals]
-        if others:
-            x_of, y_of = ([100 * pair[k] for pair in others] for k in (0, 1))
-            axes.plot(x_of, y_of, "o", color=COLORS[-1], markersize=4, label="other fusions")
-        axes.set_xlim(low, 101)
-        axes.set_ylim(low, 101)
-        axes.set_aspect("equal")
-        axes.set_xlabel(f"accuracy in % on {_clean(splits[0])}")
-        axes.set_ylabel(f"accuracy in % on {_clean(splits[1])}")
+        _draw_home_and_away(axes, values, intervals, splits)
         axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
         return _svg(figure, f"accuracy on {splits[0]} and on {splits[1]}")
+
+
+def _draw_home_and_away(
+    axes: Axes,
+    values: Mapping[str, tuple[float, float]],
+    intervals: Mapping[str, tuple[Interval, Interval]],
+    splits: tuple[str, str],
+) -> None:
+    low = max(0, min(min(pair) for pair in values.values()) * 100 - 8)
+    axes.plot((low, 100), (low, 100), color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    for i, (name, spans) in enumerate(intervals.items()):
+        x, y = (100 * value for value in values[name])
+        color = COLORS[i % len(COLORS)]
+        ends = [[[abs(100 * end - value)] for end in span] for span, value in zip(spans, (x, y))]
+        axes.errorbar(x, y, xerr=ends[0], yerr=ends[1], fmt="none", ecolor=color, elinewidth=1.2, capsize=2)
+        axes.plot(x, y, MARKERS[i % len(MARKERS)], color=color, markersize=8, label=_clean(name))
+    others = [pair for name, pair in values.items() if name not in intervals]
+    if others:
+        x_of, y_of = ([100 * pair[k] for pair in others] for k in (0, 1))
+        axes.plot(x_of, y_of, "o", color=COLORS[-1], markersize=4, label="other fusions")
+    axes.set_xlim(low, 101)
+    axes.set_ylim(low, 101)
+    axes.set_aspect("equal")
+    axes.set_xlabel(f"accuracy in % on {_clean(splits[0])}")
+    axes.set_ylabel(f"accuracy in % on {_clean(splits[1])}")
 
 
 def reliability_diagram(logits: Mapping[str, Tensor], labels: Tensor) -> Markup:
@@ -162,18 +172,48 @@ def risk_coverage_curves(logits: Mapping[str, Tensor], labels: Tensor) -> Markup
         L2R2Error: when matplotlib is missing.
     """
     with _figure(5.5, 3.2) as figure:
-        axes = figure.subplots()
-        for i, (name, z) in enumerate(logits.items()):
+        axes, curves = figure.subplots(), {}
+        for name, z in logits.items():
             sure, predicted = z.softmax(-1).max(-1)
             _, counts, errors = risk_coverage(sure, predicted == labels)
-            share, risk = (100 * counts / len(labels)).tolist(), (100 * errors / counts).tolist()
-            axes.plot(share, risk, color=COLORS[i % len(COLORS)], label=_clean(name))
-        axes.set_xlim(0, 100)
-        axes.set_ylim(0)
-        axes.set_xlabel("images that keep their prediction, the most confident first, in %")
-        axes.set_ylabel("of these wrong, in %")
+            curves[name] = (counts / len(labels)).tolist(), (errors / counts).tolist()
+        _draw_risk(axes, curves)
         axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
         return _svg(figure, f"risk and coverage of {', '.join(logits)}")
+
+
+def _draw_risk(axes: Axes, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
+    """Draw the error rate by the share of predictions that are kept, one line per output."""
+    for i, (name, (shares, risks)) in enumerate(curves.items()):
+        axes.plot([100 * v for v in shares], [100 * v for v in risks], color=COLORS[i % len(COLORS)], label=_clean(name))
+    axes.set_xlim(0, 100)
+    axes.set_ylim(0)
+    axes.set_xlabel("images that keep their prediction, the most confident first, in %")
+    axes.set_ylabel("of these wrong, in %")
+
+
+def home_and_away_png(
+    values: Mapping[str, tuple[float, float]], intervals: Mapping[str, tuple[Interval, Interval]], splits: tuple[str, str]
+) -> bytes:
+    """Draw `home_and_away` as PNG on white, for a model card; it raises what `home_and_away` does."""
+    with _figure(5.2, 4.6) as figure:
+        axes = figure.subplots()
+        _draw_home_and_away(axes, values, intervals, splits)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+        return _png(figure)
+
+
+def risk_coverage_png(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> bytes:
+    """Draw the shares of kept predictions and their error rates, by output, as PNG on white.
+
+    Raises:
+        L2R2Error: when matplotlib is missing.
+    """
+    with _figure(5.5, 3.2) as figure:
+        axes = figure.subplots()
+        _draw_risk(axes, curves)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+        return _png(figure)
 
 
 def confusion(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> Markup:
@@ -241,6 +281,12 @@ def _svg(figure: Figure, alt: str) -> Markup:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # unreferenced ids that repeat in every figure
     return Markup('<figure role="img" aria-label="{}">{}</figure>').format(alt, Markup(svg))
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, facecolor="white", bbox_inches="tight", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _clean(name: str, longest: int = 40) -> str:

@@ -133,15 +133,17 @@ def table(
     return form.format(about, top, Markup("\n").join(lines))
 
 
-def gallery(pictures: Iterable[Picture], limit: int = 24) -> Markup:
+def gallery(pictures: Iterable[Picture], limit: int = 24, *, row: bool = False) -> Markup:
     """Make cards with a thumbnail, the box drawn on it, and the predictions.
 
     Args:
         pictures: the cards; an iterator is only consumed up to the limit.
         limit: largest number of cards.
+        row: whether the cards are small enough for six or seven of them side by side.
     """
     cards = [_card(picture) for picture in islice(pictures, limit)]
-    return Markup('<div class="gallery">{}</div>').format(Markup("\n").join(cards))
+    form = Markup('<div class="gallery row">{}</div>') if row else Markup('<div class="gallery">{}</div>')
+    return form.format(Markup("\n").join(cards))
 
 
 def strip(title: str, pictures: Sequence[Picture], blocks: Sequence[Markup] = (), note: str = "", id: str = "") -> Markup:

@@ -147,7 +147,7 @@ def finetune(
             "val_used_for": [k for k in ("best_metric", "patience") if trained.best is not None and getattr(recipe, k)],
             "leaks": [leak.to_dict() for leak in leaks],
             "init_files": start.files(classes) if start else [],
-            "notes": [*notes, *(leak.sentence() for leak in leaks), *_notes(recipe, trained)],
+            "notes": [*notes, *(leak.sentence(recipe.val_group, recipe.val_from) for leak in leaks), *_notes(recipe, trained)],
             "train_files": train.names(),
             "val_files": val.names() if val else [],
             "metrics": trained.metrics,

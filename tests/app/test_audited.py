@@ -8,11 +8,12 @@ from audit_cases import write_data
 from explain_cases import write_spots
 from html_pages import Page
 
-from l2r2_models import L2R2Error
+from l2r2_models import L2R2Error, Predictor
 from l2r2_models.app import markup
 from l2r2_models.app.audited import Folder, save_report
 from l2r2_models.app.handlers import auditing
 from l2r2_models.audit.audit import run_audit
+from l2r2_models.report.audit import examples
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,21 @@ def test_the_result_is_that_of_the_command(place, folder):
     assert len(page.images) >= 12 and "What is this?" in page.words
     report = save_report(run, place)
     assert report.startswith(str(place)) and run.result.verdict in Path(report).read_text()
+
+
+def test_the_page_says_what_each_output_predicts(place):
+    run = run_audit(place / "run", place / "data", split="test", limit=20)
+    predictor = Predictor.from_pretrained(place / "run")
+    cards = examples(run)
+    shown = [card for card in cards if card.title.endswith(": unchanged")]
+    assert len(shown) == 3 and len({card.note for card in cards}) == 3
+    for card in shown:
+        found = predictor(place / "data" / card.note, boxes=[card.box]).objects[0]
+        said = {name: words.partition(",")[0] for name, words, _ in card.answers}
+        assert said == {"full": found.full.label, "fg": found.fg.label, "fused": found.label}
+    for card in (card for card in cards if "of another class" in card.title):
+        (_, full, right), (_, fg, kept), _ = card.answers  # full says the class of the ground, fg that of the object
+        assert not right and kept and fg.startswith(card.title.partition(":")[0]) and not full.startswith(fg.partition(",")[0])
 
 
 def test_the_suggested_split(place, tmp_path):

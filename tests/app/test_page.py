@@ -167,10 +167,15 @@ def test_the_mask_is_edited(case):
     write_spots(case / "masked", fg_mode="masked_crop", margin=0.0)
     prior = MetadataPrior.of_rows(tuple(OBJECTS), ["red", "blue", "blue"] * 50, [{"site": s} for s in "abc"] * 50, ["site"])
     write_prior(case / "prior.json", prior, {})
-    with browser() as page, running(case, "--prior", str(case / "prior.json"), run="masked") as (_, url):
+    (case / "fence.csv").write_text("class,region\ngreen,Tatra\nred,Alps\n")
+    (case / "groups.csv").write_text("class,group\nred,warm\nblue,cold\ngreen,cold\n")
+    rules = ["--classes", "red,blue,green", "--geofence", case / "fence.csv", "--region", "Alps"]
+    rules += ["--taxonomy", case / "groups.csv", "--rollup", "0.01", "--prior", case / "prior.json"]
+    with browser() as page, running(case, *map(str, rules), run="masked") as (_, url):
         page.goto(url)
         page.locator("#photo input[type=file]").set_input_files(case / "photo.png")
         page.wait_for_selector("#stage .picture")
+        assert "2 of 3 classes are possible: red, blue" in page.inner_text("body")
         page.locator("#brush input[type=number]").fill("30")
         paint(page, BOXES["blue"], "erase")
         page.wait_for_selector("#notice >> text=There is nothing to erase")
@@ -187,8 +192,17 @@ def test_the_mask_is_edited(case):
         page.locator("#reset").click()
         wait_for(page, "#answers", "fg", "red")
         page.locator(".metadata input").click()
+        computed = []
+        page.on("request", lambda request: computed.append(request.url) if request.url.endswith("/queue/join?") else None)
         page.get_by_role("option", name="b", exact=True).click()
-        page.wait_for_selector("#answers .reason >> text=site")
+        page.wait_for_selector("#answers .reason >> text=site b")
+        page.locator("#answers").click()  # the list loses the focus
+        page.locator(".metadata input").fill("a")  # by the keyboard
+        page.locator(".metadata input").press("Enter")
+        page.wait_for_selector("#answers .reason >> text=site a")
+        page.locator("#answers").click()
+        page.wait_for_timeout(500)
+        assert len(computed) == 2 and "green" not in page.inner_text("#answers")
         for size in (LAPTOP, PHONE):
             page.set_viewport_size(size)
             assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
@@ -228,6 +242,26 @@ def test_what_the_page_loads_and_offers(case, tmp_path):
         too_large = client.post("/gradio_api/upload", files={"files": ("a.png", b"x" * (2**20 + 1))})
         assert too_large.status_code == 413
         assert client.get(f"/gradio_api/file={case / 'run' / 'config.json'}").status_code in (403, 404)
+
+
+def test_a_request_cannot_name_a_file_that_was_not_uploaded(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(case)
+    (tmp_path / "uploads").mkdir()
+    studio = Studio(Explainer.from_pretrained(case / "run", numbers=False))
+    with TestClient(create_app(studio, tmp_path / "uploads")) as client:
+
+        def shown(path):
+            file = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+            visit = {"fn_index": 0, "data": [None, False, file], "session_hash": "visit"}
+            assert client.post("/gradio_api/queue/join", json=visit).status_code == 200
+            return "data:image" in client.get("/gradio_api/queue/data?session_hash=visit").text
+
+        with open("photo.png", "rb") as image:
+            (uploaded,) = client.post("/gradio_api/upload", files={"files": ("a.png", image)}).json()
+        around = Path(uploaded).parent / os.path.relpath("photo.png", Path(uploaded).parent)
+        for path in ("photo.png", case / "photo.png", around):
+            assert not shown(path)
+        assert shown(uploaded) and (case / "photo.png").exists()
 
 
 def test_a_missing_package_is_one_sentence(case, monkeypatch, l2r2):

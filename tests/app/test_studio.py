@@ -19,6 +19,7 @@ from l2r2_models.app.handlers import Handlers
 from l2r2_models.app.studio import Photo, Studio
 from l2r2_models.checkpoints.checkpoint import save_checkpoint
 from l2r2_models.fusion import MetadataPrior
+from l2r2_models.predict.rules import Rules
 
 COLORS_OF_SPOTS = tuple(OBJECTS)  # the classes
 
@@ -152,6 +153,31 @@ def test_a_prior_corrects_the_fused_prediction_by_the_metadata(folder, seen):
             studio.describe(drawn, *values)
 
 
+def test_the_saliency_is_that_of_the_corrected_prediction(folder, seen):
+    rows = [{"site": site} for site in "ab"] * 100
+    prior = MetadataPrior.of_rows(COLORS_OF_SPOTS, ["red", "blue"] * 100, rows, ["site"], smoothing=0.01)
+    studio = Studio(Explainer.from_pretrained(folder / "run", numbers=False), prior=prior)
+    known = studio.describe(boxed(studio, seen, "red"), "b")
+    look = studio.look(known, saliency=True)
+    assert labels(look)["fg"] == "red" and labels(look)["fused"] == "blue"
+    assert look.maps[-1].title.startswith(f"fused: blue {100 * look.answers['fused'][0].score:.0f} %")
+
+
+def test_only_possible_classes_are_shown_and_a_group_is_named(folder, seen):
+    explainer = Explainer.from_pretrained(folder / "run", numbers=False)
+    rules = Rules(COLORS_OF_SPOTS, classes=("red", "blue"))
+    studio = Studio(explainer.with_rules(rules))
+    for one in (seen, boxed(studio, seen, "red")):
+        look = studio.look(one, saliency=True)
+        assert all({one.label for one in found} == {"red", "blue"} for found in look.answers.values())
+        assert all(sum(one.score for one in found) == pytest.approx(1, abs=1e-4) for found in look.answers.values())
+        assert not any("green" in picture.title for picture in look.maps) and look.named == ""
+    groups = {"red": ("dim",), "blue": ("dim",), "green": ("bright",)}
+    studio = Studio(explainer.with_rules(replace(rules, ancestors=groups, rollup=0.9999)))
+    look = studio.look(boxed(studio, seen, "red"))
+    assert look.named == "dim" and "Prediction: dim" in markup.answers(look) and look.answers["fused"][0].label != "dim"
+
+
 def by_label(look):
     return sorted(look.answers["fused"], key=lambda one: COLORS_OF_SPOTS.index(one.label))
 
@@ -240,7 +266,7 @@ def test_text_of_strangers_is_escaped(studio, seen):
     look, moved = studio.look(drawn, saliency=True), studio.look_elsewhere(drawn)
     look.answers["fused"] = [replace(look.answers["fused"][0], label=EVIL)]
     html = [
-        markup.heading(EVIL, [EVIL]),
+        markup.heading(EVIL, Rules((EVIL,))),
         markup.stage(drawn),
         markup.answers(replace(look, reason=EVIL), EVIL),
         markup.maps(look),

@@ -18,6 +18,8 @@ from l2r2_models.audit import samples as audit_images
 from l2r2_models.audit.audit import audit
 from l2r2_models.data.table import read_table
 from l2r2_models.evaluate.evaluator import evaluate_run
+from l2r2_models.io import file_sha256
+from l2r2_models.runs import read_audits
 
 
 @pytest.fixture(autouse=True)
@@ -251,6 +253,8 @@ def test_the_command_prints_a_table_or_json_and_writes_one_page(l2r2, tmp_path):
     assert not page.links and page.tags.count("img") >= 18 and "script" not in page.tags and "site" in text
     found = json.loads(l2r2("audit", model, data, "--json").stdout)
     assert found["answers"]["full"]["bg_gap"]["low"] > 0.4 and found["images"] == 24 and found["verdict"] in result.stdout
+    (stored,) = read_audits(model, file_sha256(model / "model.safetensors"))  # for the model card
+    assert stored == {"data": "data", "weights": stored["weights"], **found}
 
 
 def test_the_command_refuses_what_it_cannot_use(l2r2, tmp_path, data):

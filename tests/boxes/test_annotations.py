@@ -112,6 +112,9 @@ def test_coco_results_by_name(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(results))
     (entry,) = read_boxes(tmp_path / "results.json").join(["photos/a.png"]).values()
     assert entry.boxes == (BOXES[0],) and entry.scores == (0.5,)
+    (tmp_path / "results.json").write_text(json.dumps([{**results[0], "image_id": name} for name in ("IMG.0001", "b.v2.JPG")]))
+    table = read_boxes(tmp_path / "results.json")  # a dot is not yet a suffix
+    assert list(table.join(["photos/IMG.0001.png", "photos/b.v2.JPG"])) == ["photos/IMG.0001.png", "photos/b.v2.JPG"]
     (tmp_path / "results.json").write_text(json.dumps([{**results[0], "image_id": 7}]))
     with pytest.raises(L2R2Error, match="image_id 7 is not the name of an image"):
         read_boxes(tmp_path / "results.json")
@@ -132,6 +135,7 @@ def test_two_images_of_one_stem_are_not_confused(tmp_path):
         (voc, "train/a.xml", "<annotation><object></object></annotation>", "is not four finite numbers"),
         (voc, "train/a.xml", "<annotation>", "is not a Pascal VOC file"),
         (labelme, "train/a.json", "{}", "is not a LabelMe file"),
+        (labelme, "train/a.json", '[{"images": []}]', "is not a LabelMe file, and other JSON is not read by folder"),
         (labelme, "train/a.json", "[", "a.json"),
     ],
 )

@@ -62,6 +62,8 @@ def test_the_distance_is_the_number_of_bits_that_differ_and_the_nearest_pair_is_
     assert "2 of 3 val images" in leak.sentence() and "into the same split" in leak.sentence()
     (leak,) = find_leaks(train, {HELD_OUT: val})
     assert all(words in leak.sentence() for words in ("2 of 3 held-out images", "--val-group", "--val-from end"))
+    assert "--val-group" in leak.sentence(take="end") and "--val-from" not in leak.sentence(take="end")
+    assert "different values of site" in leak.sentence("site") and "--val" not in leak.sentence("site")  # not what was given
     assert find_leaks(train, {"test": table_of(tmp_path / "test", [scene(20)])}) == []
     assert find_leaks(train, {}) == []
 

@@ -1,6 +1,7 @@
 """Evaluation: its warnings and notes, nothing is fitted on the evaluated rows, ensembles, absent classes."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from sklearn.metrics import recall_score
 from torch.nn.functional import cross_entropy
 
 from l2r2_models import L2R2Error
-from l2r2_models.evaluate.evaluator import evaluate_run, evaluation_of, judge_run
+from l2r2_models.evaluate.evaluator import SHARES, evaluate_run, evaluation_of, judge_run
 from l2r2_models.evaluate.fit_run import fit_run
 from l2r2_models.evaluate.metrics import bootstrap_interval, most_confused, recalls, reliability_bins
 from l2r2_models.fusion.calibration import expected_calibration_error
@@ -91,6 +92,19 @@ def test_the_calibration_error_is_that_of_a_naive_loop_and_of_the_diagram():
     assert expected_calibration_error(logits, labels) == pytest.approx(total, abs=1e-6)
     rows, sure, right = reliability_bins(logits, labels)
     assert rows.sum() == 300 and float((rows * (sure - right).abs()).sum() / 300) == pytest.approx(total, abs=1e-6)
+
+
+def test_the_risk_is_the_error_rate_of_the_most_confident(own_run, dataset):
+    judged = judge_run(own_run, dataset, "test")
+    risk = evaluation_of(judged).risk
+    assert set(risk) == set(judged.own)
+    for name, found in risk.items():
+        sure, predicted = judged.outputs[name].softmax(-1).max(-1)
+        wrong = predicted != judged.data.labels
+        for share, value in zip(SHARES, found):
+            least = sure.sort(descending=True).values[math.ceil(share * len(sure) - 1e-9) - 1]
+            assert value == pytest.approx(float(wrong[sure >= least].double().mean()))
+        assert found[-1] == pytest.approx(float(wrong.double().mean()))
 
 
 def test_recall_and_confusion_are_scikit_learns(own_run, dataset):

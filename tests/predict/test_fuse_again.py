@@ -54,6 +54,28 @@ def predicted(run, data, out, fusion=None, store=False):
     return fusion, {key: value for key, value in settings.items() if key != "store_logits"}, images
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.pop("settings"),
+        lambda data: data["settings"].pop("top"),
+        lambda data: data.update(inputs=[1]),
+        lambda data: data.update(labels=["a"]),
+        lambda data: data["images"][0]["objects"][0]["logits"].update(fg=[1, 2]),
+        lambda data: data["images"][0]["objects"][0].update(top="x"),
+        lambda data: data["images"][0]["objects"][0]["logits"].update(fg=["x", 2, 3]),
+    ],
+)
+def test_a_file_that_was_edited_is_one_sentence(stored, tmp_path, change):
+    data = json.loads(stored[2].read_text())
+    change(data)
+    head, rows = {**data, "images": []}, ",\n".join(json.dumps(image) for image in data["images"])
+    (tmp_path / "edited.json").write_text(json.dumps(head)[:-2] + "\n" + rows + "\n]}\n")
+    with pytest.raises(L2R2Error, match=r"edited\.json: is not as `l2r2 predict` writes it"):
+        fuse_again(tmp_path / "edited.json", tmp_path / "out.json", method="average")
+    assert not (tmp_path / "out.json").exists()
+
+
 @pytest.mark.parametrize("method", ["average", "max_confidence", "objectness_max_confidence"])
 def test_another_fusion_gives_what_a_model_with_it_predicts(stored, tmp_path, method):
     run, data, logits = stored

@@ -5,10 +5,13 @@ import struct
 from pathlib import Path
 
 import pytest
+from conftest import sentence
+from PIL import Image
 
 from l2r2_models import L2R2Error, Predictor
 from l2r2_models.boxes import read_boxes
 from l2r2_models.images import load_image
+from l2r2_models.predict.fuse_again import fuse_again
 from l2r2_models.predict.inputs import gather
 from l2r2_models.predict.predict_files import predict_to_file
 from l2r2_models.predict.videos import extract_frames
@@ -106,6 +109,61 @@ def test_videos_are_written_back_with_their_frame_numbers(videos, tmp_path, run)
     assert all(d["classifications"] for d in a["detections"])
     again = read_boxes(out)  # what we write, we read
     assert set(again.frames) == {f"site/a.mp4/frame00000{n}.jpg" for n in (2, 4)} | {"site/b.mp4/frame000001.jpg"}
+
+
+def test_predictions_that_are_fused_again_keep_videos_names_and_category_ids(videos, tmp_path, run):
+    frames, predictor = extracted(videos, tmp_path), Predictor.from_pretrained(run, device="cpu")
+    data = json.loads((tmp_path / "md.json").read_text())
+    data["info"]["detector"] = "md_v1000"
+    Image.new("RGB", (40, 30)).save(tmp_path / "frames" / "still.jpg")
+    data["images"].append({"file": "still.jpg", "detections": [{"category": "1", "conf": 0.9, "bbox": [0.1, 0.1, 0.5, 0.5]}]})
+    (tmp_path / "md.json").write_text(json.dumps(data))
+    inputs = gather([tmp_path / "frames"], tmp_path / "md.json")
+    assert len(inputs.paths) == len(frames) + 1
+    logits, direct, again = (tmp_path / f"{name}.json" for name in ("logits", "direct", "again"))
+    predict_to_file(predictor, inputs, logits, store_logits=True)
+    predict_to_file(predictor, inputs, direct, format="megadetector")
+    fuse_again(logits, again, run=str(run), format="megadetector")
+    expected, found = (json.loads(path.read_text()) for path in (direct, again))
+    for one in (o for data in (expected, found) for image in data["images"] for o in image["detections"]):
+        one["classifications"] = [number for number, _ in one["classifications"]]
+    assert found["images"] == expected["images"] and len(found["images"]) == 3
+    assert found["detection_categories"] == expected["detection_categories"] == {"1": "animal", "7": "drone"}
+    assert found["info"]["detector"] == expected["info"]["detector"] == "md_v1000"
+    fuse_again(logits, tmp_path / "twice.json", run=str(run))  # and our JSON keeps them too
+    fused, stored = (json.loads(path.read_text()) for path in (tmp_path / "twice.json", logits))
+    assert fused["inputs"] == stored["inputs"] and [i.get("frame") for i in fused["images"]] == [
+        i.get("frame") for i in stored["images"]
+    ]
+
+
+def test_the_command_takes_patterns_of_videos_and_reads_the_box_file_once(videos, tmp_path, run, l2r2, monkeypatch):
+    read, original = [], read_boxes
+
+    def watched(path):
+        read.append(path)
+        return original(path)
+
+    monkeypatch.setattr("l2r2_models.boxes.read_boxes", watched)
+    monkeypatch.setattr("l2r2_models.predict.inputs.read_boxes", watched)
+    boxes, out = ("--boxes", tmp_path / "md.json"), tmp_path / "out.json"
+    for pattern in (videos / "site" / "*.mp4", videos / "**" / "a.mp4"):
+        result = l2r2("predict", run, pattern, *boxes, "--frames", tmp_path / "frames", "-o", out, "--format", "megadetector")
+        assert result.returncode == 0, result.stderr
+    assert [image["file"] for image in json.loads(out.read_text())["images"]] == ["site/a.mp4", "site/b.mp4"]
+    assert len(read) == 2  # once per call
+    without = l2r2("predict", run, videos / "site" / "*.mp4", *boxes, "-o", tmp_path / "other.json")
+    assert "no image and no folder matches this pattern; for videos, pass --frames FOLDER" in sentence(without)
+
+
+def test_another_frame_rate_of_the_same_file_is_written(videos, tmp_path, run):
+    frames, predictor, out = extracted(videos, tmp_path), Predictor.from_pretrained(run, device="cpu"), tmp_path / "out.json"
+    for rate in (5, 25):
+        data = json.loads((tmp_path / "md.json").read_text())
+        data["images"][0]["frame_rate"] = rate
+        (tmp_path / "md.json").write_text(json.dumps(data))
+        predict_to_file(predictor, gather(frames, tmp_path / "md.json"), out, format="megadetector")
+        assert json.loads(out.read_text())["images"][0]["frame_rate"] == rate
 
 
 def test_a_video_fails_only_if_all_its_frames_do(videos, tmp_path, run):

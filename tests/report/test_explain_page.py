@@ -84,7 +84,7 @@ def test_a_damaged_image_is_named_and_the_others_go_on(case, tmp_path):
     bad.write_bytes(b"PK")
     result = explain(run, bad, good, "-o", tmp_path / "p.html")
     assert result.exit_code == 1 and "bad.png: is a ZIP archive" in result.output
-    assert "1 images could not be explained" in (tmp_path / "p.html").read_text()
+    assert "1 image could not be explained" in (tmp_path / "p.html").read_text()
     alone = explain(run, bad, "-o", tmp_path / "none.html")
     assert alone.exit_code == 1 and not (tmp_path / "none.html").exists()
     assert isinstance(alone.exception, L2R2Error) and "no image could be explained" in str(alone.exception)

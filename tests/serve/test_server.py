@@ -19,6 +19,7 @@ from typer.main import get_command
 
 from l2r2_cli.commands import app
 from l2r2_models import Predictor
+from l2r2_models.predict.rule_files import read_rules
 from l2r2_models.serve import server as server_module
 from l2r2_models.serve.server import listen
 
@@ -47,11 +48,21 @@ def ask(url, images, boxes=()):
 
 
 @pytest.fixture(scope="module")
-def server(run, tmp_path_factory):
+def rules(tmp_path_factory):
+    """Options that restrict and roll up the classes."""
+    folder = tmp_path_factory.mktemp("rules")
+    (folder / "fence.csv").write_text("class,region\nred,Alps\ngreen,Tatra\n")
+    (folder / "groups.csv").write_text("class,group,broader\nred,warm,color\nblue,cold,color\ngreen,cold,color\n")
+    return dict(geofence=folder / "fence.csv", region="Alps", taxonomy=folder / "groups.csv", rollup=0.55, classes="red,blue")
+
+
+@pytest.fixture(scope="module")
+def server(run, rules, tmp_path_factory):
     """A server in an empty folder: its process and its URL."""
     folder = tmp_path_factory.mktemp("serve")
     program = "import sys, l2r2_cli; sys.argv[0] = 'l2r2'; l2r2_cli.main()"
     options = ["--port", "0", "--max-images", "3", "--max-pixels", "10000", "--max-boxes", "4", "--max-mb", "1", "--top", "2"]
+    options += [word for name, value in rules.items() for word in (f"--{name}", str(value))]
     process = subprocess.Popen(
         [sys.executable, "-c", program, "serve", str(run), *options, "--max-queue", "40", "--wait", "20", "--max-objects", "2"],
         stdout=subprocess.PIPE,
@@ -67,9 +78,10 @@ def server(run, tmp_path_factory):
     process.wait()
 
 
-def test_clients_at_the_same_time_get_what_python_says(server, run):
+def test_clients_at_the_same_time_get_what_python_says(server, run, rules):
     _, url = server
     predictor = Predictor.from_pretrained(run, top=2, max_objects=2)
+    predictor = predictor.with_rules(read_rules(predictor.labels, **rules))
     images, boxes = [png(i, (30 + i, 50)) for i in range(10)], [[[i, i, i + 15, i + 15], BOX, BOX] for i in range(10)]
     expected = [predictor(image, box).to_dict() for image, box in zip(images, boxes)]
     with ThreadPoolExecutor(10) as clients:
@@ -77,6 +89,8 @@ def test_clients_at_the_same_time_get_what_python_says(server, run):
     for i, (status, answer) in enumerate(answers):
         assert status == 200 and same(answer["images"], [{**expected[i], "file": f"{i}.png"}])
         assert len(expected[i]["objects"]) == 2
+    assert {o["source"] for one in expected for o in one["objects"]} == {"rollup"}
+    assert not any(one["label"] == "green" for found in expected for o in found["objects"] for one in o["top"])
 
 
 def test_the_limits_of_the_command_line(server):
@@ -129,6 +143,10 @@ def test_other_hosts():
 def test_a_missing_package_is_one_sentence(monkeypatch, run, l2r2):
     monkeypatch.setattr(server_module, "find_spec", lambda name: None if name == "uvicorn" else object())
     assert 'pip install "l2r2-models[serve]"' in sentence(l2r2("serve", run))
+
+
+def test_a_risk_that_was_not_fitted_is_one_sentence(run, l2r2):
+    assert "has no threshold to abstain" in sentence(l2r2("serve", run, "--port", 0, "--abstain", 0.05))
 
 
 def test_a_queue_shorter_than_a_request_is_one_sentence(run, l2r2):
