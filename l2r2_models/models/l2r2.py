@@ -97,11 +97,7 @@ class L2R2(TimmContract):
 
     __jit_unused_properties__ = ("view_spec", "takes_mask")
     finds_object = False  # whether the network finds its object itself, without boxes or masks
-    fresh: tuple[str, ...] = (
-        "fusion.",
-        "box_head.",
-        "mask_head.",
-    )  # parameters that no timm checkpoint has, which stay as initialized
+    fresh: tuple[str, ...] = ("fusion.", "box_head.", "mask_head.")  # of no timm checkpoint; stay as initialized
 
     def __init__(
         self,
