@@ -4,6 +4,7 @@ import torch
 from transformers import (
     BertConfig,
     BertTokenizer,
+    CLIPTextConfig,
     CLIPTokenizer,
     DeformableDetrImageProcessor,
     Deimv2Config,
@@ -27,6 +28,9 @@ from transformers import (
     LwDetrViTConfig,
     MMGroundingDinoConfig,
     MMGroundingDinoForObjectDetection,
+    OmDetTurboConfig,
+    OmDetTurboForObjectDetection,
+    OmDetTurboProcessor,
     Owlv2Config,
     Owlv2ForObjectDetection,
     Owlv2ImageProcessor,
@@ -93,6 +97,55 @@ def owlv2(folder, seed=0):
     return folder
 
 
+def omdet_turbo(folder, seed=0):
+    torch.manual_seed(seed)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces = ["!", "<|startoftext|>", *letters, *(c + "</w>" for c in (*letters, ".", ",")), "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=[], pad_token="!", model_max_length=77)
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"eos_token_id": len(pieces) - 1, "bos_token_id": 1, "pad_token_id": 0}
+    model = OmDetTurboForObjectDetection(
+        OmDetTurboConfig(
+            text_config=CLIPTextConfig(vocab_size=len(pieces), max_position_embeddings=77, projection_dim=32, **small, **ids),
+            backbone_config=swin(),
+            apply_layernorm_after_vision_backbone=False,  # it is for timm's Swin, whose maps are channels-last
+            image_size=64,
+            text_projection_in_dim=32,
+            text_projection_out_dim=32,
+            task_encoder_hidden_dim=32,
+            class_embed_dim=32,
+            num_queries=12,
+            encoder_hidden_dim=16,
+            encoder_in_channels=[16, 32, 64],
+            encoder_attention_heads=2,
+            encoder_dim_feedforward=32,
+            vision_features_channels=[16, 16, 16],
+            decoder_hidden_dim=16,
+            decoder_num_heads=2,
+            decoder_num_layers=2,
+            decoder_dim_feedforward=32,
+        )
+    )
+    spread(model)
+    model.save_pretrained(folder)
+    images = DetrImageProcessor(size={"height": 64, "width": 64}, do_pad=False)
+    OmDetTurboProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def swin():
+    """The backbone of several detectors."""
+    return SwinConfig(
+        image_size=64,
+        patch_size=4,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
+        out_features=["stage2", "stage3", "stage4"],
+    )
+
+
 def spread(model):
     """Random weights of a size at which boxes, scores and texts differ from one another."""
     with torch.no_grad():
@@ -111,15 +164,6 @@ def grounding_dino(folder, kind="grounding-dino", seed=0):
     tokenizer = BertTokenizer(vocab=vocabulary)
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     text = BertConfig(vocab_size=len(vocabulary), **small)
-    backbone = SwinConfig(
-        image_size=64,
-        patch_size=4,
-        embed_dim=8,
-        depths=[1, 1, 1, 1],
-        num_heads=[1, 1, 2, 2],
-        window_size=4,
-        out_features=["stage2", "stage3", "stage4"],
-    )
     config, network = {
         "grounding-dino": (GroundingDinoConfig, GroundingDinoForObjectDetection),
         "mm-grounding-dino": (MMGroundingDinoConfig, MMGroundingDinoForObjectDetection),
@@ -127,7 +171,7 @@ def grounding_dino(folder, kind="grounding-dino", seed=0):
     model = network(
         config(
             text_config=text,
-            backbone_config=backbone,
+            backbone_config=swin(),
             d_model=32,
             encoder_layers=1,
             decoder_layers=2,
@@ -312,6 +356,7 @@ MAKERS = {
     "lw_detr": lw_detr,
     "rf_detr": rf_detr,
     "owlv2": owlv2,
+    "omdet-turbo": omdet_turbo,
     "grounding-dino": grounding_dino,
     "mm-grounding-dino": lambda folder: grounding_dino(folder, "mm-grounding-dino"),
     "sam": sam,

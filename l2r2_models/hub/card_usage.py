@@ -82,7 +82,7 @@ def _localizer_spec(checkpoint: Checkpoint, metadata: CardMetadata) -> str | Non
         return None
     if known.get("prompt"):
         spec = spec.with_option("prompt", str(known["prompt"]))
-    if spec.name in ("owlv2", "grounding-dino"):
+    if spec.name in ("owlv2", "grounding-dino", "omdet-turbo"):
         usable = bool(spec.source) and ("prompt" in spec.options or "objectness" in spec.options.get("score", ()))
     elif spec.name == "detr":
         usable = bool(spec.source)

@@ -23,6 +23,7 @@ __all__ = ["LOCALIZERS", "NONE", "PRESETS", "Localizer", "LocalizerSpec", "creat
 LOCALIZERS = {
     "owlv2": ("prompted", "Owlv2"),
     "grounding-dino": ("prompted", "GroundingDino"),
+    "omdet-turbo": ("prompted", "OmDetTurbo"),
     "detr": ("detector", "Detector"),
     "boxes": ("controls", "Boxes"),
     "head": ("model_based", "Head"),

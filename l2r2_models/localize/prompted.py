@@ -1,8 +1,8 @@
-"""Open-vocabulary detectors: OWLv2, Grounding DINO and MM-Grounding-DINO, through transformers.
+"""Open-vocabulary detectors: OWLv2, (MM-)Grounding DINO and OmDet-Turbo, through transformers.
 
 The source is a Hub id or a local folder with safetensors weights. One prompt, or several: OWLv2 averages their normalized text
 embeddings and normalizes the mean (L2R2, appendix B.2); Grounding DINO fuses text early, so there several prompts are one text
-"a. b.". See `docs/method.md`, section 6.
+"a. b."; OmDet-Turbo takes them as classes. See `docs/method.md`, section 6.
 """
 
 from __future__ import annotations
@@ -145,16 +145,11 @@ class Owlv2(Prompted):
         return normalize(torch.stack([self.texts[p] for p in prompts]).mean(0), dim=-1)
 
 
-class GroundingDino(Prompted):
-    """Grounding DINO (Liu et al. 2023) and MM-Grounding-DINO (Zhao et al. 2024).
+class TextFused(Prompted):
+    """Base class of detectors that fuse text and image features early, so that each query takes its own forward pass.
 
-    Text and image features are fused early, so each query takes its own forward pass. Only images of the same size share a
-    batch: padding would change the predictions for the smaller ones.
+    Only images of the same size share a batch, because padding would change the predictions for the smaller ones.
     """
-
-    name = "grounding-dino"
-    model_types = ("grounding-dino", "mm-grounding-dino")
-    known_options: ClassVar = {**COMMON, "threshold": Option(number(0, 1), 0.25, PART)}
 
     @torch.inference_mode()
     def search(self, images: list[Image], queries: list[list[tuple[str, ...]]]) -> list[list[Detections]]:
@@ -169,6 +164,18 @@ class GroundingDino(Prompted):
                 of_part = [queries[i][j] for i, j in part]
                 found.update(zip(part, self._pass([images[i] for i, _ in part], of_part)))
         return [[found[i, j] for j in range(len(of_image))] for i, of_image in enumerate(queries)]
+
+    @abstractmethod
+    def _pass(self, images: list[Image], queries: Sequence[tuple[str, ...]]) -> list[Detections]:
+        """Search each image for its query."""
+
+
+class GroundingDino(TextFused):
+    """Grounding DINO (Liu et al. 2023) and MM-Grounding-DINO (Zhao et al. 2024)."""
+
+    name = "grounding-dino"
+    model_types = ("grounding-dino", "mm-grounding-dino")
+    known_options: ClassVar = {**COMMON, "threshold": Option(number(0, 1), 0.25, PART)}
 
     def _pass(self, images: list[Image], queries: Sequence[tuple[str, ...]]) -> list[Detections]:
         model = self.network.model
@@ -192,6 +199,40 @@ class GroundingDino(Prompted):
                 f'The prompts "{max(text, key=len)[:80]}" have {inputs["input_ids"].shape[1]} tokens; '
                 f"{self.name} takes at most {longest}, so shorten them."
             )
+
+
+class OmDetTurbo(TextFused):
+    """OmDet-Turbo (Zhao et al. 2024); each prompt is a class, and the task text is transformers' default, "Detect a, b."."""
+
+    name = "omdet-turbo"
+    model_types = ("omdet-turbo",)
+    known_options: ClassVar = {**COMMON, "threshold": Option(number(0, 1), 0.3, PART)}
+
+    def _pass(self, images: list[Image], queries: Sequence[tuple[str, ...]]) -> list[Detections]:
+        model = self.network.model
+        self._check_length(queries)
+        inputs = self.network.processor(images=images, text=[list(query) for query in queries], return_tensors="pt")
+        inputs = inputs.to(self.context.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        out = model(**inputs)
+        boxes = box_convert(out.decoder_coord_logits.float(), "cxcywh", "xyxy").cpu()
+        scores = out.decoder_class_logits.float().sigmoid().cpu()  # [B, boxes, most classes of a query]
+        found = []
+        for image, query, of_image, at in zip(images, queries, scores, boxes):
+            best = of_image[:, : len(query)].max(-1)
+            labels = [query[j] for j in best.indices.tolist()]
+            found.append(self.tidy(at * torch.tensor(image.size).repeat(2), best.values, image, labels))
+        return found
+
+    def _check_length(self, queries: Sequence[tuple[str, ...]]) -> None:
+        longest = self.network.model.config.text_config.max_position_embeddings  # of the task text, which is cut silently
+        for query in set(queries):
+            count = len(self.network.processor.tokenizer(f"Detect {', '.join(query)}.")["input_ids"])
+            if count > longest:
+                raise L2R2Error(
+                    f'The prompts "{", ".join(query)[:80]}" have {count} tokens; {self.name} takes at most {longest}, so shorten '
+                    f"them or give fewer."
+                )
 
 
 def _labels(scores: Tensor, tokens: Tensor, tokenizer: Any, query: tuple[str, ...]) -> list[str]:

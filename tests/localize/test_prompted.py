@@ -11,10 +11,11 @@ from l2r2_models.localize.prompted import _labels
 
 EVERYTHING = "threshold=0&nms=1&max_boxes=1000"
 DINOS = ["grounding-dino", "mm-grounding-dino"]
+KINDS = ["owlv2", *DINOS, "omdet-turbo"]
 
 
 def spec(tiny, kind, options):
-    return f"{'owlv2' if kind == 'owlv2' else 'grounding-dino'}:{tiny(kind)}?{options}"
+    return f"{'grounding-dino' if kind in DINOS else kind}:{tiny(kind)}?{options}"
 
 
 def same(a, b, atol=1e-3):
@@ -30,7 +31,7 @@ def usable(boxes, image):
     return boxes, ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
 
 
-@pytest.mark.parametrize("kind", ["owlv2", *DINOS])
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_prompt_is_what_transformers_itself_finds(tiny, pictures, kind):
     localizer = create_localizer(spec(tiny, kind, f"prompt=bird&{EVERYTHING}"), device="cpu")
     processor, model = localizer.network.processor, localizer.network.model
@@ -49,7 +50,7 @@ def test_one_prompt_is_what_transformers_itself_finds(tiny, pictures, kind):
         assert len(ours) <= int(inside.sum()) and ours.scores[0] == pytest.approx(theirs["scores"][inside].max().item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["owlv2", *DINOS])
+@pytest.mark.parametrize("kind", KINDS)
 def test_batches_find_what_single_images_do(tiny, pictures, kind):
     localizer = create_localizer(spec(tiny, kind, "prompt=bird&prompt=red square&threshold=0.01"), device="cpu")
     together = localizer(pictures)
@@ -58,7 +59,7 @@ def test_batches_find_what_single_images_do(tiny, pictures, kind):
         same(found, localizer([image])[0])
 
 
-@pytest.mark.parametrize("kind", ["owlv2", *DINOS])
+@pytest.mark.parametrize("kind", KINDS)
 def test_prompts_of_each_image_are_searched_in_that_image_only(tiny, pictures, kind):
     localizer = create_localizer(spec(tiny, kind, EVERYTHING), device="cpu")
     prompts = ["bird", "red square", "insect", "bird"]
@@ -118,7 +119,28 @@ def test_several_prompts_of_grounding_dino_are_one_text_and_each_box_names_its_o
     assert _labels(planted, tokens, processor.tokenizer, (*query, "insect")) == ["", ""]
 
 
-@pytest.mark.parametrize("kind", ["owlv2", *DINOS])
+def test_several_prompts_of_omdet_turbo_are_classes_and_each_box_has_its_best(tiny, pictures):
+    names = ["bird", "red square", "insect"]
+    prompts = "&".join(f"prompt={name}" for name in names)
+    localizer = create_localizer(spec(tiny, "omdet-turbo", f"{prompts}&{EVERYTHING}"), device="cpu")
+    processor, model = localizer.network.processor, localizer.network.model
+    inputs = processor(text=[names], images=pictures[0], return_tensors="pt")
+    with torch.inference_mode():
+        out = model(**inputs)
+    sizes = [(pictures[0].height, pictures[0].width)]
+    (theirs,) = processor.post_process_grounded_object_detection(out, [names], threshold=0, nms_threshold=1, target_sizes=sizes)
+    (ours,) = localizer(pictures[:1])
+    best = theirs["scores"].argmax()
+    assert ours.labels[0] == theirs["text_labels"][best] and ours.scores[0] == pytest.approx(
+        theirs["scores"][best].item(), abs=1e-4
+    )
+    assert set(ours.labels) <= set(names)
+    short, long = ["bird"], ["red square insect mushroom"] * 4
+    with pytest.raises(L2R2Error, match="tokens; omdet-turbo takes at most 77, so shorten"):
+        localizer.search(pictures[:2], [[tuple(short)], [tuple(long)]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_planted_boxes_come_back_in_pixels_of_images_that_are_not_square(tiny, pictures, monkeypatch, kind):
     """Where the network says "half of the input, in its middle"; OWLv2's input is padded to a square below and right."""
     localizer = create_localizer(spec(tiny, kind, "prompt=bird&threshold=0"), device="cpu")
@@ -131,8 +153,9 @@ def test_planted_boxes_come_back_in_pixels_of_images_that_are_not_square(tiny, p
         forward = model.forward
 
         def plants(**inputs):
-            out = forward(**inputs)
-            return type(out)(logits=out.logits, pred_boxes=planted.expand_as(out.pred_boxes))
+            out, boxes = forward(**inputs), "pred_boxes" if kind in DINOS else "decoder_coord_logits"
+            setattr(out, boxes, planted.expand_as(getattr(out, boxes)))
+            return out
 
         monkeypatch.setattr(model, "forward", plants)
         expected = [[15, 10, 45, 30], [7.5, 22.5, 22.5, 67.5]]
@@ -154,7 +177,7 @@ def test_threshold_overlap_and_number_of_boxes(tiny, pictures):
     assert overlap.max() <= 0.1 and len(search("threshold=1")) == 0
 
 
-@pytest.mark.parametrize("kind", ["owlv2", *DINOS])
+@pytest.mark.parametrize("kind", KINDS)
 def test_nan_is_never_a_box(tiny, pictures, kind):
     localizer = create_localizer(spec(tiny, kind, "prompt=bird&threshold=0"), device="cpu")
     with torch.no_grad():
