@@ -34,8 +34,8 @@ def localize(
     localizer: Annotated[
         Optional[str],
         typer.Option(
-            help="camera-trap or prompt (see --presets); or NAME[:SOURCE][?option=value&...]: owlv2, grounding-dino, detr, "
-            "outlier, ncut, attn, head, mask-head, boxes, ...",
+            help="camera-trap or prompt (see --presets); or NAME[:SOURCE][?option=value&...]: owlv2, grounding-dino, "
+            "omdet-turbo, detr, outlier, ncut, attn, head, mask-head, boxes, ...",
             show_default="prompt",
         ),
     ] = None,
