@@ -6,7 +6,8 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -152,16 +153,33 @@ def store_evaluation(run: str | Path, data: str | Path, digest: str, evaluation:
 
 
 def store_audit(run: str | Path, data: str | Path, audit: dict[str, Any]) -> Path:
-    """Store an audit, `Audit.to_dict()`, in the run's folder; arguments and errors as for `store_evaluation`."""
-    return _store(Path(run) / AUDITS, data, file_sha256(Path(run) / WEIGHTS), audit)
+    """Store an audit, `Audit.to_dict()`, in the run's folder; arguments and errors as for `store_evaluation`.
+
+    A stored audit of the same weights and more images is kept instead.
+    """
+    digest, file = file_sha256(Path(run) / WEIGHTS), _file_of(Path(run) / AUDITS, data, audit)
+    if file.exists():
+        with suppress(L2R2Error):  # a damaged file is replaced
+            before = read_json(file)
+            if _is_audit(before) and before.get("weights") == digest and before["images"] > audit["images"]:
+                return file
+    return _store(Path(run) / AUDITS, data, digest, audit)
 
 
 def _store(folder: Path, data: str | Path, digest: str, result: dict[str, Any]) -> Path:
-    name = Path(data).resolve().name
-    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in f"{name}.{result['split']}")
-    file = folder / f"{safe}.json"
-    write_json(file, {"data": name, "weights": digest, **result})
+    file = _file_of(folder, data, result)
+    write_json(file, {"data": Path(data).resolve().name, "weights": digest, **result})
     return file
+
+
+def _file_of(folder: Path, data: str | Path, result: Mapping[str, Any]) -> Path:
+    name = f"{Path(data).resolve().name}.{result['split']}"
+    return folder / f"{''.join(c if c.isalnum() or c in '-_.' else '_' for c in name)}.json"
+
+
+def _is_audit(audit: Any) -> bool:
+    of_outputs = audit.get("answers") if isinstance(audit, dict) and {"data", "split", "images"} <= audit.keys() else None
+    return isinstance(of_outputs, dict) and all(isinstance(o, dict) and "accuracy" in o for o in of_outputs.values())
 
 
 def read_audits(run: str | Path, digest: str) -> tuple[dict[str, Any], ...]:
@@ -173,8 +191,7 @@ def read_audits(run: str | Path, digest: str) -> tuple[dict[str, Any], ...]:
     found = []
     for file in sorted((Path(run) / AUDITS).glob("*.json")):
         audit = read_json(file)
-        of_outputs = audit.get("answers") if isinstance(audit, dict) else None
-        if not isinstance(of_outputs, dict) or not all(isinstance(o, dict) and "accuracy" in o for o in of_outputs.values()):
+        if not _is_audit(audit):
             raise L2R2Error(f"{file}: is not an audit; remove it.")
         found += [audit] if audit.get("weights") == digest else []
     return tuple(found)

@@ -104,7 +104,7 @@ def meter(fusion: Fusion, data: BranchLogits, share: int, seed: int) -> dict[str
         logits = {branch: torch.cat([part.logits[branch] for part in parts]) for branch in parts[0].logits}
         has_fg = torch.cat([part.has_fg for part in parts])
         found.append(fuse_groups(fusion, logits, has_fg, [0] * len(has_fg)).shares[0])
-    inside = [100 * s.low - 1 <= share <= 100 * s.high + 1 for s in found]  # the grid of e ends within 0.1 of 0 and 100 %
+    inside = [100 * s.low - 0.1 <= share <= 100 * s.high + 0.1 for s in found]  # the grid of e ends within 0.1 of 0 and 100 %
     means = {name: statistics.mean(100 * getattr(s, name) for s in found) for name in ("misled", "low", "high")}
     spread = statistics.pstdev(100 * s.misled for s in found)
     measured = {"estimate": means["misled"], "deviation": spread, "low": means["low"], "high": means["high"]}

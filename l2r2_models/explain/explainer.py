@@ -327,8 +327,10 @@ class Explainer:
         of = last if self.runner_up or self.against is not None else answer
         target = self.target or (int(logits[of][0].argmax()),)
         if not self.target and of == last and predicted.source == "rollup":
-            ancestors = self.predictor.rules.ancestors
-            target = tuple(i for i, label in enumerate(self.labels) if predicted.label in ancestors.get(label, ()))
+            rules = self.predictor.rules
+            possible = self.labels if rules.classes is None else rules.classes
+            of_group = (label in possible and predicted.label in rules.ancestors.get(label, ()) for label in self.labels)
+            target = tuple(i for i, inside in enumerate(of_group) if inside)
         if self.runner_up:
             rest = logits[last][0].clone()
             rest[list(target)] = -torch.inf

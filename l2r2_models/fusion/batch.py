@@ -153,7 +153,7 @@ def _mean(clues: Tensor) -> Tensor:
 def _without_itself(meter: ShiftMeter, clues: Tensor) -> Tensor:
     """Return the posterior means `[n]` of e given the other objects of a group."""
     others = (len(clues) * _mean(clues) - clues) / (len(clues) - 1)
-    return torch.cat([meter.posterior(part, len(clues) - 1) @ grid(clues) for part in others.split(ROWS)])
+    return torch.cat([(meter.posterior(part, len(clues) - 1) * grid(clues)).sum(1) for part in others.split(ROWS)])
 
 
 def _share(meter: ShiftMeter, clues: Tensor) -> GroupShare:

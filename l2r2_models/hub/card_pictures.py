@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from ..evaluate.evaluator import OWN, SHARES
 from ..report.figures import home_and_away_png, risk_coverage_png
+from ..views import BRANCHES
 from .markdown import plain
 
 HOME_AND_AWAY, RISK = "home_and_away.png", "risk_coverage.png"
-BRANCHES = ("full", "fg", "bg")
 AUDITED = {
     "accuracy": "unchanged",
     "mixed_same": "background of its class",
-    "mixed_rand": "of a random class",
+    "mixed_rand": "background of a random class",
     "fg_only": "background erased",
-    "bg_only_mask": "mask erased",
-    "bg_only_box": "box erased",
+    "bg_only_mask": "object's mask erased",
+    "bg_only_box": "object's box erased",
 }
 
 
@@ -27,14 +28,13 @@ def is_own(row: str) -> bool:
 
 
 def pictures_of(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
-    """Draw the pictures that the evaluations allow, as PNG by file name.
+    """Draw the pictures that the evaluations allow, as PNG by file name; none without matplotlib.
 
     Args:
         evaluations: see `read_evaluations`.
-
-    Raises:
-        L2R2Error: when matplotlib is missing.
     """
+    if not _can_draw():
+        return {}
     found, pair = {}, home_and_away_of(evaluations)
     if pair is not None:
         home, away = (one["rows"] for one in pair)
@@ -44,6 +44,10 @@ def pictures_of(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
     if (risky := risk_of(evaluations)) is not None:
         found[RISK] = risk_coverage_png({name: (SHARES, risks) for name, risks in risky["risk"].items()})
     return found
+
+
+def _can_draw() -> bool:
+    return find_spec("matplotlib") is not None
 
 
 def home_and_away_of(evaluations: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
@@ -69,6 +73,8 @@ def _has_risk(curves: Any) -> bool:
 
 def pictures_part(evaluations: Sequence[Mapping[str, Any]]) -> str:
     """Write the Markdown that shows the pictures of `pictures_of`."""
+    if not _can_draw():
+        return ""
     parts = []
     if (pair := home_and_away_of(evaluations)) is not None:
         home, away = (plain(one["split"]) for one in pair)

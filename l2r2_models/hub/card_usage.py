@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import L2R2Error
 from ..localize.base import LocalizerSpec
+from ..localize.presets import expand, license_of
 from ..models.l2r2 import L2R2
 from .markdown import code, literal, plain
 from .metadata import CardMetadata
@@ -68,8 +70,16 @@ print(prediction.label, prediction.score, prediction.reason)
 
 
 def localizer_metadata(checkpoint: Checkpoint, metadata: CardMetadata) -> dict[str, Any]:
-    """Return the localizer the model is meant for; the author's metadata overrides the checkpoint's."""
-    given = {"spec": metadata.localizer, "prompt": metadata.prompt, "license": metadata.localizer_license}
+    """Return the localizer the model is meant for; the author's metadata overrides the checkpoint's.
+
+    A preset is replaced by its localizer, and the license of its weights is filled in if the author states none.
+    """
+    spec, license = metadata.localizer, metadata.localizer_license
+    if spec:
+        with suppress(L2R2Error):  # words that are not a spec stay as they are
+            localizer = expand(LocalizerSpec.parse(spec))
+            spec, license = str(localizer), license or license_of(localizer)
+    given = {"spec": spec, "prompt": metadata.prompt, "license": license}
     return {**checkpoint.localizer, **{k: v for k, v in given.items() if v}}
 
 

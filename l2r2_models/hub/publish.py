@@ -104,8 +104,8 @@ def prepare(
     _link(run / WEIGHTS, folder / WEIGHTS)
     write_json(folder / CONFIG, _clean_config(read_json(run / CONFIG), checkpoint, metadata))
     audits = _without_paths(read_audits(run, checkpoint.digest))
-    write_text(folder / CARD, model_card(checkpoint, repo, metadata, evaluations, audits))
     pictures = pictures_of(evaluations)
+    write_text(folder / CARD, model_card(checkpoint, repo, metadata, evaluations, audits))
     for name, data in pictures.items():
         (folder / name).write_bytes(data)
     problems = [

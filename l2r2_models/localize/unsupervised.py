@@ -6,7 +6,8 @@ gives a confidence: every score is 1.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from contextlib import suppress
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from PIL.Image import Image
@@ -66,9 +67,9 @@ class NormalizedCut(FeatureLocalizer):
 class Attention(FeatureLocalizer):
     """The attention of the class token to the patches in a ViT's last layer, averaged over the heads.
 
-    In a self-supervised ViT, it rests on the objects (Caron et al., "Emerging Properties in Self-Supervised Vision Transformers",
-    ICCV 2021). Of the regions in which it exceeds a level, the one with the largest sum gives the box. The paper's figures keep
-    60 % of the sum instead, which would cut off parts of an object that has even attention.
+    In a self-supervised ViT, it concentrates on the objects (Caron et al., "Emerging Properties in Self-Supervised Vision
+    Transformers", ICCV 2021). Of the regions in which it exceeds a level, the one with the largest sum gives the box. The paper's
+    figures keep 60 % of the sum instead, which would cut off parts of an object that has even attention.
 
     The source is a run, a Hub id, or `timm:NAME.TAG`, e.g. `timm:vit_small_patch16_224.dino`.
 
@@ -84,10 +85,18 @@ class Attention(FeatureLocalizer):
     def __init__(self, spec: LocalizerSpec, context: Context) -> None:
         super().__init__(spec, context)
         self._check()
+        size = self.options["size"] or self.model.view_spec.size_of("full")
+        with torch.inference_mode(), suppress(RuntimeError, ValueError):
+            class_attention(self.model.backbone, torch.zeros(1, 3, size, size, device=context.device))
+            return
+        self._refuse()  # XCiT attends to channels
 
     def _check(self) -> None:
         if not attention_layers(self.model.backbone) or getattr(self.model.backbone, "cls_token", None) is None:
-            raise L2R2Error(f"{self.spec}: attn needs a plain ViT with a class token, e.g. timm:vit_small_patch16_224.dino.")
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise L2R2Error(f"{self.spec}: attn needs a plain ViT with a class token, e.g. timm:vit_small_patch16_224.dino.")
 
     def features_of(self, views: Tensor) -> list[Tensor]:
         """The attention map `[B, 1, h, w]`."""

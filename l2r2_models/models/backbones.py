@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -39,7 +40,8 @@ def check_backbone_arguments(name: str, arguments: Mapping[str, Any]) -> None:
 
     Args:
         name: a timm model.
-        arguments: its keyword arguments; only those of the network constructors in its timm module are allowed.
+        arguments: its keyword arguments; only those of the network constructors in its timm module are allowed, and the fields of
+            the configs that these take (NaFlexViT).
 
     Raises:
         UnknownArgument: when an argument is not allowed.
@@ -51,7 +53,9 @@ def check_backbone_arguments(name: str, arguments: Mapping[str, Any]) -> None:
     classes = {base for c in networks for base in inspect.getmro(c)}  # a subclass may forward **kwargs
     makers = [vars(c)["__init__"] for c in classes if "__init__" in vars(c) and c is not object]
     parameters = [inspect.signature(maker).parameters for maker in makers]
+    configs = [c for c in vars(module).values() if isinstance(c, type) and is_dataclass(c)]
     allowed = {name for found in parameters if "num_classes" in found for name in found} | BATCH_NORM
+    allowed |= {field.name for c in configs if "cfg" in allowed for field in fields(c)}
     if wrong := sorted(set(arguments) - (allowed - {"self", "kwargs", "device", "dtype"})):
         close = get_close_matches(wrong[0], allowed, 3)
         hint = f"; close matches: {', '.join(close)}." if close else "."

@@ -83,7 +83,7 @@ def mask_losses(logits: Tensor, masks: Tensor) -> Tensor:
             logits.
 
     Returns:
-        `[B]`. For an empty mask the dice term is 1 minus a constant over the sum of the probabilities.
+        `[B]`. For an empty mask the dice term is `1 - 1 / (1 + s)`, with `s` the sum of the probabilities.
     """
     target = functional.adaptive_avg_pool2d(masks[:, None].float(), (logits.shape[1], logits.shape[2]))[:, 0]
     logits = logits.float()

@@ -61,11 +61,12 @@ ARCHITECTURES: dict[str, str] = {
         *(f"vit_{size}_patch14_reg1_tipsv2" for size in ("base", "large", "so400m")),
         *(f"hiera_{size}_224" for size in ("tiny", "small", "base", "base_plus", "large")),
         "hiera_small_abswin_256",
+        "naflexvit_base_patch16_gap",
     )
 }
 ARCHITECTURES |= {f"l2r2_efficientnet_lite{n}": f"tf_efficientnet_lite{n}" for n in range(3)}
 _VITS = [*(f"vit_{s}_patch16_224" for s in ("small", "base")), *(f"vit_{s}_patch14_reg4_dinov2" for s in ("small", "base"))]
-ARCHITECTURES |= {f"{MASKED}{vit}": vit for vit in (*_VITS, "eva02_small_patch14_336")}
+ARCHITECTURES |= {f"{MASKED}{vit}": vit for vit in (*_VITS, "eva02_small_patch14_336", "naflexvit_base_patch16_gap")}
 ARCHITECTURES |= {f"{PARTS}{vit}": vit for vit in ("vit_tiny_patch16_224", *_VITS[2:])}
 
 

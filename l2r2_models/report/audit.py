@@ -38,8 +38,8 @@ BARS = ("accuracy", "mixed_same", "mixed_rand", "mixed_next", "fg_only", "bg_onl
 SHOWN = {
     "original": "unchanged",
     "mixed_same": "on another background of its class",
-    "mixed_rand_0": "on a background of another class",
-    "mixed_rand_1": "on a second one",
+    "mixed_rand_0": "on a background of a random class",
+    "mixed_rand_1": "on a second one of those",
     "fg_only": "background erased",
     "bg_only_mask": "object's mask erased",
     "bg_only_box": "object's box erased",

@@ -13,6 +13,7 @@ from typing import Any
 
 from .. import distributed as processes
 from ..checkpoints.checkpoint import save_checkpoint
+from ..checkpoints.download import local_folder
 from ..checkpoints.format import CONFIG
 from ..checkpoints.zero_shot import PREFIX, is_zero_shot
 from ..data.dataset import Check, Sample, check_images
@@ -111,7 +112,7 @@ def finetune(
     table = processes.together(lambda: read_table(data, metadata=metadata, boxes=boxes))
     train, val, settings = processes.together(lambda: _plan(table, recipe, train_split, val_split))
     start = processes.together(lambda: _start(recipe, out, settings))
-    first = processes.together(lambda: _first_stage(recipe, train, settings))
+    first = processes.together(lambda: _first_stage(recipe, out, train, settings))
     with ExitStack() as held:
         if (done := processes.on_first(lambda: _claim(out, Path(data), settings, overwrite, held))) is not None:
             earlier = tuple(done.get("notes", []))
@@ -130,9 +131,8 @@ def finetune(
         if first is not None:
             wrong = processes.on_first(lambda: first.errors(train, recipe.batch_size, recipe.workers, progress))
             drawn = first.upweighted(train, wrong)
-            notes.append(
-                f"{sum(wrong)} of {len(train)} training images are drawn {first.factor} times: {recipe.jtt} is wrong there"
-            )
+            missed = f"{recipe.jtt} misclassifies {sum(wrong)} of {len(train)} training images"
+            notes.append(f"{missed}; each of them is drawn {first.factor} times per epoch")
         trained = trainer.train(model, replace(recipe, **settings["resolved"]), drawn, val, classes, out, tensorboard=tensorboard)
         if not all(value.isfinite().all() for value in model.state_dict().values()):
             raise L2R2Error(f"{out}: the training has diverged; train again with --overwrite and a lower --lr.")
@@ -238,10 +238,12 @@ def _start(recipe: Recipe, out: Path, settings: dict[str, Any]) -> Start:
     return start
 
 
-def _first_stage(recipe: Recipe, train: ImageTable, settings: dict[str, Any]) -> FirstStage | None:
+def _first_stage(recipe: Recipe, out: Path, train: ImageTable, settings: dict[str, Any]) -> FirstStage | None:
     """Load the run whose errors are drawn more often, which becomes part of the run's settings."""
     if recipe.jtt is None:
         return None
+    if (folder := local_folder(recipe.jtt)) is not None and folder.resolve().is_relative_to(out.resolve()):
+        raise L2R2Error(f"{out}: contains the run that jtt names; choose another -o.")
     first = FirstStage.read(recipe.jtt, recipe.jtt_factor, train.classes())
     settings["jtt"] = first.about()
     return first

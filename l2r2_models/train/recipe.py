@@ -96,8 +96,8 @@ class Recipe:
         objective: `erm` minimizes the mean loss, `group_dro` that of the worst groups (arXiv 1911.08731).
         group_step: step size of the weights that `group_dro` gives to the groups.
         jtt: run whose misclassified training rows are drawn `jtt_factor` times per epoch: the second stage of JTT
-            (arXiv 2107.09044).
-        jtt_factor: see `jtt`; choose it on validation rows.
+            (arXiv 2107.09044). Keep it in place until the run is finished.
+        jtt_factor: see `jtt`; None for 20. Choose it on validation rows.
         optimizer: a name of `timm.optim.list_optimizers()`; norms, biases and what the backbone excludes get no weight decay.
         lr: peak learning rate, reached after the warm-up, followed by cosine decay to zero.
         weight_decay: weight decay of the optimizer.
@@ -185,7 +185,7 @@ class Recipe:
     group: str | None = None
     objective: str = "erm"
     jtt: str | None = None
-    jtt_factor: int = 20
+    jtt_factor: int | None = None
     group_step: float = 0.01
     optimizer: str = "adamw"
     lr: float = 2e-4
@@ -293,7 +293,9 @@ class Recipe:
     def _check_groups(self) -> None:
         if self.jtt is not None and (self.balanced or self.objective != "erm"):
             raise L2R2Error("jtt draws the rows by itself; leave balanced and group_dro out.")
-        if not 2 <= self.jtt_factor <= 10_000:
+        if self.jtt_factor is not None and self.jtt is None:
+            raise L2R2Error("jtt_factor has no effect without jtt; set jtt to a run, or leave it out.")
+        if self.jtt_factor is not None and not 2 <= self.jtt_factor <= 10_000:
             raise L2R2Error(f"jtt_factor must lie between 2 and 10,000, got {self.jtt_factor}.")
         if self.objective == "erm":
             if self.group and not self.balanced:

@@ -15,7 +15,8 @@ from ..data.dataset import ViewDataset
 from ..data.table import ImageTable
 from ..errors import L2R2Error
 
-VIEWS = ("full", "fg", "bg", "mask", "has_fg")  # of an item, for `forward_views`
+VIEWS = ("full", "fg", "bg", "mask", "has_fg", "objectness")  # of an item, for `forward_views`
+FACTOR = 20
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class FirstStage:
     factor: int
 
     @classmethod
-    def read(cls, name: str, factor: int, classes: Sequence[str]) -> FirstStage:
-        """Load the run.
+    def read(cls, name: str, factor: int | None, classes: Sequence[str]) -> FirstStage:
+        """Load the run; `factor` is 20 by default.
 
         Raises:
             L2R2Error: when it cannot be loaded, or was trained on other classes.
@@ -40,7 +41,7 @@ class FirstStage:
         checkpoint = load_checkpoint(name)
         if sorted(checkpoint.labels) != sorted(classes):
             raise L2R2Error(f"{name}: was trained on other classes; give jtt a run that was trained on these images.")
-        return cls(checkpoint, factor)
+        return cls(checkpoint, FACTOR if factor is None else factor)
 
     def about(self) -> dict[str, Any]:
         """Return what a run records about its first stage."""
@@ -54,7 +55,8 @@ class FirstStage:
         model, labels = self.checkpoint.model, self.checkpoint.labels
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model.to(device)
-        items = ViewDataset(table, labels, model.view_spec, model.branches, box_threshold=self.checkpoint.box_threshold)
+        threshold = self.checkpoint.box_threshold
+        items = ViewDataset(table, labels, model.view_spec, model.branches, box_threshold=threshold, objectness=True)
         wrong: list[bool] = []
 
         def predict() -> Iterable[None]:

@@ -86,5 +86,9 @@ def test_networks_without_a_class_token_are_refused(tmp_path, l2r2, dataset):
             create_localizer(spec, device="cpu")
     model = timm.create_model("l2r2", num_classes=3, **VIT, class_token=False, global_pool="avg")
     hub.save_checkpoint(model, tmp_path / "pooled", ["a", "b", "c"])
+    channels = timm.create_model("l2r2", num_classes=3, backbone="xcit_nano_12_p16_224", depth=1)
+    hub.save_checkpoint(channels, tmp_path / "xcit", ["a", "b", "c"])
+    with pytest.raises(L2R2Error, match="attn needs a plain ViT with a class token"):
+        create_localizer(f"attn:{tmp_path / 'xcit'}", device="cpu")
     done = l2r2("localize", dataset, "--localizer", f"attn:{tmp_path / 'pooled'}", "-o", tmp_path / "b.json", "--device", "cpu")
     assert "attn needs a plain ViT with a class token" in sentence(done)

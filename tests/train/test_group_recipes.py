@@ -126,6 +126,7 @@ def test_groups_are_drawn_equally(data, tmp_path):
         ({**DRO, "jtt": "runs/first"}, "jtt draws the rows by itself"),
         ({"jtt": "runs/first", "balanced": True}, "jtt draws the rows by itself"),
         ({"jtt": "runs/first", "jtt_factor": 1}, "jtt_factor must lie between 2 and 10,000"),
+        ({"jtt_factor": 5}, "jtt_factor has no effect without jtt"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes, sentence):
@@ -148,7 +149,8 @@ def test_jtt_draws_what_the_first_run_misclassifies_more_often(data, tmp_path):
     assert [names.count(name) for name in table.names()] == [5 if error else 1 for error in wrong]
 
     result = finetune(data, recipe(epochs=1, jtt=str(tmp_path / "first"), jtt_factor=5), tmp_path / "jtt")
-    assert result.notes[0].startswith(f"{sum(wrong)} of 12 training images are drawn 5 times") and result.images == 12
+    assert result.notes[0].endswith(f"{sum(wrong)} of 12 training images; each of them is drawn 5 times per epoch")
+    assert result.images == 12
     record = json.loads((tmp_path / "jtt" / "run.json").read_text())
     assert record["jtt"]["digest"] == first.checkpoint.digest and record["train_files"] == table.names()
     assert load_checkpoint(tmp_path / "jtt").training["recipe"]["jtt"] == "first", "no path of this machine"
@@ -158,6 +160,13 @@ def test_jtt_draws_what_the_first_run_misclassifies_more_often(data, tmp_path):
     finetune(data, recipe(epochs=2), tmp_path / "first", overwrite=True)
     with pytest.raises(L2R2Error, match="--overwrite"):  # its errors are others now
         finetune(data, recipe(epochs=1, jtt=str(tmp_path / "first"), jtt_factor=5), tmp_path / "jtt")
+
+
+def test_jtt_never_replaces_its_first_run(data, tmp_path):
+    finetune(data, recipe(epochs=1), tmp_path / "first")
+    with pytest.raises(L2R2Error, match="contains the run that jtt names"):
+        finetune(data, recipe(epochs=1, jtt=str(tmp_path / "first")), tmp_path / "first", overwrite=True)
+    assert (tmp_path / "first" / "model.safetensors").exists()
 
 
 def test_jtt_needs_a_run_on_these_classes(data, tmp_path):
