@@ -39,7 +39,7 @@ SHOWN = {
     "original": "unchanged",
     "mixed_same": "on another background of its class",
     "mixed_rand_0": "on a background of a random class",
-    "mixed_rand_1": "on a second one of those",
+    "mixed_rand_1": "on another such background",
     "fg_only": "background erased",
     "bg_only_mask": "object's mask erased",
     "bg_only_box": "object's box erased",
