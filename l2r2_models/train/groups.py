@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..data.table import ImageTable
 
+GROUP_STEP = 0.01
+
 
 def groups_of(table: ImageTable, column: str) -> list[int]:
     """Return the group index of each row; the groups are the combinations of label and value that occur, in sorted order.

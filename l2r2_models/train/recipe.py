@@ -94,7 +94,7 @@ class Recipe:
             epoch stays the same.
         group: metadata column (background, site); the groups are the combinations of a class and a value of this column.
         objective: `erm` minimizes the mean loss, `group_dro` that of the worst groups (arXiv 1911.08731).
-        group_step: step size of the weights that `group_dro` gives to the groups.
+        group_step: step size of the weights that `group_dro` gives to the groups; None for 0.01.
         jtt: run whose misclassified training rows are drawn `jtt_factor` times per epoch: the second stage of JTT
             (arXiv 2107.09044). Keep it in place until the run is finished.
         jtt_factor: see `jtt`; None for 20. Choose it on validation rows.
@@ -186,7 +186,7 @@ class Recipe:
     objective: str = "erm"
     jtt: str | None = None
     jtt_factor: int | None = None
-    group_step: float = 0.01
+    group_step: float | None = None
     optimizer: str = "adamw"
     lr: float = 2e-4
     weight_decay: float = 0.05
@@ -265,7 +265,7 @@ class Recipe:
                 raise L2R2Error(f"{name} must be at least 0, got {getattr(self, name)}.")
         if not 0 <= self.val_fraction <= 0.5:
             raise L2R2Error(f"val_fraction must lie between 0 and 0.5, got {self.val_fraction}.")
-        for name in ("lr", "layer_decay", "group_step"):
+        for name in ("lr", "layer_decay"):
             if not 0 < getattr(self, name) < math.inf:
                 raise L2R2Error(f"{name} must be above 0, got {getattr(self, name)}.")
         if not 0 <= self.seed < 2**32:
@@ -297,6 +297,8 @@ class Recipe:
             raise L2R2Error("jtt_factor has no effect without jtt; set jtt to a run, or leave it out.")
         if self.jtt_factor is not None and not 2 <= self.jtt_factor <= 10_000:
             raise L2R2Error(f"jtt_factor must lie between 2 and 10,000, got {self.jtt_factor}.")
+        if self.group_step is not None and (self.objective != "group_dro" or not 0 < self.group_step < math.inf):
+            raise L2R2Error(f"group_step must be above 0, for objective group_dro; got {self.group_step} for {self.objective}.")
         if self.objective == "erm":
             if self.group and not self.balanced:
                 raise L2R2Error("group has no effect alone; set objective to group_dro, or balanced to true.")

@@ -32,7 +32,7 @@ from .batches import EpochBatches
 from .best import Best, best_of
 from .computation import compile_backbones
 from .ema import WeightEMA, tensors_of
-from .groups import GroupDRO, groups_of
+from .groups import GROUP_STEP, GroupDRO, groups_of
 from .losses import BranchLoss, by_branch
 from .mixup import ViewMixup
 from .models import branches_with_background, frozen_parts
@@ -288,7 +288,9 @@ def _trainer(
         frozen=frozen_parts(model, recipe),
         channels_last=recipe.channels_last is True,
         part_weights=recipe.part_weights(),
-        dro=GroupDRO(model.branches, max(groups) + 1, recipe.group_step) if groups and recipe.objective == "group_dro" else None,
+        dro=GroupDRO(model.branches, max(groups) + 1, recipe.group_step or GROUP_STEP)
+        if groups and recipe.objective == "group_dro"
+        else None,
         consistency=recipe.consistency,
     )
     return BranchTrainer(

@@ -70,6 +70,13 @@ def test_a_group_is_explained_as_its_classes(tmp_path):
     assert found.changes[0].probability["fused"] == pytest.approx(1.0)
 
 
+def test_a_group_is_explained_without_its_impossible_classes(tmp_path):
+    rules = Rules(LABELS, classes=("red", "green"), ancestors=dict.fromkeys(LABELS, ("any",)), rollup=0.9999)
+    found = explained(tmp_path, rules)
+    assert (found.prediction.label, found.prediction.source) == ("any", "rollup")
+    assert found.questions["fused"] == "why red or green"
+
+
 def test_the_runner_up_is_a_possible_class(tmp_path):
     found = explained(tmp_path, Rules(LABELS, classes=("red", "blue")), against="runner-up")
     assert found.questions["fused"] == "why red and not blue"

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from conftest import write_dataset, write_run
 from safetensors.torch import load_file
 from test_resume import same_weights
 
-from l2r2_models import L2R2Error
+from l2r2_models import L2R2Error, load_checkpoint
+from l2r2_models.boxes import BoxEntry
 from l2r2_models.data.table import read_table
+from l2r2_models.evaluate.fuse import fuse
+from l2r2_models.evaluate.logits import branch_logits
 from l2r2_models.train.finetune import finetune
 from l2r2_models.train.groups import GroupDRO, count_groups, groups_of
 from l2r2_models.train.losses import BranchLoss
@@ -127,6 +131,7 @@ def test_groups_are_drawn_equally(data, tmp_path):
         ({"jtt": "runs/first", "balanced": True}, "jtt draws the rows by itself"),
         ({"jtt": "runs/first", "jtt_factor": 1}, "jtt_factor must lie between 2 and 10,000"),
         ({"jtt_factor": 5}, "jtt_factor has no effect without jtt"),
+        ({"group_step": 0.1}, "group_step must be above 0, for objective group_dro; got 0.1 for erm"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes, sentence):
@@ -135,7 +140,6 @@ def test_settings_that_do_not_fit_are_refused(changes, sentence):
 
 
 def test_jtt_draws_what_the_first_run_misclassifies_more_often(data, tmp_path):
-    from l2r2_models import load_checkpoint
     from l2r2_models.evaluate.evaluator import judge_run
 
     finetune(data, recipe(epochs=1), tmp_path / "first")
@@ -160,6 +164,23 @@ def test_jtt_draws_what_the_first_run_misclassifies_more_often(data, tmp_path):
     finetune(data, recipe(epochs=2), tmp_path / "first", overwrite=True)
     with pytest.raises(L2R2Error, match="--overwrite"):  # its errors are others now
         finetune(data, recipe(epochs=1, jtt=str(tmp_path / "first"), jtt_factor=5), tmp_path / "jtt")
+
+
+def test_jtt_judges_the_first_run_with_box_scores_as_evaluate_does(data, tmp_path):
+    run = write_run(tmp_path / "first", fusion="objectness_max_confidence")
+    table = read_table(data).of_split("train")
+    scores = (0.25, 1.0)  # the whole image decides, and the object may decide
+    wrong = []
+    for score in scores:
+        rows = tuple(replace(row, entry=BoxEntry(row.entry.boxes, (score,), ("",))) for row in table.rows)
+        scored = replace(table, rows=rows)
+        checkpoint = load_checkpoint(run)
+        found = branch_logits(checkpoint, scored)
+        expected = fuse(checkpoint.model.fusion, found).argmax(-1).ne(found.labels).tolist()
+        first = FirstStage.read(str(run), 2, table.classes())
+        wrong.append(first.errors(scored, 5, 0, lambda steps, total: steps))
+        assert wrong[-1] == expected
+    assert wrong[0] != wrong[1]
 
 
 def test_jtt_never_replaces_its_first_run(data, tmp_path):
