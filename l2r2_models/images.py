@@ -89,12 +89,14 @@ class LazyImage:
     ) -> None:
         self.name, self.fill, self.max_pixels = name or _name_of(source), fill, max_pixels
         self._decoded: Image.Image | None = None
+        self._opened: Image.Image | None = None  # for the first call of `load`
         with _one_sentence(self.name, max_pixels):
             readable = _read(source)
             self._encoded = b"" if isinstance(readable, Image.Image) else _bytes(readable, self.name)
             image = _opened(self._encoded or readable, self.name, max_pixels)
             if self._encoded and image.format in SCALED:
                 self.size = (image.width, image.height) if _orientation(image) in TURNED else (image.height, image.width)
+                self._opened = image
                 return
             self._decoded = _decoded(image, self.name, fill, ours=not isinstance(source, Image.Image))
         self._encoded = b""
@@ -110,7 +112,7 @@ class LazyImage:
         if self._decoded is not None:
             return self._decoded if scale == 1 else self._decoded.reduce(scale)
         with _one_sentence(self.name, self.max_pixels):
-            image = _opened(self._encoded, self.name, self.max_pixels)
+            image, self._opened = self._opened or _opened(self._encoded, self.name, self.max_pixels), None
             width, height = image.size
             # turning a reduced image would move a last row or column that covers fewer pixels to the front
             whole_cells = _orientation(image) == 1 or not (width % scale or height % scale)

@@ -97,15 +97,13 @@ class Network:
         """
         if not self.separate or item.image is None or item.views is not None:
             return item
-        spec, others = self.model.view_spec, self._others
         index, boxes = torch.zeros(len(rows), dtype=torch.long), torch.stack([row.box for row in rows])
-        masks = [row.mask for row in rows]
-        views = make_views([item.image], boxes, spec, branches=others, image_index=index, masks=masks)
+        masks = [row.mask for row in rows] if any(row.mask is not None for row in rows) else None
+        branches = self._others if self.cascade is not None or item.full is not None else self.model.branches
+        views = make_views([item.image], boxes, self.model.view_spec, branches=branches, image_index=index, masks=masks)
         if self.cascade is not None:
             return replace(item, views=views)
-        if "full" in self.model.branches and item.full is None:
-            views = views._replace(full=make_views([item.image], None, spec, branches=("full",)).full)
-        return replace(item, image=None, views=views)
+        return replace(item, image=None, views=views if views.full is None else views._replace(full=views.full[:1]))
 
     @torch.inference_mode()
     def __call__(self, jobs: Sequence[Job]) -> Answered:
