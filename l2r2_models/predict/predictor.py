@@ -275,7 +275,7 @@ class Predictor:
     def decode(
         self, path: str | Path, entry: BoxEntry | None = None, mask_file: Path | None = None, data: bytes | None = None
     ) -> Item:
-        """Decode what the views show, and select the boxes to classify; before the localizer runs, the whole image and no rows."""
+        """Decode what the views show, and select the boxes to classify; before the localizer runs, the whole image."""
         image = LazyImage(path if data is None else data, fill=self.model.view_spec.fill, name=str(path))
         mask = load_mask(mask_file, image.size) if mask_file else None
         boxes = None if mask is None else Detections.from_mask(mask)
