@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import L2R2Error
-from ..hardware import has_bf16
+from ..hardware import has_bf16, rows_per_pass
 from ..models.backbones import is_convolutional
 from ..models.cascade import Cascade, can_decide, check_cascade, has_own_views
 from ..models.l2r2 import L2R2, L2R2Output
@@ -205,8 +205,8 @@ class Network:
         return full
 
     def logits(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the logits by branch of the views `[B, 3, S, S]` by branch; a pass has up to twice `batch_size` views."""
-        size = self.batch_size * (2 if len(views) == 1 else 1)
+        """Return the logits by branch of the views `[B, 3, S, S]` by branch; a pass has at most twice `batch_size` views."""
+        size = rows_per_pass(self.device, self.batch_size * (2 if len(views) == 1 else 1), len(views))
         logits: dict[str, list[Tensor]] = {branch: [] for branch in views}
         for start in range(0, max(map(len, views.values()), default=0), size):
             part = {b: view[start : start + size] for b, view in views.items() if len(view) > start}
