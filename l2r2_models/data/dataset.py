@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from ..boxes.detections import Detections
 from ..errors import L2R2Error
-from ..images import LazyImage, image_tensor, load_mask
+from ..images import LazyImage, load_mask
 from ..views import Patches, ViewSpec, decode_patches, make_views, mask_in_full_view, scale_of, takes_patches, view_map
 from .augment import Augment
 from .composite import background_of, paste_object
@@ -136,7 +136,7 @@ def sample_of(
     if mask is None and len(found) and found.masks is not None:
         mask = found.masks[pick]
     scale = scale_of_image(image.size, box) if mask is None and row.background is None else 1
-    pixels = image_tensor(image.load(scale))
+    pixels = image.pixels(scale)
     if not len(found):
         return Sample(pixels, box, mask)
     swapped = False
@@ -152,7 +152,7 @@ def _decode(row: Row, fill: Sequence[int], box_threshold: float) -> tuple[Tensor
     """Return the pixels `[H, W, 3]`, all usable objects, and the mask of the mask file; without boxes, the box of the mask."""
     image = LazyImage(row.path, fill=fill)
     found, mask = _objects(row, image.size, box_threshold)
-    return image_tensor(image.load()), found, mask
+    return image.pixels(), found, mask
 
 
 def _objects(row: Row, size: tuple[int, int], box_threshold: float) -> tuple[Detections, Tensor | None]:
