@@ -117,9 +117,7 @@ def fuse(
     if report.reason:
         say(report.reason)
     if report.chosen == "fg alone" and cascade is None:
-        say(
-            "`l2r2 predict --cascade 0` then skips the whole image where there is a box: same labels and scores, about half the time."
-        )
+        say("`l2r2 predict --cascade 0` then skips the whole image where there is a box, and gives the same labels and scores.")
     if (limit := report.abstain) is not None:
         kept = f"{limit.coverage:.0%} of the {limit.images} images keep their prediction, {limit.reached:.1%} of these are wrong"
         say(f"abstains below a confidence of {limit.threshold:.3f}: {kept}")
