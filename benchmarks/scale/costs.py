@@ -56,7 +56,7 @@ def measure(run: Path, images: Path, limit: int, options: dict) -> dict[str, flo
     pickle.dumps(Rows.of([{"file": "a.jpg", "failure": "so that imports are not measured"}]))
     n = len(found.inputs.paths)
     with clock.of("plan_s", n):
-        parts = list(found.partitions(predictor))
+        parts = list(found.partitions(predictor.localizer))
         work = [pickle.dumps(part) for part in parts]
     plan = Plan(str(run), predictor.checkpoint.digest, {"workers": 0, **options}, predictor.rules)
     sources = [source for data in work for source in sources_of(pickle.loads(data), None)]
