@@ -49,7 +49,7 @@ class Engine:
             work: rows.
             plan: first argument of the stages.
             stage: class that is created once per worker with the plan and its number of threads, and called with batches of one
-                row.
+                row. The call is a generator, because Ray does not pass on the cause of an error in a plain function.
             apart: two such classes to use instead, one for workers that decode, and one for those that hold the model.
             decode_apart: whether to use `apart`; by default, if the cluster has GPUs.
 

@@ -173,10 +173,10 @@ class Decode(_Stage):
 class Classify(_Stage):
     """Localize and classify slices of decoded images."""
 
-    def __call__(self, batch: Mapping[str, Any]) -> Row:
-        """Return the rows of each slice."""
-        rows = [data and self._rows(data) for data in batch["data"]]
-        return {"key": list(batch["key"]), "slice": list(batch["slice"]), "data": rows}
+    def __call__(self, batch: Mapping[str, Any]) -> Iterator[Row]:
+        """Yield the rows of each slice."""
+        for key, number, data in zip(batch["key"], batch["slice"], batch["data"]):
+            yield {"key": [key], "slice": [number], "data": [data and self._rows(data)]}
 
     def _rows(self, data: bytes) -> bytes:
         return _rows_of(list(self.predictor.predict_items(pickle.loads(data))), self.plan.keep_logits)

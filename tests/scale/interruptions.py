@@ -7,7 +7,7 @@ def killing(cluster, node, after):
 
     def kill(results, total):
         for result in results:
-            done.append(result[0])
+            done.append(result)
             if len(done) == after:
                 cluster.remove_node(node, allow_graceful=False)
             yield result

@@ -56,7 +56,7 @@ def test_forty_bad_images_in_a_partition_are_rows_with_their_failure(run, datase
     plan = plan_of(run, **options)
     if apart:
         classify = Classify(plan)
-        batches = [classify(slice) for slice in Decode(plan)(work_of(part))]
+        batches = [rows for slice in Decode(plan)(work_of(part)) for rows in classify(slice)]
     else:
         batches = Predict(plan)(work_of(part))
     (rows,) = assembled(batches).values()
