@@ -126,6 +126,7 @@ class Recipe:
         channels_last: use the channels-last memory layout; same result up to rounding, faster for most convolutions. `auto`
             uses it for convolutional backbones.
         compile: compile the backbone with `torch.compile`, which takes minutes at the start.
+        sync_batch_norm: under torchrun, batch norm uses the statistics of all processes' rows, not of its own process; on GPUs.
         seed: random seed of weights, order and augmentation.
         workers: processes that load images; the result does not depend on it.
 
@@ -214,6 +215,7 @@ class Recipe:
     precision: str = AUTO
     channels_last: Literal["auto", True, False] = AUTO
     compile: bool = False
+    sync_batch_norm: bool = False
     seed: int = 0
     workers: int = 0
 
@@ -239,6 +241,8 @@ class Recipe:
                 raise L2R2Error(
                     f"mixup and cutmix cannot mix the {targets} that a {head} head is trained on; use one or the other."
                 )
+        if self.sync_batch_norm and self.trainable == "head":
+            raise L2R2Error("sync_batch_norm has no effect with trainable=head, which freezes the statistics; leave it out.")
         self.augment()
         self.part_weights()
         if self.fusion in FUSIONS and FUSIONS[self.fusion].needs_fit:
