@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -55,7 +56,7 @@ def _has_depthwise(backbone: nn.Module) -> bool:
 
 
 def check_device(recipe: Recipe) -> None:
-    """Check that this machine supports the recipe's precision and batch norm.
+    """Check that this machine supports the recipe's precision and batch norm, and that the model is not to be sharded.
 
     Raises:
         L2R2Error: when it does not.
@@ -65,6 +66,11 @@ def check_device(recipe: Recipe) -> None:
         raise L2R2Error("precision fp16 needs a GPU; on a CPU, use bf16 or fp32.")
     if recipe.precision == "bf16" and cuda and not has_bf16(torch.device("cuda")):
         raise L2R2Error("precision bf16 is not supported by this GPU; use fp16 or fp32.")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":  # what the Trainer reads
+        raise L2R2Error(
+            "finetune cannot save the weights of a model that FSDP has sharded; start it without --use_fsdp (ACCELERATE_USE_FSDP), "
+            "and save memory with branch_backward=separate or grad_checkpointing=true."
+        )
     if recipe.sync_batch_norm and processes.world() > 1 and not cuda:
         raise L2R2Error("sync_batch_norm needs a GPU per process, because torch cannot synchronize on a CPU; leave it out.")
 
