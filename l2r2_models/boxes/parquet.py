@@ -91,7 +91,12 @@ def read_parquet(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """
     if not path.is_dir():
         return _read_file(path)
-    info, names = manifest_of((path / MANIFEST).read_bytes(), str(path))
+    manifest = path / MANIFEST
+    check_readable(manifest, most=None)
+    try:
+        info, names = manifest_of(manifest.read_bytes(), str(path))
+    except OSError as error:
+        raise L2R2Error(f"{manifest}: cannot be read ({error.strerror or error}).") from error
     return [row for name in names for row in _read_file(path / name)[0]], info
 
 

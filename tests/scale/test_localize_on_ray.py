@@ -17,6 +17,7 @@ from l2r2_models.localize.localize_files import localize_to_file
 from l2r2_models.predict.inputs import gather
 from l2r2_models.scale import localize, read_table
 from l2r2_models.scale.localize import Localize, LocalizePlan
+from l2r2_models.scale.output import Output
 from l2r2_models.scale.results import Assembly, Rows, Tally
 from l2r2_models.scale.sources import find
 
@@ -93,6 +94,18 @@ def test_the_folder_is_the_box_file_of_one_process(l2r2, one_node, run, dataset,
         predicted = tmp_path / "predictions.parquet"
         l2r2("predict", run, dataset / "images", "-o", predicted)
         read_boxes(predicted)
+
+
+def test_a_folder_that_is_not_complete_is_no_box_file(tmp_path):
+    output = Output(tmp_path / "boxes", create_localizer("center", device="cpu").info)
+    output.start()
+    with pytest.raises(L2R2Error, match="boxes: is not complete; run the same command again"):
+        read_boxes(tmp_path / "boxes")
+    output.finish([])
+    assert read_boxes(tmp_path / "boxes").entries == {}
+    (tmp_path / "boxes" / "_manifest.json").write_text("{")
+    with pytest.raises(L2R2Error, match=r"_manifest\.json: is damaged; remove the folder"):
+        read_boxes(tmp_path / "boxes")
 
 
 def test_what_one_machine_alone_can_do_is_refused(l2r2, dataset, tmp_path):
