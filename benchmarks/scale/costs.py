@@ -67,7 +67,7 @@ def measure(run: Path, images: Path, limit: int, options: dict) -> dict[str, flo
     with clock.of("decode_s", n):
         decoded = [predictor.decode(s.name, s.entry, s.mask) for s in sources]
     with clock.of("cut_s", n):
-        items = [predictor.network.cut(*pair) for pair in decoded]
+        items = [predictor.network.cut(item, item.rows) for item in decoded]
     with clock.of("network_s", n):
         predictions = list(predictor.predict_items(items))
     with clock.of("rows_s", n):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import L2R2Error
+from ..hardware import rows_per_pass
 from ..pipe import in_order
 from ..views import Views, make_views
 from .classifier import Audited
@@ -65,7 +66,10 @@ def answers_of(task: Task, todo: Sequence[int], workers: int) -> Iterator[tuple[
 
     def change(i: int) -> _Changed:
         subject = subjects[i]
-        size = min(task.batch_size, max(1, BATCH_PIXELS // (max(1, workers) * subject.inside.numel())))
+        size = min(
+            rows_per_pass(device, task.batch_size, len(set(model.answers) - {"fused"})),
+            max(1, BATCH_PIXELS // (max(1, workers) * subject.inside.numel())),
+        )
         changed = iter(subjects.changed(i, subject, donors, model.grain, donors.seed))
         parts = []
         while part := list(islice(changed, size)):
