@@ -31,8 +31,8 @@ class Answer:
 def answers_on_ray(address: str | None = None, actors: int | None = None) -> Compute:
     """Return the argument `compute` of `audit` and `run_audit` that classifies the changed images on Ray Data.
 
-    The numbers are those of one process, because noise and backgrounds are drawn per image. Workers get the model from the
-    process that calls, and read the images themselves.
+    Noise and backgrounds are those of one process, because they are drawn per image; the logits differ by rounding at most.
+    Workers get the model from the process that calls, and read the images themselves.
 
     Args:
         address: Ray cluster to connect to, see `engine.connected`.

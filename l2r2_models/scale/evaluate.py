@@ -46,7 +46,8 @@ class Logits:
 def logits_on_ray(address: str | None = None, actors: int | None = None) -> Compute:
     """Return the argument `compute` of `judge_run` and `evaluate_run` that computes the branch logits on Ray Data.
 
-    The batches are those of one process. Workers get the model from the process that calls, and read the images themselves.
+    The logits are those of one process up to rounding, and exactly those of one that computes with one thread. Workers get the
+    model from the process that calls, and read the images themselves.
 
     Args:
         address: Ray cluster to connect to, see `engine.connected`.
