@@ -69,7 +69,7 @@ def check_device(recipe: Recipe) -> None:
         raise L2R2Error("precision bf16 is not supported by this GPU; use fp16 or fp32.")
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":  # what the Trainer reads
         raise L2R2Error(
-            "finetune cannot save the weights of a model that FSDP has sharded; start it without --use_fsdp "
+            "finetune cannot save the weights of a model that FSDP has sharded; start it without use_fsdp "
             "(ACCELERATE_USE_FSDP), and save memory with branch_backward=separate or grad_checkpointing=true."
         )
     if recipe.sync_batch_norm and processes.world() > 1 and not cuda:

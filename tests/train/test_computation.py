@@ -29,7 +29,7 @@ def chosen(monkeypatch, model, *, bf16, before=(), **changes):
 
 def test_fsdp_is_refused_before_anything_is_written(dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch --use_fsdp` sets it
-    with pytest.raises(L2R2Error, match="start it without --use_fsdp"):
+    with pytest.raises(L2R2Error, match="start it without use_fsdp"):
         finetune(dataset, recipe(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
