@@ -66,6 +66,7 @@ def test_moments_by_hand():
     c = meter.clues(fg, context)
     m = [(c[i] * weights[i] + c[i + 1] * weights[i + 1]) / 4 for i in (0, 2, 4, 6)]
     within = sum(weights[i].double() * (c[i] - m[i // 2]) ** 2 for i in range(4)) / 8
-    assert torch.allclose(meter.moments[:, 0].double(), torch.stack([(m[0] + m[1]) / 2, within, torch.tensor(8.0)]).double(), atol=1e-6)
+    expected = torch.stack([(m[0] + m[1]) / 2, within, torch.tensor(8.0, dtype=torch.double)])
+    assert torch.allclose(meter.moments[:, 0].double(), expected, atol=1e-6)
     covariance = (m[0] - m[1]) * (m[2] - m[3]) / 2
     assert torch.allclose(meter.between.double()[0, 1], covariance, atol=1e-6) and meter.classes == 2
