@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .common import cell, check_explanations, errors, say, show, track
-from .options import Boxes, Data, Explanations, Group, Json, Metadata, Report, Seed, SkipBad, Workers
+from .common import cell, check_explanations, errors, on_ray, say, show, track
+from .options import Address, Boxes, Data, Engine, Explanations, Group, Json, Metadata, Report, Seed, SkipBad, Workers
 
 if TYPE_CHECKING:
     from l2r2_models.audit.audit import Audit
@@ -47,6 +47,8 @@ def audit(
     report: Report = None,
     explanations: Explanations = None,
     as_json: Json = False,
+    engine: Engine = "local",
+    address: Address = None,
 ) -> None:
     """Measure how much a classifier relies on backgrounds: swapped backgrounds, erased objects, noise. Needs boxes or masks.
 
@@ -58,6 +60,11 @@ def audit(
     from l2r2_models.errors import L2R2Error
     from l2r2_models.runs import WEIGHTS, store_audit
 
+    how: dict[str, Any] = {"workers": workers}
+    if on_ray(engine, address):
+        from l2r2_models.scale import answers_on_ray
+
+        how = {"compute": answers_on_ray(address, workers)}
     audited = run_audit(
         model,
         data,
@@ -73,8 +80,8 @@ def audit(
         seed=seed,
         skip_bad=skip_bad,
         work=work,
-        workers=workers,
         progress=track,
+        **how,
     )
     result = audited.result
     for warning in result.warnings:

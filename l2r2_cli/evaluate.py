@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .common import cell, check_explanations, errors, numbers, say, show, show_shares, track
-from .options import Boxes, Data, Explanations, Group, Json, Metadata, Report, Run, SkipBad, Workers
+from .common import cell, check_explanations, errors, numbers, on_ray, say, show, show_shares, track
+from .options import Address, Boxes, Data, Engine, Explanations, Group, Json, Metadata, Report, Run, SkipBad, Workers
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,6 +56,8 @@ def evaluate(
     report: Report = None,
     explanations: Explanations = None,
     as_json: Json = False,
+    engine: Engine = "local",
+    address: Address = None,
 ) -> None:
     """Evaluate every branch and every fusion of a run: accuracy, macro accuracy, calibration, groups, confusion."""
     check_explanations(explanations, report)
@@ -63,6 +65,11 @@ def evaluate(
     from l2r2_models.evaluate.evaluator import evaluation_of, judge_run
     from l2r2_models.runs import store_evaluation
 
+    how: dict[str, Any] = {"workers": workers}
+    if on_ray(engine, address):
+        from l2r2_models.scale import logits_on_ray
+
+        how = {"compute": logits_on_ray(address, workers)}
     judged = [
         judge_run(
             run,
@@ -78,8 +85,8 @@ def evaluate(
             drop_parts=numbers("--drop-parts", drop_parts),
             token_quantile=token_quantile,
             adapt=adapt,
-            workers=workers,
             progress=lambda batches, total: track(batches, total, "branch logits"),
+            **how,
         )
         for split in dict.fromkeys(splits or ["test"])
     ]

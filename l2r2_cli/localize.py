@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .common import columns, count, errors, say, track
-from .options import BatchSize, Device, Json, Split, Workers
+from .common import columns, count, errors, on_ray, say, track
+from .options import Address, BatchSize, Device, Engine, Json, Split, Workers
+
+if TYPE_CHECKING:
+    from l2r2_models.localize import LocalizerSpec
 
 
 def _show_presets(show: bool) -> None:
@@ -29,7 +33,9 @@ def localize(
     images: Annotated[list[Path], typer.Argument(help="Images, folders of images, or data sets.")],
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="Box file to write, .json or .parquet; rerun to resume."),
+        typer.Option(
+            "--out", "-o", help="Box file to write, .json or .parquet; with --engine ray, a folder of Parquet. Rerun to resume."
+        ),
     ],
     localizer: Annotated[
         Optional[str],
@@ -56,6 +62,8 @@ def localize(
     workers: Workers = None,
     device: Device = None,
     as_json: Json = False,
+    engine: Engine = "local",
+    address: Address = None,
 ) -> None:
     """Find objects in images and write a box file that finetune, evaluate and predict read.
 
@@ -68,6 +76,11 @@ def localize(
 
     spec = LocalizerSpec.parse(localizer or DEFAULT)
     spec = spec.with_option("prompt", *prompt) if prompt else spec
+    if on_ray(engine, address):
+        if oracle_prompts or device or format != "megadetector":
+            raise typer.BadParameter("--engine ray writes parquet, without --oracle-prompts, --device and --format")
+        _localize_on_ray(images, spec, out, as_json, split=split, address=address, actors=workers, batch_size=batch_size)
+        return
     inputs = gather(images, split=split)
     if oracle_prompts and (lacking := [path for path in inputs.paths if str(path) not in inputs.labels]):
         raise L2R2Error(f"--oracle-prompts needs a label for every image in the metadata; {lacking[0]} has none.")
@@ -85,17 +98,36 @@ def localize(
     )
     if not first:
         return
-    for why in report.failures.values():
-        errors.print(f"failed: {why}")
     total, failed = len(report.entries), len(report.failures)
+    before = f", {report.kept} of them from before" if report.kept else ""
+    counts = {"images": total, "with_box": report.with_box, "failed": failed, "from_before": report.kept}
+    _print(out, as_json, f"{count(total, 'image')}{before}", counts, report.failures.values(), finder.info)
+
+
+def _print(
+    out: Path, as_json: bool, images: str, counts: dict[str, int], failures: Iterable[str], info: Mapping[str, Any]
+) -> None:
+    """Print the failures and the summary; exit with 1 if there are failures."""
+    for why in failures:
+        errors.print(f"failed: {why}")
+    with_box, failed = counts["with_box"], counts["failed"]
     if as_json:
-        counts = {"images": total, "with_box": report.with_box, "failed": failed, "from_before": report.kept}
-        about = {"license": None, **finder.info}  # null: the license is not known here
+        about = {"license": None, **info}  # null: the license is not known here
         typer.echo(json.dumps({"boxes": str(out), **counts, **{key: about[key] for key in ("localizer", "license")}}))
     else:
-        before = f", {report.kept} of them from before" if report.kept else ""
-        without = total - report.with_box - failed
-        say(f"{count(total, 'image')}{before}: {report.with_box} with a box, {without} without; {failed} failed")
+        say(f"{images}: {with_box} with a box, {counts['images'] - with_box - failed} without; {failed} failed")
         say(f"wrote {out}")
     if failed:
         raise typer.Exit(1)
+
+
+def _localize_on_ray(images: list[Path], spec: LocalizerSpec, out: Path, as_json: bool, **options: Any) -> None:
+    """Localize with Ray Data, and print the summary."""
+    from l2r2_models.scale import localize as localize_partitions
+
+    bar = lambda items, total: track(items, total, "localizing partitions")  # noqa: E731
+    report = localize_partitions(images, spec, out, progress=bar, **options)
+    tally = report.tally
+    where = f"{count(tally.images, 'image')} in {count(report.partitions, 'partition')}, {report.kept} of them from before"
+    counts = {"images": tally.images, "with_box": tally.found, "failed": tally.failed, "partitions_from_before": report.kept}
+    _print(out, as_json, where, counts, tally.reasons, report.header)

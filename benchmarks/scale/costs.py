@@ -56,7 +56,7 @@ def measure(run: Path, images: Path, limit: int, options: dict) -> dict[str, flo
     pickle.dumps(Rows.of([{"file": "a.jpg", "failure": "so that imports are not measured"}]))
     n = len(found.inputs.paths)
     with clock.of("plan_s", n):
-        parts = list(found.partitions(predictor))
+        parts = list(found.partitions(predictor.localizer))
         work = [pickle.dumps(part) for part in parts]
     plan = Plan(str(run), predictor.checkpoint.digest, {"workers": 0, **options}, predictor.rules)
     sources = [source for data in work for source in sources_of(pickle.loads(data), None)]
@@ -67,7 +67,7 @@ def measure(run: Path, images: Path, limit: int, options: dict) -> dict[str, flo
     with clock.of("decode_s", n):
         decoded = [predictor.decode(s.name, s.entry, s.mask) for s in sources]
     with clock.of("cut_s", n):
-        items = [predictor.network.cut(*pair) for pair in decoded]
+        items = [predictor.network.cut(item, item.rows) for item in decoded]
     with clock.of("network_s", n):
         predictions = list(predictor.predict_items(items))
     with clock.of("rows_s", n):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,19 +18,17 @@ from torch import Tensor
 from ..data.table import ImageTable, read_table, rows_digest
 from ..errors import L2R2Error
 from ..evaluate.fit_run import rows_of, warnings_of
-from ..hardware import rows_per_pass
 from ..io import check_readable, write_atomic
-from ..pipe import in_order, worker_count
+from ..pipe import worker_count
 from ..versions import version_of
-from ..views import Views, make_views
 from .classifier import Audited, load_audited, match_classes
 from .metrics import Estimate, measures
-from .perturbations import Donors, Subject, number_of, plan
+from .perturbations import Donors, number_of, plan
+from .run_model import Compute, Task, answers_of
 from .samples import Progress, Subjects, find_subjects
 from .verdict import advice_of, verdict_of
 
 logger = logging.getLogger(__name__)
-BATCH_PIXELS = 50_000_000  # pixels of changed images held in memory
 SAVES = 50  # how many times an audit stores its intermediate results
 
 
@@ -138,6 +135,7 @@ def run_audit(
     batch_size: int = 32,
     workers: int | None = None,
     progress: Progress = lambda items, *_: items,
+    compute: Compute = answers_of,
 ) -> AuditRun:
     """Measure how much a classifier relies on the background (`docs/method.md`, section 9).
 
@@ -161,6 +159,7 @@ def run_audit(
         batch_size: changed images per forward pass; does not affect the result.
         workers: number of threads that decode and change images in advance; 0 for none, by default one per core.
         progress: wraps the iteration over the images.
+        compute: runs the model on the changed images, e.g. `scale.answers_on_ray()`.
 
     Returns:
         The audit, with the images and predictions it was computed from.
@@ -178,7 +177,8 @@ def run_audit(
     )
     store = Store(work or _work_folder(audited), audited, subjects, matched, plan(backgrounds, challenge), seed)
     donors = Donors(subjects.keys, subjects.labels, backgrounds, seed, subjects.images.tolist())
-    answers = _run_model(audited, subjects, matched, donors, challenge, store, batch_size, worker_count(workers), progress)
+    task = Task(audited, subjects, matched, donors, challenge, batch_size)
+    answers = _run_model(task, store, worker_count(workers), progress, compute)
     groups = subjects.table.column(group) if group else None
     found = {name: measures(*answers.of(name), subjects.images, groups, subjects.labels, seed=seed) for name in audited.answers}
     split_name = split or ("test" if table.splits else "all")
@@ -233,98 +233,20 @@ def _work_folder(audited: Audited) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "l2r2" / "audit"
 
 
-def _run_model(
-    model: Audited,
-    subjects: Subjects,
-    matched: Mapping[str, Sequence[int]],
-    donors: Donors,
-    challenge: bool,
-    store: Store,
-    batch_size: int,
-    workers: int,
-    progress: Progress,
-) -> Answers:
+def _run_model(task: Task, store: Store, workers: int, progress: Progress, compute: Compute) -> Answers:
     """Run the model on all changed images that are not in the store yet."""
-    names, made = model.answers, tuple(plan(donors.backgrounds, challenge))
+    subjects, names, made = task.subjects, task.model.answers, tuple(plan(task.donors.backgrounds, task.challenge))
     values = store.read((len(subjects), len(names), len(made), 3))
     todo = [i for i in range(len(subjects)) if not values[i].isfinite().any()]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.network.to(device)
-
-    def change(i: int) -> _Changed:
-        subject = subjects[i]
-        size = min(
-            rows_per_pass(device, batch_size, len(set(names) - {"fused"})),
-            max(1, BATCH_PIXELS // (max(1, workers) * subject.inside.numel())),
-        )
-        changed = iter(subjects.changed(i, subject, donors, model.grain, donors.seed))
-        parts = []
-        while part := list(islice(changed, size)):
-            places, images = zip(*part)
-            parts.append((list(places), _views(model, images, subject, device)))
-        return _Changed(subject, size, parts)
-
     try:
-        prepared = in_order(change, todo, workers, weigh=_Changed.pixels)
-        for count, (i, (subject, size, parts)) in enumerate(zip(progress(todo, len(todo), "changing images"), prepared), 1):
-            row = torch.full(values.shape[1:], torch.nan)
-            own = list(matched[subjects.labels[i]])
-            for places, views in parts:
-                logits = _logits(model, views)
-                for a, name in enumerate(names):
-                    row[a, places] = _scores(logits[name], own)
-            if challenge:
-                row[:, -1, :2] = _challenged(model, subjects.challenges(i, subject, donors), subject, own, size, device)
-            if not row[:, 0].isfinite().all():
-                raise L2R2Error(f"{model.name}: the logits are not finite; its training has diverged.")
+        found = progress(compute(task, todo, workers), len(todo), "changing images")
+        for count, (i, row) in enumerate(found, 1):
             values[i] = row
             if count % max(1, len(todo) // SAVES) == 0:
                 store.write(values)
     finally:
-        model.network.cpu()
         store.write(values)
     return Answers(values, names, made)
-
-
-def _challenged(
-    model: Audited, changed: Iterable[Tensor], subject: Subject, own: list[int], size: int, device: torch.device
-) -> Tensor:
-    """Return `[outputs, 2]`: whether all images are correct, and the lowest true-class probability; stops when all are wrong."""
-    worst, images = torch.ones(len(model.answers), 2), iter(changed)
-    while (part := list(islice(images, size))) and worst[:, 0].any():
-        logits = _logits(model, _views(model, part, subject, device))
-        worst = torch.minimum(worst, torch.stack([_scores(logits[name], own)[:, :2].amin(0) for name in model.answers]))
-    return worst
-
-
-class _Changed(NamedTuple):
-    """A subject, the number of its changed images per batch, and the places in `plan` and views of each batch."""
-
-    subject: Subject
-    size: int
-    parts: list[tuple[list[int], Views]]
-
-    def pixels(self) -> int:
-        """Return the number of uint8 RGB pixels that would take as much memory as the views."""
-        return sum(4 * view.numel() // 3 for _, views in self.parts for view in views.inputs().values())
-
-
-def _views(model: Audited, images: Sequence[Tensor], subject: Subject, device: torch.device) -> Views:
-    boxes, masks = subject.boxes[:1].expand(len(images), 4), [subject.view_mask] * len(images)
-    return make_views(images, boxes, model.spec, branches=model.branches, masks=masks, device=device)
-
-
-@torch.inference_mode()
-def _logits(model: Audited, views: Views) -> dict[str, Tensor]:
-    return {name: z.float().cpu() for name, z in model(views).items()}
-
-
-def _scores(logits: Tensor, own: list[int]) -> Tensor:
-    """Return `[B, 3]`: whether the most probable class is among `own`, the sum of their probabilities, and that class."""
-    best = logits.argmax(-1)
-    right = torch.isin(best, torch.tensor(own))
-    values = torch.stack([right.float(), logits.double().softmax(-1)[:, own].sum(-1).float(), best.float()], 1)
-    return values.where(logits.isfinite().all(1, keepdim=True), torch.nan)
 
 
 class Store:

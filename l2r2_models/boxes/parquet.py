@@ -1,9 +1,9 @@
-"""Boxes as one Parquet file with one row per image, for data sets whose JSON would take gigabytes."""
+"""Boxes as Parquet with one row per image, in one file or a folder of files, for data sets whose JSON would take gigabytes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,28 @@ from ..io import check_readable, write_atomic
 from .table import BoxEntry, BoxTable
 
 KEY = b"l2r2"
+MANIFEST = "_manifest.json"  # of a folder of partitions; readers of Parquet ignore names with an underscore
 INSTALL = 'Parquet needs pyarrow: pip install "l2r2-models[detect]".'
 
 
 def write_parquet(table: BoxTable, path: Path) -> None:
-    """Write a table as Parquet, atomically.
-
-    The columns are file, width, height, normalized, failure, stamp, boxes (xyxy), scores, labels and masks (COCO RLE); `info` is
-    stored in the schema's metadata.
+    """Write a table as Parquet, atomically; the columns are those of `arrow_table`, and `info` is stored in the metadata.
 
     Raises:
         L2R2Error: when the file cannot be written, a name is not UTF-8, or pyarrow is missing.
     """
-    pa, parquet = pyarrow()
+    _, parquet = pyarrow()
+    check_names(path, table.entries)
+    rows = arrow_table(table.entries, table.stamps).replace_schema_metadata({KEY: json.dumps(table.info).encode()})
+    write_atomic(path, lambda temporary: parquet.write_table(rows, temporary))
+
+
+def arrow_table(entries: Mapping[str, BoxEntry], stamps: Mapping[str, str]) -> Any:
+    """Return entries as an Arrow table.
+
+    The columns are file, width, height, normalized, failure, stamp, boxes (xyxy), scores, labels and masks (COCO RLE).
+    """
+    pa, _ = pyarrow()
     mask = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
     lists = {
         "boxes": pa.list_(pa.list_(pa.float64())),
@@ -40,10 +49,8 @@ def write_parquet(table: BoxTable, path: Path) -> None:
         "failure": pa.string(),
         "stamp": pa.string(),
     }
-    schema = pa.schema([*fields.items(), *lists.items()], metadata={KEY: json.dumps(table.info).encode()})
-    check_names(path, table.entries)
-    records = [{**record_of(file, entry), "stamp": table.stamps.get(file)} for file, entry in table.entries.items()]
-    write_atomic(path, lambda temporary: parquet.write_table(pa.Table.from_pylist(records, schema), temporary))
+    records = [{**record_of(file, entry), "stamp": stamps.get(file)} for file, entry in entries.items()]
+    return pa.Table.from_pylist(records, pa.schema([*fields.items(), *lists.items()]))
 
 
 def record_of(file: str, entry: BoxEntry) -> dict[str, Any]:
@@ -77,11 +84,23 @@ def check_names(path: Path, names: Iterable[str]) -> None:
 
 
 def read_parquet(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Read the rows and `info` of a file from `write_parquet`.
+    """Read the rows and `info` of a file from `write_parquet`, or of a folder of such files with a manifest.
 
     Raises:
-        L2R2Error: when the file is not such Parquet, or pyarrow is missing.
+        L2R2Error: when the file is not such Parquet, the folder is not complete, or pyarrow is missing.
     """
+    if not path.is_dir():
+        return _read_file(path)
+    manifest = path / MANIFEST
+    check_readable(manifest, most=None)
+    try:
+        info, names = manifest_of(manifest.read_bytes(), str(path))
+    except OSError as error:
+        raise L2R2Error(f"{manifest}: cannot be read ({error.strerror or error}).") from error
+    return [row for name in names for row in _read_file(path / name)[0]], info
+
+
+def _read_file(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     pa, parquet = pyarrow()
     check_readable(path, most=None)
     try:
@@ -89,9 +108,33 @@ def read_parquet(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     except (OSError, pa.ArrowException) as error:
         raise L2R2Error(f"{path}: is not readable Parquet ({' '.join(str(error).split())[:200]}).") from error
     ours = (table.schema.metadata or {}).get(KEY)
-    if ours is None:
+    if ours is None or "boxes" not in table.column_names:
         raise L2R2Error(f"{path}: is not a box file of `l2r2 localize`; other Parquet files are not supported.")
     return table.to_pylist(), json.loads(ours)
+
+
+def manifest_of(text: bytes, folder: str, *, finished: bool = True) -> tuple[Any, list[str]]:
+    """Parse the manifest of a folder of partitions.
+
+    Args:
+        text: its content.
+        folder: name of the folder, for messages.
+        finished: refuse a folder that is not complete.
+
+    Returns:
+        The settings that the rows were made with, and the names of the partitions in the order of the images.
+
+    Raises:
+        L2R2Error: when it is damaged, or the folder is not complete.
+    """
+    try:
+        found = json.loads(text)
+        header, names, complete = found["header"], [str(name) for name in found["partitions"]], found["complete"]
+    except (ValueError, KeyError, TypeError):
+        raise L2R2Error(f"{folder}/{MANIFEST}: is damaged; remove the folder or choose another -o.") from None
+    if finished and not complete:
+        raise L2R2Error(f"{folder}: is not complete; run the same command again.")
+    return header, names
 
 
 def pyarrow() -> tuple[Any, Any]:

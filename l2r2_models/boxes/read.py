@@ -16,7 +16,7 @@ from ..io import check_readable, read_json
 from .annotations import is_openimages, read_coco_results, read_cvat, read_folder, read_label_studio, read_openimages
 from .entries import checked_entry, size_of
 from .megadetector import read_categories, read_frames, read_megadetector, read_speciesnet
-from .parquet import read_parquet
+from .parquet import MANIFEST, read_parquet
 from .table import BoxEntry, BoxTable, Frame
 
 RELATIVE = "all coordinates lie in [0, 1], but this format uses pixels; write pixels or use MegaDetector's format."
@@ -44,8 +44,8 @@ def read_boxes(path: str | Path) -> BoxTable:
 
     Supported formats: metadata CSV and JSONL, COCO (`annotations`, or a list of results), MegaDetector (`detection_categories` or
     `info`), SpeciesNet (`predictions`), plain JSON `{"a.jpg": [[x0, y0, x1, y1], ...]}` in pixels, the Parquet of `write_boxes`,
-    Label Studio's JSON, CVAT's XML, OpenImages' CSV, and folders of YOLO, Pascal VOC or LabelMe files. Masks are read if they
-    are COCO RLE; COCO's polygons are ignored.
+    folders of it from `l2r2 localize --engine ray`, Label Studio's JSON, CVAT's XML, OpenImages' CSV, and folders of YOLO, Pascal
+    VOC or LabelMe files. Masks are read if they are COCO RLE; COCO's polygons are ignored.
 
     Raises:
         L2R2Error: when the file is unreadable, of an unknown format, or ambiguous; the message names the file and the entry.
@@ -58,7 +58,10 @@ def read_boxes(path: str | Path) -> BoxTable:
     frames: dict[str, Frame] = {}
     if not path.exists():
         raise L2R2Error(f"{path}: no such box file.")
-    if path.is_dir():
+    if path.suffix.lower() == ".parquet" or (path / MANIFEST).is_file():
+        records, info = read_parquet(path)
+        kind, entries, stamps = "Parquet", _checked("Parquet", _read_parquet, records, path), _stamps(records)
+    elif path.is_dir():
         kind, entries = read_folder(path)
     elif path.suffix.lower() == ".xml":
         kind, entries = "CVAT", read_cvat(path)
@@ -69,9 +72,6 @@ def read_boxes(path: str | Path) -> BoxTable:
         if box_columns(rows, str(path)) is None and not any("objects" in row or "boxes" in row for row in rows):
             raise L2R2Error(f"{path}: has no box columns; {COLUMNS}.")
         kind, entries = "metadata", entries_of_rows(rows, str(path))
-    elif path.suffix.lower() == ".parquet":
-        records, info = read_parquet(path)
-        kind, entries, stamps = "Parquet", _checked("Parquet", _read_parquet, records, path), _stamps(records)
     else:
         data = read_json(path)
         kind = _sniff(data, str(path))

@@ -247,6 +247,12 @@ class ViewDataset(Dataset[dict[str, Any]]):
         plain.augment, plain.background_swap, plain.swapped_views, plain.cut = None, 0.0, (), True
         return plain
 
+    def part(self, start: int, stop: int) -> ViewDataset:
+        """Return a copy with some of the rows, whose items are the same as here if they do not depend on random numbers."""
+        part = copy.copy(self)
+        part.rows, part.targets = self.rows[start:stop], self.targets[start:stop]
+        return part
+
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that random numbers depend on; called by the Trainer at the start of each epoch."""
         self.epoch = int(epoch)

@@ -21,7 +21,7 @@ from ..fusion.prior_file import read_prior
 from ..runs import LOGITS, record_of
 from .fit_run import rows_of
 from .fuse import fit, fuse
-from .logits import BranchLogits, Progress, branch_logits
+from .logits import BranchLogits, Compute, Progress, branch_logits, compute_logits
 from .metrics import confusion_matrix, measure, oracle
 from .notes import classes_seen, fitted_on_seen, intervened, left_out, warnings_on
 from .risk import risks_at
@@ -147,6 +147,7 @@ def judge_run(
     adapt: str = "off",
     workers: int | None = None,
     progress: Progress = lambda batches, _: batches,
+    compute: Compute = compute_logits,
 ) -> Judged:
     """Compute the outputs of each branch and fusion of a run for every image of a split.
 
@@ -163,7 +164,7 @@ def judge_run(
         skip_bad: leave out images that cannot be used instead of stopping.
         drop_parts, token_quantile: see `IFAM.intervene`.
         adapt: grouping of images, see `Grouping.parse`; adds the run's fusion by group (`fused: NAME, by ADAPT`).
-        workers, progress: see `branch_logits`.
+        workers, progress, compute: see `branch_logits`.
 
     Raises:
         L2R2Error: when the data are unusable, a column is unknown, the labels of the runs differ, or `fit_split` is `split`.
@@ -192,13 +193,15 @@ def judge_run(
     if fit_split and len(branches) < 2:
         raise L2R2Error(f"{run}: has only the branch {', '.join(branches)}, so there is no fusion to fit on {fit_split}.")
 
+    how: dict[str, Any] = dict(workers=workers, progress=progress, compute=compute)
+
     def logits_of_runs(name: str) -> list[BranchLogits]:
         """Compute the branch logits of each run on a split, over the images that the first run could use."""
         parts: list[BranchLogits] = []
         for checkpoint, source in zip(runs, (run, *others)):
             store = Path(source) / LOGITS if Path(source).is_dir() else None
             usable = parts[0].table if parts else splits[name]
-            parts.append(branch_logits(checkpoint, usable, store, skip_bad=skip_bad, workers=workers, progress=progress))
+            parts.append(branch_logits(checkpoint, usable, store, skip_bad=skip_bad, **how))
         return parts
 
     judged, held_out = logits_of_runs(split), logits_of_runs(fit_split) if fit_split else None
@@ -206,7 +209,7 @@ def judge_run(
     strength = strength_on_swapped(runs[0], held_out[0].table, held_out[0].table, skip_bad, progress) if held_out else None
 
     def outputs_on(parts: list[BranchLogits]) -> dict[str, Tensor]:
-        baselines = zero_shot_outputs(runs[0], parts[0], strength, workers, progress)
+        baselines = zero_shot_outputs(runs[0], parts[0], strength, **how)
         return {**_outputs(runs, parts, fusions, correct, prior), **baselines}
 
     outputs = outputs_on(judged)

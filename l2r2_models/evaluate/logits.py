@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from ..models.l2r2 import L2R2
 from ..pipe import in_order
 
 logger = logging.getLogger(__name__)
-Progress = Callable[[Iterable[list[int]], int], Iterable[list[int]]]
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+Compute = Callable[[L2R2, ViewDataset, int, bool, int | None, Progress], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -64,64 +65,24 @@ class BranchLogits:
         return BranchLogits({b: z[rows] for b, z in self.logits.items()}, self.has_fg[rows], self.labels[rows], table, scores)
 
 
-def branch_logits(
-    checkpoint: Checkpoint,
-    table: ImageTable,
-    store: Path | None = None,
-    *,
-    batch_size: int = 32,
-    skip_bad: bool = False,
-    workers: int | None = None,
-    progress: Progress = lambda batches, _: batches,
-) -> BranchLogits:
-    """Load the branch logits of a table from the store, or compute them.
-
-    Args:
-        checkpoint: the model.
-        table: images with labels of the model's classes; their best box is used.
-        store: folder for the logits, one file per model and table; None to not store them.
-        batch_size: images per forward pass.
-        skip_bad: leave out images that cannot be used (unreadable, or boxes for another size) instead of stopping.
-        workers: number of threads that decode images and cut views in advance; 0 for none, by default one per core.
-        progress: wraps the batches.
-
-    Raises:
-        L2R2Error: when an image cannot be used (without `skip_bad`), none can, a label is unknown, or logits are not finite.
-    """
-    model, threshold = checkpoint.model, checkpoint.box_threshold
-    items = ViewDataset(table, checkpoint.labels, model.view_spec, model.branches, box_threshold=threshold, objectness=True)
-    # the fusion is not part of the key: logits stay valid when it is fitted again
-    about = [model.view_spec.to_dict(), threshold, list(checkpoint.labels), rows_digest(table, times=True)]
-    about += [done] if (done := model.interventions()) else []
-    key = json.dumps([_branches_digest(model), *about])
-    file = None if store is None else store / f"{_short(key)}.safetensors"
-    stored = None if file is None else _read(file, key, len(table), model)
-    faults = {} if stored is None else _faults(items, stored)
-    if stored is None or not all(faults.values()):  # an image that was unreadable at the time is readable now
-        stored = _compute(model, items, batch_size, skip_bad, workers, progress)
-        finite = torch.stack([stored[b].isfinite().all(1) for b in model.branches]).all(0)
-        if wrong := [table.rows[i].path for i in stored["used"][~finite].tolist()]:
-            where = f"for {len(wrong)} of {len(finite)} images, e.g. {wrong[0]}"
-            raise L2R2Error(f"{checkpoint.name}: the logits are not finite {where}; its training has diverged.")
-        if file is not None:
-            _write(file, key, stored)
-        faults = _faults(items, stored)
-    if faults and not skip_bad:
-        raise _stop(next(iter(faults.values())))
-    rows = replace(table, rows=tuple(table.rows[i] for i in stored["used"].tolist()))
-    labels = torch.tensor(items.targets)[stored["used"]]
-    bad = {table.rows[i].path: fault for i, fault in faults.items()}
-    logits = {b: stored[b] for b in model.branches}
-    return BranchLogits(logits, stored["has_fg"].bool(), labels, rows, stored["objectness"], bad)
-
-
-def _compute(
+def compute_logits(
     model: L2R2, items: ViewDataset, batch_size: int, skip_bad: bool, workers: int | None, progress: Progress
 ) -> dict[str, Tensor]:
-    """Compute the logits by branch, `has_fg`, `objectness`, and `used`, the row indices of the usable images."""
+    """Compute the logits by branch, `has_fg`, `objectness`, and `used`, the row indices of the usable images.
+
+    Args:
+        model: the model, which is moved to the GPU if there is one, and back.
+        items: the rows, without augmentation.
+        batch_size, skip_bad, workers, progress: see `branch_logits`.
+
+    Raises:
+        L2R2Error: when an image cannot be used, without `skip_bad`.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    found: dict[str, list[Tensor]] = {name: [] for name in (*model.branches, "has_fg", "objectness", "used")}
+    found: dict[str, list[Tensor]] = {branch: [torch.empty(0, model.num_classes)] for branch in model.branches}
+    found |= {"has_fg": [torch.empty(0, dtype=torch.bool)], "objectness": [torch.empty(0)]}
+    found["used"] = [torch.empty(0, dtype=torch.int64)]
     batches = [list(range(i, min(i + batch_size, len(items)))) for i in range(0, len(items), batch_size)]
 
     def load(i: int) -> dict[str, Any] | None:
@@ -150,11 +111,68 @@ def _compute(
         found["objectness"].append(torch.tensor([item["objectness"] for item in loaded.values()]))
         found["used"].append(torch.tensor(list(loaded)))
     model.cpu()
-    if not found["used"]:
-        raise L2R2Error(f"None of the {len(items)} images can be used. The first one: {_fault(items, 0)}")
-    return {
-        name: torch.cat(parts).clone() for name, parts in found.items()
-    }  # copies outside inference mode, so that fusions can be fitted on them
+    # copies outside inference mode, so that fusions can be fitted on them
+    return {name: torch.cat(parts).clone() for name, parts in found.items()}
+
+
+def joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Join what `compute_logits` returned for several parts of a table."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def branch_logits(
+    checkpoint: Checkpoint,
+    table: ImageTable,
+    store: Path | None = None,
+    *,
+    batch_size: int = 32,
+    skip_bad: bool = False,
+    workers: int | None = None,
+    progress: Progress = lambda batches, _: batches,
+    compute: Compute = compute_logits,
+) -> BranchLogits:
+    """Load the branch logits of a table from the store, or compute them.
+
+    Args:
+        checkpoint: the model.
+        table: images with labels of the model's classes; their best box is used.
+        store: folder for the logits, one file per model and table; None to not store them.
+        batch_size: images per forward pass.
+        skip_bad: leave out images that cannot be used (unreadable, or boxes for another size) instead of stopping.
+        workers: number of threads that decode images and cut views in advance; 0 for none, by default one per core.
+        progress: wraps the batches.
+        compute: computes the logits, e.g. `scale.logits_on_ray()`.
+
+    Raises:
+        L2R2Error: when an image cannot be used (without `skip_bad`), none can, a label is unknown, or logits are not finite.
+    """
+    model, threshold = checkpoint.model, checkpoint.box_threshold
+    items = ViewDataset(table, checkpoint.labels, model.view_spec, model.branches, box_threshold=threshold, objectness=True)
+    # the fusion is not part of the key: logits stay valid when it is fitted again
+    about = [model.view_spec.to_dict(), threshold, list(checkpoint.labels), rows_digest(table, times=True)]
+    about += [done] if (done := model.interventions()) else []
+    key = json.dumps([_branches_digest(model), *about])
+    file = None if store is None else store / f"{_short(key)}.safetensors"
+    stored = None if file is None else _read(file, key, len(table), model)
+    faults = {} if stored is None else _faults(items, stored)
+    if stored is None or not all(faults.values()):  # an image that was unreadable at the time is readable now
+        stored = compute(model, items, batch_size, skip_bad, workers, progress)
+        if not len(stored["used"]):
+            raise L2R2Error(f"None of the {len(items)} images can be used. The first one: {_fault(items, 0)}")
+        finite = torch.stack([stored[b].isfinite().all(1) for b in model.branches]).all(0)
+        if wrong := [table.rows[i].path for i in stored["used"][~finite].tolist()]:
+            where = f"for {len(wrong)} of {len(finite)} images, e.g. {wrong[0]}"
+            raise L2R2Error(f"{checkpoint.name}: the logits are not finite {where}; its training has diverged.")
+        if file is not None:
+            _write(file, key, stored)
+        faults = _faults(items, stored)
+    if faults and not skip_bad:
+        raise _stop(next(iter(faults.values())))
+    rows = replace(table, rows=tuple(table.rows[i] for i in stored["used"].tolist()))
+    labels = torch.tensor(items.targets)[stored["used"]]
+    bad = {table.rows[i].path: fault for i, fault in faults.items()}
+    logits = {b: stored[b] for b in model.branches}
+    return BranchLogits(logits, stored["has_fg"].bool(), labels, rows, stored["objectness"], bad)
 
 
 def _stop(reason: L2R2Error | str) -> L2R2Error:

@@ -15,7 +15,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..data.table import ImageTable
 from ..zero_shot.model import ZeroShotNetwork
 from .backgrounds import default_backgrounds, logits_to_fit
-from .logits import BranchLogits, Progress, branch_logits
+from .logits import BranchLogits, Compute, Progress, branch_logits
 from .metrics import macro_accuracy
 
 CENTER = BoxEntry(((0.25, 0.25, 0.75, 0.75),), (1.0,), ("",), normalized=True)  # as the localizer `center`
@@ -30,7 +30,7 @@ def with_every_branch(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def zero_shot_outputs(
-    checkpoint: Checkpoint, data: BranchLogits, strength: float | None, workers: int | None, progress: Progress
+    checkpoint: Checkpoint, data: BranchLogits, strength: float | None, workers: int | None, progress: Progress, compute: Compute
 ) -> dict[str, Tensor]:
     """Return logits `[N, classes]` of the baselines of a zero-shot model; none for any other model.
 
@@ -38,13 +38,13 @@ def zero_shot_outputs(
         checkpoint: the model, see `with_every_branch`.
         data: its branch logits.
         strength: see `strength_on_swapped`; None leaves out the debiased output.
-        workers, progress: see `branch_logits`.
+        workers, progress, compute: see `branch_logits`.
     """
     if not isinstance(checkpoint.model, ZeroShotNetwork):
         return {}
     centered = tuple(replace(row, entry=CENTER, mask_file=None) for row in data.table.rows)
     fg = replace(checkpoint, model=checkpoint.model.with_branches(("fg",)))
-    cropped = branch_logits(fg, replace(data.table, rows=centered), workers=workers, progress=progress)
+    cropped = branch_logits(fg, replace(data.table, rows=centered), workers=workers, progress=progress, compute=compute)
     found = {"center crop": cropped.logits["fg"]}
     if strength is not None:
         found[f"full - {strength:g} bg"] = debiased(data, strength)

@@ -13,8 +13,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -30,6 +31,7 @@ from ..pipe import in_order, worker_count
 from .base import Localizer
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def localize_to_file(
         if todo:
             journal.start({"info": info})
         try:
-            for found in _localize(localizer, todo, batch_size, prompts, worker_count(workers), progress):
+            batches = localize_images(localizer, todo, _load, batch_size, prompts, worker_count(workers))
+            for found in progress(batches, -(-len(todo) // batch_size)):
                 for name, entry in found.items():
                     journal.add({**record_of(name, entry), "stamp": stamps[name]})
         finally:
@@ -224,29 +227,42 @@ def _other(place: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return f"{place}: was made with other weights of {old['localizer']}; {what}"
 
 
-def _localize(
-    localizer: Localizer, names: Sequence[str], size: int, prompts: Mapping[str, str] | None, workers: int, progress: Progress
+def localize_images(
+    localizer: Localizer,
+    images: Iterable[T],
+    load: Callable[[T], tuple[str, Image.Image | str]],
+    batch_size: int,
+    prompts: Mapping[str, str] | None = None,
+    workers: int = 0,
 ) -> Iterator[dict[str, BoxEntry]]:
-    """Yield the entries of each batch; the next images are decoded meanwhile."""
-    batches = [names[i : i + size] for i in range(0, len(names), size)]
-    decoded = in_order(_load, names, workers, ahead=size, weigh=_pixels)
-    for batch in progress(batches, len(batches)):
-        loaded = dict(zip(batch, decoded))
-        images = {name: image for name, image in loaded.items() if not isinstance(image, str)}
-        entries = {name: BoxEntry(failure=why) for name, why in loaded.items() if isinstance(why, str)}
-        yield {**entries, **_entries(localizer, images, prompts)}
+    """Yield the entries of each batch of images by name; the next images are decoded meanwhile.
+
+    Args:
+        localizer: finds the boxes.
+        images: what `load` takes.
+        load: returns the name of an image, and the image itself or the reason why it cannot be decoded; called in threads.
+        batch_size: images per call of the localizer.
+        prompts: prompts by name, instead of the spec's.
+        workers: number of threads; 0 for none.
+    """
+    loaded = in_order(load, images, workers, ahead=batch_size, weigh=_pixels)
+    while batch := dict(islice(loaded, batch_size)):
+        decoded = {name: image for name, image in batch.items() if not isinstance(image, str)}
+        entries = {name: BoxEntry(failure=why) for name, why in batch.items() if isinstance(why, str)}
+        entries |= _entries(localizer, decoded, prompts)
+        yield {name: entries[name] for name in batch}
 
 
-def _pixels(loaded: Image.Image | str) -> int:
-    return 0 if isinstance(loaded, str) else loaded.width * loaded.height
+def _pixels(loaded: tuple[str, Image.Image | str]) -> int:
+    return 0 if isinstance(loaded[1], str) else loaded[1].width * loaded[1].height
 
 
-def _load(name: str) -> Image.Image | str:
+def _load(name: str) -> tuple[str, Image.Image | str]:
     """The image, or the error message."""
     try:
-        return load_image(name)
+        return name, load_image(name)
     except L2R2Error as error:
-        return str(error)
+        return name, str(error)
 
 
 def _entries(localizer: Localizer, images: Mapping[str, Image.Image], prompts: Mapping[str, str] | None) -> dict[str, BoxEntry]:

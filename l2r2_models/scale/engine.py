@@ -1,17 +1,84 @@
-"""Connections to Ray, which is imported here only, when it is used."""
+"""Connections to Ray, which is imported here only, when it is used, and the spreading of work over its workers."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import L2R2Error
 
 INSTALL = 'The engine ray needs Ray Data: pip install "l2r2-models[ray]".'
+Work = Sequence[Mapping[str, Any]]
 BLOCK = 4_000_000  # bytes; larger blocks would delay the results and need a larger object store
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A Ray cluster, and how many of its workers to use.
+
+    Attributes:
+        address: the cluster, see `connected`.
+        actors: number of workers that hold a model; None for one per GPU, or per core if the cluster has no GPU.
+
+    Raises:
+        L2R2Error: when the number is not positive.
+    """
+
+    address: str | None = None
+    actors: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.actors is not None and self.actors < 1:
+            raise L2R2Error(f"The number of workers (--workers) must be at least 1, got {self.actors}.")
+
+    def run(
+        self,
+        work: Work,
+        plan: Any,
+        stage: type,
+        apart: Sequence[type] = (),
+        decode_apart: bool | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the rows that workers make of each piece of work, as they arrive; the work of a lost worker is done again.
+
+        Args:
+            work: rows.
+            plan: first argument of the stages.
+            stage: class that is created once per worker with the plan and its number of threads, and called with batches of one
+                row. The call is a generator, because Ray does not pass on the cause of an error in a plain function.
+            apart: two such classes to use instead, one for workers that decode, and one for those that hold the model.
+            decode_apart: whether to use `apart`; by default, if the cluster has GPUs.
+
+        Raises:
+            L2R2Error: when no cluster answers, or a worker raised one.
+        """
+        if not work:
+            return
+        with connected(self.address) as ray, quiet(ray):
+            resources = ray.cluster_resources()
+            gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+            count = min(self.actors or gpus or cores, len(work))
+            holding = {"num_gpus": 1} if gpus else {"num_cpus": 1}
+
+            def through(data: Any, stage: type, size: int, threads: int = 0, **resources: int) -> Any:
+                # goes on with fewer workers if a node is lost
+                pool = ray.data.ActorPoolStrategy(min_size=1, max_size=size, initial_size=size)
+                return data.map_batches(stage, compute=pool, fn_constructor_args=(plan, threads), batch_size=1, **resources)
+
+            data = ray.data.from_items(list(work), override_num_blocks=len(work))
+            if apart and (gpus > 0 if decode_apart is None else decode_apart):
+                data = through(data, apart[0], max(1, cores - (0 if gpus else count)), num_cpus=1)
+                data = through(data, apart[1], count, **holding)
+            else:
+                data = through(data, stage, count, threads=cores // gpus if gpus else 0, **holding)
+            for batch in data.iter_batches(batch_size=None, prefetch_batches=0):
+                names = list(batch)
+                for row in zip(*batch.values()):
+                    yield dict(zip(names, row))
 
 
 def import_ray() -> Any:

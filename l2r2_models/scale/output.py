@@ -1,7 +1,6 @@
 """The output folder: one Parquet file per partition, named by its content, and a manifest.
 
-A partition is written once, in one step, so the files that exist are finished. Readers of Parquet folders ignore the manifest,
-because its name starts with an underscore.
+A partition is written once, in one step, so the files that exist are finished.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..boxes.parquet import KEY, pyarrow
+from ..boxes.parquet import KEY, MANIFEST, manifest_of, pyarrow
 from ..errors import L2R2Error
 from ..locks import only_writer
 from ..predict.formats import parquet_schema
@@ -21,7 +20,6 @@ from ..predict.outputs import check_header
 from .places import Place, url_of
 from .results import Tally
 
-MANIFEST = "_manifest.json"
 COUNTS = b"l2r2_counts"  # metadata of a partition
 
 
@@ -30,7 +28,7 @@ class Output:
 
     Args:
         out: path or URL of the folder.
-        header: the model and the settings that the predictions are made with.
+        header: the model and the settings that the rows are made with.
 
     Raises:
         L2R2Error: when the folder was not made by this module, or with another model or other settings.
@@ -43,7 +41,7 @@ class Output:
         if self.place.local and Path(self.place.path).is_file():
             raise L2R2Error(f"{self.name}: is a file; with --engine ray, -o names a folder of partitions.")
         if MANIFEST in self._files:
-            check_header(self.name, self.manifest().get("header"), header)
+            check_header(self.name, self._manifest()[0], header)
         elif self._files:
             raise L2R2Error(f"{self.name}: already exists and was not written with --engine ray; choose another -o.")
 
@@ -61,18 +59,12 @@ class Output:
         """Return an output of the same header in a folder below."""
         return Output(str(self.place.child(name)), self.header)
 
-    def manifest(self) -> dict[str, Any]:
-        """Return the manifest: the header, the partitions in the order of the images, and whether all of them are there."""
-        try:
-            found = json.loads(self._files[MANIFEST].read())
-        except (L2R2Error, ValueError):
-            found = None
-        if not isinstance(found, dict) or not isinstance(found.get("partitions"), list):
-            raise L2R2Error(f"{self.name}/{MANIFEST}: is damaged; remove the folder or choose another -o.")
-        return found
+    def _manifest(self) -> tuple[Any, list[str]]:
+        """Return the header, and the names of the partitions in the order of the images."""
+        return manifest_of(self._files[MANIFEST].read(), self.name, finished=False)
 
     def finished(self, keys: Sequence[str]) -> dict[str, Tally]:
-        """Return the counts of those partitions that are there and need not be predicted again."""
+        """Return the counts of those partitions that are there and need not be done again."""
         found: dict[str, Tally] = {}
         for key in keys:
             if (file := self._files.get(_file_of(key))) is not None:
@@ -83,7 +75,7 @@ class Output:
 
     def start(self) -> None:
         """Note that work has begun, so that an unwritable folder is reported before it."""
-        before = self.manifest()["partitions"] if MANIFEST in self._files else []
+        before = self._manifest()[1] if MANIFEST in self._files else []
         self._note(before, complete=False)
 
     def file(self, key: str) -> Place:
@@ -118,11 +110,11 @@ class Output:
         requested = set(self._names(map(_file_of, keys))) if stale else set()
         others = []
         for name in sorted(stale):
-            if _key_of(name) is None or not requested.isdisjoint(self._names([name])):
+            if not _is_partition(name) or not requested.isdisjoint(self._names([name])):
                 self._files.pop(name).delete()
             else:
-                others.append(_key_of(name))
-        self._note([*keys, *others], complete=True)
+                others.append(name)
+        self._note([*map(_file_of, keys), *others], complete=True)
 
     def _names(self, files: Any) -> Iterator[str]:
         """Yield the names of the images in partitions."""
@@ -141,32 +133,29 @@ class Output:
         except (OSError, KeyError, TypeError, ValueError, pa.ArrowException):
             return None
 
-    def _note(self, keys: Sequence[str | None], complete: bool) -> None:
-        data = {"header": self.header, "complete": complete, "partitions": [_file_of(key) for key in keys if key is not None]}
+    def _note(self, files: Sequence[str], complete: bool) -> None:
+        data = {"header": self.header, "complete": complete, "partitions": list(files)}
         file = self.place.child(MANIFEST)
         file.write(json.dumps(data).encode() + b"\n")
         self._files[MANIFEST] = file
 
 
 def read_table(out: str | Path) -> Any:
-    """Read the predictions in an output folder as one Arrow table, in the order of the images.
+    """Read the rows of an output folder as one Arrow table, in the order of the images.
 
     Raises:
-        L2R2Error: when the folder holds no predictions, or they are not complete.
+        L2R2Error: when the folder is no such output, or is not complete.
     """
     pa, parquet = pyarrow()
     place = Place.of(out)
     files = _files_in(place)
     if MANIFEST not in files:
-        raise L2R2Error(f"{out}: is no output of `l2r2 predict --engine ray`.")
-    manifest = json.loads(files[MANIFEST].read())
-    if not manifest["complete"]:
-        raise L2R2Error(f"{out}: is not complete; run the same command again.")
-    tables = [parquet_schema().empty_table()]
-    for name in manifest["partitions"]:
+        raise L2R2Error(f"{out}: is no output of --engine ray.")
+    tables = []
+    for name in manifest_of(files[MANIFEST].read(), str(out))[1]:
         with files[name].filesystem.open_input_file(files[name].path) as stream:
             tables.append(parquet.read_table(stream).replace_schema_metadata(None))
-    return pa.concat_tables(tables)
+    return pa.concat_tables(tables) if tables else parquet_schema().empty_table()
 
 
 def _files_in(folder: Place) -> dict[str, Place]:
@@ -179,6 +168,5 @@ def _file_of(key: str) -> str:
     return f"part-{key}.parquet"
 
 
-def _key_of(file: str) -> str | None:
-    """Return the key of a partition's file; None for other files."""
-    return file[5:-8] if file.startswith("part-") and file.endswith(".parquet") else None
+def _is_partition(file: str) -> bool:
+    return file.startswith("part-") and file.endswith(".parquet")

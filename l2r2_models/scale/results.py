@@ -1,4 +1,4 @@
-"""Rows of predictions on their way from the workers to the output, and what is counted in them."""
+"""Rows of predictions or boxes on their way from the workers to the output, and what is counted in them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..boxes.parquet import pyarrow
+from ..boxes import BoxEntry
+from ..boxes.parquet import arrow_table, pyarrow
 from ..predict.formats import parquet_schema, parquet_tables
 from ..predict.prediction import LOCALIZER_FAILED
 
@@ -17,15 +18,15 @@ FIRST = 10  # failures whose reasons are kept per partition
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts of predictions.
+    """Counts of predictions, or of the images of a box file.
 
     Attributes:
         images: number of images.
-        found: number of predictions for an object that was found.
-        whole: number of predictions for the whole image.
-        failed: number of images without a prediction.
+        found: number of predictions for an object that was found, or of images with a box.
+        whole: number of predictions for the whole image, or of images without a box.
+        failed: number of images without a prediction, or without a result of the localizer.
         unlocalized: number of images that were classified as a whole because the localizer failed.
-        retry: number of failures that may pass; a partition with one is predicted again by the same command.
+        retry: number of failures that may pass; a partition with one is done again by the same command.
         reasons: the first failures.
     """
 
@@ -51,6 +52,15 @@ class Tally:
         return tally
 
     @classmethod
+    def of_boxes(cls, entries: Mapping[str, BoxEntry]) -> Tally:
+        """Count the entries of images; all failures may pass except those that name the image, which is then damaged."""
+        failures = {name: entry.failure for name, entry in entries.items() if entry.failure is not None}
+        found = sum(bool(entry.boxes) for entry in entries.values())
+        again = sum(UNREADABLE in why or not why.startswith(f"{name}:") for name, why in failures.items())
+        whole = len(entries) - len(failures) - found
+        return cls(len(entries), found, whole, len(failures), 0, again, tuple(failures.values())[:FIRST])
+
+    @classmethod
     def parse(cls, text: bytes) -> Tally:
         """Read the counts that `dumps` wrote."""
         counts = json.loads(text)
@@ -70,7 +80,7 @@ class Rows:
     """The rows of some images.
 
     Attributes:
-        table: Arrow table with the columns of a prediction file.
+        table: Arrow table with the columns of a prediction file, or of a box file.
         tally: counts of them.
         records: name and JSON of each image, if branch logits were kept.
     """
@@ -87,19 +97,29 @@ class Rows:
         return cls(table, Tally.of(records), tuple((record["file"], json.dumps(record)) for record in records if keep))
 
     @classmethod
+    def of_boxes(cls, entries: Mapping[str, BoxEntry], stamps: Mapping[str, str]) -> Rows:
+        """Convert the entries of images to rows."""
+        return cls(arrow_table(entries, stamps), Tally.of_boxes(entries))
+
+    @classmethod
     def joined(cls, parts: Iterable[Rows]) -> Rows:
-        """Join the rows of several slices."""
+        """Join the rows of several slices, of which there is at least one."""
         pa, _ = pyarrow()
         parts = list(parts)
-        table = pa.concat_tables([parquet_schema().empty_table(), *(part.table for part in parts)])
+        table = pa.concat_tables([part.table for part in parts])
         tally = sum((part.tally for part in parts), Tally())
         return cls(table, tally, tuple(record for part in parts for record in part.records))
 
 
 class Assembly:
-    """Partitions that are arriving, slice by slice and in any order; a slice that arrives twice counts once."""
+    """Partitions that are arriving, slice by slice and in any order; a slice that arrives twice counts once.
 
-    def __init__(self) -> None:
+    Args:
+        empty: the rows of a partition without images.
+    """
+
+    def __init__(self, empty: Rows | None = None) -> None:
+        self._empty = Rows.of([]) if empty is None else empty
         self._slices: dict[str, dict[int, Rows]] = {}
         self._ends: dict[str, int] = {}
 
@@ -113,4 +133,4 @@ class Assembly:
         if len(held) != self._ends.get(key, -1):
             return None
         del self._slices[key], self._ends[key]
-        return Rows.joined(held[i] for i in range(len(held)))
+        return Rows.joined([self._empty, *(held[i] for i in range(len(held)))])

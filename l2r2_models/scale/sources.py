@@ -11,8 +11,8 @@ from ..boxes import BoxTable, read_boxes
 from ..errors import L2R2Error
 from ..fusion import Grouping
 from ..io import file_sha256
+from ..localize import Localizer
 from ..predict.inputs import Inputs, gather
-from ..predict.predictor import Predictor
 from .adapt import Groups
 from .partitions import SIZE, Partition, of_files, of_places, of_shard
 from .places import Place, State, url_of
@@ -54,11 +54,22 @@ class Sources:
         columns = [self.inputs.columns.get(name, {}) for name in names]
         return Groups(grouping, dict(zip(names, grouping.of(names, columns))) if grouping.kind == "group" else {})
 
-    def partitions(self, predictor: Predictor, groups: Groups | None = None, size: int = SIZE) -> Iterator[Partition]:
-        """Yield the partitions, in the order of the images."""
+    def partitions(self, localizer: Localizer | None, groups: Groups | None = None, size: int = SIZE) -> Iterator[Partition]:
+        """Yield the partitions, in the order of the images.
+
+        Args:
+            localizer: finds the boxes of the images, if it does.
+            groups: groups of the images, if predictions are adapted.
+            size: images per partition, on average.
+
+        Raises:
+            L2R2Error: when the size is not positive.
+        """
+        if size < 1:
+            raise L2R2Error(f"The partition size must be at least 1, got {size}.")
 
         def about(name: str) -> object:
-            located = None if predictor.localizer is None else predictor.localizer.about(name)
+            located = None if localizer is None else localizer.about(name)
             return located, None if groups is None else groups.of(name)
 
         yield from of_files(self.inputs, about, size)

@@ -85,14 +85,22 @@ class Source(NamedTuple):
     entry: BoxEntry | None = None
     mask: Path | None = None
 
+    def read(self) -> bytes | None:
+        """Return the content, or None for the file of its name.
+
+        Raises:
+            L2R2Error: when it cannot be read.
+        """
+        if isinstance(self.data, str):
+            raise L2R2Error(self.data)
+        return self.data.read() if isinstance(self.data, Place) else self.data
+
     def load(self, use: Callable[..., Item | Prediction]) -> Item | Prediction:
         """Return `use(name, entry, mask, content)`, or the failure of an image that cannot be read."""
         try:
-            data = self.data.read() if isinstance(self.data, Place) else self.data
+            data = self.read()
         except L2R2Error as error:
-            data = str(error)
-        if isinstance(data, str):
-            return Prediction(self.name, (), data)
+            return Prediction(self.name, (), str(error))
         return use(self.name, self.entry, self.mask, data)
 
 
@@ -112,8 +120,8 @@ def sources_of(partition: Partition, boxes: BoxTable | None) -> Iterator[Source]
 class _Stage:
     """A stage; its predictor is loaded by the first call, whose errors Ray passes on, unlike those of a constructor."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, threads: int = 0) -> None:
+        self.plan = plan  # whose options set the number of threads
 
     @cached_property
     def predictor(self) -> Predictor:
@@ -130,8 +138,8 @@ class Predict(_Stage):
             images = sources_of(pickle.loads(data), self.plan.boxes)
             ahead = self.predictor.network.most
             loaded = in_order(self._loaded, images, self.predictor.workers, ahead=ahead, weigh=pixels_of)
-            slices = _sliced(self.predictor.predict_items(loaded), SLICE)
-            yield from _numbered(key, (_rows_of(held, self.plan.keep_logits) for held in slices))
+            slices = sliced(self.predictor.predict_items(loaded), SLICE)
+            yield from numbered(key, (_rows_of(held, self.plan.keep_logits) for held in slices))
 
     def _loaded(self, image: Source) -> Item | Prediction:
         return image.load(self.predictor.load_file)
@@ -149,8 +157,8 @@ class Decode(_Stage):
         """Yield slices of decoded images."""
         for key, data in zip(batch["key"], batch["data"]):
             items = (image.load(self._decoded) for image in sources_of(pickle.loads(data), self.plan.boxes))
-            slices = _sliced(items, self.predictor.batch_size, pixels_of)
-            yield from _numbered(key, (pickle.dumps(held, pickle.HIGHEST_PROTOCOL) for held in slices))
+            slices = sliced(items, self.predictor.batch_size, pixels_of)
+            yield from numbered(key, (pickle.dumps(held, pickle.HIGHEST_PROTOCOL) for held in slices))
 
     def _decoded(self, name: str, entry: BoxEntry | None, mask: Path | None, data: bytes | None) -> Item | Prediction:
         try:
@@ -163,10 +171,10 @@ class Decode(_Stage):
 class Classify(_Stage):
     """Localize and classify slices of decoded images."""
 
-    def __call__(self, batch: Mapping[str, Any]) -> Row:
-        """Return the rows of each slice."""
-        rows = [data and self._rows(data) for data in batch["data"]]
-        return {"key": list(batch["key"]), "slice": list(batch["slice"]), "data": rows}
+    def __call__(self, batch: Mapping[str, Any]) -> Iterator[Row]:
+        """Yield the rows of each slice."""
+        for key, number, data in zip(batch["key"], batch["slice"], batch["data"]):
+            yield {"key": [key], "slice": [number], "data": [data and self._rows(data)]}
 
     def _rows(self, data: bytes) -> bytes:
         return _rows_of(list(self.predictor.predict_items(pickle.loads(data))), self.plan.keep_logits)
@@ -176,7 +184,7 @@ def _rows_of(predictions: list[Prediction], keep: bool) -> bytes:
     return pickle.dumps(Rows.of([prediction.to_dict() for prediction in predictions], keep), pickle.HIGHEST_PROTOCOL)
 
 
-def _numbered(key: str, slices: Iterable[bytes]) -> Iterator[Row]:
+def numbered(key: str, slices: Iterable[bytes]) -> Iterator[Row]:
     """Yield the slices of a partition as rows, and the empty one that marks its end."""
     number = -1
     for number, data in enumerate(slices):
@@ -184,7 +192,7 @@ def _numbered(key: str, slices: Iterable[bytes]) -> Iterator[Row]:
     yield {"key": [key], "slice": [number + 1], "data": [b""]}
 
 
-def _sliced(items: Iterable[Any], size: int, weigh: Callable[[Any], int] = lambda _: 0) -> Iterator[list[Any]]:
+def sliced(items: Iterable[Any], size: int, weigh: Callable[[Any], int] = lambda _: 0) -> Iterator[list[Any]]:
     """Yield lists of up to `size` items, shorter ones where they are heavy."""
     held: list[Any] = []
     weight = 0

@@ -1,14 +1,18 @@
-"""How a training computes: the precision, the memory layout and the compiler."""
+"""How a training computes: the precision, the memory layout, the compiler and the statistics of batch norm."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from .. import distributed as processes
 from ..errors import L2R2Error
 from ..hardware import has_bf16
 from ..models.backbones import is_convolutional
@@ -52,7 +56,7 @@ def _has_depthwise(backbone: nn.Module) -> bool:
 
 
 def check_device(recipe: Recipe) -> None:
-    """Check that this machine supports the recipe's precision.
+    """Check that this machine supports the recipe's precision and batch norm, and that the model is not to be sharded.
 
     Raises:
         L2R2Error: when it does not.
@@ -62,6 +66,13 @@ def check_device(recipe: Recipe) -> None:
         raise L2R2Error("precision fp16 needs a GPU; on a CPU, use bf16 or fp32.")
     if recipe.precision == "bf16" and cuda and not has_bf16(torch.device("cuda")):
         raise L2R2Error("precision bf16 is not supported by this GPU; use fp16 or fp32.")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":  # what the Trainer reads
+        raise L2R2Error(
+            "finetune cannot save the weights of a model that FSDP has sharded; start it without use_fsdp "
+            "(ACCELERATE_USE_FSDP), and save memory with branch_backward=separate or grad_checkpointing=true."
+        )
+    if recipe.sync_batch_norm and processes.world() > 1 and not cuda:
+        raise L2R2Error("sync_batch_norm needs a GPU per process, because torch cannot synchronize on a CPU; leave it out.")
 
 
 def check_compiler(model: L2R2) -> None:
@@ -89,3 +100,18 @@ def compile_backbones(model: L2R2) -> None:
     """Compile the forward pass of each backbone in place; the names of parameters stay the same."""
     for backbone in (model.backbone, *model.branch_backbones.values()):
         backbone.compile()
+
+
+def check_batch_norm(model: L2R2) -> None:
+    """Check that a model has batch norm whose statistics can be shared.
+
+    Raises:
+        L2R2Error: when it has none.
+    """
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise L2R2Error(f"{model.backbone_name} has no batch norm; leave sync_batch_norm out.")
+
+
+def synchronize_batch_norm(model: L2R2) -> None:
+    """Let batch norm share its statistics across processes, in place; the names of parameters and buffers stay the same."""
+    convert_sync_batchnorm(model)

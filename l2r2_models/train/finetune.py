@@ -27,7 +27,7 @@ from ..models.l2r2 import L2R2
 from ..models.masking import kept_patches, patch_grid
 from ..runs import CHECKPOINTS, RECIPE, RUN, check_place, finished, record_of, surroundings
 from ..views import make_views
-from .computation import CHOSEN, check_device, resolve
+from .computation import CHOSEN, check_batch_norm, check_device, resolve
 from .groups import count_groups
 from .init import InitCheckpoint
 from .models import create_model, frozen_parts
@@ -213,6 +213,8 @@ def _model(recipe: Recipe, classes: Sequence[str], start: Start) -> tuple[L2R2, 
     check_device(recipe)
     check_optimizer(recipe.optimizer)
     model = create_model(recipe, len(classes), start)
+    if recipe.sync_batch_norm:
+        check_batch_norm(model)
     frozen_parts(model, recipe)  # raises if there is nothing to freeze
     return model, [start.give(model, classes)] if start else []
 

@@ -129,6 +129,7 @@ class Recipe:
         cut: where views are cut: by the `workers` that load the images, or on the `device` that trains, which leaves them less to
             do. The views are the same up to rounding. The device gets whole augmented images, of all `grad_accumulation` parts.
         compile: compile the backbone with `torch.compile`, which takes minutes at the start.
+        sync_batch_norm: under torchrun, batch norm uses the statistics of all processes' rows, not of its own process; on GPUs.
         seed: random seed of weights, order and augmentation.
         workers: processes that load images; the result does not depend on it.
 
@@ -218,6 +219,7 @@ class Recipe:
     channels_last: Literal["auto", True, False] = AUTO
     cut: str = "workers"
     compile: bool = False
+    sync_batch_norm: bool = False
     seed: int = 0
     workers: int = 0
 
@@ -243,6 +245,8 @@ class Recipe:
                 raise L2R2Error(
                     f"mixup and cutmix cannot mix the {targets} that a {head} head is trained on; use one or the other."
                 )
+        if self.sync_batch_norm and self.trainable == "head":
+            raise L2R2Error("sync_batch_norm has no effect with trainable=head, which freezes the statistics; leave it out.")
         self.augment()
         self.part_weights()
         if self.fusion in FUSIONS and FUSIONS[self.fusion].needs_fit:

@@ -31,7 +31,7 @@ from ..runs import CHECKPOINTS, LOGS, last_checkpoint
 from ..views import BRANCHES
 from .batches import EpochBatches
 from .best import Best, best_of
-from .computation import compile_backbones
+from .computation import compile_backbones, synchronize_batch_norm
 from .ema import WeightEMA, tensors_of
 from .groups import GROUP_STEP, GroupDRO, groups_of
 from .losses import BranchLoss, by_branch
@@ -240,7 +240,8 @@ def _run(trainer: BranchTrainer, checkpoint: str | None) -> Trained:
     best, epochs = trainer.best(), trainer.state.global_step // steps
     trainer.use_chosen_weights()
     rows = DataLoader(trainer.train_dataset.without_augmentation(), trainer.recipe.batch_size, num_workers=trainer.recipe.workers)
-    trainer.model.model.after_training({k: v.to(trainer.args.device) for k, v in item.items()} for item in rows)
+    loaded = ({k: v.to(trainer.args.device) for k, v in item.items()} for item in rows)
+    processes.on_first(lambda: trainer.model.model.after_training(loaded))  # the others would read all images too
     values = trainer.evaluate() if trainer.eval_dataset is not None else {}
     metrics = {k.removeprefix("eval_"): v for k, v in values.items() if k.endswith("accuracy")}
     return Trained(metrics, best, epochs, continued)
@@ -280,6 +281,8 @@ def _trainer(
         raise L2R2Error(
             f"{batches.world} processes are too many for batches of {min(batches.rows, recipe.batch_size)} images; start fewer."
         )
+    if recipe.sync_batch_norm and batches.world > 1:
+        synchronize_batch_norm(model)
     if recipe.compile:
         compile_backbones(model)
     mix = ViewMixup(len(classes), recipe.mixup, recipe.cutmix, recipe.mix_probability) if recipe.mixup or recipe.cutmix else None

@@ -14,6 +14,7 @@ from PIL import Image
 
 from l2r2_models import L2R2Error
 from l2r2_models.audit import audit as audit_module
+from l2r2_models.audit import run_model
 from l2r2_models.audit import samples as audit_images
 from l2r2_models.audit.audit import audit
 from l2r2_models.data.table import read_table
@@ -277,14 +278,14 @@ def test_the_command_refuses_what_it_cannot_use(l2r2, tmp_path, data):
 def test_the_challenge_tries_every_background_and_a_sample_is_an_upper_bound(tmp_path):
     data, model = write_data(tmp_path / "data", 9), write_model(tmp_path / "corner", "corner")
     shown = []
-    seen = audit_module._logits
+    seen = run_model._logits
 
     def count(audited, views):
         shown.append(len(views.has_fg))
         return seen(audited, views)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(audit_module, "_logits", count)
+        patch.setattr(run_model, "_logits", count)
         plain = audit(model, data, backgrounds=1)
         before = sum(shown)
         full = audit(model, data, backgrounds=1, challenge=True, batch_size=1)

@@ -1,11 +1,11 @@
 """The engine itself: the rows of one process, on one node and on two of which one is killed."""
 
-import os
 import re
 import shutil
 
 import pytest
 from conftest import sentence, write_dataset, write_run
+from interruptions import interrupted, killing
 from pyarrow import parquet
 
 from l2r2_models import L2R2Error, Predictor
@@ -15,35 +15,13 @@ from l2r2_models.predict.predict_files import predict_to_file
 from l2r2_models.scale import predict, read_table
 
 ray = pytest.importorskip("ray")
-STORE = 80_000_000  # bytes of the object store per node, the smallest that Ray takes
-# Ray lets its workers yield to every other process; on a busy machine they would hardly start
-os.environ.setdefault("RAY_worker_niceness", "0")
+pytest_plugins = ["ray_clusters"]
 
 
 def one_process(run, sources, out, adapt="off", **options):
     options = {"device": "cpu", "workers": 0, **options}
     report = predict_to_file(Predictor.from_pretrained(run, **options), gather(sources), out, adapt=adapt)
     return parquet.read_table(out).to_pylist(), report
-
-
-@pytest.fixture
-def one_node():
-    ray.init("local", num_cpus=1, object_store_memory=STORE, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture
-def two_nodes():
-    """A head without cores, and two nodes of one core; yields the cluster and the nodes."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(True, head_node_args={"num_cpus": 0, "object_store_memory": STORE})
-    nodes = [cluster.add_node(num_cpus=1, object_store_memory=STORE) for _ in range(2)]
-    ray.init(cluster.address, log_to_driver=False)
-    yield cluster, nodes
-    ray.shutdown()
-    cluster.shutdown()
 
 
 @pytest.mark.timeout(600)
@@ -89,15 +67,7 @@ def test_a_growing_input_changes_only_the_partition_that_grows(one_node, run, tm
 def test_a_killed_node_costs_nothing_but_time(two_nodes, run, tmp_path):
     cluster, nodes = two_nodes
     data = write_dataset(tmp_path / "data", count=100, splits=("train", "val"))
-    done = []
-
-    def kill(results, total):
-        for result in results:
-            done.append(result[0])
-            if len(done) == 4:
-                cluster.remove_node(nodes[0], allow_graceful=False)
-            yield result
-
+    kill, done = killing(cluster, nodes[0], after=4)
     assert sum(node["Alive"] for node in ray.nodes()) == 3
     report = predict([data], run, tmp_path / "out", partition_size=8, progress=kill, workers=0, batch_size=8)
     assert sum(node["Alive"] for node in ray.nodes()) == 2 and len(done) == report.partitions > 10
@@ -109,11 +79,6 @@ def test_a_killed_node_costs_nothing_but_time(two_nodes, run, tmp_path):
 def test_an_interrupted_command_continues_with_a_localizer_and_decoders_of_their_own(two_nodes, run, tmp_path):
     data = write_dataset(tmp_path / "data", count=60, splits=("train",))
     options = {"localizer": "center", "workers": 0}
-
-    def interrupted(results, total):
-        yield next(iter(results))
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         predict([data], run, tmp_path / "out", partition_size=8, progress=interrupted, **options)
     with pytest.raises(L2R2Error, match="is not complete; run the same command again"):

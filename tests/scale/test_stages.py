@@ -52,11 +52,11 @@ def test_forty_bad_images_in_a_partition_are_rows_with_their_failure(run, datase
     sources, options = [dataset, tmp_path / "bad", *bad], {} if localizer is None else {"localizer": localizer}
     found = find(sources, given=localizer is None)
     predictor = Predictor.from_pretrained(run, device="cpu", **options)
-    (part,) = found.partitions(predictor, size=10**9)
+    (part,) = found.partitions(predictor.localizer, size=10**9)
     plan = plan_of(run, **options)
     if apart:
         classify = Classify(plan)
-        batches = [classify(slice) for slice in Decode(plan)(work_of(part))]
+        batches = [rows for slice in Decode(plan)(work_of(part)) for rows in classify(slice)]
     else:
         batches = Predict(plan)(work_of(part))
     (rows,) = assembled(batches).values()
@@ -105,7 +105,7 @@ def test_shards_give_the_predictions_of_their_images(run, dataset, tmp_path):
     found = find([tmp_path / "*.tar", tmp_path / "b.parquet"])
     predict, given = Predict(plan_of(run)), gather([dataset], split="train").without_boxes()
     one = [{k: v for k, v in row.items() if k != "file"} for row in rows_of_one_process(run, given, tmp_path / "one.parquet")]
-    rows = [next(iter(assembled(predict(work_of(part))).values())) for part in found.partitions(predict.predictor)]
+    rows = [next(iter(assembled(predict(work_of(part))).values())) for part in found.partitions(predict.predictor.localizer)]
     plain = [[{k: v for k, v in row.items() if k != "file"} for row in r.table.to_pylist() if not row["failure"]] for r in rows]
     assert plain[0] == one and plain[2] == one and 0 < len(plain[1]) < 12
     assert rows[0].table["file"].to_pylist()[:2] == [f"{tmp_path}/a.tar/cam/{paths[0].name}", f"{tmp_path}/a.tar/cam/bad.jpg"]
@@ -130,7 +130,7 @@ def test_urls_are_listed_read_and_joined_to_boxes(run, dataset, tmp_path):
     with pytest.raises(L2R2Error, match="adapted by folder, or group:COLUMN"):
         found.groups(Grouping.parse("sequence:60"))
     predict = Predict(plan_of(run))
-    (part,) = found.partitions(predict.predictor, size=10**9)
+    (part,) = found.partitions(predict.predictor.localizer, size=10**9)
     (rows,) = assembled(predict(work_of(part))).values()
     one = rows_of_one_process(run, gather([dataset / "images"], boxes), tmp_path / "one.parquet")
     for row in one:

@@ -27,6 +27,13 @@ def chosen(monkeypatch, model, *, bf16, before=(), **changes):
     return resolved.precision, resolved.channels_last
 
 
+def test_fsdp_is_refused_before_anything_is_written(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch --use_fsdp` sets it
+    with pytest.raises(L2R2Error, match="start it without use_fsdp"):
+        finetune(dataset, recipe(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("model", "bf16", "expected"),
     [
