@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +14,22 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from ..boxes.detections import Detections
 from ..errors import L2R2Error
 from ..images import LazyImage, image_tensor, load_mask
-from ..views import Patches, ViewSpec, decode_patches, make_views, mask_in_full_view, scale_of, takes_patches, view_map
+from ..views import (
+    Patches,
+    ViewSpec,
+    decode_patches,
+    make_views,
+    mask_in_full_view,
+    pad_alike,
+    scale_of,
+    takes_patches,
+    view_map,
+)
 from .augment import Augment
 from .composite import background_of, paste_object
 from .near_duplicates import perceptual_hash
@@ -325,3 +335,10 @@ class ViewDataset(Dataset[dict[str, Any]]):
         while (donor := draw.choice(self.donors)).path == row.path:
             pass
         return donor
+
+
+def collate(items: Sequence[Mapping[str, Any]]) -> Any:
+    """Torch's `default_collate` of the items of a `ViewDataset`, whose views may have several sizes (`views.pad_alike`)."""
+    views = {name for name, value in items[0].items() if isinstance(value, Tensor) and value.ndim == 3}
+    alike = {name: pad_alike([item[name] for item in items]) for name in views}
+    return default_collate([{**item, **{name: alike[name][i] for name in views}} for i, item in enumerate(items)])

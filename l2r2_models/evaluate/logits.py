@@ -22,6 +22,7 @@ from ..errors import L2R2Error
 from ..io import check_readable, write_atomic
 from ..models.l2r2 import L2R2
 from ..pipe import in_order
+from ..views import stack_views
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[Iterable[list[int]], int], Iterable[list[int]]]
@@ -137,7 +138,7 @@ def _compute(
         if not loaded:
             continue
         names = [name for name in next(iter(loaded.values())) if name not in ("labels", "objectness")]
-        views = {name: torch.stack([item[name] for item in loaded.values()]).to(device) for name in names}
+        views = {name: stack_views([item[name] for item in loaded.values()]).to(device) for name in names}
         with torch.inference_mode():
             out = model.forward_views(**views)
         for branch, value in out.branches().items():

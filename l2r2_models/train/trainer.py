@@ -16,12 +16,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from .. import distributed as processes
-from ..data.dataset import ViewDataset
+from ..data.dataset import ViewDataset, collate
 from ..data.table import ImageTable
 from ..errors import L2R2Error
 from ..io import write_atomic
@@ -86,7 +86,7 @@ class BranchTrainer(Trainer):
             batch_sampler=self.batches,
             num_workers=self.recipe.workers,
             pin_memory=torch.cuda.is_available(),
-            collate_fn=default_collate,
+            collate_fn=self.data_collator,
         )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -238,7 +238,8 @@ def _run(trainer: BranchTrainer, checkpoint: str | None) -> Trained:
         trainer.train(resume_from_checkpoint=checkpoint)
     best, epochs = trainer.best(), trainer.state.global_step // steps
     trainer.use_chosen_weights()
-    rows = DataLoader(trainer.train_dataset.without_augmentation(), trainer.recipe.batch_size, num_workers=trainer.recipe.workers)
+    items, workers = trainer.train_dataset.without_augmentation(), trainer.recipe.workers
+    rows = DataLoader(items, trainer.recipe.batch_size, num_workers=workers, collate_fn=collate)
     trainer.model.model.after_training({k: v.to(trainer.args.device) for k, v in item.items()} for item in rows)
     values = trainer.evaluate() if trainer.eval_dataset is not None else {}
     metrics = {k.removeprefix("eval_"): v for k, v in values.items() if k.endswith("accuracy")}
@@ -298,6 +299,7 @@ def _trainer(
         recipe,
         batches,
         args=_arguments(recipe, batches, out, validate=val is not None),
+        data_collator=collate,
         train_dataset=rows,
         eval_dataset=ViewDataset(val, classes, **common) if val else None,
         compute_metrics=functools.partial(accuracies, ("fused", *(b for b in BRANCHES if b in model.branches))),
