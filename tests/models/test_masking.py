@@ -167,8 +167,8 @@ def test_networks_that_ifam_or_tokens_do_not_support_are_refused_by_name():
     naflex = NaFlexVit(NaFlexVitCfg(embed_dim=48, depth=1, num_heads=3, global_pool="map"))
     with pytest.raises(L2R2Error, match=r'naflexvit_base_patch16_map cannot drop tokens: its pooling "map" .*; choose'):
         check_tokens_backbone(naflex, "naflexvit_base_patch16_map")
-    with pytest.raises(L2R2Error, match="eva02_tiny_patch14_224 has the class Eva, which iFAM does not support; use a plain ViT"):
-        IFAM("eva02_tiny_patch14_224", num_classes=2, img_size=56, depth=1)
+    with pytest.raises(L2R2Error, match="resnet10t cannot drop tokens: its class ResNet is none of"):
+        IFAM("resnet10t", num_classes=2)
 
 
 def test_blocks_of_another_kind_are_refused():
