@@ -12,7 +12,7 @@ BACKBONES = {
     "EVA-02 with its class token": ("eva02_tiny_patch14_224", {"img_size": 56, "global_pool": "token"}),
     "DINOv3": ("vit_small_patch16_dinov3", {"init_values": 1.0}),
     "PE spatial": ("vit_pe_spatial_tiny_patch16_512", {}),
-    "rope of each block": ("vit_small_patch16_rope_mixed_224", {}),
+    "rope of each block": ("vit_small_patch16_rope_mixed_224", {"init_values": 1.0}),
     "NaFlexViT": ("naflexvit_base_patch16_gap", {}),
 }
 
