@@ -33,7 +33,7 @@ VITS = {
     "EVA-02 with its class token": ("eva02_tiny_patch14_224", {"img_size": 56, "global_pool": "token"}),
     "DINOv3": ("vit_small_patch16_dinov3", {"init_values": 1.0}),  # any image size, register tokens
     "PE": ("vit_pe_spatial_tiny_patch16_512", {}),
-    "rope of each block": ("vit_small_patch16_rope_mixed_224", {}),
+    "rope of each block": ("vit_small_patch16_rope_mixed_224", {"init_values": 1.0}),
     "NaFlexViT": ("naflexvit", {"global_pool": "avg", "reg_tokens": 4, "fc_norm": True}),
     "NaFlexViT with rope": ("naflexvit", {"rope_type": "axial", "class_token": True, "global_pool": "token", "pre_norm": True}),
 }

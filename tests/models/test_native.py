@@ -14,6 +14,7 @@ from l2r2_models import L2R2Error, Predictor, ViewSpec, load_checkpoint, make_vi
 from l2r2_models.data.table import read_table
 from l2r2_models.evaluate.logits import branch_logits
 from l2r2_models.images import image_tensor, load_image
+from l2r2_models.localize import create_localizer
 from l2r2_models.models.native import native_features, patch_views
 from l2r2_models.train.finetune import finetune
 from l2r2_models.train.recipe import Recipe
@@ -211,6 +212,18 @@ def test_training_with_other_branches_and_losses(trained, tmp_path, changes):
     checkpoint = load_checkpoint(tmp_path / "run")
     logits = branch_logits(checkpoint, read_table(data).of_split("test")).logits
     assert set(logits) == set(checkpoint.model.branches) and all(z.isfinite().all() for z in logits.values())
+
+
+@pytest.mark.parametrize("spec", ["ncut", "cam"])
+def test_localizers_on_such_a_network_see_squares(trained, spec):
+    run, data = trained
+    images = [load_image(path) for path in sorted((data / "images").iterdir())[:4]]
+    assert len({image.size for image in images}) > 1
+    localizer = create_localizer(f"{spec}:{run}", device="cpu")
+    for image, found in zip(images, localizer(images)):
+        (alone,) = localizer([image])
+        torch.testing.assert_close(found.boxes, alone.boxes)
+        assert found.image_size == (image.height, image.width)
 
 
 def test_what_a_recipe_cannot_combine(dataset, tmp_path, l2r2):
