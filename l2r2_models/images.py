@@ -89,12 +89,17 @@ class LazyImage:
     ) -> None:
         self.name, self.fill, self.max_pixels = name or _name_of(source), fill, max_pixels
         self._decoded: Image.Image | None = None
+        self._opened: Image.Image | None = None  # for the first call of `load`
+        self._by_torchvision = False
         with _one_sentence(self.name, max_pixels):
             readable = _read(source)
             self._encoded = b"" if isinstance(readable, Image.Image) else _bytes(readable, self.name)
             image = _opened(self._encoded or readable, self.name, max_pixels)
             if self._encoded and image.format in SCALED:
-                self.size = (image.width, image.height) if _orientation(image) in TURNED else (image.height, image.width)
+                orientation = _orientation(image)
+                self.size = (image.width, image.height) if orientation in TURNED else (image.height, image.width)
+                self._by_torchvision = image.format == "JPEG" and image.mode == "RGB" and orientation == 1
+                self._opened = image
                 return
             self._decoded = _decoded(image, self.name, fill, ours=not isinstance(source, Image.Image))
         self._encoded = b""
@@ -110,7 +115,7 @@ class LazyImage:
         if self._decoded is not None:
             return self._decoded if scale == 1 else self._decoded.reduce(scale)
         with _one_sentence(self.name, self.max_pixels):
-            image = _opened(self._encoded, self.name, self.max_pixels)
+            image, self._opened = self._opened or _opened(self._encoded, self.name, self.max_pixels), None
             width, height = image.size
             # turning a reduced image would move a last row or column that covers fewer pixels to the front
             whole_cells = _orientation(image) == 1 or not (width % scale or height % scale)
@@ -119,6 +124,17 @@ class LazyImage:
                 image.draft(None, (width // scale, height // scale))
             decoded = _decoded(image, self.name, self.fill, ours=True)
             return decoded if drafted or scale == 1 else decoded.reduce(scale)
+
+    def pixels(self, scale: int = 1) -> Tensor:
+        """Decode as `load` does, to uint8 `[H, W, 3]`; torchvision decodes upright RGB JPEGs at full size, being faster."""
+        if scale == 1 and self._by_torchvision:
+            from torchvision.io import ImageReadMode, decode_jpeg
+
+            data = torch.frombuffer(bytearray(self._encoded), dtype=torch.uint8)
+            with suppress(RuntimeError, AttributeError):  # Pillow decodes damaged files, or says why not
+                decoded: Tensor = decode_jpeg(data, ImageReadMode.RGB)
+                return decoded.permute(1, 2, 0)
+        return image_tensor(self.load(scale))
 
 
 @contextmanager

@@ -3,11 +3,14 @@
     python benchmarks/speed/endtoend.py [--backbone resnet50] [--images 96] [--size 500x400] [--workers 2] [--rounds 3]
 
 Rows: a plain timm classifier with timm's transform in a DataLoader; two timm networks with Pillow crops in a DataLoader of as
-many workers (what an L2R2 model replaces); the shared L2R2 of the same backbone; the same with a cascade (a threshold that half
-of the boxes pass), with a full view of 128 pixels, in bfloat16 (if the processor has it), with all three; and ONNX Runtime behind
-L2R2's own decoding. All see the same made-up photos, one box each, and random weights; the rounds alternate and the medians are
-compared, after a round to warm up. `ratio` is the time of the two networks over the row's. `network` is images per second of the
-network alone, on views in memory. Appends to benchmarks/results/endtoend_DEVICE.csv.
+many workers (what an L2R2 model replaces), in batches of 32 and of 4, which suit the caches of a CPU; the shared L2R2 of the
+same backbone; the same with a cascade (a threshold that half of the boxes pass), with a full view of 128 pixels, in bfloat16
+(if the processor has it), with all three; for a ViT, instead of the smaller view, with an fg branch that sees only the patches
+of the object (`tokens`); and ONNX Runtime behind L2R2's own decoding. All see the same made-up photos, one box each, and random
+weights; the rounds alternate and the medians are compared, after a round to warm up. `ratio` is the time of the two networks in
+batches of 32 over the row's. `network` is images per second of the network alone, on views in memory. Peak memory is what
+PyTorch allocates on the device, in MiB, above the loaded networks; only of this process, so without what DataLoader workers
+decode. Appends to benchmarks/results/endtoend_DEVICE.csv.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from tempfile import TemporaryDirectory
 
 import timm
 import torch
+from growth import allocated
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -60,11 +64,13 @@ class Photos(Dataset):
         return torch.stack([self.transform(image), *([self.transform(image.crop(box))] if self.crops else [])])
 
 
-def by_hand(inputs: Inputs, networks: list[torch.nn.Module], workers: int, device: torch.device) -> Callable[[], None]:
+def by_hand(
+    inputs: Inputs, networks: list[torch.nn.Module], workers: int, device: torch.device, batch: int = BATCH
+) -> Callable[[], None]:
     def call() -> None:
         photos = Photos(inputs, 224, len(networks) > 1)
         with torch.inference_mode():
-            for views in DataLoader(photos, BATCH, num_workers=workers, pin_memory=device.type == "cuda"):
+            for views in DataLoader(photos, batch, num_workers=workers, pin_memory=device.type == "cuda"):
                 views = views.to(device, non_blocking=True)
                 logits = [network(views[:, k]) for k, network in enumerate(networks)]
                 torch.stack(logits).softmax(-1).max(-1)[0].tolist()
@@ -82,8 +88,8 @@ def by_onnx(predictor: Predictor, inputs: Inputs, file: Path) -> Callable[[], No
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
     def cut(path: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        item, rows = predictor.decode(path, inputs.entries[str(path)])
-        views = predictor.network.cut(item, rows).views
+        item = predictor.decode(path, inputs.entries[str(path)])
+        views = predictor.network.cut(item, item.rows).views
         return views.full, views.fg, views.has_fg
 
     def run(batch: list) -> None:
@@ -117,6 +123,16 @@ def network_alone(call: Callable[[torch.Tensor], object], device: torch.device, 
     return BATCH / statistics.median(times[1:])
 
 
+def peak_memory(call: Callable[[], None], device: torch.device) -> float:
+    """Peak of the memory that PyTorch allocates on the device during a call, above the use before it, in MiB."""
+    if device.type == "cpu":
+        return allocated(call)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def middle_confidence(predictor: Predictor, inputs: Inputs) -> float:
     """The threshold that half of the boxes pass."""
     found = [p.objects[0] for p in predictor.predict_files(inputs.paths, inputs.entries)]
@@ -144,9 +160,13 @@ def main() -> None:
         run, photos = Path(folder) / "run", Path(folder) / "photos"
         photos.mkdir()
         save_checkpoint(model, run, [f"class {i}" for i in range(CLASSES)])
-        model.view_spec = dataclasses.replace(model.view_spec, sizes={"full": 128})
-        save_checkpoint(model, Path(folder) / "small", [f"class {i}" for i in range(CLASSES)])
-        small = {"run": Path(folder) / "small"}
+        if is_vit := options.backbone.startswith(("vit_", "deit")):
+            other = timm.create_model("l2r2", backbone=options.backbone, num_classes=CLASSES, fusion="robust", fg_mode="tokens")
+        else:
+            other = model
+            other.view_spec = dataclasses.replace(model.view_spec, sizes={"full": 128})
+        save_checkpoint(other, Path(folder) / "other", [f"class {i}" for i in range(CLASSES)])
+        small = {"run": Path(folder) / "other"}
         inputs = synthetic_photos(photos, options.images, (width, height))
         for name, entry in list(inputs.entries.items()):
             x0, y0 = (min(start, (1 - options.share) * side) for start, side in zip(entry.boxes[0], (width, height)))
@@ -162,10 +182,13 @@ def main() -> None:
         threshold = middle_confidence(predictor(), inputs)
         rows["plain timm, timm's transform"] = by_hand(inputs, plain[:1], options.workers, device)
         rows[BASE] = by_hand(inputs, plain, options.workers, device)
-        variants: dict[str, dict[str, object]] = {"L2R2": {}, "L2R2, cascade": {"cascade": 0}, "L2R2, full of 128 px": small}
+        rows[f"{BASE}, batches of 4"] = by_hand(inputs, plain, options.workers, device, batch=4)
+        variants: dict[str, dict[str, object]] = {"L2R2": {}, "L2R2, cascade": {"cascade": 0}}
+        variants["L2R2, fg of the object's patches" if is_vit else "L2R2, full of 128 px"] = small
         if has_bf16(device):
-            half = {"precision": "bf16"}
-            variants |= {"L2R2, bfloat16": half, "L2R2, all three": {**half, **small, "cascade": 0}}
+            variants["L2R2, bfloat16"] = {"precision": "bf16"}
+            if not is_vit:
+                variants["L2R2, all three"] = {"precision": "bf16", **small, "cascade": 0}
         made = {name: predictor(**more) for name, more in variants.items()}
         rows |= {name: predicting(one, inputs) for name, one in made.items()}
         if options.onnx and device.type == "cpu":
@@ -177,6 +200,7 @@ def main() -> None:
             if name in made:
                 one = made[name].network
                 alone[name] = network_alone(lambda x, one=one: one.logits({"full": x, "fg": x}), device)
+        peaks = {name: peak_memory(call, device) for name, call in rows.items() if "ONNX" not in name}
         times: dict[str, list[float]] = {name: [] for name in rows}
         for turn in range(options.rounds + 1):
             for name, call in rows.items():
@@ -197,6 +221,7 @@ def main() -> None:
             "images_per_s": round(options.images / spent, 2),
             "ratio": round(medians[BASE] / spent, 2),
             "network_images_per_s": round(alone[name], 2) if name in alone else "",
+            "memory_mib": round(peaks[name], 1) if name in peaks else "",
             **about,
         }
         for name, spent in medians.items()

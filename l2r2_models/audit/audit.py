@@ -19,6 +19,7 @@ from torch import Tensor
 from ..data.table import ImageTable, read_table, rows_digest
 from ..errors import L2R2Error
 from ..evaluate.fit_run import rows_of, warnings_of
+from ..hardware import rows_per_pass
 from ..io import check_readable, write_atomic
 from ..pipe import in_order, worker_count
 from ..versions import version_of
@@ -252,7 +253,10 @@ def _run_model(
 
     def change(i: int) -> _Changed:
         subject = subjects[i]
-        size = min(batch_size, max(1, BATCH_PIXELS // (max(1, workers) * subject.inside.numel())))
+        size = min(
+            rows_per_pass(device, batch_size, len(set(names) - {"fused"})),
+            max(1, BATCH_PIXELS // (max(1, workers) * subject.inside.numel())),
+        )
         changed = iter(subjects.changed(i, subject, donors, model.grain, donors.seed))
         parts = []
         while part := list(islice(changed, size)):

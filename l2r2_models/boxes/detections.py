@@ -123,7 +123,13 @@ class Detections:
 
     def select(self, index: Tensor) -> Detections:
         """The detections at `index` (bool or int tensor), in that order."""
-        positions = index.nonzero()[:, 0] if index.dtype == torch.bool else index
+        if index.dtype == torch.bool:
+            if index.all():  # the usual case
+                return self
+            index = index.nonzero()[:, 0]
+        return self._at(index)
+
+    def _at(self, positions: Tensor) -> Detections:
         return replace(
             self,
             boxes=self.boxes[positions],
@@ -134,6 +140,8 @@ class Detections:
 
     def sorted(self) -> Detections:
         """Sort by score, best first; equal scores keep their order, NaN comes last."""
+        if len(self) < 2:
+            return self
         return self.select(torch.argsort(self.scores.nan_to_num(nan=-torch.inf), descending=True, stable=True))
 
     def above(self, threshold: float) -> Detections:

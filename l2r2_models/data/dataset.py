@@ -5,31 +5,21 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from ..boxes.detections import Detections
 from ..errors import L2R2Error
-from ..images import LazyImage, image_tensor, load_mask
-from ..views import (
-    Patches,
-    ViewSpec,
-    decode_patches,
-    make_views,
-    mask_in_full_view,
-    pad_alike,
-    scale_of,
-    takes_patches,
-    view_map,
-)
+from ..images import LazyImage, load_mask
+from ..views import Patches, ViewSpec, decode_patches, make_views, mask_in_full_view, scale_of, takes_patches, view_map
 from .augment import Augment
 from .composite import background_of, paste_object
 from .near_duplicates import perceptual_hash
@@ -108,6 +98,14 @@ class Sample:
         return bool(self.box.isfinite().all())
 
 
+class Uncut(NamedTuple):
+    """What the views of one row are cut from; the attributes are those of `Sample`."""
+
+    pixels: Tensor | Patches
+    box: Tensor
+    mask: Tensor | None
+
+
 def sample_of(
     row: Row,
     fill: Sequence[int],
@@ -138,7 +136,7 @@ def sample_of(
     if mask is None and len(found) and found.masks is not None:
         mask = found.masks[pick]
     scale = scale_of_image(image.size, box) if mask is None and row.background is None else 1
-    pixels = image_tensor(image.load(scale))
+    pixels = image.pixels(scale)
     if not len(found):
         return Sample(pixels, box, mask)
     swapped = False
@@ -154,7 +152,7 @@ def _decode(row: Row, fill: Sequence[int], box_threshold: float) -> tuple[Tensor
     """Return the pixels `[H, W, 3]`, all usable objects, and the mask of the mask file; without boxes, the box of the mask."""
     image = LazyImage(row.path, fill=fill)
     found, mask = _objects(row, image.size, box_threshold)
-    return image_tensor(image.load()), found, mask
+    return image.pixels(), found, mask
 
 
 def _objects(row: Row, size: tuple[int, int], box_threshold: float) -> tuple[Detections, Tensor | None]:
@@ -200,6 +198,7 @@ class ViewDataset(Dataset[dict[str, Any]]):
         objectness: whether items include `objectness`, the box's score.
         locate: whether items include `box` `[4]`, the object in the full view, xyxy relative to its sides (NaN if there is none),
             and `localized`, which is False if the localizer failed or the box file does not list the image.
+        cut: whether items include views; otherwise `uncut` and `swapped_uncut`, what they are cut from, see `ViewLoader`.
         segment: whether items include `object_mask` `[S, S]`, how much of each pixel of the full view the object covers (nothing
             if there is no object), and `has_mask`, which is False for an object without a mask, or if `localized` would be False.
         seed: random seed.
@@ -223,6 +222,7 @@ class ViewDataset(Dataset[dict[str, Any]]):
         objectness: bool = False,
         locate: bool = False,
         segment: bool = False,
+        cut: bool = True,
         seed: int = 0,
     ) -> None:
         index = {label: i for i, label in enumerate(classes)}
@@ -233,7 +233,7 @@ class ViewDataset(Dataset[dict[str, Any]]):
         self.rows, self.spec, self.branches, self.augment = table.rows, spec, tuple(branches), augment
         self.targets = [index[str(row.label)] for row in table.rows]
         self.box_threshold, self.locate, self.seed, self.epoch = box_threshold, locate, seed, 0
-        self.segment = segment
+        self.segment, self.cut = segment, cut
         self.background_swap, self.objectness, self.swapped_views = background_swap, objectness, tuple(swapped_views)
         self.groups: list[int] | None = None  # items then include `group`
         swaps = bool(background_swap or swapped_views)
@@ -242,9 +242,9 @@ class ViewDataset(Dataset[dict[str, Any]]):
             raise L2R2Error(f"{table.root}: swapping backgrounds needs at least two images with a box or mask.")
 
     def without_augmentation(self) -> ViewDataset:
-        """Return a copy without augmentation and background swaps, for metrics on the training rows."""
+        """Return a copy without augmentation and background swaps, which cuts views, for metrics on the training rows."""
         plain = copy.copy(self)
-        plain.augment, plain.background_swap, plain.swapped_views = None, 0.0, ()
+        plain.augment, plain.background_swap, plain.swapped_views, plain.cut = None, 0.0, (), True
         return plain
 
     def set_epoch(self, epoch: int) -> None:
@@ -269,10 +269,10 @@ class ViewDataset(Dataset[dict[str, Any]]):
             sample = self._sample(i)
             pixels, box, mask, score = sample.pixels, sample.box, sample.mask, sample.score
             size = (pixels.shape[0], pixels.shape[1])
-        views = make_views([pixels], box[None], self.spec, branches=self.branches, masks=[mask])
-        item = {**{name: value[0] for name, value in views.inputs().items()}, "labels": self.targets[i]}
+        item = self._views(Uncut(pixels, box, mask)) | {"labels": self.targets[i]}
         if self.swapped_views:
-            item |= self._swapped(i)
+            again = self._sample(i, again=True)
+            item |= self._views(Uncut(again.pixels, again.box, again.mask), swapped=True) | {"swapped": again.swapped}
         if self.groups is not None:
             item["group"] = self.groups[i]
         if self.objectness:
@@ -284,6 +284,30 @@ class ViewDataset(Dataset[dict[str, Any]]):
             target = torch.zeros(size, dtype=torch.bool) if mask is None else mask
             item |= {"object_mask": mask_in_full_view(target, self.spec), "has_mask": known}
         return item
+
+    def _views(self, shown: Uncut, swapped: bool = False) -> dict[str, Any]:
+        """Cut the views of a row, unless `cut` is False."""
+        if not self.cut:
+            return {"swapped_uncut" if swapped else "uncut": shown}
+        return {name: value[0] for name, value in self.views_of([shown], swapped).items()}
+
+    def views_of(
+        self, rows: Sequence[Uncut], swapped: bool = False, device: torch.device | str | None = None
+    ) -> dict[str, Tensor]:
+        """Cut the views of several rows.
+
+        Args:
+            rows: what to cut them from.
+            swapped: whether these are the objects on other backgrounds, see `swapped_views`.
+            device: where to cut, see `make_views`.
+
+        Returns:
+            The views `[B, ...]` by the names that they have in the items.
+        """
+        boxes, masks = torch.stack([row.box for row in rows]), [row.mask for row in rows]
+        branches = self.swapped_views if swapped else self.branches
+        views = make_views([row.pixels for row in rows], boxes, self.spec, branches=branches, masks=masks, device=device).inputs()
+        return {f"swapped_{branch}": views[branch] for branch in branches} if swapped else views
 
     def _patches(self, row: Row) -> tuple[Patches, Tensor, Tensor | None, float]:
         """Return what `sample_of` would, with the patches that the views show instead of the whole image, and the box score."""
@@ -299,13 +323,6 @@ class ViewDataset(Dataset[dict[str, Any]]):
         view = view_map("full", self.spec, size)
         (window,), (found,) = Detections(box[None], torch.ones(1), size).windows()
         return view.boxes_to_view(window.float()) / self.spec.size_of("full") if found else torch.full((4,), float("nan"))
-
-    def _swapped(self, i: int) -> dict[str, Any]:
-        sample = self._sample(i, again=True)
-        views = make_views(
-            [sample.pixels], sample.box[None], self.spec, branches=self.swapped_views, masks=[sample.mask]
-        ).inputs()
-        return {"swapped": sample.swapped, **{f"swapped_{branch}": views[branch][0] for branch in self.swapped_views}}
 
     def _sample(self, i: int, again: bool = False) -> Sample:
         """Return an augmented sample; `again` puts the same one on another background."""
@@ -335,10 +352,3 @@ class ViewDataset(Dataset[dict[str, Any]]):
         while (donor := draw.choice(self.donors)).path == row.path:
             pass
         return donor
-
-
-def collate(items: Sequence[Mapping[str, Any]]) -> Any:
-    """Torch's `default_collate` of the items of a `ViewDataset`, whose views may have several sizes (`views.pad_alike`)."""
-    views = {name for name, value in items[0].items() if isinstance(value, Tensor) and value.ndim == 3}
-    alike = {name: pad_alike([item[name] for item in items]) for name in views}
-    return default_collate([{**item, **{name: alike[name][i] for name in views}} for i, item in enumerate(items)])

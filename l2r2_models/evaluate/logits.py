@@ -19,6 +19,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..data.dataset import ViewDataset
 from ..data.table import ImageTable, rows_digest
 from ..errors import L2R2Error
+from ..hardware import rows_per_pass
 from ..io import check_readable, write_atomic
 from ..models.l2r2 import L2R2
 from ..pipe import in_order
@@ -138,12 +139,15 @@ def _compute(
         if not loaded:
             continue
         names = [name for name in next(iter(loaded.values())) if name not in ("labels", "objectness")]
-        views = {name: stack_views([item[name] for item in loaded.values()]).to(device) for name in names}
-        with torch.inference_mode():
-            out = model.forward_views(**views)
-        for branch, value in out.branches().items():
-            found[branch].append(value.float().cpu())
-        found["has_fg"].append(out.has_fg.cpu())
+        rows = list(loaded.values())
+        size = rows_per_pass(device, len(rows), len(model.branches))
+        for start in range(0, len(rows), size):
+            views = {name: stack_views([row[name] for row in rows[start : start + size]]).to(device) for name in names}
+            with torch.inference_mode():
+                out = model.forward_views(**views)
+            for branch, value in out.branches().items():
+                found[branch].append(value.float().cpu())
+            found["has_fg"].append(out.has_fg.cpu())
         found["objectness"].append(torch.tensor([item["objectness"] for item in loaded.values()]))
         found["used"].append(torch.tensor(list(loaded)))
     model.cpu()

@@ -164,10 +164,10 @@ def time_stages(predictor: Predictor, inputs: Inputs) -> dict[str, float]:
     for path in inputs.paths:
         try:
             with clock("decode"):
-                item, rows = predictor.decode(path, inputs.entries.get(str(path)), inputs.masks.get(str(path)))
+                item = predictor.decode(path, inputs.entries.get(str(path)), inputs.masks.get(str(path)))
         except L2R2Error:
             continue
-        count += 1
+        count, rows = count + 1, item.rows or ()
         if predictor.device.type == "cpu":
             with clock("cut"):
                 item = predictor.network.cut(item, rows)

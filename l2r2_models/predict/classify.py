@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import L2R2Error
-from ..hardware import has_bf16
+from ..hardware import has_bf16, rows_per_pass
 from ..models.backbones import is_convolutional
 from ..models.cascade import Cascade, can_decide, check_cascade, has_own_views
 from ..models.l2r2 import L2R2, L2R2Output
@@ -97,15 +97,13 @@ class Network:
         """
         if not self.separate or item.image is None or item.views is not None:
             return item
-        spec, others = self.model.view_spec, self._others
         index, boxes = torch.zeros(len(rows), dtype=torch.long), torch.stack([row.box for row in rows])
-        masks = [row.mask for row in rows]
-        views = make_views([item.image], boxes, spec, branches=others, image_index=index, masks=masks)
+        masks = [row.mask for row in rows] if any(row.mask is not None for row in rows) else None
+        branches = self._others if self.cascade is not None or item.full is not None else self.model.branches
+        views = make_views([item.image], boxes, self.model.view_spec, branches=branches, image_index=index, masks=masks)
         if self.cascade is not None:
             return replace(item, views=views)
-        if "full" in self.model.branches and item.full is None:
-            views = views._replace(full=make_views([item.image], None, spec, branches=("full",)).full)
-        return replace(item, image=None, views=views)
+        return replace(item, image=None, views=views if views.full is None else views._replace(full=views.full[:1]))
 
     @torch.inference_mode()
     def __call__(self, jobs: Sequence[Job]) -> Answered:
@@ -207,8 +205,8 @@ class Network:
         return full
 
     def logits(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the logits by branch of the views `[B, 3, S, S]` by branch; a pass has up to twice `batch_size` views."""
-        size = self.batch_size * (2 if len(views) == 1 else 1)
+        """Return the logits by branch of the views `[B, 3, S, S]` by branch; a pass has at most twice `batch_size` views."""
+        size = rows_per_pass(self.device, self.batch_size * (2 if len(views) == 1 else 1), len(views))
         logits: dict[str, list[Tensor]] = {branch: [] for branch in views}
         for start in range(0, max(map(len, views.values()), default=0), size):
             part = {b: view[start : start + size] for b, view in views.items() if len(view) > start}

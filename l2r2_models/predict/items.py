@@ -29,6 +29,7 @@ class Item:
         full: logits of the full branch, if finding the box already computed them.
         views: the views, if already cut: full is `[1, 3, S, S]`, the others and `has_fg` have one row per box.
         size: `(height, width)` of the upright image.
+        rows: the boxes to classify, once they are selected.
     """
 
     name: str | None
@@ -39,6 +40,7 @@ class Item:
     full: Tensor | None = None
     views: Views | None = None
     size: tuple[int, int] | None = None
+    rows: Sequence[Row] | None = None
 
     @property
     def pixels(self) -> int:

@@ -256,7 +256,7 @@ class Predictor:
     ) -> Item | Prediction:
         """Decode a file, or its content `data`, for `predict_items`; one that cannot be used is a failed prediction."""
         try:
-            return self._cut(*self.decode(path, entry, mask_file, data))
+            return self._cut(self.decode(path, entry, mask_file, data))
         except L2R2Error as error:
             return Prediction(str(path), (), str(error))
 
@@ -270,12 +270,12 @@ class Predictor:
         Raises:
             ImageError: when the image cannot be decoded.
         """
-        return self._cut(*self._decoded(image, Item(image.name, None, boxes, size=image.size)))
+        return self._cut(self._decoded(image, Item(image.name, None, boxes, size=image.size)))
 
     def decode(
         self, path: str | Path, entry: BoxEntry | None = None, mask_file: Path | None = None, data: bytes | None = None
-    ) -> tuple[Item, list[Row]]:
-        """Decode what the views show, and list the boxes to classify; before the localizer runs, the whole image and no boxes."""
+    ) -> Item:
+        """Decode what the views show, and select the boxes to classify; before the localizer runs, the whole image."""
         image = LazyImage(path if data is None else data, fill=self.model.view_spec.fill, name=str(path))
         mask = load_mask(mask_file, image.size) if mask_file else None
         boxes = None if mask is None else Detections.from_mask(mask)
@@ -283,17 +283,17 @@ class Predictor:
             boxes = entry.detections(image.size, str(path))
         return self._decoded(image, Item(str(path), None, boxes, entry.failure if entry else None, mask, size=image.size))
 
-    def _decoded(self, image: LazyImage, item: Item) -> tuple[Item, list[Row]]:
+    def _decoded(self, image: LazyImage, item: Item) -> Item:
         if lacks_boxes(self, item):
-            return replace(item, image=image.load()), []
+            return replace(item, image=image.load())
         spec, branches, rows = self.model.view_spec, self.model.branches, self.rows_of(item)
         where = torch.stack([row.box for row in rows])
         pixels = decode_patches(image, where, spec, branches) if takes_patches(spec, branches) else image.load()
-        return replace(item, image=pixels), rows
+        return replace(item, image=pixels, rows=rows)
 
-    def _cut(self, item: Item, rows: list[Row]) -> Item:
+    def _cut(self, item: Item) -> Item:
         """On a CPU, cut the views, so that this happens in the thread that decodes."""
-        return self.network.cut(item, rows) if self.device.type == "cpu" and rows else item
+        return self.network.cut(item, item.rows) if self.device.type == "cpu" and item.rows else item
 
     @torch.inference_mode()
     def predict_items(self, items: Iterable[Item | Prediction]) -> Iterator[Prediction]:
@@ -306,7 +306,7 @@ class Predictor:
         jobs: list[Job] = []
         for item in items:
             if isinstance(item, Item):
-                pending = Pending(item, self.rows_of(item))
+                pending = Pending(item, self.rows_of(item) if item.rows is None else item.rows)
                 jobs += [Job(pending, number) for number in range(len(pending.rows))]
                 waiting.append(pending)
             else:
@@ -360,7 +360,8 @@ class Predictor:
         usable = sure.usable()
         if not len(usable):
             return None, "every box is empty or outside of the image"
-        return usable.sorted().select(torch.arange(min(len(usable), self.max_objects))), ""
+        best = usable.sorted()
+        return best if len(best) <= self.max_objects else best.select(torch.arange(self.max_objects)), ""
 
     def answers(self, answered: Answered, jobs: Sequence[Job]) -> Iterator[ObjectPrediction]:
         """Yield the prediction for each box."""

@@ -157,7 +157,7 @@ class Decode(_Stage):
 
     def _decoded(self, name: str, entry: BoxEntry | None, mask: Path | None, data: bytes | None) -> Item | Prediction:
         try:
-            return _owned(self.predictor.decode(name, entry, mask, data)[0])
+            return _owned(self.predictor.decode(name, entry, mask, data))
         except L2R2Error as error:
             return Prediction(name, (), str(error))
 

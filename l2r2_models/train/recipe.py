@@ -24,6 +24,7 @@ from .recipe_keys import read_keys
 
 TRAINABLE = ("all", "head")
 AUTO: Final = "auto"
+CUTS = (AUTO, "workers", "device")
 PRECISIONS = (AUTO, "fp32", "bf16", "fp16")
 STRIDES = (0, 2, 4, 8, 16, 32)
 BACKWARDS = ("joint", "separate")
@@ -126,6 +127,8 @@ class Recipe:
             the run records which.
         channels_last: use the channels-last memory layout; same result up to rounding, faster for most convolutions. `auto`
             uses it for convolutional backbones.
+        cut: where views are cut: by the `workers` that load the images, or on the `device` that trains, which relieves them; the
+            same views up to rounding. `auto` uses a GPU if there is one.
         compile: compile the backbone with `torch.compile`, which takes minutes at the start.
         seed: random seed of weights, order and augmentation.
         workers: processes that load images; the result does not depend on it.
@@ -215,6 +218,7 @@ class Recipe:
     # computation
     precision: str = AUTO
     channels_last: Literal["auto", True, False] = AUTO
+    cut: str = AUTO
     compile: bool = False
     seed: int = 0
     workers: int = 0
@@ -276,7 +280,7 @@ class Recipe:
             raise L2R2Error(f"size must lie between 1 and 4096 pixels, got {self.size}.")
         if lacking := [branch for branch in ViewSpec(sizes=self.sizes or {}).sizes if branch not in self.branches]:
             raise L2R2Error(f"sizes has a size for {lacking[0]}, but this model has {', '.join(self.branches)}; leave it out.")
-        known: dict[str, tuple[Any, ...]] = {"trainable": TRAINABLE, "precision": PRECISIONS, "best_metric": METRICS}
+        known: dict[str, tuple[Any, ...]] = {"trainable": TRAINABLE, "precision": PRECISIONS, "best_metric": METRICS, "cut": CUTS}
         known |= {"val_from": VAL_FROM, "branch_backward": BACKWARDS, "frozen_stride": STRIDES, "objective": OBJECTIVES}
         for name, choices in known.items():
             if getattr(self, name) not in choices:

@@ -21,7 +21,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.integrations import TensorBoardCallback
 
 from .. import distributed as processes
-from ..data.dataset import ViewDataset, collate
+from ..data.dataset import ViewDataset
+from ..data.loader import ViewLoader, collate
 from ..data.table import ImageTable
 from ..errors import L2R2Error
 from ..io import write_atomic
@@ -81,12 +82,12 @@ class BranchTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Make the loader that follows `EpochBatches`."""
-        return DataLoader(
+        return ViewLoader(
             self.train_dataset,
+            device=self.args.device,
             batch_sampler=self.batches,
             num_workers=self.recipe.workers,
             pin_memory=torch.cuda.is_available(),
-            collate_fn=self.data_collator,
         )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -262,6 +263,7 @@ def _trainer(
         augment=recipe.augment(),
         background_swap=recipe.background_swap,
         swapped_views=branches_with_background(model) if recipe.consistency else (),
+        cut=recipe.cut != "device",
         seed=recipe.seed,
         **common,
     )

@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..checkpoints.checkpoint import Checkpoint, load_checkpoint
-from ..data.dataset import ViewDataset, collate
+from ..data.dataset import ViewDataset
+from ..data.loader import collate
 from ..data.table import ImageTable
 from ..errors import L2R2Error
 

@@ -123,7 +123,7 @@ def make_views(
     else:
         views = _cut(pixels, parts, spec)  # type: ignore[arg-type]
     if image_index is not None and "full" in views:
-        views["full"] = views["full"][index]
+        views["full"] = views["full"].expand(rows, -1, -1, -1) if len(pixels) == 1 else views["full"][index]
     mask = None
     if in_network and spec.fg.finds_object:
         has_fg = torch.ones_like(has_fg)  # the network finds the object itself
@@ -242,23 +242,18 @@ def _cut_patches(
     images: list[Patches], parts: Mapping[str, _Part], spec: ViewSpec, device: torch.device | str | None
 ) -> dict[str, Tensor]:
     """Cut all parts from patches, each of which covers one view."""
-    pixels: list[Tensor] = []
-    of_branch: dict[str, Tensor] = {}
-    for branch, part in parts.items():
-        if part.masks is not None:
-            raise L2R2Error("Views with replaced pixels cannot be cut from patches; pass whole images.")
-        of = [images[i] for i in part.images.tolist()]
-        height, width = (torch.tensor([image.size[axis] for image in of]) for axis in (0, 1))
-        windows, _ = integer_boxes(part.boxes, height, width, spec.margin)
-        pixels += [_of_window(image, window) for image, window in zip(of, windows.tolist())]
-        of_branch[branch] = windows
-    pixels = [_sent(part, device) for part in pixels]
-    if not pixels:
+    if not parts:
         return {}
+    if any(part.masks is not None for part in parts.values()):
+        raise L2R2Error("Views with replaced pixels cannot be cut from patches; pass whole images.")
+    shown = [images[i] for part in parts.values() for i in part.images.tolist()]
+    sizes = torch.tensor([image.size for image in shown])
+    windows, _ = integer_boxes(torch.cat([part.boxes for part in parts.values()]), sizes[:, 0], sizes[:, 1], spec.margin)
+    pixels = [_sent(_of_window(image, window), device) for image, window in zip(shown, windows.tolist())]
     ends = _whole_images(torch.tensor([p.shape[:2] for p in pixels], device=device))
-    counts = list(map(len, of_branch.values()))
-    split = zip(of_branch.items(), ends.boxes.split(counts), ends.images.split(counts))
-    return _cut(pixels, {branch: _Part(boxes, index, windows=windows) for (branch, windows), boxes, index in split}, spec)
+    counts = [len(part.boxes) for part in parts.values()]
+    split = (ends.boxes.split(counts), ends.images.split(counts), [None] * len(counts), windows.split(counts))
+    return _cut(pixels, dict(zip(parts, map(_Part, *split))), spec)
 
 
 def _of_window(image: Patches, window: Sequence[int]) -> Tensor:

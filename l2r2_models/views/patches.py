@@ -68,8 +68,18 @@ def decode_patches(image: LazyImage, boxes: Tensor | None, spec: ViewSpec, branc
     for window, branch in shown:
         windows[window] = min(windows.get(window, SCALES[0]), scale_of(window, spec, branch))
     least = min(windows.values())
-    decoded = image.load(least)
+    pixels = image.pixels(least)
+    if max(windows.values()) == 1:
+        return Patches(image.size, {window: _crop(pixels, window) for window in windows})
+    decoded = Image.fromarray(pixels.numpy())
     return Patches(image.size, {w: image_tensor(_part(decoded, w, least, scale, spec)) for w, scale in windows.items()})
+
+
+def _crop(pixels: Tensor, window: Window) -> Tensor:
+    """Return a copy, which does not keep the whole image in memory; the whole image itself is not copied."""
+    x0, y0, x1, y1 = window
+    part = pixels[y0:y1, x0:x1]
+    return pixels if part.shape == pixels.shape else part.clone()
 
 
 def scale_of(window: Window, spec: ViewSpec, branch: str) -> int:
@@ -86,7 +96,7 @@ def _part(decoded: Image.Image, window: Window, decoded_at: int, scale: int, spe
     and contains some of the fill where the grid does not meet the window.
     """
     if decoded_at == scale == 1:
-        return decoded if window == (0, 0, *decoded.size) else decoded.crop(window)
+        return decoded.crop(window)
     sides = window[2] - window[0], window[3] - window[1]
     axes = [_axis(low, side, max(sides) if spec.square else side, scale) for low, side in zip(window, sides)]
     size = axes[0][0], axes[1][0]

@@ -31,15 +31,15 @@ def table(tmp_path):
 @pytest.fixture
 def decoded(monkeypatch):
     """The number of pixels of every decoded image."""
-    pixels, original = [], LazyImage.load
+    counts, original = [], LazyImage.pixels
 
-    def load(self, scale=1):
+    def pixels(self, scale=1):
         image = original(self, scale)
-        pixels.append(image.width * image.height)
+        counts.append(image.shape[0] * image.shape[1])
         return image
 
-    monkeypatch.setattr(LazyImage, "load", load)
-    return pixels
+    monkeypatch.setattr(LazyImage, "pixels", pixels)
+    return counts
 
 
 def items(table, augment, decode="scaled", size=64, branches=("full", "fg"), **options):

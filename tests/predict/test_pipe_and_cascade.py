@@ -62,6 +62,17 @@ def test_answers_with_and_without_threads_are_the_same(run, photos):
         same(plain, list(predictor.predict_files(paths, boxes)))
 
 
+def test_a_pass_on_a_cpu_has_few_views(run, photos, monkeypatch):
+    """Activations of more views leave the caches, which takes up to twice the time."""
+    paths, boxes = photos
+    expected = list(Predictor.from_pretrained(run, device="cpu").predict_files(paths, boxes))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    predictor = Predictor.from_pretrained(run, device="cpu")
+    seen = rows_seen(predictor)
+    same(expected, list(predictor.predict_files(paths, boxes)))
+    assert max(seen) == 4 and len(seen) > 1
+
+
 def test_files_answer_as_the_decoded_images_do(run, photos):
     paths, boxes = photos
     predictor = Predictor.from_pretrained(run, device="cpu")
@@ -83,8 +94,9 @@ def test_files_are_predicted_whatever_the_branches(branches, photos, tmp_path):
         assert [o.score for o in file.objects] == pytest.approx([o.score for o in image.objects], abs=0.02)
 
 
-def test_batches_are_full_across_images_and_boxes_and_nothing_is_seen_twice(run, photos):
+def test_batches_are_full_across_images_and_boxes_and_nothing_is_seen_twice(run, photos, monkeypatch):
     paths, boxes = photos
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)  # enough for whole batches
     predictor = Predictor.from_pretrained(run, device="cpu", batch_size=4)
     seen = rows_seen(predictor)
     answers = list(predictor.predict_files(paths, boxes))

@@ -42,9 +42,10 @@ def _bands(n_in: int, n_out: int, interpolation: str, antialias: bool, block: in
     return first.flatten().int().tolist(), (weights / weights.sum(2, keepdim=True)).float()
 
 
-def _weight_inside(bands: tuple[list[int], Tensor], pad: int, extent: int, n_out: int) -> Tensor:
+@lru_cache(maxsize=64)
+def _weight_inside(n_in: int, n_out: int, interpolation: str, antialias: bool, block: int, pad: int, extent: int) -> Tensor:
     """Return how much of each output's weight falls on [pad, pad + extent): float32 [n_out]."""
-    starts, weights = bands
+    starts, weights = _bands(n_in, n_out, interpolation, antialias, block)
     if pad == 0 and extent >= starts[-1] + weights.shape[2]:
         return torch.ones(n_out, dtype=torch.float32)
     taps = torch.tensor(starts)[:, None, None] + torch.arange(weights.shape[2])
@@ -121,8 +122,9 @@ def _resize_bands(
 ) -> None:
     """Write a * (resized canvas of a crop [3, h, w] - fill) + b to out [3, height, width]."""
     height, width = spec.height, spec.width
-    by = _bands(g.canvas_h, height, spec.interpolation, spec.antialias, BLOCK_Y)
-    bx = _bands(g.canvas_w, width, spec.interpolation, spec.antialias, BLOCK_X)
+    of_y = (g.canvas_h, height, spec.interpolation, spec.antialias, BLOCK_Y)
+    of_x = (g.canvas_w, width, spec.interpolation, spec.antialias, BLOCK_X)
+    by, bx = _bands(*of_y), _bands(*of_x)
     x, interleaved = _float_pixels(crop, mask, fill)
     rows = _vertical(by, x.view(g.h, 3 * g.w), g.pad_y)[:height]
     if interleaved:  # fewer pixels to reorder now, to [3, height, w]
@@ -132,7 +134,7 @@ def _resize_bands(
     if (g.w, g.h) == (g.canvas_w, g.canvas_h):
         torch.addcmul(b - a * fill, resized, a, out=out)
     else:  # the padding is fill, so only the share of the crop is subtracted
-        inside = _weight_inside(by, g.pad_y, g.h, height)[:, None] * _weight_inside(bx, g.pad_x, g.w, width)
+        inside = _weight_inside(*of_y, g.pad_y, g.h)[:, None] * _weight_inside(*of_x, g.pad_x, g.w)
         torch.addcmul(resized, inside, fill, value=-1, out=out)
         torch.addcmul(b, out, a, out=out)
 
