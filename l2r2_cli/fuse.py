@@ -109,12 +109,15 @@ def fuse(
     columns = list(next(iter(report.table.values())))
     say(f"  {'':26}" + "".join(f"  {name:^18}" for name in columns))
     say(f"  {'fusion':26}" + "  acc.    ECE    NLL" * len(columns))
+    chosen = report.chosen.removesuffix(" alone")
     for name, by in report.table.items():
         found = "".join(f"  {100 * m['accuracy']:5.1f} {100 * m['ece']:5.1f}  {m['nll']:5.2f}" for m in by.values())
         numbers = f"{report.numbers[name]:>6} parameters" if name in report.numbers else ""
-        say(f"  {name:26}{found}{numbers}{'  <- chosen' if name == report.chosen else ''}")
+        say(f"  {name:26}{found}{numbers}{'  <- chosen' if name == chosen else ''}")
     if report.reason:
         say(report.reason)
+    if report.chosen == "fg alone" and cascade is None:
+        say("`l2r2 predict --cascade 0` then skips the whole image where there is a box, and gives the same labels and scores.")
     if (limit := report.abstain) is not None:
         kept = f"{limit.coverage:.0%} of the {limit.images} images keep their prediction, {limit.reached:.1%} of these are wrong"
         say(f"abstains below a confidence of {limit.threshold:.3f}: {kept}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-VIEWS_PER_THREAD = 4  # of a pass on a CPU; activations of more views leave its caches (docs/guides/speed.md)
+VIEWS_PER_THREAD = 4  # per forward pass on a CPU; the activations of more views do not fit its caches (docs/guides/speed.md)
 
 
 def has_bf16(device: torch.device) -> bool:

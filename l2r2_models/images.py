@@ -1,6 +1,6 @@
 """Image loading: any image file becomes an upright 8-bit RGB image, or raises one clear error.
 
-Everything that opens an image calls `load_image`, so that boxes always refer to the same pixels.
+Everything that opens an image calls `load_image` or makes a `LazyImage`, so that boxes always refer to the same pixels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ IMAGE_SUFFIXES = frozenset(
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
 # Pillow decodes only the formats of the suffixes above, because some others run programs (EPS starts Ghostscript).
 SCALED = ("JPEG", "MPO")  # formats that can be decoded at 1/2, 1/4 or 1/8 of their size
-ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that exchange width and height
+ORIENTATION, MOVED, TURNED = 0x0112, range(2, 9), range(5, 9)  # the EXIF tag, its values that move pixels, and exchange sides
 EXIF_IFD, TIME_ORIGINAL, SUBSECOND, TIME = 0x8769, 0x9003, 0x9291, 0x0132  # EXIF tags
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 
@@ -73,7 +73,7 @@ def load_image(
 
 
 class LazyImage:
-    """An image with a known upright size, whose pixels are decoded on request, at full or reduced resolution.
+    """An image with a known upright size, whose pixels are decoded on request, at full or reduced resolution, by one thread.
 
     Takes the arguments of `load_image` and raises the same exceptions, on creation or in `load`.
 
@@ -98,7 +98,7 @@ class LazyImage:
             if self._encoded and image.format in SCALED:
                 orientation = _orientation(image)
                 self.size = (image.width, image.height) if orientation in TURNED else (image.height, image.width)
-                self._by_torchvision = image.format == "JPEG" and image.mode == "RGB" and orientation == 1
+                self._by_torchvision = image.format == "JPEG" and image.mode == "RGB" and orientation not in MOVED
                 self._opened = image
                 return
             self._decoded = _decoded(image, self.name, fill, ours=not isinstance(source, Image.Image))
@@ -126,7 +126,11 @@ class LazyImage:
             return decoded if drafted or scale == 1 else decoded.reduce(scale)
 
     def pixels(self, scale: int = 1) -> Tensor:
-        """Decode as `load` does, to uint8 `[H, W, 3]`; torchvision decodes upright RGB JPEGs at full size, being faster."""
+        """Decode as `load` does, to uint8 `[H, W, 3]`.
+
+        Upright RGB JPEGs at full size are decoded by torchvision: faster, and equal up to rounding between builds of libjpeg.
+        It prints a warning to stderr for a damaged file that it can decode.
+        """
         if scale == 1 and self._by_torchvision:
             from torchvision.io import ImageReadMode, decode_jpeg
 

@@ -123,13 +123,9 @@ class Detections:
 
     def select(self, index: Tensor) -> Detections:
         """The detections at `index` (bool or int tensor), in that order."""
-        if index.dtype == torch.bool:
-            if index.all():  # the usual case
-                return self
-            index = index.nonzero()[:, 0]
-        return self._at(index)
-
-    def _at(self, positions: Tensor) -> Detections:
+        if index.dtype == torch.bool and index.all():  # the usual case
+            return self
+        positions = index.nonzero()[:, 0] if index.dtype == torch.bool else index
         return replace(
             self,
             boxes=self.boxes[positions],

@@ -198,9 +198,9 @@ class ViewDataset(Dataset[dict[str, Any]]):
         objectness: whether items include `objectness`, the box's score.
         locate: whether items include `box` `[4]`, the object in the full view, xyxy relative to its sides (NaN if there is none),
             and `localized`, which is False if the localizer failed or the box file does not list the image.
-        cut: whether items include views; otherwise `uncut` and `swapped_uncut`, what they are cut from, see `ViewLoader`.
         segment: whether items include `object_mask` `[S, S]`, how much of each pixel of the full view the object covers (nothing
             if there is no object), and `has_mask`, which is False for an object without a mask, or if `localized` would be False.
+        cut: whether to cut views; if False, items include `uncut` (and `swapped_uncut`) for `ViewLoader`.
         seed: random seed.
 
     Raises:
@@ -242,7 +242,7 @@ class ViewDataset(Dataset[dict[str, Any]]):
             raise L2R2Error(f"{table.root}: swapping backgrounds needs at least two images with a box or mask.")
 
     def without_augmentation(self) -> ViewDataset:
-        """Return a copy without augmentation and background swaps, which cuts views, for metrics on the training rows."""
+        """Return a copy that cuts views, without augmentation or background swaps, for metrics on the training rows."""
         plain = copy.copy(self)
         plain.augment, plain.background_swap, plain.swapped_views, plain.cut = None, 0.0, (), True
         return plain

@@ -158,7 +158,7 @@ class TwoWorlds(Agreement):
         losses = [w[away] @ _cross_entropy((f - a * c)[away], labels[away]) for a in torch.linspace(0, 1, GRID).tolist()]
         self.subtract.fill_(int(torch.stack(losses).argmin()) / (GRID - 1))
         self.scale.copy_(logistic(self.evidence(fg, context).double(), ~away, w))
-        self.meter.fit(fg, context, away, w)
+        self.meter.fit(fg, context, labels, away, w)
         right, alone = (((z.argmax(-1) == labels)[~away].double()) for z in (f + c, f))
         self.trust.fill_(float(gain_is_certain(right - alone)))
 

@@ -88,19 +88,23 @@ def fuse_groups(
     assert found is not None  # a fusion with a batch rule has two branches
     _, fg, context = found
     rows = has_fg.nonzero()[:, 0]
-    misled, shares = shares_of(rule.meter, rule.meter.clues(fg[rows], context[:, rows]), [groups[i] for i in rows.tolist()])
+    clues, classes = rule.meter.clues(fg[rows], context[:, rows]), fg[rows].argmax(-1)
+    misled, shares = shares_of(rule.meter, clues, classes, [groups[i] for i in rows.tolist()])
     together = misled.isfinite()
     rows, misled = rows[together], misled[together].to(fused)
     fused[rows] = rule.mixed(fg[rows], context[:, rows], misled[:, None]).to(fused)
     return Adapted(fused, {**dict.fromkeys(groups, UNKNOWN), **shares})
 
 
-def shares_of(meter: ShiftMeter, clues: Tensor, groups: Sequence[Hashable]) -> tuple[Tensor, dict[Hashable, GroupShare]]:
+def shares_of(
+    meter: ShiftMeter, clues: Tensor, classes: Tensor, groups: Sequence[Hashable]
+) -> tuple[Tensor, dict[Hashable, GroupShare]]:
     """Estimate the fraction e of misleading backgrounds per object and per group.
 
     Args:
         meter: the meter of a batch rule.
         clues: `[n]` float64, see `ShiftMeter.clues`.
+        classes: `[n]` int64, the class that fg predicts for each object.
         groups: one value per object.
 
     Returns:
@@ -112,10 +116,10 @@ def shares_of(meter: ShiftMeter, clues: Tensor, groups: Sequence[Hashable]) -> t
         members[group].append(i)
     misled, shares = torch.full_like(clues, float("nan")), {}
     for group, indices in members.items():
-        own = clues[indices]
-        shares[group] = _share(meter, own)
+        own, kinds = clues[indices], len(classes[indices].unique())
+        shares[group] = _share(meter, own, kinds)
         if len(indices) > 1:
-            misled[indices] = _without_itself(meter, own)
+            misled[indices] = _without_itself(meter, own, kinds)
     return misled, shares
 
 
@@ -150,14 +154,14 @@ def _mean(clues: Tensor) -> Tensor:
     return clues.sort().values.mean()[None]
 
 
-def _without_itself(meter: ShiftMeter, clues: Tensor) -> Tensor:
+def _without_itself(meter: ShiftMeter, clues: Tensor, classes: int) -> Tensor:
     """Return the posterior means `[n]` of e given the other objects of a group."""
     others = (len(clues) * _mean(clues) - clues) / (len(clues) - 1)
-    return torch.cat([(meter.posterior(part, len(clues) - 1) * grid(clues)).sum(1) for part in others.split(ROWS)])
+    return torch.cat([(meter.posterior(part, len(clues) - 1, classes) * grid(clues)).sum(1) for part in others.split(ROWS)])
 
 
-def _share(meter: ShiftMeter, clues: Tensor) -> GroupShare:
-    posterior, e = meter.posterior(_mean(clues), len(clues))[0], grid(clues)
+def _share(meter: ShiftMeter, clues: Tensor, classes: int) -> GroupShare:
+    posterior, e = meter.posterior(_mean(clues), len(clues), classes)[0], grid(clues)
     likely, order = posterior.sort(descending=True)
     inside = e[order[: int((likely.cumsum(0) < LEVEL).sum()) + 1]]  # the shortest interval, which may touch 0 or 1
     return GroupShare(len(clues), float(e[posterior.argmax()]), float(inside.min()), float(inside.max()))

@@ -20,10 +20,15 @@ class ShiftMeter(nn.Module):
     mean clue of a group lies between the means of both kinds of rows, nearer to that of the other backgrounds the larger e is
     (an adjusted count of probabilities, Bella et al. 2010).
 
+    Images of one class often come from one place or video, and some classes have higher clues than others. So the mean of a group
+    is as uncertain as the number of its *classes* lets it be, however many images it has; the same holds for the held-out rows.
+
     Attributes:
         line: `[2]` offset and slope of the logistic regression.
-        moments: `[3, 2]` mean and variance of the clues, and number of observations, of the held-out rows of each kind (usual,
-            other).
+        moments: `[3, 2]` mean of the clues, their variance within classes, and number of observations, of the held-out rows of
+            each kind (usual, other).
+        between: `[2, 2]` covariance of the mean clues of the two kinds over classes.
+        classes: number of classes in the held-out rows.
     """
 
     def __init__(self) -> None:
@@ -32,30 +37,45 @@ class ShiftMeter(nn.Module):
         self.register_buffer("line", torch.tensor([0.0, 1.0]))
         self.moments: Tensor
         self.register_buffer("moments", torch.tensor([[1.0, 0.0], [0.25, 0.25], [1.0, 1.0]]))
+        self.between: Tensor
+        self.register_buffer("between", torch.zeros(2, 2))
+        self.classes: Tensor
+        self.register_buffer("classes", torch.tensor(1.0))
 
     @torch.jit.ignore
-    def fit(self, fg: Tensor, context: Tensor, away: Tensor, weights: Tensor) -> None:
+    def fit(self, fg: Tensor, context: Tensor, labels: Tensor, away: Tensor, weights: Tensor) -> None:
         """Fit the clue on held-out rows of both kinds.
 
         Args:
             fg: `[N, classes]` logits of fg.
             context: `[K, N, classes]` logits of the context branches.
+            labels: `[N]` int64 class indices.
             away: `[N]` bool, True for rows with other backgrounds.
             weights: `[N]` number of observations per row.
         """
         self.line.copy_(logistic(agreement_of(fg, context), ~away, weights.double()))
-        clues = self.clues(fg, context)
+        clues, w = self.clues(fg, context), weights.double()
+        found = sorted(set(labels[~away].tolist()) & set(labels[away].tolist()))
+        by_class = clues.new_zeros(len(found), 2)
         for kind, rows in enumerate((~away, away)):
-            own, w = clues[rows], weights[rows].double()
-            mean = w @ own / w.sum()
-            self.moments[:, kind] = torch.stack([mean, w @ (own - mean).square() / w.sum(), w.sum()]).to(self.moments)
+            mean, _ = _moments(clues[rows], w[rows])
+            spread, of_classes = mean.new_zeros(()), labels[rows]
+            for label in of_classes.unique().tolist():
+                own = rows & (labels == label)
+                of_class, variance = _moments(clues[own], w[own])
+                spread += w[own].sum() * variance
+                if label in found:
+                    by_class[found.index(label), kind] = of_class
+            self.moments[:, kind] = torch.stack([mean, spread / w[rows].sum(), w[rows].sum()]).to(self.moments)
+        self.classes.fill_(max(1, len(found)))
+        self.between.copy_(by_class.T.cov() if len(found) > 1 else torch.zeros(2, 2))
 
     def clues(self, fg: Tensor, context: Tensor) -> Tensor:
         """Return the clue `[B]` float64 of each object, in [0, 1]; see `fit` for the arguments."""
         return (self.line[0].double() + self.line[1].double() * agreement_of(fg, context)).sigmoid()
 
     @torch.jit.ignore
-    def posterior(self, means: Tensor, count: int) -> Tensor:
+    def posterior(self, means: Tensor, count: int, classes: int) -> Tensor:
         """Return the posterior of e on a grid, given the mean clue of a group and a uniform prior.
 
         Given e, the mean of `count` clues is taken as normal. Its variance includes the uncertainty of the means of the held-out
@@ -64,6 +84,7 @@ class ShiftMeter(nn.Module):
         Args:
             means: `[k]` float64, one per group.
             count: number of objects that each mean was computed on, at least 1.
+            classes: number of classes that these objects have, at least 1.
 
         Returns:
             `[k, STEPS]` probabilities, see `grid`.
@@ -71,11 +92,20 @@ class ShiftMeter(nn.Module):
         e = grid(means)
         (usual, other), (usual_variance, other_variance), (usual_rows, other_rows) = self.moments.to(means)
         each = (1 - e) * usual_variance + e * other_variance + e * (1 - e) * (usual - other).square()
-        held_out = (1 - e).square() * usual_variance / usual_rows + e.square() * other_variance / other_rows
-        variance = (each / count + held_out).clamp(min=LEAST)
+        independent = (1 - e).square() * usual_variance / usual_rows + e.square() * other_variance / other_rows
+        kinds = torch.stack([1 - e, e])
+        of_class = (kinds * (self.between.to(means) @ kinds)).sum(0)
+        held_out = torch.maximum(of_class / self.classes.to(means), independent)
+        variance = (each / count + of_class / classes + held_out).clamp(min=LEAST)
         gap = means[:, None] - (1 - e) * usual - e * other
         log: Tensor = -gap.square() / (2 * variance) - variance.log() / 2
         return log.softmax(1)
+
+
+def _moments(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weighted mean and variance."""
+    mean = weights @ values / weights.sum()
+    return mean, weights @ (values - mean).square() / weights.sum()
 
 
 def grid(like: Tensor) -> Tensor:

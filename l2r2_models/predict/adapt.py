@@ -41,13 +41,15 @@ class Adapter:
 
     def learn(self, objects: Iterable[tuple[ObjectPrediction, str]]) -> None:
         """Estimate the shares of misleading backgrounds from all objects and their groups; call it before `adapt`."""
-        meter, clues = self.fusion.batch.meter, []
+        meter, clues, classes = self.fusion.batch.meter, [], []
         self._groups = []
         for answer, group in objects:
             if (given := logits_of(answer)) is not None and (found := fused_logits(self.fusion, given)) is not None:
                 clues.append(float(meter.clues(*found[1:])))
+                classes.append(int(found[1].argmax()))
                 self._groups.append(group)
-        misled, self.shares = shares_of(meter, torch.tensor(clues, dtype=torch.float64), self._groups)  # type: ignore[assignment]
+        known = torch.tensor(clues, dtype=torch.float64), torch.tensor(classes, dtype=torch.long)
+        misled, self.shares = shares_of(meter, *known, self._groups)  # type: ignore[assignment]
         self._misled = misled.tolist()
 
     def adapt(self, objects: Iterable[ObjectPrediction]) -> Iterator[ObjectPrediction]:

@@ -99,11 +99,15 @@ class Network:
             return item
         index, boxes = torch.zeros(len(rows), dtype=torch.long), torch.stack([row.box for row in rows])
         masks = [row.mask for row in rows] if any(row.mask is not None for row in rows) else None
-        branches = self._others if self.cascade is not None or item.full is not None else self.model.branches
-        views = make_views([item.image], boxes, self.model.view_spec, branches=branches, image_index=index, masks=masks)
+        spec, needs_full = self.model.view_spec, "full" in self.model.branches and item.full is None
+        together = needs_full and self.cascade is None and len(rows) == 1  # `make_views` would repeat full for each box
+        branches = self.model.branches if together else self._others
+        views = make_views([item.image], boxes, spec, branches=branches, image_index=index, masks=masks)
         if self.cascade is not None:
             return replace(item, views=views)
-        return replace(item, image=None, views=views if views.full is None else views._replace(full=views.full[:1]))
+        if needs_full and not together:
+            views = views._replace(full=make_views([item.image], None, spec, branches=("full",)).full)
+        return replace(item, image=None, views=views)
 
     @torch.inference_mode()
     def __call__(self, jobs: Sequence[Job]) -> Answered:

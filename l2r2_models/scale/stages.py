@@ -15,8 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from ..boxes import BoxEntry, BoxTable
 from ..errors import L2R2Error
 from ..pipe import in_order
@@ -24,7 +22,6 @@ from ..predict.items import Item, pixels_of
 from ..predict.prediction import Prediction
 from ..predict.predictor import Predictor
 from ..predict.rules import Rules
-from ..views import Patches
 from .partitions import Partition
 from .places import Place
 from .results import Rows
@@ -157,7 +154,8 @@ class Decode(_Stage):
 
     def _decoded(self, name: str, entry: BoxEntry | None, mask: Path | None, data: bytes | None) -> Item | Prediction:
         try:
-            return _owned(self.predictor.decode(name, entry, mask, data))
+            item = self.predictor.decode(name, entry, mask, data)
+            return replace(item, rows=None)  # rows are windows of all boxes and masks, which would travel with each of them
         except L2R2Error as error:
             return Prediction(name, (), str(error))
 
@@ -198,11 +196,3 @@ def _sliced(items: Iterable[Any], size: int, weigh: Callable[[Any], int] = lambd
             held, weight = [], 0
     if held:
         yield held
-
-
-def _owned(item: Item) -> Item:
-    """Return an item whose patches are no windows of larger tensors, which would travel with them."""
-    if not isinstance(item.image, Patches):
-        return item
-    parts: dict[Any, torch.Tensor] = {window: part.clone() for window, part in item.image.parts.items()}
-    return replace(item, image=replace(item.image, parts=parts))

@@ -15,14 +15,14 @@ from ..models.backbones import is_convolutional
 from ..models.l2r2 import L2R2
 from .recipe import AUTO, Recipe
 
-CHOSEN = ("precision", "channels_last", "cut")  # recipe keys that may be left to the hardware
+CHOSEN = ("precision", "channels_last")  # recipe keys that may be left to the hardware
 
 
 def resolve(recipe: Recipe, model: L2R2, before: Mapping[str, Any]) -> Recipe:
     """Replace `auto` by what suits the hardware and the network.
 
     Precision is bf16 where the hardware has it, except for depthwise convolutions on a CPU, which are slower in bf16;
-    convolutional backbones are channels_last; views are cut on a GPU if there is one.
+    convolutional backbones are channels_last.
 
     Args:
         recipe: see `Recipe`.
@@ -39,8 +39,7 @@ def resolve(recipe: Recipe, model: L2R2, before: Mapping[str, Any]) -> Recipe:
     fast = has_bf16(device) and (device.type == "cuda" or not _has_depthwise(model.backbone))
     precision = ("bf16" if fast else "fp32") if recipe.precision == AUTO else recipe.precision
     channels_last = is_convolutional(model.backbone) if recipe.channels_last == AUTO else recipe.channels_last
-    cut = ("device" if device.type == "cuda" else "workers") if recipe.cut == AUTO else recipe.cut
-    resolved = replace(recipe, **{"precision": precision, "channels_last": channels_last, "cut": cut, **before})
+    resolved = replace(recipe, **{"precision": precision, "channels_last": channels_last, **before})
     check_device(resolved)
     if recipe.compile:
         check_compiler(model)

@@ -24,7 +24,7 @@ from .recipe_keys import read_keys
 
 TRAINABLE = ("all", "head")
 AUTO: Final = "auto"
-CUTS = (AUTO, "workers", "device")
+CUTS = ("workers", "device")
 PRECISIONS = (AUTO, "fp32", "bf16", "fp16")
 STRIDES = (0, 2, 4, 8, 16, 32)
 BACKWARDS = ("joint", "separate")
@@ -127,8 +127,8 @@ class Recipe:
             the run records which.
         channels_last: use the channels-last memory layout; same result up to rounding, faster for most convolutions. `auto`
             uses it for convolutional backbones.
-        cut: where views are cut: by the `workers` that load the images, or on the `device` that trains, which relieves them; the
-            same views up to rounding. `auto` uses a GPU if there is one.
+        cut: where views are cut: by the `workers` that load the images, or on the `device` that trains, which leaves them less to
+            do. The views are the same up to rounding. The device gets whole augmented images, of all `grad_accumulation` parts.
         compile: compile the backbone with `torch.compile`, which takes minutes at the start.
         seed: random seed of weights, order and augmentation.
         workers: processes that load images; the result does not depend on it.
@@ -218,7 +218,7 @@ class Recipe:
     # computation
     precision: str = AUTO
     channels_last: Literal["auto", True, False] = AUTO
-    cut: str = AUTO
+    cut: str = "workers"
     compile: bool = False
     seed: int = 0
     workers: int = 0

@@ -123,7 +123,7 @@ def make_views(
     else:
         views = _cut(pixels, parts, spec)  # type: ignore[arg-type]
     if image_index is not None and "full" in views:
-        views["full"] = views["full"].expand(rows, -1, -1, -1) if len(pixels) == 1 else views["full"][index]
+        views["full"] = views["full"][index]
     mask = None
     if in_network and spec.fg.finds_object:
         has_fg = torch.ones_like(has_fg)  # the network finds the object itself

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -140,6 +141,8 @@ def test_fuse_and_evaluate_print_tables_or_json(l2r2, tmp_path, dataset):
     assert (
         json.loads(l2r2("fuse", run, dataset, "--dry-run", "--json").stdout)["rows"] == 12 + 3 * 12
     )  # as they are, and each object on three other backgrounds
+    chosen = l2r2("fuse", run, dataset, "--dry-run").stdout  # no fusion of a network with random weights is better than fg
+    assert re.search(r"\n  fg  .*<- chosen\n", chosen) and "--cascade 0" in chosen
     result = l2r2("evaluate", run, dataset, "--group", "label", "--fit-split", "val")
     assert result.returncode == 0 and "worst label" in result.stdout and "scaled_average" in result.stdout
     assert "accuracy by label" in result.stdout and "12 of the 12 images of val" not in result.stderr

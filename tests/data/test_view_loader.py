@@ -10,7 +10,7 @@ from l2r2_models import ViewSpec
 from l2r2_models.boxes import BoxEntry
 from l2r2_models.data.augment import Augment
 from l2r2_models.data.dataset import ViewDataset
-from l2r2_models.data.loader import ViewLoader, collate
+from l2r2_models.data.loader import UNCUT, ViewLoader, collate
 from l2r2_models.data.table import read_table
 
 PLAIN = dict(mean=(0.5,) * 3, std=(0.2,) * 3)
@@ -54,6 +54,17 @@ def test_workers_send_pixels_and_no_views(dataset):
     table = read_table(dataset).of_split("train")
     item = ViewDataset(table, table.classes(), spec, ("full", "fg"), cut=False, **options)[0]
     assert item.keys() == {"uncut", "labels"} and item["uncut"].pixels.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("case", ["masked crop", "other backgrounds", "reduced files"])
+def test_a_batch_travels_in_few_tensors(dataset, case):
+    """Each tensor that a worker sends takes a file descriptor, of which a process often has 1,024."""
+    spec, options = CASES[case]
+    table = read_table(dataset).of_split("train")
+    rows = ViewDataset(table, table.classes(), spec, ("full", "fg"), cut=False, **options)
+    batch = ViewLoader(rows, device="cpu", batch_size=12).collate_fn([rows[i] for i in range(12)])
+    tensors = [*batch.values(), *(value for key in UNCUT if key in batch for value in batch[key].values())]
+    assert sum(isinstance(value, torch.Tensor) for value in tensors) <= 6
 
 
 @pytest.mark.gpu

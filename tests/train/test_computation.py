@@ -59,11 +59,7 @@ def test_an_interrupted_run_goes_on_as_it_began_on_other_hardware(dataset, tmp_p
     with pytest.raises(KeyboardInterrupt):
         finetune(dataset, settings, tmp_path / "run")
     monkeypatch.undo()
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["resolved"] == {
-        "precision": "bf16",
-        "channels_last": True,
-        "cut": "workers",
-    }
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["resolved"] == {"precision": "bf16", "channels_last": True}
     monkeypatch.setattr(computation, "has_bf16", lambda device: False)
     result = finetune(dataset, settings, tmp_path / "run")
     assert result.metrics == exact.metrics
@@ -75,7 +71,9 @@ def test_an_interrupted_run_goes_on_as_it_began_on_other_hardware(dataset, tmp_p
     assert json.loads((tmp_path / "run" / "run.json").read_text())["resolved"]["precision"] == "fp32", "not that of the old run"
 
 
-@pytest.mark.parametrize("options", [{}, {"workers": 2}, {"grad_accumulation": 2}, {"consistency": 1.0, "batch_size": 4}])
+@pytest.mark.parametrize(
+    "options", [{}, {"workers": 2}, {"grad_accumulation": 2}, {"consistency": 1.0, "batch_size": 4}, {"box_head": True}]
+)
 def test_views_cut_on_the_device_train_the_same_weights(dataset, tmp_path, options):
     for cut in ("workers", "device"):
         finetune(dataset, recipe(optimizer="sgd", lr=0.05, cut=cut, epochs=2, **options), tmp_path / cut)
@@ -83,18 +81,8 @@ def test_views_cut_on_the_device_train_the_same_weights(dataset, tmp_path, optio
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
-def test_a_gpu_cuts_the_views_by_default(monkeypatch):
-    settings = recipe(precision="fp32")
-    model = create_model(settings, 3)
-    assert resolve(settings, model, {}).cut == "workers"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(computation, "has_bf16", lambda device: True)
-    assert resolve(settings, model, {}).cut == "device"
-    assert resolve(settings, model, {"cut": "workers"}).cut == "workers", "as it was started"
-
-
 def test_values_that_are_refused():
-    with pytest.raises(L2R2Error, match='Unknown cut "gpu"; choose from auto, workers, device'):
+    with pytest.raises(L2R2Error, match='Unknown cut "gpu"; choose from workers, device'):
         recipe(cut="gpu")
     with pytest.raises(L2R2Error, match="channels_last must be auto, true or false, got 'yes'"):
         recipe(channels_last="yes")
