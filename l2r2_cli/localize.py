@@ -41,7 +41,7 @@ def localize(
         Optional[str],
         typer.Option(
             help="camera-trap or prompt (see --presets); or NAME[:SOURCE][?option=value&...]: owlv2, grounding-dino, "
-            "omdet-turbo, detr, outlier, ncut, attn, head, mask-head, boxes, ...",
+            "omdet-turbo, florence2, sam3, detr, outlier, ncut, attn, head, mask-head, boxes, ...",
             show_default="prompt",
         ),
     ] = None,

@@ -35,6 +35,7 @@ def load_pretrained(
     device: torch.device | str = "cpu",
     *,
     extra: str = "detect",
+    gated: bool = False,
 ) -> Pretrained:
     """Load a network and its processor.
 
@@ -45,6 +46,7 @@ def load_pretrained(
         dtype: one of `DTYPES`.
         device: device of the network.
         extra: the extra of this package to install if transformers is missing.
+        gated: whether the Hub gives the published weights only to those who accepted their license, for the message.
 
     Raises:
         L2R2Error: when transformers is missing, or the network cannot be loaded, is of another type, or has no safetensors.
@@ -64,17 +66,22 @@ def load_pretrained(
     except L2R2Error:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise L2R2Error(_sentence(source, error)) from error
+        raise L2R2Error(_sentence(source, error, gated)) from error
     return Pretrained(model.to(device).eval(), processor, _digest(source, config))
 
 
-def _sentence(source: str, error: Exception) -> str:
+def _sentence(source: str, error: Exception, gated: bool) -> str:
     what = " ".join(str(error).split())[:200]
     if Path(source).is_dir():
         return f"{source}: cannot be loaded as a transformers model with safetensors weights ({what})."
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         return f"{source}: no such folder, and not a Hub id of the form org/name."
     how = f"on a machine with network access, run `hf download {source}`, then give the folder"
+    from huggingface_hub.errors import GatedRepoError
+
+    if gated or isinstance(error.__cause__, GatedRepoError):
+        license = f"accept the license at https://huggingface.co/{source} and log in with `hf auth login`"
+        return f"{source}: cannot be downloaded; its weights are gated: {license}; or {how} ({what})."
     return f"{source}: cannot be downloaded; {how} ({what})."
 
 

@@ -64,14 +64,16 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """`tiny("owlv2")` -> folder of a tiny random network of that kind, see tests/tiny_models.py."""
+    """`tiny("owlv2")` -> folder of a tiny random network of that kind, see tests/tiny_models.py and tiny_generative.py."""
     made = {}
 
     def folder(kind):
+        import tiny_generative
         import tiny_models
 
         if kind not in made:
-            made[kind] = tiny_models.MAKERS[kind](tmp_path_factory.mktemp(kind) / "model")
+            makers = tiny_models.MAKERS | tiny_generative.MAKERS
+            made[kind] = makers[kind](tmp_path_factory.mktemp(kind) / "model")
         return made[kind]
 
     return folder

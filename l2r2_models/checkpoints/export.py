@@ -183,6 +183,9 @@ def export_run(run: str | Path, out: str | Path, *, takes: str = "views", fp16: 
     form.check_packages(out)
     _check_place(out)
     checkpoint = load_checkpoint(run)
+    if checkpoint.model.view_spec.patch:
+        why = "its views keep their aspect ratio, so the number of patches varies from image to image"
+        raise L2R2Error(f"{checkpoint.name}: cannot be exported, because {why}; train it with patch 0, or use `l2r2 serve`.")
     _check_kind(checkpoint, takes, form)
     kind = _kind_of(checkpoint.model, takes)
     # torch.export would specialize a size of 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from ..views import Patches
+from ..views import Patches, pad_alike
 from .dataset import Uncut, ViewDataset
 
 UNCUT = ("uncut", "swapped_uncut")
@@ -34,7 +34,7 @@ class ViewLoader(DataLoader[Any]):
     dataset: ViewDataset
 
     def __init__(self, rows: ViewDataset, *, device: torch.device | str, **options: Any) -> None:
-        super().__init__(rows, collate_fn=_collate, **options)
+        super().__init__(rows, collate_fn=collate, **options)
         self.device = device
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
@@ -46,10 +46,18 @@ class ViewLoader(DataLoader[Any]):
             yield batch
 
 
-def _collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Collate items; pixels and masks, which differ in size, are packed into one tensor."""
-    uncut = {key: _packed([item.pop(key) for item in items]) for key in UNCUT if key in items[0]}
-    return {**default_collate(list(items)), **uncut}
+def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Collate items of a `ViewDataset`: `default_collate`, where views may have several sizes (`views.pad_alike`).
+
+    Pixels and masks of items that are not cut differ in size; they are packed into one tensor.
+    """
+    uncut = {key: _packed([item[key] for item in items]) for key in UNCUT if key in items[0]}
+    views = {key for key, value in items[0].items() if isinstance(value, Tensor) and value.ndim == 3}
+    alike = {key: pad_alike([item[key] for item in items]) for key in views}
+    rest = [
+        {key: alike[key][i] if key in alike else v for key, v in item.items() if key not in uncut} for i, item in enumerate(items)
+    ]
+    return {**default_collate(rest), **uncut}
 
 
 def _packed(rows: Sequence[Uncut]) -> dict[str, Any]:

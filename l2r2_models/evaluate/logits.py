@@ -23,6 +23,7 @@ from ..hardware import rows_per_pass
 from ..io import check_readable, write_atomic
 from ..models.l2r2 import L2R2
 from ..pipe import in_order
+from ..views import stack_views
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
@@ -102,7 +103,7 @@ def compute_logits(
         rows = list(loaded.values())
         size = rows_per_pass(device, len(rows), len(model.branches))
         for start in range(0, len(rows), size):
-            views = {name: torch.stack([row[name] for row in rows[start : start + size]]).to(device) for name in names}
+            views = {name: stack_views([row[name] for row in rows[start : start + size]]).to(device) for name in names}
             with torch.inference_mode():
                 out = model.forward_views(**views)
             for branch, value in out.branches().items():

@@ -178,18 +178,18 @@ def _map_of(method: str, model: L2R2, branch: str, given: BranchInput, score: Sc
 
 
 def attributions(method: str, score: Score, view: Tensor, baseline: Tensor) -> Tensor:
-    """Compute `ig` or `occlusion` of one view `[1, C, S, S]` against a baseline of the same shape: a signed map `[h, w]`.
+    """Compute `ig` or `occlusion` of one view `[1, C, H, W]` against a baseline of the same shape: a signed map `[h, w]`.
 
-    A map of `ig` sums to the difference between the two scores if the side of the view is a multiple of the side of the map.
+    A map of `ig` sums to the difference between the two scores if the sides of the view are multiples of the side of the map.
     """
     from captum.attr import IntegratedGradients, Occlusion
 
-    side = view.shape[-1]
+    side = min(view.shape[-2:])
     if method == "ig":
         found: Tensor = IntegratedGradients(score).attribute(view, baseline, n_steps=STEPS, internal_batch_size=PASS)
         cells = min(CELLS, side)
         mean = nn.functional.adaptive_avg_pool2d(found.sum(1), cells)[0]
-        return (mean * (side / cells) ** 2).float()
+        return (mean * (view.shape[-2] * view.shape[-1] / cells**2)).float()
     window = max(2, side // WINDOWS)
     with torch.no_grad():
         found = Occlusion(score).attribute(
@@ -236,6 +236,8 @@ def _rollout(model: L2R2, branch: str, given: BranchInput) -> Tensor:
         raise L2R2Error(
             f"Attention rollout needs all tokens, and fg ({model.view_spec.fg_mode}) drops some; choose ig or occlusion."
         )
+    if model.view_spec.patch:
+        raise L2R2Error("Attention rollout needs square views; choose gradcam, ig or occlusion.")
     with torch.no_grad(), attention_of(layers) as seen:
         given.logits(given.view)
     reached = torch.eye(seen[0].shape[-1], device=given.view.device)

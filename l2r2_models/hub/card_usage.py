@@ -14,6 +14,7 @@ from .markdown import code, literal, plain
 from .metadata import CardMetadata
 
 OWN_HEADS = {"head": "box head", "mask-head": "mask head"}  # localizers that are part of the model
+PROMPTED = ("owlv2", "grounding-dino", "omdet-turbo", "florence2", "sam3")  # localizers that need a prompt
 
 
 def takes_boxes(model: L2R2) -> bool:
@@ -92,7 +93,7 @@ def _localizer_spec(checkpoint: Checkpoint, metadata: CardMetadata) -> str | Non
         return None
     if known.get("prompt"):
         spec = spec.with_option("prompt", str(known["prompt"]))
-    if spec.name in ("owlv2", "grounding-dino", "omdet-turbo"):
+    if spec.name in PROMPTED:
         usable = bool(spec.source) and ("prompt" in spec.options or "objectness" in spec.options.get("score", ()))
     elif spec.name == "detr":
         usable = bool(spec.source)

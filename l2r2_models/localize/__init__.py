@@ -24,6 +24,8 @@ LOCALIZERS = {
     "owlv2": ("prompted", "Owlv2"),
     "grounding-dino": ("prompted", "GroundingDino"),
     "omdet-turbo": ("prompted", "OmDetTurbo"),
+    "florence2": ("florence", "Florence2"),
+    "sam3": ("sam3", "Sam3"),
     "detr": ("detector", "Detector"),
     "boxes": ("controls", "Boxes"),
     "head": ("model_based", "Head"),

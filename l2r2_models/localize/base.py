@@ -25,6 +25,7 @@ from urllib.parse import parse_qsl, quote, unquote
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.ops import nms
 
 from ..boxes.detections import Detections
@@ -244,6 +245,7 @@ def tidy(
     scores: Tensor,
     image_size: tuple[int, int],
     labels: Sequence[str] = (),
+    masks: Tensor | None = None,
     *,
     threshold: float = 0.0,
     nms_iou: float = 1.0,
@@ -259,6 +261,7 @@ def tidy(
         scores: `[N]`.
         image_size: `(height, width)`.
         labels: N strings.
+        masks: `[N, h, w]` probabilities at any resolution of the whole image; those of the boxes that are kept are resized to it.
         threshold: minimum score to keep.
         nms_iou: IoU above which the box with the lower score is dropped; 1 keeps all.
         max_boxes: maximum number of boxes to keep; None keeps all.
@@ -269,10 +272,21 @@ def tidy(
     if len(scores) and bool(scores.isnan().all()):
         raise L2R2Error("all scores of the localizer are NaN; try dtype=float32, or check its weights.")
     found = Detections(boxes.detach().float().cpu(), scores.detach().float().cpu().clamp(max=1), image_size, tuple(labels))
-    found = found.above(threshold).usable().clipped().sorted()
+    _, usable = found.windows()
+    kept = ((found.scores >= threshold) & usable).nonzero()[:, 0]
+    kept = kept[torch.argsort(found.scores[kept], descending=True, stable=True)]
+    found = found.clipped()
     if nms_iou < 1:
-        found = found.select(nms(found.boxes, found.scores, nms_iou))
-    return found.select(torch.arange(min(len(found), max_boxes))) if max_boxes else found
+        kept = kept[nms(found.boxes[kept], found.scores[kept], nms_iou)]
+    kept = kept[:max_boxes]
+    return replace(found.select(kept), masks=None if masks is None else _resized(masks.cpu()[kept], image_size))
+
+
+def _resized(masks: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Masks `[N, H, W]` bool, from probabilities `[N, h, w]`."""
+    if not len(masks):
+        return torch.zeros(0, *image_size, dtype=torch.bool)
+    return interpolate(masks[None].float(), image_size, mode="bilinear", align_corners=False)[0] > 0.5
 
 
 def size_of(image: Image) -> tuple[int, int]:

@@ -37,7 +37,7 @@ class ModelLocalizer(Localizer):
         return self.checkpoint.digest
 
     def full_views(self, images: Sequence[Image], size: int | None = None) -> tuple[Tensor, list[ViewMap]]:
-        """Cut the full views of images as the model expects them.
+        """Cut the full views of images as the model expects them; square ones where it takes any aspect ratio.
 
         Args:
             images: B images.
@@ -47,6 +47,8 @@ class ModelLocalizer(Localizer):
             Views `[B, 3, S, S]`, and for each the mapping back to its image.
         """
         spec = self.model.view_spec
+        if spec.patch:
+            spec = replace(spec, patch=0, square=True)
         spec = spec if size is None else replace(spec, size=size, sizes={})
         views = make_views(images, None, spec, branches=("full",), device=self.context.device)
         assert views.full is not None

@@ -24,19 +24,25 @@ LIMITS = {
 class NetworkLocalizer(Localizer):
     """Base class of the detectors of transformers: loads the network, postprocesses raw boxes.
 
-    Options: `threshold` (lowest score), `nms` (highest IoU of two boxes), `max_boxes` (per image), `dtype`.
+    Options: `threshold` (lowest score, if there are scores), `nms` (highest IoU of two boxes), `max_boxes` (per image), `dtype`.
     """
 
     source = "a Hub id or the folder of a model"
     known_options: ClassVar = LIMITS
     auto_classes: ClassVar[tuple[str, str]]  # of the model and its processor
     model_types: ClassVar[tuple[str, ...]]
+    gated: ClassVar[bool] = False  # whether the Hub asks to accept a license first
     network: Pretrained
 
     def load(self) -> None:
         """Load the network that the spec names."""
         self.network = load_pretrained(
-            self.spec.source, self.auto_classes, self.model_types, self.options["dtype"], self.context.device
+            self.spec.source,
+            self.auto_classes,
+            self.model_types,
+            self.options["dtype"],
+            self.context.device,
+            gated=self.gated,
         )
 
     @property
@@ -44,7 +50,11 @@ class NetworkLocalizer(Localizer):
         """Digest of the detector's weights."""
         return self.network.digest
 
-    def tidy(self, boxes: Tensor, scores: Tensor, image: Image, labels: Sequence[str]) -> Detections:
+    def tidy(self, boxes: Tensor, scores: Tensor, image: Image, labels: Sequence[str], masks: Tensor | None = None) -> Detections:
         """Apply `localize.base.tidy` with the limits of the options."""
-        limits = {"threshold": self.options["threshold"], "nms_iou": self.options["nms"], "max_boxes": self.options["max_boxes"]}
-        return tidy(boxes, scores, size_of(image), labels, **limits)
+        limits = {
+            "threshold": self.options.get("threshold", 0.0),
+            "nms_iou": self.options["nms"],
+            "max_boxes": self.options["max_boxes"],
+        }
+        return tidy(boxes, scores, size_of(image), labels, masks, **limits)

@@ -34,7 +34,11 @@ PRESETS = {
     "camera-trap": Preset("animals of any kind", f"{OWLV2}&prompt=animal&prompt=bird&prompt=insect&prompt=reptile", "apache-2.0"),
     "prompt": Preset("objects that you can name; needs --prompt", OWLV2, "apache-2.0"),
 }
-LICENSES = {LocalizerSpec.parse(preset.spec).source: preset.license for preset in PRESETS.values()}
+LICENSES = {
+    **{LocalizerSpec.parse(preset.spec).source: preset.license for preset in PRESETS.values()},
+    **{f"florence-community/Florence-2-{size}": "mit" for size in ("base", "base-ft", "large", "large-ft")},
+    "facebook/sam3": "other (SAM License)",
+}
 
 
 def expand(spec: LocalizerSpec) -> LocalizerSpec:

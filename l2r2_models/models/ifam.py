@@ -7,14 +7,24 @@ from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
-from timm.models import VisionTransformer, checkpoint_seq
+from timm.models import NaFlexVit
 from torch import Tensor, nn
 
 from ..errors import L2R2Error
 from ..views import ViewSpec, batch_masks
 from .ifam_script import ScriptedIFAM
 from .l2r2 import L2R2, L2R2Output
-from .masking import Embedded, check_mask, check_tokens_backbone, embed_tokens, kept_patches, patch_grid, pool_tokens, run_tokens
+from .masking import (
+    Embedded,
+    check_mask,
+    check_tokens_backbone,
+    embed_tokens,
+    kept_patches,
+    patch_grid,
+    pool_tokens,
+    run_all,
+    run_tokens,
+)
 from .parts import PartDiscovery, PartMaps, PartWeights, part_losses
 
 
@@ -30,7 +40,7 @@ class IFAM(L2R2):
     Source: iFAM (Aniraj et al. 2025); see `docs/method.md`, iFAM.
 
     Args:
-        backbone: a plain timm ViT.
+        backbone: a timm ViT, Eva (EVA-02, DINOv3, PE spatial) or NaFlexViT; see `masking.check_tokens_backbone`.
         num_classes: see `L2R2`.
         in_chans: see `L2R2`.
         branches: must be (full, fg).
@@ -156,9 +166,7 @@ class IFAM(L2R2):
         """The tokens before the first block, and the parts."""
         vit = self.backbone
         embedded = embed_tokens(vit, x)
-        tokens = embedded.tokens
-        features = vit.norm(checkpoint_seq(vit.blocks, tokens) if vit.grad_checkpointing else vit.blocks(tokens))
-        return embedded, self.parts(features[:, vit.num_prefix_tokens :], grid)
+        return embedded, self.parts(run_all(vit, embedded)[:, vit.num_prefix_tokens :], grid)
 
     def _stage2(self, embedded: Embedded, found: PartMaps, *, by_hand: bool) -> tuple[Tensor, Tensor]:
         """Stage 2's logits, and `[B]` bool whether it saw a patch.
@@ -178,8 +186,10 @@ class IFAM(L2R2):
         """The module that `torch.jit.script` compiles instead of this one.
 
         Raises:
-            L2R2Error: when an intervention is set.
+            L2R2Error: when an intervention is set, or the network is a NaFlexViT, which timm cannot script.
         """
+        if isinstance(self.backbone, NaFlexVit):
+            raise L2R2Error(f"{self.backbone_name} cannot be scripted by torch.jit; use torch.export or `l2r2 export`.")
         if self.interventions():
             raise L2R2Error("A scripted model does not support interventions; call intervene() without arguments first.")
         first, second = self.backbone_of("full"), self.backbone_of("fg")
@@ -246,11 +256,6 @@ class IFAM(L2R2):
             raise L2R2Error(f'An iFAM model finds the object itself: its fg_mode must be "parts", got "{spec.fg_mode}".')
         for branch in self.branches:
             check_tokens_backbone(self.backbone_of(branch), self.backbone_name)
-            if not isinstance(backbone := self.backbone_of(branch), VisionTransformer):
-                kind = type(backbone).__name__
-                raise L2R2Error(
-                    f"{self.backbone_name} has the class {kind}, which iFAM does not support; use a plain ViT of timm."
-                )
 
     def arguments(self) -> dict[str, Any]:
         """See `L2R2.arguments`."""

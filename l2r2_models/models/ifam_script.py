@@ -2,12 +2,48 @@
 
 # no `from __future__ import annotations`: jit needs annotations as types, not as strings
 
-from typing import Any
+from typing import Any, Final, Optional
 
 import torch
+from timm.models import Eva
 from torch import Tensor, nn
 
 from ..fusion import fall_back
+
+
+class _Blocks(nn.Module):
+    """The tokens of a ViT, and its blocks on them; see `masking.embed_tokens` and `masking.run_all`."""
+
+    rotary: Final[bool]
+    mixed: Final[bool]
+
+    def __init__(self, vit: Any) -> None:
+        super().__init__()
+        self.vit = vit
+        self.rotary, self.mixed = isinstance(vit, Eva), bool(getattr(vit, "rope_mixed", False))
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Optional[Tensor]]:  # noqa: UP045  (jit)
+        """Tokens `[B, P + N, C]` of images, and the rotary embeddings."""
+        rope: Optional[Tensor] = None  # noqa: UP045
+        patches = self.vit.patch_embed(x)
+        if self.rotary:
+            tokens, rope = self.vit._pos_embed(patches)
+        else:
+            tokens = self.vit._pos_embed(patches)
+        return self.vit.norm_pre(tokens), rope
+
+    def run(self, tokens: Tensor, rope: Optional[Tensor], keys: Optional[Tensor]) -> Tensor:  # noqa: UP045
+        """Tokens after the last norm; only `keys` `[B, 1, 1, P + N]` bool are seen, if given."""
+        for i, block in enumerate(self.vit.blocks):
+            if self.rotary:
+                of_block = rope
+                if self.mixed and rope is not None:
+                    of_block = rope[i]
+                tokens = block(tokens, of_block, keys)
+            else:
+                tokens = block(tokens, keys)
+        normed: Tensor = self.vit.norm(tokens)
+        return normed
 
 
 class ScriptedIFAM(nn.Module):
@@ -24,11 +60,14 @@ class ScriptedIFAM(nn.Module):
 
     def __init__(self, first: Any, second: Any, parts: Any, full: nn.Module, fg: nn.Module, fusion: nn.Module) -> None:
         super().__init__()
-        self.first, self.second, self.full, self.fg, self.fusion = first, second, full, fg, fusion
         self.shared = first is second
+        self.first = _Blocks(first)
+        self.second = self.first if self.shared else _Blocks(second)
+        self.head_drop, self.fc_norm = second.head_drop, second.fc_norm
+        self.full, self.fg, self.fusion = full, fg, fusion
         self.prototypes, self.norm, self.num_parts = parts.prototypes, parts.norm, parts.num_parts
         self.prefix = int(first.num_prefix_tokens)
-        self.by_token, self.with_prefix = second.global_pool == "token", bool(second.pool_include_prefix)
+        self.by_token, self.with_prefix = second.global_pool == "token", bool(getattr(second, "pool_include_prefix", False))
         self.train(first.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,8 +78,8 @@ class ScriptedIFAM(nn.Module):
         """
         if self.training:
             raise RuntimeError("a scripted iFAM model cannot be trained; call eval() on it")
-        tokens = self.first.norm_pre(self.first._pos_embed(self.first.patch_embed(x)))
-        patches = self.first.norm(self.first.blocks(tokens))[:, self.prefix :].float()
+        tokens, rope = self.first.embed(x)
+        patches = self.first.run(tokens, rope, None)[:, self.prefix :].float()
         prototypes = self.prototypes.float()
         distances = patches.square().sum(2, keepdim=True) - 2 * patches @ prototypes.t() + prototypes.square().sum(1)
         maps = (-distances).softmax(2)[:, :, : self.num_parts].transpose(1, 2)  # [B, K, N]
@@ -50,11 +89,10 @@ class ScriptedIFAM(nn.Module):
         keep = (-distances).argmax(2) < self.num_parts  # [B, N]
         seen = keep.any(1)
         if not self.shared:
-            tokens = self.second.norm_pre(self.second._pos_embed(self.second.patch_embed(x)))
+            tokens, rope = self.second.embed(x)
         keys = torch.nn.functional.pad(keep | ~seen[:, None], (self.prefix, 0), value=True)[:, None, None]
-        for block in self.second.blocks:
-            tokens = block(tokens, keys)
-        fg = self.fg(self.second.head_drop(self.second.fc_norm(self._pool(self.second.norm(tokens), keep))))
+        tokens = self.second.run(tokens, rope, keys)
+        fg = self.fg(self.head_drop(self.fc_norm(self._pool(tokens, keep))))
         return fall_back(self.fusion(fg, full[None]), full, seen)
 
     def _pool(self, tokens: Tensor, keep: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from .backbones import check_backbone_arguments, check_view_sizes, feature_info,
 from .box_head import BoxHead, FoundBoxes, features_and_maps, map_channels
 from .mask_head import FINER, Found, MaskHead, check_heads
 from .masking import check_late_backbone, check_mask, check_tokens_backbone, late_features, token_features
+from .native import check_native_backbone, native_by_backbone
 from .parts import PartMaps, PartWeights
 from .timm_contract import TimmContract
 
@@ -291,6 +292,8 @@ class L2R2(TimmContract):
 
     def _features(self, views: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Found]:
         """Pooled features by branch, and what the heads found; views of one size share a `[nB, C, S, S]` pass of a backbone."""
+        if self.view_spec.patch:
+            return native_by_backbone({b: self.backbone_of(b) for b in views}, views), Found()
         groups: list[list[str]] = []
         for branch, view in views.items():
             for names in groups:
@@ -362,6 +365,7 @@ class L2R2(TimmContract):
     def _check_views(self, spec: ViewSpec) -> None:
         """Check that the backbone takes views of this size and supports the spec's fg mode."""
         check_view_sizes(self.backbone, self.backbone_name, [spec.size_of(branch) for branch in self.branches])
+        check_native_backbone(self.backbone, self.backbone_name, spec)
         check_heads(self.box_head, self.mask_head, self.branches, spec)
         if spec.fg.finds_object:
             raise L2R2Error('fg_mode "parts" is only for iFAM models, which find the parts of an object; choose another mode.')

@@ -66,12 +66,14 @@ def check_heads(box_head: Any, mask_head: Any, branches: Sequence[str], spec: Vi
     """Check that a box head or mask head (or None) suits the branches and views of its model.
 
     Raises:
-        L2R2Error: when there is no full view to look at, or fg is not cut out of the image.
+        L2R2Error: when there is no square full view to look at, or fg is not cut out of the image.
     """
     heads = [name for name, head in (("box", box_head), ("mask", mask_head)) if head is not None]
     if heads and ("full" not in branches or spec.fg.in_network):
         modes = "an fg that is cropped" if heads[0] == "box" else "an fg that is cut out of the image"
         raise L2R2Error(f'A {heads[0]} head needs a full branch and {modes}, not fg_mode "{spec.fg_mode}" with {branches}.')
+    if heads and spec.patch:
+        raise L2R2Error(f"A {heads[0]} head needs square views; set patch to 0.")
 
 
 def mask_losses(logits: Tensor, masks: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from l2r2_kernels import run_masked, run_packed
 from timm.layers import PatchEmbed
 from timm.models import Eva, NaFlexVit, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from ..errors import L2R2Error
 from ..views import ViewSpec
@@ -147,6 +148,17 @@ def embed_tokens(vit: Any, x: Tensor) -> Embedded:
     embedded = vit._pos_embed(vit.patch_embed(x))
     tokens, rope = embedded if isinstance(vit, Eva) else (embedded, None)
     return Embedded(vit.norm_pre(tokens), rope)
+
+
+def run_all(vit: Any, embedded: Embedded) -> Tensor:
+    """Run the blocks and the last norm of a ViT on all tokens, as its own forward pass does: `[B, P + N, C]`."""
+    tokens, rope = embedded
+    by_block = [rope] * len(vit.blocks) if rope is None or rope.ndim < 4 else rope  # a mixed embedding has one per block
+    for i, block in enumerate(vit.blocks):
+        inputs = (tokens,) if rope is None else (tokens, by_block[i])
+        tokens = recompute(block, *inputs, use_reentrant=False) if vit.grad_checkpointing else block(*inputs)
+    normed: Tensor = vit.norm(tokens)
+    return normed
 
 
 def run_tokens(vit: Any, embedded: Embedded, keep: Tensor, *, packed: bool = True, weights: Tensor | None = None) -> Tokens:

@@ -67,7 +67,7 @@ ARCHITECTURES: dict[str, str] = {
 ARCHITECTURES |= {f"l2r2_efficientnet_lite{n}": f"tf_efficientnet_lite{n}" for n in range(3)}
 _VITS = [*(f"vit_{s}_patch16_224" for s in ("small", "base")), *(f"vit_{s}_patch14_reg4_dinov2" for s in ("small", "base"))]
 ARCHITECTURES |= {f"{MASKED}{vit}": vit for vit in (*_VITS, "eva02_small_patch14_336", "naflexvit_base_patch16_gap")}
-ARCHITECTURES |= {f"{PARTS}{vit}": vit for vit in ("vit_tiny_patch16_224", *_VITS[2:])}
+ARCHITECTURES |= {f"{PARTS}{vit}": vit for vit in ("vit_tiny_patch16_224", *_VITS[2:], "eva02_small_patch14_336")}
 
 
 def model_class(architecture: str) -> type[L2R2]:

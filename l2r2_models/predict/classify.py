@@ -17,7 +17,7 @@ from ..models.backbones import is_convolutional
 from ..models.cascade import Cascade, can_decide, check_cascade, has_own_views
 from ..models.l2r2 import L2R2, L2R2Output
 from ..models.packed_graphs import PackedGraphs
-from ..views import Views, make_views
+from ..views import Views, cat_views, make_views, stack_views
 from .items import Item, Job, Pending, Row, images_of
 
 logger = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ class Network:
             for pending in images:
                 pending.item = self.cut(pending.item, pending.rows)
             rows = [(job.pending.item.views, job.number) for job in jobs]
-            parts = {b: torch.stack([getattr(views, b)[number] for views, number in rows]) for b in self._others}
+            parts = {b: stack_views([getattr(views, b)[number] for views, number in rows]) for b in self._others}
             has_fg = torch.stack([views.has_fg[number] for views, number in rows if views is not None])
             return Views(None, parts.get("fg"), parts.get("bg"), has_fg)
         return make_views(
@@ -202,7 +202,7 @@ class Network:
     def _full_views(self, images: Sequence[Pending]) -> Tensor:
         cut = [pending.item.views.full for pending in images if pending.item.views is not None]
         if cut and all(view is not None for view in cut):
-            return torch.cat(cut)  # type: ignore[arg-type]
+            return cat_views(cut)  # type: ignore[arg-type]
         pixels = [pending.item.image for pending in images]
         full = make_views(pixels, None, self.model.view_spec, branches=("full",), device=self.device).full  # type: ignore[arg-type]
         assert full is not None

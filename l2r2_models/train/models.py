@@ -78,7 +78,8 @@ def create_model(recipe: Recipe, num_classes: int, start: InitCheckpoint | Proto
         hint = "; without network access, pass --no-pretrained" if downloads else ""
         raise L2R2Error(f"{recipe.model} cannot be created ({what}){hint}.") from error
     changes = {name: getattr(recipe, name) for name in ("margin", "late_stage", "late_pool", "coverage")}
-    given = {name: getattr(recipe, name) for name in ("bg", "square", "fill", "interpolation", "mode", "decode", "size", "sizes")}
+    names = ("bg", "square", "patch", "fill", "interpolation", "mode", "decode", "size", "sizes")
+    given = {name: getattr(recipe, name) for name in names}
     changes["fg_mode"] = recipe.fg_mode or model.view_spec.fg_mode
     changes.update({name: value for name, value in given.items() if value is not None})
     from_start = start.views() if start else {}
@@ -87,6 +88,8 @@ def create_model(recipe: Recipe, num_classes: int, start: InitCheckpoint | Proto
     fg = model.view_spec.fg
     if (recipe.mixup or recipe.cutmix) and fg.in_network:
         raise L2R2Error(f'mixup and cutmix cannot mix the masks that fg_mode "{fg.name}" needs; do not set them.')
+    if (recipe.mixup or recipe.cutmix) and model.view_spec.patch:
+        raise L2R2Error("mixup and cutmix cannot mix views of several aspect ratios (patch); do not set them.")
     if fg.drops_tokens and (recipe.backbone or {}).get("attn_drop_rate"):
         raise L2R2Error(f'attn_drop_rate does not work with fg_mode "{fg.name}", which drops tokens; use one or the other.')
     if recipe.consistency and not branches_with_background(model):

@@ -61,6 +61,7 @@ class Recipe:
         fg_mode: what the fg branch sees: crop, masked_crop, masked, late or tokens; null keeps the model's default.
         bg: what is removed from the bg view: `shape` (the object's pixels) or `box` (its box); null keeps the model's default.
         square: pad views to a square before the resize; false stretches them; null keeps the model's default.
+        patch: patch size of a NaFlexViT whose views keep their aspect ratio (see `ViewSpec`); null keeps the model's default.
         fill: RGB levels (0-255) of padding and of replaced pixels; null keeps the model's default.
         interpolation: how views are resized: bilinear or bicubic; null keeps the model's default.
         mode: how views are rounded: `float` (not at all), or `pil` as Pillow does; null keeps the model's default.
@@ -156,6 +157,7 @@ class Recipe:
     fg_mode: str | None = None
     bg: str | None = None
     square: bool | None = None
+    patch: int | None = None
     fill: tuple[int, ...] | None = None
     interpolation: str | None = None
     mode: str | None = None

@@ -22,7 +22,7 @@ from transformers.integrations import TensorBoardCallback
 
 from .. import distributed as processes
 from ..data.dataset import ViewDataset
-from ..data.loader import ViewLoader
+from ..data.loader import ViewLoader, collate
 from ..data.table import ImageTable
 from ..errors import L2R2Error
 from ..io import write_atomic
@@ -239,7 +239,8 @@ def _run(trainer: BranchTrainer, checkpoint: str | None) -> Trained:
         trainer.train(resume_from_checkpoint=checkpoint)
     best, epochs = trainer.best(), trainer.state.global_step // steps
     trainer.use_chosen_weights()
-    rows = DataLoader(trainer.train_dataset.without_augmentation(), trainer.recipe.batch_size, num_workers=trainer.recipe.workers)
+    items, workers = trainer.train_dataset.without_augmentation(), trainer.recipe.workers
+    rows = DataLoader(items, trainer.recipe.batch_size, num_workers=workers, collate_fn=collate)
     loaded = ({k: v.to(trainer.args.device) for k, v in item.items()} for item in rows)
     processes.on_first(lambda: trainer.model.model.after_training(loaded))  # the others would read all images too
     values = trainer.evaluate() if trainer.eval_dataset is not None else {}
@@ -303,6 +304,7 @@ def _trainer(
         recipe,
         batches,
         args=_arguments(recipe, batches, out, validate=val is not None),
+        data_collator=collate,
         train_dataset=rows,
         eval_dataset=ViewDataset(val, classes, **common) if val else None,
         compute_metrics=functools.partial(accuracies, ("fused", *(b for b in BRANCHES if b in model.branches))),

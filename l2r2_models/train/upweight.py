@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from ..checkpoints.checkpoint import Checkpoint, load_checkpoint
 from ..data.dataset import ViewDataset
+from ..data.loader import collate
 from ..data.table import ImageTable
 from ..errors import L2R2Error
 
@@ -60,7 +61,7 @@ class FirstStage:
         wrong: list[bool] = []
 
         def predict() -> Iterable[None]:
-            for item in DataLoader(items, batch_size, num_workers=workers):
+            for item in DataLoader(items, batch_size, num_workers=workers, collate_fn=collate):
                 out = model.forward_views(**{name: item[name].to(device) for name in VIEWS if name in item})
                 wrong.extend((out.fused.argmax(1).cpu() != item["labels"]).tolist())
                 yield

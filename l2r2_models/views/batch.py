@@ -28,8 +28,10 @@ def batch_views(x: Tensor, boxes: Tensor, spec: ViewSpec, branches: Sequence[str
         `L2R2.forward_views`.
 
     Raises:
-        L2R2Error: when the boxes are not `[B, 4]`.
+        L2R2Error: when the boxes are not `[B, 4]`, or the model's views keep their aspect ratio.
     """
+    if spec.patch:
+        raise L2R2Error("Views at their own aspect ratio are cut from images, not from a batch; use make_views or Predictor.")
     views: dict[str, Tensor] = {}
     for branch in branches:
         shown = branch

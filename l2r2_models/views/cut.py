@@ -14,6 +14,7 @@ from torch import Tensor
 from ..boxes.detections import Detections, ViewMap
 from ..errors import L2R2Error
 from .batch import rectangles
+from .native import native_size
 from .patches import Patches
 from .spec import ViewSpec
 
@@ -28,7 +29,8 @@ class Views(NamedTuple):
     Where `has_fg` is False, the fg view shows the whole image, so that the batch contains only real images.
 
     Attributes:
-        full: normalized views `[V, 3, S, S]`, or None if not requested; likewise `fg` and `bg`, each at its own size.
+        full: normalized views `[V, 3, S, S]`, or None if not requested; likewise `fg` and `bg`, each at its own size. At their
+            own aspect ratio (`ViewSpec.patch`), `[V, 3, H, W]` of the largest, with NaN beyond each view.
         fg: see `full`.
         bg: see `full`.
         has_fg: `[V]` bool, whether an object was found.
@@ -144,8 +146,10 @@ def view_map(branch: str, spec: ViewSpec, image_size: tuple[int, int], box: Tens
     if branch == "fg" and spec.fg.crops and box is not None:
         (cut,), (found,) = Detections(box[None].float().cpu(), torch.ones(1), image_size).windows(spec.margin)
         window = tuple(cut.tolist()) if found else window
-    size = spec.size_of(branch)
-    return ViewMap(window, (size, size), spec.square)
+    size = (spec.size_of(branch),) * 2
+    if spec.patch:
+        size = native_size(window[3] - window[1], window[2] - window[0], size[0], spec.patch)
+    return ViewMap(window, size, spec.square)
 
 
 def mask_in_full_view(mask: Tensor, spec: ViewSpec) -> Tensor:
@@ -160,15 +164,25 @@ def mask_in_full_view(mask: Tensor, spec: ViewSpec) -> Tensor:
 
 
 class _Part(NamedTuple):
-    """What to cut for one branch: `[V, 4]` boxes, `[V]` image indices, V masks (True where a pixel is kept) or None."""
+    """What to cut for one branch: `[V, 4]` boxes, `[V]` image indices, V masks (True where a pixel is kept) or None.
+
+    `windows` `[V, 4]` are the boxes in the image, where the pixels are only a part of it.
+    """
 
     boxes: Tensor
     images: Tensor
     masks: list[Tensor] | None = None
+    windows: Tensor | None = None
+
+    def rows(self, index: list[int]) -> _Part:
+        """The part with these rows only."""
+        return _Part(self.boxes[index], self.images[index], None if self.masks is None else [self.masks[i] for i in index])
 
 
 def _cut(pixels: list[Tensor], parts: Mapping[str, _Part], spec: ViewSpec) -> dict[str, Tensor]:
     """Cut all parts, those of one size in one kernel launch."""
+    if spec.patch:
+        return _cut_native(pixels, parts, spec)
     by_size: dict[int, dict[str, _Part]] = {}
     for branch, part in parts.items():
         by_size.setdefault(spec.size_of(branch), {})[branch] = part
@@ -178,7 +192,31 @@ def _cut(pixels: list[Tensor], parts: Mapping[str, _Part], spec: ViewSpec) -> di
     return found
 
 
-def _cut_alike(pixels: list[Tensor], parts: Mapping[str, _Part], spec: ViewSpec, size: int) -> dict[str, Tensor]:
+def _cut_native(pixels: list[Tensor], parts: Mapping[str, _Part], spec: ViewSpec) -> dict[str, Tensor]:
+    """Cut all parts at the aspect ratio of each window, those of one size in one kernel launch."""
+    by_size: dict[tuple[int, int], dict[str, list[int]]] = {}
+    for branch, part in parts.items():
+        windows = part.windows
+        if windows is None:
+            height, width = (torch.tensor([p.shape[axis] for p in pixels])[part.images.cpu()] for axis in (0, 1))
+            windows, _ = integer_boxes(part.boxes.cpu(), height, width, spec.margin)
+        for row, (x0, y0, x1, y1) in enumerate(windows.tolist()):
+            size = native_size(y1 - y0, x1 - x0, spec.size_of(branch), spec.patch)
+            by_size.setdefault(size, {}).setdefault(branch, []).append(row)
+    found: dict[str, Tensor] = {}
+    for branch, part in parts.items():
+        most = [max(size[axis] for size, rows in by_size.items() if branch in rows) for axis in (0, 1)]
+        found[branch] = torch.full((len(part.boxes), 3, *most), torch.nan, device=part.boxes.device)
+    for size, rows in by_size.items():
+        cut = _cut_alike(pixels, {branch: parts[branch].rows(index) for branch, index in rows.items()}, spec, size)
+        for branch, views in cut.items():
+            found[branch][rows[branch], :, : size[0], : size[1]] = views
+    return found
+
+
+def _cut_alike(
+    pixels: list[Tensor], parts: Mapping[str, _Part], spec: ViewSpec, size: int | tuple[int, int]
+) -> dict[str, Tensor]:
     """Cut parts of one size; the margin does not change whole images, because boxes are clipped."""
     masks: list[Tensor | None] = []
     for part in parts.values():
@@ -214,8 +252,8 @@ def _cut_patches(
     pixels = [_sent(_of_window(image, window), device) for image, window in zip(shown, windows.tolist())]
     ends = _whole_images(torch.tensor([p.shape[:2] for p in pixels], device=device))
     counts = [len(part.boxes) for part in parts.values()]
-    split = map(_Part, ends.boxes.split(counts), ends.images.split(counts))
-    return _cut(pixels, dict(zip(parts, split)), spec)
+    split = (ends.boxes.split(counts), ends.images.split(counts), [None] * len(counts), windows.split(counts))
+    return _cut(pixels, dict(zip(parts, map(_Part, *split))), spec)
 
 
 def _of_window(image: Patches, window: Sequence[int]) -> Tensor:

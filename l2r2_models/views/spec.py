@@ -46,6 +46,8 @@ class ViewSpec:
             contain the mask if there is one).
         margin: how far the fg box is grown at each end, relative to its side.
         square: whether to pad to a square before the resize, for the full view too; False stretches.
+        patch: 0, or the patch size of a NaFlexViT, whose views keep the aspect ratio of the image or the box: whole patches, at
+            most as many as a square of side `size` has (`native_size`). `square` is then False.
         fill: RGB levels (0-255) of padding and of replaced pixels.
         interpolation: `bilinear` or `bicubic`, antialiased.
         mode: `float`, or `pil`, which rounds exactly as Pillow does (square views only).
@@ -71,6 +73,7 @@ class ViewSpec:
     bg: Literal["shape", "box"] = "shape"
     margin: float = 0.0
     square: bool = True
+    patch: int = 0
     fill: tuple[int, int, int] = (124, 116, 104)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     mode: Literal["float", "pil"] = "float"
@@ -86,6 +89,7 @@ class ViewSpec:
             if getattr(self, name) not in choices:
                 raise L2R2Error(f'Unknown {name} "{getattr(self, name)}" of a view; choose from {", ".join(choices)}.')
         self._check_sizes()
+        self._check_patch()
         if not _is_number(self.margin) or not 0 <= self.margin <= 10:
             raise L2R2Error(f"A view's margin must be between 0 and 10 box sides, got {self.margin!r}.")
         if not _is_number(self.coverage) or not 0 <= self.coverage <= 1:
@@ -117,8 +121,22 @@ class ViewSpec:
             raise L2R2Error(f'With fg_mode "{self.fg_mode}", fg sees the full view, so their sizes must be equal.')
         object.__setattr__(self, "sizes", dict(self.sizes))
 
+    def _check_patch(self) -> None:
+        if not isinstance(self.patch, int) or isinstance(self.patch, bool) or not 0 <= self.patch <= MOST_SIZE:
+            raise L2R2Error(f"A view's patch must be 0 or the side of a patch in pixels, got {self.patch!r}.")
+        if not self.patch:
+            return
+        object.__setattr__(self, "square", False)
+        if wrong := [size for size in (self.size, *self.sizes.values()) if size % self.patch]:
+            near = max(1, round(wrong[0] / self.patch)) * self.patch
+            raise L2R2Error(f"A view's size must be a multiple of its patch of {self.patch} pixels, e.g. {near}; got {wrong[0]}.")
+        if self.fg.in_network:
+            raise L2R2Error(
+                f'fg_mode "{self.fg_mode}" needs square views; set patch to 0, or choose crop, masked_crop or masked.'
+            )
+
     def size_of(self, branch: str) -> int:
-        """Side of a branch's view in pixels.
+        """Side of a branch's view in pixels; with `patch`, that of a square of as many patches as a view has at most.
 
         >>> spec = ViewSpec(sizes={"full": 128})
         >>> spec.size_of("full"), spec.size_of("fg")
@@ -133,6 +151,8 @@ class ViewSpec:
         '128 x 128 (full) and 224 x 224 (fg) pixels'
         """
         sides = {branch: f"{self.size_of(branch)} x {self.size_of(branch)}" for branch in branches}
+        if self.patch:
+            sides = {b: f"up to {(self.size_of(b) // self.patch) ** 2} patches of {self.patch} x {self.patch}" for b in branches}
         if len(set(sides.values())) == 1:
             return f"{sides[branches[0]]} pixels"
         return " and ".join(f"{side} ({branch})" for branch, side in sides.items()) + " pixels"

@@ -28,6 +28,7 @@ FAMILIES = {
     "l2r2_masked_vit_small_patch16_224": {"img_size": 64, "depth": 3},
     "l2r2_masked_eva02_small_patch14_336": {"img_size": 56, "depth": 3, "embed_dim": 48, "num_heads": 3},
     "ifam_vit_tiny_patch16_224": {"img_size": 64, "depth": 3},
+    "ifam_eva02_small_patch14_336": {"img_size": 56, "depth": 3, "embed_dim": 48, "num_heads": 3},
     "l2r2_mobilenetv4_conv_small_050": {},
     "l2r2_vit_small_patch16_dinov3": {"img_size": 64, **TINY_VIT},
     "l2r2_vit_base_patch16_siglip_224": {"img_size": 64, **TINY_VIT},

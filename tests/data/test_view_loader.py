@@ -10,7 +10,7 @@ from l2r2_models import ViewSpec
 from l2r2_models.boxes import BoxEntry
 from l2r2_models.data.augment import Augment
 from l2r2_models.data.dataset import ViewDataset
-from l2r2_models.data.loader import UNCUT, ViewLoader
+from l2r2_models.data.loader import UNCUT, ViewLoader, collate
 from l2r2_models.data.table import read_table
 
 PLAIN = dict(mean=(0.5,) * 3, std=(0.2,) * 3)
@@ -18,6 +18,7 @@ CASES = {
     "crop": (ViewSpec(size=24, **PLAIN), {"augment": Augment()}),
     "reduced files": (ViewSpec(size=8, decode="scaled", **PLAIN), {"augment": None}),
     "sizes": (ViewSpec(size=24, sizes={"full": 16}, **PLAIN), {"augment": Augment()}),
+    "own aspect ratio": (ViewSpec(size=32, patch=8, decode="scaled", **PLAIN), {"augment": Augment()}),
     "masked crop": (ViewSpec(size=24, fg_mode="masked_crop", **PLAIN), {"augment": Augment()}),
     "masked in the network": (ViewSpec(size=24, fg_mode="late", **PLAIN), {"augment": Augment()}),
     "other backgrounds": (ViewSpec(size=24, **PLAIN), {"augment": Augment(), "swapped_views": ("full", "fg")}),
@@ -37,7 +38,7 @@ def batches(dataset, case, loader, cut, **options):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_the_batches_are_those_of_the_workers(dataset, case, workers):
-    expected = batches(dataset, case, DataLoader, cut=True)
+    expected = batches(dataset, case, DataLoader, cut=True, collate_fn=collate)
     found = batches(dataset, case, ViewLoader, cut=False, device="cpu", num_workers=workers)
     assert len(found) == len(expected) > 1
     for one, other in zip(found, expected):
@@ -69,7 +70,7 @@ def test_a_batch_travels_in_few_tensors(dataset, case):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 def test_a_gpu_cuts_what_the_workers_cut(dataset, case):
-    expected = batches(dataset, case, DataLoader, cut=True)
+    expected = batches(dataset, case, DataLoader, cut=True, collate_fn=collate)
     found = batches(dataset, case, ViewLoader, cut=False, device="cuda", num_workers=2, pin_memory=True)
     for one, other in zip(found, expected):
         for name in ("full", "fg", "swapped_full", "swapped_fg", "mask"):

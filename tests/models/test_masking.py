@@ -33,7 +33,7 @@ VITS = {
     "EVA-02 with its class token": ("eva02_tiny_patch14_224", {"img_size": 56, "global_pool": "token"}),
     "DINOv3": ("vit_small_patch16_dinov3", {"init_values": 1.0}),  # any image size, register tokens
     "PE": ("vit_pe_spatial_tiny_patch16_512", {}),
-    "rope of each block": ("vit_small_patch16_rope_mixed_224", {}),
+    "rope of each block": ("vit_small_patch16_rope_mixed_224", {"init_values": 1.0}),
     "NaFlexViT": ("naflexvit", {"global_pool": "avg", "reg_tokens": 4, "fc_norm": True}),
     "NaFlexViT with rope": ("naflexvit", {"rope_type": "axial", "class_token": True, "global_pool": "token", "pre_norm": True}),
 }
@@ -167,8 +167,8 @@ def test_networks_that_ifam_or_tokens_do_not_support_are_refused_by_name():
     naflex = NaFlexVit(NaFlexVitCfg(embed_dim=48, depth=1, num_heads=3, global_pool="map"))
     with pytest.raises(L2R2Error, match=r'naflexvit_base_patch16_map cannot drop tokens: its pooling "map" .*; choose'):
         check_tokens_backbone(naflex, "naflexvit_base_patch16_map")
-    with pytest.raises(L2R2Error, match="eva02_tiny_patch14_224 has the class Eva, which iFAM does not support; use a plain ViT"):
-        IFAM("eva02_tiny_patch14_224", num_classes=2, img_size=56, depth=1)
+    with pytest.raises(L2R2Error, match="resnet10t cannot drop tokens: its class ResNet is none of"):
+        IFAM("resnet10t", num_classes=2)
 
 
 def test_blocks_of_another_kind_are_refused():

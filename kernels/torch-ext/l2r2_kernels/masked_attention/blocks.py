@@ -105,7 +105,10 @@ def run_masked(
         out: Tensor = _core(q, k, v, mask, index, count, key_weight, scale, backend)
         return out
 
-    for block, rotary in zip(blocks, _rotaries(rope, x.shape[1], len(blocks), None)):
+    tokens = x.shape[1]
+    if rope is not None and isinstance(x, torch.fx.Proxy):  # an FX graph does not know its shapes
+        tokens = rope.shape[-2] + num_prefix
+    for block, rotary in zip(blocks, _rotaries(rope, tokens, len(blocks), None)):
         x = _run(checkpoint, block, x, core, lambda layer, branch: layer(branch), rotary)
     return x
 
