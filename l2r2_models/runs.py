@@ -31,7 +31,7 @@ KINDS = {  # fields of the record that other modules read
 }
 
 
-def check_place(out: Path, data: Path, settings: dict[str, Any], overwrite: bool) -> None:
+def check_place(out: Path, data: Path, settings: dict[str, Any], overwrite: bool, defaults: Mapping[str, Any]) -> None:
     """Check that `out` is new, empty, or the same run; with `overwrite`, any run.
 
     Args:
@@ -39,6 +39,7 @@ def check_place(out: Path, data: Path, settings: dict[str, Any], overwrite: bool
         data: the data set's folder, which must not lie inside `out`.
         settings: what the run is made from: `recipe`, `data`, `init` and `jtt`.
         overwrite: accept a run that was made with other settings.
+        defaults: values of recipe keys that a run does not name because it is older than they are.
 
     Raises:
         L2R2Error: when `out` is something else, or a run with other settings.
@@ -53,7 +54,8 @@ def check_place(out: Path, data: Path, settings: dict[str, Any], overwrite: bool
     recipe, old_data = (old.get(k) if isinstance(old, dict) else None for k in ("recipe", "data"))
     if not isinstance(recipe, dict) or not isinstance(old_data, dict):
         raise L2R2Error(f"{out / RUN}: is damaged; start the run again with --overwrite.")
-    changed = [k for k, v in settings["recipe"].items() if recipe.get(k) != v and k not in FREE]
+    given = {**defaults, **recipe}
+    changed = [k for k, v in settings["recipe"].items() if given.get(k) != v and k not in FREE]
     changed += ["data set"] if any(old_data.get(k) != v for k, v in settings["data"].items()) else []
     changed += [k for k in ("init", "jtt") if old.get(k) != settings.get(k) and k not in changed]
     if changed:

@@ -204,7 +204,7 @@ def _claim(out: Path, data: Path, settings: dict[str, Any], overwrite: bool, hel
 
 
 def _finished(out: Path, data: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    check_place(out, data, settings, overwrite)
+    check_place(out, data, settings, overwrite, defaults=Recipe(settings["recipe"]["model"]).to_dict())
     return None if overwrite else finished(out)
 
 

@@ -56,6 +56,17 @@ def test_another_recipe_or_other_data_never_mix_with_a_run(dataset, tmp_path):
     assert (run / "model.safetensors").read_bytes() != weights
 
 
+def test_a_run_is_the_same_if_it_is_older_than_a_recipe_key_that_is_not_set(dataset, tmp_path):
+    run = tmp_path / "run"
+    finetune(dataset, recipe(), run)
+    record = json.loads((run / "run.json").read_text())
+    del record["recipe"]["cut"]
+    (run / "run.json").write_text(json.dumps(record))
+    assert finetune(dataset, recipe(), run).was_finished
+    with pytest.raises(L2R2Error, match="a run with a different cut"):
+        finetune(dataset, recipe(cut="device"), run)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_that_is_no_run_is_never_touched(dataset, tmp_path, overwrite):
     (tmp_path / "thesis.txt").write_text("years of work")
