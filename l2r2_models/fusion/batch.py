@@ -116,10 +116,10 @@ def shares_of(
         members[group].append(i)
     misled, shares = torch.full_like(clues, float("nan")), {}
     for group, indices in members.items():
-        own, kinds = clues[indices], len(classes[indices].unique())
-        shares[group] = _share(meter, own, kinds)
+        own = clues[indices]
+        shares[group] = _share(meter, own, len(classes[indices].unique()))
         if len(indices) > 1:
-            misled[indices] = _without_itself(meter, own, kinds)
+            misled[indices] = _without_itself(meter, own)
     return misled, shares
 
 
@@ -154,10 +154,13 @@ def _mean(clues: Tensor) -> Tensor:
     return clues.sort().values.mean()[None]
 
 
-def _without_itself(meter: ShiftMeter, clues: Tensor, classes: int) -> Tensor:
-    """Return the posterior means `[n]` of e given the other objects of a group."""
+def _without_itself(meter: ShiftMeter, clues: Tensor) -> Tensor:
+    """Return the posterior means `[n]` of e given the other objects of a group, as if they were independent draws.
+
+    The wider posterior of `_share` would leave all fusions half way between both kinds of backgrounds.
+    """
     others = (len(clues) * _mean(clues) - clues) / (len(clues) - 1)
-    return torch.cat([(meter.posterior(part, len(clues) - 1, classes) * grid(clues)).sum(1) for part in others.split(ROWS)])
+    return torch.cat([(meter.posterior(part, len(clues) - 1) * grid(clues)).sum(1) for part in others.split(ROWS)])
 
 
 def _share(meter: ShiftMeter, clues: Tensor, classes: int) -> GroupShare:

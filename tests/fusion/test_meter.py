@@ -56,7 +56,7 @@ def test_images_of_one_class_tell_less_than_as_many_of_several():
 
 
 def test_moments_by_hand():
-    """Two classes of two rows each, of both kinds, with weights: variance within, covariance between."""
+    """Two classes of two rows each, of both kinds, with weights: variance of all, covariance between classes."""
     torch.manual_seed(0)
     fg, context = torch.randn(8, 3), torch.randn(1, 8, 3)
     labels, away = torch.tensor([0, 0, 1, 1] * 2), torch.arange(8) >= 4
@@ -65,8 +65,9 @@ def test_moments_by_hand():
     meter.fit(fg, context, labels, away, weights)
     c = meter.clues(fg, context)
     m = [(c[i] * weights[i] + c[i + 1] * weights[i + 1]) / 4 for i in (0, 2, 4, 6)]
-    within = sum(weights[i].double() * (c[i] - m[i // 2]) ** 2 for i in range(4)) / 8
-    expected = torch.stack([(m[0] + m[1]) / 2, within, torch.tensor(8.0, dtype=torch.double)])
+    mean = (m[0] + m[1]) / 2
+    variance = (weights[:4].double() * (c[:4] - mean) ** 2).sum() / 8
+    expected = torch.stack([mean, variance, torch.tensor(8.0, dtype=torch.double)])
     assert torch.allclose(meter.moments[:, 0].double(), expected, atol=1e-6)
     covariance = (m[0] - m[1]) * (m[2] - m[3]) / 2
     assert torch.allclose(meter.between.double()[0, 1], covariance, atol=1e-6) and meter.classes == 2
