@@ -210,12 +210,13 @@ class Network:
 
     def logits(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the logits by branch of the views `[B, 3, S, S]` by branch; a pass has at most twice `batch_size` views."""
-        size = rows_per_pass(self.device, self.batch_size * (2 if len(views) == 1 else 1), len(views))
         logits: dict[str, list[Tensor]] = {branch: [] for branch in views}
-        for start in range(0, max(map(len, views.values()), default=0), size):
-            part = {b: view[start : start + size] for b, view in views.items() if len(view) > start}
-            for branch, z in self._pass(part).items():
+        done = dict.fromkeys(views, 0)
+        while left := [branch for branch in views if done[branch] < len(views[branch])]:
+            size = rows_per_pass(self.device, self.batch_size * (2 if len(left) == 1 else 1), len(left))
+            for branch, z in self._pass({b: views[b][done[b] : done[b] + size] for b in left}).items():
                 logits[branch].append(z)
+                done[branch] += len(z)
         return {branch: torch.cat(parts) for branch, parts in logits.items()}
 
     def _pass(self, views: dict[str, Tensor]) -> dict[str, Tensor]:

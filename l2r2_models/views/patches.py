@@ -68,10 +68,10 @@ def decode_patches(image: LazyImage, boxes: Tensor | None, spec: ViewSpec, branc
     for window, branch in shown:
         windows[window] = min(windows.get(window, SCALES[0]), scale_of(window, spec, branch))
     least = min(windows.values())
-    pixels = image.pixels(least)
     if max(windows.values()) == 1:
+        pixels = image.pixels()
         return Patches(image.size, {window: _crop(pixels, window) for window in windows})
-    decoded = Image.fromarray(pixels.numpy())
+    decoded = image.load(least)
     return Patches(image.size, {w: image_tensor(_part(decoded, w, least, scale, spec)) for w, scale in windows.items()})
 
 

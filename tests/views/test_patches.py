@@ -104,8 +104,8 @@ def test_nothing_changes_where_nothing_is_reduced(mode, decode):
 
 def test_no_more_is_decoded_than_the_finest_view_needs(monkeypatch):
     decoded = []
-    original = LazyImage.pixels
-    monkeypatch.setattr(LazyImage, "pixels", lambda self, scale=1: decoded.append(scale) or original(self, scale))
+    original = LazyImage.load
+    monkeypatch.setattr(LazyImage, "load", lambda self, scale=1: decoded.append(scale) or original(self, scale))
     data, spec = encode(ramps(800, 600)), ViewSpec(size=48, decode="scaled")
     sizes = {(0, 0, 400, 400): 4, (0, 0, 200, 100): 2, (0, 0, 190, 100): 1, (0, 0, 800, 600): 8}
     for box, scale in sizes.items():
