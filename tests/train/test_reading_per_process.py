@@ -26,7 +26,15 @@ def note(event, arguments):
 sys.addaudithook(note)
 from l2r2_cli.commands import main
 
-main()
+code = 0
+try:
+    main()
+except SystemExit as end:
+    code = end.code or 0
+sys.stdout.flush()
+sys.stderr.flush()
+opened.close()
+os._exit(code)  # threads of libraries would run the hook while the interpreter ends, which can abort the process
 """
 
 
