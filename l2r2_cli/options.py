@@ -14,7 +14,7 @@ Boxes = Annotated[
     Optional[Path],
     typer.Option(
         "--boxes",
-        help="Box file (MegaDetector, COCO, Label Studio, CVAT, CSV, Parquet), or a folder of YOLO, VOC or LabelMe files.",
+        help="Box file (MegaDetector, COCO, Label Studio, CVAT, CSV, Parquet), or a folder of Parquet, YOLO, VOC, LabelMe.",
         show_default="the boxes in the metadata",
     ),
 ]
@@ -30,7 +30,12 @@ Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Random 
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images per batch.")]
 Workers = Annotated[
     Optional[int],
-    typer.Option("--workers", min=0, help="Workers that load images in advance; 0 for none.", show_default="one per core"),
+    typer.Option(
+        "--workers",
+        min=0,
+        help="Workers that load images in advance; 0 for none.",
+        show_default="one per core",
+    ),
 ]
 Precision = Annotated[
     str,

@@ -97,6 +97,8 @@ def read_parquet(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         info, names = manifest_of(manifest.read_bytes(), str(path))
     except OSError as error:
         raise L2R2Error(f"{manifest}: cannot be read ({error.strerror or error}).") from error
+    if lost := next((name for name in names if not (path / name).is_file()), None):
+        raise L2R2Error(f"{path / lost}: is missing; run the same command again.")
     return [row for name in names for row in _read_file(path / name)[0]], info
 
 
@@ -129,12 +131,14 @@ def manifest_of(text: bytes, folder: str, *, finished: bool = True) -> tuple[Any
     """
     try:
         found = json.loads(text)
-        header, names, complete = found["header"], [str(name) for name in found["partitions"]], found["complete"]
+        header, names, complete = found["header"], found["partitions"], found["complete"]
+        if not isinstance(header, dict) or not isinstance(names, list):
+            raise TypeError
     except (ValueError, KeyError, TypeError):
         raise L2R2Error(f"{folder}/{MANIFEST}: is damaged; remove the folder or choose another -o.") from None
     if finished and not complete:
         raise L2R2Error(f"{folder}: is not complete; run the same command again.")
-    return header, names
+    return header, [str(name) for name in names]
 
 
 def pyarrow() -> tuple[Any, Any]:

@@ -237,6 +237,7 @@ def _check_alike(first: _Part, other: _Part) -> None:
             ("backbones", (first.backbone, first.arguments), (other.backbone, other.arguments)),
             ("classes", sorted(first.labels), sorted(other.labels)),
             ("view sizes", (first.spec.size, first.spec.sizes), (other.spec.size, other.spec.sizes)),
+            ("patches", first.spec.patch, other.spec.patch),
             ("paddings", (first.spec.square, first.spec.fill), (other.spec.square, other.spec.fill)),
             ("interpolations", first.spec.interpolation, other.spec.interpolation),
             ("normalizations", (first.spec.mean, first.spec.std), (other.spec.mean, other.spec.std)),

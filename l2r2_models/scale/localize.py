@@ -141,6 +141,8 @@ def localize(
     finder.check_prompt()
     found = find(sources, None, split, given=False)
     output = Output(out, finder.info)
+    if batch_size < 1:
+        raise L2R2Error(f"batch_size must be at least 1, got {batch_size}.")
     plan = LocalizePlan(spec, finder.info, batch_size, os.getcwd())
 
     def results(work: Work) -> Iterator[Mapping[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +111,16 @@ def find(sources: Sequence[str | Path], boxes: Path | None = None, split: str | 
     if local and remote and boxes is not None:
         raise L2R2Error(f"{boxes}: cannot be joined to files and URLs or shards at once; predict them one after the other.")
     table = read_boxes(boxes) if remote and boxes is not None else None
-    digest = file_sha256(boxes) if table is not None and boxes is not None else ""
+    digest = _digest_of(boxes) if table is not None and boxes is not None else ""
     return Sources(inputs if given else inputs.without_boxes(), tuple(places.values()), tuple(shards.values()), table, digest)
+
+
+def _digest_of(boxes: Path) -> str:
+    """Return the digest of a box file, or of the partitions in a folder."""
+    if not boxes.is_dir():
+        return file_sha256(boxes)
+    parts = sorted(boxes.glob("*.parquet"))
+    return hashlib.sha256(" ".join(file_sha256(part) for part in parts).encode()).hexdigest()
 
 
 def _listed(root: Place) -> tuple[list[tuple[Place, State]], list[tuple[str, Place, State]]]:

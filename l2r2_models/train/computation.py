@@ -82,9 +82,9 @@ def check_compiler(model: L2R2) -> None:
         L2R2Error: when nothing can be compiled here, or the branches do not run the backbone's own forward pass.
     """
     heads = model.box_head is not None or model.mask_head is not None
-    if heads or model.takes_mask or model.finds_object:
+    if heads or model.takes_mask or model.finds_object or model.view_spec.patch:
         raise L2R2Error(
-            "compile has no effect with a box head or mask head, or an fg that is masked inside the network; leave it out."
+            "compile has no effect with a box head or mask head, an fg that is masked inside the network, or patch; leave it out."
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -27,7 +27,7 @@ def native_size(height: int, width: int, size: int, patch: int) -> tuple[int, in
         patch: side of a patch.
 
     Returns:
-        `(height, width)` in pixels; the ratio is as close to the window's as whole patches allow.
+        `(height, width)` in pixels; the ratio is close to the window's.
 
     >>> native_size(400, 600, 224, 16), native_size(500, 500, 224, 16)
     ((176, 272), (224, 224))

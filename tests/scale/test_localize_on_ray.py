@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import tarfile
 
 import pyarrow as pa
 import pytest
@@ -103,9 +104,24 @@ def test_a_folder_that_is_not_complete_is_no_box_file(tmp_path):
         read_boxes(tmp_path / "boxes")
     output.finish([])
     assert read_boxes(tmp_path / "boxes").entries == {}
-    (tmp_path / "boxes" / "_manifest.json").write_text("{")
-    with pytest.raises(L2R2Error, match=r"_manifest\.json: is damaged; remove the folder"):
+    for text in ("{", '{"header": null, "complete": true, "partitions": []}'):
+        (tmp_path / "boxes" / "_manifest.json").write_text(text)
+        with pytest.raises(L2R2Error, match=r"_manifest\.json: is damaged; remove the folder"):
+            read_boxes(tmp_path / "boxes")
+    (tmp_path / "boxes" / "_manifest.json").write_text('{"header": {}, "complete": true, "partitions": ["a.parquet"]}')
+    with pytest.raises(L2R2Error, match=r"a\.parquet: is missing; run the same command again"):
         read_boxes(tmp_path / "boxes")
+
+
+def test_a_folder_of_boxes_is_joined_to_shards(dataset, tmp_path):
+    image = next((dataset / "images").glob("*.png"))
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        tar.add(image, "a.png")
+    output = Output(tmp_path / "boxes", create_localizer("center", device="cpu").info)
+    output.start()
+    output.finish([])
+    found = find([str(tmp_path / "s.tar")], tmp_path / "boxes")
+    assert found.boxes is not None and found.boxes.entries == {}
 
 
 def test_what_one_machine_alone_can_do_is_refused(l2r2, dataset, tmp_path):
