@@ -1,31 +1,12 @@
 """Pixels of JPEG files, which torchvision may decode, are those that Pillow decodes."""
 
-import io
-
-import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image
+from test_images import encode, exif_of, pixels
 
 from l2r2_models.images import ImageError, LazyImage, image_tensor
-
-
-def pixels(height=9, width=14):
-    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def encode(image, format, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def exif_of(orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif
-
 
 CASES = {
     "full color": ("RGB", {"quality": 90, "subsampling": 0}),
