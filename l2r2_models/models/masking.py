@@ -189,6 +189,8 @@ def run_tokens(vit: Any, embedded: Embedded, keep: Tensor, *, packed: bool = Tru
     try:
         if packed and weights is None and not _is_traced(tokens):
             out = _run_packed(vit, tokens, mask, rope)
+        elif weight is not None and not _is_traced(tokens) and (graphs := graphs_of(vit, tokens)) and graphs.training:
+            out = graphs.run_masked(tokens, mask, weight, rope)
         else:
             checkpoint = bool(vit.grad_checkpointing)
             out = run_masked(vit.blocks, tokens, mask, num_prefix=prefixes, key_weight=weight, checkpoint=checkpoint, rope=rope)
@@ -201,8 +203,9 @@ def run_tokens(vit: Any, embedded: Embedded, keep: Tensor, *, packed: bool = Tru
 
 def _run_packed(vit: Any, tokens: Tensor, mask: Tensor, rope: Tensor | None) -> Tensor:
     """The blocks on kept tokens; dropped ones are 0 in the result `[B, P + N, C]`."""
-    if (graphs := graphs_of(vit, tokens)) is not None:
-        return graphs.run(tokens, mask, rope)
+    graphs = graphs_of(vit, tokens)
+    if graphs is not None and (replayed := graphs.run(tokens, mask, rope)) is not None:
+        return replayed
     capacity = None if mask.device.type == "cpu" else "sync"  # one synchronization, without which packing does not pay off
     options = {"num_prefix": vit.num_prefix_tokens, "checkpoint": bool(vit.grad_checkpointing)}
     _, out = run_packed(vit.blocks, tokens, mask, capacity=capacity, unpacked=True, rope=rope, **options)

@@ -1,14 +1,18 @@
-"""CUDA graphs for prediction: the same features with and without, few graphs, and only where they apply."""
+"""CUDA graphs for prediction and training: the same features with and without, few graphs, and only where they apply."""
+
+import contextlib
+import copy
 
 import pytest
 import timm
 import torch
 from PIL import Image
+from recorded_on_cpu import RecordedOnCPU
 
-from l2r2_models import L2R2Error, Predictor
+from l2r2_models import IFAM, L2R2Error, Predictor
 from l2r2_models.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from l2r2_models.models.masking import token_features
-from l2r2_models.models.packed_graphs import CAPACITIES, PackedGraphs
+from l2r2_models.models.packed_graphs import CAPACITIES, TRAINED, PackedGraphs
 
 TINY = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 VITS = {"plain": ("vit_tiny_patch16_224", {"img_size": 64}), "eva": ("vit_small_patch16_dinov3", {"init_values": 1.0})}
@@ -87,6 +91,66 @@ def test_a_predictor_with_graphs_predicts_the_same_without_a_gpu(tmp_path):
 def test_models_that_drop_no_tokens_are_refused(tmp_path):
     with pytest.raises(L2R2Error, match="cuda_graphs is for models that drop tokens"):
         Predictor(write_run(tmp_path / "run", "l2r2", backbone="resnet10t"), cuda_graphs=True)
+
+
+def trained(net, x, mask, graphs=None):
+    """The features, and the gradients of all weights, of a pass with all tokens and one of those under a mask."""
+    net.zero_grad()
+    full = net(x)
+    if graphs is None:
+        fg, _ = token_features(net, x, mask, 0.5)
+    else:
+        with graphs.replayed():
+            fg, _ = token_features(net, x, mask, 0.5)
+    (full.square().mean() + fg.square().mean()).backward()
+    return [fg.detach().clone(), *(p.grad for p in net.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("kind", VITS)
+def test_a_training_step_has_the_same_gradients_and_the_number_of_graphs_is_bounded(kind):
+    backbone = vit(kind).train()
+    twin = copy.deepcopy(backbone)
+    graphs = PackedGraphs(backbone, 3, training=True, memory=RecordedOnCPU())
+    for seed in range(16):
+        x, mask = torch.randn(3, 3, 64, 64), masks(3, 4, seed)
+        got, expected = trained(backbone, x, mask, graphs), trained(twin, x, mask)
+        assert len(got) == len(expected)
+        for ours, theirs in zip(got, expected):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert len(graphs._runners) == TRAINED and graphs.memory.recorded == 2 * TRAINED and graphs.memory.replayed > 16
+
+
+def test_training_graphs_are_only_for_full_batches_with_gradients():
+    backbone = vit("plain").train()
+    graphs = PackedGraphs(backbone, 3, training=True, memory=RecordedOnCPU())
+    with graphs.replayed():
+        for batch in (2, 4):
+            token_features(backbone, torch.randn(batch, 3, 64, 64), torch.ones(batch, 4, 4), 0.5)
+        with torch.no_grad():  # an evaluation between epochs
+            token_features(backbone, torch.randn(3, 3, 64, 64), torch.ones(3, 4, 4), 0.5)
+        with torch.inference_mode():
+            token_features(backbone, torch.randn(3, 3, 64, 64), torch.ones(3, 4, 4), 0.5)
+    assert not graphs._runners
+
+
+def test_the_second_stage_of_an_ifam_model_in_training():
+    """All its tokens are computed, with a gradient for the weight of each as a key; a second pass runs eagerly."""
+    torch.manual_seed(0)
+    net = IFAM("vit_tiny_patch16_224", num_classes=3, num_parts=3, part_dropout=0.0, img_size=64, **TINY).train()
+    twin = copy.deepcopy(net)
+    graphs = PackedGraphs(net.backbone_of("fg"), 2, training=True, memory=RecordedOnCPU())
+    for passes, replays in ((1, 2), (1, 4), (2, 6)):
+        views = [torch.randn(2, 3, 64, 64) for _ in range(passes)]
+        for model, used in ((net, True), (twin, False)):
+            model.zero_grad()
+            torch.manual_seed(passes)  # stage 1 draws the parts
+            with graphs.replayed() if used else contextlib.nullcontext():
+                sum(model.forward_views(full=view).fg.square().sum() for view in views).backward()
+        for (name, ours), theirs in zip(net.named_parameters(), twin.parameters()):
+            assert (ours.grad is None) == (theirs.grad is None), name
+            if ours.grad is not None:
+                torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+        assert graphs.memory.replayed == replays
 
 
 @pytest.mark.gpu

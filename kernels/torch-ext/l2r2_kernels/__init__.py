@@ -1,6 +1,8 @@
 """Fused image-view and masked-attention ops, with a PyTorch reference for every Triton kernel."""
 
 from .masked_attention import (
+    GraphMemory,
+    MaskedRunner,
     Packed,
     PackedRunner,
     masked_attention,
@@ -14,6 +16,8 @@ from .masked_attention import (
 from .roi_views import RaggedImages, roi_views
 
 __all__ = [
+    "GraphMemory",
+    "MaskedRunner",
     "Packed",
     "PackedRunner",
     "RaggedImages",

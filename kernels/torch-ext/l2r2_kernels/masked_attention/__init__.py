@@ -2,11 +2,14 @@
 
 from .attention import masked_attention, varlen_attention
 from .blocks import run_masked, run_packed
-from .graph import PackedRunner
+from .graph import MaskedRunner, PackedRunner
 from .op import key_index
 from .packing import Packed, pack, round_capacity, unpack
+from .recording import GraphMemory
 
 __all__ = [
+    "GraphMemory",
+    "MaskedRunner",
     "Packed",
     "PackedRunner",
     "key_index",
