@@ -27,7 +27,7 @@ def _show_keys(show: bool) -> None:
         return
     import yaml
 
-    from l2r2_models.train.recipe import describe_keys
+    from l2r2_models.train.recipe_docs import describe_keys
 
     for key, (default, meaning) in describe_keys().items():
         value = list(default) if isinstance(default, tuple) else default

@@ -37,7 +37,8 @@ def resolve(recipe: Recipe, model: L2R2, before: Mapping[str, Any]) -> Recipe:
         The recipe without `auto`.
 
     Raises:
-        L2R2Error: when this machine does not support what was chosen, or cannot compile a model that should be compiled.
+        L2R2Error: when this machine does not support what was chosen, cannot compile a model that should be compiled, or a
+            model has nothing to replay as CUDA graphs.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fast = has_bf16(device) and (device.type == "cuda" or not _has_depthwise(model.backbone))
@@ -47,6 +48,8 @@ def resolve(recipe: Recipe, model: L2R2, before: Mapping[str, Any]) -> Recipe:
     check_device(resolved)
     if recipe.compile:
         check_compiler(model)
+    if recipe.cuda_graphs:
+        check_graphs(model)
     return resolved
 
 
@@ -56,7 +59,7 @@ def _has_depthwise(backbone: nn.Module) -> bool:
 
 
 def check_device(recipe: Recipe) -> None:
-    """Check that this machine supports the recipe's precision and batch norm, and that the model is not to be sharded.
+    """Check that this machine supports the recipe's precision, graphs and batch norm, and that the model is not to be sharded.
 
     Raises:
         L2R2Error: when it does not.
@@ -66,6 +69,8 @@ def check_device(recipe: Recipe) -> None:
         raise L2R2Error("precision fp16 needs a GPU; on a CPU, use bf16 or fp32.")
     if recipe.precision == "bf16" and cuda and not has_bf16(torch.device("cuda")):
         raise L2R2Error("precision bf16 is not supported by this GPU; use fp16 or fp32.")
+    if recipe.cuda_graphs and not cuda:
+        raise L2R2Error("cuda_graphs needs a GPU; leave it out.")
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":  # what the Trainer reads
         raise L2R2Error(
             "finetune cannot save the weights of a model that FSDP has sharded; start it without use_fsdp "
@@ -100,6 +105,16 @@ def compile_backbones(model: L2R2) -> None:
     """Compile the forward pass of each backbone in place; the names of parameters stay the same."""
     for backbone in (model.backbone, *model.branch_backbones.values()):
         backbone.compile()
+
+
+def check_graphs(model: L2R2) -> None:
+    """Check that a model has blocks that can be replayed as CUDA graphs.
+
+    Raises:
+        L2R2Error: when it drops no tokens.
+    """
+    if not ("fg" in model.branches and model.view_spec.fg.drops_tokens):
+        raise L2R2Error("cuda_graphs has no effect unless fg drops tokens (fg_mode tokens, or an iFAM model); leave it out.")
 
 
 def check_batch_norm(model: L2R2) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -130,6 +128,8 @@ class Recipe:
         cut: where views are cut: by the `workers` that load the images, or on the `device` that trains, which leaves them less to
             do. The views are the same up to rounding. The device gets whole augmented images, of all `grad_accumulation` parts.
         compile: compile the backbone with `torch.compile`, which takes minutes at the start.
+        cuda_graphs: replay the blocks of an fg that drops tokens (fg_mode `tokens`, or iFAM) as CUDA graphs, which helps where
+            launching many short kernels takes longer than running them; on GPUs. Experimental: never tested on one.
         sync_batch_norm: under torchrun, batch norm uses the statistics of all processes' rows, not of its own process; on GPUs.
         seed: random seed of weights, order and augmentation.
         workers: processes that load images; the result does not depend on it.
@@ -221,6 +221,7 @@ class Recipe:
     channels_last: Literal["auto", True, False] = AUTO
     cut: str = "workers"
     compile: bool = False
+    cuda_graphs: bool = False
     sync_batch_norm: bool = False
     seed: int = 0
     workers: int = 0
@@ -249,6 +250,8 @@ class Recipe:
                 )
         if self.sync_batch_norm and self.trainable == "head":
             raise L2R2Error("sync_batch_norm has no effect with trainable=head, which freezes the statistics; leave it out.")
+        if self.cuda_graphs and self.grad_checkpointing:
+            raise L2R2Error("cuda_graphs stores the activations that grad_checkpointing computes again; use one or the other.")
         self.augment()
         self.part_weights()
         if self.fusion in FUSIONS and FUSIONS[self.fusion].needs_fit:
@@ -384,15 +387,3 @@ class Recipe:
         """Return the config of the fusion, as `L2R2` takes it."""
         given = {"threshold": self.threshold, "inputs": None if self.fusion_inputs is None else list(self.fusion_inputs)}
         return {"name": self.fusion, **{key: value for key, value in given.items() if value is not None}}
-
-
-def describe_keys() -> dict[str, tuple[Any, str]]:
-    """Return the default (None for `model`, which has none) and the description of each recipe key, from the docs of `Recipe`.
-
-    >>> describe_keys()["epochs"]
-    (20, 'passes over the training rows.')
-    """
-    entries = inspect.cleandoc(Recipe.__doc__ or "").partition("Attributes:\n")[2]
-    found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", entries, re.MULTILINE)
-    meanings = {name: " ".join(text.split()) for name, text in found}
-    return {f.name: (None if f.default is MISSING else f.default, meanings[f.name]) for f in fields(Recipe)}

@@ -27,6 +27,7 @@ from ..data.table import ImageTable
 from ..errors import L2R2Error
 from ..io import write_atomic
 from ..models.l2r2 import L2R2
+from ..models.packed_graphs import PackedGraphs
 from ..runs import CHECKPOINTS, LOGS, last_checkpoint
 from ..views import BRANCHES
 from .batches import EpochBatches
@@ -71,9 +72,11 @@ class BranchTrainer(Trainer):
     model: BranchLoss
     train_dataset: ViewDataset
 
-    def __init__(self, model: BranchLoss, recipe: Recipe, batches: EpochBatches, **arguments: Any) -> None:
+    def __init__(
+        self, model: BranchLoss, recipe: Recipe, batches: EpochBatches, graphs: PackedGraphs | None = None, **arguments: Any
+    ) -> None:
         super().__init__(model, callbacks=[_EachStep(self)], **arguments)
-        self.recipe, self.batches = recipe, batches
+        self.recipe, self.batches, self.graphs = recipe, batches, graphs
         self.average = WeightEMA(model, recipe.ema) if recipe.ema else None
         if self.accelerator.num_processes != processes.world():  # otherwise each process would train on its own
             seen = self.accelerator.num_processes
@@ -123,7 +126,8 @@ class BranchTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Compute the loss, normalized by the counts in training."""
-        outputs = model(**inputs, counts=num_items_in_batch if model.training else None)
+        with self.graphs.replayed() if self.graphs else contextlib.nullcontext():
+            outputs = model(**inputs, counts=num_items_in_batch if model.training else None)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -299,10 +303,12 @@ def _trainer(
         else None,
         consistency=recipe.consistency,
     )
+    each = -(-min(batches.rows, recipe.batch_size) // (batches.parts * batches.world))
     return BranchTrainer(
         loss,
         recipe,
         batches,
+        PackedGraphs(model.backbone_of("fg"), each, training=True) if recipe.cuda_graphs else None,
         args=_arguments(recipe, batches, out, validate=val is not None),
         data_collator=collate,
         train_dataset=rows,
