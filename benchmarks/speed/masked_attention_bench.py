@@ -53,12 +53,10 @@ TINY = Sizes(
 CPU_VIT = Sizes(batch=8, model="vit_small_patch16_224", dtype=torch.float32, repeats=5)
 
 
-def rows(device: str, copy_bytes_per_s: float, matmul_flops_per_s: float, sizes: Sizes | None = None) -> list[dict]:
+def rows(device: str, copy_bytes_per_s: float, matmul_flops_per_s: float, sizes: Sizes | None = None) -> Iterator[dict]:
     """All cases of the goal table on one device; ``sizes`` makes them smaller, for a dry run."""
-    table: list[dict] = []
     for case in _cases(torch.device(device), sizes):
-        table += case.rows(copy_bytes_per_s, matmul_flops_per_s)
-    return table
+        yield from case.rows(copy_bytes_per_s, matmul_flops_per_s)
 
 
 def close(ours: Tensor, truth: Tensor, dtype: torch.dtype) -> bool:

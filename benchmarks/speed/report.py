@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 
 OURS = "l2r2"
-OWN = ["ms_median", "ms_p20", "ms_p80", "bytes", "flops", "pct_copy", "pct_matmul", "ratio", "must", "stretch"]
+OWN = ["ms_median", "ms_p20", "ms_p80", "bytes", "flops", "pct_copy", "pct_matmul", "ratio", "must", "stretch", "note"]
 GREEN, RED, GREY = "#2a7f4f", "#b5472f", "#9a9a9a"
 
 
@@ -12,12 +12,32 @@ def show(row: dict) -> str:
     """One provider's row as a line of text."""
     parts = [f"{row['op']:18} {row['case']:44} {row['provider']:26}"]
     if row["ms_median"] is None:
-        parts.append("not timed" if row["correct"] else "wrong or absent, not timed")
+        parts.append(f"not timed ({row['note'] or 'no times'})")
     else:
         parts.append(f"{row['ms_median']:9.3f} ms ({row['ms_p20'] or 0:.3f}-{row['ms_p80'] or 0:.3f})")
     texts = {"pct_copy": "{:5.1f} % copy", "ratio": "{:7.2f}x", "must": "must {:.2f}x", "stretch": "stretch {:.2f}x"}
     parts += [text.format(row[name]) for name, text in texts.items() if row[name] is not None]
     return "  ".join(parts)
+
+
+def summary(table: list[dict]) -> list[str]:
+    """The goal table: one line per case of ours, with what was measured and what was to be reached."""
+    lines = [f"{'op':18} {'case':60} {'ms':>9} {'ratio':>8} {'must':>8} {'stretch':>8}"]
+    for line in goals(table):
+        numbers = [line.get(name) for name in ("ratio", "must", "stretch")]
+        ms = "-" if line.get("ms_median") is None else f"{line['ms_median']:.3f}"
+        shown = ["-" if number is None else f"{number:.2f}x" for number in numbers]
+        verdict = line.get("note") or _verdict(*numbers[:2])
+        lines.append(f"{line['op']:18} {line['case']:60} {ms:>9} {shown[0]:>8} {shown[1]:>8} {shown[2]:>8}  {verdict}".rstrip())
+    return lines
+
+
+def _verdict(ratio: float | None, must: float | None) -> str:
+    if must is None:
+        return ""
+    if ratio is None:
+        return "not measured"
+    return "held" if ratio >= must else "missed"
 
 
 def goals(table: list[dict]) -> list[dict]:

@@ -48,14 +48,12 @@ class Work(NamedTuple):
     host_boxes: list[list[int]]
 
 
-def rows(device: str, copy_bytes_per_s: float, matmul_flops_per_s: float, sizes: Sizes | None = None) -> list[dict]:
+def rows(device: str, copy_bytes_per_s: float, matmul_flops_per_s: float, sizes: Sizes | None = None) -> Iterator[dict]:
     """All cases of the goal table on one device; ``sizes`` makes them smaller, for a dry run."""
     sizes = sizes or Sizes()
     where = torch.device(device)
-    table: list[dict] = []
     for case in _cases(where, sizes, copy_bytes_per_s):
-        table += case.rows(copy_bytes_per_s, matmul_flops_per_s)
-    return table
+        yield from case.rows(copy_bytes_per_s, matmul_flops_per_s)
 
 
 def make_work(sizes: Sizes, ragged: bool, seed: int, device: torch.device, square: bool = False) -> Work:

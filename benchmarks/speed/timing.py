@@ -2,7 +2,7 @@
 
 ``ratio`` is the peer's time divided by ours, in our own row for the fastest peer; ``must`` and ``stretch`` are the target ratios
 (a goal of at most 1.15 times the peer's time is a ratio of 1 / 1.15). Every provider is compared with float64 before it is timed;
-a wrong or missing one has no times.
+a wrong, failing or missing one has no times, and a note says why.
 """
 
 import statistics
@@ -29,9 +29,10 @@ class Case:
         self.bytes, self.flops = bytes_, flops
         self.times: dict[str, list[float]] = {}
         self.correct: dict[str, bool] = {}
+        self.notes: dict[str, str] = {}
 
     def add(self, provider: str, make: Callable[[], tuple[list[Call], Callable[[], bool]]]) -> None:
-        """Check, then time the calls from ``make``; a peer that cannot run here has no times, but ours must run."""
+        """Check, then time the calls from ``make``; one that cannot run here has no times, and the other rows go on."""
         self.correct[provider], self.times[provider] = False, []
         try:
             calls, check = make()
@@ -39,9 +40,11 @@ class Case:
             self.correct[provider] = check()
             if self.correct[provider]:
                 self.times[provider] = timed(calls, self.device, self.repeats)
-        except (RuntimeError, ImportError, TypeError, ValueError):
-            if provider == "l2r2":
-                raise
+            else:
+                self.notes[provider] = "wrong result"
+        except Exception as error:  # of compilers, drivers and absent packages
+            self.correct[provider], self.times[provider] = False, []
+            self.notes[provider] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
     def stand_in(self, name: str, times: list[float]) -> None:
         """Add times to compare with that are not a provider's, e.g. a fraction of the copy rate; ignored if ours is wrong."""
@@ -70,6 +73,7 @@ class Case:
                 "must": self.goal.must if own else None,
                 "stretch": self.goal.stretch if own else None,
                 "correct": self.correct[provider],
+                "note": self.notes.get(provider, ""),
             }
 
 

@@ -43,14 +43,14 @@ def entries():
     size = {"OUT_H": 224, "OUT_W": 224}
     for kind in (0, 1):
         for pixel, mixed, masked, half, ratio in itertools.product((3, 1), *[(False, True)] * 3, (2.24, 9.0, 18.0)):
-            config = launch.uint8_config(half, kind, masked, mixed, ratio)
+            config = launch.uint8_config(half, kind, masked, mixed, ratio, pixel)
             flags = {"KIND": kind, "PIXEL": pixel, "MASKED": masked, "ASM": True}
             name = f"uint8 kind={kind} pixel={pixel} mixed={mixed} masked={masked} half={half} ratio={ratio}"
             yield name, triton_uint8.forward_uint8, {**size, **flags, **config}, "*u8", "*bf16" if half else "*fp32"
         for pixel, mixed, masked in itertools.product((3, 1), (False, True), (False, True)):
             flags = {"OUT": 224, "KIND": kind, "TAPS": 8 << kind, "PIXEL": pixel, "MASKED": masked, "ASM": True}
             name = f"pil kind={kind} pixel={pixel} mixed={mixed} masked={masked}"
-            yield name, triton_pil.pil_forward, {**flags, **launch.pil_config(masked, mixed)}, "*u8", "*bf16"
+            yield name, triton_pil.pil_forward, {**flags, **launch.pil_config(masked, mixed, pixel)}, "*u8", "*bf16"
         flags = {"OUT": 224, "KIND": kind, "TAPS": 8 << kind, "RAGGED": 6}
         yield f"pil_prepare kind={kind}", triton_pil.pil_prepare, {**flags, **launch.PREPARE}, "*u8", "*bf16"
     for kind in range(4):

@@ -3,7 +3,6 @@
 The kernels of uint8 images read words, 32 lanes side by side along a row; lanes along a column would read uncoalesced.
 """
 
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -15,9 +14,8 @@ import pytest
 pytestmark = pytest.mark.interpreter
 
 pytest.importorskip("triton.backends.nvidia")
-TRITON = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
-# the launch tables were chosen with triton 3.9; older ones park a few bytes of one entry where they round registers down
-STACK = 0 if TRITON >= (3, 9) else 16
+# The forward of long images needs all registers, and some versions of Triton one or a few more: the fastest tile on an H100.
+STACK = {f"{dtype}:64:785 forward varlen=False": 16 for dtype in ("bf16", "fp16")}
 SHARED = 227 * 1024  # bytes a block can have
 USUAL_VIEWS = (
     r"uint8 kind=0 pixel=[13] mixed=False masked=False half=True ratio=2.24",
@@ -55,7 +53,7 @@ def test_kernels_compile_for_hopper_without_spills(program, wanted, least):
     entries = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(entries) >= least
     for entry in entries:
-        assert entry["stack"] <= STACK and entry["local"] == 0, f"spills: {entry}"
+        assert entry["stack"] <= STACK.get(entry["name"], 0) and entry["local"] == 0, f"spills: {entry}"
         assert entry["shared"] <= SHARED, f"too much shared memory: {entry}"
         assert entry["tensor_core"] > 0 or not entry["dots"], f"no tensor-core instructions: {entry}"
         if entry["name"].startswith(("uint8 ", "pil kind")):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 KEYS = ["op", "case", "provider", "ms_median", "ms_p20", "ms_p80", "bytes", "flops", "pct_copy", "pct_matmul"]
-KEYS += ["ratio", "must", "stretch", "correct"]
+KEYS += ["ratio", "must", "stretch", "correct", "note"]
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def bench():
 
 @pytest.fixture(scope="module")
 def table(bench):
-    return bench.rows("cpu", 1e10, 1e11, bench.TINY)
+    return list(bench.rows("cpu", 1e10, 1e11, bench.TINY))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -50,8 +50,22 @@ def test_a_wrong_or_absent_peer_is_not_timed(bench):
     case.add("wrong", lambda: ([lambda: None], lambda: False))
     case.add("absent", absent)
     ours, wrong, missing = case.rows(1e9, 1e9)
-    assert ours["ms_median"] > 0 and ours["ratio"] is None
+    assert ours["ms_median"] > 0 and ours["ratio"] is None and ours["note"] == ""
     assert wrong["ms_median"] is missing["ms_median"] is None and not wrong["correct"]
+    assert (wrong["note"], missing["note"]) == ("wrong result", "ImportError: no such peer")
+
+
+def test_a_failing_row_of_ours_does_not_end_the_run(bench):
+    case = bench.Case("op", "case", torch.device("cpu"), 3, bench.Goal(1.0), 8.0, 8.0)
+
+    def fails():
+        raise AssertionError("out of\nregisters")
+
+    case.add("l2r2", fails)
+    case.add("peer", lambda: ([lambda: None], lambda: True))
+    ours, peer = case.rows(1e9, 1e9)
+    assert ours["note"] == "AssertionError: out of registers" and not ours["correct"] and ours["ms_median"] is None
+    assert peer["ms_median"] > 0 and peer["ratio"] is None
 
 
 @pytest.mark.parametrize("backward", [False, True])

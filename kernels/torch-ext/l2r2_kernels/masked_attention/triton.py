@@ -244,11 +244,13 @@ def configs(block_d: int, itemsize: int, typical: int, varlen: bool) -> dict[str
     """The tiles of each kernel, from a fixed table; autotuning would make the first steps slow and the results vary.
 
     block_d: head width padded to a power of two; itemsize: bytes per number; typical: tokens in a typical segment.
-    The entries compile for sm_90 without register spills (tested); long segments get larger tiles. The entries for heads up to
-    64 wide were the fastest without spills on an H100.
+    The entries compile for sm_90 without register spills (tested); long segments get larger tiles. The 16-bit entries for heads
+    up to 64 wide were the fastest on an H100; the largest, the forward of long images, keeps up to 16 bytes outside of registers,
+    depending on the version of Triton.
     """
     if itemsize > 2:  # IEEE float32 dots use no tensor core: small tiles keep the registers
-        return {"forward": Config(32, 32, 8, 2), "dq": Config(32, 32, 4, 2), "dkv": Config(16, 32, 8, 2)}
+        forward = Config(32, 16 if varlen else 32, 4, 2)
+        return {"forward": forward, "dq": Config(16, 32, 4, 2), "dkv": Config(16, 32, 8, 2)}
     if block_d <= 64 and typical <= 192:
         return {"forward": Config(64, 64, 4, 2), "dq": Config(64, 64, 4, 2), "dkv": Config(32, 64, 4, 2)}
     if block_d <= 64:

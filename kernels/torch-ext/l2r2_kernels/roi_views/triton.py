@@ -17,8 +17,8 @@ from .source import Source, from_batch, mask_table
 from .spec import Spec
 
 PREPARE = {"BLOCK": 64, "num_warps": 2, "enable_fp_fusion": False}  # no fused multiply-add: rounds as the reference does
-# Fixed launch tables (no spills on sm_90; tests compile every entry). Those of uint8 images and of the backward were the fastest
-# of a sweep on an H100; the general kernel's were chosen by counting wasted taps and registers.
+# Fixed launch tables (tests compile every entry for sm_90: no spills with Triton 3.6, 3.8 and 3.9). Those of packed uint8 images
+# and of the backward were the fastest of a sweep on an H100; the others were chosen by counting wasted taps and registers.
 GENERAL_HALF = {"BLOCK_H": 32, "BLOCK_W": 16, "CHUNK_Y": 16, "ONE_X": False, "CHUNK_X": 32}
 GENERAL_FULL = {"BLOCK_H": 16, "BLOCK_W": 16, "CHUNK_Y": 16, "ONE_X": False, "CHUNK_X": 16}
 PIL = {"BLOCK_W": 32, "BLOCK_H": 32, "CHUNK_Y": 32, "T1": 4, "LOOP": 6}
@@ -38,8 +38,11 @@ def fits_half(spec: Spec, ratio: float) -> bool:
     return spec.dtype != torch.float32 and (255 + max(map(abs, spec.fill))) * 1.3 * max(ratio, 1.0) < 65504
 
 
-def uint8_config(half: bool, kind: int, masked: bool, mixed: bool, ratio: float) -> dict[str, Any]:
-    """Launch options of the uint8 kernel; `ratio` is the most source pixels a column of the output, see `fits_half` for `half`.
+def uint8_config(half: bool, kind: int, masked: bool, mixed: bool, ratio: float, pixel: int) -> dict[str, Any]:
+    """Launch options of the uint8 kernel for images of one layout.
+
+    half: see `fits_half`. mixed: whether the batch has images of the other layout too. ratio: the most source pixels per column
+    of the output. pixel: 3 for packed images, 1 for planes.
 
     Views with few taps use one window of that many. Wider views of a batch use a third window if none needs more, else a loop.
     """
@@ -49,9 +52,11 @@ def uint8_config(half: bool, kind: int, masked: bool, mixed: bool, ratio: float)
     options |= {"num_warps": 4 if masked else 2, "num_stages": 1, "enable_fp_fusion": True}
     if masked:
         options["maxnreg"] = 224  # by default, the assembler rounds down to 168 and spills
+    elif pixel == 1 or ratio > 12:
+        options["maxnreg"] = 168  # or down to 128, in some versions
     if half and ratio > 12:
-        options |= {"BLOCK_H": 16, "CHUNK_Y": 32, "num_warps": 4}
-    elif half and not (kind or masked or mixed):
+        options |= {"BLOCK_H": 16, "CHUNK_Y": 32, "num_warps": 8 if masked else 4}
+    elif half and pixel == 3 and not (kind or masked or mixed):
         options["maxnreg"] = 128  # twice the warps per multiprocessor, still without spills
     return {**options, "LOOPED": looped, "MIXED": mixed, "DOT": tl.float16 if half else tl.float32, "BIASED": half}
 
@@ -65,13 +70,15 @@ def general_config(dtype: torch.dtype, kind: int, masked: bool, half: bool) -> d
         "DOT": tl.float16 if half else tl.float32,
         "num_warps": (4 if masked or kind == 3 else 2) if half else (8 if masked and kind == 3 else 2),
         "num_stages": 2,
+        "maxnreg": 255,  # by default, some versions round down to 128 or 168 and spill
         "enable_fp_fusion": True,
     }
 
 
-def pil_config(masked: bool, mixed: bool) -> dict[str, Any]:
-    """Launch options of the pil kernel."""
-    return {**PIL, "MIXED": mixed, "num_warps": 8 if masked or mixed else 4, "num_stages": 1, "enable_fp_fusion": True}
+def pil_config(masked: bool, mixed: bool, pixel: int) -> dict[str, Any]:
+    """Launch options of the pil kernel for images of one layout; see `uint8_config`."""
+    warps = 8 if masked or mixed or pixel == 1 else 4
+    return {**PIL, "MIXED": mixed, "num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
 
 
 def backward_config(kind: int, masked: bool) -> dict[str, Any]:
@@ -134,8 +141,8 @@ class _Call:
             config = general_config(source.pixels.dtype, self.kind, masked, half)
             triton_forward.forward[self.tiles(config)](*arguments, **constants, **config)
             return
-        config = uint8_config(half, self.kind, masked, len(source.layouts) > 1, ratio)
         for pixel in source.layouts:
+            config = uint8_config(half, self.kind, masked, len(source.layouts) > 1, ratio, pixel)
             triton_uint8.forward_uint8[self.tiles(config)](*arguments, **constants, PIXEL=pixel, ASM=self.asm, **config)
 
     def launch_pil(self, out: Tensor) -> None:
@@ -149,9 +156,9 @@ class _Call:
             *self.placed, coefficients, first, sums, OUT=size, KIND=self.kind, TAPS=taps, RAGGED=source.ragged, **PREPARE
         )
         masked = self.masks.numel() > 0
-        config = pil_config(masked, len(source.layouts) > 1)
         a, b = spec.affine()
         for pixel in source.layouts:
+            config = pil_config(masked, len(source.layouts) > 1, pixel)
             triton_pil.pil_forward[self.tiles(config)](
                 out, self.record, self.masks, coefficients, first, sums, *out.stride(), *(int(f) for f in spec.fill), *a, *b,
                 OUT=size, KIND=self.kind, TAPS=taps, PIXEL=pixel, MASKED=masked, ASM=self.asm, **config,
