@@ -91,7 +91,7 @@ def timed(calls: list[Call], device: torch.device, repeats: int) -> list[float]:
     torch.cuda.synchronize()
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for i, (start, end) in enumerate(marks):
-        if i % 10 == 0:
+        if i % 5 == 0:
             torch.cuda.synchronize()
             torch.cuda._sleep(20_000_000)  # about 10 ms, in which the host queues the next calls
         start.record()

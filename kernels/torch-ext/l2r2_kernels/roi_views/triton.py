@@ -50,7 +50,7 @@ def uint8_config(half: bool, kind: int, masked: bool, mixed: bool, ratio: float,
     options: dict[str, Any] = {"T1": 5, "T2": 11, "T3": 5} if kind else {"T1": 3, "T2": 5, "T3": 3 if looped else 7}
     options |= {"BLOCK_W": 32, "BLOCK_H": 32 if half else 16, "CHUNK_Y": 16}
     options |= {"num_warps": 4 if masked else 2, "num_stages": 1, "enable_fp_fusion": True}
-    if masked:
+    if masked or (kind and pixel == 1):
         options["maxnreg"] = 224  # by default, the assembler rounds down to 168 and spills
     elif pixel == 1 or ratio > 12:
         options["maxnreg"] = 168  # or down to 128, in some versions
