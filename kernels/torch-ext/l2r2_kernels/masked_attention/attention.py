@@ -124,7 +124,9 @@ def _check_backend(backend: str, q: Tensor) -> None:
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # torch 2.11 cannot trace is_autocast_available; a traced model is on a device that has it
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    if not available or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [x.to(dtype) if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x for x in tensors]

@@ -80,7 +80,7 @@ def run_packed(
     tokens = packed.tokens
     for block, rotary in zip(blocks, _rotaries(rope, x.shape[1], len(blocks), packed.source.clamp_min(0) % max(x.shape[1], 1))):
         tokens = _run(checkpoint, block, tokens, core, drop_path, rotary)
-    packed = packed._replace(tokens=tokens)
+    packed = Packed(tokens, *packed[1:])  # torch 2.11 cannot compile _replace
     return packed, unpack(packed, fill) if unpacked else None
 
 
