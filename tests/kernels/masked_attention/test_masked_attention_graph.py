@@ -101,7 +101,7 @@ def test_recorded_training_steps_are_bit_equal_and_accumulate(kind):
     if kind == "frozen":
         model.blocks[0].requires_grad_(False)
     run, twin, memory = training_pair(model)
-    rope = {"rope": model.rope.get_embed()} if kind == "eva" else {}
+    rope = model.rope.get_embed() if kind == "eva" else None
     trained = [[p for p in m.blocks.parameters() if p.requires_grad] for m in (model, twin)]
     optimizers = [torch.optim.SGD(parameters, 0.1) for parameters in trained]
     with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16"):
@@ -112,10 +112,10 @@ def test_recorded_training_steps_are_bit_equal_and_accumulate(kind):
                 x, mask = batch(seed)
                 results = []
                 for function in (run, eagerly(twin.blocks)):
-                    leaf = x.clone().requires_grad_()
-                    out = function(leaf, mask, **rope)[1]
+                    leaf, angles = x.clone().requires_grad_(), None if rope is None else rope.clone().requires_grad_()
+                    out = function(leaf, mask, angles)[1]
                     out.square().mean().backward()
-                    results.append([out.detach().clone(), leaf.grad])
+                    results.append([out.detach().clone(), leaf.grad, *([] if angles is None else [angles.grad])])
                 results[0] += [p.grad.clone() for p in trained[0]]
                 results[1] += [p.grad.clone() for p in trained[1]]
                 assert all(map(torch.equal, *results))
