@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from ..errors import L2R2Error
 
 INSTALL = 'The engine ray needs Ray Data: pip install "l2r2-models[ray]".'
 Work = Sequence[Mapping[str, Any]]
+NO_CLUSTER = "{}: no Ray cluster answers here; check --address or start one with `ray start --head`."
+PATIENCE = 10  # seconds for a connection to a cluster; Ray itself would try for minutes
+CLIENT, CLIENT_PORT = "ray://", 10001
 BLOCK = 4_000_000  # bytes; larger blocks would delay the results and need a larger object store
 
 
@@ -99,6 +104,26 @@ def import_ray() -> Any:
     return ray
 
 
+def check_address(address: str) -> None:
+    """Check that something listens at the address of a cluster; an address without a port (`auto`, `local`) is left to Ray.
+
+    Raises:
+        L2R2Error: when it cannot be connected to, or the port is not a number.
+    """
+    of_client = address.startswith(CLIENT)
+    try:
+        place = urlsplit(address if of_client else f"//{address}")
+        host, port = place.hostname, place.port or (CLIENT_PORT if of_client else None)
+    except ValueError:
+        raise L2R2Error(f"{address}: is no address of a Ray cluster; use HOST:PORT or ray://HOST:PORT.") from None
+    if host is None or port is None:
+        return
+    try:
+        socket.create_connection((host, port), PATIENCE).close()
+    except (OSError, UnicodeError):  # a name of more than 63 characters
+        raise L2R2Error(NO_CLUSTER.format(address)) from None
+
+
 @contextmanager
 def connected(address: str | None = None) -> Iterator[Any]:
     """Yield `ray`, connected to a cluster; a connection that the caller has already made is used and stays open.
@@ -115,13 +140,12 @@ def connected(address: str | None = None) -> Iterator[Any]:
         yield ray
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    check_address(address)
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address, log_to_driver=False, logging_level="warning", **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise L2R2Error(
-            f"{address}: no Ray cluster answers here; check --address or start one with `ray start --head`."
-        ) from error
+        raise L2R2Error(NO_CLUSTER.format(address)) from error
     try:
         yield ray
     finally:
