@@ -26,7 +26,7 @@ from l2r2_models.data.shards import index_shards
 from l2r2_models.data.table import read_table, rows_digest
 
 PER_TAR = 5000
-GROUPS = {"parquet, row groups of 16": 16, "parquet, row groups of 100 MB": 7000}
+GROUPS = {"parquet, row groups of 16": 16, "parquet, row groups of 100 MB": 3750}
 
 
 def write(folder: Path, images: int) -> dict[str, Path]:
@@ -56,9 +56,9 @@ def write(folder: Path, images: int) -> dict[str, Path]:
                     info.size = len(content)
                     archive.addfile(info, io.BytesIO(content))
     for form, rows in GROUPS.items():
-        columns = {"image": [{"bytes": data, "path": name} for name in names[: images // 5]]}
-        columns |= {"label": [str(i % 9) for i in range(images // 5)]}
-        columns |= {key: [value] * (images // 5) for key, value in {"x0": 10, "y0": 20, "x1": 200, "y1": 210}.items()}
+        columns = {"image": [{"bytes": data, "path": name} for name in names]}
+        columns |= {"label": [str(i % 9) for i in range(images)]}
+        columns |= {key: [value] * images for key, value in {"x0": 10, "y0": 20, "x1": 200, "y1": 210}.items()}
         parquet.write_table(pa.table(columns), forms[form] / "train-00000-of-00001.parquet", row_group_size=rows)
     return forms
 

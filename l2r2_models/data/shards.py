@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
+from .. import distributed as processes
 from ..errors import L2R2Error
 from ..images import is_image_path
 from ..io import pyarrow
 from ..shards import MASK, OF_MASK, SUFFIXES, columns_of, indexed_now, mask_column, members_of, shards_in
 from .hf_datasets import columns_for, values_of
 
+T = TypeVar("T")
 SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing"))
 NUMBER = re.compile(r"[-_.]?\d+(-of-\d+\S*)?$")  # in train-00000 and train-00000-of-00010
 PLAIN = (str, int, float, list, dict)
@@ -34,9 +36,7 @@ def index_shards(data: str | Path) -> None:
     Raises:
         L2R2Error: when a shard cannot be read, or an image is in it twice.
     """
-    from tqdm import tqdm
-
-    for shard in tqdm(packed_in(Path(data)), desc="indexing shards", unit="", disable=None, delay=2):
+    for shard in _bar(packed_in(Path(data)), "indexing shards"):
         indexed_now(str(shard))
 
 
@@ -53,11 +53,9 @@ def records_of(root: Path, shards: Sequence[Path]) -> list[dict[str, Any]]:
     Raises:
         L2R2Error: when a shard cannot be read, an image is in it twice, or a sidecar is not JSON.
     """
-    from tqdm import tqdm
-
     found: list[dict[str, Any]] = []
     of_splits = list(zip(shards, _splits(root, shards)))
-    for shard, split in tqdm(of_splits, desc="reading shards", unit="", disable=None, delay=2):
+    for shard, split in _bar(of_splits, "reading shards"):
         name = shard.relative_to(root).as_posix()
         rows = _of_parquet(shard) if shard.suffix.lower() == ".parquet" else _of_tar(shard)
         for member, record in rows:
@@ -67,6 +65,14 @@ def records_of(root: Path, shards: Sequence[Path]) -> list[dict[str, Any]]:
     if not found:
         raise L2R2Error(f"{root}: no image in its shards.")
     return found
+
+
+def _bar(items: Sequence[T], text: str) -> Iterable[T]:
+    """Show a progress bar after two seconds, on the first process if stderr is a terminal."""
+    from tqdm import tqdm
+
+    bar: Iterable[T] = tqdm(items, desc=text, unit="", delay=2, disable=True if processes.rank() else None)
+    return bar
 
 
 def _splits(root: Path, shards: Sequence[Path]) -> list[str | None]:

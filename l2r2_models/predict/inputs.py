@@ -16,6 +16,7 @@ from ..data.table import METADATA, read_table
 from ..errors import L2R2Error
 from ..images import is_image_path, list_images
 from ..io import check_readable
+from ..shards import SUFFIXES
 from .videos import is_video_path
 
 
@@ -155,6 +156,7 @@ def expanded(sources: Iterable[Path], also: Callable[[Path], bool] = lambda path
             recursive = "**" in str(source)  # then the images of a matching folder match too
             matches = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))]
             found = [path for path in matches if is_image_path(path) or also(path) or (path.is_dir() and not recursive)]
+            found = found or [path for path in matches if path.suffix.lower() in SUFFIXES]
             if not found:
                 hint = "; for videos, pass --frames FOLDER" if any(map(is_video_path, matches)) else ""
                 raise L2R2Error(f"{source}: no image and no folder matches this pattern{hint}.")

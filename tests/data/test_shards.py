@@ -234,6 +234,31 @@ def test_a_shard_is_indexed_once_and_its_files_stay_readable_by_path(dataset, tm
     ]
 
 
+def test_shards_may_be_named_alone_or_by_a_pattern(dataset, tmp_path):
+    packed = in_tars(dataset, tmp_path / "packed")
+    assert read_table(packed / "val-00001.tar").names()[0] == "val-00001.tar/images/val_005.png"
+    paths = gather([packed / "t*-0000[01].tar"]).paths
+    assert [path.parents[1].name for path in paths[::5]] == [f"{s}-0000{i}.tar" for s in ("test", "train") for i in (0, 1)]
+    with pytest.raises(L2R2Error, match="no image and no folder matches this pattern"):
+        gather([packed / "x*.tar"])
+
+
+def test_damage_inside_parquet_is_a_failure_of_its_images(tmp_path):
+    file = tmp_path / "p.parquet"
+    images = [{"bytes": png(i, (90, 90)), "path": f"{i}.png"} for i in range(20)]
+    parquet.write_table(pa.table({"image": images}), file, row_group_size=10)
+    rows = read_table(file).rows
+    start = parquet.ParquetFile(file).metadata.row_group(1).column(0).data_page_offset
+    about, data = file.stat(), bytearray(file.read_bytes())
+    data[start : start + 400] = bytes(400)
+    file.write_bytes(data)
+    os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))  # a disk error leaves the times
+    assert load_image(rows[3].path).getpixel((0, 0))[0] == 3
+    with pytest.raises(L2R2Error, match=r"^\S+p.parquet/15.png: ") as error:
+        load_image(rows[15].path)
+    assert "\n" not in str(error.value)
+
+
 def test_a_folder_of_images_that_also_has_an_archive_is_a_folder(tmp_path):
     for label in ("x", "y"):
         (tmp_path / label).mkdir()
