@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -12,10 +13,12 @@ from .. import distributed as processes
 from ..errors import L2R2Error
 from ..images import is_image_path
 from ..io import pyarrow
-from ..shards import MASK, OF_MASK, SUFFIXES, columns_of, indexed_now, mask_column, members_of, shards_in
+from ..shards import MASK, OF_MASK, SUFFIXES, columns_of, indexed_now, largest_row_group, mask_column, members_of, shards_in
 from .hf_datasets import columns_for, values_of
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
+SLOW = 16_000_000  # bytes of a row group, which take longer to read than a photo to decode
 SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing"))
 NUMBER = re.compile(r"[-_.]?\d+(-of-\d+\S*)?$")  # in train-00000 and train-00000-of-00010
 PLAIN = (str, int, float, list, dict)
@@ -31,13 +34,24 @@ def packed_in(data: Path) -> list[Path]:
 
 
 def index_shards(data: str | Path) -> None:
-    """Index the new and changed shards of a data set, with a progress bar; nothing is done for a data set without shards.
+    """Index the new and changed shards of a data set, with a progress bar, and warn if they are slow to read in random order.
+
+    Nothing is done for a data set without shards.
 
     Raises:
         L2R2Error: when a shard cannot be read, or an image is in it twice.
     """
+    largest = 0
     for shard in _bar(packed_in(Path(data)), "indexing shards"):
         indexed_now(str(shard))
+        largest = max(largest, largest_row_group(str(shard)))
+    if largest > SLOW:
+        logger.warning(
+            "%s: each image is read with its row group of up to %d MB, which slows training down; write the Parquet files with a "
+            "smaller row_group_size, such as 16",
+            data,
+            largest // 1_000_000,
+        )
 
 
 def records_of(root: Path, shards: Sequence[Path]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -188,6 +189,7 @@ def read_table(
         rows = _rows_of_records(root, records_of(root, shards), str(shards[0]), missing_ok=True)
     elif not root.is_dir():
         hint = f"; for a data set on the Hub, use {PREFIX}ORG/NAME" if len(root.parts) == 2 and not root.is_absolute() else ""
+        hint = "; data sets are read from a disk, so mount or copy it" if re.match(r"[a-z][a-z0-9+.-]+:/", str(root)) else hint
         raise L2R2Error(f"{root}: no such folder{hint}.")
     else:
         rows = _rows_of(root, Path(metadata) if metadata else _metadata_in(root), missing_ok)

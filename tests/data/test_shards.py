@@ -15,6 +15,7 @@ from pyarrow import parquet
 from shard_cases import in_parquet, in_tars, members_of, metadata_of, write_tar
 
 from l2r2_models import L2R2Error
+from l2r2_models.data.shards import index_shards
 from l2r2_models.data.table import read_table, rows_digest
 from l2r2_models.images import load_image, load_mask, taken_at
 from l2r2_models.predict.inputs import gather
@@ -259,6 +260,18 @@ def test_damage_inside_parquet_is_a_failure_of_its_images(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_large_row_groups_are_warned_of_before_a_training(tmp_path, caplog):
+    images = pa.table({"image": [np.random.default_rng(i).bytes(1_000_000) for i in range(20)]})
+    for folder, size in (("small", 4), ("large", 20)):
+        (tmp_path / folder).mkdir()
+        parquet.write_table(images, tmp_path / folder / "a.parquet", row_group_size=size)
+        index_shards(tmp_path / folder)
+    assert caplog.messages == [
+        f"{tmp_path}/large: each image is read with its row group of up to 20 MB, which slows training down; "
+        "write the Parquet files with a smaller row_group_size, such as 16"
+    ]
+
+
 def test_a_folder_of_images_that_also_has_an_archive_is_a_folder(tmp_path):
     for label in ("x", "y"):
         (tmp_path / label).mkdir()
@@ -272,3 +285,8 @@ def test_json_of_a_hostile_member_is_only_metadata(tmp_path):
     write_tar(tmp_path / "s.tar", [("../../up.png", png()), ("../../up.json", json.dumps(about).encode())])
     (row,) = read_table(tmp_path).rows
     assert row.path == tmp_path / "s.tar" / "up.png" and row.label == "x" and load_image(row.path).size == (8, 6)
+
+
+def test_a_url_is_refused_with_what_to_do():
+    with pytest.raises(L2R2Error, match="no such folder; data sets are read from a disk, so mount or copy it"):
+        read_table("s3://bucket/data")
