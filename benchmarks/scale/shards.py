@@ -1,6 +1,6 @@
 """What images in shards cost: the index, the table, and reading in random order, beside single files.
 
-    python benchmarks/scale/shards.py FOLDER --images 50000
+    python benchmarks/scale/shards.py FOLDER
 
 writes copies of one noise JPEG into FOLDER as files, tars of 5,000 images, and Parquet with small and with large row groups, and
 prints CPU times and sizes per image. CPU times of this process, because other jobs may run; the files are in the page cache.

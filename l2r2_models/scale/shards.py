@@ -5,11 +5,12 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..errors import L2R2Error
 from ..images import is_image_path
 from ..io import MAX_BYTES, pyarrow
-from ..shards import MASK, columns_of, encoded, inside, name_of_row
+from ..shards import BLOCK, MASK, columns_of, encoded, inside, name_of_row
 from .places import Place
 
 ROWS = 16  # Parquet rows read at once; more would hold more encoded images
@@ -44,6 +45,9 @@ def _of_tar(name: str, place: Place) -> Iterator[tuple[str, bytes | str]]:
                 content = archive.extractfile(member)
                 assert content is not None  # a regular file
                 yield image, content.read()
+        end: Any = archive.fileobj
+        if end.tell() < archive.offset + BLOCK:  # where tarfile stops without an error
+            raise tarfile.ReadError("there is no end of the archive")
 
 
 def _of_parquet(name: str, place: Place) -> Iterator[tuple[str, bytes | str]]:

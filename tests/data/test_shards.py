@@ -282,9 +282,10 @@ def test_a_folder_of_images_that_also_has_an_archive_is_a_folder(tmp_path):
 
 def test_json_of_a_hostile_member_is_only_metadata(tmp_path):
     about = {"label": "x", "file_name": "../../etc/passwd", "split": "train"}
-    write_tar(tmp_path / "s.tar", [("../../up.png", png()), ("../../up.json", json.dumps(about).encode())])
+    write_tar(tmp_path / "test-0.tar", [("../../up.png", png()), ("../../up.json", json.dumps(about).encode())])
     (row,) = read_table(tmp_path).rows
-    assert row.path == tmp_path / "s.tar" / "up.png" and row.label == "x" and load_image(row.path).size == (8, 6)
+    assert row.path == tmp_path / "test-0.tar" / "up.png" and load_image(row.path).size == (8, 6)
+    assert (row.label, row.split) == ("x", "train")
 
 
 def test_a_url_is_refused_with_what_to_do():
