@@ -97,7 +97,9 @@ def simulate(costs: dict[str, float], photos: int, workers: int, seed: int = 0, 
         loss: probability that a worker is lost while it works on a partition, which is then done again by a new one.
     """
     rng = np.random.default_rng(seed)
-    sizes = np.minimum(rng.geometric(1 / SIZE, max(1, photos // SIZE)), 4 * SIZE)
+    sizes = np.minimum(rng.geometric(1 / SIZE, 2 * photos // SIZE + 16), 4 * SIZE)
+    ends = np.minimum(sizes.cumsum(), photos)
+    sizes = np.diff(ends[: int(np.searchsorted(ends, photos)) + 1], prepend=0)
     work = costs["read_s"] + costs["decode_s"] + costs["cut_s"] + costs["network_s"] + costs["rows_s"]
     driver = photos * costs["plan_s"]
     busy = [(driver + start, 0)] * min(workers, len(sizes))  # when each worker is done, with how many photos
