@@ -16,7 +16,9 @@ from ..errors import L2R2Error
 INSTALL = 'The engine ray needs Ray Data: pip install "l2r2-models[ray]".'
 Work = Sequence[Mapping[str, Any]]
 NO_CLUSTER = "{}: no Ray cluster answers here; check --address or start one with `ray start --head`."
-PATIENCE = 10  # seconds for a connection to a cluster; Ray itself would try for minutes
+PATIENCE = 10  # seconds for an answer of a cluster
+SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # the first frame of both sides of HTTP/2; byte 3 is its type
+HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS
 CLIENT, CLIENT_PORT = "ray://", 10001
 BLOCK = 4_000_000  # bytes; larger blocks would delay the results and need a larger object store
 
@@ -105,10 +107,12 @@ def import_ray() -> Any:
 
 
 def check_address(address: str) -> None:
-    """Check that something listens at the address of a cluster; an address without a port (`auto`, `local`) is left to Ray.
+    """Check that a gRPC server, which Ray's are, answers at the address of a cluster, since Ray itself would try for minutes.
+
+    An address without a port (`auto`, `local`) is left to Ray; with `RAY_USE_TLS`, it is only checked that something listens.
 
     Raises:
-        L2R2Error: when it cannot be connected to, or the port is not a number.
+        L2R2Error: when none answers, or the port is not a number.
     """
     of_client = address.startswith(CLIENT)
     try:
@@ -119,9 +123,13 @@ def check_address(address: str) -> None:
     if host is None or port is None:
         return
     try:
-        socket.create_connection((host, port), PATIENCE).close()
+        with socket.create_connection((host, port), PATIENCE) as connection:
+            connection.sendall(HTTP2)
+            answer = connection.recv(4) if os.environ.get("RAY_USE_TLS", "0") == "0" else SETTINGS
     except (OSError, UnicodeError):  # a name of more than 63 characters
-        raise L2R2Error(NO_CLUSTER.format(address)) from None
+        answer = b""
+    if answer[3:4] != SETTINGS[3:4]:
+        raise L2R2Error(NO_CLUSTER.format(address))
 
 
 @contextmanager

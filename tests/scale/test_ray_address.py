@@ -1,6 +1,8 @@
 """`--address`: a cluster that does not answer is one sentence, and soon."""
 
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -40,6 +42,30 @@ def test_a_host_that_never_answers(monkeypatch):
             one.connect_ex(full.getsockname())
         with pytest.raises(L2R2Error, match="no Ray cluster answers here"):
             engine.check_address(f"127.0.0.1:{full.getsockname()[1]}")
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])  # silence, and Ray's dashboard
+def test_what_answers_is_no_cluster(monkeypatch, answer):
+    monkeypatch.setattr(engine, "PATIENCE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        held = []
+        thread = threading.Thread(target=lambda: (held.append(server.accept()[0]), held[0].sendall(answer)))
+        thread.start()
+        with pytest.raises(L2R2Error, match="no Ray cluster answers here"):
+            engine.check_address(address)
+        thread.join()
+        held[0].close()
+
+
+def test_a_server_of_grpc_is_left_to_ray():
+    grpc = pytest.importorskip("grpc")
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    for scheme in ("", "ray://"):
+        engine.check_address(f"{scheme}127.0.0.1:{port}")
+    server.stop(None)
 
 
 def test_the_variable_of_ray_is_checked_too(monkeypatch, closed):
