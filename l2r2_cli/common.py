@@ -110,12 +110,20 @@ def on_ray(engine: str, address: str | None) -> bool:
     """Return whether to work on Ray.
 
     Raises:
-        typer.BadParameter: when the engine is unknown, or an address is given without the engine ray.
+        typer.BadParameter: when the engine is unknown, an address is given without the engine ray, or nothing listens there.
     """
     if engine not in ("local", "ray"):
         raise typer.BadParameter(f'--engine is local or ray, got "{engine}"')
     if engine == "local" and address is not None:
         raise typer.BadParameter("--address needs --engine ray")
+    if address is not None:
+        from l2r2_models.errors import L2R2Error
+        from l2r2_models.scale.engine import check_address
+
+        try:
+            check_address(address)  # before a model is loaded
+        except L2R2Error as error:
+            raise typer.BadParameter(str(error)) from None
     return engine == "ray"
 
 

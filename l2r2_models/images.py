@@ -1,6 +1,7 @@
 """Image loading: any image file becomes an upright 8-bit RGB image, or raises one clear error.
 
-Everything that opens an image calls `load_image` or makes a `LazyImage`, so that boxes always refer to the same pixels.
+Everything that opens an image calls `load_image` or makes a `LazyImage`, so that boxes always refer to the same pixels. A path
+may go through a shard, see `shards`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from . import shards
 from .errors import L2R2Error
 from .io import MAX_BYTES, check_readable
 
@@ -191,7 +193,8 @@ def _orientation(image: Image.Image) -> int:
 def taken_at(path: str | Path) -> float | None:
     """Return when a photo was taken by its EXIF data, in seconds since 1970 on the camera's clock; None if it does not say."""
     try:
-        with _Quiet(), Image.open(path, formats=FORMATS) as image:
+        packed = shards.read(path)
+        with _Quiet(), Image.open(path if packed is None else io.BytesIO(packed), formats=_formats()) as image:
             exif = image.getexif()
             details = exif.get_ifd(EXIF_IFD)
             text = str(details.get(TIME_ORIGINAL) or exif.get(TIME) or "").strip("\0 ")
@@ -246,7 +249,7 @@ def list_images(sources: Iterable[str | Path]) -> list[Path]:
             if not inside:
                 raise ImageError(f"{source}: no image in this folder (looked for {' '.join(sorted(IMAGE_SUFFIXES))}).")
             found += inside
-        elif source.exists():
+        elif source.exists() or shards.state_of(source) is not None:
             found.append(source)
         else:
             raise ImageError(f"{source}: no such file or folder.")
@@ -315,11 +318,13 @@ def _read(source: ImageSource) -> str | Path | bytes | Image.Image:
 
 
 def _bytes(source: str | Path | bytes, name: str) -> bytes:
-    """Return the content of a file; raises if it is empty."""
+    """Return the content of a file, or of an image in a shard; raises if it is empty."""
     if isinstance(source, (str, Path)):
         try:
-            check_readable(source)
-            source = Path(source).read_bytes()
+            packed = shards.read(source)
+            if packed is None:
+                check_readable(source)
+            source = Path(source).read_bytes() if packed is None else packed
         except L2R2Error as error:
             raise ImageError(str(error)) from None
         except FileNotFoundError:
@@ -335,11 +340,15 @@ def _bytes(source: str | Path | bytes, name: str) -> bytes:
 
 def _open(source: bytes, name: str) -> Image.Image:
     try:
-        Image.init()
-        return Image.open(io.BytesIO(source), formats=[f for f in FORMATS if f in Image.OPEN])
+        return Image.open(io.BytesIO(source), formats=_formats())
     except UnidentifiedImageError:
         kind = "a ZIP archive" if source[:2] == b"PK" else "not an image in a supported format"
         raise ImageError(f"{name}: is {kind}.") from None
+
+
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]  # Pillow opens some by the plugin of another
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:

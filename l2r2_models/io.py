@@ -19,6 +19,7 @@ from .errors import L2R2Error
 _umask = os.umask(0)
 os.umask(_umask)
 MODE = 0o666 & ~_umask  # permissions of a new file
+ARROW = 'Parquet needs pyarrow: pip install "l2r2-models[detect]".'
 MAX_BYTES = 512 * 1024 * 1024  # limit for files that are read into memory: images, box files, configurations
 
 
@@ -221,3 +222,17 @@ def _sha256(file: Any) -> str:
     while chunk := file.read(1 << 20):
         digest.update(chunk)
     return digest.hexdigest()
+
+
+def pyarrow() -> tuple[Any, Any]:
+    """Import `pyarrow` and `pyarrow.parquet`.
+
+    Raises:
+        L2R2Error: when pyarrow is missing.
+    """
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError as error:
+        raise L2R2Error(ARROW) from error
+    return pa, parquet

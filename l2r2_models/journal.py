@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, TextIO
 
 from .errors import L2R2Error
 from .io import check_readable
+from .shards import state_of
 
 
 @dataclass(frozen=True)
@@ -150,12 +150,3 @@ def parse(line: bytes) -> Any:
 def digest_of(file: str | Path, *others: Any) -> str:
     """Hash the size and modification time of an image file, and anything else that its result depends on."""
     return hashlib.sha256(repr((state_of(file), *others)).encode()).hexdigest()[:16]
-
-
-def state_of(file: str | Path | None) -> tuple[int, int] | None:
-    """Size in bytes and modification time in nanoseconds; None if there is no such file."""
-    try:
-        about = os.stat(file) if file is not None else None
-    except (OSError, ValueError):
-        return None
-    return None if about is None else (about.st_size, about.st_mtime_ns)

@@ -21,6 +21,7 @@ def test_importing_the_package_loads_nothing_heavy():
 FLOORS = (
     ("errors", "versions", "hardware"),
     ("io", "config", "distributed", "offline"),
+    ("shards",),
     ("locks", "journal", "pipe", "pretrained"),
     ("images",),
     ("boxes",),

@@ -79,14 +79,22 @@ class Model:
     changes: dict[str, Any] = field(default_factory=dict)
     control: str = ""
     all_conditions: bool = False  # trained on the rows of every background, as a ceiling
+    recipe: str = ""  # instead of the common one
+    first: tuple[str, str] | None = None  # key of the recipe, and the model trained before whose run it names
 
 
 PLAIN = {"branches": ("full",)}
+GROUPS = {"group": "background"}  # with the classes
 MODELS = {
     "plain": Model(PLAIN),
     "center crop": Model({"branches": ("fg",)}, "center"),
     "random zoom": Model({"branches": ("fg",)}, "random"),
     "independent": Model({"shared": False}),
+    "plain, balanced": Model({**PLAIN, **GROUPS, "balanced": True}),
+    "plain, group dro": Model({**PLAIN, **GROUPS, "objective": "group_dro"}),
+    "plain, dfr": Model({**PLAIN, **GROUPS, "balanced": True}, recipe="head_only", first=("init", "plain")),
+    "plain, short": Model({**PLAIN, "epochs": 2}),
+    "plain, jtt": Model({**PLAIN, "jtt_factor": 6}, first=("jtt", "plain, short")),
     "shared": Model(),
     "masked_crop": Model({"fg_mode": "masked_crop"}),
     "plain, swapped": Model({**PLAIN, "background_swap": 0.5}),
@@ -192,13 +200,22 @@ def adapted(fusion: Fusion, data: BranchLogits, size: int) -> torch.Tensor:
     return fuse_groups(fusion, data.logits, data.has_fg, groups, data.objectness).logits
 
 
-def run_one(data: Path, rows: Path, name: str, seed: int, work: Path, options: argparse.Namespace) -> list[dict]:
-    """Train one model with one seed and evaluate all its outputs."""
-    changes = {"seed": seed, "size": options.size, "epochs": options.epochs, **MODELS[name].changes}
-    recipe = recipe_of(options.start, options.recipe, **changes)
-    run = work / f"{name.replace(' ', '_').replace(',', '')}_s{seed}"
+def train(data: Path, rows: Path, name: str, seed: int, work: Path, options: argparse.Namespace) -> tuple[Path, Recipe]:
+    """Train one model with one seed, after the model that it starts from."""
+    model, run = MODELS[name], work / f"{name.replace(' ', '_').replace(',', '')}_s{seed}"
+    changes = {"seed": seed, "size": options.size, "epochs": options.epochs, **model.changes}
+    if model.first is not None:
+        key, before = model.first
+        changes[key] = str(train(data, rows, before, seed, work, options)[0])
+    recipe = recipe_of(options.start, model.recipe or options.recipe, **changes)
     print(f"{name}, seed {seed}", flush=True)
     finetune(data, recipe, run, metadata=rows, val_split="val")
+    return run, recipe
+
+
+def run_one(data: Path, rows: Path, name: str, seed: int, work: Path, options: argparse.Namespace) -> list[dict]:
+    """Train one model with one seed and evaluate all its outputs."""
+    run, recipe = train(data, rows, name, seed, work, options)
     found = []
     for answer, fitted_on, outputs in outputs_of(run, read_table(data, metadata=rows), GROUP[options.name]):
         row: dict[str, Any] = {"model": name, "answer": answer, "fitted_on": fitted_on, "seed": seed, "epochs": recipe.epochs}

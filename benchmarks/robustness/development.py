@@ -45,7 +45,7 @@ def main() -> None:
     rows = development_rows(options.data, options.seed)
     file = write_rows(rows, "", options.work / f"rows_s{options.seed}.csv", SIDE["fod_a_shift"])
     case = {"size": PIXELS["pretrained"]["fod_a_shift"], "epochs": EPOCHS["pretrained"]["fod_a_shift"], "seed": options.seed}
-    recipe = recipe_of("pretrained", options.recipe, **case, **parse_settings(options.set))
+    recipe = recipe_of("pretrained", options.recipe, **{**case, **parse_settings(options.set)})
     finetune(options.data, recipe, options.work / name, metadata=file, val_split="val")
     checkpoint, table = load_checkpoint(options.work / name), read_table(options.data, metadata=file)
     for split in ("val", "dev"):

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import L2R2Error
-from ..io import check_readable, write_atomic
+from ..io import check_readable, pyarrow, write_atomic
 from .table import BoxEntry, BoxTable
 
 KEY = b"l2r2"
 MANIFEST = "_manifest.json"  # of a folder of partitions; readers of Parquet ignore names with an underscore
-INSTALL = 'Parquet needs pyarrow: pip install "l2r2-models[detect]".'
 
 
 def write_parquet(table: BoxTable, path: Path) -> None:
@@ -139,17 +138,3 @@ def manifest_of(text: bytes, folder: str, *, finished: bool = True) -> tuple[Any
     if finished and not complete:
         raise L2R2Error(f"{folder}: is not complete; run the same command again.")
     return header, [str(name) for name in names]
-
-
-def pyarrow() -> tuple[Any, Any]:
-    """Import `pyarrow` and `pyarrow.parquet`.
-
-    Raises:
-        L2R2Error: when pyarrow is missing.
-    """
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as error:
-        raise L2R2Error(INSTALL) from error
-    return pa, parquet

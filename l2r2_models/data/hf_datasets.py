@@ -21,12 +21,12 @@ from ..errors import L2R2Error
 from ..images import FORMATS, IMAGE_SUFFIXES
 from ..io import check_readable, write_bytes, write_text
 from ..offline import cache_if_offline
+from ..shards import MASKS
 
 PREFIX = "hf:"
 SAVED = ("dataset_dict.json", "state.json")  # files that identify a folder of save_to_disk
 OPTIONS = ("config", "revision", "image", "label", "mask")
 LABELS = ("label", "labels", "class", "category", "target", "fine_label")
-MASKS = ("mask", "segmentation_mask", "segmentation", "annotation")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _load(name: str, options: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _columns(features: Any, options: Mapping[str, str], data: str) -> Columns:
-    from datasets import ClassLabel, Image, Value
+    from datasets import Image
 
     def chosen(what: str) -> str | None:
         if (name := options.get(what)) is not None and name not in features:
@@ -122,9 +122,26 @@ def _columns(features: Any, options: Mapping[str, str], data: str) -> Columns:
     if image is None:
         found = f"several image columns, {', '.join(rest)}" if rest else "no image column"
         raise L2R2Error(f"{data}: has {found}; name the one to use as {PREFIX}ID?image=COLUMN.")
+    return columns_for(features, image, mask, chosen("label"), data)
+
+
+def columns_for(features: Any, image: str, mask: str | None, label: str | None, data: str) -> Columns:
+    """Return the roles of a data set's columns.
+
+    Args:
+        features: `datasets.Features`.
+        image, mask: the columns of images and masks.
+        label: the column of labels; by default the first one with a usual name, or else the only `ClassLabel`.
+        data: name of the data set, for messages.
+
+    Raises:
+        L2R2Error: when the column `label` has no single value per image.
+    """
+    from datasets import ClassLabel, Value
+
     named = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
     plain = [n for n, kind in features.items() if isinstance(kind, (ClassLabel, Value)) and n not in (image, mask)]
-    label = chosen("label") or next((n for n in LABELS if n in plain), named[0] if len(named) == 1 else None)
+    label = label or next((n for n in LABELS if n in plain), named[0] if len(named) == 1 else None)
     if label is not None and label not in plain:
         raise L2R2Error(f'{data}: the column "{label}" does not have one label per image; choose another column.')
     others = tuple(n for n in plain if n not in (label, "file_name", "split", "label", "mask_file", "boxes", "objects"))
@@ -146,7 +163,7 @@ def _export(splits: Mapping[str, Any], options: Mapping[str, str], folder: Path,
         names = _Names()
         for i, row in enumerate(tqdm(rows, desc=f"writing the images of {split or data}", unit="")):
             file = _write(row[columns.image], folder, names.of(row[columns.image], f"{split or 'images'}", i))
-            record = {"file_name": file, **({"split": split} if split else {}), **_values(row, columns, rows.features)}
+            record = {"file_name": file, **({"split": split} if split else {}), **values_of(row, columns, rows.features)}
             if columns.mask and row[columns.mask] is not None:
                 record["mask_file"] = _write(row[columns.mask], folder, f"masks/{PurePath(file).with_suffix('')}.png")
             lines.append(json.dumps(record, ensure_ascii=False))
@@ -199,7 +216,8 @@ def _write(stored: Mapping[str, Any] | None, folder: Path, name: str) -> str:
     return name
 
 
-def _values(row: Mapping[str, Any], columns: Columns, features: Any) -> dict[str, Any]:
+def values_of(row: Mapping[str, Any], columns: Columns, features: Any) -> dict[str, Any]:
+    """Return the label, the boxes and the other plain columns of a row, as in a line of metadata.jsonl."""
     values = {name: _named(features[name], row[name]) for name in columns.others}
     if columns.label and (label := _named(features[columns.label], row[columns.label])) is not None:
         values["label"] = str(label)

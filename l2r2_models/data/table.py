@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from typing import Any
 from ..boxes import BoxEntry, entries_of_rows, read_boxes, read_rows
 from ..errors import L2R2Error
 from ..images import is_image_path
+from ..shards import state_of
 from .hf_datasets import PREFIX, as_folder, is_source
+from .shards import SPLIT_NAMES, packed_in, records_of
 
 METADATA = ("metadata.csv", "metadata.jsonl")
-SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Row:
     """One item of a data set.
 
     Attributes:
-        path: the image file.
+        path: the image file, or an image in a shard.
         label: its class, or None.
         split: its split, or None.
         entry: its boxes, or None.
@@ -106,7 +108,7 @@ class ImageTable:
         columns = [dict(row.columns) for row in self.rows]
         if lacking := [row for row, values in zip(self.rows, columns) if name not in values]:
             known = ", ".join(dict(lacking[0].columns)) or "none"
-            raise L2R2Error(f'{self.root}: {lacking[0].path.name} has no column "{name}" in the metadata; there are {known}.')
+            raise L2R2Error(f'{self.root}: {self._name(lacking[0])} has no column "{name}" in the metadata; there are {known}.')
         return [values[name] for values in columns]
 
     def classes(self) -> tuple[str, ...]:
@@ -117,8 +119,8 @@ class ImageTable:
         """
         if missing := [row for row in self.rows if not row.label]:
             raise L2R2Error(
-                f"{self.root}: {len(missing)} of {len(self.rows)} images have no label, the first is {missing[0].path.name}; "
-                "add a `label` column to the metadata, or use one folder per class."
+                f"{self.root}: {len(missing)} of {len(self.rows)} images have no label, the first is {self._name(missing[0])}; "
+                "add a `label` column to the metadata or the shards, or use one folder per class."
             )
         labels = tuple(sorted({str(row.label) for row in self.rows}))
         if len(labels) < 2:
@@ -127,7 +129,10 @@ class ImageTable:
 
     def names(self) -> list[str]:
         """Return the paths of the images relative to the root."""
-        return [Path(os.path.relpath(row.path, self.root)).as_posix() for row in self.rows]
+        return [self._name(row) for row in self.rows]
+
+    def _name(self, row: Row) -> str:
+        return Path(os.path.relpath(row.path, self.root)).as_posix()
 
     def entries(self) -> dict[str, BoxEntry]:
         """Return the boxes by image path, for images that have an entry; the boxes of the rows of one image are merged."""
@@ -160,14 +165,14 @@ def read_table(
 
     Supported layouts: an `imagefolder` with metadata.csv or .jsonl, at the root or in each of its folders train, val and test
     (columns file_name and label, optionally split, mask_file, and boxes as in `boxes.entries_of_rows`); one folder per class, at
-    the root or in folders train, val and test; a data set of the Hugging Face Hub or one saved on disk, see
-    `hf_datasets.as_folder`.
+    the root or in folders train, val and test; WebDataset or Parquet shards, see `shards.records_of`; a data set of the Hugging
+    Face Hub or one saved on disk, see `hf_datasets.as_folder`.
 
     There is one row per image, unless its boxes are annotations, with class labels and a score of 1: then an image without a
     label gets one row per box, and an image with a label keeps only the boxes of its class. Labels from a localizer are ignored.
 
     Args:
-        root: the folder, or `hf:` and an id.
+        root: the folder, a single shard, or `hf:` and an id.
         metadata: another metadata file for the folder's images; file names stay relative to the folder.
         boxes: a box file that replaces the boxes of the metadata, joined by path.
         missing_ok: whether to keep rows whose image is missing.
@@ -179,10 +184,15 @@ def read_table(
     ('train', 'test')
     """
     root = as_folder(root) if is_source(root) else Path(root)
-    if not root.is_dir():
+    if root.is_file() and (shards := packed_in(root)):
+        root = root.parent
+        rows = _rows_of_records(root, records_of(root, shards), str(shards[0]), missing_ok=True)
+    elif not root.is_dir():
         hint = f"; for a data set on the Hub, use {PREFIX}ORG/NAME" if len(root.parts) == 2 and not root.is_absolute() else ""
+        hint = "; data sets are read from a disk, so mount or copy it" if re.match(r"[a-z][a-z0-9+.-]+:/", str(root)) else hint
         raise L2R2Error(f"{root}: no such folder{hint}.")
-    rows = _rows_of(root, Path(metadata) if metadata else _metadata_in(root), missing_ok)
+    else:
+        rows = _rows_of(root, Path(metadata) if metadata else _metadata_in(root), missing_ok)
     info: dict[str, Any] = {}
     if boxes is not None:
         found = read_boxes(boxes)
@@ -207,10 +217,12 @@ def _metadata_in(folder: Path) -> Path | None:
 def _rows_of(root: Path, listed: Path | None, missing_ok: bool) -> list[Row]:
     if listed is not None:
         return _rows_of_metadata(root, listed, missing_ok)
-    inside = [folder for folder in sorted(root.iterdir()) if folder.name.lower() in SPLIT_FOLDERS and folder.is_dir()]
+    inside = [folder for folder in sorted(root.iterdir()) if folder.name.lower() in SPLIT_NAMES and folder.is_dir()]
     if inside and all(map(_metadata_in, inside)):
         parts = [(folder, _rows_of_metadata(folder, _metadata_in(folder), missing_ok)) for folder in inside]
         return [replace(row, split=row.split or folder.name) for folder, rows in parts for row in rows]
+    if shards := packed_in(root):
+        return _rows_of_records(root, records_of(root, shards), str(root), missing_ok=True)  # listed, so not missing
     return _rows_of_folders(root)
 
 
@@ -218,9 +230,13 @@ def _rows_of_metadata(root: Path, file: Path | None, missing_ok: bool) -> list[R
     if file is None or not file.is_file():
         raise L2R2Error(f"{file}: no such metadata file.")
     records = [{**record, "file_name": posixpath.normpath(str(record["file_name"]))} for record in read_rows(file)]
-    entries = entries_of_rows(records, str(file))
+    return _rows_of_records(root, records, str(file), missing_ok)
+
+
+def _rows_of_records(root: Path, records: Sequence[Mapping[str, Any]], file: str, missing_ok: bool) -> list[Row]:
+    entries = entries_of_rows(records, file)
     has_boxes = any(entry.boxes for entry in entries.values())
-    of_line = entries_of_rows([{**record, "file_name": str(i)} for i, record in enumerate(records)], str(file))
+    of_line = entries_of_rows([{**record, "file_name": str(i)} for i, record in enumerate(records)], file)
     by_file: dict[str, list[Row]] = {}
     for i, record in enumerate(records):
         name = record["file_name"]
@@ -241,7 +257,7 @@ def _rows_of_metadata(root: Path, file: Path | None, missing_ok: bool) -> list[R
     ]
 
 
-def _of_one_image(rows: list[Row], entry: BoxEntry | None, name: str, file: Path) -> list[Row]:
+def _of_one_image(rows: list[Row], entry: BoxEntry | None, name: str, file: str) -> list[Row]:
     """Return the rows of one image: one with all boxes, or one per line of the metadata if each has its own box and label."""
     own_boxes = all(row.entry is not None and row.entry.boxes for row in rows)
     for what in ("split",) if own_boxes else ("split", "label", "mask_file"):
@@ -305,7 +321,7 @@ def _rows_of_folders(root: Path) -> list[Row]:
     if not paths:
         raise L2R2Error(f"{root}: no image in this folder.")
     parents = [path.relative_to(root).parts[:-1] for path in paths]
-    splits = all(folders and folders[0].lower() in SPLIT_FOLDERS for folders in parents)
+    splits = all(folders and folders[0].lower() in SPLIT_NAMES for folders in parents)
     rows = []
     for path, folders in zip(paths, parents):
         label = folders[splits] if len(folders) > splits else None
@@ -315,7 +331,7 @@ def _rows_of_folders(root: Path) -> list[Row]:
 
 def _exists(path: Path) -> bool:
     try:
-        return path.exists()
+        return path.exists() or state_of(path) is not None
     except OSError:  # e.g. a name that is too long
         return False
 
@@ -338,10 +354,8 @@ def rows_digest(table: ImageTable, *, times: bool = False) -> str:
 
 def _state_of(row: Row, times: bool) -> list[Any]:
     def state(path: Path | None) -> list[int]:
-        if path is None or not path.exists():
-            return []
-        about = path.stat()
-        return [about.st_size, *([about.st_mtime_ns] if times else [])]
+        found = None if path is None else state_of(path)
+        return [] if found is None else [*found] if times else [found[0]]
 
     entry = asdict(row.entry) if row.entry else None
     return [state(row.path), entry, str(row.mask_file), state(row.mask_file)]

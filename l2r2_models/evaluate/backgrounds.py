@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..data.shards import packed_in
 from ..data.swap import donors_of, swapped
 from ..data.table import METADATA, ImageTable, Row, read_table
 from ..errors import L2R2Error
@@ -29,7 +30,7 @@ def backgrounds_in(folder: Path) -> ImageTable:
     Raises:
         L2R2Error: when the folder contains no images.
     """
-    if any((folder / name).exists() for name in METADATA):
+    if any((folder / name).exists() for name in METADATA) or packed_in(folder):
         return read_table(folder)
     return ImageTable(folder, tuple(Row(path) for path in list_images([folder])))
 

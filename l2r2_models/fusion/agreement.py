@@ -14,7 +14,6 @@ from .meter import ShiftMeter, logistic
 from .scaled import Scaled
 
 GRID = 21  # candidate values of `subtract`
-ONE_SIDED = 1.645  # standard errors of a one-sided test at 5 %
 
 
 @register_fusion
@@ -101,8 +100,7 @@ class TwoWorlds(Agreement):
     at home with odds `(1 - e) r^s exp(b) : e`, where `r = sum_y away(y) c(y) / pi(y)` measures how well fg and context agree.
     With `a = b = 0` and `h = s = 1` this is `agreement`. `fit` sets the temperatures as in `Agreement`, `b` and `s` by logistic
     regression of home against away on log r, and `a` by the likelihood of rows with misleading backgrounds. `h` is 1 if that
-    makes rows with usual backgrounds more accurate than fg alone (one-sided test at 5 %), else 0. Derivation: `docs/method.md`,
-    section 4.
+    makes rows with usual backgrounds more accurate than fg alone, else 0. Derivation: `docs/method.md`, section 4.
 
     Args:
         inputs: number of branches that are fused.
@@ -160,21 +158,12 @@ class TwoWorlds(Agreement):
         self.scale.copy_(logistic(self.evidence(fg, context).double(), ~away, w))
         self.meter.fit(fg, context, labels, away, w)
         right, alone = (((z.argmax(-1) == labels)[~away].double()) for z in (f + c, f))
-        self.trust.fill_(float(gain_is_certain(right - alone)))
+        self.trust.fill_(float((right - alone).mean() > 0))
 
     @torch.jit.ignore
     def count(self) -> int:
         """Return the number of temperatures plus four, for `a`, `b`, `s` and `h`."""
         return self.temperatures.numel() + 4
-
-
-def gain_is_certain(gains: Tensor) -> bool:
-    """Return whether the mean of paired gains in accuracy is above 0 (one-sided test at 5 %).
-
-    >>> gain_is_certain(torch.tensor([1.0] * 5 + [0.0] * 95)), gain_is_certain(torch.tensor([1.0, -1.0] + [0.0] * 98))
-    (True, False)
-    """
-    return bool(gains.mean() > ONE_SIDED * gains.std(correction=0) / len(gains) ** 0.5)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..boxes.parquet import KEY, pyarrow
+from ..boxes.parquet import KEY
 from ..errors import L2R2Error
-from ..io import write_atomic
+from ..io import pyarrow, write_atomic
 from .foreign import write_coco, write_megadetector
 from .rendering import About, line
 
@@ -101,7 +101,7 @@ def parquet_schema(header: Mapping[str, Any] | None = None, columns: Sequence[st
 def parquet_tables(records: Iterable[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> Iterator[Any]:
     """Yield the rows of records as Arrow tables of up to `ROWS` rows."""
     pa, _ = pyarrow()
-    rows = ({**row, "file": _text(row["file"])} for record in records for row in _rows(record))
+    rows = ({**row, "file": escaped(row["file"])} for record in records for row in _rows(record))
     while held := list(islice(rows, ROWS)):
         yield pa.Table.from_pylist(held, parquet_schema(columns=columns))
 
@@ -126,7 +126,7 @@ def _rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield one row per object, or one for the failure."""
     of_group = dict(zip(GROUP, (record["group"].get(key) for key in ("name", "label", "score")))) if "group" in record else {}
     if "failure" in record:
-        yield {"file": record["file"], **of_group, "failure": _text(record["failure"])}
+        yield {"file": record["file"], **of_group, "failure": escaped(record["failure"])}
     for o in record.get("objects", ()):
         box = zip(NUMBERS, o.get("box", ()))
         fields = {key: o[key] for key in ("box_score", "box_label", "label", "score", "source", "reason") if key in o}
@@ -134,6 +134,10 @@ def _rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"file": record["file"], **dict(box), **fields, **image, **of_group}
 
 
-def _text(text: str) -> str:
-    """Escape bytes that are not UTF-8."""
+def escaped(text: str) -> str:
+    r"""Escape bytes that are not UTF-8.
+
+    >>> escaped("caf\udce9.jpg")
+    'caf\\udce9.jpg'
+    """
     return text.encode("utf-8", errors="backslashreplace").decode()

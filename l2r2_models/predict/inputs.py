@@ -11,10 +11,12 @@ from pathlib import Path
 
 from ..boxes import BoxEntry, BoxTable, Frame, read_boxes, read_rows
 from ..data.hf_datasets import is_source
+from ..data.shards import packed_in
 from ..data.table import METADATA, read_table
 from ..errors import L2R2Error
 from ..images import is_image_path, list_images
 from ..io import check_readable
+from ..shards import SUFFIXES
 from .videos import is_video_path
 
 
@@ -92,8 +94,8 @@ def gather(sources: Sequence[Path], boxes: Path | BoxTable | None = None, split:
     """Find the images among files and folders, and their boxes.
 
     Args:
-        sources: images, folders of images, or data sets with metadata.csv or .jsonl, whose boxes are used; patterns such as
-            `photos/**/*.jpg`, text files with one of these per line, or `-` to read the lines from standard input.
+        sources: images, folders of images, or data sets with metadata.csv or .jsonl or in shards, whose boxes are used; patterns
+            such as `photos/**/*.jpg`, text files with one of these per line, or `-` to read the lines from standard input.
         boxes: box file to use instead, or its content, joined by path.
         split: use only this split of the data sets.
 
@@ -108,7 +110,8 @@ def gather(sources: Sequence[Path], boxes: Path | BoxTable | None = None, split:
     sources = list(expanded(sources))
     detector, folder = "", next((s for s in sources if s.is_dir() and len(sources) == 1), None)
     for source in sources:
-        if is_source(source) or (source.is_dir() and any((source / name).exists() for name in METADATA)):
+        described = source.is_dir() and any((source / name).exists() for name in METADATA)
+        if described or is_source(source) or packed_in(source):
             table = read_table(source, missing_ok=True)  # a missing image becomes a failed prediction
             table = table.of_split(split) if split else table
             folder = table.root if len(sources) == 1 else None
@@ -121,7 +124,7 @@ def gather(sources: Sequence[Path], boxes: Path | BoxTable | None = None, split:
                 labels.update({name: row.label} if row.label else {})
                 columns[name] = dict(row.columns)
         elif split:
-            raise L2R2Error(f"{source}: --split needs a folder with {' or '.join(METADATA)}.")
+            raise L2R2Error(f"{source}: --split needs shards, or a folder with {' or '.join(METADATA)}.")
         else:
             for path in list_images([source]):
                 named(path, found)
@@ -153,6 +156,7 @@ def expanded(sources: Iterable[Path], also: Callable[[Path], bool] = lambda path
             recursive = "**" in str(source)  # then the images of a matching folder match too
             matches = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))]
             found = [path for path in matches if is_image_path(path) or also(path) or (path.is_dir() and not recursive)]
+            found = found or [path for path in matches if path.suffix.lower() in SUFFIXES]
             if not found:
                 hint = "; for videos, pass --frames FOLDER" if any(map(is_video_path, matches)) else ""
                 raise L2R2Error(f"{source}: no image and no folder matches this pattern{hint}.")

@@ -12,8 +12,9 @@ from typing import Any
 
 from ..errors import L2R2Error
 from ..fusion import Grouping, GroupShare
-from ..journal import Journal, digest_of, state_of
+from ..journal import Journal, digest_of
 from ..locks import only_writer
+from ..shards import state_of
 from .adapt import Adapter, adapt_records
 from .formats import format_of, holds_all, write_predictions
 from .groups import with_groups

@@ -10,9 +10,10 @@ from typing import Any
 
 from ..errors import L2R2Error
 from ..explain.explainer import Explainer, Explanation
-from ..journal import Journal, digest_of, state_of
+from ..journal import Journal, digest_of
 from ..locks import only_writer
 from ..predict.inputs import Inputs
+from ..shards import state_of
 from .explain import Page
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]

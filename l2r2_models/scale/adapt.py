@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..boxes.parquet import pyarrow
 from ..fusion import Grouping, GroupShare
+from ..io import pyarrow
 from ..predict.adapt import Adapter, adapt_records
+from ..predict.formats import escaped
 from .output import Output
 from .partitions import hashed
 from .places import Place
@@ -40,7 +41,7 @@ class Groups:
         """Return the records of a partition as an Arrow table with their groups and their order."""
         pa, _ = pyarrow()
         names = [name for name, _ in rows.records]
-        text = [name.encode("utf-8", errors="backslashreplace").decode() for name in names]
+        text = [escaped(name) for name in names]
         records = [record for _, record in rows.records]
         columns = {"file": text, "group": [self.of(name) for name in names], "row": range(len(names)), "record": records}
         return pa.table(

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from ..errors import L2R2Error
 
 INSTALL = 'The engine ray needs Ray Data: pip install "l2r2-models[ray]".'
 Work = Sequence[Mapping[str, Any]]
+NO_CLUSTER = "{}: no Ray cluster answers here; check --address or start one with `ray start --head`."
+PATIENCE = 10  # seconds for an answer of a cluster
+SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # the first frame of both sides of HTTP/2; byte 3 is its type
+HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS
+CLIENT, CLIENT_PORT = "ray://", 10001
 BLOCK = 4_000_000  # bytes; larger blocks would delay the results and need a larger object store
 
 
@@ -99,6 +106,32 @@ def import_ray() -> Any:
     return ray
 
 
+def check_address(address: str) -> None:
+    """Check that a gRPC server, which Ray's are, answers at the address of a cluster, since Ray itself would try for minutes.
+
+    An address without a port (`auto`, `local`) is left to Ray; with `RAY_USE_TLS`, it is only checked that something listens.
+
+    Raises:
+        L2R2Error: when none answers, or the port is not a number.
+    """
+    of_client = address.startswith(CLIENT)
+    try:
+        place = urlsplit(address if of_client else f"//{address}")
+        host, port = place.hostname, place.port or (CLIENT_PORT if of_client else None)
+    except ValueError:
+        raise L2R2Error(f"{address}: is no address of a Ray cluster; use HOST:PORT or ray://HOST:PORT.") from None
+    if host is None or port is None:
+        return
+    try:
+        with socket.create_connection((host, port), PATIENCE) as connection:
+            connection.sendall(HTTP2)
+            answer = connection.recv(4) if os.environ.get("RAY_USE_TLS", "0") == "0" else SETTINGS
+    except (OSError, UnicodeError):  # a name of more than 63 characters
+        answer = b""
+    if answer[3:4] != SETTINGS[3:4]:
+        raise L2R2Error(NO_CLUSTER.format(address))
+
+
 @contextmanager
 def connected(address: str | None = None) -> Iterator[Any]:
     """Yield `ray`, connected to a cluster; a connection that the caller has already made is used and stays open.
@@ -115,13 +148,12 @@ def connected(address: str | None = None) -> Iterator[Any]:
         yield ray
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    check_address(address)
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address, log_to_driver=False, logging_level="warning", **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise L2R2Error(
-            f"{address}: no Ray cluster answers here; check --address or start one with `ray start --head`."
-        ) from error
+        raise L2R2Error(NO_CLUSTER.format(address)) from error
     try:
         yield ray
     finally:

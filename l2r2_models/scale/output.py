@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..boxes.parquet import KEY, MANIFEST, manifest_of, pyarrow
+from ..boxes.parquet import KEY, MANIFEST, manifest_of
 from ..errors import L2R2Error
+from ..io import pyarrow
 from ..locks import only_writer
 from ..predict.formats import parquet_schema
 from ..predict.outputs import check_header

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..boxes import BoxEntry, BoxTable
-from ..journal import state_of
 from ..predict.inputs import Inputs
+from ..shards import state_of
 from .places import Place, State
 
 T = TypeVar("T")

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..boxes.parquet import pyarrow
 from ..errors import L2R2Error
 from ..images import ImageError, is_image_path
-from ..io import MAX_BYTES, write_bytes
+from ..io import MAX_BYTES, pyarrow, write_bytes
 
 State = tuple[int, int]  # size in bytes, and modification time in nanoseconds
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,3}(.+)")  # Path collapses the slashes

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..boxes import BoxEntry
-from ..boxes.parquet import arrow_table, pyarrow
-from ..predict.formats import parquet_schema, parquet_tables
+from ..boxes.parquet import arrow_table
+from ..io import pyarrow
+from ..predict.formats import escaped, parquet_schema, parquet_tables
 from ..predict.prediction import LOCALIZER_FAILED
 
 UNREADABLE = ": cannot be read ("  # a failure that may pass: the disk, the network, the permissions
@@ -98,8 +99,9 @@ class Rows:
 
     @classmethod
     def of_boxes(cls, entries: Mapping[str, BoxEntry], stamps: Mapping[str, str]) -> Rows:
-        """Convert the entries of images to rows."""
-        return cls(arrow_table(entries, stamps), Tally.of_boxes(entries))
+        """Convert the entries of images to rows; an image whose name Parquet cannot store is one with a failure."""
+        kept = dict(_storable(name, entry) for name, entry in entries.items())
+        return cls(arrow_table(kept, stamps), Tally.of_boxes(kept))
 
     @classmethod
     def joined(cls, parts: Iterable[Rows]) -> Rows:
@@ -109,6 +111,13 @@ class Rows:
         table = pa.concat_tables([part.table for part in parts])
         tally = sum((part.tally for part in parts), Tally())
         return cls(table, tally, tuple(record for part in parts for record in part.records))
+
+
+def _storable(name: str, entry: BoxEntry) -> tuple[str, BoxEntry]:
+    """Return a name that is UTF-8 with its entry, or the escaped name with a failure, because boxes could not be joined by it."""
+    if (text := escaped(name)) == name:
+        return name, entry
+    return text, BoxEntry(failure=f"{text}: the file name is not UTF-8, as a Parquet file needs; rename the image.")
 
 
 class Assembly:

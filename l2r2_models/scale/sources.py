@@ -11,13 +11,13 @@ from pathlib import Path
 from ..boxes import BoxTable, read_boxes
 from ..errors import L2R2Error
 from ..fusion import Grouping
-from ..io import file_sha256
+from ..io import file_sha256, pyarrow
 from ..localize import Localizer
 from ..predict.inputs import Inputs, gather
+from ..shards import SUFFIXES, columns_of
 from .adapt import Groups
 from .partitions import SIZE, Partition, of_files, of_places, of_shard
 from .places import Place, State, url_of
-from .shards import SUFFIXES, columns_of
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,6 @@ def _local_shards(source: str | Path) -> Iterator[tuple[str, Place, State]]:
 
 def _check_shard(name: str, place: Place) -> None:
     """Check that a Parquet shard has a column of images; one that is damaged is left to the failures."""
-    from ..boxes.parquet import pyarrow
-
     if not name.lower().endswith(".parquet"):
         return
     pa, parquet = pyarrow()

@@ -18,6 +18,7 @@ from ..checkpoints.format import CONFIG
 from ..checkpoints.zero_shot import PREFIX, is_zero_shot
 from ..data.dataset import Check, Sample, check_images
 from ..data.near_duplicates import HELD_OUT, find_leaks
+from ..data.shards import index_shards
 from ..data.splits import hold_out
 from ..data.table import ImageTable, read_table, rows_digest
 from ..errors import L2R2Error
@@ -109,6 +110,7 @@ def finetune(
     """
     out, began = Path(out), time.monotonic()
     trainer = _trainer_module(tensorboard)
+    processes.on_first(lambda: index_shards(data))  # while the other processes wait, which then find the index
     table = processes.together(lambda: read_table(data, metadata=metadata, boxes=boxes))
     train, val, settings = processes.together(lambda: _plan(table, recipe, train_split, val_split))
     start = processes.together(lambda: _start(recipe, out, settings))

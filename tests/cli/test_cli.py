@@ -83,7 +83,7 @@ def test_finetune_refuses_what_it_cannot_use(l2r2, dataset, tmp_path):
     assert "no such folder" in sentence(l2r2("finetune", tmp_path / "nowhere", *tiny))
     text = (dataset / "metadata.csv").read_text()
     (dataset / "metadata.csv").write_text(text.replace("train_004.png,green", "train_004.png,"))
-    assert "1 of 12 images have no label, the first is train_004.png" in sentence(l2r2("finetune", dataset, *tiny))
+    assert "1 of 12 images have no label, the first is images/train_004.png" in sentence(l2r2("finetune", dataset, *tiny))
     assert not (tmp_path / "run").exists()
 
 

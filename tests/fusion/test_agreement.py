@@ -105,6 +105,19 @@ def test_context_that_does_not_help_at_home_is_left_out():
     assert torch.allclose(fusion.mixed(fg, context, torch.tensor(0.0)), (fg / fusion.temperatures[0]).log_softmax(-1), atol=1e-5)
 
 
+def test_context_that_corrects_a_single_row_at_home_is_used():
+    """Few held-out objects cannot prove a gain; at home the context has been right, and elsewhere the evidence turns it off."""
+    fg, context, labels, away = draw(400)
+    fg = 8 * torch.nn.functional.one_hot(labels, CLASSES).to(fg)
+    context = 6 * torch.nn.functional.one_hot(labels, CLASSES).to(fg)[None]
+    context[0, away] = context[0, away].roll(1, 0)
+    wrong = 300  # a row with its usual background
+    fg[wrong] = fg[wrong].roll(1) / 8
+    fusion = create_fusion("two_worlds", 2, CLASSES)
+    fusion.fit(fg, context, labels, None, away)
+    assert fusion.trust == 1
+
+
 def test_the_evidence_is_calibrated_on_rows_of_both_kinds():
     """The odds that the fitted numbers give for home are those at which rows are at home."""
     fusion = fitted("two_worlds", rows=4000)

@@ -1,5 +1,6 @@
 """`l2r2 localize --engine ray`: the box file of one process, as a folder."""
 
+import os
 import pickle
 import re
 import tarfile
@@ -47,6 +48,17 @@ def test_forty_bad_images_are_rows_with_their_failure(dataset, tmp_path):
     rows = rows_of(sources, "outlier")
     assert rows.tally.images == 36 + len(bad) and rows.tally.failed == len(bad) >= 40 and rows.tally.retry == 0
     assert rows.table.to_pylist() == one_process("outlier", sources, tmp_path / "one.parquet").to_pylist()
+
+
+def test_an_image_whose_name_is_not_utf8_is_a_row_with_its_failure(dataset, tmp_path):
+    plain = rows_of([dataset], "outlier").table.to_pylist()
+    odd = dataset / "images" / os.fsdecode(b"caf\xe9.png")
+    odd.write_bytes((dataset / "images" / "train_000.png").read_bytes())
+    rows = rows_of([dataset, odd], "outlier")
+    assert rows.table.to_pylist()[:-1] == plain and (rows.tally.failed, rows.tally.retry) == (1, 0)
+    (failed,) = rows.table.to_pylist()[len(plain) :]
+    assert failed["file"] == str(odd).replace("\udce9", r"\udce9") and failed["boxes"] == []
+    assert rows.tally.reasons == (f"{failed['file']}: the file name is not UTF-8, as a Parquet file needs; rename the image.",)
 
 
 def test_images_in_shards_have_boxes_under_their_names(dataset, tmp_path):

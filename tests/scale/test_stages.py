@@ -17,6 +17,7 @@ from l2r2_models.predict.predict_files import predict_to_file
 from l2r2_models.scale.partitions import chunks
 from l2r2_models.scale.places import Place, url_of
 from l2r2_models.scale.results import Assembly, Rows, Tally
+from l2r2_models.scale.shards import images_of_shard
 from l2r2_models.scale.sources import find
 from l2r2_models.scale.stages import Classify, Decode, Plan, Predict
 
@@ -111,6 +112,16 @@ def test_shards_give_the_predictions_of_their_images(run, dataset, tmp_path):
     assert rows[0].table["file"].to_pylist()[:2] == [f"{tmp_path}/a.tar/cam/{paths[0].name}", f"{tmp_path}/a.tar/cam/bad.jpg"]
     assert "the shard is damaged or truncated" in rows[1].tally.reasons[-1]
     assert rows[2].tally.reasons == (f"{tmp_path}/b.parquet/none.jpg: has no image in this row.",)
+
+
+@pytest.mark.parametrize("left", [1536, 1600, 2 * 1536])
+def test_a_tar_that_ends_between_two_images_is_damaged(tmp_path, left):
+    shard(tmp_path / "a.tar", [("0.jpg", bytes(700)), ("1.jpg", bytes(700)), ("2.jpg", bytes(700))])
+    assert len(list(images_of_shard("a.tar", Place.of(tmp_path / "a.tar")))) == 3
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:left])
+    *images, (name, why) = images_of_shard("a.tar", Place.of(tmp_path / "a.tar"))
+    assert [one for one, _ in images] == [f"a.tar/{i}.jpg" for i in range(left // 1536)]
+    assert name == "a.tar" and "cannot be read further (there is no end of the archive)" in why
 
 
 def test_parquet_without_images_is_refused_before_the_work(tmp_path):
