@@ -1,16 +1,17 @@
-"""Everything there is to check and measure on a machine with a GPU: `python benchmarks/speed/gpu.py`.
+"""Run every GPU check and benchmark: `python benchmarks/speed/gpu.py`.
 
 Runs one step after the other, each in a process of its own, so that one that fails (or breaks the CUDA context) does not end the
 others: the GPU tests, which compile every kernel they run; the launch tables compiled for sm_90; the kernels and training steps
 against their peers (`kernels.py`); a whole ViT on packed tokens; from files to predictions; and the CPU path of `roi_views`. Each
 step's output is shown, and kept in benchmarks/results/gpu_logs/; the scripts write their own CSV with device, versions and date.
 At the end, each step is listed with its result and time, and the goal table of `kernels.py` is printed again. The exit code is 1
-if a step failed. `--only NAME` runs single steps, `--list` shows them.
+if a step failed; tests that were all skipped are a failure. `--only NAME` runs single steps, `--list` shows them.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import time
@@ -31,9 +32,9 @@ STEPS: dict[str, list[str]] = {
 }
 
 
-def run(name: str, arguments: list[str]) -> tuple[int, float]:
-    """Run a step, show and keep what it prints; return its exit code and the seconds that it took."""
-    began = time.monotonic()
+def run(name: str, arguments: list[str]) -> tuple[str, float]:
+    """Run a step, show and keep what it prints; return "ok" or what went wrong, and the seconds that it took."""
+    began, line = time.monotonic(), ""
     print(f"\n=== {name}: python {' '.join(arguments)}", flush=True)
     with open(LOGS / f"{name}.txt", "w") as log:
         options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
@@ -41,7 +42,10 @@ def run(name: str, arguments: list[str]) -> tuple[int, float]:
             for line in step.stdout:
                 print(line, end="", flush=True)
                 log.write(line)
-    return step.returncode, time.monotonic() - began
+    result = f"exit code {step.returncode}" if step.returncode else "ok"
+    if result == "ok" and "pytest" in arguments and not re.search(r"\b[1-9]\d* passed", line):  # pytest's last line
+        result = "no test passed"
+    return result, time.monotonic() - began
 
 
 def goal_table() -> str:
@@ -68,11 +72,11 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = options.only or list(STEPS)
     results = {name: run(name, STEPS[name]) for name in chosen}
     print("\n=== results")
-    for name, (code, seconds) in results.items():
-        print(f"{name:18} {'ok' if code == 0 else f'exit code {code}':14} {seconds:8.0f} s")
+    for name, (result, seconds) in results.items():
+        print(f"{name:18} {result:14} {seconds:8.0f} s")
     if "kernels" in results:
         print(f"\n{goal_table()}")
-    return int(any(code for code, _ in results.values()))
+    return int(any(result != "ok" for result, _ in results.values()))
 
 
 if __name__ == "__main__":

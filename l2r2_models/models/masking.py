@@ -203,9 +203,8 @@ def run_tokens(vit: Any, embedded: Embedded, keep: Tensor, *, packed: bool = Tru
 
 def _run_packed(vit: Any, tokens: Tensor, mask: Tensor, rope: Tensor | None) -> Tensor:
     """The blocks on kept tokens; dropped ones are 0 in the result `[B, P + N, C]`."""
-    graphs = graphs_of(vit, tokens)
-    if graphs is not None and (replayed := graphs.run(tokens, mask, rope)) is not None:
-        return replayed
+    if (graphs := graphs_of(vit, tokens)) is not None:
+        return graphs.run(tokens, mask, rope)
     capacity = None if mask.device.type == "cpu" else "sync"  # one synchronization, without which packing does not pay off
     options = {"num_prefix": vit.num_prefix_tokens, "checkpoint": bool(vit.grad_checkpointing)}
     _, out = run_packed(vit.blocks, tokens, mask, capacity=capacity, unpacked=True, rope=rope, **options)

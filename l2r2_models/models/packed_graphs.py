@@ -12,21 +12,22 @@ import torch
 from l2r2_kernels import GraphMemory, MaskedRunner, PackedRunner
 from torch import Tensor, nn
 
-CAPACITIES = 16  # maximum number of graphs for prediction; each has room for another number of kept tokens
-TRAINED = 4  # maximum number of graphs for training, each of which also has buffers for all gradients of the blocks
+CAPACITIES = 16  # sizes of graphs for prediction
+TRAINED = 4  # the same for training, where each graph also has buffers for all gradients of the blocks
 
 
 class PackedGraphs:
     """Replay the blocks of one ViT as CUDA graphs inside `with graphs.replayed():`.
 
     Packed blocks are many short kernels, so for small batches the host limits the speed; a graph launches them all at once. It
-    has a fixed number of rows: the kept tokens of a batch are rounded up to the next sixteenth of all its tokens, and each
-    number that occurs gets a graph of its own. Batches of another size, and everything on a CPU, run eagerly.
+    has a fixed number of rows, its capacity: the kept tokens of a batch are rounded up to the next sixteenth of all its tokens
+    (in training, the next quarter), and each capacity that occurs gets a graph. It depends on the batch alone, not on those
+    before it, so that dropout draws as many random numbers after a resume. Batches of another size, and everything on a CPU,
+    run eagerly.
 
     For prediction, graphs are used in inference mode; with `training`, where gradients are enabled, and have a backward pass.
-    Then at most `TRAINED` numbers get a graph; others use a larger one, or run eagerly. A second pass of a training
-    step runs eagerly too, because a replay would overwrite the activations of the first. With weights of the keys (the second
-    stage of an iFAM model in training) all tokens are computed, by one graph.
+    A second pass of a training step runs eagerly, because a replay would overwrite the activations of the first. With weights
+    of the keys (the second stage of an iFAM model in training) all tokens are computed, by one graph.
 
     Args:
         vit: see `masking.check_tokens_backbone`.
@@ -51,7 +52,7 @@ class PackedGraphs:
         finally:
             _CURRENT.reset(before)
 
-    def run(self, tokens: Tensor, mask: Tensor, rope: Tensor | None) -> Tensor | None:
+    def run(self, tokens: Tensor, mask: Tensor, rope: Tensor | None) -> Tensor:
         """Run the blocks on tokens `[B, N, C]`; see `run_packed`. Dropped tokens are 0 in the result.
 
         Args:
@@ -60,12 +61,10 @@ class PackedGraphs:
             rope: rotary embeddings, or None.
 
         Returns:
-            `[B, N, C]`, or None if there is no graph for so many tokens. In training, the next replay overwrites it.
+            `[B, N, C]`. In training, the next replay overwrites it.
         """
         with self._lock:
-            if (runner := self._runner(mask)) is None:
-                return None
-            out = runner(tokens, mask, rope)[1]
+            out = self._runner(mask)(tokens, mask, rope)[1]
             assert out is not None
             return out if self.training else out.clone()
 
@@ -78,14 +77,10 @@ class PackedGraphs:
             )
         return self._masked[number](tokens, mask, weight, rope)
 
-    def _runner(self, mask: Tensor) -> PackedRunner | None:
+    def _runner(self, mask: Tensor) -> PackedRunner:
         """The graph with the fewest rows that the kept tokens of a batch fit into."""
-        number, step = mask.shape[1], -(-mask.numel() // CAPACITIES)
-        capacity: int | None = -(-int(mask.sum()) // step) * step
-        if self.training and (number, capacity) not in self._runners and len(self._runners) >= TRAINED:
-            capacity = min((c for n, c in self._runners if n == number and c > (capacity or 0)), default=None)
-        if capacity is None:
-            return None
+        number, step = mask.shape[1], -(-mask.numel() // (TRAINED if self.training else CAPACITIES))
+        capacity = -(-int(mask.sum()) // step) * step
         if (number, capacity) not in self._runners:
             self._runners[number, capacity] = PackedRunner(
                 self.vit.blocks, self.batch, number, capacity, unpacked=True, training=self.training, memory=self.memory

@@ -40,6 +40,19 @@ def test_a_failing_step_does_not_end_the_others(script, monkeypatch, capfd):
     assert script.main(["--only", "kernels"]) == 0
 
 
+def test_a_step_whose_tests_are_all_skipped_failed(script, monkeypatch, capfd, tmp_path):
+    skipped, passed = tmp_path / "test_skipped.py", tmp_path / "test_passed.py"
+    skipped.write_text("import pytest\n\ndef test_it():\n    pytest.skip('1 passed')\n")
+    passed.write_text(f"{skipped.read_text()}\ndef test_that():\n    pass\n")
+    options = [*script.PYTEST, "-rs"]
+    monkeypatch.setattr(script, "STEPS", {"tests": [*options, str(skipped)], "cpu": [*options, str(passed)]})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert script.main([]) == 1
+    results = capfd.readouterr().out.partition("=== results\n")[2].splitlines()
+    assert "no test passed" in results[0] and " ok " in results[1]
+    assert script.main(["--only", "cpu"]) == 0
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be measured")
 def test_without_a_gpu_it_says_so_and_writes_nothing(script, capsys):
     assert script.main([]) == 1 and "nothing was run" in capsys.readouterr().out

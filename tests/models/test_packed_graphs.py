@@ -117,7 +117,8 @@ def test_a_training_step_has_the_same_gradients_and_the_number_of_graphs_is_boun
         assert len(got) == len(expected)
         for ours, theirs in zip(got, expected):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-    assert len(graphs._runners) == TRAINED and graphs.memory.recorded == 2 * TRAINED and graphs.memory.replayed > 16
+    assert 2 < len(graphs._runners) <= TRAINED and graphs.memory.replayed > 16
+    assert graphs.memory.recorded == 2 * len(graphs._runners)
 
 
 def test_training_graphs_are_only_for_full_batches_with_gradients():
