@@ -92,7 +92,7 @@ MODELS = {
     "independent": Model({"shared": False}),
     "plain, balanced": Model({**PLAIN, **GROUPS, "balanced": True}),
     "plain, group dro": Model({**PLAIN, **GROUPS, "objective": "group_dro"}),
-    "plain, dfr": Model({**PLAIN, **GROUPS, "balanced": True}, recipe="head_only", first=("init", "plain")),
+    "plain, dfr on train": Model({**PLAIN, **GROUPS, "balanced": True}, recipe="head_only", first=("init", "plain")),
     "plain, short": Model({**PLAIN, "epochs": 2}),
     "plain, jtt": Model({**PLAIN, "jtt_factor": 6}, first=("jtt", "plain, short")),
     "shared": Model(),
