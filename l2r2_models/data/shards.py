@@ -100,9 +100,10 @@ def _splits(root: Path, shards: Sequence[Path]) -> list[str | None]:
 
 def _of_tar(shard: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     members = list(members_of(str(shard)))
-    masks = {member.name for member in members if member.name.lower().endswith(MASK)}
+    masks = {m.name[: -len(MASK)]: m.name for m in members if m.name.lower().endswith(MASK)}
+    of_masks = set(masks.values())
     for member in members:
-        if member.name in masks or not is_image_path(Path(member.name)):
+        if member.name in of_masks or not is_image_path(Path(member.name)):
             continue
         stem = str(PurePosixPath(member.name).with_suffix(""))
         record = _parsed(member.json, f"{shard}/{stem}.json") if member.json is not None else {}
@@ -112,7 +113,7 @@ def _of_tar(shard: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise L2R2Error(
                 f"{shard}/{stem}.json: the label is not a single value; write one per image, or one per box in `objects`."
             )
-        yield member.name, {**record, **({"mask_file": stem + MASK} if stem + MASK in masks else {})}
+        yield member.name, {**record, **({"mask_file": masks[stem]} if stem in masks else {})}
 
 
 def _parsed(text: str, name: str) -> dict[str, Any]:
@@ -135,7 +136,12 @@ def _of_parquet(shard: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with parquet.ParquetFile(shard) as file:
         image, _ = columns_of(file.schema_arrow, str(shard))
         mask = mask_column(file.schema_arrow)
-        features = Features.from_arrow_schema(file.schema_arrow)
+        plain = [f for f in file.schema_arrow if not pa.types.is_map(f.type)]  # `datasets` has no such type
+        try:
+            features = Features.from_arrow_schema(pa.schema(plain, file.schema_arrow.metadata))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise L2R2Error(f"{shard}: `datasets` cannot read its columns ({why}); write the shard again.") from None
         kept = {n: kind for n, kind in features.items() if not (isinstance(kind, Value) and "binary" in kind.dtype)}
         roles = columns_for(kept, image, mask, "label" if "label" in kept else None, str(shard))
         more = [name for name in ("split", "boxes") if name in kept]
@@ -152,6 +158,10 @@ def _of_parquet(shard: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         else:
             images[name], last = False, name
     for (name, has_mask), row in zip(images.items(), rows or [{}] * len(images)):
-        record = values_of(row, roles, kept) | {key: row[key] for key in more if row[key] is not None}
+        try:
+            values = values_of(row, roles, kept)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise L2R2Error(f"{shard}/{name}: its columns cannot be read ({' '.join(str(error).split())[:200]}).") from None
+        record = values | {key: row[key] for key in more if row[key] is not None}
         record = {key: value if isinstance(value, PLAIN) else str(value) for key, value in record.items()}
         yield name, {**record, **({"mask_file": name + OF_MASK} if has_mask else {})}

@@ -185,6 +185,8 @@ def read_table(
     """
     root = as_folder(root) if is_source(root) else Path(root)
     if root.is_file() and (shards := packed_in(root)):
+        if metadata is not None:
+            raise L2R2Error(f"{root}: a metadata file describes the images of a folder; pass {root.parent} instead.")
         root = root.parent
         rows = _rows_of_records(root, records_of(root, shards), str(shards[0]), missing_ok=True)
     elif not root.is_dir():

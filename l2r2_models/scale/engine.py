@@ -119,13 +119,15 @@ def check_address(address: str) -> None:
         place = urlsplit(address if of_client else f"//{address}")
         host, port = place.hostname, place.port or (CLIENT_PORT if of_client else None)
     except ValueError:
-        raise L2R2Error(f"{address}: is no address of a Ray cluster; use HOST:PORT or ray://HOST:PORT.") from None
+        raise L2R2Error(f"{address}: is not the address of a Ray cluster; use HOST:PORT or ray://HOST:PORT.") from None
     if host is None or port is None:
         return
     try:
         with socket.create_connection((host, port), PATIENCE) as connection:
             connection.sendall(HTTP2)
-            answer = connection.recv(4) if os.environ.get("RAY_USE_TLS", "0") == "0" else SETTINGS
+            answer = b"" if os.environ.get("RAY_USE_TLS", "0") == "0" else SETTINGS
+            while len(answer) < 4 and (more := connection.recv(4 - len(answer))):
+                answer += more
     except (OSError, UnicodeError):  # a name of more than 63 characters
         answer = b""
     if answer[3:4] != SETTINGS[3:4]:

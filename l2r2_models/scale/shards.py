@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import L2R2Error
 from ..images import is_image_path
 from ..io import MAX_BYTES, pyarrow
-from ..shards import BLOCK, MASK, columns_of, encoded, inside, name_of_row
+from ..shards import MASK, Header, check_end, check_row_group, columns_of, encoded, inside, names_of_rows
 from .places import Place
 
 ROWS = 16  # Parquet rows read at once; more would hold more encoded images
@@ -25,14 +25,17 @@ def images_of_shard(name: str, place: Place) -> Iterator[tuple[str, bytes | str]
     try:
         yield from _of_parquet(name, place) if name.lower().endswith(".parquet") else _of_tar(name, place)
     except L2R2Error as error:
-        yield name, str(error)
+        yield name, str(error) if str(error).startswith(name) else f"{name}: {error}"
     except (OSError, EOFError, ValueError, tarfile.TarError, pa.ArrowException) as error:
         why = " ".join(str(error).split())[:200] or type(error).__name__
         yield name, f"{name}: cannot be read further ({why}); the shard is damaged or truncated."
 
 
 def _of_tar(name: str, place: Place) -> Iterator[tuple[str, bytes | str]]:
-    with place.filesystem.open_input_stream(place.path) as stream, tarfile.open(fileobj=stream, mode="r|*") as archive:
+    with (
+        place.filesystem.open_input_stream(place.path) as stream,
+        tarfile.open(fileobj=stream, mode="r|*", tarinfo=Header) as archive,
+    ):
         for member in archive:
             if not is_image_path(Path(member.name)) or member.name.lower().endswith(MASK):
                 continue
@@ -46,8 +49,7 @@ def _of_tar(name: str, place: Place) -> Iterator[tuple[str, bytes | str]]:
                 assert content is not None  # a regular file
                 yield image, content.read()
         end: Any = archive.fileobj
-        if end.tell() < archive.offset + BLOCK:  # where tarfile stops without an error
-            raise tarfile.ReadError("there is no end of the archive")
+        check_end(end.read)
 
 
 def _of_parquet(name: str, place: Place) -> Iterator[tuple[str, bytes | str]]:
@@ -55,10 +57,15 @@ def _of_parquet(name: str, place: Place) -> Iterator[tuple[str, bytes | str]]:
     with place.filesystem.open_input_file(place.path) as stream:
         file = parquet.ParquetFile(stream)
         column, named = columns_of(file.schema_arrow, name)
-        number = 0
-        for batch in file.iter_batches(ROWS, columns=[column, *([named] if named else [])]):
+        for group in range(file.num_row_groups):
+            check_row_group(file.metadata, group, column)
+        names = iter(names_of_rows(file, column, named))
+        for batch in file.iter_batches(ROWS, columns=[column]):
             for row in batch.to_pylist():
-                own = row[column].get("path") if isinstance(row[column], dict) else None
-                image, data = f"{name}/{name_of_row(row[named] if named else own, number)}", encoded(row[column])
-                yield image, data if data is not None else f"{image}: has no image in this row."
-                number += 1
+                image = f"{name}/{next(names)}"
+                try:
+                    data = encoded(row[column])
+                except L2R2Error as error:
+                    yield image, f"{image}: {error}"
+                else:
+                    yield image, data if data is not None else f"{image}: has no image in this row."

@@ -4,16 +4,33 @@ A shard is a WebDataset (`.tar`) or a Parquet file with a column of encoded imag
 a tar is one seek, and one in Parquet is a read of its row group.
 """
 
-from .index import BLOCK, indexed_now, members_of
-from .layout import MASK, MASKS, OF_MASK, SUFFIXES, columns_of, encoded, inside, largest_row_group, mask_column, name_of_row
+from .index import indexed_now, members_of
+from .layout import (
+    MASK,
+    MASKS,
+    OF_MASK,
+    SUFFIXES,
+    Header,
+    check_end,
+    check_row_group,
+    columns_of,
+    encoded,
+    inside,
+    largest_row_group,
+    mask_column,
+    names_of_rows,
+    opened,
+)
 from .read import read, shards_in, state_of
 
 __all__ = [
-    "BLOCK",
     "MASK",
     "MASKS",
     "OF_MASK",
     "SUFFIXES",
+    "Header",
+    "check_end",
+    "check_row_group",
     "columns_of",
     "encoded",
     "indexed_now",
@@ -21,7 +38,8 @@ __all__ = [
     "largest_row_group",
     "mask_column",
     "members_of",
-    "name_of_row",
+    "names_of_rows",
+    "opened",
     "read",
     "shards_in",
     "state_of",

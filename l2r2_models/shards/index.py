@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import os
 import posixpath
 import tarfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +18,13 @@ import numpy as np
 
 from ..errors import L2R2Error
 from ..io import MAX_BYTES, pyarrow, write_atomic
-from .layout import OF_MASK, columns_of, encoded, inside, is_tar, mask_column, name_of_row, opened
+from .layout import OF_MASK, Header, check_end, columns_of, encoded, inside, is_tar, mask_column, names_of_rows, opened
+
+logger = logging.getLogger(__name__)
 
 SIDECARS = (".json", ".cls")  # members of a tar that describe the image of their name
-FORMAT = 1  # of the index; increase it when its content changes
-BLOCK = 512  # a tar ends with blocks of zeros
+LONGEST = 4096  # bytes of a name, as of a path on Linux; each name in an index takes as much as its longest
+FORMAT = 2  # of the index; increase it when its content changes
 TWICE = "is in the shard twice; write the shard again, with a name of its own for each image."
 PACK_AGAIN = "copy it again, or pack it again without compression."
 State = tuple[int, int]  # size in bytes, and modification time in nanoseconds
@@ -62,6 +65,9 @@ class Member(NamedTuple):
 
 
 _indexes: dict[str, Index] = {}
+_unsaved: dict[str, dict[str, np.ndarray]] = {}  # by shard, where the cache cannot be written
+PLACES = ("about", "names", "first", "second")  # arrays of an index
+MEMBERS = (*PLACES, "order", "texts")
 
 
 def index_of(shard: str) -> Index:
@@ -71,7 +77,7 @@ def index_of(shard: str) -> Index:
         L2R2Error: when the shard is damaged, or two members share a name.
     """
     if (known := _indexes.get(shard)) is None:
-        known = _indexes[shard] = indexed_now(shard)[0]
+        known = _indexes[shard] = indexed_now(shard)
     return known
 
 
@@ -81,20 +87,29 @@ def members_of(shard: str) -> Iterator[Member]:
     Raises:
         L2R2Error: when the shard is damaged, or two members share a name.
     """
-    index, file = indexed_now(shard)
-    _indexes[shard] = index
-    with np.load(file, allow_pickle=False) as stored:
-        order, texts = stored["order"], json.loads(stored["texts"].tobytes())
+    arrays = _arrays_now(shard, MEMBERS)
+    _indexes[shard] = index = _index(arrays)
+    order, texts = arrays["order"], json.loads(arrays["texts"].tobytes())
     for i, text in zip(order, texts or [(None, None)] * len(order)):
         yield Member(os.fsdecode(bytes(index.names[i])), *text)
 
 
-def indexed_now(shard: str) -> tuple[Index, Path]:
-    """Return the index of a shard as it is now, and its file in the cache, written now if the shard is new or has changed.
+def indexed_now(shard: str) -> Index:
+    """Return the index of a shard as it is now; it is written to the cache if the shard is new or has changed.
 
     Raises:
         L2R2Error: when the shard is damaged, or two members share a name.
     """
+    return _index(_arrays_now(shard, PLACES))
+
+
+def _index(arrays: Mapping[str, np.ndarray]) -> Index:
+    _, size, time = arrays["about"].tolist()
+    return Index(arrays["names"], arrays["first"], arrays["second"], (size, time))
+
+
+def _arrays_now(shard: str, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return arrays of the index of a shard as it is now; where the cache cannot be written, the index is kept in memory."""
     from huggingface_hub import constants
 
     try:
@@ -104,13 +119,18 @@ def indexed_now(shard: str) -> tuple[Index, Path]:
     state = (about.st_size, about.st_mtime_ns)
     name = hashlib.sha256(os.path.abspath(shard).encode(errors="surrogateescape")).hexdigest()[:24]
     file = Path(constants.HF_HOME) / "l2r2" / "shards" / f"{name}.npz"
-    if (found := _stored(file, state)) is None:
-        arrays = _built(shard, state)
+    if (found := _stored(file, state, names)) is not None:
+        return found
+    if (found := _unsaved.get(shard)) is not None and found["about"].tolist() == [FORMAT, *state]:
+        return found
+    arrays = _built(shard, state)
+    try:
         write_atomic(file, lambda temporary: _save(temporary, arrays))
-        found = _stored(file, state)
-    if found is None:
-        raise L2R2Error(f"{file}: cannot be read after it was written; check the disk.")
-    return found, file
+    except L2R2Error as error:
+        if not _unsaved:
+            logger.warning("%s Each command indexes the shards again; set HF_HOME to a folder that can be written.", error)
+        _unsaved[shard] = arrays
+    return arrays
 
 
 def _save(file: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -118,13 +138,13 @@ def _save(file: Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez(stream, **arrays)  # type: ignore[arg-type]
 
 
-def _stored(file: Path, state: State) -> Index | None:
-    """Read an index from the cache; None if there is none of this state."""
+def _stored(file: Path, state: State, names: Sequence[str]) -> dict[str, np.ndarray] | None:
+    """Read arrays of an index from the cache, all of one version; None if there is none of this state."""
     try:
         with np.load(file, allow_pickle=False) as stored:
             if stored["about"].tolist() != [FORMAT, *state]:
                 return None
-            return Index(stored["names"], stored["first"], stored["second"], state)
+            return {name: stored[name] for name in names}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
@@ -136,6 +156,11 @@ def _built(shard: str, state: State) -> dict[str, np.ndarray]:
     except OSError as error:
         raise L2R2Error(f"{shard}: cannot be read ({error.strerror or error}).") from None
     names = [os.fsencode(name) for name, *_ in found]
+    if long := next((name for name in names if len(name) > LONGEST), None):
+        raise L2R2Error(
+            f"{shard}: the name of a member, {os.fsdecode(long[:40])}..., has {len(long):,} bytes, over {LONGEST:,}; "
+            "write the shard again with shorter names."
+        )
     order = sorted(range(len(names)), key=names.__getitem__)
     if twice := next((found[one][0] for one, other in itertools.pairwise(order) if names[one] == names[other]), None):
         raise L2R2Error(f"{shard}/{twice}: {TWICE}")
@@ -156,25 +181,23 @@ def _of_tar(shard: str) -> tuple[list[tuple[str, int, int]], list[tuple[str | No
     sidecars: dict[str, str] = {}
     with open(shard, "rb") as file:
         try:
-            with tarfile.open(fileobj=file, mode="r:") as archive:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=Header) as archive:
                 while (member := archive.next()) is not None:
                     archive.members.clear()  # type: ignore[attr-defined]  # it would keep every header
                     if member.isdir():
                         continue
                     name = inside(member.name)
-                    if name.lower().endswith(SIDECARS):
-                        if name in sidecars:
+                    stem, suffix = posixpath.splitext(name)
+                    if suffix.lower() in SIDECARS:
+                        if (key := stem + suffix.lower()) in sidecars:
                             raise L2R2Error(f"{shard}/{name}: {TWICE}")
-                        sidecars[name] = _text(archive, member, f"{shard}/{name}")
+                        sidecars[key] = _text(archive, member, f"{shard}/{name}")
                     else:
                         plain = member.isreg() and not member.issparse()
                         found.append((name, member.offset_data if plain else -1, member.size))
-                end = archive.offset
+                check_end(file.read)
         except (tarfile.TarError, EOFError, ValueError) as error:
-            raise L2R2Error(f"{shard}: {_after(found)}({' '.join(str(error).split())[:200]}); {PACK_AGAIN}") from None
-        file.seek(end)
-        if file.read(BLOCK) != bytes(BLOCK):  # where tarfile stops without an error
-            raise L2R2Error(f"{shard}: {_after(found)}; {PACK_AGAIN}")
+            raise L2R2Error(f"{shard}: {_after(found)} ({' '.join(str(error).split())[:200]}); {PACK_AGAIN}") from None
     texts = []
     for name, *_ in found:
         stem = posixpath.splitext(name)[0]
@@ -183,7 +206,7 @@ def _of_tar(shard: str) -> tuple[list[tuple[str, int, int]], list[tuple[str | No
 
 
 def _after(found: Sequence[tuple[str, int, int]]) -> str:
-    return f"is damaged or truncated after {found[-1][0]}" if found else "is no tar file that can be read by position"
+    return f"is damaged or truncated after {found[-1][0]}" if found else "is not a tar file that can be read by position"
 
 
 def _text(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> str:
@@ -201,17 +224,15 @@ def _of_parquet(shard: str) -> tuple[list[tuple[str, int, int]], list[tuple[str 
     image, named = columns_of(file.schema_arrow, shard)
     mask = mask_column(file.schema_arrow)
     found: list[tuple[str, int, int]] = []
-    number = 0
     try:
+        names = iter(names_of_rows(file, image, named))
         for group in range(file.num_row_groups):
-            own = [] if named else [f"{image}.path"]  # without the bytes
-            rows = file.read_row_group(group, [*([named] if named else own), *([mask] if mask else [])]).to_pylist()
-            for row, values in enumerate(rows or [{}] * file.metadata.row_group(group).num_rows):
-                name = name_of_row(values.get(named) if named else (values.get(image) or {}).get("path"), number)
+            masks = file.read_row_group(group, [mask]).to_pylist() if mask else []
+            for row in range(file.metadata.row_group(group).num_rows):
+                name = next(names)
                 found.append((name, group, row))
-                if mask and encoded(values[mask]) is not None:
+                if mask and encoded(masks[row][mask]) is not None:
                     found.append((name + OF_MASK, group, row))
-                number += 1
     except (OSError, pa.ArrowException) as error:
         raise L2R2Error(f"{shard}: is damaged or truncated ({' '.join(str(error).split())[:200]}).") from None
     return found, []

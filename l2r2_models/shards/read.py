@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+import threading
 from pathlib import Path
 from typing import Any
 
 from ..errors import L2R2Error
 from ..io import MAX_BYTES, pyarrow
 from .index import Index, State, index_of
-from .layout import OF_MASK, SUFFIXES, columns_of, encoded, is_tar, mask_column, opened
+from .layout import OF_MASK, SUFFIXES, TOO_LARGE, check_row_group, columns_of, encoded, is_tar, mask_column, opened
+
+MAX_GROUP = 4 * MAX_BYTES  # limit for the images of a row group, which are in memory at once
+THROUGH = re.compile(r"\.(tar|parquet)/", re.IGNORECASE)
+_locks = tuple(threading.Lock() for _ in range(16))
 
 
 def shard_of(path: str | Path) -> tuple[str, str] | None:
@@ -20,14 +26,9 @@ def shard_of(path: str | Path) -> tuple[str, str] | None:
     True
     """
     text = Path(path).as_posix()
-    lower = text.lower()
-    for suffix in SUFFIXES:
-        end = lower.find(f"{suffix}/")
-        while end >= 0:
-            shard = text[: end + len(suffix)]
-            if os.path.isfile(shard):
-                return shard, text[len(shard) + 1 :]
-            end = lower.find(f"{suffix}/", end + 1)
+    for match in THROUGH.finditer(text):
+        if os.path.isfile(shard := text[: match.end() - 1]):
+            return shard, text[match.end() :]
     return None
 
 
@@ -50,12 +51,14 @@ def state_of(path: str | Path | None) -> State | None:
             return about.st_size, about.st_mtime_ns
         shard, name = place
         index = index_of(shard)
+        if (found := index.find(name)) is None:
+            return None
+        first, size = found
+        if not is_tar(shard):
+            _check_state(os.stat(shard), index.state)
+            size = _footer(shard, index.state)[0].row_group(first).total_byte_size
     except (OSError, ValueError, L2R2Error):
         return None
-    if (found := index.find(name)) is None:
-        return None
-    first, second = found
-    size = second if is_tar(shard) else _footer(shard, index.state)[0].row_group(first).total_byte_size
     return size, index.state[1]
 
 
@@ -84,7 +87,7 @@ def _from_tar(shard: str, index: Index, start: int, size: int) -> bytes:
     if start < 0:
         raise L2R2Error("is not a regular file; pack the image itself.")
     if size > MAX_BYTES:
-        raise L2R2Error(f"is larger than the limit of {MAX_BYTES / 2**20:,.0f} MB; use a smaller file.")
+        raise L2R2Error(TOO_LARGE)
     with open(shard, "rb") as file:
         _check_state(os.fstat(file.fileno()), index.state)
         file.seek(start)
@@ -95,7 +98,10 @@ def _from_parquet(shard: str, name: str, index: Index, group: int, row: int) -> 
     _check_state(os.stat(shard), index.state)
     _, image, mask = _footer(shard, index.state)
     of_mask = mask is not None and name.endswith(OF_MASK) and index.find(name.removesuffix(OF_MASK)) is not None
-    data = encoded(_group(shard, index.state, group, (of_mask and mask) or image)[row].as_py())
+    column = (of_mask and mask) or image
+    with _locks[hash((shard, group, column)) % len(_locks)]:  # else each thread that waits for a group would read it
+        rows = _group(shard, index.state, group, column)
+    data = encoded(rows[row].as_py())
     if data is None:
         raise L2R2Error("has no image in this row.")
     return data
@@ -119,6 +125,7 @@ def _group(shard: str, state: State, group: int, column: str) -> Any:
     """Return the images `[rows]` of a row group."""
     pa, parquet = pyarrow()
     metadata = _footer(shard, state)[0]
+    check_row_group(metadata, group, column, MAX_GROUP)
     try:
         return parquet.ParquetFile(shard, metadata=metadata).read_row_group(group, [column], use_threads=False).column(0)
     except (OSError, pa.ArrowException) as error:

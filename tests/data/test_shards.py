@@ -19,6 +19,9 @@ from l2r2_models.data.shards import index_shards
 from l2r2_models.data.table import read_table, rows_digest
 from l2r2_models.images import load_image, load_mask, taken_at
 from l2r2_models.predict.inputs import gather
+from l2r2_models.scale.places import Place
+from l2r2_models.scale.shards import images_of_shard
+from l2r2_models.shards import layout, state_of
 
 PACKED = {"tar": in_tars, "parquet": in_parquet}
 
@@ -143,7 +146,7 @@ def test_a_truncated_tar_is_refused_wherever_it_ends(dataset, tmp_path, left):
     whole.write_bytes(data)
     assert len(read_table(tmp_path / "d")) == 12
     whole.write_bytes(data[:left])
-    with pytest.raises(L2R2Error, match=r"whole.tar: is (damaged or truncated after|no tar file).*copy it again") as error:
+    with pytest.raises(L2R2Error, match=r"whole.tar: is (damaged or truncated after|not a tar file).*copy it again") as error:
         read_table(tmp_path / "d")
     assert "\n" not in str(error.value)
 
@@ -166,7 +169,7 @@ def test_broken_shards_are_one_sentence(tmp_path):
 
     good = write_tar(tmp_path / "good.tar", [("a.png", png())]).read_bytes()
     named = [("a.png", png()), ("a.cls", b"x")]
-    refuses(r"z.tar: is no tar file that can be read by position.*without compression", "z.tar", content=gzip.compress(good))
+    refuses(r"z.tar: is not a tar file that can be read by position.*without compression", "z.tar", content=gzip.compress(good))
     refuses(r"t.tar/a.png: is in the shard twice", "t.tar", [("a.png", png()), ("b.png", png()), ("./a.png", png())])
     refuses(r"j.tar/a.json: is in the shard twice", "j.tar", [("a.png", png()), ("a.json", b"{}"), ("a.json", b"{}")])
     refuses(r"k.tar/a.json: is not readable JSON", "k.tar", [("a.png", png()), ("a.json", b'{"label": ')])
@@ -176,11 +179,9 @@ def test_broken_shards_are_one_sentence(tmp_path):
     refuses(r"no image in its shards", "n.tar", [("a.txt", b"x")])
     refuses(r"1 of 2 images have no label, the first is u.tar/b.png", "u.tar", [*named, ("b.png", png())])
     refuses(r"2 of 2 images have no label, the first is v.parquet/0; add a `label`", "v.parquet", rows={"image": [png()] * 2})
-    rows = {"image": [{"bytes": png(), "path": "a.png"}] * 2, "label": ["x", "y"]}
-    refuses(r"w.parquet/a.png: is in the shard twice", "w.parquet", rows=rows)
     refuses(r"x.parquet: has no column of encoded images", "x.parquet", rows={"label": ["x"]})
     refuses(r'y.parquet: the column "label" does not have one label', "y.parquet", rows={"image": [png()], "label": [["x"]]})
-    refuses(r"q.parquet: is damaged or no Parquet file", "q.parquet", content=b"PAR1")
+    refuses(r"q.parquet: is damaged or not a Parquet file", "q.parquet", content=b"PAR1")
 
 
 def test_an_image_that_cannot_be_used_is_named_with_its_shard(tmp_path):
@@ -291,3 +292,88 @@ def test_json_of_a_hostile_member_is_only_metadata(tmp_path):
 def test_a_url_is_refused_with_what_to_do():
     with pytest.raises(L2R2Error, match="no such folder; data sets are read from a disk, so mount or copy it"):
         read_table("s3://bucket/data")
+
+
+def header_broken(content):
+    return content[:2048] + b"\xff" * 100 + content[2148:]
+
+
+@pytest.mark.parametrize("damage, message", [(header_broken, "damaged"), (lambda content: content * 2, "more after its end")])
+def test_a_tar_with_images_after_damage_or_its_end_is_refused_by_both_readers(tmp_path, damage, message):
+    shard = write_tar(tmp_path / "a.tar", [(f"{i}.png", png(i)) for i in range(5)])
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(L2R2Error, match=message):
+        read_table(shard)
+    *_, (name, why) = images_of_shard("a.tar", Place.of(shard))
+    assert name == "a.tar" and "cannot be read further" in why
+
+
+def test_a_single_shard_does_not_ignore_metadata(tmp_path):
+    shard = write_tar(tmp_path / "a.tar", [("a.png", png())])
+    with pytest.raises(L2R2Error, match="a metadata file describes the images of a folder"):
+        read_table(shard, metadata=tmp_path / "m.csv")
+
+
+def test_rows_whose_names_repeat_are_numbered_by_both_readers(tmp_path):
+    images = [{"bytes": png(i), "path": "0001.png"} for i in range(3)]
+    parquet.write_table(pa.table({"image": images, "label": ["x", "y", "x"]}), tmp_path / "a.parquet", row_group_size=2)
+    table = read_table(tmp_path / "a.parquet")
+    assert table.names() == [f"a.parquet/{i}" for i in range(3)]
+    assert [load_image(row.path).getpixel((0, 0))[0] for row in table.rows] == [0, 1, 2]
+    found = images_of_shard("a.parquet", Place.of(tmp_path / "a.parquet"))
+    assert list(found) == [(f"a.parquet/{i}", png(i)) for i in range(3)]
+
+
+def test_columns_that_datasets_cannot_read(tmp_path):
+    import datasets
+
+    file = tmp_path / "a.parquet"
+    pairs = pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int32()))
+    parquet.write_table(pa.table({"image": [png()], "label": ["x"], "more": pairs}), file)
+    assert read_table(file).rows[0].label == "x"
+    parquet.write_table(pa.table({"image": [png()]}).replace_schema_metadata({"huggingface": "{"}), file)
+    with pytest.raises(L2R2Error, match=r"a.parquet: `datasets` cannot read its columns"):
+        read_table(file)
+    kinds = datasets.Features({"image": datasets.Value("binary"), "label": datasets.ClassLabel(names=["x", "y"])})
+    parquet.write_table(pa.table({"image": [png()], "label": [5]}, kinds.arrow_schema), file)
+    with pytest.raises(L2R2Error, match=r"a.parquet/0: its columns cannot be read"):
+        read_table(file)
+
+
+def test_a_folder_may_have_any_name_and_a_changed_parquet_has_no_state(tmp_path):
+    file = tmp_path / "İzmir" / "a.parquet"
+    file.parent.mkdir()
+    parquet.write_table(pa.table({"image": [png(7)]}), file)
+    (row,) = read_table(file).rows
+    assert load_image(row.path).getpixel((0, 0))[0] == 7 and state_of(row.path) is not None
+    file.write_bytes(b"PAR1")
+    assert state_of(row.path) is None
+
+
+def test_long_names_and_large_images_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(L2R2Error, match=r"has 5,000 bytes, over 4,096"):
+        read_table(write_tar(tmp_path / "a.tar", [("x" * 5000, b"")]))
+    parquet.write_table(pa.table({"image": [png(size=(90, 90)), png(), png()]}), tmp_path / "b.parquet")
+    first, second, _ = (row.path for row in read_table(tmp_path / "b.parquet").rows)
+    monkeypatch.setattr(layout, "MAX_BYTES", len(png(size=(90, 90))) - 1)
+    with pytest.raises(L2R2Error, match=r"b.parquet/0: is larger than the limit"):
+        load_image(first)
+    assert load_image(second).size == (8, 6)
+    assert ["larger" in str(data) for _, data in images_of_shard("b.parquet", Place.of(tmp_path / "b.parquet"))] == [
+        True,
+        False,
+        False,
+    ]
+    monkeypatch.setattr(layout, "MAX_BYTES", 10)
+    with pytest.raises(L2R2Error, match=r"is larger than the limit"):
+        layout.check_row_group(parquet.ParquetFile(tmp_path / "b.parquet").metadata, 0, "image")
+
+
+def test_an_index_that_cannot_be_written_is_kept_in_memory(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(constants, "HF_HOME", "/proc/nope")
+    for name in ("a.tar", "b.tar"):
+        write_tar(tmp_path / name, [("a.JPG", png()), ("a.CLS", b"x"), ("a.MASK.PNG", png(mode="L"))])
+    for _ in range(2):
+        rows = read_table(tmp_path).rows
+    assert [(row.label, row.mask_file) for row in rows] == [("x", tmp_path / n / "a.MASK.PNG") for n in ("a.tar", "b.tar")]
+    assert len(caplog.messages) == 1 and "set HF_HOME to a folder that can be written" in caplog.text

@@ -81,5 +81,5 @@ def test_an_address_without_a_port_is_left_to_ray(address):
 
 @pytest.mark.parametrize("address", ["head:port", "ray://head:99999", f"{'x' * 70}.org:1", "[::1"])
 def test_an_address_that_is_none(address):
-    with pytest.raises(L2R2Error, match=r"is no address of a Ray cluster|no Ray cluster answers here"):
+    with pytest.raises(L2R2Error, match=r"is not the address of a Ray cluster|no Ray cluster answers here"):
         engine.check_address(address)
