@@ -32,7 +32,7 @@ class Header(tarfile.TarInfo):
     """A header of a tar; `tarfile` itself takes one that is damaged or missing for the end of the archive."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> Header:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Header:
         """Raise `ReadError` for anything but a header, or the zeros at the end."""
         if len(buf) < BLOCK:
             raise tarfile.ReadError("there is no end of the archive")
