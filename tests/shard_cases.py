@@ -7,9 +7,17 @@ import tarfile
 from pathlib import Path
 
 import pyarrow as pa
+from PIL import Image
 from pyarrow import parquet
 
 BOX = ("x0", "y0", "x1", "y1")
+
+
+def png(level=90, size=(8, 6), mode="RGB", **options) -> bytes:
+    """An encoded image of one color."""
+    stream = io.BytesIO()
+    Image.new(mode, size, level if mode == "L" else (level,) * 3).save(stream, "png", **options)
+    return stream.getvalue()
 
 
 def write_tar(path: Path, members) -> Path:

@@ -4,33 +4,66 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from .. import distributed as processes
+from ..boxes.parquet import KEY
 from ..errors import L2R2Error
 from ..images import is_image_path
 from ..io import pyarrow
-from ..shards import MASK, OF_MASK, SUFFIXES, columns_of, indexed_now, largest_row_group, mask_column, members_of, shards_in
+from ..shards import MASK, OF_MASK, SUFFIXES, columns_of, indexed_now, largest_row_group, mask_column, members_of
 from .hf_datasets import columns_for, values_of
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 SLOW = 16_000_000  # bytes of a row group, which take longer to read than a photo to decode
+METADATA = ("metadata.csv", "metadata.jsonl")
 SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing"))
 NUMBER = re.compile(r"[-_.]?\d+(-of-\d+\S*)?$")  # in train-00000 and train-00000-of-00010
 PLAIN = (str, int, float, list, dict)
 
 
 def packed_in(data: Path) -> list[Path]:
-    """Return the shards of a data set, in order: the file itself, or those in a folder that has no image files."""
+    """Return the shards of a data set, in order: the file itself, or those in a folder without metadata and image files.
+
+    Parquet files that our commands wrote (boxes, predictions) are left out.
+    """
     if data.suffix.lower() in SUFFIXES and data.is_file():
         return [data]
-    found = shards_in(data) if data.is_dir() else []
-    loose = found and any(is_image_path(path.relative_to(data)) for path in data.rglob("*"))
-    return [] if loose else found
+    if not data.is_dir() or is_described(data):
+        return []
+    found: list[Path] = []
+    for parent, folders, names in os.walk(data):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(parent, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if path.suffix.lower() in SUFFIXES and not _is_ours(path)]
+        if image := next((path for path in paths if is_image_path(path)), None):
+            if found:
+                logger.warning("%s: its shards are not read, because %s lies beside them; move that elsewhere", data, image.name)
+            return []
+    return sorted(found)
+
+
+def is_described(folder: Path) -> bool:
+    """Return whether a folder, or each of its folders train, val and test, has a metadata file."""
+    if any((folder / name).exists() for name in METADATA):
+        return True
+    inside = [path for path in folder.iterdir() if path.name.lower() in SPLIT_NAMES and path.is_dir()]
+    return bool(inside) and all(any((path / name).exists() for name in METADATA) for path in inside)
+
+
+def _is_ours(path: Path) -> bool:
+    if path.suffix.lower() != ".parquet":
+        return False
+    pa, parquet = pyarrow()
+    try:
+        return KEY in (parquet.read_schema(path).metadata or {})
+    except (OSError, pa.ArrowException):
+        return False  # refused when it is read
 
 
 def index_shards(data: str | Path) -> None:

@@ -18,9 +18,7 @@ from ..errors import L2R2Error
 from ..images import is_image_path
 from ..shards import state_of
 from .hf_datasets import PREFIX, as_folder, is_source
-from .shards import SPLIT_NAMES, packed_in, records_of
-
-METADATA = ("metadata.csv", "metadata.jsonl")
+from .shards import METADATA, SPLIT_NAMES, packed_in, records_of
 
 
 @dataclass(frozen=True)

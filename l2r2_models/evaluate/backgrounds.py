@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..data.shards import packed_in
+from ..data.shards import METADATA, packed_in
 from ..data.swap import donors_of, swapped
-from ..data.table import METADATA, ImageTable, Row, read_table
+from ..data.table import ImageTable, Row, read_table
 from ..errors import L2R2Error
 from ..images import list_images
 from .logits import BranchLogits, Progress, branch_logits

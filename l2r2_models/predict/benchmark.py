@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..boxes import BoxEntry
 from ..errors import L2R2Error
+from ..images import load_image
 from ..pipe import in_order
 from ..zero_shot.model import ZeroShotNetwork
 from .inputs import Inputs
@@ -201,8 +202,8 @@ def _time_plain(plain: tuple[Any, Callable[[Image.Image], Tensor]], predictor: P
 
     def load(path: Path) -> Tensor | None:
         try:
-            return transform(Image.open(path).convert("RGB"))
-        except OSError:
+            return transform(load_image(path))
+        except L2R2Error:
             return None
 
     start, batch = time.perf_counter(), []

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ..boxes import BoxEntry, BoxTable, Frame, read_boxes, read_rows
 from ..data.hf_datasets import is_source
-from ..data.shards import packed_in
-from ..data.table import METADATA, read_table
+from ..data.shards import METADATA, packed_in
+from ..data.table import read_table
 from ..errors import L2R2Error
 from ..images import is_image_path, list_images
 from ..io import check_readable

@@ -21,7 +21,7 @@ from .layout import (
     names_of_rows,
     opened,
 )
-from .read import read, shards_in, state_of
+from .read import read, state_of
 
 __all__ = [
     "MASK",
@@ -41,6 +41,5 @@ __all__ = [
     "names_of_rows",
     "opened",
     "read",
-    "shards_in",
     "state_of",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import L2R2Error
 from ..io import MAX_BYTES, pyarrow
 from .index import Index, State, index_of
-from .layout import OF_MASK, SUFFIXES, TOO_LARGE, check_row_group, columns_of, encoded, is_tar, mask_column, opened
+from .layout import OF_MASK, TOO_LARGE, check_row_group, columns_of, encoded, is_tar, mask_column, opened
 
 MAX_GROUP = 4 * MAX_BYTES  # limit for the images of a row group, which are in memory at once
 THROUGH = re.compile(r"\.(tar|parquet)/", re.IGNORECASE)
@@ -30,12 +30,6 @@ def shard_of(path: str | Path) -> tuple[str, str] | None:
         if os.path.isfile(shard := text[: match.end() - 1]):
             return shard, text[match.end() :]
     return None
-
-
-def shards_in(folder: Path) -> list[Path]:
-    """List the shards in a folder and below, sorted, without hidden ones."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def state_of(path: str | Path | None) -> State | None:

@@ -110,7 +110,8 @@ def finetune(
     """
     out, began = Path(out), time.monotonic()
     trainer = _trainer_module(tensorboard)
-    processes.on_first(lambda: index_shards(data))  # while the other processes wait, which then find the index
+    if metadata is None:
+        processes.on_first(lambda: index_shards(data))  # while the other processes wait, which then find the index
     table = processes.together(lambda: read_table(data, metadata=metadata, boxes=boxes))
     train, val, settings = processes.together(lambda: _plan(table, recipe, train_split, val_split))
     start = processes.together(lambda: _start(recipe, out, settings))

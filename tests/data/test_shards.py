@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import constants
 from PIL import Image
 from pyarrow import parquet
-from shard_cases import in_parquet, in_tars, members_of, metadata_of, write_tar
+from shard_cases import in_parquet, in_tars, members_of, metadata_of, png, write_tar
 
 from l2r2_models import L2R2Error
 from l2r2_models.data.shards import index_shards
@@ -30,12 +30,6 @@ PACKED = {"tar": in_tars, "parquet": in_parquet}
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "l2r2" / "shards"
-
-
-def png(level=90, size=(8, 6), mode="RGB", **options):
-    stream = io.BytesIO()
-    Image.new(mode, size, level if mode == "L" else (level,) * 3).save(stream, "png", **options)
-    return stream.getvalue()
 
 
 def plain(table, split):
