@@ -17,12 +17,11 @@ from ..images import is_image_path
 from ..io import pyarrow
 from ..shards import MASK, OF_MASK, SUFFIXES, columns_of, indexed_now, largest_row_group, mask_column, members_of
 from .hf_datasets import columns_for, values_of
+from .layout import SPLIT_NAMES, described_splits, metadata_in
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 SLOW = 16_000_000  # bytes of a row group, which take longer to read than a photo to decode
-METADATA = ("metadata.csv", "metadata.jsonl")
-SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing"))
 NUMBER = re.compile(r"[-_.]?\d+(-of-\d+\S*)?$")  # in train-00000 and train-00000-of-00010
 PLAIN = (str, int, float, list, dict)
 
@@ -34,7 +33,7 @@ def packed_in(data: Path) -> list[Path]:
     """
     if data.suffix.lower() in SUFFIXES and data.is_file():
         return [data]
-    if not data.is_dir() or is_described(data):
+    if not data.is_dir() or metadata_in(data) is not None or described_splits(data):
         return []
     found: list[Path] = []
     for parent, folders, names in os.walk(data):
@@ -46,14 +45,6 @@ def packed_in(data: Path) -> list[Path]:
                 logger.warning("%s: its shards are not read, because %s lies beside them; move that elsewhere", data, image.name)
             return []
     return sorted(found)
-
-
-def is_described(folder: Path) -> bool:
-    """Return whether a folder, or each of its folders train, val and test, has a metadata file."""
-    if any((folder / name).exists() for name in METADATA):
-        return True
-    inside = [path for path in folder.iterdir() if path.name.lower() in SPLIT_NAMES and path.is_dir()]
-    return bool(inside) and all(any((path / name).exists() for name in METADATA) for path in inside)
 
 
 def _is_ours(path: Path) -> bool:

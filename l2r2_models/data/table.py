@@ -18,7 +18,8 @@ from ..errors import L2R2Error
 from ..images import is_image_path
 from ..shards import state_of
 from .hf_datasets import PREFIX, as_folder, is_source
-from .shards import METADATA, SPLIT_NAMES, packed_in, records_of
+from .layout import SPLIT_NAMES, described_splits, metadata_in
+from .shards import packed_in, records_of
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def read_table(
         hint = "; data sets are read from a disk, so mount or copy it" if re.match(r"[a-z][a-z0-9+.-]+:/", str(root)) else hint
         raise L2R2Error(f"{root}: no such folder{hint}.")
     else:
-        rows = _rows_of(root, Path(metadata) if metadata else _metadata_in(root), missing_ok)
+        rows = _rows_of(root, Path(metadata) if metadata else metadata_in(root), missing_ok)
     info: dict[str, Any] = {}
     if boxes is not None:
         found = read_boxes(boxes)
@@ -210,16 +211,11 @@ def _distinct(rows: list[Row], source: str) -> list[Row]:
     return list(seen.values())
 
 
-def _metadata_in(folder: Path) -> Path | None:
-    return next((folder / name for name in METADATA if (folder / name).exists()), None)
-
-
 def _rows_of(root: Path, listed: Path | None, missing_ok: bool) -> list[Row]:
     if listed is not None:
         return _rows_of_metadata(root, listed, missing_ok)
-    inside = [folder for folder in sorted(root.iterdir()) if folder.name.lower() in SPLIT_NAMES and folder.is_dir()]
-    if inside and all(map(_metadata_in, inside)):
-        parts = [(folder, _rows_of_metadata(folder, _metadata_in(folder), missing_ok)) for folder in inside]
+    if inside := described_splits(root):
+        parts = [(folder, _rows_of_metadata(folder, file, missing_ok)) for folder, file in inside.items()]
         return [replace(row, split=row.split or folder.name) for folder, rows in parts for row in rows]
     if shards := packed_in(root):
         return _rows_of_records(root, records_of(root, shards), str(root), missing_ok=True)  # listed, so not missing

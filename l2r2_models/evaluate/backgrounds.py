@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..data.shards import METADATA, packed_in
+from ..data.layout import metadata_in
+from ..data.shards import packed_in
 from ..data.swap import donors_of, swapped
 from ..data.table import ImageTable, Row, read_table
 from ..errors import L2R2Error
@@ -30,7 +31,7 @@ def backgrounds_in(folder: Path) -> ImageTable:
     Raises:
         L2R2Error: when the folder contains no images.
     """
-    if any((folder / name).exists() for name in METADATA) or packed_in(folder):
+    if metadata_in(folder) is not None or packed_in(folder):
         return read_table(folder)
     return ImageTable(folder, tuple(Row(path) for path in list_images([folder])))
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ..boxes import BoxEntry, BoxTable, Frame, read_boxes, read_rows
 from ..data.hf_datasets import is_source
-from ..data.shards import METADATA, packed_in
+from ..data.layout import METADATA, metadata_in
+from ..data.shards import packed_in
 from ..data.table import read_table
 from ..errors import L2R2Error
 from ..images import is_image_path, list_images
@@ -110,8 +111,7 @@ def gather(sources: Sequence[Path], boxes: Path | BoxTable | None = None, split:
     sources = list(expanded(sources))
     detector, folder = "", next((s for s in sources if s.is_dir() and len(sources) == 1), None)
     for source in sources:
-        described = source.is_dir() and any((source / name).exists() for name in METADATA)
-        if described or is_source(source) or packed_in(source):
+        if metadata_in(source) is not None or is_source(source) or packed_in(source):
             table = read_table(source, missing_ok=True)  # a missing image becomes a failed prediction
             table = table.of_split(split) if split else table
             folder = table.root if len(sources) == 1 else None

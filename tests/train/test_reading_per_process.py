@@ -45,10 +45,9 @@ def rows_of(table, rank, epoch):
     return [table.rows[i].path.name for part in batches for i in part]
 
 
-@pytest.mark.timeout(600)
-def test_no_process_opens_an_image_that_it_does_not_use(tmp_path):
-    data = write_dataset(tmp_path / "data", splits=("train", "val"))
-    (tmp_path / "program.py").write_text(PROGRAM)
+def train_with_two(tmp_path, data, program):
+    """Two processes train; each writes the files that it opens to opened/RANK."""
+    (tmp_path / "program.py").write_text(program)
     (tmp_path / "opened").mkdir()
     settings = dict(epochs=2, batch_size=4, size=32, precision="fp32", best_metric="fused_accuracy")
     options = ["--model", "timm:test_vit", "--no-pretrained", *(f"--set={key}={value}" for key, value in settings.items())]
@@ -58,6 +57,12 @@ def test_no_process_opens_an_image_that_it_does_not_use(tmp_path):
         [sys.executable, *map(str, command)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert two.returncode == 0, two.stderr
+
+
+@pytest.mark.timeout(600)
+def test_no_process_opens_an_image_that_it_does_not_use(tmp_path):
+    data = write_dataset(tmp_path / "data", splits=("train", "val"))
+    train_with_two(tmp_path, data, PROGRAM)
     table, checked = read_table(data), []
     for rank in (1, 0):
         opened = [name for name, _ in itertools.groupby((tmp_path / "opened" / str(rank)).read_text().split())]

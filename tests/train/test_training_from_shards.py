@@ -2,16 +2,13 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from conftest import sentence, write_dataset
 from huggingface_hub import constants
 from pyarrow import parquet
 from shard_cases import in_parquet, in_tars, members_of, metadata_of, write_tar
-from test_reading_per_process import PROGRAM, rows_of
+from test_reading_per_process import PROGRAM, rows_of, train_with_two
 from test_resume import same_weights, train_and_kill
 
 from l2r2_models import L2R2Error
@@ -119,16 +116,7 @@ def test_every_command_reads_the_same_shards(l2r2, run, data, tmp_path):
 def test_each_process_opens_the_shards_of_its_own_rows_only(tmp_path):
     """Each image is in a shard of its own, so that an opened shard is an image that is read."""
     packed = in_tars(write_dataset(tmp_path / "data", splits=("train", "val")), tmp_path / "packed", size=1)
-    (tmp_path / "program.py").write_text(PROGRAM.replace('".png"', '".tar"'))
-    (tmp_path / "opened").mkdir()
-    settings = dict(epochs=2, batch_size=4, size=32, precision="fp32", best_metric="fused_accuracy")
-    options = ["--model", "timm:test_vit", "--no-pretrained", *(f"--set={key}={value}" for key, value in settings.items())]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "program.py"]
-    command = [*torchrun, tmp_path / "opened", "finetune", packed, *options, "-o", tmp_path / "run"]
-    two = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert two.returncode == 0, two.stderr
+    train_with_two(tmp_path, packed, PROGRAM.replace('".png"', '".tar"'))
     table = read_table(packed)
     train, val = table.of_split("train"), [row.path.parents[1].name for row in table.of_split("val").rows]
     shards = {row.path.name: row.path.parents[1].name for row in train.rows}
